@@ -1,0 +1,30 @@
+//! The seam between models and devices. `models` is written once over [`Backend`] and [`Step`]; `engine` owns
+//! sequences through [`KvStore`]; `kvtransfer` moves bytes through [`KvExport`] and [`KvLanding`].
+//! What every backend needs and none should write twice (dtypes, the cache's shape, block accounting) is here too.
+//!
+//! # Arithmetic contract
+//! A backend whose [`Caps::exact`] is true promises, per instruction level: a row's bits depend on its own inputs only,
+//! not on the batch, the chunking, the threads, or whether it was prefilled or decoded. See [`seam`] for the sums.
+
+pub mod batch;
+pub mod conformance;
+pub mod dtype;
+pub mod error;
+pub mod group;
+pub mod lease;
+pub mod paged;
+pub mod seam;
+pub mod spec;
+pub mod weight;
+
+pub use batch::{Batch, Run, SeqId};
+pub use dtype::DType;
+pub use error::{BackendError, KvError};
+pub use group::{Group, Links};
+pub use lease::{KvExport, KvLanding, Piece};
+pub use seam::{
+    Attend, Backend, Caps, DeviceOptions, Fork, Glu, KvStore, KvUsage, Out, Output, Pending, Rope, RopeStyle,
+    Step,
+};
+pub use spec::{KvSpec, Plane, Sharding};
+pub use weight::{KSum, Linear, TensorView, WeightSource};

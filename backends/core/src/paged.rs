@@ -1,0 +1,1 @@
+//! Block accounting for paged stores (CPU, CUDA): tables, reference counts, quarantine. Pure: no memory is touched.

@@ -1,0 +1,273 @@
+//! Operations of one step, at model altitude. MLX records a lazy graph, CUDA enqueues on streams, the CPU runs at once:
+//! so the unit is a step, its operations cannot fail (the first error comes out of [`Pending::wait`]), tensors stay
+//! inside, and only host data and `Send` leases leave the owner thread.
+
+use std::fmt::Debug;
+use std::ops::Range;
+use std::sync::Arc;
+
+use crate::{BackendError, Batch, DType, Group, KvError, KvExport, KvLanding, KvSpec, SeqId, WeightSource};
+
+/// One device, or one tensor-parallel rank of several, on its owner thread.
+pub trait Backend: Sized + 'static {
+    /// A loaded weight: immutable, packed or quantised as the device likes.
+    type Weight;
+    /// An activation of this step, `[rows, width]`: arena slice, device buffer, lazy array. Moved, not cloned.
+    type Act;
+    /// An activation kept between steps (layer-major prefill, pipeline stages).
+    type Hidden;
+    /// The KV store.
+    type Kv: KvStore;
+    /// A step being recorded or run.
+    type Step<'a>: Step<Backend = Self>
+    where
+        Self: 'a;
+
+    /// Opens the device as one rank of `group`.
+    fn open(options: &DeviceOptions, group: Group) -> Result<Self, BackendError>;
+
+    /// What this backend is and promises.
+    fn caps(&self) -> Caps;
+
+    /// Packs a weight for the device. Reads the bytes once; they need not outlive the call.
+    fn load(&mut self, source: &WeightSource<'_>) -> Result<Self::Weight, BackendError>;
+
+    /// Makes the KV store for this rank's `spec` within `bytes`.
+    fn kv(&mut self, spec: &KvSpec, bytes: u64) -> Result<Self::Kv, BackendError>;
+
+    /// Begins a step over `batch`. The caller has given every sequence capacity for its run.
+    fn step<'a>(&'a mut self, kv: &'a mut Self::Kv, batch: &'a Batch) -> Self::Step<'a>;
+}
+
+/// How to open a device.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct DeviceOptions {
+    /// Type that activations are rounded to between operations, and of the KV cache. Sums are always f32.
+    pub dtype: DType,
+    /// Worker threads of a CPU backend; `0`: one per usable core.
+    pub threads: usize,
+    /// Tokens of a KV block, a power of two (paged backends).
+    pub block_tokens: u32,
+    /// Device index where a machine has several.
+    pub device: usize,
+}
+
+impl Default for DeviceOptions {
+    fn default() -> Self {
+        DeviceOptions { dtype: DType::BF16, threads: 0, block_tokens: 64, device: 0 }
+    }
+}
+
+/// What a backend is and promises.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Caps {
+    /// `cpu`, `cuda` or `mlx`.
+    pub name: &'static str,
+    /// Device and instruction level in words, e.g. `avx512, 2 threads`.
+    pub device: String,
+    /// Whether the arithmetic contract holds (bit-exact rows). Otherwise results agree within tolerance.
+    pub exact: bool,
+}
+
+/// One step: the operations of a decoder over the rows of a [`Batch`].
+pub trait Step {
+    /// The backend this step runs on.
+    type Backend: Backend;
+
+    /// Rows of `table` at the batch's token ids: `[rows, hidden]`.
+    fn embed(&mut self, table: &Weight<Self>) -> Act<Self>;
+
+    /// A kept activation, back in this step.
+    fn resume(&mut self, hidden: Hidden<Self>) -> Act<Self>;
+
+    /// RMS norm over the last dimension, then the scale: `x / sqrt(mean(x^2) + eps) * weight`, in f32, rounded once
+    /// to the step's dtype before the scale and once after, as Hugging Face does.
+    fn norm(&mut self, x: &Act<Self>, weight: &Weight<Self>, eps: f32) -> Act<Self>;
+
+    /// `x W^T + bias`: `[rows, in] -> [rows, out]`. With [`crate::KSum::Tree`] the result is this rank's f32 partial
+    /// sum, to be given to [`Step::all_reduce`] (also when the group has one rank).
+    fn linear(&mut self, x: &Act<Self>, weight: &Weight<Self>) -> Act<Self>;
+
+    /// `x + y`.
+    fn add(&mut self, x: Act<Self>, y: Act<Self>) -> Act<Self>;
+
+    /// Gated unit of `x = [rows, gate | up]`: `act(gate) * up`, `[rows, width / 2]`.
+    fn glu(&mut self, x: Act<Self>, kind: Glu) -> Act<Self>;
+
+    /// The given rows, in that order.
+    fn rows(&mut self, x: Act<Self>, rows: &[u32]) -> Act<Self>;
+
+    /// Joins the ranks' partial sums as a binary tree by rank, in f32, then rounds to the step's dtype.
+    fn all_reduce(&mut self, x: Act<Self>) -> Act<Self>;
+
+    /// Attention of `layer` over `qkv = [rows, q heads | k heads | v heads]` of this rank: optional per-head norm of q
+    /// and k, rope, writing K and V to the cache at each run's positions, then causal attention over `[0, position]`.
+    /// Returns `[rows, q heads * head_dim]`.
+    fn attend(&mut self, layer: usize, qkv: Act<Self>, attend: &Attend<'_, Self::Backend>) -> Act<Self>;
+
+    /// A lease on the cache of `tokens` of `seq` in `layer`, as it will be after the last [`Step::attend`] of that
+    /// layer. Called once the layer's attention is recorded; [`KvExport::wait`] tells when the bytes are there.
+    fn export(&mut self, seq: SeqId, layer: usize, tokens: Range<u32>) -> Result<Export<Self>, KvError>;
+
+    /// Ends the step and returns at once where the device can; the next step may be begun before
+    /// [`Pending::wait`].
+    fn submit(self, out: Out<Act<Self>>) -> Box<dyn Pending<Hidden<Self>>>;
+}
+
+/// Short names for the associated types of a step's backend.
+pub type Weight<S> = <<S as Step>::Backend as Backend>::Weight;
+/// See [`Backend::Act`].
+pub type Act<S> = <<S as Step>::Backend as Backend>::Act;
+/// See [`Backend::Hidden`].
+pub type Hidden<S> = <<S as Step>::Backend as Backend>::Hidden;
+/// See [`KvStore::Export`].
+pub type Export<S> = <<<S as Step>::Backend as Backend>::Kv as KvStore>::Export;
+
+/// The gate's activation function.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Glu {
+    /// `silu(gate) * up`.
+    Silu,
+}
+
+/// What attention needs besides q, k and v. Sizes are this rank's.
+pub struct Attend<'a, B: Backend> {
+    /// Query heads of this rank.
+    pub heads: usize,
+    /// KV heads of this rank; each serves `heads / kv_heads` consecutive query heads.
+    pub kv_heads: usize,
+    /// Elements per head.
+    pub head_dim: usize,
+    /// Factor of the scores, usually `head_dim^-0.5`.
+    pub scale: f32,
+    /// Rotary embedding of q and k.
+    pub rope: &'a Rope,
+    /// Per-head RMS norm of q before rope, `[head_dim]`.
+    pub q_norm: Option<&'a B::Weight>,
+    /// Per-head RMS norm of k before rope, `[head_dim]`.
+    pub k_norm: Option<&'a B::Weight>,
+    /// Epsilon of those norms.
+    pub norm_eps: f32,
+    /// Sliding window: a row at `p` attends to `(p - window, p]`.
+    pub window: Option<u32>,
+}
+
+/// A rotary embedding as a table of frequencies: every kind (plain, linear, llama3, yarn) comes down to this.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Rope {
+    /// Inverse frequencies in radians per position; twice as many leading elements of a head are rotated.
+    pub inv_freq: Arc<[f32]>,
+    /// Factor on cos and sin (yarn's attention factor), usually 1.
+    pub factor: f32,
+    /// Which elements form a pair in the checkpoint's projections.
+    pub style: RopeStyle,
+}
+
+/// Which elements of a head rotate together.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum RopeStyle {
+    /// `(i, i + n)` for `n` frequencies: Hugging Face Llama and Qwen; the cache's canonical order.
+    HalfSplit,
+    /// `(2 i, 2 i + 1)`: the cache still holds half-split order.
+    Interleaved,
+}
+
+/// What a step hands back.
+pub enum Out<A> {
+    /// Nothing but the cache writes.
+    Nothing,
+    /// Logits `[rows, vocabulary of this rank]`; ranks hold consecutive ranges, rank 0 receives the whole.
+    Logits(A),
+    /// An activation kept for [`Step::resume`].
+    Hidden(A),
+}
+
+/// The result of a step.
+pub enum Output<H> {
+    /// Nothing was asked for (or this rank is not the one that receives logits).
+    Nothing,
+    /// Row-major `[rows, vocabulary]`.
+    Logits(Vec<f32>),
+    /// A kept activation.
+    Hidden(H),
+}
+
+/// A submitted step.
+pub trait Pending<H> {
+    /// Blocks until the step is done; the first error of any of its operations comes out here.
+    fn wait(self: Box<Self>) -> Result<Output<H>, BackendError>;
+}
+
+/// The KV cache of one rank: sequences with a capacity in tokens. The physical layout is private. Calls are made by
+/// the owner thread, in the same order on every rank; leases go to other threads.
+pub trait KvStore {
+    /// Read lease.
+    type Export: KvExport + 'static;
+    /// Write lease.
+    type Landing: KvLanding + 'static;
+
+    /// This rank's share of the cache.
+    fn spec(&self) -> &KvSpec;
+
+    /// Tokens of a block: capacity is rounded up to it, prefixes are shared at multiples of it.
+    fn block_tokens(&self) -> u32;
+
+    /// Blocks by state. Reclaims what dropped leases gave back.
+    fn usage(&mut self) -> KvUsage;
+
+    /// Adds an empty sequence with room for `tokens`.
+    fn open(&mut self, seq: SeqId, tokens: u32) -> Result<(), KvError>;
+
+    /// Makes room for `tokens` in all; never shrinks.
+    fn grow(&mut self, seq: SeqId, tokens: u32) -> Result<(), KvError>;
+
+    /// Adds sequence `to` whose first `tokens` (a multiple of [`KvStore::block_tokens`]) are those of `from`.
+    fn fork(&mut self, from: SeqId, to: SeqId, tokens: u32, mode: Fork) -> Result<(), KvError>;
+
+    /// Gives back capacity beyond `tokens`.
+    fn truncate(&mut self, seq: SeqId, tokens: u32) -> Result<(), KvError>;
+
+    /// Removes the sequence. Its blocks are free at once, or quarantined until leases on them are dropped.
+    fn close(&mut self, seq: SeqId) -> Result<(), KvError>;
+
+    /// A read lease on computed or landed `tokens` of one layer.
+    fn export(&mut self, seq: SeqId, layer: usize, tokens: Range<u32>) -> Result<Self::Export, KvError>;
+
+    /// The sole write lease on `tokens`, all layers and planes; the sequence has room for them.
+    fn land(&mut self, seq: SeqId, tokens: Range<u32>) -> Result<Self::Landing, KvError>;
+
+    /// Takes a filled landing into its sequence.
+    fn commit(&mut self, landing: Self::Landing) -> Result<(), KvError>;
+}
+
+/// How [`KvStore::fork`] takes over a prefix.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Fork {
+    /// Both read the same blocks (paged stores); a store that cannot share copies.
+    Share,
+    /// `from` is closed; its memory serves `to`.
+    Move,
+}
+
+/// Blocks of a store by state; `total == free + used + quarantined` always.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct KvUsage {
+    /// All blocks.
+    pub total: u32,
+    /// Free for [`KvStore::open`] and [`KvStore::grow`].
+    pub free: u32,
+    /// Held by sequences (a shared block counts once).
+    pub used: u32,
+    /// Closed, but still under a lease.
+    pub quarantined: u32,
+}
+
+impl<A: Debug> Debug for Out<A> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Out::Nothing => f.write_str("Nothing"),
+            Out::Logits(act) => f.debug_tuple("Logits").field(act).finish(),
+            Out::Hidden(act) => f.debug_tuple("Hidden").field(act).finish(),
+        }
+    }
+}

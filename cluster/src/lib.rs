@@ -1,0 +1,1 @@
+//! How a process joins, reports and leaves; shared process start-up.

@@ -1,0 +1,1 @@
+//! The decode role: policy over the engine for generation.

@@ -1,0 +1,1 @@
+//! The KV wire: frames, sessions, reshard plans and transports.

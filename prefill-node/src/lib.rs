@@ -1,0 +1,1 @@
+//! The prefill role: policy over the engine for prompts.
