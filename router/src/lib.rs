@@ -1,1 +1,5 @@
-//! The OpenAI-compatible gateway.
+//! The OpenAI-compatible gateway, and what stands behind it: text in and out, placement, dispatch.
+//!
+//! The router sees tokens and text, never a tensor.
+
+pub mod inference;
