@@ -1,0 +1,1 @@
+//! What prefill and decode processes share: from settings to a joined node with a running engine.
