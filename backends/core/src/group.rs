@@ -1,6 +1,7 @@
 //! A tensor-parallel group as a backend sees it: its rank, and links to the other ranks.
 
-use std::net::TcpStream;
+use std::io;
+use std::net::{Ipv4Addr, TcpListener, TcpStream};
 
 /// Membership of one tensor-parallel group.
 #[derive(Debug)]
@@ -29,5 +30,33 @@ impl Group {
     /// A group of one.
     pub fn alone() -> Self {
         Group { rank: 0, world: 1, links: Links::Alone }
+    }
+
+    /// Groups of `world` ranks of one process, joined by loopback sockets, in order of rank.
+    pub fn local(world: usize) -> io::Result<Vec<Group>> {
+        if world == 1 {
+            return Ok(vec![Group::alone()]);
+        }
+        let mut links: Vec<Vec<Option<TcpStream>>> =
+            (0..world).map(|_| (0..world).map(|_| None).collect()).collect();
+        let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0))?;
+        for low in 0..world {
+            for high in low + 1..world {
+                let near = TcpStream::connect(listener.local_addr()?)?;
+                let far = loop {
+                    let (far, peer) = listener.accept()?;
+                    // Anyone may connect to a loopback port: only our own connection counts.
+                    if peer == near.local_addr()? {
+                        break far;
+                    }
+                };
+                near.set_nodelay(true)?;
+                far.set_nodelay(true)?;
+                links[low][high] = Some(near);
+                links[high][low] = Some(far);
+            }
+        }
+        let group = |(rank, links)| Group { rank, world, links: Links::Sockets(links) };
+        Ok(links.into_iter().enumerate().map(group).collect())
     }
 }

@@ -100,6 +100,11 @@ pub trait Step {
     /// Joins the ranks' partial sums as a binary tree by rank, in f32, then rounds to the step's dtype.
     fn all_reduce(&mut self, x: Act<Self>) -> Act<Self>;
 
+    /// `x + bias` for every row, in f32, rounded to the step's dtype. For the bias of a row-parallel product, which
+    /// belongs after the join ([`Step::all_reduce`]) so that every split gives the same bits; other biases go with
+    /// their [`crate::Linear`].
+    fn bias(&mut self, x: Act<Self>, bias: &Weight<Self>) -> Act<Self>;
+
     /// Attention of `layer` over `qkv = [rows, q heads | k heads | v heads]` of this rank: optional per-head norm of q
     /// and k, rope, writing K and V to the cache at each run's positions, then causal attention over `[0, position]`.
     /// Returns `[rows, q heads * head_dim]`.

@@ -47,7 +47,7 @@ pub enum KSum {
 pub struct Linear<'a> {
     /// Parts with equal `cols`, stacked by rows.
     pub parts: Vec<TensorView<'a>>,
-    /// One bias per part where the model has them: `[1, rows]`.
+    /// One bias per part where the model has them: `[1, rows]`. None with [`KSum::Tree`], see [`crate::Step::bias`].
     pub bias: Option<Vec<TensorView<'a>>>,
     /// Order of the sums over K.
     pub sum: KSum,
@@ -62,4 +62,6 @@ pub enum WeightSource<'a> {
     Embedding(TensorView<'a>),
     /// A norm's scale: `[1, dim]`.
     Norm(TensorView<'a>),
+    /// A bias for [`crate::Step::bias`]: `[1, dim]`.
+    Bias(TensorView<'a>),
 }
