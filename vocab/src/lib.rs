@@ -1,1 +1,206 @@
 //! What token ids mean: their bytes, the special ids, and the identity that router and nodes compare at join.
+//! The router turns ids into text with it; nodes only compare [`Vocab::identity`]. Sources of a [`Vocab`] are one file
+//! each (`tokenizer_json` so far; tiktoken and GGUF give the same [`Token`]s).
+
+mod pieces;
+mod tokenizer_json;
+
+use std::collections::BTreeMap;
+use std::collections::btree_map::Entry;
+use std::path::Path;
+
+use sha2::{Digest, Sha256};
+
+/// Ids are below this, so that one absurd id in a file cannot ask for gigabytes (largest known vocabulary: 262,144).
+pub const MAX_IDS: u32 = 1 << 24;
+
+/// One entry of a vocabulary.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Token {
+    /// Token id.
+    pub id: u32,
+    /// The bytes that it stands for; may be a part of a UTF-8 character.
+    pub bytes: Vec<u8>,
+    /// A control token (`<|im_end|>`): its bytes are its name and no text.
+    pub special: bool,
+}
+
+/// A vocabulary: ids to bytes, in order of id; ids may have gaps.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Vocab {
+    /// All bytes, in order of id.
+    bytes: Vec<u8>,
+    /// `[start, end)` in `bytes` by id; `None` where the id is not used.
+    places: Vec<Option<(u32, u32)>>,
+    /// Ascending.
+    special: Vec<u32>,
+}
+
+/// Why a vocabulary could not be read.
+#[derive(Debug, thiserror::Error)]
+pub enum VocabError {
+    /// The file cannot be read.
+    #[error("{path}: {reason}")]
+    Io {
+        /// File.
+        path: String,
+        /// What the system said.
+        reason: std::io::Error,
+    },
+    /// The file is not what it should be.
+    #[error("{path}: {reason}")]
+    Format {
+        /// File.
+        path: String,
+        /// What disagreed.
+        reason: String,
+    },
+}
+
+impl Vocab {
+    /// Reads `tokenizer.json` of the model directory `dir`.
+    pub fn read(dir: &Path) -> Result<Vocab, VocabError> {
+        let file = dir.join("tokenizer.json");
+        let path = file.display().to_string();
+        let json = std::fs::read(&file).map_err(|reason| VocabError::Io { path: path.clone(), reason })?;
+        Vocab::from_tokenizer_json(&json).map_err(|reason| VocabError::Format { path, reason })
+    }
+
+    /// Parses a Hugging Face `tokenizer.json`: byte-level BPE, or a SentencePiece conversion (BPE or Unigram). The
+    /// error is one line without the file's name.
+    pub fn from_tokenizer_json(json: &[u8]) -> Result<Vocab, String> {
+        Vocab::new(tokenizer_json::tokens(json)?)
+    }
+
+    /// A vocabulary of `tokens` in any order. Errors when an id is given twice with unlike meaning, or when an id is
+    /// not below [`MAX_IDS`].
+    pub fn new(tokens: impl IntoIterator<Item = Token>) -> Result<Vocab, String> {
+        let mut by_id: BTreeMap<u32, Token> = BTreeMap::new();
+        for token in tokens {
+            if token.id >= MAX_IDS {
+                return Err(format!("token id {} is not below {MAX_IDS}", token.id));
+            }
+            match by_id.entry(token.id) {
+                Entry::Vacant(place) => {
+                    place.insert(token);
+                }
+                Entry::Occupied(place) if *place.get() == token => {}
+                Entry::Occupied(place) => {
+                    return Err(format!(
+                        "token id {} means both {:?} and {:?}",
+                        token.id,
+                        String::from_utf8_lossy(&place.get().bytes),
+                        String::from_utf8_lossy(&token.bytes),
+                    ));
+                }
+            }
+        }
+        let len = by_id.last_key_value().map_or(0, |(id, _)| *id as usize + 1);
+        let mut vocab = Vocab { bytes: Vec::new(), places: vec![None; len], special: Vec::new() };
+        for (id, token) in by_id {
+            let start = vocab.bytes.len();
+            vocab.bytes.extend_from_slice(&token.bytes);
+            let end =
+                u32::try_from(vocab.bytes.len()).map_err(|_| "more than 4 GiB of tokens".to_string())?;
+            vocab.places[id as usize] = Some((start as u32, end));
+            if token.special {
+                vocab.special.push(id);
+            }
+        }
+        Ok(vocab)
+    }
+
+    /// One more than the largest id. A model's logits may be wider (padding), never narrower.
+    pub fn len(&self) -> usize {
+        self.places.len()
+    }
+
+    /// Whether there are no ids at all.
+    pub fn is_empty(&self) -> bool {
+        self.places.is_empty()
+    }
+
+    /// The bytes of `id`; `None` for an id that is not used.
+    pub fn bytes(&self, id: u32) -> Option<&[u8]> {
+        let (start, end) = (*self.places.get(id as usize)?)?;
+        Some(&self.bytes[start as usize..end as usize])
+    }
+
+    /// Whether `id` is a control token.
+    pub fn is_special(&self, id: u32) -> bool {
+        self.special.binary_search(&id).is_ok()
+    }
+
+    /// The control tokens, ascending.
+    pub fn special_ids(&self) -> &[u32] {
+        &self.special
+    }
+
+    /// The id whose bytes are exactly `text`, the smallest where several are. Linear in the vocabulary: for start-up.
+    pub fn id(&self, text: &str) -> Option<u32> {
+        (0..self.len() as u32).find(|id| self.bytes(*id) == Some(text.as_bytes()))
+    }
+
+    /// SHA-256 over ids, bytes and special flags, in hex: equal for equal vocabularies, whatever file they came from.
+    pub fn identity(&self) -> String {
+        let mut hash = Sha256::new();
+        hash.update(b"vocab 1\n");
+        for id in 0..self.len() as u32 {
+            let Some(bytes) = self.bytes(id) else { continue };
+            hash.update(id.to_le_bytes());
+            hash.update([u8::from(self.is_special(id))]);
+            hash.update((bytes.len() as u32).to_le_bytes());
+            hash.update(bytes);
+        }
+        hash.finalize().iter().map(|byte| format!("{byte:02x}")).collect()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn token(id: u32, text: &str, special: bool) -> Token {
+        Token { id, bytes: text.as_bytes().to_vec(), special }
+    }
+
+    #[test]
+    fn ids_with_gaps_keep_their_bytes() {
+        let vocab = Vocab::new([token(5, "b", false), token(0, "a", false), token(7, "<s>", true)]).unwrap();
+        assert_eq!(vocab.len(), 8);
+        assert_eq!(vocab.bytes(0), Some(&b"a"[..]));
+        assert_eq!(vocab.bytes(5), Some(&b"b"[..]));
+        assert_eq!(vocab.bytes(4), None);
+        assert_eq!(vocab.bytes(8), None);
+        assert_eq!(vocab.special_ids(), [7]);
+        assert!(vocab.is_special(7) && !vocab.is_special(5));
+        assert_eq!(vocab.id("b"), Some(5));
+        assert_eq!(vocab.id("c"), None);
+    }
+
+    #[test]
+    fn identity_sees_bytes_ids_and_flags_but_not_order() {
+        let base = || vec![token(0, "a", false), token(1, "bc", false)];
+        let identity = |tokens: Vec<Token>| Vocab::new(tokens).unwrap().identity();
+        let same = identity(base());
+        assert_eq!(same.len(), 64);
+        assert_eq!(identity(base().into_iter().rev().collect()), same);
+        assert_ne!(identity(vec![token(0, "a", false), token(2, "bc", false)]), same);
+        assert_ne!(identity(vec![token(0, "ab", false), token(1, "c", false)]), same);
+        assert_ne!(identity(vec![token(0, "a", true), token(1, "bc", false)]), same);
+    }
+
+    #[test]
+    fn an_id_with_two_meanings_or_too_large_is_refused() {
+        let error = Vocab::new([token(3, "a", false), token(3, "b", false)]).unwrap_err();
+        assert_eq!(error, "token id 3 means both \"a\" and \"b\"");
+        let error = Vocab::new([token(u32::MAX, "a", false)]).unwrap_err();
+        assert_eq!(error, "token id 4294967295 is not below 16777216");
+    }
+
+    #[test]
+    fn a_missing_file_is_named() {
+        let error = Vocab::read(Path::new("no/such/dir")).unwrap_err().to_string();
+        assert!(error.starts_with("no/such/dir/tokenizer.json: "), "{error}");
+    }
+}
