@@ -1,1 +1,20 @@
 //! How a process joins, reports and leaves; shared process start-up.
+//!
+//! Nodes use [`client`] to be members, the router uses [`service`] over the pure table in [`membership`]. Every process
+//! uses [`process`], [`server`], [`channel`] and [`auth`]: nothing is served or called without the cluster token.
+
+pub mod admission;
+pub mod auth;
+pub mod channel;
+pub mod client;
+pub mod membership;
+pub mod process;
+pub mod server;
+pub mod service;
+
+pub use admission::Refusal;
+pub use auth::{ClusterToken, TokenError, require_loopback_or_insecure};
+pub use channel::{NodeChannel, connect_lazy};
+pub use client::{JoinError, JoinEvent, join};
+pub use membership::{Member, Membership, MembershipConfig};
+pub use service::{ClusterService, Members, Snapshot};
