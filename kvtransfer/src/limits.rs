@@ -1,0 +1,75 @@
+//! Every bound of the wire, with its unit and its reason. [`Limits`] are those that a node may choose.
+
+use std::time::Duration;
+
+/// Version of frames, messages and their order. Compared at join and in every Hello.
+pub const WIRE_VERSION: u8 = 1;
+
+/// Bytes of the fixed head of a frame.
+pub const HEADER_BYTES: usize = 64;
+
+/// Largest block of one plane of one layer in any store: 256 tokens of 32 heads of 128 bf16 elements are 2 MiB.
+pub const BLOCK_BYTES_MAX: usize = 2 << 20;
+
+/// Largest payload of a data frame; also the largest staging buffer of a connection.
+pub const PAYLOAD_BYTES_MAX: usize = 4 << 20;
+
+/// Largest frame.
+pub const FRAME_BYTES_MAX: usize = HEADER_BYTES + PAYLOAD_BYTES_MAX;
+
+/// Largest payload of Hello: identities, ranges and the spec in words.
+pub const HELLO_BYTES_MAX: usize = 3072;
+
+/// Largest payload of any other frame that is not data.
+pub const CONTROL_BYTES_MAX: usize = 576;
+
+/// What a connection may send before it has proved its ticket.
+pub const UNPROVEN_BYTES_MAX: usize = 4096;
+
+/// Token intervals per layer, plane and head that a receiver keeps: more means frames arrive scattered on purpose.
+pub const INTERVALS_MAX: usize = 4096;
+
+/// Ended sessions that a receiver remembers, so that a late sender hears so at once.
+pub const ENDED_MAX: usize = 1024;
+
+const _: () = assert!(FRAME_BYTES_MAX >= HEADER_BYTES + BLOCK_BYTES_MAX);
+const _: () = assert!(UNPROVEN_BYTES_MAX >= 2 * HEADER_BYTES + HELLO_BYTES_MAX + CONTROL_BYTES_MAX);
+
+/// Bounds that a node may choose. Both ends use the same struct; each reads what concerns it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Limits {
+    /// Payload of a data frame that a sender aims at, at most [`PAYLOAD_BYTES_MAX`]; never below one token's row.
+    pub frame_bytes: usize,
+    /// How far a receiver's credit runs ahead of what has landed, per connection.
+    pub window_bytes: u64,
+    /// Connections in use and idle, all peers together.
+    pub connections_max: usize,
+    /// Sessions that a receiver expects at once.
+    pub sessions_max: usize,
+    /// Connections that have not proved a ticket yet.
+    pub unproven_max: usize,
+    /// Time to prove a ticket, from the connection's beginning or its next Hello.
+    pub handshake: Duration,
+    /// Time for one address to answer a connection attempt.
+    pub connect: Duration,
+    /// A sender closes connections that were idle for so long.
+    pub idle_max: Duration,
+    /// Pace of all payloads of a sender together; `None`: as fast as the link takes them.
+    pub rate_bytes_per_s: Option<u64>,
+}
+
+impl Default for Limits {
+    fn default() -> Self {
+        Limits {
+            frame_bytes: 1 << 20,
+            window_bytes: 16 << 20,
+            connections_max: 512,
+            sessions_max: 1024,
+            unproven_max: 64,
+            handshake: Duration::from_secs(5),
+            connect: Duration::from_secs(2),
+            idle_max: Duration::from_secs(4 * 3600),
+            rate_bytes_per_s: None,
+        }
+    }
+}
