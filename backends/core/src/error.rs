@@ -76,6 +76,26 @@ pub enum KvError {
         /// One past the last index held.
         limit_end: u64,
     },
+    /// Positions that were to be written or read are under a lease.
+    #[error("kv store: tokens {start}..{end} of sequence {seq} are under a lease")]
+    Leased {
+        /// The sequence.
+        seq: SeqId,
+        /// First position asked for.
+        start: u32,
+        /// One past the last position asked for.
+        end: u32,
+    },
+    /// Positions that were to be written belong to several sequences.
+    #[error("kv store: tokens {start}..{end} of sequence {seq} are shared with another sequence")]
+    Shared {
+        /// The sequence.
+        seq: SeqId,
+        /// First position asked for.
+        start: u32,
+        /// One past the last position asked for.
+        end: u32,
+    },
     /// A payload has the wrong length.
     #[error("kv store: payload of {got} bytes, expected {want}")]
     Length {

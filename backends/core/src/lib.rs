@@ -10,6 +10,7 @@ pub mod batch;
 pub mod conformance;
 pub mod dtype;
 pub mod error;
+pub mod extents;
 pub mod group;
 pub mod lease;
 pub mod paged;

@@ -37,6 +37,13 @@ pub trait Backend: Sized + 'static {
 
     /// Begins a step over `batch`. The caller has given every sequence capacity for its run.
     fn step<'a>(&'a mut self, kv: &'a mut Self::Kv, batch: &'a Batch) -> Self::Step<'a>;
+
+    /// Replaces the links to the other ranks after one was lost; weights and KV stores stay. Rank and world are those
+    /// of [`Backend::open`]. Errors where the backend cannot do it: the process is restarted then.
+    fn regroup(&mut self, _group: Group) -> Result<(), BackendError> {
+        let reason = "cannot replace the links of a group".to_owned();
+        Err(BackendError::Unavailable { backend: self.caps().name, reason })
+    }
 }
 
 /// How to open a device.
