@@ -1,1 +1,30 @@
-//! Model architectures over a backend.
+//! Model architectures over a backend: a model's numbers ([`Config`]), its weights ([`Checkpoint`]), which part a rank
+//! holds ([`Shard`]), and the decoder ([`Model`]), written once over the seam. Called by `engine`'s runner; the router
+//! never sees it. No sockets, no scheduling.
+
+mod arch;
+mod checkpoint;
+mod config;
+mod decoder;
+mod dummy;
+mod error;
+mod fields;
+mod file;
+mod generation;
+pub mod identity;
+mod load;
+pub mod replay;
+mod rope;
+mod shard;
+mod tensors;
+
+pub use checkpoint::Checkpoint;
+pub use config::Config;
+pub use decoder::{AfterAttend, Model};
+pub use error::ModelError;
+pub use generation::Generation;
+pub use identity::Identity;
+pub use load::Progress;
+pub use rope::{RopeConfig, Scaling};
+pub use shard::{Shard, kv_specs, shards};
+pub use tensors::{Role, TensorSpec, tensors};

@@ -1,0 +1,29 @@
+//! The families, one file each: which fields of `config.json` they have and what their layers are made of. The layers
+//! themselves are written once, in `decoder`; the tensor names in `tensors`.
+
+mod llama;
+mod mistral;
+mod qwen2;
+mod qwen3;
+
+use crate::fields::Fields;
+use crate::{Config, ModelError};
+
+/// Reads the fields of one family.
+type Read = fn(&mut Fields) -> Result<Config, ModelError>;
+
+/// By `model_type`.
+const FAMILIES: &[(&str, Read)] =
+    &[("llama", llama::read), ("mistral", mistral::read), ("qwen2", qwen2::read), ("qwen3", qwen3::read)];
+
+/// Reads the configuration of the family `model_type`.
+pub(crate) fn read(model_type: &str, fields: &mut Fields) -> Result<Config, ModelError> {
+    match FAMILIES.iter().find(|(name, _)| *name == model_type) {
+        Some((_, read)) => read(fields),
+        None => Err(ModelError::Architecture {
+            path: fields.path().into(),
+            model_type: model_type.into(),
+            supported: FAMILIES.iter().map(|(name, _)| *name).collect::<Vec<_>>().join(", "),
+        }),
+    }
+}

@@ -1,0 +1,307 @@
+//! A model directory: its numbers and its weights, checked against each other when it is opened. Tensors are read when
+//! a rank asks for its part of them, and only that part.
+
+use std::borrow::Cow;
+use std::collections::{BTreeMap, HashMap};
+use std::ops::Range;
+use std::path::{Component, Path, PathBuf};
+
+use backend::{DType, TensorView};
+use safetensors::Dtype;
+use serde::Deserialize;
+
+use crate::file::WeightFile;
+use crate::tensors::{Role, tensors, unused};
+use crate::{Config, Generation, ModelError, dummy};
+
+const SINGLE: &str = "model.safetensors";
+const INDEX: &str = "model.safetensors.index.json";
+
+/// Numbers and weights of one model.
+pub struct Checkpoint {
+    dir: PathBuf,
+    config: Config,
+    generation: Generation,
+    tensors: BTreeMap<String, Tensor>,
+    source: Source,
+}
+
+/// One tensor of a checkpoint.
+#[derive(Clone, Debug)]
+pub(crate) struct Tensor {
+    pub(crate) dtype: DType,
+    pub(crate) shape: Vec<usize>,
+    role: Role,
+    /// Index into the files; 0 of a dummy.
+    file: usize,
+    /// Bytes of that file.
+    range: Range<usize>,
+}
+
+/// Where the bytes are.
+enum Source {
+    Files(Vec<WeightFile>),
+    Dummy { seed: u64 },
+}
+
+/// Rows and columns of a tensor that one rank asked for.
+pub(crate) struct Slice<'a> {
+    name: &'a str,
+    dtype: DType,
+    rows: usize,
+    cols: usize,
+    row_stride_bytes: usize,
+    bytes: Cow<'a, [u8]>,
+}
+
+#[derive(Deserialize)]
+struct Index {
+    weight_map: HashMap<String, String>,
+}
+
+impl Checkpoint {
+    /// Opens the model directory `dir` (`config.json` and `model.safetensors`, whole or sharded by an index). Every
+    /// tensor of the architecture must be there with its shape, and no other.
+    pub fn open(dir: &Path) -> Result<Checkpoint, ModelError> {
+        let config = Config::read(&dir.join("config.json"))?;
+        let generation = Generation::read(dir, &config)?;
+        let (files, found, table) = if dir.join(SINGLE).exists() || !dir.join(INDEX).exists() {
+            let file = single(dir)?;
+            let found = index_of(std::slice::from_ref(&file), |_, _| true);
+            (vec![file], found, dir.join(SINGLE))
+        } else {
+            let (files, found) = sharded(dir)?;
+            (files, found, dir.join(INDEX))
+        };
+        let tensors = check(&config, &files, found, &table.display().to_string())?;
+        Ok(Checkpoint { dir: dir.into(), config, generation, tensors, source: Source::Files(files) })
+    }
+
+    /// Seeded random weights of a sane scale for the `config.json` at `path` (or in the directory `path`). Nothing is
+    /// held: every slice is made when it is asked for, the same for every split.
+    pub fn dummy(path: &Path, seed: u64) -> Result<Checkpoint, ModelError> {
+        let file = if path.is_dir() { path.join("config.json") } else { path.into() };
+        let dir = file.parent().unwrap_or(Path::new("")).to_path_buf();
+        let config = Config::read(&file)?;
+        let generation = Generation::read(&dir, &config)?;
+        let dtype = config.dtype.unwrap_or(DType::BF16);
+        let place = |spec: crate::TensorSpec| {
+            let bytes = spec.shape.iter().product::<usize>() * dtype.bytes();
+            let tensor = Tensor { dtype, shape: spec.shape, role: spec.role, file: 0, range: 0..bytes };
+            (spec.name, tensor)
+        };
+        let tensors = tensors(&config).into_iter().map(place).collect();
+        Ok(Checkpoint { dir, config, generation, tensors, source: Source::Dummy { seed } })
+    }
+
+    /// The directory; also of the tokenizer's files.
+    pub fn dir(&self) -> &Path {
+        &self.dir
+    }
+
+    /// The model's numbers.
+    pub fn config(&self) -> &Config {
+        &self.config
+    }
+
+    /// End tokens and sampling defaults.
+    pub fn generation(&self) -> &Generation {
+        &self.generation
+    }
+
+    /// Bytes of all weights.
+    pub fn weight_bytes(&self) -> u64 {
+        self.tensors.values().map(|tensor| tensor.range.len() as u64).sum()
+    }
+
+    /// All tensors by name, in order of name.
+    pub(crate) fn tensors(&self) -> impl ExactSizeIterator<Item = (&str, &Tensor)> {
+        self.tensors.iter().map(|(name, tensor)| (name.as_str(), tensor))
+    }
+
+    /// The seed of a dummy.
+    pub(crate) fn seed(&self) -> Option<u64> {
+        match self.source {
+            Source::Dummy { seed } => Some(seed),
+            Source::Files(_) => None,
+        }
+    }
+
+    /// The bytes of a tensor as they lie in the file; none of a dummy.
+    pub(crate) fn file_bytes(&self, tensor: &Tensor) -> &[u8] {
+        match &self.source {
+            Source::Files(files) => &files[tensor.file].map[tensor.range.clone()],
+            Source::Dummy { .. } => &[],
+        }
+    }
+
+    /// Rows and columns of the tensor `name`; a vector is one row. Panics when the architecture has no such tensor or
+    /// it is smaller: [`Checkpoint::open`] has checked the whole table.
+    pub(crate) fn slice(&self, name: &str, rows: Range<usize>, cols: Range<usize>) -> Slice<'_> {
+        let Some((name, tensor)) = self.tensors.get_key_value(name) else {
+            panic!("no tensor {name} in the {} architecture", self.config.model_type)
+        };
+        let (height, width) = tensor.extent();
+        assert!(rows.end <= height && cols.end <= width, "{name}: {rows:?} x {cols:?} of {height} x {width}");
+        let item = tensor.dtype.bytes();
+        let (bytes, row_stride_bytes) = match &self.source {
+            Source::Files(_) => {
+                let start = (rows.start * width + cols.start) * item;
+                (Cow::Borrowed(&self.file_bytes(tensor)[start..]), width * item)
+            }
+            Source::Dummy { seed } => {
+                let scale = dummy::Scale::of(tensor.role, width);
+                let bytes = dummy::bytes(*seed, name, scale, tensor.dtype, width, rows.clone(), cols.clone());
+                (Cow::Owned(bytes), cols.len() * item)
+            }
+        };
+        Slice { name, dtype: tensor.dtype, rows: rows.len(), cols: cols.len(), row_stride_bytes, bytes }
+    }
+
+    /// All of the tensor `name`.
+    pub(crate) fn whole(&self, name: &str) -> Slice<'_> {
+        let (height, width) = self.tensors.get(name).map_or((0, 0), Tensor::extent);
+        self.slice(name, 0..height, 0..width)
+    }
+}
+
+impl Tensor {
+    /// Rows and columns; a vector is one row.
+    fn extent(&self) -> (usize, usize) {
+        match self.shape[..] {
+            [rows, cols] => (rows, cols),
+            _ => (1, self.shape.iter().product()),
+        }
+    }
+}
+
+impl Slice<'_> {
+    /// As the seam takes it.
+    pub(crate) fn view(&self) -> TensorView<'_> {
+        TensorView {
+            name: self.name,
+            dtype: self.dtype,
+            rows: self.rows,
+            cols: self.cols,
+            row_stride_bytes: self.row_stride_bytes,
+            bytes: &self.bytes,
+        }
+    }
+
+    /// Bytes of the part itself.
+    pub(crate) fn len_bytes(&self) -> u64 {
+        (self.rows * self.cols * self.dtype.bytes()) as u64
+    }
+}
+
+/// Where each tensor lies: file, and position in its table.
+type Found = BTreeMap<String, (usize, usize)>;
+
+fn index_of(files: &[WeightFile], keep: impl Fn(&str, usize) -> bool) -> Found {
+    let mut found = Found::new();
+    for (file, weights) in files.iter().enumerate() {
+        for (position, (name, _, _)) in weights.tensors.iter().enumerate() {
+            if keep(name, file) {
+                found.insert(name.clone(), (file, position));
+            }
+        }
+    }
+    found
+}
+
+fn single(dir: &Path) -> Result<WeightFile, ModelError> {
+    let path = dir.join(SINGLE);
+    if path.exists() {
+        return WeightFile::open(&path);
+    }
+    let other =
+        std::fs::read_dir(dir).into_iter().flatten().flatten().map(|entry| entry.file_name()).find(|name| {
+            let name = name.to_string_lossy();
+            name.ends_with(".gguf") || name.ends_with(".bin") || name.ends_with(".safetensors")
+        });
+    let reason = match other {
+        Some(name) => format!("neither {SINGLE} nor {INDEX} ({} is there)", name.to_string_lossy()),
+        None => format!("neither {SINGLE} nor {INDEX}"),
+    };
+    Err(ModelError::Format { path: dir.display().to_string(), reason })
+}
+
+fn sharded(dir: &Path) -> Result<(Vec<WeightFile>, Found), ModelError> {
+    let path = dir.join(INDEX);
+    let shown = path.display().to_string();
+    let format = |reason: String| ModelError::Format { path: shown.clone(), reason };
+    let json = std::fs::read(&path).map_err(|reason| ModelError::Io { path: shown.clone(), reason })?;
+    let index: Index = serde_json::from_slice(&json).map_err(|error| format(error.to_string()))?;
+    let mut names: Vec<&String> = index.weight_map.values().collect();
+    names.sort();
+    names.dedup();
+    // An index is a stranger's text: its files are those beside it.
+    if let Some(name) = names.iter().find(|name| !plain_name(name)) {
+        return Err(format(format!("weight file {name:?} is not a plain file name")));
+    }
+    let files: Vec<WeightFile> =
+        names.iter().map(|name| WeightFile::open(&dir.join(name))).collect::<Result<_, _>>()?;
+    let file_of = |name: &str| names.binary_search(&index.weight_map.get(name)?).ok();
+    let found = index_of(&files, |name, file| file_of(name) == Some(file));
+    match index.weight_map.iter().find(|(name, _)| !found.contains_key(*name)) {
+        Some((name, file)) => Err(format(format!("tensor {name} is not in {file}"))),
+        None => Ok((files, found)),
+    }
+}
+
+/// Whether `name` is one normal component: no separator, no `..`, no drive.
+fn plain_name(name: &str) -> bool {
+    let mut parts = Path::new(name).components();
+    matches!((parts.next(), parts.next()), (Some(Component::Normal(part)), None) if part == name)
+        && !name.contains(['/', '\\', ':'])
+}
+
+/// Compares what was found with what the architecture has. `table` is the file that lists the tensors.
+fn check(
+    config: &Config,
+    files: &[WeightFile],
+    mut found: Found,
+    table: &str,
+) -> Result<BTreeMap<String, Tensor>, ModelError> {
+    let mut checked = BTreeMap::new();
+    for spec in tensors(config) {
+        let Some((file, position)) = found.remove(&spec.name) else {
+            return Err(ModelError::Missing {
+                path: table.into(),
+                name: spec.name,
+                model_type: config.model_type.into(),
+                shape: spec.shape,
+            });
+        };
+        let (name, info, range) = &files[file].tensors[position];
+        let path = || files[file].path.clone();
+        if info.shape != spec.shape {
+            return Err(ModelError::Shape {
+                path: path(),
+                name: spec.name,
+                got: info.shape.clone(),
+                want: spec.shape,
+            });
+        }
+        let dtype = match info.dtype {
+            Dtype::F32 => DType::F32,
+            Dtype::F16 => DType::F16,
+            Dtype::BF16 => DType::BF16,
+            other => {
+                return Err(ModelError::Type { path: path(), name: name.clone(), got: other.to_string() });
+            }
+        };
+        checked.insert(
+            spec.name,
+            Tensor { dtype, shape: spec.shape, role: spec.role, file, range: range.clone() },
+        );
+    }
+    match found.into_iter().find(|(name, _)| !unused(config, name)) {
+        Some((name, (file, _))) => Err(ModelError::Unexpected {
+            path: files[file].path.clone(),
+            name,
+            model_type: config.model_type.into(),
+        }),
+        None => Ok(checked),
+    }
+}

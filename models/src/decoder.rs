@@ -1,0 +1,216 @@
+//! The decoder, written once over the seam: embed, layers, head. The engine's runner calls [`Model::forward`] where a
+//! step wants logits and [`Model::fill`] where it does not; the pieces are public for layer-major prefill and pipeline
+//! stages.
+
+use std::ops::Range;
+
+use backend::{Attend, Backend, DType, Glu, KvSpec, Rope, Step};
+
+use crate::load::{Ends, Loader};
+use crate::{Checkpoint, Config, ModelError, Progress, Shard, kv_specs, shards};
+
+/// One rank's part of a model, on its device.
+pub struct Model<B: Backend> {
+    config: Config,
+    shard: Shard,
+    spec: KvSpec,
+    rope: Rope,
+    ends: Ends<B>,
+    layers: Vec<Layer<B>>,
+}
+
+/// Weights of one layer.
+pub(crate) struct Layer<B: Backend> {
+    pub(crate) input_norm: B::Weight,
+    /// Rows q | k | v of this rank's heads.
+    pub(crate) qkv: B::Weight,
+    pub(crate) q_norm: Option<B::Weight>,
+    pub(crate) k_norm: Option<B::Weight>,
+    pub(crate) o: B::Weight,
+    pub(crate) o_bias: Option<B::Weight>,
+    pub(crate) post_norm: B::Weight,
+    /// Rows gate | up of this rank's columns.
+    pub(crate) gate_up: B::Weight,
+    pub(crate) down: B::Weight,
+    pub(crate) down_bias: Option<B::Weight>,
+}
+
+/// Called when the attention of a layer is recorded: from then on the layer's cache can be exported, while its MLP and
+/// the later layers still compute.
+pub type AfterAttend<'f, S> = &'f mut dyn FnMut(&mut S, usize);
+
+impl<B: Backend> Model<B> {
+    /// Loads the part of rank `rank` of `world`. `dtype` is the backend's ([`backend::DeviceOptions::dtype`]): the type
+    /// of activations and cache. Only this rank's bytes are read. `progress` is called after every weight.
+    pub fn load(
+        backend: &mut B,
+        checkpoint: &Checkpoint,
+        rank: usize,
+        world: usize,
+        dtype: DType,
+        progress: &mut dyn FnMut(Progress),
+    ) -> Result<Self, ModelError> {
+        assert!(rank < world, "rank {rank} of {world}");
+        let config = checkpoint.config().clone();
+        let shard = shards(&config, world)?.swap_remove(rank);
+        let spec = kv_specs(&config, dtype, world)?.swap_remove(rank);
+        let mut loader = Loader::new(backend, checkpoint, &shard, progress);
+        let ends = loader.ends()?;
+        let layers = (0..config.layers).map(|layer| loader.layer(layer)).collect::<Result<_, _>>()?;
+        let rope = config.rope.table(config.head_dim);
+        Ok(Model { config, shard, spec, rope, ends, layers })
+    }
+
+    /// The model's numbers.
+    pub fn config(&self) -> &Config {
+        &self.config
+    }
+
+    /// What this rank holds.
+    pub fn shard(&self) -> &Shard {
+        &self.shard
+    }
+
+    /// What this rank caches.
+    pub fn kv_spec(&self) -> &KvSpec {
+        &self.spec
+    }
+
+    /// Longest context in tokens.
+    pub fn max_context(&self) -> usize {
+        self.config.context
+    }
+
+    /// Width of the logits, all ranks together.
+    pub fn vocab_size(&self) -> usize {
+        self.config.vocab_size
+    }
+
+    /// The whole model over the step's batch: `[rows.len(), vocabulary of this rank]`, for [`backend::Out::Logits`].
+    /// `rows` (at least one) are batch rows, see [`backend::Batch::last_rows`]. In the last layer only they go on after
+    /// the attention.
+    pub fn forward<'a>(
+        &self,
+        step: &mut B::Step<'a>,
+        rows: &[u32],
+        after_attend: AfterAttend<'_, B::Step<'a>>,
+    ) -> B::Act {
+        assert!(!rows.is_empty(), "logits of no rows: use fill");
+        let last = self.config.layers - 1;
+        let x = self.embed(step);
+        let x = self.layers(step, x, 0..last, after_attend);
+        let attended = self.attend(step, &x, last, after_attend);
+        let (x, attended) = (step.rows(x, rows), step.rows(attended, rows));
+        let x = self.after_attention(step, x, attended, last);
+        self.logits(step, x)
+    }
+
+    /// The step's batch into the cache, without logits, for [`backend::Out::Nothing`]: chunks of a prompt before its
+    /// last. The last layer ends with its cache writes.
+    pub fn fill<'a>(&self, step: &mut B::Step<'a>, after_attend: AfterAttend<'_, B::Step<'a>>) {
+        let last = self.config.layers - 1;
+        let x = self.embed(step);
+        let x = self.layers(step, x, 0..last, after_attend);
+        self.attend(step, &x, last, after_attend);
+    }
+
+    /// The batch's ids as activations `[rows, hidden]`.
+    pub fn embed<'a>(&self, step: &mut B::Step<'a>) -> B::Act {
+        step.embed(&self.ends.embed)
+    }
+
+    /// Layers `range` over `x = [rows, hidden]`.
+    pub fn layers<'a>(
+        &self,
+        step: &mut B::Step<'a>,
+        x: B::Act,
+        range: Range<usize>,
+        after_attend: AfterAttend<'_, B::Step<'a>>,
+    ) -> B::Act {
+        range.fold(x, |x, layer| self.layer(step, x, layer, after_attend))
+    }
+
+    /// One layer over `x = [rows, hidden]`.
+    pub fn layer<'a>(
+        &self,
+        step: &mut B::Step<'a>,
+        x: B::Act,
+        layer: usize,
+        after_attend: AfterAttend<'_, B::Step<'a>>,
+    ) -> B::Act {
+        let attended = self.attend(step, &x, layer, after_attend);
+        self.after_attention(step, x, attended, layer)
+    }
+
+    /// Final norm and head over rows `rows` of `x = [rows, hidden]`.
+    pub fn head<'a>(&self, step: &mut B::Step<'a>, x: B::Act, rows: &[u32]) -> B::Act {
+        let x = step.rows(x, rows);
+        self.logits(step, x)
+    }
+
+    /// Norm, projections and attention: `[rows, this rank's query heads * head_dim]`. Writes the layer's cache.
+    fn attend<'a>(
+        &self,
+        step: &mut B::Step<'a>,
+        x: &B::Act,
+        layer: usize,
+        after_attend: AfterAttend<'_, B::Step<'a>>,
+    ) -> B::Act {
+        let (config, weights) = (&self.config, &self.layers[layer]);
+        let x = step.norm(x, &weights.input_norm, config.norm_eps);
+        let qkv = step.linear(&x, &weights.qkv);
+        let attend = Attend {
+            heads: self.shard.heads.len(),
+            kv_heads: self.shard.kv_heads.len(),
+            head_dim: config.head_dim,
+            scale: (config.head_dim as f32).powf(-0.5),
+            rope: &self.rope,
+            q_norm: weights.q_norm.as_ref(),
+            k_norm: weights.k_norm.as_ref(),
+            norm_eps: config.norm_eps,
+            window: config.windows[layer],
+        };
+        let attended = step.attend(layer, qkv, &attend);
+        after_attend(step, layer);
+        attended
+    }
+
+    /// Output projection, residual, MLP, residual.
+    fn after_attention<'a>(
+        &self,
+        step: &mut B::Step<'a>,
+        x: B::Act,
+        attended: B::Act,
+        layer: usize,
+    ) -> B::Act {
+        let weights = &self.layers[layer];
+        let attended = self.row_parallel(step, &attended, &weights.o, weights.o_bias.as_ref());
+        let x = step.add(x, attended);
+        let normed = step.norm(&x, &weights.post_norm, self.config.norm_eps);
+        let gate_up = step.linear(&normed, &weights.gate_up);
+        let gated = step.glu(gate_up, Glu::Silu);
+        let mlp = self.row_parallel(step, &gated, &weights.down, weights.down_bias.as_ref());
+        step.add(x, mlp)
+    }
+
+    /// A product whose inputs are spread over the ranks.
+    fn row_parallel<'a>(
+        &self,
+        step: &mut B::Step<'a>,
+        x: &B::Act,
+        weight: &B::Weight,
+        bias: Option<&B::Weight>,
+    ) -> B::Act {
+        let partial = step.linear(x, weight);
+        let joined = step.all_reduce(partial);
+        match bias {
+            Some(bias) => step.bias(joined, bias),
+            None => joined,
+        }
+    }
+
+    fn logits<'a>(&self, step: &mut B::Step<'a>, x: B::Act) -> B::Act {
+        let x = step.norm(&x, &self.ends.norm, self.config.norm_eps);
+        step.linear(&x, self.ends.head.as_ref().unwrap_or(&self.ends.embed))
+    }
+}

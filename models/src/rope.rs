@@ -1,0 +1,186 @@
+//! Rotary embeddings: from the fields of `config.json` to a table of frequencies. Formulae as in Hugging Face
+//! transformers (`modeling_rope_utils.py`), computed in f64 and rounded once.
+
+use std::f64::consts::PI;
+
+use backend::{Rope, RopeStyle};
+
+use crate::ModelError;
+use crate::fields::Fields;
+
+/// Default base of the frequencies, used where a configuration gives none.
+const THETA: f64 = 10_000.0;
+
+/// A rotary embedding as a configuration gives it.
+#[derive(Clone, Debug, PartialEq)]
+pub struct RopeConfig {
+    /// Base of the frequencies (`rope_theta`).
+    pub theta: f64,
+    /// How the frequencies are stretched for long contexts.
+    pub scaling: Scaling,
+}
+
+/// Stretching of frequencies (`rope_scaling`, or `rope_parameters` of transformers 5).
+#[derive(Clone, Debug, PartialEq)]
+pub enum Scaling {
+    /// None.
+    Default,
+    /// All frequencies divided by `factor`.
+    Linear {
+        /// At least 1 in practice.
+        factor: f64,
+    },
+    /// Llama 3.1: low frequencies divided by `factor`, high ones kept, smooth between.
+    Llama3 {
+        /// Divisor of low frequencies.
+        factor: f64,
+        /// Wavelengths above `original / low` are low frequencies.
+        low: f64,
+        /// Wavelengths below `original / high` are high frequencies.
+        high: f64,
+        /// Context of the pre-training, in tokens.
+        original: f64,
+    },
+    /// YaRN (arXiv 2309.00071).
+    Yarn {
+        /// Divisor of low frequencies.
+        factor: f64,
+        /// Context of the pre-training, in tokens.
+        original: f64,
+        /// Rotations within `original` above which a frequency is kept.
+        beta_fast: f64,
+        /// Rotations below which a frequency is divided.
+        beta_slow: f64,
+        /// Whether the ramp's ends are rounded to whole dimensions.
+        truncate: bool,
+        /// Factor on cos and sin.
+        attention: f64,
+    },
+}
+
+impl RopeConfig {
+    /// Reads `rope_theta` and `rope_scaling` or `rope_parameters` of a family that rotates whole heads.
+    /// `positions` is `max_position_embeddings`.
+    pub(crate) fn read(fields: &mut Fields, positions: usize) -> Result<RopeConfig, ModelError> {
+        let theta = fields.opt_positive("rope_theta")?;
+        // Some configurations give the context of the pre-training beside the object; then that one counts.
+        let original = fields.opt_positive("original_max_position_embeddings")?;
+        let scaling = fields.opt_object("rope_scaling")?;
+        let parameters = fields.opt_object("rope_parameters")?;
+        if scaling.is_some() && parameters.is_some() {
+            return Err(fields.error("rope_scaling", "given beside rope_parameters: which one counts?"));
+        }
+        let Some(mut rope) = scaling.or(parameters) else {
+            return Ok(RopeConfig { theta: theta.unwrap_or(THETA), scaling: Scaling::Default });
+        };
+        let theta = rope.opt_positive("rope_theta")?.or(theta).unwrap_or(THETA);
+        let old_kind = rope.opt_text("type")?;
+        let kind = rope.opt_text("rope_type")?.or(old_kind).unwrap_or_else(|| "default".into());
+        let inside = rope.opt_positive("original_max_position_embeddings")?;
+        let original = original.or(inside).unwrap_or(positions as f64);
+        let scaling = match kind.as_str() {
+            "default" => Scaling::Default,
+            "linear" => Scaling::Linear { factor: rope.positive("factor")? },
+            "llama3" => {
+                let low = rope.positive("low_freq_factor")?;
+                let high = rope.positive("high_freq_factor")?;
+                if high <= low {
+                    return Err(
+                        rope.error("high_freq_factor", format!("{high} is not above low_freq_factor {low}"))
+                    );
+                }
+                Scaling::Llama3 { factor: rope.positive("factor")?, low, high, original }
+            }
+            "yarn" => {
+                let factor = rope.opt_positive("factor")?.unwrap_or(positions as f64 / original);
+                let mscale = rope.opt_number("mscale")?.filter(|number| *number != 0.0);
+                let mscale_all = rope.opt_number("mscale_all_dim")?.filter(|number| *number != 0.0);
+                let attention = match (rope.opt_positive("attention_factor")?, mscale, mscale_all) {
+                    (Some(given), _, _) => given,
+                    (None, Some(one), Some(all)) => yarn_mscale(factor, one) / yarn_mscale(factor, all),
+                    (None, _, _) => yarn_mscale(factor, 1.0),
+                };
+                Scaling::Yarn {
+                    factor,
+                    original,
+                    beta_fast: rope.opt_positive("beta_fast")?.unwrap_or(32.0),
+                    beta_slow: rope.opt_positive("beta_slow")?.unwrap_or(1.0),
+                    truncate: rope.flag("truncate", true)?,
+                    attention,
+                }
+            }
+            other => {
+                let known = "default, linear, llama3, yarn";
+                return Err(rope.error("rope_type", format!("{other:?} is not supported (known: {known})")));
+            }
+        };
+        rope.finish()?;
+        Ok(RopeConfig { theta, scaling })
+    }
+
+    /// The frequencies of a head of `head_dim` elements, all of them rotated.
+    pub fn table(&self, head_dim: usize) -> Rope {
+        let count = head_dim / 2;
+        let plain = |i: usize| self.theta.powf(-((2 * i) as f64) / head_dim as f64);
+        let mut attention = 1.0;
+        let inv_freq: Vec<f64> = match &self.scaling {
+            Scaling::Default => (0..count).map(plain).collect(),
+            Scaling::Linear { factor } => (0..count).map(|i| plain(i) / factor).collect(),
+            Scaling::Llama3 { factor, low, high, original } => (0..count)
+                .map(|i| {
+                    let freq = plain(i);
+                    let wavelength = 2.0 * PI / freq;
+                    if wavelength < original / high {
+                        freq
+                    } else if wavelength > original / low {
+                        freq / factor
+                    } else {
+                        let smooth = (original / wavelength - low) / (high - low);
+                        (1.0 - smooth) * freq / factor + smooth * freq
+                    }
+                })
+                .collect(),
+            Scaling::Yarn { factor, original, beta_fast, beta_slow, truncate, attention: given } => {
+                attention = *given;
+                let dim = head_dim as f64;
+                // The dimension that rotates `rotations` times within the pre-training context.
+                let dimension =
+                    |rotations: f64| dim * (original / (rotations * 2.0 * PI)).ln() / (2.0 * self.theta.ln());
+                let (mut low, mut high) = (dimension(*beta_fast), dimension(*beta_slow));
+                if *truncate {
+                    (low, high) = (low.floor(), high.ceil());
+                }
+                let (low, mut high) = (low.max(0.0), high.min(dim - 1.0));
+                if low == high {
+                    high += 0.001;
+                }
+                (0..count)
+                    .map(|i| {
+                        // 0: kept, 1: divided.
+                        let ramp = ((i as f64 - low) / (high - low)).clamp(0.0, 1.0);
+                        plain(i) / factor * ramp + plain(i) * (1.0 - ramp)
+                    })
+                    .collect()
+            }
+        };
+        Rope {
+            inv_freq: inv_freq.into_iter().map(|freq| freq as f32).collect(),
+            factor: attention as f32,
+            style: RopeStyle::HalfSplit,
+        }
+    }
+
+    /// Longest context in tokens that the stretched frequencies are meant for.
+    pub(crate) fn context(&self, positions: usize) -> usize {
+        match self.scaling {
+            Scaling::Default | Scaling::Llama3 { .. } => positions,
+            // Such configurations keep the length from before the stretching.
+            Scaling::Linear { factor } => (positions as f64 * factor) as usize,
+            Scaling::Yarn { factor, original, .. } => positions.max((original * factor) as usize),
+        }
+    }
+}
+
+fn yarn_mscale(factor: f64, mscale: f64) -> f64 {
+    if factor <= 1.0 { 1.0 } else { 0.1 * mscale * factor.ln() + 1.0 }
+}
