@@ -40,21 +40,20 @@ impl Group {
         let mut links: Vec<Vec<Option<TcpStream>>> =
             (0..world).map(|_| (0..world).map(|_| None).collect()).collect();
         let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0))?;
-        for low in 0..world {
-            for high in low + 1..world {
-                let near = TcpStream::connect(listener.local_addr()?)?;
-                let far = loop {
-                    let (far, peer) = listener.accept()?;
-                    // Anyone may connect to a loopback port: only our own connection counts.
-                    if peer == near.local_addr()? {
-                        break far;
-                    }
-                };
-                near.set_nodelay(true)?;
-                far.set_nodelay(true)?;
-                links[low][high] = Some(near);
-                links[high][low] = Some(far);
-            }
+        let pairs = (0..world).flat_map(|low| (low + 1..world).map(move |high| (low, high)));
+        for (low, high) in pairs {
+            let near = TcpStream::connect(listener.local_addr()?)?;
+            let far = loop {
+                let (far, peer) = listener.accept()?;
+                // Anyone may connect to a loopback port: only our own connection counts.
+                if peer == near.local_addr()? {
+                    break far;
+                }
+            };
+            near.set_nodelay(true)?;
+            far.set_nodelay(true)?;
+            links[low][high] = Some(near);
+            links[high][low] = Some(far);
         }
         let group = |(rank, links)| Group { rank, world, links: Links::Sockets(links) };
         Ok(links.into_iter().enumerate().map(group).collect())
