@@ -3,3 +3,4 @@
 //! The router sees tokens and text, never a tensor.
 
 pub mod inference;
+pub mod text;

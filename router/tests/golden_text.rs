@@ -1,0 +1,113 @@
+//! Text and ids equal Hugging Face's, for four families' tokenizers and chat templates: a wrong space in a prompt makes a
+//! model worse without any error. `golden_text.json` was written by transformers.
+
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::SystemTime;
+
+use proptest::prelude::*;
+use proptest::test_runner::TestRunner;
+use router::text::{Beginning, Conversation, Detokenizer, ModelText};
+use serde::Deserialize;
+use serde_json::{Map, Value};
+
+const FAMILIES: [&str; 4] = ["llama", "qwen3", "deepseek_v3", "minimax_m2"];
+
+#[derive(Deserialize)]
+struct Golden {
+    encode: Vec<Encoding>,
+    chats: Vec<Chat>,
+}
+
+#[derive(Deserialize)]
+struct Encoding {
+    text: String,
+    ids: Vec<u32>,
+    ids_special: Vec<u32>,
+    decoded: String,
+}
+
+#[derive(Deserialize)]
+struct Chat {
+    messages: Vec<Value>,
+    #[serde(default)]
+    tools: Vec<Value>,
+    add_generation_prompt: bool,
+    rendered: String,
+    ids: Vec<u32>,
+}
+
+fn fixture(family: &str) -> PathBuf {
+    [env!("CARGO_MANIFEST_DIR"), "tests", "fixtures", family].iter().collect()
+}
+
+fn load(family: &str) -> (ModelText, Golden) {
+    let dir = fixture(family);
+    let golden = std::fs::read(dir.join("golden_text.json")).expect("a fixture");
+    (ModelText::load(&dir).expect("a model's text"), serde_json::from_slice(&golden).expect("a golden file"))
+}
+
+#[test]
+fn encodings_equal_hugging_faces() {
+    for family in FAMILIES {
+        let (text, golden) = load(family);
+        for case in golden.encode {
+            let encode = |special| text.tokenizer.encode(&case.text, special).expect("encodable");
+            assert_eq!(encode(false), case.ids, "{family}: {:?}", case.text);
+            assert_eq!(encode(true), case.ids_special, "{family}: {:?} with special tokens", case.text);
+            assert_eq!(text.tokenizer.decode(&case.ids, true), case.decoded, "{family}: {:?}", case.text);
+        }
+    }
+}
+
+#[test]
+fn chats_equal_hugging_faces() {
+    for family in FAMILIES {
+        let (text, golden) = load(family);
+        for chat in golden.chats {
+            let conversation = Conversation {
+                messages: chat.messages,
+                tools: chat.tools,
+                add_generation_prompt: chat.add_generation_prompt,
+                variables: Map::new(),
+            };
+            let rendered =
+                text.templates.render(conversation, SystemTime::UNIX_EPOCH, 1 << 20).expect("rendered");
+            assert_eq!(rendered, chat.rendered, "{family}");
+            assert_eq!(text.tokenizer.encode(&rendered, false).expect("encodable"), chat.ids, "{family}");
+        }
+    }
+}
+
+/// However ids fall, and most random sequences are no valid UTF-8, the increments are the library's decoding of the whole.
+#[test]
+fn increments_equal_the_whole() {
+    for family in FAMILIES {
+        let (text, _) = load(family);
+        let path = fixture(family).join("tokenizer.json");
+        let reference = tokenizers::Tokenizer::from_file(path).expect("a tokenizer");
+        let ids = prop::collection::vec(0..text.tokenizer.pieces().len() as u32 + 3, 0..40);
+        let property = |(ids, skip): (Vec<u32>, bool)| {
+            let mut detokenizer =
+                Detokenizer::new(Arc::clone(text.tokenizer.pieces()), skip, Beginning::Text);
+            let mut whole = String::new();
+            ids.iter().for_each(|&id| detokenizer.push(id, &mut whole));
+            detokenizer.finish(&mut whole);
+            prop_assert_eq!(whole, reference.decode(&ids, skip).expect("decodable"));
+            Ok(())
+        };
+        TestRunner::new(ProptestConfig {
+            cases: 500,
+            failure_persistence: None,
+            ..ProptestConfig::default()
+        })
+        .run(&(ids, any::<bool>()), property)
+        .unwrap_or_else(|error| panic!("{family}: {error}"));
+    }
+}
+
+#[test]
+fn tool_calls_are_read_only_in_the_form_that_is_known() {
+    let reads: Vec<bool> = FAMILIES.iter().map(|family| load(family).0.reads_tool_calls()).collect();
+    assert_eq!(reads, [false, true, false, false]);
+}
