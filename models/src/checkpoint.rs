@@ -214,13 +214,12 @@ fn single(dir: &Path) -> Result<WeightFile, ModelError> {
     if path.exists() {
         return WeightFile::open(&path);
     }
+    let entries = std::fs::read_dir(dir).into_iter().flatten().flatten();
+    let names = entries.map(|entry| entry.file_name().to_string_lossy().into_owned());
     let other =
-        std::fs::read_dir(dir).into_iter().flatten().flatten().map(|entry| entry.file_name()).find(|name| {
-            let name = name.to_string_lossy();
-            name.ends_with(".gguf") || name.ends_with(".bin") || name.ends_with(".safetensors")
-        });
+        names.filter(|name| [".gguf", ".bin", ".safetensors"].iter().any(|end| name.ends_with(end))).min();
     let reason = match other {
-        Some(name) => format!("neither {SINGLE} nor {INDEX} ({} is there)", name.to_string_lossy()),
+        Some(name) => format!("neither {SINGLE} nor {INDEX} ({name} is there)"),
         None => format!("neither {SINGLE} nor {INDEX}"),
     };
     Err(ModelError::Format { path: dir.display().to_string(), reason })

@@ -189,3 +189,111 @@ pub(crate) fn window(fields: &mut Fields) -> Result<Option<u32>, ModelError> {
         window => Ok(window.map(|window| window as u32)),
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const SIZES: &str = r#""vocab_size": 512, "hidden_size": 64, "intermediate_size": 160, "num_hidden_layers": 3,
+        "num_attention_heads": 4, "max_position_embeddings": 4096"#;
+
+    fn config(model_type: &str, more: &str) -> Result<Config, String> {
+        let json = format!(r#"{{"model_type": "{model_type}", {SIZES} {more}}}"#);
+        Config::parse("c", json.as_bytes()).map_err(|error| error.to_string())
+    }
+
+    #[test]
+    fn families_differ_in_these_numbers() {
+        let llama = config("llama", r#", "attention_bias": true, "mlp_bias": true"#).unwrap();
+        assert_eq!((llama.kv_heads, llama.head_dim), (4, 16));
+        assert_eq!((llama.qkv_bias, llama.o_bias, llama.mlp_bias, llama.qk_norm), (true, true, true, false));
+        let qwen2 = config("qwen2", r#", "num_key_value_heads": 2"#).unwrap();
+        assert_eq!(
+            (qwen2.qkv_bias, qwen2.o_bias, qwen2.mlp_bias, qwen2.qk_norm),
+            (true, false, false, false)
+        );
+        let qwen3 = config("qwen3", r#", "num_key_value_heads": 2"#).unwrap();
+        assert_eq!((qwen3.qkv_bias, qwen3.head_dim, qwen3.qk_norm), (false, 128, true));
+        let mistral = config("mistral", r#", "num_key_value_heads": 2, "head_dim": 32"#).unwrap();
+        assert_eq!((mistral.head_dim, mistral.qkv_bias), (32, false));
+        // Absent is the family's default, null is as many as query heads.
+        assert_eq!(config("mistral", r#", "num_key_value_heads": null"#).unwrap().kv_heads, 4);
+        assert_eq!(
+            config("mistral", "").unwrap_err(),
+            "c: num_key_value_heads: 8 does not divide 4 query heads"
+        );
+    }
+
+    #[test]
+    fn windows_are_per_layer() {
+        let windows = |model_type: &str, more: &str| {
+            config(model_type, &format!(r#", "num_key_value_heads": 2, {more}"#)).map(|config| config.windows)
+        };
+        let (none, some) = (Ok(vec![None; 3]), Ok(vec![Some(16); 3]));
+        assert_eq!(windows("mistral", r#""sliding_window": null"#), none);
+        assert_eq!(windows("mistral", r#""sliding_window": 16"#), some);
+        assert_eq!(windows("mistral", r#""head_dim": 16"#), Ok(vec![Some(4096); 3]));
+        assert_eq!(windows("qwen2", r#""sliding_window": 16, "use_sliding_window": false"#), none);
+        assert_eq!(
+            windows("qwen2", r#""sliding_window": 16, "use_sliding_window": true, "max_window_layers": 1"#),
+            Ok(vec![None, Some(16), Some(16)])
+        );
+        let types = r#""layer_types": ["full_attention", "sliding_attention", "full_attention"]"#;
+        assert_eq!(
+            windows("qwen3", &format!(r#""sliding_window": 16, "use_sliding_window": true, {types}"#)),
+            Ok(vec![None, Some(16), None])
+        );
+        assert_eq!(windows("qwen3", types), Err("c: layer_types: sliding_attention without a window".into()));
+        assert_eq!(
+            windows("qwen3", r#""layer_types": ["full_attention"]"#),
+            Err("c: layer_types: 1 entries for 3 layers".into())
+        );
+        assert_eq!(
+            windows("mistral", r#""sliding_window": 0"#),
+            Err("c: sliding_window: a window of 0 tokens attends to nothing".into())
+        );
+    }
+
+    #[test]
+    fn what_changes_the_math_and_is_not_supported_is_named() {
+        let error = |model_type, more: &str| config(model_type, more).unwrap_err();
+        assert_eq!(
+            error("qwen3_moe", ""),
+            "c: not supported yet: model_type \"qwen3_moe\" (supported: llama, mistral, qwen2, qwen3)"
+        );
+        assert!(error("deepseek_v3", "").contains("not supported yet: model_type \"deepseek_v3\""));
+        let change = "is not supported: it may change the computation";
+        assert_eq!(error("llama", r#", "sliding_window": 16"#), format!("c: sliding_window: 16 {change}"));
+        assert_eq!(
+            error("llama", r#", "quantization_config": {"quant_method": "fp8"}"#),
+            format!("c: quantization_config: {{\"quant_method\":\"fp8\"}} {change}")
+        );
+        assert_eq!(
+            error("llama", r#", "hidden_act": "gelu""#),
+            "c: hidden_act: \"gelu\" is not supported (known: silu)"
+        );
+        assert_eq!(
+            error("llama", r#", "num_key_value_heads": 3"#),
+            "c: num_key_value_heads: 3 does not divide 4 query heads"
+        );
+        assert_eq!(error("llama", r#", "head_dim": 15"#), "c: head_dim: 15 is not a positive even number");
+    }
+
+    #[test]
+    fn broken_files_are_named() {
+        let error = |json: &str| Config::parse("c", json.as_bytes()).unwrap_err().to_string();
+        assert_eq!(error("[]"), "c: not a JSON object");
+        assert_eq!(error("{}"), "c: model_type: missing");
+        assert_eq!(error(r#"{"model_type": "llama"}"#), "c: hidden_size: missing");
+        assert!(error("{").starts_with("c: EOF while parsing"), "{}", error("{"));
+        let missing = Config::read(Path::new("no/such/config.json")).unwrap_err().to_string();
+        assert!(missing.starts_with("no/such/config.json: "), "{missing}");
+    }
+
+    #[test]
+    fn end_tokens_are_one_or_many_and_within_the_vocabulary() {
+        assert_eq!(config("llama", r#", "eos_token_id": 7"#).unwrap().eos_ids, [7]);
+        assert_eq!(config("llama", r#", "eos_token_id": [9, 512, 8]"#).unwrap().eos_ids, [9, 8]);
+        assert_eq!(config("llama", "").unwrap().eos_ids, Vec::<u32>::new());
+    }
+}

@@ -60,3 +60,35 @@ impl Generation {
         })
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn this_file_counts_before_the_configuration() {
+        let config = br#"{"model_type": "llama", "vocab_size": 512, "hidden_size": 64, "intermediate_size": 8,
+            "num_hidden_layers": 1, "num_attention_heads": 4, "max_position_embeddings": 64, "eos_token_id": 5}"#;
+        let config = Config::parse("c", config).unwrap();
+        let parse = |json: &str| Generation::parse("g", json.as_bytes(), &config);
+        let given = parse(
+            r#"{"eos_token_id": [7, 9], "do_sample": true, "temperature": 0.6, "top_k": 20, "top_p": 0.95,
+            "transformers_version": "4.51"}"#,
+        );
+        let want = Generation {
+            eos_ids: vec![7, 9],
+            do_sample: Some(true),
+            temperature: Some(0.6),
+            top_p: Some(0.95),
+            top_k: Some(20),
+            min_p: None,
+            repetition_penalty: None,
+        };
+        assert_eq!(given.unwrap(), want);
+        assert_eq!(parse("{}").unwrap(), Generation { eos_ids: vec![5], ..Generation::default() });
+        assert_eq!(
+            parse(r#"{"temperature": "hot"}"#).unwrap_err().to_string(),
+            "g: temperature: \"hot\" is not a number"
+        );
+    }
+}

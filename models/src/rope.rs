@@ -184,3 +184,130 @@ impl RopeConfig {
 fn yarn_mscale(factor: f64, mscale: f64) -> f64 {
     if factor <= 1.0 { 1.0 } else { 0.1 * mscale * factor.ln() + 1.0 }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::Config;
+
+    /// The rotation of a model with `fields`, 4,096 positions and heads of 16 elements.
+    fn config(fields: &str) -> Result<Config, ModelError> {
+        let json = format!(
+            r#"{{"model_type": "llama", "vocab_size": 8, "hidden_size": 64, "intermediate_size": 8,
+                "num_hidden_layers": 1, "num_attention_heads": 4, "max_position_embeddings": 4096, {fields}}}"#
+        );
+        Config::parse("c", json.as_bytes())
+    }
+
+    /// Expected numbers are those of transformers 5.23 (`ROPE_INIT_FUNCTIONS`), which computes in f32.
+    fn check(fields: &str, factor: f32, context: usize, expected: [f32; 8]) {
+        let config = config(fields).unwrap();
+        let rope = config.rope.table(config.head_dim);
+        assert_eq!(rope.inv_freq.len(), 8, "{fields}");
+        for (i, (got, want)) in rope.inv_freq.iter().zip(expected).enumerate() {
+            assert!((got / want - 1.0).abs() < 1e-6, "{fields}: {i}: {got} {want}");
+        }
+        assert!((rope.factor / factor - 1.0).abs() < 1e-7, "{fields}: {} {factor}", rope.factor);
+        assert_eq!(config.context, context, "{fields}");
+    }
+
+    #[test]
+    fn every_kind_gives_the_numbers_of_transformers() {
+        let plain = [1.0, 0.316_227_76, 0.1, 0.031_622_777, 0.01, 0.003_162_277_7, 0.001, 0.000_316_227_77];
+        check(r#""rope_theta": 10000.0"#, 1.0, 4096, plain);
+        check(r#""rope_scaling": null"#, 1.0, 4096, plain);
+        check(
+            r#""rope_theta": 10000.0, "rope_scaling": {"type": "linear", "factor": 4.0}"#,
+            1.0,
+            16384,
+            plain.map(|freq| freq / 4.0),
+        );
+        let llama3 = [
+            1.0,
+            0.193_922_76,
+            0.010_538_231,
+            0.000_911_583_13,
+            0.000_176_776_68,
+            3.428_102_4e-5,
+            6.647_869_7e-6,
+            1.289_173_2e-6,
+        ];
+        let scaling = r#""factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 256, "rope_type": "llama3""#;
+        check(&format!(r#""rope_theta": 500000, "rope_scaling": {{{scaling}}}"#), 1.0, 4096, llama3);
+        check(&format!(r#""rope_parameters": {{{scaling}, "rope_theta": 500000}}"#), 1.0, 4096, llama3);
+        check(
+            r#""rope_theta": 1e6, "rope_scaling":
+                {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}"#,
+            1.138_629_4,
+            4096,
+            [
+                1.0,
+                0.111_142_464,
+                0.007_905_694_7,
+                0.001_405_853_3,
+                0.000_25,
+                4.445_698_5e-5,
+                7.905_693_6e-6,
+                1.405_853_4e-6,
+            ],
+        );
+        check(
+            r#""rope_scaling": {"rope_type": "yarn", "factor": 40.0, "original_max_position_embeddings": 4096,
+                "beta_fast": 16, "beta_slow": 2, "mscale": 1.0, "mscale_all_dim": 0.5, "truncate": false}"#,
+            1.155_722,
+            163_840,
+            [
+                1.0,
+                0.316_227_76,
+                0.1,
+                0.031_622_779,
+                0.005_790_104_6,
+                0.000_123_952_46,
+                2.5e-5,
+                7.905_694_5e-6,
+            ],
+        );
+        check(
+            r#""rope_scaling": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 1024,
+                "attention_factor": 1.25}"#,
+            1.25,
+            4096,
+            [
+                1.0,
+                0.316_227_76,
+                0.081_250_004,
+                0.019_764_237,
+                0.004_375,
+                0.000_790_569_47,
+                0.000_25,
+                7.905_694_7e-5,
+            ],
+        );
+    }
+
+    #[test]
+    fn kinds_and_fields_that_are_not_understood_are_named() {
+        let error = |fields: &str| config(fields).unwrap_err().to_string();
+        assert_eq!(
+            error(r#""rope_scaling": {"type": "dynamic", "factor": 2.0}"#),
+            "c: rope_scaling.rope_type: \"dynamic\" is not supported (known: default, linear, llama3, yarn)"
+        );
+        assert_eq!(
+            error(r#""rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}"#),
+            "c: rope_parameters.partial_rotary_factor: 0.5 is not supported: it may change the computation"
+        );
+        assert_eq!(
+            error(r#""rope_parameters": {"full_attention": {"rope_theta": 1e6}}"#),
+            "c: rope_parameters.full_attention: {\"rope_theta\":1000000.0} is not supported: it may change the computation"
+        );
+        assert_eq!(error(r#""rope_scaling": {"type": "linear"}"#), "c: rope_scaling.factor: missing");
+        assert_eq!(error(r#""rope_theta": 0"#), "c: rope_theta: 0 is not positive");
+        assert_eq!(
+            error(
+                r#""rope_scaling": {"type": "llama3", "factor": 8, "low_freq_factor": 4, "high_freq_factor": 1}"#
+            ),
+            "c: rope_scaling.high_freq_factor: 1 is not above low_freq_factor 4"
+        );
+    }
+}

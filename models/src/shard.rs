@@ -113,3 +113,108 @@ fn ksum(total: usize, ranges: &[Range<usize>]) -> KSum {
             .all(|(rank, r)| *r == (rank * total / world..(rank + 1) * total / world));
     KSum::Tree { ranges: if branches { TREE / world } else { 1 } }
 }
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    fn config(heads: usize, kv_heads: usize, head_dim: usize, ffn: usize, vocab: usize) -> Config {
+        let json = format!(
+            r#"{{"model_type": "llama", "vocab_size": {vocab}, "hidden_size": 64, "intermediate_size": {ffn},
+                "num_hidden_layers": 1, "num_attention_heads": {heads}, "num_key_value_heads": {kv_heads},
+                "head_dim": {head_dim}, "max_position_embeddings": 64}}"#
+        );
+        Config::parse("c", json.as_bytes()).unwrap()
+    }
+
+    /// Ranges in order that cover `[0, total)` once, none empty.
+    fn covers(ranges: impl Iterator<Item = Range<usize>>, total: usize) -> bool {
+        let mut end = 0;
+        for range in ranges {
+            if range.start != end || range.is_empty() {
+                return false;
+            }
+            end = range.end;
+        }
+        end == total
+    }
+
+    proptest! {
+        /// Every split gives each rank something, covers the model in order, and keeps query heads with their KV heads.
+        #[test]
+        fn ranks_cover_the_model(kv in 1usize..9, group in 1usize..9, ffn in 1usize..600, vocab in 1usize..600, world in 1usize..17) {
+            let config = config(kv * group, kv, 16, ffn, vocab);
+            let Ok(shards) = shards(&config, world) else {
+                // Only for want of pieces.
+                let ranks_of_first_head = if world <= kv { 1 } else { world.div_ceil(kv) };
+                prop_assert!(ffn < world || vocab < world || ranks_of_first_head > group);
+                return Ok(());
+            };
+            prop_assert_eq!(shards.len(), world);
+            prop_assert!(covers(shards.iter().map(|s| s.heads.clone()), kv * group));
+            prop_assert!(covers(shards.iter().map(|s| s.ffn.clone()), ffn));
+            prop_assert!(covers(shards.iter().map(|s| s.vocab.clone()), vocab));
+            for s in &shards {
+                // The KV heads of the query heads, no more.
+                prop_assert_eq!(&s.kv_heads, &(s.heads.start / group..(s.heads.end - 1) / group + 1));
+                // The seam pairs them evenly.
+                prop_assert_eq!(s.heads.len() % s.kv_heads.len(), 0);
+                if s.kv_heads.len() > 1 {
+                    prop_assert_eq!(s.heads.len(), s.kv_heads.len() * group);
+                }
+            }
+        }
+
+        /// Ranks differ by one unit at most.
+        #[test]
+        fn splits_are_fair(total in 1usize..2000, world in 1usize..17) {
+            if let Ok(ranges) = split("x", total, world, FFN_ALIGN) {
+                let lens: Vec<usize> = ranges.iter().map(Range::len).collect();
+                let (least, most) = (lens.iter().min().unwrap(), lens.iter().max().unwrap());
+                prop_assert!(most - least <= FFN_ALIGN, "{lens:?}");
+                prop_assert!(total % world != 0 || most == least, "{lens:?}");
+            }
+        }
+    }
+
+    #[test]
+    fn the_sum_tree_is_shared_where_ranges_divide() {
+        let sums = |heads, ffn, world| {
+            let shards = shards(&config(heads, 2, 16, ffn, 512), world).unwrap();
+            let of = |sum| match sum {
+                KSum::Tree { ranges } => ranges,
+                KSum::Ascending => 0,
+            };
+            (of(shards[0].o_sum), of(shards[0].down_sum))
+        };
+        assert_eq!(sums(4, 160, 1), (8, 8));
+        assert_eq!(sums(4, 160, 2), (4, 4));
+        assert_eq!(sums(4, 160, 4), (2, 2));
+        assert_eq!(sums(8, 160, 8), (1, 1));
+        // 160 in 3 parts and 4 heads in 3: branches of no common tree.
+        assert_eq!(sums(4, 160, 3), (1, 1));
+        // 6 heads over 4 ranks are uneven, 160 columns are not; 162 columns have no 8 equal ranges.
+        assert_eq!(sums(6, 160, 4), (1, 2));
+        assert_eq!(sums(6, 162, 2), (4, 1));
+    }
+
+    #[test]
+    fn kv_heads_are_shared_by_ranks_when_there_are_fewer() {
+        let shards = shards(&config(6, 2, 16, 160, 512), 4).unwrap();
+        let heads: Vec<_> = shards.iter().map(|s| (s.heads.clone(), s.kv_heads.clone())).collect();
+        assert_eq!(heads, [(0..2, 0..1), (2..3, 0..1), (3..5, 1..2), (5..6, 1..2)]);
+        let specs = kv_specs(&config(6, 2, 16, 160, 512), DType::BF16, 4).unwrap();
+        assert_eq!(specs[1], KvSpec::gqa(1, 2, 0..1, 16, DType::BF16));
+        assert_eq!(specs[2], KvSpec::gqa(1, 2, 1..2, 16, DType::BF16));
+    }
+
+    #[test]
+    fn more_ranks_than_heads_is_an_error() {
+        let error = shards(&config(4, 2, 16, 160, 512), 5).unwrap_err().to_string();
+        assert_eq!(error, "cannot split query heads over 5 tensor-parallel ranks: there are 4");
+        let error = shards(&config(8, 2, 16, 3, 512), 4).unwrap_err().to_string();
+        assert_eq!(error, "cannot split ffn columns over 4 tensor-parallel ranks: there are 3");
+    }
+}
