@@ -8,7 +8,7 @@ use std::time::Duration;
 use backend::KvSpec;
 
 /// A prompt and what was generated of its answer so far.
-#[derive(Clone, Debug, PartialEq)]
+#[derive(Clone, Debug, Default, PartialEq)]
 pub struct Request {
     /// The router's id of the client's request.
     pub id: String,
@@ -166,6 +166,13 @@ pub enum Event {
     Preempted,
     /// The job failed. Ends the job.
     Failed(JobError),
+}
+
+impl Event {
+    /// Whether it ends the job.
+    pub fn is_last(&self) -> bool {
+        matches!(self, Event::Pushed { .. } | Event::Finished { .. } | Event::Preempted | Event::Failed(_))
+    }
 }
 
 /// A generated token.

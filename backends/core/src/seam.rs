@@ -224,6 +224,11 @@ pub trait KvStore {
     /// Tokens of a block: capacity is rounded up to it, prefixes are shared at multiples of it.
     fn block_tokens(&self) -> u32;
 
+    /// Whether [`Fork::Share`] shares blocks; otherwise it copies and takes as many blocks again.
+    fn shares(&self) -> bool {
+        true
+    }
+
     /// Blocks by state. Reclaims what dropped leases gave back.
     fn usage(&mut self) -> KvUsage;
 

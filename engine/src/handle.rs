@@ -1,0 +1,199 @@
+//! The handle that a node's services hold: jobs go in, events come out. It stays valid while the group behind it is
+//! lost and met anew; meanwhile it refuses.
+
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, mpsc};
+use std::time::{Duration, Instant};
+
+use tokio::sync::{mpsc as channel, oneshot};
+
+use crate::request::{Event, Job, JobError, Refusal, Report};
+use crate::tp::plan::Notice;
+
+/// What the runner's thread is told.
+pub(crate) enum Command {
+    Submit {
+        id: u64,
+        job: Job,
+        events: channel::UnboundedSender<Event>,
+        arrived: Instant,
+    },
+    Cancel(u64),
+    Probe(oneshot::Sender<Result<Duration, JobError>>),
+    /// From a rank of the group of `epoch`.
+    Notice {
+        epoch: u64,
+        rank: usize,
+        notice: Notice,
+    },
+    /// Only wakes the runner, which then looks at the flags.
+    Wake,
+}
+
+/// Whether jobs are taken on.
+enum Gate {
+    Shut(String),
+    Open,
+}
+
+struct Shared {
+    commands: mpsc::Sender<Command>,
+    next_job: AtomicU64,
+    gate: Mutex<Gate>,
+    draining: AtomicBool,
+    stopping: AtomicBool,
+    report: Mutex<Report>,
+}
+
+/// Takes jobs. A clone is another handle on the same engine.
+#[derive(Clone)]
+pub struct Engine {
+    shared: Arc<Shared>,
+}
+
+/// The runner's end of an [`Engine`].
+pub struct Commands {
+    pub(crate) receiver: mpsc::Receiver<Command>,
+    shared: Arc<Shared>,
+}
+
+/// Events of one job. Dropping it cancels the job at the next step.
+pub struct Events {
+    receiver: channel::UnboundedReceiver<Event>,
+    job: u64,
+    ended: bool,
+    shared: Arc<Shared>,
+}
+
+/// A handle and the runner's end of it. Jobs are refused until a runner leads.
+pub fn engine() -> (Engine, Commands) {
+    let (sender, receiver) = mpsc::channel();
+    let shared = Arc::new(Shared {
+        commands: sender,
+        next_job: AtomicU64::new(1),
+        gate: Mutex::new(Gate::Shut("engine is starting".into())),
+        draining: AtomicBool::new(false),
+        stopping: AtomicBool::new(false),
+        report: Mutex::new(Report::default()),
+    });
+    (Engine { shared: shared.clone() }, Commands { receiver, shared })
+}
+
+/// A lock whose holders never leave it half changed.
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+impl Engine {
+    /// Hands a job to the runner. What can only be decided there (room, validity) comes as the first event:
+    /// [`Event::Failed`] with [`JobError::Refused`].
+    pub fn submit(&self, job: Job) -> Result<Events, Refusal> {
+        let stopped = || Refusal::Unavailable("engine stopped".into());
+        if self.shared.stopping.load(Ordering::SeqCst) {
+            return Err(stopped());
+        }
+        if self.shared.draining.load(Ordering::SeqCst) {
+            return Err(Refusal::Unavailable("draining".into()));
+        }
+        if let Gate::Shut(reason) = &*lock(&self.shared.gate) {
+            return Err(Refusal::Unavailable(reason.clone()));
+        }
+        let id = self.shared.next_job.fetch_add(1, Ordering::Relaxed);
+        // As many events as the answer has tokens, and a few: the request bounds the channel.
+        let (events, receiver) = channel::unbounded_channel();
+        let submit = Command::Submit { id, job, events, arrived: Instant::now() };
+        self.shared.commands.send(submit).map_err(|_| stopped())?;
+        Ok(Events { receiver, job: id, ended: false, shared: self.shared.clone() })
+    }
+
+    /// State as of the last step; at most some tens of milliseconds old while steps run.
+    pub fn report(&self) -> Report {
+        lock(&self.shared.report).clone()
+    }
+
+    /// Time of a real step on a scratch sequence.
+    pub async fn probe(&self) -> Result<Duration, JobError> {
+        if let Gate::Shut(reason) = &*lock(&self.shared.gate) {
+            return Err(JobError::Refused(Refusal::Unavailable(reason.clone())));
+        }
+        let (reply, answer) = oneshot::channel();
+        let stopped = || JobError::Engine("engine stopped".into());
+        self.shared.commands.send(Command::Probe(reply)).map_err(|_| stopped())?;
+        answer.await.unwrap_or_else(|_| Err(stopped()))
+    }
+
+    /// Takes no more jobs; those that run go on.
+    pub fn drain(&self) {
+        self.shared.draining.store(true, Ordering::SeqCst);
+    }
+
+    /// Whether [`Engine::drain`] was called.
+    pub fn draining(&self) -> bool {
+        self.shared.draining.load(Ordering::SeqCst)
+    }
+
+    /// Whether jobs are taken on now.
+    pub fn ready(&self) -> bool {
+        matches!(*lock(&self.shared.gate), Gate::Open)
+    }
+
+    /// Ends all jobs and the runner, on every rank.
+    pub fn stop(&self) {
+        self.shared.stopping.store(true, Ordering::SeqCst);
+        // Nobody to wake is as good.
+        let _ = self.shared.commands.send(Command::Wake);
+    }
+}
+
+impl Events {
+    /// The next event; `None` after the last.
+    pub async fn recv(&mut self) -> Option<Event> {
+        let event = self.receiver.recv().await;
+        self.note(event)
+    }
+
+    /// The next event, for callers without a runtime.
+    pub fn blocking_recv(&mut self) -> Option<Event> {
+        let event = self.receiver.blocking_recv();
+        self.note(event)
+    }
+
+    fn note(&mut self, event: Option<Event>) -> Option<Event> {
+        self.ended |= event.as_ref().is_none_or(Event::is_last);
+        event
+    }
+}
+
+impl Drop for Events {
+    fn drop(&mut self) {
+        if !self.ended {
+            // A runner that has stopped has nothing to cancel.
+            let _ = self.shared.commands.send(Command::Cancel(self.job));
+        }
+    }
+}
+
+impl Commands {
+    /// Lets jobs in.
+    pub(crate) fn open(&self) {
+        *lock(&self.shared.gate) = Gate::Open;
+    }
+
+    /// Refuses jobs from now on, for this reason.
+    pub(crate) fn shut(&self, reason: &str) {
+        *lock(&self.shared.gate) = Gate::Shut(reason.into());
+    }
+
+    /// Whether [`Engine::stop`] was called.
+    pub fn stopping(&self) -> bool {
+        self.shared.stopping.load(Ordering::SeqCst)
+    }
+
+    pub(crate) fn publish(&self, report: Report) {
+        *lock(&self.shared.report) = report;
+    }
+
+    pub(crate) fn sender(&self) -> mpsc::Sender<Command> {
+        self.shared.commands.clone()
+    }
+}

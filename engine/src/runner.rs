@@ -1,0 +1,230 @@
+//! One thread owns the device, the model and the KV store of a rank, through all epochs of its group: it leads (takes
+//! jobs, decides, samples) or follows (does what the leader says). Called by [`crate::serve`].
+
+use std::sync::Arc;
+use std::sync::mpsc::TryRecvError;
+use std::time::{Duration, Instant};
+
+use backend::{Backend, KvSpec, KvStore};
+use kvtransfer::{Receiver, Sender};
+use models::Model;
+
+use crate::error::EngineError;
+use crate::executor::Executor;
+use crate::handle::{Command, Commands};
+use crate::leader::{Core, Setup, Totals};
+use crate::options::EngineOptions;
+use crate::request::{JobError, Target};
+use crate::tp::plan::Notice;
+use crate::tp::{Group, TpError};
+use crate::transfer::{Notify, Transfers};
+
+/// How old a published report may become while steps run.
+const REPORT_EVERY: Duration = Duration::from_millis(50);
+
+/// Longest wait for transfers of an ended epoch to let go of the store.
+const QUIET_WAIT: Duration = Duration::from_secs(5);
+
+/// Why a rank's part in an epoch is over.
+#[derive(Debug)]
+pub enum EpochEnd {
+    /// [`crate::Engine::stop`], here or at the leader.
+    Stopped,
+    /// The group, or this rank, cannot go on.
+    Lost(EngineError),
+}
+
+/// A rank: its device, its part of the model and its KV store.
+pub struct Runner<B: Backend> {
+    backend: B,
+    model: Model<B>,
+    kv: B::Kv,
+    options: EngineOptions,
+    receiver: Receiver,
+    sender: Sender,
+    totals: Totals,
+    secret: [u8; 16],
+}
+
+impl<B: Backend> Runner<B> {
+    /// Makes the KV store and opens the KV port.
+    pub fn new(mut backend: B, model: Model<B>, options: EngineOptions) -> Result<Self, EngineError> {
+        options.validate()?;
+        let kv = backend.kv(model.kv_spec(), options.kv_bytes)?;
+        let limits = kvtransfer::Limits { rate_bytes_per_s: options.pace, ..kvtransfer::Limits::default() };
+        let receiver = Receiver::bind(options.kv_bind, limits.clone())
+            .map_err(|reason| EngineError::Port { addr: options.kv_bind.to_string(), reason })?;
+        let mut secret = [0; 16];
+        getrandom::fill(&mut secret).map_err(|e| EngineError::Options(format!("no random numbers: {e}")))?;
+        let (sender, totals) = (Sender::new(limits), Totals::default());
+        Ok(Runner { backend, model, kv, options, receiver, sender, totals, secret })
+    }
+
+    /// This rank's cache.
+    pub fn kv_spec(&self) -> &KvSpec {
+        self.model.kv_spec()
+    }
+
+    /// `host:port`s of this rank's KV port, best first.
+    pub fn kv_addresses(&self) -> Vec<String> {
+        let bound = self.receiver.local_addr();
+        if self.options.kv_advertise.is_empty() {
+            return vec![bound.to_string()];
+        }
+        let with_port = |host: &String| match host.parse::<std::net::SocketAddr>() {
+            Ok(_) => host.clone(),
+            Err(_) => match host.rsplit_once(':') {
+                // A name with a port; an IPv6 address without one has more colons.
+                Some((name, port)) if !name.contains(':') && port.parse::<u16>().is_ok() => host.clone(),
+                _ if host.contains(':') && !host.starts_with('[') => format!("[{host}]:{}", bound.port()),
+                _ => format!("{host}:{}", bound.port()),
+            },
+        };
+        self.options.kv_advertise.iter().map(with_port).collect()
+    }
+
+    /// What this rank is to the others of its group.
+    pub fn target(&self, rank: usize) -> Target {
+        Target { rank, addresses: self.kv_addresses(), spec: self.kv_spec().clone() }
+    }
+
+    /// Blocks that an epoch may use, and tokens of each. Waits for transfers of the last epoch to let go; blocks that
+    /// they keep nevertheless are left out.
+    pub fn blocks(&mut self) -> (u32, u32) {
+        let begun = Instant::now();
+        while self.kv.usage().quarantined > 0 && begun.elapsed() < QUIET_WAIT {
+            std::thread::sleep(Duration::from_millis(5));
+        }
+        let usage = self.kv.usage();
+        if usage.quarantined > 0 {
+            tracing::warn!(
+                "{} of {} kv blocks are still under old transfers",
+                usage.quarantined,
+                usage.total
+            );
+        }
+        (usage.free, self.kv.block_tokens())
+    }
+
+    /// Leads `group` until it ends. Jobs are let in meanwhile; those that have not ended fail with it.
+    pub fn lead(&mut self, mut group: Group, commands: &Commands) -> EpochEnd {
+        let epoch = group.epoch;
+        let sender = commands.sender();
+        // A runner that has ended needs no notices.
+        let notify: Notify =
+            Arc::new(move |notice| drop(sender.send(Command::Notice { epoch, rank: 0, notice })));
+        let setup = Setup {
+            options: self.options.clone(),
+            epoch,
+            targets: group.targets.clone(),
+            vocabulary: self.model.vocab_size(),
+            blocks: group.blocks,
+            block_tokens: self.kv.block_tokens(),
+            shares: self.kv.shares(),
+            secret: self.secret,
+        };
+        let mut core = Core::new(setup, std::mem::take(&mut self.totals));
+        let sender = self.sender.clone();
+        let mut executor = self.executor(&group, notify);
+        let mut lead = Lead { core: &mut core, group: &mut group, commands, sender, reported: None };
+        lead.report(&mut executor);
+        commands.open();
+        let ended = lead.run(&mut executor);
+        let reason = match &ended {
+            Ok(()) => "engine stopped".to_owned(),
+            Err(error) => error.to_string(),
+        };
+        commands.shut(&reason);
+        group.end(ended.as_ref().err().map(ToString::to_string));
+        executor.clear();
+        self.totals = core.finish(&JobError::Engine(reason));
+        match ended {
+            Ok(()) => EpochEnd::Stopped,
+            Err(error) => EpochEnd::Lost(error),
+        }
+    }
+
+    fn executor(&mut self, group: &Group, notify: Notify) -> Executor<'_, B> {
+        let specs = group.targets.iter().map(|target| target.spec.clone()).collect();
+        let transfers = Transfers::new(
+            self.receiver.clone(),
+            self.sender.clone(),
+            notify.clone(),
+            group.epoch,
+            specs,
+            group.rank,
+        );
+        Executor::new(&mut self.backend, &self.model, &mut self.kv, transfers, notify)
+    }
+}
+
+/// The leader's loop and what it needs.
+struct Lead<'l> {
+    core: &'l mut Core,
+    group: &'l mut Group,
+    commands: &'l Commands,
+    sender: Sender,
+    reported: Option<Instant>,
+}
+
+impl Lead<'_> {
+    /// Until somebody stops the engine, or something fails.
+    fn run<B: Backend>(&mut self, executor: &mut Executor<'_, B>) -> Result<(), EngineError> {
+        loop {
+            loop {
+                match self.commands.receiver.try_recv() {
+                    Ok(command) => self.take(command)?,
+                    Err(TryRecvError::Empty) => break,
+                    Err(TryRecvError::Disconnected) => return Ok(()),
+                }
+            }
+            if self.commands.stopping() {
+                return Ok(());
+            }
+            let step = self.core.plan(Instant::now());
+            if let Some(fault) = self.core.fault() {
+                return Err(EngineError::Plan(fault.to_owned()));
+            }
+            let Some(step) = step else {
+                self.report(executor);
+                match self.commands.receiver.recv() {
+                    Ok(command) => self.take(command)?,
+                    Err(_) => return Ok(()),
+                }
+                continue;
+            };
+            self.group.tell(&step.plan)?;
+            let started = Instant::now();
+            let number = step.plan.step;
+            let logits = executor.execute(&step.plan)?;
+            let ended = Instant::now();
+            self.core.done(step, started, ended, &logits);
+            self.core.notice(ended, 0, Notice::Executed { step: number });
+            if self.reported.is_none_or(|at| ended.saturating_duration_since(at) >= REPORT_EVERY) {
+                self.report(executor);
+            }
+        }
+    }
+
+    fn take(&mut self, command: Command) -> Result<(), EngineError> {
+        let now = Instant::now();
+        match command {
+            Command::Submit { id, job, events, arrived } => self.core.submit(now, id, job, events, arrived),
+            Command::Cancel(job) => self.core.cancel(job),
+            Command::Probe(reply) => self.core.probe(reply),
+            Command::Notice { epoch, .. } if epoch != self.group.epoch => {}
+            Command::Notice { rank, notice: Notice::Failed { reason }, .. } => {
+                return Err(TpError::Lost { rank, reason }.into());
+            }
+            Command::Notice { rank, notice, .. } => self.core.notice(now, rank, notice),
+            Command::Wake => {}
+        }
+        Ok(())
+    }
+
+    fn report<B: Backend>(&mut self, executor: &mut Executor<'_, B>) {
+        let links = self.sender.links().into_iter().map(|l| (l.peer, l.gbytes_per_s, l.bytes)).collect();
+        self.commands.publish(self.core.report(executor.kv.usage(), links));
+        self.reported = Some(Instant::now());
+    }
+}

@@ -1,0 +1,195 @@
+//! The glue to [`kvtransfer`] on one rank: landings wait for their sessions, pushes take what layers give. Whatever
+//! ends tells the leader by a notice, after this rank has let go of the memory.
+
+use std::collections::HashMap;
+use std::ops::Range;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use backend::{KvSpec, KvStore};
+use kvtransfer::{Close, Expect, Landed, Push, PushSpec, Receiver, Sender, SessionId, TargetSpec};
+
+use crate::error::EngineError;
+use crate::ledger::LeaseId;
+use crate::tp::plan::{Arrived, Land, Notice, PushOp};
+
+/// Takes notices to the leader, from any thread.
+pub(crate) type Notify = Arc<dyn Fn(Notice) + Send + Sync>;
+
+/// Landings that were not given up: `None` until the session is whole.
+type Landings<L> = Arc<Mutex<HashMap<LeaseId, Option<L>>>>;
+
+/// Transfers of one epoch on one rank.
+pub(crate) struct Transfers<K: KvStore> {
+    receiver: Receiver,
+    sender: Sender,
+    landings: Landings<K::Landing>,
+    sessions: HashMap<LeaseId, SessionId>,
+    /// Pushes that are not closed yet.
+    pushes: HashMap<LeaseId, Push>,
+    notify: Notify,
+    epoch: u64,
+    /// Every rank's cache, and this rank's index.
+    specs: Vec<KvSpec>,
+    rank: usize,
+}
+
+impl<K: KvStore> Transfers<K> {
+    pub fn new(
+        receiver: Receiver,
+        sender: Sender,
+        notify: Notify,
+        epoch: u64,
+        specs: Vec<KvSpec>,
+        rank: usize,
+    ) -> Self {
+        Transfers {
+            receiver,
+            sender,
+            landings: Arc::default(),
+            sessions: HashMap::new(),
+            pushes: HashMap::new(),
+            notify,
+            epoch,
+            specs,
+            rank,
+        }
+    }
+
+    /// Waits for the session of `land` in the background.
+    pub fn expect(&mut self, land: &Land, landing: K::Landing) {
+        let expect = Expect {
+            session: land.session,
+            ticket: land.ticket.clone(),
+            request: land.request.clone(),
+            attempt: land.attempt,
+            epoch: self.epoch,
+            spec: self.specs[self.rank].clone(),
+            tokens: land.tokens.clone(),
+            deadline: land.deadline,
+        };
+        let lease = land.lease;
+        lock(&self.landings).insert(lease, None);
+        self.sessions.insert(lease, land.session);
+        let (landings, notify) = (self.landings.clone(), self.notify.clone());
+        let done = move |landed: Landed<K::Landing>| {
+            let age = landed.last_frame.elapsed();
+            let result = match landed.result {
+                Ok(summary) => {
+                    // Nobody waits for a landing that was given up: it is dropped here.
+                    if let Some(place) = lock(&landings).get_mut(&lease) {
+                        *place = Some(landed.landing);
+                    }
+                    Ok(Arrived { bytes: summary.bytes, close: summary.close })
+                }
+                Err(error) => {
+                    lock(&landings).remove(&lease);
+                    drop(landed.landing);
+                    Err(error.to_string())
+                }
+            };
+            notify(Notice::Landed { lease, result, age });
+        };
+        if let Err(refused) = self.receiver.expect(expect, landing, done) {
+            let reason = refused.error.to_string();
+            drop(refused);
+            self.forget(lease);
+            (self.notify)(Notice::Landed { lease, result: Err(reason), age: Duration::ZERO });
+        }
+    }
+
+    /// The filled landing of a session that is whole.
+    pub fn landed(&mut self, lease: LeaseId) -> Option<K::Landing> {
+        self.sessions.remove(&lease);
+        lock(&self.landings).remove(&lease).flatten()
+    }
+
+    /// Begins a push.
+    pub fn push(&mut self, op: &PushOp) {
+        let handoff = &op.handoff;
+        let spec = PushSpec {
+            session: handoff.session,
+            ticket: handoff.ticket.clone(),
+            request: op.request.clone(),
+            attempt: op.attempt,
+            epoch: handoff.epoch,
+            from: self.specs.clone(),
+            from_rank: self.rank,
+            to: handoff
+                .targets
+                .iter()
+                .map(|t| TargetSpec { rank: t.rank, addresses: t.addresses.clone(), spec: t.spec.clone() })
+                .collect(),
+            tokens: handoff.tokens.clone(),
+            deadline: handoff.deadline,
+        };
+        let (lease, notify) = (op.lease, self.notify.clone());
+        let push = self.sender.open(spec, move |result| {
+            let age = match &result {
+                Ok(pushed) => Instant::now().saturating_duration_since(pushed.acknowledged),
+                Err(_) => Duration::ZERO,
+            };
+            let result = result.map(|pushed| pushed.bytes).map_err(|error| error.to_string());
+            notify(Notice::Pushed { lease, result, age });
+        });
+        self.pushes.insert(lease, push);
+    }
+
+    /// Queues the cache of `tokens` of every layer that is there already.
+    pub fn push_cached(
+        &self,
+        lease: LeaseId,
+        layers: usize,
+        tokens: &Range<u32>,
+        mut export: impl FnMut(usize) -> Result<K::Export, EngineError>,
+    ) -> Result<(), EngineError> {
+        if let Some(push) = self.pushes.get(&lease).filter(|_| !tokens.is_empty()) {
+            for layer in 0..layers {
+                push.layer(export(layer)?);
+            }
+        }
+        Ok(())
+    }
+
+    /// Queues what a layer has just given.
+    pub fn push_layer(&self, lease: LeaseId, export: K::Export) {
+        if let Some(push) = self.pushes.get(&lease) {
+            push.layer(export);
+        }
+    }
+
+    /// Ends a push after all that is queued.
+    pub fn close(&mut self, lease: LeaseId, close: Close) {
+        if let Some(push) = self.pushes.remove(&lease) {
+            push.close(close);
+        }
+    }
+
+    /// Gives a landing or push up, in whatever state it is. A push that was closed ends by itself: its receivers give
+    /// up with the job, or its deadline passes.
+    pub fn abort(&mut self, lease: LeaseId) {
+        self.forget(lease);
+        if let Some(push) = self.pushes.remove(&lease) {
+            push.cancel();
+        }
+    }
+
+    /// Gives everything up.
+    pub fn clear(&mut self) {
+        let leases: Vec<LeaseId> = self.sessions.keys().chain(self.pushes.keys()).copied().collect();
+        leases.into_iter().for_each(|lease| self.abort(lease));
+    }
+
+    fn forget(&mut self, lease: LeaseId) {
+        // First out of the map, so that a session which ends now drops its landing.
+        let landing = lock(&self.landings).remove(&lease);
+        drop(landing);
+        if let Some(session) = self.sessions.remove(&lease) {
+            self.receiver.cancel(&session);
+        }
+    }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
