@@ -1,1 +1,96 @@
-fn main() {}
+//! The `baton` executable. Each role of a cluster is a subcommand: parse, load settings, serve, drain.
+
+mod api;
+mod bundled;
+mod chat;
+mod config;
+mod dirs;
+mod roles;
+mod status;
+mod supervised;
+mod system;
+mod up;
+
+use std::io::Write;
+use std::process::ExitCode;
+
+use anyhow::{Context, Result};
+use clap::{Parser, Subcommand};
+
+use config::{Flags, NodeSettings, RouterSettings, ShowRole, UpSettings};
+
+/// Serves large language models on a mixed cluster: one machine reads the prompt, others generate the answer.
+#[derive(Parser)]
+#[command(version, max_term_width = 110, disable_help_subcommand = true)]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Start a whole cluster on this machine
+    Up(Flags<UpSettings>),
+    /// Serve the HTTP API and hand requests to the nodes that join
+    Router(Flags<RouterSettings>),
+    /// Compute prompts and send their KV cache to decode nodes
+    Prefill(Flags<NodeSettings>),
+    /// Generate tokens
+    Decode(Flags<NodeSettings>),
+    /// Talk to a model in this terminal
+    Chat(chat::Args),
+    /// Show the nodes of a cluster, their load and their links
+    Status(status::Args),
+    /// Show settings
+    #[command(subcommand)]
+    Config(ConfigCommand),
+}
+
+#[derive(Subcommand)]
+enum ConfigCommand {
+    /// Print the effective settings of a role, or of all, and where each came from
+    Show {
+        #[command(subcommand)]
+        role: Option<ShowRole>,
+    },
+}
+
+fn main() -> ExitCode {
+    match run(Cli::parse().command) {
+        Ok(code) => code,
+        Err(error) => {
+            eprintln!("baton: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run(command: Command) -> Result<ExitCode> {
+    let runtime =
+        tokio::runtime::Builder::new_multi_thread().enable_all().build().context("no async runtime")?;
+    let done = runtime.block_on(async {
+        match command {
+            Command::Up(flags) => return up::run(config::load("up", &flags)?).await,
+            Command::Router(flags) => roles::router(config::load("router", &flags)?).await?,
+            Command::Prefill(flags) => roles::prefill(config::load("prefill", &flags)?).await?,
+            Command::Decode(flags) => roles::decode(config::load("decode", &flags)?).await?,
+            Command::Chat(args) => chat::run(args).await?,
+            Command::Status(args) => status::run(args).await?,
+            Command::Config(ConfigCommand::Show { role }) => {
+                let (text, wrong) = config::show(role)?;
+                print(&text);
+                wrong.map_or(Ok(()), Err)?;
+            }
+        }
+        Ok(ExitCode::SUCCESS)
+    });
+    // A thread that reads standard input cannot be waited for.
+    runtime.shutdown_background();
+    done
+}
+
+/// Writes to standard output at once. A reader that went away (`baton status | head`) is no error.
+pub fn print(text: &str) {
+    let mut out = std::io::stdout().lock();
+    let _ = out.write_all(text.as_bytes()).and_then(|()| out.flush());
+}

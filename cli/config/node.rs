@@ -1,0 +1,100 @@
+//! Settings of `baton prefill` and `baton decode`.
+
+use std::net::SocketAddr;
+use std::path::PathBuf;
+
+use anyhow::{Result, ensure};
+use backend::DType;
+
+use super::setting::settings;
+use super::value::{Seconds, Secret, Size, choice};
+
+settings! {
+    /// What a node is told.
+    pub struct NodeSettings {
+        /// Directory of the model (safetensors), or a config.json with --load-format dummy
+        model: PathBuf ["DIR"];
+        /// Name that the cluster serves the model under [default: the directory's name]
+        served_name: Option<String> ["NAME"];
+        /// The router's cluster address
+        router: String ["HOST:PORT"] = "127.0.0.1:8001";
+        /// Cluster token; better from a file, arguments are seen by every user of the machine
+        token: Option<Secret> ["HEX"];
+        /// File that holds the cluster token
+        token_file: Option<PathBuf> ["FILE"];
+        /// Where the router reaches this node; port 0 picks one
+        bind: SocketAddr ["ADDRESS:PORT"] = "127.0.0.1:0";
+        /// Where KV is received; port 0 picks one
+        kv_bind: SocketAddr ["ADDRESS:PORT"] = "127.0.0.1:0";
+        /// Host by which other machines reach this one [default: the bound address]
+        advertise: Option<String> ["HOST"];
+        /// Device: auto (the best of this build and machine) or cpu
+        backend: BackendKind ["NAME"] = "auto";
+        /// Type of activations and KV: bf16 or f32
+        dtype: DType ["TYPE"] = "bf16";
+        /// Memory for KV, per rank
+        kv_memory: Size ["SIZE"] = "1GiB";
+        /// Tokens per KV block
+        block_tokens: u32 ["TOKENS"] = "32";
+        /// Longest sequence [default: the model's]
+        context: Option<u32> ["TOKENS"];
+        /// Sequences that run at once
+        max_batch: usize ["SEQUENCES"] = "32";
+        /// Tokens of one step at most, prompts and running sequences together
+        step_tokens: usize ["TOKENS"] = "2048";
+        /// Tokens of one prompt in one step at most
+        chunk_tokens: usize ["TOKENS"] = "512";
+        /// CPU threads [default: one per core]
+        threads: Option<usize> ["N"];
+        /// Processes that share the model, each holding a part (tensor parallel)
+        tp: usize ["N"] = "1";
+        /// Which of them this process is; rank 0 leads
+        rank: usize ["R"] = "0";
+        /// Where rank 0 waits for the other ranks
+        leader: Option<String> ["HOST:PORT"];
+        /// Join a cluster whose other nodes hold other weights of the same model
+        allow_mixed_weights: bool [""];
+        /// Weights: files, or dummy (seeded random numbers, for measurements)
+        load_format: LoadFormat ["FORMAT"] = "files";
+        /// Name for people [default: role and host name]
+        name: Option<String> ["NAME"];
+        /// After a stop signal, running requests may go on for this long
+        drain: Seconds ["SECONDS"] = "10";
+        /// Serve other machines in clear; for networks that are yours alone
+        insecure: bool [""];
+        /// Log filter, for instance info,engine=debug
+        log: String ["FILTER"] = "info";
+        /// How log lines look: human or json
+        log_format: cluster::process::LogFormat ["FORMAT"] = "human";
+    }
+}
+
+choice!(BackendKind { "auto" => BackendKind::Auto, "cpu" => BackendKind::Cpu });
+choice!(DType { "bf16" => DType::BF16, "f32" => DType::F32 });
+choice!(LoadFormat { "files" => LoadFormat::Files, "dummy" => LoadFormat::Dummy { seed: 0 } });
+
+impl NodeSettings {
+    fn check(&self) -> Result<()> {
+        let (tp, rank) = (self.tp, self.rank);
+        ensure!(tp > 0, "tp is 0: a group has at least one rank");
+        ensure!(rank < tp, "rank {rank} is not below tp {tp}");
+        ensure!(tp == 1 || self.leader.is_some(), "tp {tp} needs --leader HOST:PORT, the same on every rank");
+        ensure!(self.max_batch > 0, "max-batch is 0: no sequence could ever run");
+        ensure!(self.block_tokens > 0, "block-tokens is 0");
+        let (chunk, step) = (self.chunk_tokens, self.step_tokens);
+        ensure!(0 < chunk && chunk <= step, "chunk-tokens {chunk} is not within 1 to step-tokens {step}");
+        ensure!(self.max_batch <= step, "max-batch {} does not fit into step-tokens {step}", self.max_batch);
+        Ok(())
+    }
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum BackendKind {
+    Auto,
+    Cpu,
+}
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum LoadFormat {
+    Files,
+    Dummy { seed: u64 },
+}

@@ -1,0 +1,58 @@
+//! Settings of `baton up`.
+
+use std::path::PathBuf;
+
+use anyhow::{Result, ensure};
+use backend::DType;
+
+use super::router::Disaggregation;
+use super::setting::settings;
+use super::value::Size;
+
+/// Processes of one `up`; more is a mistake on one machine.
+const PROCESSES_MAX: usize = 64;
+
+settings! {
+    /// What a whole cluster on one machine is told.
+    pub struct UpSettings {
+        /// Directory of the model [default: the bundled one]
+        model: Option<PathBuf> ["DIR"];
+        /// Name that clients ask for [default: the directory's name]
+        served_name: Option<String> ["NAME"];
+        /// Number of prefill nodes
+        prefill: usize ["N"] = "1";
+        /// Number of decode groups
+        decode: usize ["N"] = "1";
+        /// Processes per decode group, each holding a part of the model (tensor parallel)
+        tp: usize ["N"] = "2";
+        /// Port for HTTP clients, on 127.0.0.1
+        port: u16 ["PORT"] = "8000";
+        /// Longest sequence [default: the model's]
+        context: Option<u32> ["TOKENS"];
+        /// Memory for KV, per process
+        kv_memory: Size ["SIZE"] = "256MiB";
+        /// Sequences that run at once, per node
+        max_batch: usize ["SEQUENCES"] = "16";
+        /// Type of activations and KV: bf16 or f32
+        dtype: DType ["TYPE"] = "bf16";
+        /// Who computes prompts: always (prefill nodes), auto (whoever is estimated to be sooner) or never
+        disaggregation: Disaggregation ["MODE"] = "always";
+        /// Log filter of the processes
+        log: String ["FILTER"] = "warn";
+    }
+}
+
+impl UpSettings {
+    fn check(&self) -> Result<()> {
+        ensure!(self.decode > 0, "decode is 0: nobody would generate tokens");
+        ensure!(self.tp > 0, "tp is 0: a decode group has at least one rank");
+        let processes = self.processes();
+        ensure!(processes <= PROCESSES_MAX, "{processes} processes on one machine; at most {PROCESSES_MAX}");
+        Ok(())
+    }
+
+    /// Processes in all, the router included.
+    pub fn processes(&self) -> usize {
+        1usize.saturating_add(self.prefill).saturating_add(self.decode.saturating_mul(self.tp))
+    }
+}

@@ -1,0 +1,325 @@
+//! `baton logits`: the logits of a golden file's prompts and teacher-forced ids, computed through the cache, for
+//! comparison with another implementation. Over several ranks (threads here), and with `--handoff` from one prefill rank
+//! over the KV wire into the decode ranks.
+
+use std::collections::HashMap;
+use std::net::{Ipv4Addr, SocketAddr};
+use std::path::PathBuf;
+use std::sync::{Mutex, mpsc};
+use std::thread;
+use std::time::Duration;
+
+use anyhow::{Context, Result, anyhow, bail, ensure};
+use backend::{Backend, BackendError, DType, DeviceOptions, Group, KvStore, SeqId};
+use kvtransfer::{Close, Expect, Landed, Limits, PushSpec, Receiver, Sender, SessionId, TargetSpec, Ticket};
+use models::replay::Rank;
+use models::{Checkpoint, ModelError};
+use safetensors::tensor::{Dtype, TensorView};
+use serde::Deserialize;
+
+/// The one sequence of a run.
+const SEQ: SeqId = SeqId(0);
+
+/// Longest silence on the KV wire; nothing is computed while it is in use.
+const SILENCE: Duration = Duration::from_secs(30);
+
+/// Prompt tokens per step where the user does not say.
+const CHUNK: usize = 512;
+
+/// Flags of `baton logits`.
+#[derive(clap::Args, Debug)]
+pub struct LogitsArgs {
+    /// Model directory; with `--load-format dummy` its config.json is enough
+    #[arg(long, value_name = "DIR")]
+    model: PathBuf,
+    /// JSON file with `cases`, each of `prompt` ids and `greedy` ids to feed after it
+    #[arg(long, value_name = "FILE")]
+    golden: PathBuf,
+    /// Where to write `p<i>.logits`, `[ids, vocabulary]` in f32: row 0 after the prompt, row s after feeding id s - 1
+    #[arg(long, value_name = "FILE")]
+    out: PathBuf,
+    /// Tensor-parallel ranks (of the decode side, with `--handoff`)
+    #[arg(long, value_name = "N", default_value_t = 1)]
+    tp: usize,
+    /// Type of activations and cache: f32, bf16 or f16; sums are always f32
+    #[arg(long, default_value = "f32")]
+    dtype: DType,
+    /// Device to compute on
+    #[arg(long, value_name = "NAME", default_value = "cpu")]
+    backend: String,
+    /// Compute prompts on a rank of their own and send their KV cache to the ranks that go on
+    #[arg(long)]
+    handoff: bool,
+    /// Prompt tokens per step
+    #[arg(long, value_name = "TOKENS", default_value_t = CHUNK)]
+    chunk: usize,
+    /// Where the weights come from
+    #[arg(long, value_enum, default_value_t)]
+    load_format: LoadFormat,
+}
+
+/// Where weights come from.
+#[derive(clap::ValueEnum, Clone, Copy, Debug, Default, PartialEq, Eq)]
+enum LoadFormat {
+    /// The model directory
+    #[default]
+    Auto,
+    /// Random numbers of a fixed seed
+    Dummy,
+}
+
+#[derive(Deserialize)]
+struct Golden {
+    cases: Vec<Case>,
+}
+
+#[derive(Deserialize)]
+struct Case {
+    prompt: Vec<u32>,
+    greedy: Vec<u32>,
+}
+
+/// Logits per case, `[ids, vocabulary]`.
+type Rows = Vec<Vec<f32>>;
+
+/// Reads the golden file and the model, computes, writes.
+pub fn run(args: &LogitsArgs) -> Result<()> {
+    let path = args.golden.display();
+    let json = std::fs::read(&args.golden).with_context(|| format!("{path}"))?;
+    let golden: Golden = serde_json::from_slice(&json).with_context(|| format!("{path}"))?;
+    ensure!(args.tp > 0 && args.chunk > 0, "--tp and --chunk are at least 1");
+    let checkpoint = match args.load_format {
+        LoadFormat::Auto => Checkpoint::open(&args.model)?,
+        LoadFormat::Dummy => Checkpoint::dummy(&args.model, 0)?,
+    };
+    let (vocab, context) = (checkpoint.config().vocab_size, checkpoint.config().context);
+    for (i, case) in golden.cases.iter().enumerate() {
+        ensure!(!case.prompt.is_empty() && !case.greedy.is_empty(), "{path}: case {i} has no ids");
+        let len = case.tokens();
+        ensure!(len <= context, "{path}: case {i} has {len} tokens, the model's context is {context}");
+        if let Some(id) = case.prompt.iter().chain(&case.greedy).find(|id| **id as usize >= vocab) {
+            bail!("{path}: case {i}: id {id} is not below the vocabulary of {vocab}");
+        }
+    }
+    let rows = match args.backend.as_str() {
+        "cpu" => compute::<backend_cpu::CpuBackend>(args, &checkpoint, &golden.cases)?,
+        other => bail!("no backend {other:?} in this build (it has: cpu)"),
+    };
+    write(args, vocab, &rows)
+}
+
+impl Case {
+    /// Tokens that are computed in all.
+    fn tokens(&self) -> usize {
+        self.prompt.len() + self.greedy.len() - 1
+    }
+}
+
+fn write(args: &LogitsArgs, vocab: usize, rows: &Rows) -> Result<()> {
+    let bytes: Vec<Vec<u8>> =
+        rows.iter().map(|rows| rows.iter().flat_map(|logit| logit.to_le_bytes()).collect()).collect();
+    let mut tensors = HashMap::new();
+    for (i, bytes) in bytes.iter().enumerate() {
+        let shape = vec![bytes.len() / 4 / vocab, vocab];
+        tensors.insert(format!("p{i}.logits"), TensorView::new(Dtype::F32, shape, bytes)?);
+    }
+    safetensors::serialize_to_file(tensors, None, &args.out).with_context(|| format!("{}", args.out.display()))
+}
+
+fn compute<B: Backend>(args: &LogitsArgs, checkpoint: &Checkpoint, cases: &[Case]) -> Result<Rows> {
+    let cores = thread::available_parallelism().map_or(1, |cores| cores.get());
+    let ranks = args.tp + usize::from(args.handoff);
+    let work = Work {
+        checkpoint,
+        cases,
+        chunk: args.chunk,
+        tokens: cases.iter().map(Case::tokens).max().unwrap_or(1),
+        options: DeviceOptions {
+            dtype: args.dtype,
+            threads: (cores / ranks).max(1),
+            ..DeviceOptions::default()
+        },
+    };
+    if args.handoff {
+        return handed_over::<B>(&work, args.tp);
+    }
+    ranks(args.tp, |group| {
+        let mut rank: Rank<B> = work.open(group)?;
+        let mut all = Rows::new();
+        for case in cases {
+            rank.begin(SEQ, case.tokens())?;
+            let mut rows: Vec<f32> = rank.feed(SEQ, 0, &case.prompt, args.chunk)?.into_iter().flatten().collect();
+            follow(&mut rank, case, &mut rows)?;
+            rank.end(SEQ)?;
+            all.push(rows);
+        }
+        Ok(all)
+    })
+}
+
+/// What every rank is given.
+struct Work<'w> {
+    checkpoint: &'w Checkpoint,
+    cases: &'w [Case],
+    chunk: usize,
+    /// Room in the cache.
+    tokens: usize,
+    options: DeviceOptions,
+}
+
+impl Work<'_> {
+    fn open<B: Backend>(&self, group: Group) -> Result<Rank<B>> {
+        Ok(Rank::open(&self.options, group, self.checkpoint, self.tokens)?)
+    }
+}
+
+/// Runs `each` for `world` ranks at once; returns what rank 0 returned, or the cause of a failure.
+fn ranks(world: usize, each: impl Fn(Group) -> Result<Rows> + Sync) -> Result<Rows> {
+    let groups = Group::local(world).context("sockets between ranks")?;
+    let mut results: Vec<Result<Rows>> = thread::scope(|scope| {
+        let each = &each;
+        let ranks: Vec<_> = groups.into_iter().map(|group| scope.spawn(move || each(group))).collect();
+        ranks.into_iter().map(|rank| rank.join().unwrap_or_else(|_| Err(anyhow!("a rank panicked")))).collect()
+    });
+    // The first cause: the others only saw a rank go.
+    let lost = |error: &anyhow::Error| {
+        matches!(error.downcast_ref(), Some(ModelError::Backend(BackendError::Group { .. })))
+    };
+    let cause = results.iter().position(|result| result.as_ref().is_err_and(|error| !lost(error)));
+    let cause = cause.or(results.iter().position(Result::is_err));
+    results.swap_remove(cause.unwrap_or(0))
+}
+
+/// Feeds the ids of `case` one at a time and appends the logits after each.
+fn follow<B: Backend>(rank: &mut Rank<B>, case: &Case, rows: &mut Vec<f32>) -> Result<()> {
+    let (_, fed) = case.greedy.split_last().context("no ids")?;
+    for (at, id) in (case.prompt.len() as u32..).zip(fed) {
+        rows.extend(rank.feed(SEQ, at, &[*id], 1)?.into_iter().flatten());
+    }
+    Ok(())
+}
+
+/// A decode rank's word to the prefill rank: this is where the next session may come.
+type Ready = mpsc::Sender<TargetSpec>;
+
+/// Prompts on one rank, the rest on `world` others.
+fn handed_over<B: Backend>(work: &Work<'_>, world: usize) -> Result<Rows> {
+    let sessions: Vec<(SessionId, Ticket)> =
+        work.cases.iter().map(|_| (SessionId::random(), Ticket::random())).collect();
+    let (ready, targets) = mpsc::channel();
+    // The decode ranks expect a session when its prompt is computed, so that the wire's patience is not the compute's.
+    let (go, started): (Vec<_>, Vec<_>) = (0..world).map(|_| mpsc::channel::<()>()).unzip();
+    let signals: Vec<_> =
+        started.into_iter().map(|started| Mutex::new(Some((started, ready.clone())))).collect();
+    drop(ready);
+    thread::scope(|scope| {
+        let prefill = scope.spawn(|| prefill::<B>(work, &sessions, go, targets));
+        let decoded = ranks(world, |group| {
+            // Owned here, so that a rank that ends in whatever way releases the prefill rank.
+            let signals = signals[group.rank].lock().map(|mut signals| signals.take());
+            let (started, ready) = signals.ok().flatten().context("a rank ran twice")?;
+            decode::<B>(work, &sessions, group, started, ready)
+        });
+        let mut rows = match prefill.join() {
+            Ok(rows) => rows,
+            Err(_) => Err(anyhow!("the prefill rank panicked")),
+        };
+        if let (Ok(rows), Ok(decoded)) = (&mut rows, &decoded) {
+            rows.iter_mut().zip(decoded).for_each(|(rows, more)| rows.extend(more));
+        }
+        decoded.and(rows)
+    })
+}
+
+/// Computes the prompts and pushes their cache. Returns the logits after each prompt.
+fn prefill<B: Backend>(
+    work: &Work<'_>,
+    sessions: &[(SessionId, Ticket)],
+    go: Vec<mpsc::Sender<()>>,
+    targets: mpsc::Receiver<TargetSpec>,
+) -> Result<Rows> {
+    let mut rank: Rank<B> = work.open(Group::alone())?;
+    let sender = Sender::new(Limits::default());
+    let mut all = Rows::new();
+    for (case, (session, ticket)) in work.cases.iter().zip(sessions) {
+        let len = case.prompt.len() as u32;
+        rank.begin(SEQ, case.prompt.len())?;
+        let row = rank.feed(SEQ, 0, &case.prompt, work.chunk)?.context("no logits")?;
+        let mut to = Vec::new();
+        for go in &go {
+            go.send(()).context("a decode rank ended")?;
+        }
+        for _ in &go {
+            to.push(targets.recv().context("a decode rank ended")?);
+        }
+        let (done, pushed) = mpsc::channel();
+        let push = PushSpec {
+            session: *session,
+            ticket: ticket.clone(),
+            request: "logits".into(),
+            attempt: 0,
+            epoch: 0,
+            from: vec![rank.model.kv_spec().clone()],
+            from_rank: 0,
+            to,
+            tokens: 0..len,
+            deadline: SILENCE,
+        };
+        let push = sender.open(push, move |result| drop(done.send(result)));
+        for layer in 0..rank.model.kv_spec().layers {
+            push.layer(rank.kv.export(SEQ, layer, 0..len)?);
+        }
+        let best = (0..row.len()).max_by(|a, b| row[*a].total_cmp(&row[*b])).unwrap_or(0);
+        push.close(Close { token: best as u32, finish: 0 });
+        pushed.recv().context("the push ended without a result")??;
+        rank.end(SEQ)?;
+        all.push(row);
+    }
+    Ok(all)
+}
+
+/// Lands each prompt's cache and goes on from it. Returns the logits after each id that is fed.
+fn decode<B: Backend>(
+    work: &Work<'_>,
+    sessions: &[(SessionId, Ticket)],
+    group: Group,
+    started: mpsc::Receiver<()>,
+    ready: Ready,
+) -> Result<Rows> {
+    let receiver = Receiver::bind(SocketAddr::from((Ipv4Addr::LOCALHOST, 0)), Limits::default())?;
+    let number = group.rank;
+    let mut rank: Rank<B> = work.open(group)?;
+    let spec = rank.model.kv_spec().clone();
+    let mut all = Rows::new();
+    for (case, (session, ticket)) in work.cases.iter().zip(sessions) {
+        started.recv().context("the prefill rank ended")?;
+        rank.begin(SEQ, case.tokens())?;
+        let tokens = 0..case.prompt.len() as u32;
+        let expect = Expect {
+            session: *session,
+            ticket: ticket.clone(),
+            request: "logits".into(),
+            attempt: 0,
+            epoch: 0,
+            spec: spec.clone(),
+            tokens: tokens.clone(),
+            deadline: SILENCE,
+        };
+        let (done, landed) = mpsc::channel();
+        let landing = rank.kv.land(SEQ, tokens)?;
+        receiver
+            .expect(expect, landing, move |landed| drop(done.send(landed)))
+            .map_err(|refused| anyhow!("{refused}"))?;
+        let address = receiver.local_addr().to_string();
+        ready.send(TargetSpec { rank: number, addresses: vec![address], spec: spec.clone() })?;
+        let Landed { landing, result, .. } = landed.recv().context("the session ended without a result")?;
+        result?;
+        rank.kv.commit(landing)?;
+        let mut rows = Vec::new();
+        follow(&mut rank, case, &mut rows)?;
+        rank.end(SEQ)?;
+        all.push(rows);
+    }
+    receiver.stop();
+    Ok(all)
+}

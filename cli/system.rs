@@ -1,0 +1,47 @@
+//! The few system calls that the standard library lacks. Called by `up`, `supervised` and `dirs`.
+
+/// What a process can be told.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Signal {
+    /// Drain and end.
+    Terminate,
+    /// End now.
+    Kill,
+}
+
+/// Sends `signal` to a child that has not been waited for yet, so that its number is still its own.
+pub fn signal(pid: u32, signal: Signal) {
+    let Ok(pid) = libc::pid_t::try_from(pid) else { return };
+    let number = match signal {
+        Signal::Terminate => libc::SIGTERM,
+        Signal::Kill => libc::SIGKILL,
+    };
+    // SAFETY: kill takes two numbers and touches no memory of ours. An error means that the child has ended.
+    unsafe { libc::kill(pid, number) };
+}
+
+/// The user that this process acts for.
+pub fn user_id() -> u32 {
+    // SAFETY: takes nothing, cannot fail.
+    unsafe { libc::geteuid() }
+}
+
+/// Lets everything written to standard error vanish: its reader is gone, and writing would fail.
+pub fn silence_stderr() {
+    // SAFETY: the path is a constant C string; the descriptor is checked; dup2 replaces descriptor 2 atomically.
+    unsafe {
+        let null = libc::open(c"/dev/null".as_ptr(), libc::O_WRONLY);
+        if null >= 0 {
+            libc::dup2(null, libc::STDERR_FILENO);
+        }
+    }
+}
+
+/// This machine's name, for people.
+pub fn host_name() -> String {
+    let mut name = [0u8; 256];
+    // SAFETY: the buffer is ours and its length is passed.
+    let ok = unsafe { libc::gethostname(name.as_mut_ptr().cast(), name.len()) } == 0;
+    let end = name.iter().position(|&byte| byte == 0).unwrap_or(name.len());
+    if ok { String::from_utf8_lossy(&name[..end]).into_owned() } else { "unnamed".into() }
+}

@@ -1,0 +1,252 @@
+//! `baton up`: a whole cluster on this machine, each part a process of its own, all on loopback.
+
+mod child;
+mod console;
+mod plan;
+mod ports;
+mod supervisor;
+
+use std::fs;
+use std::io::Write;
+use std::net::{Ipv4Addr, TcpListener};
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+use std::sync::Arc;
+use std::thread::available_parallelism;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail};
+use cluster::ClusterToken;
+use tokio::signal::unix::{Signal as SignalStream, SignalKind, signal};
+use tokio::sync::mpsc;
+
+use crate::config::UpSettings;
+use crate::system::Signal;
+use crate::{bundled, dirs};
+use console::Console;
+use plan::{Ports, Process};
+use supervisor::{Action, Event, Supervisor};
+
+pub use supervisor::STOP_GRACE;
+
+/// `up` asks this often whether the cluster serves. Each question runs a real step, so not more often.
+const HEALTH_INTERVAL: Duration = Duration::from_millis(200);
+/// An answer to that question takes no longer.
+const HEALTH_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// Runs until Ctrl-C, SIGTERM or the loss of the terminal.
+pub async fn run(settings: UpSettings) -> Result<ExitCode> {
+    require_free(settings.port)?;
+    let (model, served_name) = model(&settings)?;
+    let mut internal = ports::free(1 + settings.decode)?;
+    let ports = Ports { leaders: internal.split_off(1), cluster: internal[0] };
+    let cores = available_parallelism().map_or(1, usize::from);
+    let processes = plan::plan(&settings, &model, &served_name, &ports, cores);
+
+    let run_file = RunFile::write(settings.port, ports.cluster)?;
+    let mut up = Up::new(processes, run_file);
+    up.serve(settings.port, &served_name).await
+}
+
+/// Says which port is taken before anything is started.
+fn require_free(port: u16) -> Result<()> {
+    match TcpListener::bind((Ipv4Addr::LOCALHOST, port)) {
+        Ok(_) => Ok(()),
+        Err(error) if error.kind() == std::io::ErrorKind::AddrInUse => {
+            bail!("port {port} is taken by another process: choose one with --port")
+        }
+        Err(error) => Err(error).with_context(|| format!("cannot listen on port {port}")),
+    }
+}
+
+fn model(settings: &UpSettings) -> Result<(PathBuf, String)> {
+    let Some(named) = &settings.model else {
+        let name = settings.served_name.clone().unwrap_or_else(|| bundled::NAME.into());
+        return Ok((bundled::unpack(&dirs::cache()?)?, name));
+    };
+    let path = named.canonicalize().with_context(|| format!("model {}", named.display()))?;
+    let name = settings.served_name.clone().unwrap_or_else(|| crate::config::model_name(&path));
+    Ok((path, name))
+}
+
+/// The settings file that the children read: the cluster's address and token, for the owner's eyes only. Gone with `up`.
+struct RunFile {
+    path: PathBuf,
+}
+
+impl RunFile {
+    fn write(port: u16, cluster: u16) -> Result<RunFile> {
+        let path = dirs::run_file(port)?;
+        let token = ClusterToken::generate()?;
+        let text = format!(
+            "# The cluster of `baton up` on port {port}.\nrouter = \"127.0.0.1:{cluster}\"\ntoken = \"{}\"\n",
+            token.expose()
+        );
+        let write = |path: &Path| {
+            // Left by an `up` that was killed.
+            let _ = fs::remove_file(path);
+            let mut file = fs::OpenOptions::new().write(true).create_new(true).mode(0o600).open(path)?;
+            file.write_all(text.as_bytes())
+        };
+        write(&path).with_context(|| format!("cannot write {}", path.display()))?;
+        Ok(RunFile { path })
+    }
+}
+
+impl Drop for RunFile {
+    fn drop(&mut self) {
+        let _ = fs::remove_file(&self.path);
+    }
+}
+
+/// Carries out what the supervisor decides.
+struct Up {
+    processes: Vec<Process>,
+    run_file: RunFile,
+    console: Arc<Console>,
+    supervisor: Supervisor,
+    signals: Vec<Option<mpsc::UnboundedSender<Signal>>>,
+    events: mpsc::UnboundedSender<Event>,
+    inbox: mpsc::UnboundedReceiver<Event>,
+}
+
+impl Up {
+    fn new(processes: Vec<Process>, run_file: RunFile) -> Self {
+        let (events, inbox) = mpsc::unbounded_channel();
+        Up {
+            console: Arc::new(Console::new()),
+            supervisor: Supervisor::new(processes.iter().map(|p| (p.name.clone(), p.wave))),
+            signals: processes.iter().map(|_| None).collect(),
+            processes,
+            run_file,
+            events,
+            inbox,
+        }
+    }
+
+    async fn serve(&mut self, port: u16, model: &str) -> Result<ExitCode> {
+        let mut stops = Stops::new()?;
+        let names: Vec<_> = self.processes.iter().map(|p| p.name.as_str()).collect();
+        self.console.line("up", &format!("starting {} with {model}", names.join(", ")));
+        let begun = Instant::now();
+        let health = tokio::spawn(wait_until_serving(port, self.console.clone(), self.events.clone()));
+        let mut actions = self.supervisor.begin(begun);
+        loop {
+            for action in actions {
+                if let Some(status) = self.carry_out(action) {
+                    health.abort();
+                    self.console.line("up", "all processes have ended");
+                    return Ok(ExitCode::from(status));
+                }
+            }
+            let wake = self.supervisor.wake();
+            let due = async {
+                match wake {
+                    Some(at) => tokio::time::sleep_until(at.into()).await,
+                    None => std::future::pending().await,
+                }
+            };
+            actions = tokio::select! {
+                Some(event) = self.inbox.recv() => {
+                    if event == Event::Serving {
+                        self.welcome(port, model, begun.elapsed());
+                    }
+                    self.supervisor.on(event, Instant::now())
+                }
+                () = stops.next() => {
+                    health.abort();
+                    self.console.end_progress();
+                    self.console.line("up", "stopping; once more to stop at once");
+                    self.supervisor.on(Event::Stop, Instant::now())
+                }
+                () = due => self.supervisor.tick(Instant::now()),
+            };
+        }
+    }
+
+    /// Returns the status to end with.
+    fn carry_out(&mut self, action: Action) -> Option<u8> {
+        match action {
+            Action::Start(id) => {
+                let process = &self.processes[id];
+                let signals =
+                    child::start(id, process, &self.run_file.path, &self.console, self.events.clone());
+                self.signals[id] = Some(signals);
+            }
+            Action::Terminate(id) => self.signal(id, Signal::Terminate),
+            Action::Kill(id) => self.signal(id, Signal::Kill),
+            Action::Say(text) => self.console.line("up", &text),
+            Action::Finish(status) => return Some(status),
+        }
+        None
+    }
+
+    fn signal(&self, id: usize, signal: Signal) {
+        if let Some(signals) = &self.signals[id] {
+            // A child whose task has ended reports its exit, which is then in our inbox.
+            let _ = signals.send(signal);
+        }
+    }
+
+    fn welcome(&self, port: u16, model: &str, took: Duration) {
+        self.console.line("up", &format!("serving after {:.1} s", took.as_secs_f64()));
+        let other = if port == 8000 { String::new() } else { format!(" --url http://127.0.0.1:{port}") };
+        let up = if port == 8000 { String::new() } else { format!(" --up {port}") };
+        crate::print(&format!(
+            "\nbaton serves {model} at http://127.0.0.1:{port}/v1\n\n  \
+             curl http://127.0.0.1:{port}/v1/chat/completions -H 'Content-Type: application/json' \\\n    \
+             -d '{{\"model\": \"{model}\", \"messages\": [{{\"role\": \"user\", \"content\": \"Who are you?\"}}]}}'\n\n  \
+             baton chat{other}     talk to it in this terminal\n  \
+             baton status{up}   nodes, load, links\n\n\
+             Ctrl-C stops all.\n\n"
+        ));
+    }
+}
+
+/// Reports [`Event::Serving`] once the router and every role behind it answer.
+async fn wait_until_serving(port: u16, console: Arc<Console>, events: mpsc::UnboundedSender<Event>) {
+    let client = reqwest::Client::builder().no_proxy().timeout(HEALTH_TIMEOUT).build();
+    let Ok(client) = client.inspect_err(|error| console.line("up", &format!("no HTTP client: {error}")))
+    else {
+        return;
+    };
+    let begun = Instant::now();
+    loop {
+        let state = match client.get(format!("http://127.0.0.1:{port}/health")).send().await {
+            Ok(answer) if answer.status().is_success() => break,
+            Ok(answer) => crate::api::error_message(answer).await,
+            Err(_) => "the router is not there yet".into(),
+        };
+        console.progress(&format!("starting, {:.0} s: {state}", begun.elapsed().as_secs_f64()));
+        tokio::time::sleep(HEALTH_INTERVAL).await;
+    }
+    console.end_progress();
+    let _ = events.send(Event::Serving);
+}
+
+/// What asks `up` to stop.
+struct Stops {
+    interrupt: SignalStream,
+    terminate: SignalStream,
+    hangup: SignalStream,
+}
+
+impl Stops {
+    fn new() -> Result<Self> {
+        let listen = |kind| signal(kind).context("cannot listen for signals");
+        Ok(Stops {
+            interrupt: listen(SignalKind::interrupt())?,
+            terminate: listen(SignalKind::terminate())?,
+            hangup: listen(SignalKind::hangup())?,
+        })
+    }
+
+    async fn next(&mut self) {
+        tokio::select! {
+            _ = self.interrupt.recv() => {}
+            _ = self.terminate.recv() => {}
+            _ = self.hangup.recv() => {}
+        }
+    }
+}

@@ -1,0 +1,154 @@
+//! The processes of one `up`: what runs under which name with which arguments. Pure.
+
+use std::path::Path;
+
+use super::supervisor::DRAIN;
+use crate::config::UpSettings;
+
+/// One process.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Process {
+    /// For people: `router`, `prefill-0`, `decode-0.1` (group 0, rank 1).
+    pub name: String,
+    /// Arguments, the subcommand first.
+    pub arguments: Vec<String>,
+    /// Stop wave: the router before the nodes.
+    pub wave: u8,
+}
+
+/// Ports that [`plan`] hands out.
+#[derive(Clone, Debug)]
+pub struct Ports {
+    /// The router's for nodes.
+    pub cluster: u16,
+    /// One per decode group, where its ranks meet.
+    pub leaders: Vec<u16>,
+}
+
+/// The processes for `settings` with the model in `model`, on a machine of `cores`.
+pub fn plan(
+    settings: &UpSettings,
+    model: &Path,
+    served_name: &str,
+    ports: &Ports,
+    cores: usize,
+) -> Vec<Process> {
+    let common = |command: &str| {
+        let mut arguments = vec![command.to_owned()];
+        let model = model.display().to_string();
+        add(&mut arguments, "model", model);
+        add(&mut arguments, "served-name", served_name);
+        add(&mut arguments, "log", &settings.log);
+        add(&mut arguments, "drain", DRAIN.as_secs());
+        arguments
+    };
+    let mut router = common("router");
+    add(&mut router, "port", settings.port);
+    add(&mut router, "cluster-bind", local(ports.cluster));
+    add(&mut router, "disaggregation", settings.disaggregation.name());
+    let mut all = vec![Process { name: "router".into(), arguments: router, wave: 0 }];
+
+    // Prompts and generation overlap, so every process gets a part of the cores of its own.
+    let threads = (cores / (settings.processes() - 1)).max(1);
+    let node = |command: &str, name: &str| {
+        let mut arguments = common(command);
+        add(&mut arguments, "name", name);
+        add(&mut arguments, "router", local(ports.cluster));
+        add(&mut arguments, "dtype", settings.dtype.name());
+        add(&mut arguments, "kv-memory", settings.kv_memory.0);
+        add(&mut arguments, "max-batch", settings.max_batch);
+        add(&mut arguments, "threads", threads);
+        if let Some(tokens) = settings.context {
+            add(&mut arguments, "context", tokens);
+        }
+        arguments
+    };
+    for index in 0..settings.prefill {
+        let name = format!("prefill-{index}");
+        all.push(Process { arguments: node("prefill", &name), name, wave: 1 });
+    }
+    for (group, &leader) in ports.leaders.iter().enumerate() {
+        for rank in 0..settings.tp {
+            let name = format!("decode-{group}.{rank}");
+            let mut arguments = node("decode", &name);
+            add(&mut arguments, "tp", settings.tp);
+            add(&mut arguments, "rank", rank);
+            add(&mut arguments, "leader", local(leader));
+            all.push(Process { arguments, name, wave: 1 });
+        }
+    }
+    all
+}
+
+fn add(arguments: &mut Vec<String>, flag: &str, value: impl ToString) {
+    arguments.push(format!("--{flag}={}", value.to_string()));
+}
+
+fn local(port: u16) -> String {
+    format!("127.0.0.1:{port}")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::config::{Flags, NodeSettings, RouterSettings, load};
+    use clap::{Args, Command, FromArgMatches};
+
+    fn settings(flags: &[&str]) -> UpSettings {
+        parsed::<UpSettings>("up", flags)
+    }
+
+    fn parsed<S: crate::config::Settings>(section: &str, flags: &[&str]) -> S {
+        let command = Flags::<S>::augment_args(Command::new("test").no_binary_name(true));
+        let matches = command.try_get_matches_from(flags).expect("flags that exist");
+        let mut flags = Flags::<S>::from_arg_matches(&matches).expect("flags");
+        flags.config = Some("".into());
+        load(section, &flags).expect("valid settings")
+    }
+
+    fn processes(flags: &[&str], cores: usize) -> Vec<Process> {
+        let settings = settings(flags);
+        let leaders = (0..settings.decode as u16).map(|group| 21_000 + group).collect();
+        plan(&settings, Path::new("/m"), "demo", &Ports { cluster: 20_000, leaders }, cores)
+    }
+
+    /// Every process of a plan is told only what its role knows and accepts, and the ranks of a group meet at one place.
+    #[test]
+    fn children_accept_their_arguments() {
+        let all =
+            processes(&["--prefill=2", "--decode=2", "--tp=2", "--context=512", "--kv-memory=64MiB"], 16);
+        let names: Vec<_> = all.iter().map(|p| p.name.as_str()).collect();
+        assert_eq!(
+            names,
+            ["router", "prefill-0", "prefill-1", "decode-0.0", "decode-0.1", "decode-1.0", "decode-1.1"]
+        );
+        let mut leaders = Vec::new();
+        for process in &all {
+            let flags: Vec<_> = process.arguments[1..].iter().map(String::as_str).collect();
+            match process.arguments[0].as_str() {
+                "router" => {
+                    let router: RouterSettings = parsed("router", &flags);
+                    assert_eq!(router.cluster_bind.to_string(), "127.0.0.1:20000");
+                }
+                role => {
+                    let node: NodeSettings = parsed(role, &flags);
+                    assert_eq!(
+                        (node.kv_memory.0, node.context, node.threads),
+                        (64 << 20, Some(512), Some(2))
+                    );
+                    assert_eq!(node.router, "127.0.0.1:20000");
+                    leaders.extend(node.leader.map(|leader| (leader, node.rank)));
+                }
+            }
+        }
+        let of = |port: u16, rank: usize| (local(port), rank);
+        assert_eq!(leaders, [of(21_000, 0), of(21_000, 1), of(21_001, 0), of(21_001, 1)]);
+    }
+
+    /// A small machine still gives each process a thread.
+    #[test]
+    fn at_least_one_thread() {
+        let all = processes(&["--tp=4"], 2);
+        assert!(all[1..].iter().all(|p| p.arguments.contains(&"--threads=1".to_owned())));
+    }
+}
