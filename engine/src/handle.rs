@@ -9,6 +9,7 @@ use tokio::sync::{mpsc as channel, oneshot};
 
 use crate::request::{Event, Job, JobError, Refusal, Report};
 use crate::tp::plan::Notice;
+use crate::tp::{Frame, TpError};
 
 /// What the runner's thread is told.
 pub(crate) enum Command {
@@ -20,11 +21,16 @@ pub(crate) enum Command {
     },
     Cancel(u64),
     Probe(oneshot::Sender<Result<Duration, JobError>>),
-    /// From a rank of the group of `epoch`.
+    /// From this rank's own transfers and store, in the group of `epoch`.
     Notice {
         epoch: u64,
-        rank: usize,
         notice: Notice,
+    },
+    /// From the link to a rank of the group of `epoch`; an error is the link's last word.
+    Frame {
+        epoch: u64,
+        rank: usize,
+        frame: Result<Frame, TpError>,
     },
     /// Only wakes the runner, which then looks at the flags.
     Wake,
@@ -187,6 +193,29 @@ impl Commands {
     /// Whether [`Engine::stop`] was called.
     pub fn stopping(&self) -> bool {
         self.shared.stopping.load(Ordering::SeqCst)
+    }
+
+    /// Waits for so long, or until the engine is stopped; jobs that slipped in are refused.
+    pub(crate) fn wait(&self, duration: Duration, reason: &str) {
+        let until = Instant::now() + duration;
+        while !self.stopping() {
+            let left = until.saturating_duration_since(Instant::now());
+            match self.receiver.recv_timeout(left) {
+                Ok(command) => self.refuse(command, reason),
+                Err(_) => return,
+            }
+        }
+    }
+
+    /// Answers a command that this runner cannot carry out.
+    pub(crate) fn refuse(&self, command: Command, reason: &str) {
+        let error = JobError::Refused(Refusal::Unavailable(reason.into()));
+        match command {
+            // Those who have left need no answer.
+            Command::Submit { events, .. } => drop(events.send(Event::Failed(error))),
+            Command::Probe(reply) => drop(reply.send(Err(error))),
+            Command::Cancel(_) | Command::Notice { .. } | Command::Frame { .. } | Command::Wake => {}
+        }
     }
 
     pub(crate) fn publish(&self, report: Report) {

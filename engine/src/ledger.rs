@@ -55,11 +55,6 @@ impl Ledger {
         }
     }
 
-    /// Tokens of a block.
-    pub fn block_tokens(&self) -> u32 {
-        self.block_tokens
-    }
-
     /// Blocks that hold `tokens`.
     pub fn blocks_of(&self, tokens: u32) -> u32 {
         tokens.div_ceil(self.block_tokens)
@@ -83,16 +78,6 @@ impl Ledger {
     /// Tokens that `seq` has room for; 0 when it is unknown.
     pub fn capacity(&self, seq: SeqId) -> u32 {
         self.sequences.get(&seq).map_or(0, |blocks| blocks.len() as u32 * self.block_tokens)
-    }
-
-    /// Sequences in the book.
-    pub fn sequences(&self) -> impl Iterator<Item = SeqId> + '_ {
-        self.sequences.keys().copied()
-    }
-
-    /// Whether no transfer holds a block.
-    pub fn unleased(&self) -> bool {
-        self.leases.is_empty()
     }
 
     /// As [`backend::KvStore::open`].

@@ -17,6 +17,7 @@ mod runner;
 pub mod sampler;
 mod scheduler;
 mod sequence;
+mod serve;
 pub mod tp;
 mod transfer;
 
@@ -28,3 +29,4 @@ pub use request::{
     Token,
 };
 pub use runner::{EpochEnd, Runner};
+pub use serve::{Place, Terms, serve};

@@ -178,12 +178,6 @@ impl PrefixCache {
     pub fn keeps(&self, seq: SeqId) -> bool {
         self.chains.get(&seq).is_some_and(|chain| chain.kept.is_some())
     }
-
-    /// Forgets everything.
-    pub fn clear(&mut self) {
-        self.holders.clear();
-        self.chains.clear();
-    }
 }
 
 #[cfg(test)]

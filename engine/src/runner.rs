@@ -15,8 +15,8 @@ use crate::handle::{Command, Commands};
 use crate::leader::{Core, Setup, Totals};
 use crate::options::EngineOptions;
 use crate::request::{JobError, Target};
-use crate::tp::plan::Notice;
-use crate::tp::{Group, TpError};
+use crate::tp::plan::{Notice, Plan};
+use crate::tp::{Frame, Group, Member, TpError};
 use crate::transfer::{Notify, Transfers};
 
 /// How old a published report may become while steps run.
@@ -83,14 +83,19 @@ impl<B: Backend> Runner<B> {
         self.options.kv_advertise.iter().map(with_port).collect()
     }
 
-    /// What this rank is to the others of its group.
-    pub fn target(&self, rank: usize) -> Target {
-        Target { rank, addresses: self.kv_addresses(), spec: self.kv_spec().clone() }
+    /// What this rank is to the others of the next epoch's group. Waits for transfers of the last epoch to let go of the
+    /// store; blocks that they keep nevertheless are left out of the next.
+    pub fn member(&mut self, rank: usize, version: &str, identity: &str) -> Member {
+        Member {
+            version: version.to_owned(),
+            identity: identity.to_owned(),
+            target: Target { rank, addresses: self.kv_addresses(), spec: self.kv_spec().clone() },
+            blocks: self.free_blocks(),
+            block_tokens: self.kv.block_tokens(),
+        }
     }
 
-    /// Blocks that an epoch may use, and tokens of each. Waits for transfers of the last epoch to let go; blocks that
-    /// they keep nevertheless are left out.
-    pub fn blocks(&mut self) -> (u32, u32) {
+    fn free_blocks(&mut self) -> u32 {
         let begun = Instant::now();
         while self.kv.usage().quarantined > 0 && begun.elapsed() < QUIET_WAIT {
             std::thread::sleep(Duration::from_millis(5));
@@ -103,7 +108,7 @@ impl<B: Backend> Runner<B> {
                 usage.total
             );
         }
-        (usage.free, self.kv.block_tokens())
+        usage.free
     }
 
     /// Leads `group` until it ends. Jobs are let in meanwhile; those that have not ended fail with it.
@@ -111,8 +116,7 @@ impl<B: Backend> Runner<B> {
         let epoch = group.epoch;
         let sender = commands.sender();
         // A runner that has ended needs no notices.
-        let notify: Notify =
-            Arc::new(move |notice| drop(sender.send(Command::Notice { epoch, rank: 0, notice })));
+        let notify: Notify = Arc::new(move |notice| drop(sender.send(Command::Notice { epoch, notice })));
         let setup = Setup {
             options: self.options.clone(),
             epoch,
@@ -135,13 +139,40 @@ impl<B: Backend> Runner<B> {
             Err(error) => error.to_string(),
         };
         commands.shut(&reason);
-        group.end(ended.as_ref().err().map(ToString::to_string));
+        group.end(&reason);
         executor.clear();
         self.totals = core.finish(&JobError::Engine(reason));
         match ended {
             Ok(()) => EpochEnd::Stopped,
             Err(error) => EpochEnd::Lost(error),
         }
+    }
+
+    /// Does what the leader of `group` says until it ends.
+    pub fn follow(&mut self, mut group: Group, commands: &Commands) -> EpochEnd {
+        if let Err(error) = self.enter(&mut group, commands) {
+            return EpochEnd::Lost(error);
+        }
+        let notify: Notify = Arc::new(group.answer());
+        let mut executor = self.executor(&group, notify.clone());
+        let ended = follow(&mut executor, group.epoch, group.rank, commands);
+        if let Err(error) = &ended {
+            notify(Notice::Failed { reason: error.to_string() });
+        }
+        group.end("");
+        executor.clear();
+        match ended {
+            Ok(()) => EpochEnd::Stopped,
+            Err(error) => EpochEnd::Lost(error),
+        }
+    }
+
+    /// Lets the links of a group run and gives the backend its sockets.
+    fn enter(&mut self, group: &mut Group, commands: &Commands) -> Result<(), EngineError> {
+        if let Some(collective) = group.collective() {
+            self.backend.regroup(collective)?;
+        }
+        Ok(group.run(commands)?)
     }
 
     fn executor(&mut self, group: &Group, notify: Notify) -> Executor<'_, B> {
@@ -155,6 +186,44 @@ impl<B: Backend> Runner<B> {
             group.rank,
         );
         Executor::new(&mut self.backend, &self.model, &mut self.kv, transfers, notify)
+    }
+}
+
+/// A follower's loop: until the engine is stopped here, or the group ends.
+fn follow<B: Backend>(
+    executor: &mut Executor<'_, B>,
+    epoch: u64,
+    rank: usize,
+    commands: &Commands,
+) -> Result<(), EngineError> {
+    let lost = |reason| EngineError::Group(TpError::Lost { rank: 0, reason });
+    let mut steps = 0;
+    loop {
+        if commands.stopping() {
+            return Ok(());
+        }
+        let Ok(command) = commands.receiver.recv() else { return Ok(()) };
+        let frame = match command {
+            Command::Frame { epoch: of, frame, .. } if of == epoch => frame,
+            other => {
+                commands.refuse(other, &format!("rank {rank} follows"));
+                continue;
+            }
+        };
+        match frame {
+            Ok(Frame::Plan(bytes)) => {
+                let plan = Plan::decode(&bytes).map_err(TpError::from)?;
+                steps += 1;
+                if plan.step != steps {
+                    return Err(EngineError::Plan(format!("step {} came as number {steps}", plan.step)));
+                }
+                executor.execute(&plan)?;
+                (executor.notify)(Notice::Executed { step: plan.step });
+            }
+            Ok(Frame::End(reason)) => return Err(lost(format!("ended the group: {reason}"))),
+            Ok(other) => return Err(lost(format!("sent {other:?}"))),
+            Err(error) => return Err(lost(error.to_string())),
+        }
     }
 }
 
@@ -212,11 +281,19 @@ impl Lead<'_> {
             Command::Submit { id, job, events, arrived } => self.core.submit(now, id, job, events, arrived),
             Command::Cancel(job) => self.core.cancel(job),
             Command::Probe(reply) => self.core.probe(reply),
-            Command::Notice { epoch, .. } if epoch != self.group.epoch => {}
-            Command::Notice { rank, notice: Notice::Failed { reason }, .. } => {
-                return Err(TpError::Lost { rank, reason }.into());
+            // What is left of an earlier epoch.
+            Command::Notice { epoch, .. } | Command::Frame { epoch, .. } if epoch != self.group.epoch => {}
+            Command::Notice { notice, .. } => self.core.notice(now, 0, notice),
+            Command::Frame { rank, frame, .. } => {
+                let lost = |reason| TpError::Lost { rank, reason };
+                match frame.map_err(|error| lost(error.to_string()))? {
+                    Frame::Notice(bytes) => match Notice::decode(&bytes).map_err(TpError::from)? {
+                        Notice::Failed { reason } => return Err(lost(reason).into()),
+                        notice => self.core.notice(now, rank, notice),
+                    },
+                    other => return Err(lost(format!("sent {other:?}")).into()),
+                }
             }
-            Command::Notice { rank, notice, .. } => self.core.notice(now, rank, notice),
             Command::Wake => {}
         }
         Ok(())

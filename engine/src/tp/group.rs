@@ -1,7 +1,15 @@
-//! One epoch of a group as one of its ranks holds it.
+//! One epoch of a group as one of its ranks holds it: links to the others, and what all of them agreed on.
 
+use std::net::{Shutdown, TcpStream};
+use std::sync::Arc;
+
+use backend::Links;
+
+use super::link::{Halves, Link};
+use super::plan::{Notice, Plan};
+use super::{Frame, wire::WireError};
+use crate::handle::{Command, Commands};
 use crate::request::Target;
-use crate::tp::plan::Plan;
 
 /// Why a group cannot begin or go on.
 #[derive(Debug, thiserror::Error)]
@@ -14,6 +22,33 @@ pub enum TpError {
         /// What happened.
         reason: String,
     },
+    /// The leader does not take this rank; trying again would not help.
+    #[error("refused by the leader: {0}")]
+    Refused(String),
+    /// The other end does not hold the cluster's secret.
+    #[error("tensor-parallel link: the other end does not hold the cluster's token")]
+    Proof,
+    /// Nothing came.
+    #[error("silent for {ms} ms")]
+    Silent {
+        /// For so long.
+        ms: u64,
+    },
+    /// The other end is gone.
+    #[error("the link was closed")]
+    Closed,
+    /// Something came that must not.
+    #[error("tensor-parallel link: {0}")]
+    Protocol(String),
+    /// The system.
+    #[error("tensor-parallel link: {0}")]
+    Io(#[from] std::io::Error),
+    /// Bytes that are not what they should be.
+    #[error("tensor-parallel link: {0}")]
+    Wire(#[from] WireError),
+    /// [`crate::Engine::stop`] was called.
+    #[error("stopped")]
+    Stopped,
 }
 
 /// One epoch of a group.
@@ -22,23 +57,133 @@ pub struct Group {
     pub rank: usize,
     /// Changes whenever the ranks meet anew.
     pub epoch: u64,
-    /// Every rank's cache and KV addresses.
+    /// Every rank's cache and KV addresses, in order of rank.
     pub targets: Vec<Target>,
     /// Blocks that every rank's store has.
     pub blocks: u32,
+    /// Sockets for the backend's collectives; taken by [`Group::collective`].
+    sockets: Vec<Option<TcpStream>>,
+    /// The same sockets, to be shut when a rank is lost: a collective that waits for it ends then.
+    shut: Arc<Vec<TcpStream>>,
+    control: Control,
+}
+
+/// Links to the other ranks: all of them on the leader, the leader's on a follower.
+enum Control {
+    Met(Vec<(usize, Halves)>),
+    Running(Vec<Link>),
 }
 
 impl Group {
     /// A group of one rank.
     pub fn alone(epoch: u64, target: Target, blocks: u32) -> Self {
-        Group { rank: 0, epoch, targets: vec![target], blocks }
+        let control = Control::Met(Vec::new());
+        Group {
+            rank: 0,
+            epoch,
+            targets: vec![target],
+            blocks,
+            sockets: Vec::new(),
+            shut: Arc::default(),
+            control,
+        }
     }
 
-    /// Tells the followers what to do.
-    pub(crate) fn tell(&mut self, _plan: &Plan) -> Result<(), TpError> {
+    pub(super) fn met(
+        rank: usize,
+        epoch: u64,
+        targets: Vec<Target>,
+        blocks: u32,
+        sockets: Vec<Option<TcpStream>>,
+        links: Vec<(usize, Halves)>,
+    ) -> Result<Self, TpError> {
+        let shut = sockets.iter().flatten().map(TcpStream::try_clone).collect::<Result<_, _>>()?;
+        let control = Control::Met(links);
+        Ok(Group { rank, epoch, targets, blocks, sockets, shut: Arc::new(shut), control })
+    }
+
+    /// Number of ranks.
+    pub fn world(&self) -> usize {
+        self.targets.len()
+    }
+
+    /// The group as its backend needs it; `None` for one rank.
+    pub(crate) fn collective(&mut self) -> Option<backend::Group> {
+        let links = Links::Sockets(std::mem::take(&mut self.sockets));
+        (self.world() > 1).then(|| backend::Group { rank: self.rank, world: self.world(), links })
+    }
+
+    /// Lets the links run: frames of other ranks arrive as commands from now on.
+    pub(crate) fn run(&mut self, commands: &Commands) -> Result<(), TpError> {
+        let Control::Met(links) = &mut self.control else { return Ok(()) };
+        let mut running = Vec::new();
+        for (rank, halves) in std::mem::take(links) {
+            let (epoch, sender, shut) = (self.epoch, commands.sender(), self.shut.clone());
+            running.push(Link::start(halves, move |frame| {
+                if frame.is_err() {
+                    close_all(&shut);
+                }
+                // A runner that has ended needs no frames.
+                let _ = sender.send(Command::Frame { epoch, rank, frame });
+            })?);
+        }
+        self.control = Control::Running(running);
         Ok(())
     }
 
-    /// Tells the followers that it is over.
-    pub(crate) fn end(&mut self, _reason: Option<String>) {}
+    /// Tells the followers what to do.
+    pub(crate) fn tell(&self, plan: &Plan) -> Result<(), TpError> {
+        let Control::Running(links) = &self.control else { return Ok(()) };
+        if links.is_empty() {
+            return Ok(());
+        }
+        let frame = Frame::Plan(plan.encode());
+        for (index, link) in links.iter().enumerate() {
+            link.send(&frame)
+                .map_err(|error| TpError::Lost { rank: index + 1, reason: error.to_string() })?;
+        }
+        Ok(())
+    }
+
+    /// Tells the leader, from any thread.
+    pub(crate) fn answer(&self) -> impl Fn(Notice) + Send + Sync + 'static {
+        let link = match &self.control {
+            Control::Running(links) => links.first().map(Link::sender),
+            Control::Met(_) => None,
+        };
+        move |notice: Notice| {
+            // A leader that is lost is told nothing; the link's reader says that it is lost.
+            let _ = link.as_ref().map(|link| link.send(&Frame::Notice(notice.encode())));
+        }
+    }
+
+    /// Leaves the group, and tells the followers why if this is the leader.
+    pub(crate) fn end(&mut self, reason: &str) {
+        if let Control::Running(links) = &mut self.control {
+            for link in links.drain(..).filter(|_| self.rank == 0) {
+                // Best effort: a follower that does not hear it sees the link closed.
+                let _ = link.send(&Frame::End(reason.to_owned()));
+            }
+        }
+        close_all(&self.shut);
+    }
+}
+
+impl Drop for Group {
+    fn drop(&mut self) {
+        self.end("the leader left");
+    }
+}
+
+fn close_all(sockets: &[TcpStream]) {
+    for socket in sockets {
+        // A socket that is closed already needs no closing.
+        let _ = socket.shutdown(Shutdown::Both);
+    }
+}
+
+/// For opening a backend before its ranks have met: links that lead nowhere, on which every collective fails until
+/// [`backend::Backend::regroup`], which [`crate::Runner`] does when they have.
+pub fn unmet(rank: usize, world: usize) -> std::io::Result<backend::Group> {
+    Ok(backend::Group::local(world)?.swap_remove(rank))
 }

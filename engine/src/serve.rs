@@ -1,0 +1,107 @@
+//! A rank's life: meet the others, lead or follow until the epoch ends, meet again. Called by a node on a thread of its
+//! own, after the model is loaded.
+
+use std::net::TcpListener;
+use std::time::Duration;
+
+use backend::{Backend, BackendError};
+
+use crate::error::EngineError;
+use crate::handle::Commands;
+use crate::runner::{EpochEnd, Runner};
+use crate::tp::{Group, TpError, rendezvous};
+
+/// Wait before a follower dials its leader again: from the first to the last, doubling.
+const RETRY: [Duration; 2] = [Duration::from_millis(100), Duration::from_secs(2)];
+
+/// This rank's place in its group.
+#[derive(Debug)]
+pub enum Place {
+    /// A group of one.
+    Alone,
+    /// Rank 0 of several: the others dial `listener`.
+    Lead {
+        /// Where the group meets.
+        listener: TcpListener,
+        /// Number of ranks.
+        world: usize,
+    },
+    /// Another rank of several.
+    Follow {
+        /// `host:port` of the leader's listener.
+        leader: String,
+        /// This rank, from 1.
+        rank: usize,
+    },
+}
+
+/// What a group agrees on before it works.
+#[derive(Clone, Debug)]
+pub struct Terms {
+    /// The cluster's secret, never sent.
+    pub secret: Vec<u8>,
+    /// Version of the program.
+    pub version: String,
+    /// Identity of the model: architecture, vocabulary and weights.
+    pub identity: String,
+    /// Epoch of the leader's first group; greater than any that an earlier process of it used, e.g. from the clock.
+    pub first_epoch: u64,
+}
+
+/// Runs the rank until [`crate::Engine::stop`]. Whenever the group is lost its jobs fail and the ranks meet anew, with
+/// the weights still loaded. Errors when this rank's own device fails, when it cannot be part of another group without
+/// being started anew, or when the leader refuses it.
+pub fn serve<B: Backend>(
+    runner: &mut Runner<B>,
+    place: &Place,
+    terms: &Terms,
+    commands: &Commands,
+) -> Result<(), EngineError> {
+    let mut epoch = terms.first_epoch;
+    let mut retry = RETRY[0];
+    while !commands.stopping() {
+        let rank = if let Place::Follow { rank, .. } = place { *rank } else { 0 };
+        let member = runner.member(rank, &terms.version, &terms.identity);
+        let stop = || commands.stopping();
+        let met = match place {
+            Place::Alone => Ok(Group::alone(epoch, member.target, member.blocks)),
+            Place::Lead { listener, world } => {
+                rendezvous::lead(listener, &terms.secret, *world, epoch, &member, &stop)
+            }
+            Place::Follow { leader, .. } => rendezvous::join(leader, &terms.secret, &member, &stop),
+        };
+        epoch += 1;
+        let group = match met {
+            Ok(group) => group,
+            Err(TpError::Stopped) => break,
+            Err(error @ (TpError::Refused(_) | TpError::Proof)) => return Err(error.into()),
+            Err(error) => {
+                tracing::warn!("rank {rank} does not meet its group yet: {error}");
+                commands.wait(retry, "the group of ranks is not complete");
+                retry = (retry * 2).min(RETRY[1]);
+                continue;
+            }
+        };
+        retry = RETRY[0];
+        tracing::info!(
+            "rank {rank} of {} in epoch {}, {} kv blocks",
+            group.world(),
+            group.epoch,
+            group.blocks
+        );
+        let ended = match place {
+            Place::Follow { .. } => runner.follow(group, commands),
+            Place::Alone | Place::Lead { .. } => runner.lead(group, commands),
+        };
+        match ended {
+            EpochEnd::Stopped => break,
+            EpochEnd::Lost(
+                error @ (EngineError::Group(_) | EngineError::Backend(BackendError::Group { .. })),
+            ) => {
+                tracing::warn!("the group is lost and meets anew: {error}");
+            }
+            EpochEnd::Lost(error) => return Err(error),
+        }
+    }
+    Ok(())
+}

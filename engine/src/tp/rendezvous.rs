@@ -1,0 +1,456 @@
+//! How the ranks of a group meet: followers dial the leader, both prove the cluster's secret, the leader compares what
+//! they are, and when all are there, tells everyone about everyone and they connect pairwise.
+
+use std::collections::BTreeMap;
+use std::io::{ErrorKind, Read, Write};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener, TcpStream, ToSocketAddrs};
+use std::time::{Duration, Instant};
+
+use subtle::ConstantTimeEq;
+
+use super::link::{Halves, proof};
+use super::mesh::{self, ACCEPT_EVERY};
+use super::wire::{Reader, Writer};
+use super::{Frame, Group, TpError};
+use crate::request::Target;
+
+/// Opens every connection to a leader: name and version of this protocol.
+const MAGIC: [u8; 8] = *b"baton-t1";
+
+/// Time for a connection to prove itself and say who it is.
+const GREETING_WAIT: Duration = Duration::from_secs(2);
+
+/// Time between two signs of life to ranks that wait for the others.
+const WAITING_PING: Duration = Duration::from_millis(500);
+
+/// A leader that says nothing for so long while ranks gather is lost. Longer than the heartbeat of a running group: a
+/// leader that gathers greets one rank at a time.
+const GATHER_SILENCE: Duration = Duration::from_secs(10);
+
+/// Time for all ranks to be connected with each other.
+const READY_WAIT: Duration = Duration::from_secs(15);
+
+/// What a rank is. Version, identity and block size are equal on all ranks of a group.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Member {
+    /// Of the program.
+    pub version: String,
+    /// Of the model: architecture, vocabulary and weights.
+    pub identity: String,
+    /// Its cache and KV addresses; says which rank it is.
+    pub target: Target,
+    /// Free blocks of its store.
+    pub blocks: u32,
+    /// Tokens per block.
+    pub block_tokens: u32,
+}
+
+struct Joined {
+    member: Member,
+    halves: Halves,
+    /// Where it listens for the other ranks.
+    mesh: SocketAddr,
+}
+
+/// Gathers the other `world - 1` ranks on `listener`. Ends early, with [`TpError::Stopped`], when `stop` says so.
+pub fn lead(
+    listener: &TcpListener,
+    secret: &[u8],
+    world: usize,
+    epoch: u64,
+    member: &Member,
+    stop: &dyn Fn() -> bool,
+) -> Result<Group, TpError> {
+    listener.set_nonblocking(true)?;
+    let mut joined = BTreeMap::<usize, Joined>::new();
+    let mut pinged = Instant::now();
+    while joined.len() + 1 < world {
+        if stop() {
+            return Err(TpError::Stopped);
+        }
+        match listener.accept() {
+            Ok((stream, from)) => match greet(stream, secret, world, member) {
+                Ok(rank) => {
+                    tracing::info!("rank {} of {world} joined from {from}", rank.member.target.rank);
+                    // A rank that comes again has lost its earlier connection.
+                    joined.insert(rank.member.target.rank, rank);
+                }
+                Err(error) => tracing::warn!("{from} did not join the group: {error}"),
+            },
+            Err(error) if error.kind() == ErrorKind::WouldBlock => std::thread::sleep(ACCEPT_EVERY),
+            Err(error) => return Err(error.into()),
+        }
+        if pinged.elapsed() >= WAITING_PING {
+            pinged = Instant::now();
+            joined.retain(|_, rank| rank.halves.out.send(&Frame::Ping).is_ok());
+        }
+    }
+    welcome(secret, epoch, member, joined)
+}
+
+/// Joins the group that is led at `leader` (`host:port`). Errors at once when nobody listens there.
+pub fn join(leader: &str, secret: &[u8], member: &Member, stop: &dyn Fn() -> bool) -> Result<Group, TpError> {
+    let stream = dial(leader)?;
+    let (near, far) = (stream.local_addr()?, stream.peer_addr()?);
+    let mut halves = prove(stream, secret)?;
+    let listener = TcpListener::bind((near.ip(), 0))?;
+    let mut w = Writer::default();
+    w.u32(listener.local_addr()?.port().into());
+    encode(&mut w, member);
+    halves.out.send(&Frame::Join(w.0))?;
+    let begun = loop {
+        if stop() {
+            return Err(TpError::Stopped);
+        }
+        match halves.into.receive(GATHER_SILENCE)? {
+            Frame::Ping => {}
+            Frame::Welcome(bytes) => break bytes,
+            Frame::Refuse(reason) => return Err(TpError::Refused(reason)),
+            other => return Err(unexpected(&other)),
+        }
+    };
+    let mut r = Reader(&begun);
+    let (epoch, nonce, blocks) = (r.u64()?, r.array::<32>()?, r.u32()?);
+    let ranks = r.list(|r| Ok((r.text()?, target(r)?)))?;
+    r.end()?;
+    let (addresses, targets): (Vec<String>, Vec<Target>) = ranks.into_iter().unzip();
+    let mut mesh = Vec::new();
+    for address in addresses {
+        let parsed: SocketAddr =
+            address.parse().map_err(|_| TpError::Protocol(format!("address {address:?} of a rank")))?;
+        // The leader does not know by which of its addresses we reach it.
+        mesh.push(if parsed.ip().is_unspecified() {
+            SocketAddr::new(far.ip(), parsed.port())
+        } else {
+            parsed
+        });
+    }
+    let rank = member.target.rank;
+    let sockets = mesh::connect(&listener, &mesh_key(secret, &nonce), rank, &mesh)?;
+    halves.out.send(&Frame::Ready)?;
+    Group::met(rank, epoch, targets, blocks, sockets, vec![(0, halves)])
+}
+
+fn dial(leader: &str) -> Result<TcpStream, TpError> {
+    let mut last = TpError::Protocol(format!("{leader} has no address"));
+    for address in leader.to_socket_addrs()? {
+        match TcpStream::connect_timeout(&address, GREETING_WAIT) {
+            Ok(stream) => return Ok(stream),
+            Err(error) => last = error.into(),
+        }
+    }
+    Err(last)
+}
+
+/// Follower's side of the proof: `magic | nonce`, then the leader's `nonce | proof`, then ours.
+fn prove(mut stream: TcpStream, secret: &[u8]) -> Result<Halves, TpError> {
+    timeouts(&stream, READY_WAIT)?;
+    let mine = nonce()?;
+    stream.write_all(&MAGIC)?;
+    stream.write_all(&mine)?;
+    let (mut theirs, mut answer) = ([0; 32], [0; 32]);
+    stream.read_exact(&mut theirs)?;
+    stream.read_exact(&mut answer)?;
+    check(&answer, &proof(secret, &[b"leader", &mine, &theirs]))?;
+    stream.write_all(&proof(secret, &[b"rank", &mine, &theirs]))?;
+    keys(stream, secret, &mine, &theirs, false)
+}
+
+/// Leader's side of the proof.
+fn ask_proof(mut stream: TcpStream, secret: &[u8]) -> Result<Halves, TpError> {
+    stream.set_nonblocking(false)?;
+    timeouts(&stream, GREETING_WAIT)?;
+    let (mut magic, mut theirs, mut answer) = ([0; 8], [0; 32], [0; 32]);
+    stream.read_exact(&mut magic)?;
+    if magic != MAGIC {
+        return Err(TpError::Protocol("not a rank of this version".into()));
+    }
+    stream.read_exact(&mut theirs)?;
+    let mine = nonce()?;
+    stream.write_all(&mine)?;
+    stream.write_all(&proof(secret, &[b"leader", &theirs, &mine]))?;
+    stream.read_exact(&mut answer)?;
+    check(&answer, &proof(secret, &[b"rank", &theirs, &mine]))?;
+    keys(stream, secret, &theirs, &mine, true)
+}
+
+fn keys(
+    stream: TcpStream,
+    secret: &[u8],
+    rank: &[u8; 32],
+    leader: &[u8; 32],
+    leads: bool,
+) -> Result<Halves, TpError> {
+    let down = proof(secret, &[b"down", rank, leader]);
+    let up = proof(secret, &[b"up", rank, leader]);
+    let (out, into) = if leads { (down, up) } else { (up, down) };
+    Halves::new(stream, out, into)
+}
+
+/// Lets one connection prove itself and compares what it is; the reason of a refusal is told to it.
+fn greet(stream: TcpStream, secret: &[u8], world: usize, leader: &Member) -> Result<Joined, TpError> {
+    let from = stream.peer_addr()?;
+    let mut halves = ask_proof(stream, secret)?;
+    let Frame::Join(bytes) = halves.into.receive(GREETING_WAIT)? else {
+        return Err(TpError::Protocol("no introduction".into()));
+    };
+    let mut r = Reader(&bytes);
+    let port = r.u32()?;
+    let port = u16::try_from(port).map_err(|_| TpError::Protocol(format!("port {port}")))?;
+    let member = decode(&mut r)?;
+    r.end()?;
+    if let Err(reason) = agree(world, leader, &member) {
+        halves.out.send(&Frame::Refuse(reason.clone()))?;
+        return Err(TpError::Refused(reason));
+    }
+    Ok(Joined { member, halves, mesh: SocketAddr::new(from.ip(), port) })
+}
+
+/// Names the first thing that keeps `member` from working with `leader`.
+fn agree(world: usize, leader: &Member, member: &Member) -> Result<(), String> {
+    let differs = |what: &str, ours: &dyn std::fmt::Display, theirs: &dyn std::fmt::Display| {
+        Err(format!("{what}: the leader has {ours}, rank {} has {theirs}", member.target.rank))
+    };
+    if leader.version != member.version {
+        return differs("version", &leader.version, &member.version);
+    }
+    if leader.identity != member.identity {
+        return differs("model identity", &leader.identity, &member.identity);
+    }
+    if leader.block_tokens != member.block_tokens {
+        return differs("tokens per kv block", &leader.block_tokens, &member.block_tokens);
+    }
+    let shape = |target: &Target| kvtransfer::layout::describe(&target.spec);
+    let layers = |target: &Target| (target.spec.layers, target.spec.planes.len());
+    if layers(&leader.target) != layers(&member.target) {
+        return differs("kv cache", &shape(&leader.target), &shape(&member.target));
+    }
+    match member.target.rank {
+        rank if rank == 0 || rank >= world => {
+            Err(format!("rank {rank} does not follow in a group of {world}"))
+        }
+        _ => Ok(()),
+    }
+}
+
+/// Tells everyone about everyone and connects.
+fn welcome(
+    secret: &[u8],
+    epoch: u64,
+    leader: &Member,
+    mut joined: BTreeMap<usize, Joined>,
+) -> Result<Group, TpError> {
+    let lost = |rank: usize| move |error: TpError| TpError::Lost { rank, reason: error.to_string() };
+    // All ranks dial the leader at the address that their control connection goes to.
+    let mut ours = Vec::new();
+    for rank in joined.values() {
+        ours.push(rank.halves.out.local_addr()?.ip());
+    }
+    let bind = match ours.first() {
+        None => return Ok(Group::alone(epoch, leader.target.clone(), leader.blocks)),
+        Some(first) if ours.iter().all(|ip| ip == first) => *first,
+        Some(IpAddr::V4(_)) => Ipv4Addr::UNSPECIFIED.into(),
+        Some(IpAddr::V6(_)) => Ipv6Addr::UNSPECIFIED.into(),
+    };
+    let listener = TcpListener::bind((bind, 0))?;
+    let unspecified = SocketAddr::new(Ipv4Addr::UNSPECIFIED.into(), listener.local_addr()?.port());
+    let blocks = joined.values().map(|rank| rank.member.blocks).fold(leader.blocks, u32::min);
+    let mut ranks = vec![(unspecified, leader.target.clone())];
+    ranks.extend(joined.values().map(|rank| (rank.mesh, rank.member.target.clone())));
+    let nonce = nonce()?;
+    let mut w = Writer::default();
+    w.u64(epoch);
+    w.0.extend_from_slice(&nonce);
+    w.u32(blocks);
+    w.list(&ranks, |w, (address, target)| {
+        w.text(&address.to_string());
+        encode_target(w, target);
+    });
+    let frame = Frame::Welcome(w.0);
+    for (rank, entry) in &mut joined {
+        entry.halves.out.send(&frame).map_err(lost(*rank))?;
+    }
+    let (addresses, targets): (Vec<SocketAddr>, Vec<Target>) = ranks.into_iter().unzip();
+    let sockets = mesh::connect(&listener, &mesh_key(secret, &nonce), 0, &addresses)?;
+    let mut links = Vec::new();
+    for (rank, mut entry) in joined {
+        match entry.halves.into.receive(READY_WAIT).map_err(lost(rank))? {
+            Frame::Ready => links.push((rank, entry.halves)),
+            other => return Err(unexpected(&other)),
+        }
+    }
+    Group::met(0, epoch, targets, blocks, sockets, links)
+}
+
+fn mesh_key(secret: &[u8], nonce: &[u8; 32]) -> [u8; 32] {
+    proof(secret, &[b"mesh", nonce])
+}
+
+fn nonce() -> Result<[u8; 32], TpError> {
+    let mut bytes = [0; 32];
+    getrandom::fill(&mut bytes).map_err(|error| TpError::Protocol(format!("no random numbers: {error}")))?;
+    Ok(bytes)
+}
+
+fn check(theirs: &[u8; 32], ours: &[u8; 32]) -> Result<(), TpError> {
+    if ours.ct_eq(theirs).into() { Ok(()) } else { Err(TpError::Proof) }
+}
+
+fn timeouts(stream: &TcpStream, wait: Duration) -> Result<(), TpError> {
+    stream.set_read_timeout(Some(wait))?;
+    Ok(stream.set_write_timeout(Some(wait))?)
+}
+
+fn unexpected(frame: &Frame) -> TpError {
+    TpError::Protocol(format!("{frame:?} while ranks gather"))
+}
+
+fn encode(w: &mut Writer, member: &Member) {
+    w.text(&member.version);
+    w.text(&member.identity);
+    encode_target(w, &member.target);
+    w.u32(member.blocks);
+    w.u32(member.block_tokens);
+}
+
+fn decode(r: &mut Reader<'_>) -> Result<Member, TpError> {
+    Ok(Member {
+        version: r.text()?,
+        identity: r.text()?,
+        target: target(r)?,
+        blocks: r.u32()?,
+        block_tokens: r.u32()?,
+    })
+}
+
+fn encode_target(w: &mut Writer, target: &Target) {
+    w.u32(target.rank as u32);
+    w.list(&target.addresses, |w, address| w.text(address));
+    w.spec(&target.spec);
+}
+
+fn target(r: &mut Reader<'_>) -> Result<Target, super::wire::WireError> {
+    Ok(Target { rank: r.u32()? as usize, addresses: r.list(Reader::text)?, spec: r.spec()? })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use backend::{DType, KvSpec};
+
+    fn member(rank: usize) -> Member {
+        Member {
+            version: "1".into(),
+            identity: "graph".into(),
+            target: Target {
+                rank,
+                addresses: vec![format!("rank{rank}:1")],
+                spec: KvSpec::gqa(2, 4, rank..rank + 1, 8, DType::F32),
+            },
+            blocks: 100 - rank as u32,
+            block_tokens: 16,
+        }
+    }
+
+    fn never() -> bool {
+        false
+    }
+
+    /// Lets a leader of `world` and the given members meet.
+    fn meet(world: usize, members: Vec<(Member, &'static [u8])>) -> Vec<Result<Group, String>> {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let address = listener.local_addr().unwrap().to_string();
+        std::thread::scope(|scope| {
+            let followers: Vec<_> = members
+                .into_iter()
+                .map(|(member, secret)| {
+                    let address = address.clone();
+                    scope.spawn(move || join(&address, secret, &member, &never).map_err(|e| e.to_string()))
+                })
+                .collect();
+            let failed = || followers.iter().any(|f| f.is_finished());
+            let mut groups =
+                vec![lead(&listener, b"s", world, 7, &member(0), &failed).map_err(|e| e.to_string())];
+            groups.extend(followers.into_iter().map(|f| f.join().unwrap()));
+            groups
+        })
+    }
+
+    #[test]
+    fn ranks_meet_whatever_their_order_and_know_each_other() {
+        let groups = meet(4, vec![(member(3), b"s"), (member(1), b"s"), (member(2), b"s")]);
+        for (group, rank) in groups.into_iter().zip([0, 3, 1, 2]) {
+            let mut group = group.unwrap();
+            assert_eq!((group.rank, group.epoch, group.blocks, group.world()), (rank, 7, 97, 4));
+            let all: Vec<Target> = (0..4).map(|rank| member(rank).target).collect();
+            assert_eq!(group.targets, all);
+            let backend::Links::Sockets(sockets) = group.collective().unwrap().links else {
+                panic!("no sockets")
+            };
+            let present: Vec<bool> = sockets.iter().map(Option::is_some).collect();
+            assert_eq!(present, (0..4).map(|other| other != rank).collect::<Vec<_>>());
+        }
+    }
+
+    #[test]
+    fn every_pair_of_sockets_joins_the_right_ranks() {
+        let mut groups: Vec<Group> =
+            meet(3, vec![(member(1), b"s"), (member(2), b"s")]).into_iter().map(Result::unwrap).collect();
+        let mut sockets: Vec<Vec<Option<TcpStream>>> = groups
+            .iter_mut()
+            .map(|group| match group.collective().unwrap().links {
+                backend::Links::Sockets(sockets) => sockets,
+                _ => panic!("no sockets"),
+            })
+            .collect();
+        for (from, all) in sockets.iter_mut().enumerate() {
+            for (to, socket) in all.iter_mut().enumerate().filter(|(to, _)| *to != from) {
+                socket.as_mut().unwrap().write_all(&[from as u8, to as u8]).unwrap();
+            }
+        }
+        for (to, all) in sockets.iter_mut().enumerate() {
+            for (from, socket) in all.iter_mut().enumerate().filter(|(from, _)| *from != to) {
+                let mut got = [0; 2];
+                socket.as_mut().unwrap().read_exact(&mut got).unwrap();
+                assert_eq!(got, [from as u8, to as u8]);
+            }
+        }
+    }
+
+    #[test]
+    fn a_rank_that_differs_is_refused_with_both_values() {
+        let refused = |change: fn(&mut Member)| {
+            let mut other = member(1);
+            change(&mut other);
+            meet(2, vec![(other, b"s")]).remove(1).err().unwrap()
+        };
+        assert_eq!(
+            refused(|m| m.version = "2".into()),
+            "refused by the leader: version: the leader has 1, rank 1 has 2"
+        );
+        assert_eq!(
+            refused(|m| m.identity = "other".into()),
+            "refused by the leader: model identity: the leader has graph, rank 1 has other"
+        );
+        assert_eq!(
+            refused(|m| m.block_tokens = 32),
+            "refused by the leader: tokens per kv block: the leader has 16, rank 1 has 32"
+        );
+        assert_eq!(
+            refused(|m| m.target.rank = 2),
+            "refused by the leader: rank 2 does not follow in a group of 2"
+        );
+    }
+
+    #[test]
+    fn a_wrong_secret_is_found_out_by_both_ends() {
+        let mut groups = meet(2, vec![(member(1), b"t")]);
+        let proof = "tensor-parallel link: the other end does not hold the cluster's token";
+        assert_eq!(groups.remove(1).err().unwrap(), proof);
+        assert_eq!(
+            groups.remove(0).err().unwrap(),
+            "stopped",
+            "the leader goes on waiting until it is told to stop"
+        );
+    }
+}
