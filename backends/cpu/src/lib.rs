@@ -1,1 +1,28 @@
-//! The CPU backend.
+//! The CPU backend: every machine has it, every test runs on it, and it keeps the arithmetic contract of
+//! [`backend`] to the bit.
+//!
+//! [`CpuBackend`] is opened by node start-up. Inside: `kernel` holds the inner loops, written once over `lanes` and
+//! compiled for each instruction [`Level`]; `packed` and `product` are linear layers, `attend` is attention, `kv` and
+//! `lease` the paged cache, `peers` the collectives, `pool` the threads.
+
+mod attend;
+mod device;
+mod kernel;
+mod kv;
+mod lanes;
+mod lease;
+mod level;
+mod memory;
+mod packed;
+mod peers;
+mod pool;
+mod product;
+mod rope;
+mod step;
+
+pub use device::CpuBackend;
+pub use kv::CpuKv;
+pub use lease::{CpuExport, CpuLanding};
+pub use level::Level;
+pub use packed::CpuWeight;
+pub use step::{CpuAct, CpuStep};

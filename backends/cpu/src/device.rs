@@ -1,0 +1,96 @@
+//! Opening the CPU as one rank of a group.
+
+use backend::{Backend, BackendError, Batch, Caps, DType, DeviceOptions, Group, KvSpec, WeightSource};
+
+use crate::kernel::Kernels;
+use crate::kv::CpuKv;
+use crate::level::Level;
+use crate::memory::Arena;
+use crate::packed::CpuWeight;
+use crate::peers::Peers;
+use crate::pool::Pool;
+use crate::step::{CpuAct, CpuStep};
+
+/// The CPU as one tensor-parallel rank.
+#[derive(Debug)]
+pub struct CpuBackend {
+    level: Level,
+    dtype: DType,
+    block_tokens: u32,
+    pub(crate) kernels: &'static Kernels,
+    pub(crate) pool: Pool,
+    pub(crate) arena: Arena,
+    pub(crate) peers: Peers,
+}
+
+impl CpuBackend {
+    /// As [`Backend::open`], at a level of the caller's choice. Errors when this machine lacks it, or when the options
+    /// or the group's links are not for this backend.
+    pub fn with_level(options: &DeviceOptions, group: Group, level: Level) -> Result<Self, BackendError> {
+        let refused = |reason| Err(BackendError::Unavailable { backend: "cpu", reason });
+        if !level.available() {
+            return refused(format!("this machine has no {level} instructions"));
+        }
+        if options.dtype == DType::F16 {
+            return refused("activations are f32 or bf16, not f16".to_owned());
+        }
+        Ok(CpuBackend {
+            level,
+            dtype: options.dtype,
+            block_tokens: options.block_tokens,
+            kernels: level.kernels(),
+            pool: Pool::new(options.threads),
+            arena: Arena::default(),
+            peers: Peers::new(group)?,
+        })
+    }
+
+    /// The instruction level in use.
+    pub fn level(&self) -> Level {
+        self.level
+    }
+
+    pub(crate) fn bf16(&self) -> bool {
+        self.dtype == DType::BF16
+    }
+}
+
+impl Backend for CpuBackend {
+    type Weight = CpuWeight;
+    type Act = CpuAct;
+    type Hidden = CpuAct;
+    type Kv = CpuKv;
+    type Step<'a> = CpuStep<'a>;
+
+    fn open(options: &DeviceOptions, group: Group) -> Result<Self, BackendError> {
+        Self::with_level(options, group, Level::best())
+    }
+
+    fn caps(&self) -> Caps {
+        let device = format!("{}, {} threads", self.level, self.pool.threads());
+        Caps { name: "cpu", device, exact: true }
+    }
+
+    fn load(&mut self, source: &WeightSource<'_>) -> Result<CpuWeight, BackendError> {
+        CpuWeight::load(source, self.kernels, &self.pool, self.dtype)
+    }
+
+    fn kv(&mut self, spec: &KvSpec, bytes: u64) -> Result<CpuKv, BackendError> {
+        CpuKv::new(spec, bytes, self.block_tokens)
+    }
+
+    fn step<'a>(&'a mut self, kv: &'a mut CpuKv, batch: &'a Batch) -> CpuStep<'a> {
+        CpuStep::new(self, kv, batch)
+    }
+
+    fn regroup(&mut self, group: Group) -> Result<(), BackendError> {
+        if (group.rank, group.world) != (self.peers.rank(), self.peers.world()) {
+            let (rank, world) = (self.peers.rank(), self.peers.world());
+            let reason =
+                format!("rank {} of {} cannot become rank {rank} of {world}", group.rank, group.world);
+            return Err(BackendError::Unavailable { backend: "cpu", reason });
+        }
+        self.peers = Peers::new(group)?;
+        Ok(())
+    }
+}

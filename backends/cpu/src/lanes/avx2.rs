@@ -1,0 +1,280 @@
+//! Two 256-bit registers.
+
+use std::arch::x86_64::*;
+
+use super::{LANES, Lanes};
+
+/// Sixteen floats: lanes `[0, 8)` and `[8, 16)`.
+#[derive(Clone, Copy)]
+pub(crate) struct Avx2(__m256, __m256);
+
+// SAFETY (all blocks here): the kernels of this level run only where AVX2, FMA and F16C were detected, and the caller
+// gives memory for the elements that each method names.
+impl Lanes for Avx2 {
+    const REGISTERS: usize = 8;
+
+    #[inline(always)]
+    unsafe fn splat(x: f32) -> Self {
+        // SAFETY: see the impl.
+        unsafe { Avx2(_mm256_set1_ps(x), _mm256_set1_ps(x)) }
+    }
+
+    #[inline(always)]
+    unsafe fn load(p: *const f32) -> Self {
+        // SAFETY: see the impl.
+        unsafe { Avx2(_mm256_loadu_ps(p), _mm256_loadu_ps(p.add(8))) }
+    }
+
+    #[inline(always)]
+    unsafe fn store(self, p: *mut f32) {
+        // SAFETY: see the impl.
+        unsafe {
+            _mm256_storeu_ps(p, self.0);
+            _mm256_storeu_ps(p.add(8), self.1);
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn load_bf16(p: *const u16) -> Self {
+        // SAFETY: see the impl.
+        unsafe { Avx2(widen_bf16(p), widen_bf16(p.add(8))) }
+    }
+
+    #[inline(always)]
+    unsafe fn load_bf16_even(p: *const u16) -> Self {
+        // SAFETY: see the impl.
+        unsafe { Avx2(even_bf16(p), even_bf16(p.add(16))) }
+    }
+
+    #[inline(always)]
+    unsafe fn load_bf16_odd(p: *const u16) -> Self {
+        // SAFETY: see the impl.
+        unsafe { Avx2(odd_bf16(p), odd_bf16(p.add(16))) }
+    }
+
+    #[inline(always)]
+    unsafe fn load_f16(p: *const u16) -> Self {
+        // SAFETY: see the impl.
+        unsafe {
+            let (low, high) = (_mm_loadu_si128(p.cast()), _mm_loadu_si128(p.add(8).cast()));
+            Avx2(_mm256_cvtph_ps(low), _mm256_cvtph_ps(high))
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn store_bf16(self, p: *mut u16) {
+        // SAFETY: see the impl.
+        unsafe {
+            let low = _mm256_srli_epi32::<16>(_mm256_castps_si256(self.0));
+            let high = _mm256_srli_epi32::<16>(_mm256_castps_si256(self.1));
+            // packus works within 128-bit halves: put the middle quarters right.
+            let packed = _mm256_permute4x64_epi64::<0b11_01_10_00>(_mm256_packus_epi32(low, high));
+            _mm256_storeu_si256(p.cast(), packed);
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn add(self, other: Self) -> Self {
+        // SAFETY: see the impl.
+        unsafe { Avx2(_mm256_add_ps(self.0, other.0), _mm256_add_ps(self.1, other.1)) }
+    }
+
+    #[inline(always)]
+    unsafe fn sub(self, other: Self) -> Self {
+        // SAFETY: see the impl.
+        unsafe { Avx2(_mm256_sub_ps(self.0, other.0), _mm256_sub_ps(self.1, other.1)) }
+    }
+
+    #[inline(always)]
+    unsafe fn mul(self, other: Self) -> Self {
+        // SAFETY: see the impl.
+        unsafe { Avx2(_mm256_mul_ps(self.0, other.0), _mm256_mul_ps(self.1, other.1)) }
+    }
+
+    #[inline(always)]
+    unsafe fn div(self, other: Self) -> Self {
+        // SAFETY: see the impl.
+        unsafe { Avx2(_mm256_div_ps(self.0, other.0), _mm256_div_ps(self.1, other.1)) }
+    }
+
+    #[inline(always)]
+    unsafe fn madd(self, a: Self, b: Self) -> Self {
+        // SAFETY: see the impl.
+        unsafe { Avx2(_mm256_fmadd_ps(a.0, b.0, self.0), _mm256_fmadd_ps(a.1, b.1, self.1)) }
+    }
+
+    #[inline(always)]
+    unsafe fn at_most(self, limit: Self) -> Self {
+        // SAFETY: see the impl. The second operand comes out where either is not a number.
+        unsafe { Avx2(_mm256_min_ps(limit.0, self.0), _mm256_min_ps(limit.1, self.1)) }
+    }
+
+    #[inline(always)]
+    unsafe fn at_least(self, limit: Self) -> Self {
+        // SAFETY: see the impl. The second operand comes out where either is not a number.
+        unsafe { Avx2(_mm256_max_ps(limit.0, self.0), _mm256_max_ps(limit.1, self.1)) }
+    }
+
+    #[inline(always)]
+    unsafe fn zero_below(self, limit: Self, other: Self) -> Self {
+        // SAFETY: see the impl.
+        unsafe {
+            let low = _mm256_cmp_ps::<_CMP_NLT_UQ>(self.0, limit.0);
+            let high = _mm256_cmp_ps::<_CMP_NLT_UQ>(self.1, limit.1);
+            Avx2(_mm256_and_ps(low, other.0), _mm256_and_ps(high, other.1))
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn nearest(self) -> Self {
+        const MODE: i32 = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
+        // SAFETY: see the impl.
+        unsafe { Avx2(_mm256_round_ps::<MODE>(self.0), _mm256_round_ps::<MODE>(self.1)) }
+    }
+
+    #[inline(always)]
+    unsafe fn power_of_two(self) -> Self {
+        // SAFETY: see the impl.
+        unsafe { Avx2(power_of_two(self.0), power_of_two(self.1)) }
+    }
+
+    #[inline(always)]
+    unsafe fn round_bf16(self) -> Self {
+        // SAFETY: see the impl.
+        unsafe { Avx2(round_bf16(self.0), round_bf16(self.1)) }
+    }
+
+    #[inline(always)]
+    unsafe fn only(self, from: usize, to: usize, other: f32) -> Self {
+        let mut held = [0.0; LANES];
+        // SAFETY: see the impl.
+        unsafe {
+            self.store(held.as_mut_ptr());
+            held[..from.min(LANES)].fill(other);
+            held[to.min(LANES)..].fill(other);
+            Self::load(held.as_ptr())
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn total(self) -> f32 {
+        let mut held = [0.0; LANES];
+        // SAFETY: see the impl.
+        unsafe { self.store(held.as_mut_ptr()) };
+        for half in [8, 4, 2, 1] {
+            for at in 0..half {
+                held[at] += held[at + half];
+            }
+        }
+        held[0]
+    }
+
+    #[inline(always)]
+    unsafe fn peak(self) -> f32 {
+        let mut held = [0.0; LANES];
+        // SAFETY: see the impl.
+        unsafe { self.store(held.as_mut_ptr()) };
+        held.into_iter().fold(f32::NEG_INFINITY, |peak, x| if x > peak { x } else { peak })
+    }
+
+    #[inline(always)]
+    unsafe fn transpose(rows: &[*const u8; LANES], words: usize, out: *mut u32) {
+        // SAFETY: see the impl; whole groups of 8 words here, the rest one by one.
+        unsafe {
+            let mut at = 0;
+            while at + 8 <= words {
+                transpose_8(&rows[..8], at, out.add(at * LANES));
+                transpose_8(&rows[8..], at, out.add(at * LANES + 8));
+                at += 8;
+            }
+            for (lane, row) in rows.iter().enumerate() {
+                for word in at..words {
+                    *out.add(word * LANES + lane) = row.cast::<u32>().add(word).read_unaligned();
+                }
+            }
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn prefetch(p: *const u8) {
+        // SAFETY: a prefetch of any address is harmless.
+        unsafe { _mm_prefetch::<_MM_HINT_T0>(p.cast()) }
+    }
+}
+
+#[inline(always)]
+unsafe fn widen_bf16(p: *const u16) -> __m256 {
+    // SAFETY: 8 bf16 at p are the caller's.
+    unsafe { _mm256_castsi256_ps(_mm256_slli_epi32::<16>(_mm256_cvtepu16_epi32(_mm_loadu_si128(p.cast())))) }
+}
+
+#[inline(always)]
+unsafe fn even_bf16(p: *const u16) -> __m256 {
+    // SAFETY: 8 pairs at p are the caller's.
+    unsafe { _mm256_castsi256_ps(_mm256_slli_epi32::<16>(_mm256_loadu_si256(p.cast()))) }
+}
+
+#[inline(always)]
+unsafe fn odd_bf16(p: *const u16) -> __m256 {
+    // SAFETY: 8 pairs at p are the caller's.
+    unsafe {
+        let upper = _mm256_set1_epi32(0xffff_0000_u32 as i32);
+        _mm256_castsi256_ps(_mm256_and_si256(_mm256_loadu_si256(p.cast()), upper))
+    }
+}
+
+#[inline(always)]
+unsafe fn power_of_two(n: __m256) -> __m256 {
+    // SAFETY: register arithmetic of this level.
+    unsafe {
+        let exponent = _mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127));
+        _mm256_castsi256_ps(_mm256_slli_epi32::<23>(exponent))
+    }
+}
+
+#[inline(always)]
+unsafe fn round_bf16(x: __m256) -> __m256 {
+    // SAFETY: register arithmetic of this level.
+    unsafe {
+        let bits = _mm256_castps_si256(x);
+        let lowest = _mm256_and_si256(_mm256_srli_epi32::<16>(bits), _mm256_set1_epi32(1));
+        let nearest = _mm256_add_epi32(bits, _mm256_add_epi32(lowest, _mm256_set1_epi32(0x7fff)));
+        let quiet = _mm256_or_si256(bits, _mm256_set1_epi32(0x40_0000));
+        let nan = _mm256_castps_si256(_mm256_cmp_ps::<_CMP_UNORD_Q>(x, x));
+        let chosen = _mm256_blendv_epi8(nearest, quiet, nan);
+        _mm256_castsi256_ps(_mm256_and_si256(chosen, _mm256_set1_epi32(0xffff_0000_u32 as i32)))
+    }
+}
+
+/// 8 words beginning at word `at` of 8 rows, to lines of 16 words.
+#[inline(always)]
+unsafe fn transpose_8(rows: &[*const u8], at: usize, out: *mut u32) {
+    // SAFETY: the caller's rows have 8 words from `at` on, and 8 lines at `out`.
+    unsafe {
+        let mut quads = [_mm256_setzero_si256(); 8];
+        for group in 0..2 {
+            let (a, b) = (words(rows[group * 4], at), words(rows[group * 4 + 1], at));
+            let (c, d) = (words(rows[group * 4 + 2], at), words(rows[group * 4 + 3], at));
+            let (ab_low, ab_high) = (_mm256_unpacklo_epi32(a, b), _mm256_unpackhi_epi32(a, b));
+            let (cd_low, cd_high) = (_mm256_unpacklo_epi32(c, d), _mm256_unpackhi_epi32(c, d));
+            // quads[group * 4 + w], half h: word 4 h + w of the group's four rows
+            quads[group * 4] = _mm256_unpacklo_epi64(ab_low, cd_low);
+            quads[group * 4 + 1] = _mm256_unpackhi_epi64(ab_low, cd_low);
+            quads[group * 4 + 2] = _mm256_unpacklo_epi64(ab_high, cd_high);
+            quads[group * 4 + 3] = _mm256_unpackhi_epi64(ab_high, cd_high);
+        }
+        for w in 0..4 {
+            let (low, high) = (quads[w], quads[4 + w]);
+            let (first, second) = (out.add(w * LANES), out.add((4 + w) * LANES));
+            _mm256_storeu_si256(first.cast(), _mm256_permute2x128_si256::<0x20>(low, high));
+            _mm256_storeu_si256(second.cast(), _mm256_permute2x128_si256::<0x31>(low, high));
+        }
+    }
+}
+
+/// 8 words of `row` from word `at` on.
+#[inline(always)]
+unsafe fn words(row: *const u8, at: usize) -> __m256i {
+    // SAFETY: the caller's rows have 8 words from `at` on.
+    unsafe { _mm256_loadu_si256(row.add(at * 4).cast()) }
+}

@@ -1,0 +1,251 @@
+//! One 512-bit register.
+
+use std::arch::x86_64::*;
+
+use super::{LANES, Lanes};
+
+/// Sixteen floats in a zmm register.
+#[derive(Clone, Copy)]
+pub(crate) struct Avx512(__m512);
+
+// SAFETY (all blocks here): the kernels of this level run only where AVX-512 F, BW, VL and DQ were detected, and the caller
+// gives memory for the elements that each method names.
+impl Lanes for Avx512 {
+    const REGISTERS: usize = 30;
+
+    #[inline(always)]
+    unsafe fn splat(x: f32) -> Self {
+        // SAFETY: see the impl.
+        Avx512(unsafe { _mm512_set1_ps(x) })
+    }
+
+    #[inline(always)]
+    unsafe fn load(p: *const f32) -> Self {
+        // SAFETY: see the impl.
+        Avx512(unsafe { _mm512_loadu_ps(p) })
+    }
+
+    #[inline(always)]
+    unsafe fn store(self, p: *mut f32) {
+        // SAFETY: see the impl.
+        unsafe { _mm512_storeu_ps(p, self.0) }
+    }
+
+    #[inline(always)]
+    unsafe fn load_bf16(p: *const u16) -> Self {
+        // SAFETY: see the impl.
+        unsafe {
+            let halves = _mm512_cvtepu16_epi32(_mm256_loadu_si256(p.cast()));
+            Avx512(_mm512_castsi512_ps(_mm512_slli_epi32::<16>(halves)))
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn load_bf16_even(p: *const u16) -> Self {
+        // SAFETY: see the impl.
+        unsafe { Avx512(_mm512_castsi512_ps(_mm512_slli_epi32::<16>(_mm512_loadu_si512(p.cast())))) }
+    }
+
+    #[inline(always)]
+    unsafe fn load_bf16_odd(p: *const u16) -> Self {
+        // SAFETY: see the impl.
+        unsafe {
+            let upper = _mm512_set1_epi32(0xffff_0000_u32 as i32);
+            Avx512(_mm512_castsi512_ps(_mm512_and_si512(_mm512_loadu_si512(p.cast()), upper)))
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn load_f16(p: *const u16) -> Self {
+        // SAFETY: see the impl.
+        unsafe { Avx512(_mm512_cvtph_ps(_mm256_loadu_si256(p.cast()))) }
+    }
+
+    #[inline(always)]
+    unsafe fn store_bf16(self, p: *mut u16) {
+        // SAFETY: see the impl.
+        unsafe {
+            let upper = _mm512_srli_epi32::<16>(_mm512_castps_si512(self.0));
+            _mm256_storeu_si256(p.cast(), _mm512_cvtepi32_epi16(upper));
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn add(self, other: Self) -> Self {
+        // SAFETY: see the impl.
+        Avx512(unsafe { _mm512_add_ps(self.0, other.0) })
+    }
+
+    #[inline(always)]
+    unsafe fn sub(self, other: Self) -> Self {
+        // SAFETY: see the impl.
+        Avx512(unsafe { _mm512_sub_ps(self.0, other.0) })
+    }
+
+    #[inline(always)]
+    unsafe fn mul(self, other: Self) -> Self {
+        // SAFETY: see the impl.
+        Avx512(unsafe { _mm512_mul_ps(self.0, other.0) })
+    }
+
+    #[inline(always)]
+    unsafe fn div(self, other: Self) -> Self {
+        // SAFETY: see the impl.
+        Avx512(unsafe { _mm512_div_ps(self.0, other.0) })
+    }
+
+    #[inline(always)]
+    unsafe fn madd(self, a: Self, b: Self) -> Self {
+        // SAFETY: see the impl.
+        Avx512(unsafe { _mm512_fmadd_ps(a.0, b.0, self.0) })
+    }
+
+    #[inline(always)]
+    unsafe fn at_most(self, limit: Self) -> Self {
+        // SAFETY: see the impl. The second operand comes out where either is not a number.
+        Avx512(unsafe { _mm512_min_ps(limit.0, self.0) })
+    }
+
+    #[inline(always)]
+    unsafe fn at_least(self, limit: Self) -> Self {
+        // SAFETY: see the impl. The second operand comes out where either is not a number.
+        Avx512(unsafe { _mm512_max_ps(limit.0, self.0) })
+    }
+
+    #[inline(always)]
+    unsafe fn zero_below(self, limit: Self, other: Self) -> Self {
+        // SAFETY: see the impl.
+        unsafe {
+            let keep = _mm512_cmp_ps_mask::<_CMP_NLT_UQ>(self.0, limit.0);
+            Avx512(_mm512_maskz_mov_ps(keep, other.0))
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn nearest(self) -> Self {
+        // SAFETY: see the impl.
+        Avx512(unsafe { _mm512_roundscale_ps::<{ _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC }>(self.0) })
+    }
+
+    #[inline(always)]
+    unsafe fn power_of_two(self) -> Self {
+        // SAFETY: see the impl.
+        unsafe {
+            let exponent = _mm512_add_epi32(_mm512_cvtps_epi32(self.0), _mm512_set1_epi32(127));
+            Avx512(_mm512_castsi512_ps(_mm512_slli_epi32::<23>(exponent)))
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn round_bf16(self) -> Self {
+        // SAFETY: see the impl.
+        unsafe {
+            let bits = _mm512_castps_si512(self.0);
+            let lowest = _mm512_and_si512(_mm512_srli_epi32::<16>(bits), _mm512_set1_epi32(1));
+            let nearest = _mm512_add_epi32(bits, _mm512_add_epi32(lowest, _mm512_set1_epi32(0x7fff)));
+            let quiet = _mm512_or_si512(bits, _mm512_set1_epi32(0x40_0000));
+            let nan = _mm512_cmp_ps_mask::<_CMP_UNORD_Q>(self.0, self.0);
+            let chosen = _mm512_mask_mov_epi32(nearest, nan, quiet);
+            let upper = _mm512_set1_epi32(0xffff_0000_u32 as i32);
+            Avx512(_mm512_castsi512_ps(_mm512_and_si512(chosen, upper)))
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn only(self, from: usize, to: usize, other: f32) -> Self {
+        let below = |n: usize| ((1u32 << n.min(LANES)) - 1) as u16;
+        // SAFETY: see the impl.
+        unsafe { Avx512(_mm512_mask_blend_ps(below(to) & !below(from), _mm512_set1_ps(other), self.0)) }
+    }
+
+    #[inline(always)]
+    unsafe fn total(self) -> f32 {
+        let mut held = [0.0; LANES];
+        // SAFETY: see the impl.
+        unsafe { self.store(held.as_mut_ptr()) };
+        for half in [8, 4, 2, 1] {
+            for at in 0..half {
+                held[at] += held[at + half];
+            }
+        }
+        held[0]
+    }
+
+    #[inline(always)]
+    unsafe fn peak(self) -> f32 {
+        // SAFETY: see the impl.
+        unsafe { _mm512_reduce_max_ps(self.0) }
+    }
+
+    #[inline(always)]
+    unsafe fn transpose(rows: &[*const u8; LANES], words: usize, out: *mut u32) {
+        // SAFETY: see the impl; whole groups of 16 words here, the rest one by one.
+        unsafe {
+            let mut at = 0;
+            while at + LANES <= words {
+                transpose_16(rows, at, out.add(at * LANES));
+                at += LANES;
+            }
+            for (lane, row) in rows.iter().enumerate() {
+                for word in at..words {
+                    *out.add(word * LANES + lane) = row.cast::<u32>().add(word).read_unaligned();
+                }
+            }
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn prefetch(p: *const u8) {
+        // SAFETY: a prefetch of any address is harmless.
+        unsafe { _mm_prefetch::<_MM_HINT_T0>(p.cast()) }
+    }
+
+    #[inline(always)]
+    unsafe fn load_first(p: *const f32, n: usize) -> Self {
+        // SAFETY: see the impl; masked lanes are not read.
+        unsafe { Avx512(_mm512_maskz_loadu_ps(((1u32 << n.min(LANES)) - 1) as u16, p)) }
+    }
+
+    #[inline(always)]
+    unsafe fn store_first(self, p: *mut f32, n: usize) {
+        // SAFETY: see the impl; masked lanes are not written.
+        unsafe { _mm512_mask_storeu_ps(p, ((1u32 << n.min(LANES)) - 1) as u16, self.0) }
+    }
+}
+
+/// 16 words beginning at word `at` of 16 rows: pairs of words, then of pairs, within and across the 128-bit quarters.
+#[inline(always)]
+unsafe fn transpose_16(rows: &[*const u8; LANES], at: usize, out: *mut u32) {
+    // SAFETY: the caller's rows have 16 words from `at` on, and 256 words at `out`.
+    unsafe {
+        let mut quads = [_mm512_setzero_si512(); LANES];
+        for group in 0..4 {
+            let (a, b) = (words(rows[group * 4], at), words(rows[group * 4 + 1], at));
+            let (c, d) = (words(rows[group * 4 + 2], at), words(rows[group * 4 + 3], at));
+            let (ab_low, ab_high) = (_mm512_unpacklo_epi32(a, b), _mm512_unpackhi_epi32(a, b));
+            let (cd_low, cd_high) = (_mm512_unpacklo_epi32(c, d), _mm512_unpackhi_epi32(c, d));
+            // quads[group * 4 + w], quarter q: word 4 q + w of the group's four rows
+            quads[group * 4] = _mm512_unpacklo_epi64(ab_low, cd_low);
+            quads[group * 4 + 1] = _mm512_unpackhi_epi64(ab_low, cd_low);
+            quads[group * 4 + 2] = _mm512_unpacklo_epi64(ab_high, cd_high);
+            quads[group * 4 + 3] = _mm512_unpackhi_epi64(ab_high, cd_high);
+        }
+        for w in 0..4 {
+            let (a, b, c, d) = (quads[w], quads[4 + w], quads[8 + w], quads[12 + w]);
+            let (ab_even, ab_odd) = (_mm512_shuffle_i32x4::<0x88>(a, b), _mm512_shuffle_i32x4::<0xdd>(a, b));
+            let (cd_even, cd_odd) = (_mm512_shuffle_i32x4::<0x88>(c, d), _mm512_shuffle_i32x4::<0xdd>(c, d));
+            let line = |word: usize| out.add(word * LANES).cast();
+            _mm512_storeu_si512(line(w), _mm512_shuffle_i32x4::<0x88>(ab_even, cd_even));
+            _mm512_storeu_si512(line(4 + w), _mm512_shuffle_i32x4::<0x88>(ab_odd, cd_odd));
+            _mm512_storeu_si512(line(8 + w), _mm512_shuffle_i32x4::<0xdd>(ab_even, cd_even));
+            _mm512_storeu_si512(line(12 + w), _mm512_shuffle_i32x4::<0xdd>(ab_odd, cd_odd));
+        }
+    }
+}
+
+/// 16 words of `row` from word `at` on.
+#[inline(always)]
+unsafe fn words(row: *const u8, at: usize) -> __m512i {
+    // SAFETY: the caller's rows have 16 words from `at` on.
+    unsafe { _mm512_loadu_si512(row.add(at * 4).cast()) }
+}

@@ -1,0 +1,265 @@
+//! Worker threads that share the tasks of one operation. Between operations workers look for more for some
+//! microseconds, then sleep: an idle server uses no processor. Used by every operation of a step.
+
+use std::cell::RefCell;
+use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering::SeqCst};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard};
+use std::thread::JoinHandle;
+
+use crate::memory::Memory;
+
+/// Looks for the next job before sleeping: 10 to 40 us, longer than the gaps between the operations of a layer.
+const SPINS: u32 = 1000;
+/// Tasks of one job: fits the packed ticket.
+const TASKS_MAX: u64 = (1 << 31) - 1;
+
+/// Threads that run tasks together with the caller.
+#[derive(Debug)]
+pub(crate) struct Pool {
+    shared: Arc<Shared>,
+    workers: Vec<JoinHandle<()>>,
+}
+
+/// What a task may use besides its arguments: memory of its thread.
+pub(crate) struct Scratch<'a>(&'a RefCell<Option<Memory>>);
+
+impl Scratch<'_> {
+    /// At least `len` floats, aligned to a cache line, contents arbitrary, until the task ends or asks again.
+    pub(crate) fn floats(&self, len: usize) -> *mut f32 {
+        let mut memory = self.0.borrow_mut();
+        let bytes = len * size_of::<f32>();
+        if memory.as_ref().is_none_or(|held| held.bytes() < bytes) {
+            *memory = None;
+            let grown = bytes.next_power_of_two();
+            *memory = Some(Memory::zeroed(grown).unwrap_or_else(|error| panic!("scratch: {error}")));
+        }
+        memory.as_ref().map_or(std::ptr::dangling_mut(), |held| held.at(0).cast())
+    }
+}
+
+thread_local! {
+    static SCRATCH: RefCell<Option<Memory>> = const { RefCell::new(None) };
+}
+
+type Job<'a> = dyn Fn(usize, &Scratch<'_>) + Sync + 'a;
+
+#[derive(Debug)]
+struct Shared {
+    /// `tasks << 32 | next`: a task is taken by counting up; both halves belong to the same job.
+    ticket: AtomicU64,
+    /// The job's closure: address of a `&Job`. Valid while a taken task of it is unfinished.
+    job: AtomicUsize,
+    done: AtomicUsize,
+    panicked: AtomicBool,
+    stop: AtomicBool,
+    sleepers: AtomicUsize,
+    sleep: Mutex<()>,
+    wake: Condvar,
+    caller_sleeps: AtomicBool,
+    finish: Mutex<()>,
+    finished: Condvar,
+    /// One job at a time.
+    publish: Mutex<()>,
+}
+
+impl Pool {
+    /// `threads` in all, the caller included; `0`: as many as this process may use.
+    pub(crate) fn new(threads: usize) -> Self {
+        let usable = || std::thread::available_parallelism().map_or(1, |count| count.get());
+        let threads = if threads == 0 { usable() } else { threads };
+        let shared = Arc::new(Shared {
+            ticket: AtomicU64::new(0),
+            job: AtomicUsize::new(0),
+            done: AtomicUsize::new(0),
+            panicked: AtomicBool::new(false),
+            stop: AtomicBool::new(false),
+            sleepers: AtomicUsize::new(0),
+            sleep: Mutex::new(()),
+            wake: Condvar::new(),
+            caller_sleeps: AtomicBool::new(false),
+            finish: Mutex::new(()),
+            finished: Condvar::new(),
+            publish: Mutex::new(()),
+        });
+        let worker = |at: usize| {
+            let shared = shared.clone();
+            // Fewer threads than wished only make steps slower.
+            std::thread::Builder::new().name(format!("cpu-{at}")).spawn(move || shared.work()).ok()
+        };
+        let workers = (1..threads).filter_map(worker).collect();
+        Pool { shared, workers }
+    }
+
+    /// Threads that share a job.
+    pub(crate) fn threads(&self) -> usize {
+        self.workers.len() + 1
+    }
+
+    /// Calls `job(task, scratch)` for every task in `[0, tasks)`, each once, on any thread; returns when all are done.
+    pub(crate) fn run(&self, tasks: usize, job: impl Fn(usize, &Scratch<'_>) + Sync) {
+        if tasks == 0 {
+            return;
+        }
+        if tasks == 1 || self.workers.is_empty() {
+            SCRATCH.with(|scratch| (0..tasks).for_each(|task| job(task, &Scratch(scratch))));
+            return;
+        }
+        assert!(tasks as u64 <= TASKS_MAX, "{tasks} tasks in one job");
+        let shared = &*self.shared;
+        let _one = lock(&shared.publish);
+        let job: &Job<'_> = &job;
+        shared.done.store(0, SeqCst);
+        shared.panicked.store(false, SeqCst);
+        shared.job.store(&raw const job as usize, SeqCst);
+        shared.ticket.store((tasks as u64) << 32, SeqCst);
+        if shared.sleepers.load(SeqCst) > 0 {
+            let _held = lock(&shared.sleep);
+            shared.wake.notify_all();
+        }
+        while shared.take_one() {}
+        shared.wait_done(tasks);
+        if shared.panicked.load(SeqCst) {
+            resume_unwind(Box::new("a worker's task panicked"));
+        }
+    }
+}
+
+impl Drop for Pool {
+    fn drop(&mut self) {
+        self.shared.stop.store(true, SeqCst);
+        {
+            let _held = lock(&self.shared.sleep);
+            self.shared.wake.notify_all();
+        }
+        for worker in self.workers.drain(..) {
+            // A worker catches the panics of its tasks, so it always ends in order.
+            let _ = worker.join();
+        }
+    }
+}
+
+impl Shared {
+    fn ready(&self) -> bool {
+        let ticket = self.ticket.load(SeqCst);
+        (ticket & 0xffff_ffff) < ticket >> 32
+    }
+
+    /// Takes and runs one task; false when none is left.
+    fn take_one(&self) -> bool {
+        if !self.ready() {
+            return false;
+        }
+        let ticket = self.ticket.fetch_add(1, SeqCst);
+        let (task, tasks) = (ticket & 0xffff_ffff, ticket >> 32);
+        if task >= tasks {
+            return false;
+        }
+        // SAFETY: the ticket just taken belongs to the job published last, and `run` returns (ending the life of the
+        // closure) only after this task has counted itself done below.
+        let job: &Job<'_> = unsafe { *(self.job.load(SeqCst) as *const &Job<'_>) };
+        let ran =
+            SCRATCH.with(|scratch| catch_unwind(AssertUnwindSafe(|| job(task as usize, &Scratch(scratch)))));
+        if ran.is_err() {
+            self.panicked.store(true, SeqCst);
+        }
+        let done = self.done.fetch_add(1, SeqCst) + 1;
+        if done as u64 == tasks && self.caller_sleeps.load(SeqCst) {
+            let _held = lock(&self.finish);
+            self.finished.notify_all();
+        }
+        true
+    }
+
+    fn wait_done(&self, tasks: usize) {
+        let done = || self.done.load(SeqCst) == tasks;
+        for _ in 0..SPINS {
+            if done() {
+                return;
+            }
+            std::hint::spin_loop();
+        }
+        self.caller_sleeps.store(true, SeqCst);
+        let mut held = lock(&self.finish);
+        while !done() {
+            held = self.finished.wait(held).unwrap_or_else(|poisoned| poisoned.into_inner());
+        }
+        self.caller_sleeps.store(false, SeqCst);
+    }
+
+    fn work(&self) {
+        loop {
+            let mut spins = 0;
+            while !self.ready() && spins < SPINS && !self.stop.load(SeqCst) {
+                std::hint::spin_loop();
+                spins += 1;
+            }
+            if self.stop.load(SeqCst) {
+                return;
+            }
+            if !self.take_one() && spins == SPINS {
+                self.sleep_until_ready();
+            }
+        }
+    }
+
+    fn sleep_until_ready(&self) {
+        let mut held = lock(&self.sleep);
+        self.sleepers.fetch_add(1, SeqCst);
+        // `run` publishes before it looks for sleepers, we count ourselves before looking: one of both sees the other.
+        while !self.ready() && !self.stop.load(SeqCst) {
+            held = self.wake.wait(held).unwrap_or_else(|poisoned| poisoned.into_inner());
+        }
+        self.sleepers.fetch_sub(1, SeqCst);
+    }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Every task of many small jobs runs exactly once, however the threads meet.
+    #[test]
+    fn each_task_runs_once() {
+        let pool = Pool::new(4);
+        for tasks in (0..2000).map(|round| round % 37) {
+            let counts: Vec<AtomicUsize> = (0..tasks).map(|_| AtomicUsize::new(0)).collect();
+            pool.run(tasks, |task, _| {
+                counts[task].fetch_add(1, SeqCst);
+            });
+            assert!(counts.iter().all(|count| count.load(SeqCst) == 1), "{tasks} tasks: {counts:?}");
+        }
+    }
+
+    /// Two owners of one pool do not mix their jobs.
+    #[test]
+    fn callers_take_turns() {
+        let pool = Pool::new(3);
+        std::thread::scope(|scope| {
+            for _ in 0..3 {
+                scope.spawn(|| {
+                    for _ in 0..300 {
+                        let sum = AtomicUsize::new(0);
+                        pool.run(10, |task, _| {
+                            sum.fetch_add(task, SeqCst);
+                        });
+                        assert_eq!(sum.load(SeqCst), 45);
+                    }
+                });
+            }
+        });
+    }
+
+    /// A panic in a task reaches the caller, and the pool still works.
+    #[test]
+    fn panics_come_out() {
+        let pool = Pool::new(2);
+        let ran = catch_unwind(AssertUnwindSafe(|| pool.run(8, |task, _| assert!(task != 5, "task 5"))));
+        assert!(ran.is_err());
+        pool.run(8, |_, _| {});
+    }
+}

@@ -1,0 +1,484 @@
+//! A step on the CPU: every operation runs at once; the first failure comes out of [`Pending::wait`].
+
+use std::ops::Range;
+
+use backend::{
+    Attend, BackendError, Batch, Glu, KvError, KvStore, Out, Output, Pending, Rope, RopeStyle, SeqId, Step,
+};
+
+use crate::attend::{Attention, Prepare, Rows};
+use crate::device::CpuBackend;
+use crate::kv::CpuKv;
+use crate::lease::CpuExport;
+use crate::memory::Floats;
+use crate::packed::{CpuWeight, Kind, Packed};
+use crate::product::Product;
+use crate::rope::Angles;
+
+/// An activation `[rows, width]`: f32 in memory, each value one of the step's dtype unless a product just made it.
+#[derive(Debug)]
+pub struct CpuAct {
+    floats: Floats,
+    rows: usize,
+    width: usize,
+    /// Whether values are those of the step's dtype. A product's are not yet: the next operation rounds as it reads,
+    /// and logits stay as they are.
+    rounded: bool,
+}
+
+/// A step of the CPU backend.
+#[derive(Debug)]
+pub struct CpuStep<'a> {
+    pub(crate) device: &'a mut CpuBackend,
+    pub(crate) kv: &'a mut CpuKv,
+    pub(crate) batch: &'a Batch,
+    angles: Vec<Angles>,
+    fault: Option<BackendError>,
+}
+
+/// Floats that one task of an elementwise operation handles at least.
+const FLOATS_PER_TASK: usize = 16 * 1024;
+
+/// Raw rows that tasks use disjoint parts of.
+#[derive(Clone, Copy)]
+struct Raw(*mut f32);
+// SAFETY: every task uses its own rows, see `each_row`.
+unsafe impl Sync for Raw {}
+// SAFETY: as above.
+unsafe impl Send for Raw {}
+
+impl Raw {
+    fn row(self, row: usize, width: usize) -> *mut f32 {
+        self.0.wrapping_add(row * width)
+    }
+}
+
+impl<'a> CpuStep<'a> {
+    pub(crate) fn new(device: &'a mut CpuBackend, kv: &'a mut CpuKv, batch: &'a Batch) -> Self {
+        let rows: usize = batch.runs.iter().map(|run| run.len as usize).sum();
+        let fault = (rows != batch.ids.len())
+            .then(|| BackendError::Device(format!("{} token ids for {rows} rows", batch.ids.len())));
+        CpuStep { device, kv, batch, angles: Vec::new(), fault }
+    }
+
+    fn fail(&mut self, error: impl Into<BackendError>) {
+        self.fault.get_or_insert(error.into());
+    }
+
+    fn act(&self, rows: usize, width: usize) -> CpuAct {
+        CpuAct { floats: self.device.arena.floats(rows * width), rows, width, rounded: true }
+    }
+
+    /// Stands in for the result of an operation that failed.
+    fn blank(&self, rows: usize, width: usize) -> CpuAct {
+        let mut act = self.act(rows, width);
+        act.floats.as_mut_slice().fill(0.0);
+        act
+    }
+
+    fn refuse(&mut self, reason: String, rows: usize, width: usize) -> CpuAct {
+        self.fail(BackendError::Device(reason));
+        self.blank(rows, width)
+    }
+
+    /// Calls `f` for every row, on all threads when there is enough to do.
+    fn each_row(&self, rows: usize, width: usize, f: impl Fn(usize) + Sync) {
+        let block = FLOATS_PER_TASK.div_ceil(width.max(1)).max(1);
+        self.device.pool.run(rows.div_ceil(block), |task, _| {
+            (task * block..rows.min((task + 1) * block)).for_each(&f);
+        });
+    }
+
+    fn round(&self, x: &mut CpuAct) {
+        let (bf16, kernels) = (self.device.bf16(), self.device.kernels);
+        if bf16 && !x.rounded {
+            let (raw, width) = (Raw(x.floats.as_mut_ptr()), x.width);
+            self.each_row(x.rows, width, |row| {
+                let at = raw.row(row, width);
+                // SAFETY: the row's floats, used by this task only.
+                unsafe { (kernels.round)(at, at, width, bf16) };
+            });
+        }
+        x.rounded = true;
+    }
+
+    fn vector<'w>(&mut self, weight: &'w CpuWeight, width: usize, what: &str) -> Option<&'w [f32]> {
+        match &weight.0 {
+            Kind::Vector(vector) if vector.len() == width => return Some(vector),
+            Kind::Vector(vector) => {
+                self.fail(BackendError::Device(format!("{what} of {} for width {width}", vector.len())));
+            }
+            _ => self.fail(BackendError::Device(format!("{what} is not a vector"))),
+        }
+        None
+    }
+
+    fn product(&self, x: &CpuAct, weight: &Packed) -> CpuAct {
+        let mut out = self.act(x.rows, weight.outputs);
+        out.rounded = !self.device.bf16();
+        let product = Product {
+            kernels: self.device.kernels,
+            weight,
+            x: x.floats.as_ptr(),
+            out: out.floats.as_mut_ptr(),
+            rows: x.rows,
+        };
+        // SAFETY: x is [rows, inputs], out [rows, outputs], both alive until the product is done.
+        unsafe { product.run(&self.device.pool) };
+        out
+    }
+
+    /// The angles of this step's rows; computed at the first layer that asks.
+    fn angles(&mut self, rope: &Rope) -> usize {
+        if let Some(at) = self.angles.iter().position(|angles| angles.are_of(rope)) {
+            return at;
+        }
+        self.angles.push(Angles::new(rope, self.batch));
+        self.angles.len() - 1
+    }
+
+    fn check_attend(
+        &self,
+        layer: usize,
+        qkv: &CpuAct,
+        attend: &Attend<'_, CpuBackend>,
+    ) -> Result<(), String> {
+        let Attend { heads, kv_heads, head_dim, rope, window, .. } = attend;
+        let (heads, kv_heads, dim) = (*heads, *kv_heads, *head_dim);
+        let spec = self.kv.spec();
+        if kv_heads == 0 || heads == 0 || heads % kv_heads != 0 {
+            return Err(format!("{heads} query heads over {kv_heads} KV heads"));
+        }
+        if dim == 0 || dim % 2 != 0 || rope.inv_freq.len() * 2 > dim {
+            return Err(format!("heads of {dim} with {} rotary pairs", rope.inv_freq.len()));
+        }
+        if qkv.width != (heads + 2 * kv_heads) * dim || qkv.rows != self.batch.rows() {
+            let (rows, width) = (qkv.rows, qkv.width);
+            return Err(format!("qkv of {rows} x {width} for {heads} + 2 * {kv_heads} heads of {dim}"));
+        }
+        if spec.planes.len() != 2
+            || spec.planes.iter().any(|plane| plane.heads().len() != kv_heads || plane.dim != dim)
+        {
+            return Err(format!("a cache whose planes are not {kv_heads} heads of {dim}"));
+        }
+        if layer >= spec.layers || *window == Some(0) {
+            return Err(format!("layer {layer} of {}, window {window:?}", spec.layers));
+        }
+        Ok(())
+    }
+
+    /// Joins partial sums over the group, rank by rank as a tree.
+    fn join(&mut self, x: &mut CpuAct) -> Result<(), BackendError> {
+        let (rank, world, len) = (self.device.peers.rank(), self.device.peers.world(), x.floats.len());
+        let mut theirs: Vec<Floats> =
+            (0..world).map(|peer| self.device.arena.floats(if peer == rank { 0 } else { len })).collect();
+        {
+            let mut places: Vec<&mut [u8]> = theirs.iter_mut().map(Floats::as_bytes_mut).collect();
+            self.device.peers.exchange(x.floats.as_bytes(), &mut places)?;
+        }
+        let sums: Vec<Raw> = theirs
+            .iter_mut()
+            .enumerate()
+            .map(|(peer, floats)| Raw(if peer == rank { x.floats.as_mut_ptr() } else { floats.as_mut_ptr() }))
+            .collect();
+        let (kernels, width) = (self.device.kernels, x.width);
+        self.each_row(x.rows, width * world, |row| {
+            let mut apart = 1;
+            while apart < world {
+                for low in (0..world - apart).step_by(apart * 2) {
+                    // SAFETY: every rank's sums have this row; each row is one task's.
+                    unsafe {
+                        (kernels.add)(
+                            sums[low].row(row, width),
+                            sums[low + apart].row(row, width),
+                            width,
+                            false,
+                        )
+                    };
+                }
+                apart *= 2;
+            }
+        });
+        if rank != 0 {
+            x.floats.as_mut_slice().copy_from_slice(theirs[0].as_slice());
+        }
+        Ok(())
+    }
+
+    /// All ranks' logits side by side, on rank 0.
+    fn gather(&mut self, x: CpuAct) -> Result<Output<CpuAct>, BackendError> {
+        let peers = &mut self.device.peers;
+        let world = peers.world();
+        if world == 1 {
+            return Ok(Output::Logits(x.floats.as_slice().to_vec()));
+        }
+        if peers.rank() != 0 {
+            peers.give(&(x.width as u64).to_le_bytes())?;
+            peers.give(x.floats.as_bytes())?;
+            return Ok(Output::Nothing);
+        }
+        let mut widths = vec![[0u8; 8]; world];
+        peers.take(
+            widths.iter_mut().enumerate().skip(1).map(|(peer, bytes)| (peer, &mut bytes[..])).collect(),
+        )?;
+        let widths: Vec<usize> = std::iter::once(x.width)
+            .chain(widths[1..].iter().map(|bytes| u64::from_le_bytes(*bytes) as usize))
+            .collect();
+        if let Some(peer) = widths.iter().position(|width| *width > VOCABULARY_MAX) {
+            let reason = format!("logits of {} tokens from rank {peer}", widths[peer]);
+            peers.leave(&reason);
+            return Err(BackendError::Group { rank: peer, reason });
+        }
+        let mut theirs: Vec<Floats> =
+            widths.iter().map(|width| self.device.arena.floats(x.rows * width)).collect();
+        let places =
+            theirs.iter_mut().enumerate().skip(1).map(|(peer, floats)| (peer, floats.as_bytes_mut()));
+        peers.take(places.collect())?;
+        theirs[0] = x.floats;
+        let mut logits = Vec::with_capacity(x.rows * widths.iter().sum::<usize>());
+        for row in 0..x.rows {
+            for (floats, width) in theirs.iter().zip(&widths) {
+                logits.extend_from_slice(&floats.as_slice()[row * width..(row + 1) * width]);
+            }
+        }
+        Ok(Output::Logits(logits))
+    }
+}
+
+/// Logits per row that one rank may announce: more than any model's, so a broken peer cannot ask for all memory.
+const VOCABULARY_MAX: usize = 1 << 24;
+
+impl Step for CpuStep<'_> {
+    type Backend = CpuBackend;
+
+    fn embed(&mut self, table: &CpuWeight) -> CpuAct {
+        let rows = self.batch.rows();
+        let (count, width) = match &table.0 {
+            Kind::Product(packed) => (packed.outputs, packed.inputs),
+            Kind::Table(table) => (table.rows, table.cols),
+            Kind::Vector(_) => return self.refuse("a vector is not an embedding table".to_owned(), rows, 1),
+        };
+        if let Some(id) = self.batch.ids.iter().find(|id| **id as usize >= count) {
+            return self.refuse(format!("token {id} in an embedding table of {count}"), rows, width);
+        }
+        let mut out = self.act(rows, width);
+        for (id, row) in self.batch.ids.iter().zip(out.floats.as_mut_slice().chunks_exact_mut(width)) {
+            match &table.0 {
+                Kind::Product(packed) => packed.output(*id as usize, row),
+                Kind::Table(table) => table.row(*id as usize, row),
+                Kind::Vector(_) => {}
+            }
+        }
+        out.rounded = false;
+        self.round(&mut out);
+        out
+    }
+
+    fn resume(&mut self, hidden: CpuAct) -> CpuAct {
+        hidden
+    }
+
+    fn norm(&mut self, x: &CpuAct, weight: &CpuWeight, eps: f32) -> CpuAct {
+        let (rows, width) = (x.rows, x.width);
+        let Some(weight) = self.vector(weight, width, "a norm's scale") else {
+            return self.blank(rows, width);
+        };
+        let mut out = self.act(rows, width);
+        let (kernels, bf16, to) = (self.device.kernels, self.device.bf16(), Raw(out.floats.as_mut_ptr()));
+        let from = x.floats.as_slice();
+        self.each_row(rows, width, |row| {
+            // SAFETY: the row's floats of x, the weight and the output, which only this task writes.
+            unsafe {
+                let x = from[row * width..].as_ptr();
+                (kernels.norm)(x, weight.as_ptr(), to.row(row, width), width, eps, bf16);
+            }
+        });
+        out
+    }
+
+    fn linear(&mut self, x: &CpuAct, weight: &CpuWeight) -> CpuAct {
+        let Kind::Product(packed) = &weight.0 else {
+            return self.refuse("a product with a weight that is not one".to_owned(), x.rows, 1);
+        };
+        if packed.inputs != x.width {
+            let reason = format!("a product of {} inputs with width {}", packed.inputs, x.width);
+            return self.refuse(reason, x.rows, packed.outputs);
+        }
+        if x.rounded {
+            return self.product(x, packed);
+        }
+        let mut copy = self.act(x.rows, x.width);
+        copy.floats.as_mut_slice().copy_from_slice(x.floats.as_slice());
+        copy.rounded = false;
+        self.round(&mut copy);
+        self.product(&copy, packed)
+    }
+
+    fn add(&mut self, mut x: CpuAct, y: CpuAct) -> CpuAct {
+        let (rows, width) = (x.rows, x.width);
+        if (rows, width) != (y.rows, y.width) {
+            let reason = format!("a sum of {rows} x {width} and {} x {}", y.rows, y.width);
+            return self.refuse(reason, rows, width);
+        }
+        let (kernels, bf16, to, from) =
+            (self.device.kernels, self.device.bf16(), Raw(x.floats.as_mut_ptr()), y.floats.as_slice());
+        self.each_row(rows, width, |row| {
+            // SAFETY: the row's floats of both, which only this task uses.
+            unsafe { (kernels.add)(to.row(row, width), from[row * width..].as_ptr(), width, bf16) };
+        });
+        x.rounded = true;
+        x
+    }
+
+    fn bias(&mut self, mut x: CpuAct, bias: &CpuWeight) -> CpuAct {
+        let (rows, width) = (x.rows, x.width);
+        let Some(bias) = self.vector(bias, width, "a bias") else { return self.blank(rows, width) };
+        let (kernels, bf16, to) = (self.device.kernels, self.device.bf16(), Raw(x.floats.as_mut_ptr()));
+        self.each_row(rows, width, |row| {
+            // SAFETY: the row's floats, which only this task uses.
+            unsafe { (kernels.add)(to.row(row, width), bias.as_ptr(), width, bf16) };
+        });
+        x.rounded = true;
+        x
+    }
+
+    fn glu(&mut self, x: CpuAct, kind: Glu) -> CpuAct {
+        let Glu::Silu = kind;
+        let (rows, width) = (x.rows, x.width / 2);
+        if x.width % 2 != 0 {
+            return self.refuse(format!("a gated unit of odd width {}", x.width), rows, width);
+        }
+        let mut out = self.act(rows, width);
+        let (kernels, bf16, to) = (self.device.kernels, self.device.bf16(), Raw(out.floats.as_mut_ptr()));
+        let from = x.floats.as_slice();
+        self.each_row(rows, width, |row| {
+            let (gate, up) = from[row * 2 * width..(row + 1) * 2 * width].split_at(width);
+            // SAFETY: the row's floats, of which only this task writes.
+            unsafe { (kernels.silu)(gate.as_ptr(), up.as_ptr(), to.row(row, width), width, bf16) };
+        });
+        out
+    }
+
+    fn rows(&mut self, x: CpuAct, rows: &[u32]) -> CpuAct {
+        let width = x.width;
+        if let Some(row) = rows.iter().find(|row| **row as usize >= x.rows) {
+            return self.refuse(format!("row {row} of {}", x.rows), rows.len(), width);
+        }
+        let mut out = self.act(rows.len(), width);
+        out.rounded = x.rounded;
+        for (row, to) in rows.iter().zip(out.floats.as_mut_slice().chunks_exact_mut(width.max(1))) {
+            to.copy_from_slice(&x.floats.as_slice()[*row as usize * width..][..width]);
+        }
+        out
+    }
+
+    fn all_reduce(&mut self, mut x: CpuAct) -> CpuAct {
+        if self.device.peers.world() > 1 {
+            if let Some(fault) = &self.fault {
+                // The other ranks would wait for a sum that never comes.
+                self.device.peers.leave(&fault.to_string());
+                return x;
+            }
+            if let Err(error) = self.join(&mut x) {
+                self.fail(error);
+            }
+        }
+        self.round(&mut x);
+        x
+    }
+
+    fn attend(&mut self, layer: usize, mut qkv: CpuAct, attend: &Attend<'_, CpuBackend>) -> CpuAct {
+        let (rows, width) = (qkv.rows, attend.heads * attend.head_dim);
+        if self.fault.is_some() {
+            return self.blank(rows, width);
+        }
+        if let Err(reason) = self.check_attend(layer, &qkv, attend) {
+            return self.refuse(reason, rows, width);
+        }
+        let dim = attend.head_dim;
+        let mut norms = [None, None];
+        for (norm, weight) in norms.iter_mut().zip([attend.q_norm, attend.k_norm]) {
+            if let Some(weight) = weight {
+                let Some(vector) = self.vector(weight, dim, "a head norm's scale") else {
+                    return self.blank(rows, width);
+                };
+                *norm = Some(vector);
+            }
+        }
+        for run in &self.batch.runs {
+            let first = attend.window.map_or(0, |window| (run.start + 1).saturating_sub(window));
+            if let Err(error) = self.kv.enter(run.seq, layer, first, run.start..run.start + run.len) {
+                self.fail(error);
+                return self.blank(rows, width);
+            }
+        }
+        let angles = self.angles(attend.rope);
+        let mut out = self.act(rows, width);
+        let mut row = 0;
+        let mut runs = Vec::with_capacity(self.batch.runs.len());
+        for run in &self.batch.runs {
+            let len = run.len as usize;
+            // `enter` has found the sequence: without it there would be a fault.
+            let table = self.kv.table(run.seq).unwrap_or(&[]);
+            runs.push(Rows { table, row, start: run.start as usize, len });
+            row += len;
+        }
+        let attention = Attention {
+            kernels: self.device.kernels,
+            slab: self.kv.slab(),
+            layer,
+            runs,
+            heads: attend.heads,
+            kv_heads: attend.kv_heads,
+            dim,
+            scale: attend.scale,
+            window: attend.window,
+            bf16: self.device.bf16(),
+            qkv: qkv.floats.as_mut_ptr(),
+            out: out.floats.as_mut_ptr(),
+        };
+        let prepare = Prepare {
+            angles: &self.angles[angles],
+            frequencies: attend.rope.inv_freq.len(),
+            interleaved: attend.rope.style == RopeStyle::Interleaved,
+            q_norm: norms[0],
+            k_norm: norms[1],
+            eps: attend.norm_eps,
+        };
+        // SAFETY: shapes were checked; `enter` has made sure that nobody else holds the positions written or writes those
+        // read; sequences of one batch are different, so their rows do not meet.
+        unsafe {
+            attention.prepare(&prepare, &self.device.pool);
+            attention.run(&self.device.pool, &self.device.arena);
+        }
+        out
+    }
+
+    fn export(&mut self, seq: SeqId, layer: usize, tokens: Range<u32>) -> Result<CpuExport, KvError> {
+        self.kv.export(seq, layer, tokens)
+    }
+
+    fn submit(mut self, out: Out<CpuAct>) -> Box<dyn Pending<CpuAct>> {
+        let grouped = self.device.peers.world() > 1;
+        if let Some(fault) = self.fault.take() {
+            if grouped {
+                self.device.peers.leave(&fault.to_string());
+            }
+            return Box::new(Done(Err(fault)));
+        }
+        Box::new(Done(match out {
+            Out::Nothing => Ok(Output::Nothing),
+            Out::Hidden(act) => Ok(Output::Hidden(act)),
+            Out::Logits(act) => self.gather(act),
+        }))
+    }
+}
+
+/// A step that has run.
+struct Done(Result<Output<CpuAct>, BackendError>);
+
+impl Pending<CpuAct> for Done {
+    fn wait(self: Box<Self>) -> Result<Output<CpuAct>, BackendError> {
+        self.0
+    }
+}
