@@ -3,6 +3,7 @@
 use backend::KvError;
 
 use crate::SessionId;
+use crate::coverage::CoverageError;
 use crate::frame::FrameError;
 use crate::layout::PlanError;
 
@@ -69,6 +70,22 @@ pub enum SessionError {
     /// A frame that is well formed but not allowed here.
     #[error("protocol: {0}")]
     Protocol(String),
+    /// A frame for a place that is not free.
+    #[error("layout: {0}")]
+    Coverage(#[from] CoverageError),
+    /// A proven sender of another request, attempt, epoch, range or cache.
+    #[error("stale: {what} is {got}, expected {want}")]
+    Stale {
+        /// What differs.
+        what: &'static str,
+        /// The sender's.
+        got: String,
+        /// The receiver's.
+        want: String,
+    },
+    /// No session of this name is expected here, or not any more.
+    #[error("session {0} is not expected")]
+    Unknown(SessionId),
     /// Closed before everything was there.
     #[error("closed after {got_bytes} of {want_bytes} bytes")]
     Incomplete {
@@ -138,14 +155,18 @@ impl SessionError {
     pub fn code(&self) -> FailCode {
         match self {
             SessionError::Busy { .. } => FailCode::Busy,
-            SessionError::Known(_) => FailCode::Unknown,
+            SessionError::Known(_) | SessionError::Unknown(_) => FailCode::Unknown,
             SessionError::Expired { .. } => FailCode::Expired,
             SessionError::Refused { code, .. } => *code,
             SessionError::Proof(_) => FailCode::Proof,
             SessionError::Frame(FrameError::PayloadChecksum { .. } | FrameError::HeadChecksum { .. }) => {
                 FailCode::Checksum
             }
-            SessionError::Frame(_) | SessionError::Protocol(_) | SessionError::Incomplete { .. } => FailCode::Protocol,
+            SessionError::Stale { .. } => FailCode::Stale,
+            SessionError::Frame(_)
+            | SessionError::Protocol(_)
+            | SessionError::Coverage(_)
+            | SessionError::Incomplete { .. } => FailCode::Protocol,
             SessionError::Kv(_) | SessionError::Device(_) => FailCode::Store,
             SessionError::Cancelled | SessionError::Dropped => FailCode::Cancelled,
             SessionError::Stopped => FailCode::Stopped,

@@ -58,7 +58,9 @@ pub enum PlanError {
         receiver_has: usize,
     },
     /// A plane that is another plane on the other side.
-    #[error("plane {plane}: sender rank {sender} has {sender_has}, receiver rank {receiver} has {receiver_has}")]
+    #[error(
+        "plane {plane}: sender rank {sender} has {sender_has}, receiver rank {receiver} has {receiver_has}"
+    )]
     Plane {
         /// Index of the plane.
         plane: usize,

@@ -3,13 +3,23 @@
 //! [`Receiver`] (one per decode rank process) expects sessions and lands their bytes; [`Sender`] (one per prefill rank
 //! process) opens them. Both know bytes and [`backend::KvSpec`] only.
 
+pub mod coverage;
 pub mod error;
 pub mod frame;
 pub mod id;
 pub mod layout;
 pub mod limits;
+pub mod message;
+pub mod meter;
+pub mod pace;
+pub mod proof;
 pub mod receiver;
 pub mod sender;
+pub mod session;
+pub mod transport;
+pub mod wire;
+
+mod sync;
 
 pub use error::{FailCode, SessionError};
 pub use id::{SessionId, Ticket};

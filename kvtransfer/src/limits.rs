@@ -23,6 +23,18 @@ pub const HELLO_BYTES_MAX: usize = 3072;
 /// Largest payload of any other frame that is not data.
 pub const CONTROL_BYTES_MAX: usize = 576;
 
+/// Sender ranks of one session.
+pub const RANKS_MAX: usize = 64;
+
+/// The router's id of a request.
+pub const REQUEST_BYTES_MAX: usize = 256;
+
+/// A spec in words, see [`crate::layout::describe`].
+pub const SPEC_BYTES_MAX: usize = 2048;
+
+/// The words of a Fail.
+pub const REASON_BYTES_MAX: usize = 512;
+
 /// What a connection may send before it has proved its ticket.
 pub const UNPROVEN_BYTES_MAX: usize = 4096;
 

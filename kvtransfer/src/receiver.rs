@@ -1,17 +1,43 @@
-//! The receiving end of a rank process.
+//! The receiving end of a rank process: owns the KV port, expects sessions, hands landings back. Decode ranks use it.
+//!
+//! Threads: one accepts, one watches deadlines, one per connection reads frames and puts them in place.
+
+mod conn;
+mod registry;
+mod slot;
 
 use std::fmt;
-use std::net::SocketAddr;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener, TcpStream};
 use std::ops::Range;
+use std::sync::{Arc, Mutex};
+use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
 use backend::{KvLanding, KvSpec};
 
+use crate::layout::describe;
+use crate::limits::{PAYLOAD_BYTES_MAX, REQUEST_BYTES_MAX, SPEC_BYTES_MAX};
+use crate::receiver::registry::Registry;
+use crate::receiver::slot::LandingSlot;
+use crate::session::Receiving;
+use crate::sync::lock;
+use crate::transport::tcp;
+use crate::wire::Wire;
 use crate::{Close, Limits, SessionError, SessionId, Ticket};
 
-/// Owns the KV port of one rank process. A clone is another handle on the same port.
+/// Pause after a failed accept (out of file descriptors, say), so that it is not tried at once again.
+const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
+
+/// Owns the KV port of one rank process. A clone is another handle on the same port; the port closes with
+/// [`Receiver::stop`] or the last handle.
 #[derive(Clone)]
-pub struct Receiver;
+pub struct Receiver(Arc<Handle>);
+
+struct Handle {
+    registry: Arc<Registry>,
+    local_addr: Option<SocketAddr>,
+    threads: Mutex<Vec<JoinHandle<()>>>,
+}
 
 /// A session that is about to come.
 #[derive(Clone, Debug)]
@@ -78,29 +104,151 @@ impl<L> fmt::Display for Refused<L> {
 
 impl Receiver {
     /// Listens on `addr` (port 0: any free one).
-    pub fn bind(_addr: SocketAddr, _limits: Limits) -> std::io::Result<Self> {
-        Ok(Receiver)
+    pub fn bind(addr: SocketAddr, limits: Limits) -> std::io::Result<Self> {
+        let listener = TcpListener::bind(addr)?;
+        let local_addr = listener.local_addr()?;
+        let receiver = Receiver::new(limits, Some(local_addr));
+        let registry = receiver.0.registry.clone();
+        let accepts =
+            thread::Builder::new().name("kv-accept".into()).spawn(move || accept(&listener, &registry))?;
+        lock(&receiver.0.threads).push(accepts);
+        Ok(receiver)
     }
 
-    /// The address listened on.
+    /// Without a port: connections are handed in by [`Receiver::attach`].
+    pub fn detached(limits: Limits) -> Self {
+        Receiver::new(limits, None)
+    }
+
+    fn new(limits: Limits, local_addr: Option<SocketAddr>) -> Self {
+        let registry = Arc::new(Registry::new(limits));
+        let watched = registry.clone();
+        let watch =
+            thread::Builder::new().name("kv-deadlines".into()).spawn(move || watched.watch_deadlines());
+        if let Err(error) = &watch {
+            tracing::error!(%error, "no thread for the deadlines of kv sessions");
+        }
+        Receiver(Arc::new(Handle { registry, local_addr, threads: Mutex::new(watch.into_iter().collect()) }))
+    }
+
+    /// The address listened on; `0.0.0.0:0` without a port.
     pub fn local_addr(&self) -> SocketAddr {
-        SocketAddr::from(([127, 0, 0, 1], 0))
+        self.0.local_addr.unwrap_or(SocketAddr::new(IpAddr::V4(Ipv4Addr::UNSPECIFIED), 0))
+    }
+
+    /// Serves a connection of any transport, under the same bounds as accepted ones.
+    pub fn attach(&self, wire: Wire) {
+        self.0.registry.admit(wire);
     }
 
     /// Waits for a session in the background. `done` is called exactly once, on a thread of the receiver, when the
-    /// session has ended in whatever way. Errors hand the landing back at once and `done` is dropped.
+    /// session has ended in whatever way; it must not block for long. Errors hand the landing back at once and `done` is
+    /// dropped.
     pub fn expect<L: KvLanding + 'static>(
         &self,
         expect: Expect,
         landing: L,
-        _done: impl FnOnce(Landed<L>) + Send + 'static,
+        done: impl FnOnce(Landed<L>) + Send + 'static,
     ) -> Result<(), Refused<L>> {
-        Err(Refused { error: SessionError::Known(expect.session), landing })
+        if let Err(error) = expect.check(&landing) {
+            return Err(Refused { error, landing });
+        }
+        let session = expect.session;
+        let registry = &self.0.registry;
+        let receiving = Receiving::new(expect, &registry.limits, Instant::now());
+        let weak = Arc::downgrade(registry);
+        let slot = Arc::new(LandingSlot::new(session, receiving, landing, Box::new(done), weak));
+        registry.insert(session, slot).map_err(|(error, slot)| {
+            let landing = Arc::into_inner(slot).and_then(LandingSlot::into_landing);
+            Refused { error, landing: landing.expect("nobody else has seen the slot") }
+        })
     }
 
     /// Ends a session; its `done` is called with [`SessionError::Cancelled`] unless it had ended before.
-    pub fn cancel(&self, _session: &SessionId) {}
+    pub fn cancel(&self, session: &SessionId) {
+        if let Some(slot) = self.0.registry.get(session) {
+            slot.fail(None, SessionError::Cancelled);
+        }
+    }
 
-    /// Closes the port, ends all sessions and waits for their landings to be handed back (at most 5 s).
-    pub fn stop(self) {}
+    /// Closes the port, ends all sessions and waits for connections to be gone (at most 5 s). Not to be called from a
+    /// `done`, whose connection it would wait for.
+    pub fn stop(self) {
+        self.0.stop();
+    }
+}
+
+impl Expect {
+    fn check<L: KvLanding>(&self, landing: &L) -> Result<(), SessionError> {
+        let invalid = |text: String| Err(SessionError::Invalid(text));
+        let (ours, theirs) = (&self.tokens, landing.tokens());
+        if *ours != theirs || ours.start > ours.end {
+            return invalid(format!("session of tokens {ours:?} for a landing of {theirs:?}"));
+        }
+        if self.request.len() > REQUEST_BYTES_MAX {
+            return invalid(format!(
+                "request id of {} bytes, at most {REQUEST_BYTES_MAX}",
+                self.request.len()
+            ));
+        }
+        let spec_bytes = describe(&self.spec).len();
+        if spec_bytes > SPEC_BYTES_MAX {
+            return invalid(format!("spec of {spec_bytes} bytes, at most {SPEC_BYTES_MAX}"));
+        }
+        match self.spec.planes.iter().map(|plane| plane.token_bytes()).max() {
+            Some(row) if row > PAYLOAD_BYTES_MAX => {
+                invalid(format!("row of {row} bytes, a frame takes {PAYLOAD_BYTES_MAX}"))
+            }
+            _ => Ok(()),
+        }
+    }
+}
+
+impl Handle {
+    fn stop(&self) {
+        self.registry.stop();
+        let threads = std::mem::take(&mut *lock(&self.threads));
+        if let Some(addr) = self.local_addr.filter(|_| !threads.is_empty()) {
+            // Wakes the accepting thread, which then sees that it is over.
+            drop(TcpStream::connect_timeout(&reachable(addr), Duration::from_secs(1)));
+        }
+        let own = thread::current().id();
+        for thread in threads.into_iter().filter(|thread| thread.thread().id() != own) {
+            if thread.join().is_err() {
+                tracing::error!("a kv receiver thread panicked");
+            }
+        }
+    }
+}
+
+impl Drop for Handle {
+    fn drop(&mut self) {
+        self.stop();
+    }
+}
+
+fn accept(listener: &TcpListener, registry: &Arc<Registry>) {
+    loop {
+        let accepted = listener.accept();
+        if registry.stopping() {
+            return;
+        }
+        match accepted.and_then(|(stream, peer)| tcp::wire(stream, peer.to_string())) {
+            Ok(wire) => registry.admit(wire),
+            Err(error) => {
+                tracing::warn!(%error, "kv connection not accepted");
+                thread::sleep(ACCEPT_PAUSE);
+            }
+        }
+    }
+}
+
+/// Where a listener on `addr` is reached from this machine.
+fn reachable(addr: SocketAddr) -> SocketAddr {
+    let ip = match addr.ip() {
+        IpAddr::V4(ip) if ip.is_unspecified() => Ipv4Addr::LOCALHOST.into(),
+        IpAddr::V6(ip) if ip.is_unspecified() => Ipv6Addr::LOCALHOST.into(),
+        ip => ip,
+    };
+    SocketAddr::new(ip, addr.port())
 }

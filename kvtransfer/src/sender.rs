@@ -1,15 +1,29 @@
-//! The sending end of a rank process.
+//! The sending end of a rank process: a bounded pool of connections, and pushes over it. Prefill ranks use it.
+//!
+//! Threads: two per receiver of an open push, one that writes and one that reads credit.
+
+mod connect;
+mod pair;
+mod pool;
+mod push;
 
 use std::ops::Range;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use backend::{KvExport, KvSpec};
+use backend::KvSpec;
 
-use crate::{Close, Limits, SessionError, SessionId, Ticket};
+use crate::sender::pool::Pool;
+use crate::transport::Dialer;
+use crate::transport::tcp::TcpDialer;
+use crate::{Limits, SessionError, SessionId, Ticket};
 
-/// Pushes KV to receivers over a bounded pool of connections. A clone is another handle on the same pool.
+pub use push::Push;
+
+/// Pushes KV to receivers over a bounded pool of connections. A clone is another handle on the same pool; idle connections
+/// close with the last handle and push.
 #[derive(Clone)]
-pub struct Sender;
+pub struct Sender(Arc<Pool>);
 
 /// One session as this rank sees it.
 #[derive(Clone, Debug)]
@@ -67,40 +81,29 @@ pub struct LinkStat {
     pub bytes: u64,
 }
 
-/// An open push. Dropped without [`Push::close`] it aborts the session at the receivers.
-pub struct Push;
-
 impl Sender {
-    /// An empty pool.
-    pub fn new(_limits: Limits) -> Self {
-        Sender
+    /// An empty pool of TCP connections.
+    pub fn new(limits: Limits) -> Self {
+        Sender::with_dialer(limits, Box::new(TcpDialer))
+    }
+
+    /// An empty pool of connections of another transport.
+    pub fn with_dialer(limits: Limits, dialer: Box<dyn Dialer>) -> Self {
+        Sender(Arc::new(Pool::new(limits, dialer)))
     }
 
     /// Begins a session; connecting goes on in the background. `done` is called exactly once, on a thread of the
-    /// sender, when every receiver has acknowledged or the session has failed.
-    pub fn open(&self, _push: PushSpec, _done: impl FnOnce(Result<Pushed, SessionError>) + Send + 'static) -> Push {
-        Push
+    /// sender, when every receiver has acknowledged or the session has failed; it must not block for long.
+    pub fn open(
+        &self,
+        push: PushSpec,
+        done: impl FnOnce(Result<Pushed, SessionError>) + Send + 'static,
+    ) -> Push {
+        Push::open(&self.0, push, Box::new(done))
     }
 
     /// What was measured per peer, by name.
     pub fn links(&self) -> Vec<LinkStat> {
-        Vec::new()
+        self.0.links()
     }
-}
-
-impl Push {
-    /// Queues what `export` covers of the session's positions and layers, in any order of (layer, tokens), each once.
-    /// Never blocks; the export is dropped when its bytes are on their way.
-    pub fn layer(&self, _export: impl KvExport + 'static) {}
-
-    /// Ends the session after everything that is queued.
-    pub fn close(self, _close: Close) {}
-
-    /// Payload bytes queued and not yet on their way.
-    pub fn backlog_bytes(&self) -> u64 {
-        0
-    }
-
-    /// Gives the session up, here and at the receivers.
-    pub fn cancel(self) {}
 }

@@ -1,0 +1,142 @@
+//! From a receiver's addresses to a connection on which it has accepted the session. Until then nothing is lost by trying
+//! again: another address, and after all of them a pause with jitter, until the session's deadline.
+
+use std::io::IoSlice;
+use std::time::{Duration, Instant};
+
+use crate::id::fill_random;
+use crate::sender::pair::Pair;
+use crate::sender::pool::Pool;
+use crate::session::receive::parse;
+use crate::session::send::retryable;
+use crate::session::{Outcome, Sending};
+use crate::wire::{Incoming, Wire, WireError, control_payload};
+use crate::{Limits, SessionError};
+
+/// Pause after the first round of failures; doubled each time.
+const BACKOFF_MIN: Duration = Duration::from_millis(25);
+
+/// Longest pause.
+const BACKOFF_MAX: Duration = Duration::from_secs(2);
+
+/// A connection whose receiver waits for data.
+pub(super) struct Connected {
+    pub address: String,
+    pub wire: Wire,
+    pub sending: Sending,
+}
+
+/// Connects a pair.
+pub(super) fn connect(pair: &Pair, pool: &Pool) -> Result<Connected, SessionError> {
+    let until = pair.opened + pair.spec.deadline;
+    let mut backoff = BACKOFF_MIN;
+    loop {
+        // Idle connections may have died unnoticed; each is tried once.
+        while let Some((address, wire)) = pool.take_idle(&pair.addresses) {
+            if let Some(error) = pair.aborted() {
+                return Err(error);
+            }
+            match greet(pair, &pool.limits, wire, until) {
+                Ok((wire, sending)) => return Ok(Connected { address, wire, sending }),
+                Err(error) if retryable(&error) => {
+                    tracing::debug!(address, %error, "idle kv connection was gone")
+                }
+                Err(error) => return Err(error),
+            }
+        }
+        let mut last = SessionError::Connect { peer: pair.addresses.join(", "), reason: "no address".into() };
+        let mut again = false;
+        for address in pool.order(&pair.addresses) {
+            let left = until.saturating_duration_since(Instant::now());
+            if let Some(error) = pair.aborted() {
+                return Err(error);
+            }
+            if left.is_zero() {
+                break;
+            }
+            let dialed = pool.dialer.dial(&address, pool.limits.connect.min(left));
+            let greeted = dialed
+                .map_err(|error| SessionError::Connect { peer: address.clone(), reason: error.to_string() })
+                .and_then(|wire| greet(pair, &pool.limits, wire, until));
+            pool.note(&address, greeted.is_ok());
+            match greeted {
+                Ok((wire, sending)) => return Ok(Connected { address, wire, sending }),
+                // The address may be another machine's: the next one may still be right.
+                Err(error) => {
+                    again |= retryable(&error);
+                    last = error;
+                }
+            }
+        }
+        let pause = jitter(backoff);
+        if !again || Instant::now() + pause >= until {
+            return Err(pair.aborted().unwrap_or(last));
+        }
+        tracing::debug!(error = %last, ?pause, "kv receiver not reached");
+        pair.pause(Instant::now() + pause);
+        if let Some(error) = pair.aborted() {
+            return Err(error);
+        }
+        backoff = (backoff * 2).min(BACKOFF_MAX);
+    }
+}
+
+/// Hello, challenge, proof, first credit.
+fn greet(
+    pair: &Pair,
+    limits: &Limits,
+    mut wire: Wire,
+    until: Instant,
+) -> Result<(Wire, Sending), SessionError> {
+    // The receiver may wait for its own engine to expect the session, as long as its handshake may take.
+    let until = until.min(Instant::now() + 2 * limits.handshake);
+    let peer = wire.peer.clone();
+    let lost = |reason: String| SessionError::Lost { peer: peer.clone(), reason };
+    let io = |error: std::io::Error| lost(error.to_string());
+    wire.sink.set_stall(limits.handshake).map_err(io)?;
+    let mut nonce = [0; 32];
+    fill_random(&mut nonce);
+    let (mut sending, hello) = Sending::new(pair.spec.clone(), &peer, nonce, Instant::now());
+    let mut say = Some(hello);
+    loop {
+        if let Some(message) = say.take() {
+            let payload = message.encode();
+            let head = sending.head(&message, &payload);
+            // A receiver that refuses has said why before it closed.
+            let sent = wire.sink.send(&head, &[IoSlice::new(&payload)]);
+            if let Err(error) = sent
+                && sending.outcome().is_none()
+            {
+                tracing::debug!(peer, %error, "kv handshake not sent");
+            }
+        }
+        match sending.outcome() {
+            Some(Outcome::Failed(error)) => return Err(error.clone()),
+            Some(Outcome::Acknowledged(_)) => {
+                return Err(SessionError::Protocol("acknowledged at once".into()));
+            }
+            None if sending.accepted() => return Ok((wire, sending)),
+            None => {}
+        }
+        let head = match wire.source.head(Some(until)) {
+            Ok(Incoming::Head(head)) => head,
+            Ok(Incoming::Timeout) => return Err(lost("no answer to the handshake".into())),
+            Ok(Incoming::End) => return Err(lost("closed in the handshake".into())),
+            Err(WireError::Io(error)) => return Err(io(error)),
+            Err(WireError::Frame(error)) => return Err(error.into()),
+        };
+        let message = match control_payload(&mut *wire.source, &head, Some(until)) {
+            Ok((payload, crc)) => parse(&head, &payload, crc)?,
+            Err(WireError::Io(error)) => return Err(io(error)),
+            Err(WireError::Frame(error)) => return Err(error.into()),
+        };
+        say = sending.message(message, Instant::now());
+    }
+}
+
+/// Between half of `pause` and all of it, so that many senders do not come back at once.
+fn jitter(pause: Duration) -> Duration {
+    let mut bytes = [0; 4];
+    fill_random(&mut bytes);
+    pause.mul_f64(0.5 + 0.5 * f64::from(u32::from_le_bytes(bytes)) / f64::from(u32::MAX))
+}

@@ -1,0 +1,187 @@
+//! What all pushes of one sender share: the bound on connections, idle connections, links as measured, the pace.
+
+use std::collections::{BTreeMap, HashMap, HashSet, VecDeque};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Condvar, Mutex, PoisonError};
+use std::time::Instant;
+
+use crate::meter::Meter;
+use crate::pace::Pace;
+use crate::sync::lock;
+use crate::transport::Dialer;
+use crate::wire::Wire;
+use crate::{Limits, LinkStat, SessionError};
+
+/// Peers whose reachability is remembered.
+const REACHED_MAX: usize = 4096;
+
+pub(super) struct Pool {
+    pub limits: Limits,
+    pub dialer: Box<dyn Dialer>,
+    pub pace: Option<Mutex<Pace>>,
+    meters: Mutex<BTreeMap<String, Meter>>,
+    conns: Mutex<Conns>,
+    turn: Condvar,
+}
+
+#[derive(Default)]
+struct Conns {
+    in_use: usize,
+    /// Pushes that wait for room, in the order of their opening: all of a push's connections at once, so that no two
+    /// pushes wait for each other.
+    waiting: VecDeque<Arc<Admission>>,
+    idle: HashMap<String, Vec<(Wire, Instant)>>,
+    reached: HashSet<String>,
+}
+
+/// A push's share of the bound on connections.
+pub(super) struct Admission {
+    /// Pairs of the push that have not left.
+    pairs: Mutex<usize>,
+    granted: AtomicBool,
+}
+
+impl Pool {
+    pub fn new(limits: Limits, dialer: Box<dyn Dialer>) -> Self {
+        let pace = limits.rate_bytes_per_s.map(|rate| Mutex::new(Pace::new(rate)));
+        Pool { limits, dialer, pace, meters: Mutex::default(), conns: Mutex::default(), turn: Condvar::new() }
+    }
+
+    /// Queues a push with `pairs` connections.
+    pub fn enter(&self, pairs: usize) -> Result<Arc<Admission>, SessionError> {
+        let max = self.limits.connections_max;
+        if pairs > max {
+            return Err(SessionError::Busy { what: "connections of one push", max });
+        }
+        let admission = Arc::new(Admission { pairs: Mutex::new(pairs), granted: AtomicBool::new(false) });
+        let mut conns = lock(&self.conns);
+        conns.waiting.push_back(admission.clone());
+        self.grant(&mut conns);
+        Ok(admission)
+    }
+
+    /// Waits for the push's turn; `false` when `given_up` or at `until`.
+    pub fn wait_turn(&self, admission: &Admission, until: Instant, given_up: impl Fn() -> bool) -> bool {
+        let mut conns = lock(&self.conns);
+        while !admission.granted.load(Ordering::Acquire) {
+            let left = until.saturating_duration_since(Instant::now());
+            if left.is_zero() || given_up() {
+                return false;
+            }
+            conns = self.turn.wait_timeout(conns, left).unwrap_or_else(PoisonError::into_inner).0;
+        }
+        true
+    }
+
+    /// Makes waiting pairs look whether they were given up.
+    pub fn look(&self) {
+        let _conns = lock(&self.conns);
+        self.turn.notify_all();
+    }
+
+    /// One pair of the push has ended.
+    pub fn leave(&self, admission: &Admission) {
+        let mut conns = lock(&self.conns);
+        *lock(&admission.pairs) -= 1;
+        if admission.granted.load(Ordering::Acquire) {
+            conns.in_use -= 1;
+        }
+        self.grant(&mut conns);
+    }
+
+    fn grant(&self, conns: &mut Conns) {
+        let max = self.limits.connections_max;
+        while let Some(first) = conns.waiting.front() {
+            let pairs = *lock(&first.pairs);
+            if conns.in_use + pairs > max {
+                return;
+            }
+            first.granted.store(true, Ordering::Release);
+            conns.in_use += pairs;
+            conns.waiting.pop_front();
+            self.turn.notify_all();
+        }
+        let room = max - conns.in_use;
+        conns.evict(room);
+    }
+
+    /// An idle connection to one of `addresses` that is still there.
+    pub fn take_idle(&self, addresses: &[String]) -> Option<(String, Wire)> {
+        let mut conns = lock(&self.conns);
+        for address in addresses {
+            let Some(idle) = conns.idle.get_mut(address) else { continue };
+            // The youngest first: the others may fall out of use.
+            while let Some((wire, since)) = idle.pop() {
+                if since.elapsed() < self.limits.idle_max && wire.control.idle() {
+                    return Some((address.clone(), wire));
+                }
+            }
+        }
+        None
+    }
+
+    /// Keeps a connection whose session was acknowledged.
+    pub fn put_idle(&self, address: String, wire: Wire) {
+        let mut conns = lock(&self.conns);
+        // The caller's own connection still counts as in use: its place becomes the idle one's.
+        let room = (self.limits.connections_max + 1).saturating_sub(conns.in_use);
+        conns.idle.entry(address).or_default().push((wire, Instant::now()));
+        conns.evict(room);
+    }
+
+    /// `addresses` with those first that were reached before.
+    pub fn order(&self, addresses: &[String]) -> Vec<String> {
+        let conns = lock(&self.conns);
+        let (mut reached, others): (Vec<_>, Vec<_>) =
+            addresses.iter().cloned().partition(|address| conns.reached.contains(address));
+        reached.extend(others);
+        reached
+    }
+
+    /// Notes whether `address` led to the session's receiver.
+    pub fn note(&self, address: &str, reached: bool) {
+        let mut conns = lock(&self.conns);
+        if !reached {
+            conns.reached.remove(address);
+        } else if conns.reached.len() < REACHED_MAX {
+            conns.reached.insert(address.to_owned());
+        }
+    }
+
+    /// Changes the meter of the link to `address`.
+    pub fn measure(&self, address: &str, change: impl FnOnce(&mut Meter)) {
+        let mut meters = lock(&self.meters);
+        if !meters.contains_key(address) && meters.len() >= REACHED_MAX {
+            meters.pop_first();
+        }
+        change(meters.entry(address.to_owned()).or_default());
+    }
+
+    pub fn links(&self) -> Vec<LinkStat> {
+        let meters = lock(&self.meters);
+        let stat = |(peer, meter): (&String, &Meter)| LinkStat {
+            peer: peer.clone(),
+            gbytes_per_s: meter.bytes_per_s().map_or(0.0, |rate| (rate / 1e9) as f32),
+            bytes: meter.total_bytes(),
+        };
+        meters.iter().map(stat).collect()
+    }
+}
+
+impl Conns {
+    /// Closes the longest idle connections beyond `room`.
+    fn evict(&mut self, room: usize) {
+        while self.idle.values().map(Vec::len).sum::<usize>() > room {
+            let oldest = self
+                .idle
+                .iter()
+                .filter_map(|(address, idle)| Some((idle.first()?.1, address.clone())))
+                .min_by_key(|(since, _)| *since);
+            let Some((_, address)) = oldest else { return };
+            if let Some(idle) = self.idle.get_mut(&address) {
+                idle.remove(0);
+            }
+        }
+        self.idle.retain(|_, idle| !idle.is_empty());
+    }
+}

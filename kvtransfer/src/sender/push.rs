@@ -1,0 +1,275 @@
+//! One session at one sender rank: hands rectangles to its pairs, one per receiver, and tells when all have ended.
+
+use std::ops::Range;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::{Arc, Mutex};
+use std::thread;
+use std::time::Instant;
+
+use backend::KvExport;
+
+use crate::coverage::{CoverageError, Intervals};
+use crate::layout::{Plan, describe, plan};
+use crate::limits::{PAYLOAD_BYTES_MAX, RANKS_MAX, REQUEST_BYTES_MAX, SPEC_BYTES_MAX};
+use crate::sender::pair::{Job, Pair};
+use crate::sender::pool::{Admission, Pool};
+use crate::sender::{PushSpec, Pushed};
+use crate::session::PairSpec;
+use crate::sync::lock;
+use crate::{Close, SessionError};
+
+type Done = Box<dyn FnOnce(Result<Pushed, SessionError>) + Send>;
+
+/// An open push. Dropped without [`Push::close`] it aborts the session at the receivers.
+pub struct Push {
+    shared: Arc<Shared>,
+    tokens: Range<u32>,
+    /// Tokens pushed, per layer.
+    pushed: Mutex<Vec<Intervals>>,
+    closed: bool,
+}
+
+struct Shared {
+    pool: Arc<Pool>,
+    pairs: Vec<Arc<Pair>>,
+    end: Mutex<End>,
+}
+
+struct End {
+    /// Pairs that have not ended; the push itself, until closed, where it has none.
+    left: usize,
+    bytes: u64,
+    acknowledged: Option<Instant>,
+    error: Option<SessionError>,
+    done: Option<Done>,
+}
+
+impl Push {
+    pub(super) fn open(pool: &Arc<Pool>, spec: PushSpec, done: Done) -> Push {
+        let opened = Instant::now();
+        let prepared = prepare(pool, &spec, opened).and_then(|(layers, pairs)| {
+            let admission = pool.enter(pairs.len())?;
+            Ok((layers, pairs, admission))
+        });
+        let (layers, pairs, admission, error) = match prepared {
+            Ok((layers, pairs, admission)) => (layers, pairs, Some(admission), None),
+            Err(error) => (0, Vec::new(), None, Some(error)),
+        };
+        let end = End { left: pairs.len(), bytes: 0, acknowledged: None, error: None, done: Some(done) };
+        let shared = Arc::new(Shared { pool: pool.clone(), pairs, end: Mutex::new(end) });
+        if let Some(error) = error {
+            shared.finish_alone(Err(error));
+        }
+        if let Some(admission) = admission {
+            shared.spawn(&admission);
+        }
+        let pushed = Mutex::new(vec![Intervals::default(); layers]);
+        Push { shared, tokens: spec.tokens, pushed, closed: false }
+    }
+
+    /// Queues what `export` covers of the session's positions and layers, in any order of (layer, tokens), each once.
+    /// Never blocks; the export is dropped when its bytes are on their way, or with the session.
+    pub fn layer(&self, export: impl KvExport + 'static) {
+        let (held, wanted) = (export.tokens(), &self.tokens);
+        let tokens = held.start.max(wanted.start)..held.end.min(wanted.end);
+        let mut pushed = lock(&self.pushed);
+        let layers = export.layers();
+        let layers = layers.start..layers.end.min(pushed.len());
+        if tokens.is_empty() || layers.is_empty() {
+            return;
+        }
+        for layer in layers.clone() {
+            if pushed[layer].overlaps(&tokens) {
+                let twice =
+                    CoverageError::Twice { layer, plane: 0, head: 0, start: tokens.start, end: tokens.end };
+                self.shared.abort(&twice.into());
+                return;
+            }
+            pushed[layer].add(tokens.clone());
+        }
+        drop(pushed);
+        let export: Box<dyn KvExport> = Box::new(export);
+        let export = Arc::new(Mutex::new(export));
+        for pair in self.shared.pairs.iter().filter(|pair| !pair.parts.is_empty()) {
+            let rects = layers
+                .clone()
+                .flat_map(|layer| pair.parts.iter().map(move |part| (part, layer)))
+                .map(|(part, layer)| (part.piece(layer, tokens.clone()), part.token_bytes))
+                .collect();
+            pair.push(Job::new(export.clone(), rects));
+        }
+    }
+
+    /// Ends the session after everything that is queued.
+    pub fn close(mut self, close: Close) {
+        self.closed = true;
+        self.shared.pairs.iter().for_each(|pair| pair.close(close));
+        if self.shared.pairs.is_empty() {
+            // A rank without a share: nothing was to be sent, and all of that was.
+            self.shared.finish_alone(Ok(Pushed { bytes: 0, acknowledged: Instant::now() }));
+        }
+    }
+
+    /// Payload bytes queued and not yet on their way, over all receivers.
+    pub fn backlog_bytes(&self) -> u64 {
+        self.shared.pairs.iter().map(|pair| pair.backlog_bytes()).sum()
+    }
+
+    /// Gives the session up, here and at the receivers.
+    pub fn cancel(mut self) {
+        self.closed = true;
+        self.shared.give_up(SessionError::Cancelled);
+    }
+}
+
+impl Drop for Push {
+    fn drop(&mut self) {
+        if !self.closed {
+            self.shared.give_up(SessionError::Dropped);
+        }
+    }
+}
+
+impl Shared {
+    /// One thread per pair.
+    fn spawn(self: &Arc<Self>, admission: &Arc<Admission>) {
+        for pair in &self.pairs {
+            let (shared, own, own_admission) = (self.clone(), pair.clone(), admission.clone());
+            let spawned = thread::Builder::new().name("kv-push".into()).spawn(move || {
+                // A lease or device that panics must not keep the session open for ever.
+                let result = catch_unwind(AssertUnwindSafe(|| own.run(&shared.pool, &own_admission)))
+                    .unwrap_or_else(|_| Err(SessionError::Device("the export panicked".into())));
+                shared.pool.leave(&own_admission);
+                shared.ended(result);
+            });
+            if let Err(error) = spawned {
+                self.pool.leave(admission);
+                self.ended(Err(SessionError::Invalid(format!("no thread for a push: {error}"))));
+            }
+        }
+    }
+
+    /// A pair has ended; the first failure takes the others along.
+    fn ended(&self, result: Result<(u64, Instant), SessionError>) {
+        let failed = result.as_ref().err().cloned();
+        let mut end = lock(&self.end);
+        match result {
+            Ok((bytes, at)) => {
+                end.bytes += bytes;
+                end.acknowledged = end.acknowledged.max(Some(at));
+            }
+            Err(error) => drop(end.error.get_or_insert(error)),
+        }
+        end.left -= 1;
+        let finished = if end.left == 0 { end.finish() } else { None };
+        drop(end);
+        if let Some(error) = failed {
+            self.abort(&error);
+        }
+        if let Some((done, result)) = finished {
+            done(result);
+        }
+    }
+
+    fn abort(&self, error: &SessionError) {
+        self.pairs.iter().for_each(|pair| pair.abort(error.clone()));
+        self.pool.look();
+    }
+
+    fn give_up(self: &Arc<Self>, error: SessionError) {
+        self.abort(&error);
+        if self.pairs.is_empty() {
+            self.finish_alone(Err(error));
+        }
+    }
+
+    /// Ends a push without pairs, on a thread of its own: the caller may hold locks that `done` takes.
+    fn finish_alone(self: &Arc<Self>, result: Result<Pushed, SessionError>) {
+        let Some(done) = lock(&self.end).done.take() else { return };
+        let call = Arc::new(Mutex::new(Some((done, result))));
+        let own = call.clone();
+        let finish = move || {
+            let taken = lock(&own).take();
+            if let Some((done, result)) = taken {
+                done(result);
+            }
+        };
+        if thread::Builder::new().name("kv-push-end".into()).spawn(finish).is_err()
+            && let Some((done, result)) = lock(&call).take()
+        {
+            done(result);
+        }
+    }
+}
+
+impl End {
+    fn finish(&mut self) -> Option<(Done, Result<Pushed, SessionError>)> {
+        let done = self.done.take()?;
+        let result = match self.error.take() {
+            Some(error) => Err(error),
+            None => {
+                let acknowledged = self.acknowledged.unwrap_or_else(Instant::now);
+                Ok(Pushed { bytes: self.bytes, acknowledged })
+            }
+        };
+        Some((done, result))
+    }
+}
+
+/// The model's layers and the push's pairs.
+fn prepare(pool: &Pool, spec: &PushSpec, opened: Instant) -> Result<(usize, Vec<Arc<Pair>>), SessionError> {
+    let invalid = |text: String| Err(SessionError::Invalid(text));
+    if spec.from_rank >= spec.from.len() || spec.from.len() > RANKS_MAX {
+        return invalid(format!(
+            "sender rank {} of {}, at most {RANKS_MAX}",
+            spec.from_rank,
+            spec.from.len()
+        ));
+    }
+    if spec.tokens.start > spec.tokens.end {
+        return invalid(format!("push of tokens {:?}", spec.tokens));
+    }
+    if spec.request.len() > REQUEST_BYTES_MAX {
+        return invalid(format!("request id of {} bytes, at most {REQUEST_BYTES_MAX}", spec.request.len()));
+    }
+    let specs: Vec<_> = spec.to.iter().map(|target| target.spec.clone()).collect();
+    let plan = plan(&spec.from, &specs)?;
+    let receivers = plan.receivers_of(spec.from_rank);
+    let alone = receivers.len() == 1;
+    let pairs = receivers
+        .into_iter()
+        .map(|receiver| Ok(Arc::new(pair(pool, spec, &plan, receiver, alone, opened)?)))
+        .collect::<Result<_, SessionError>>()?;
+    Ok((plan.layers, pairs))
+}
+
+fn pair(
+    pool: &Pool,
+    spec: &PushSpec,
+    plan: &Plan,
+    receiver: usize,
+    alone: bool,
+    opened: Instant,
+) -> Result<Pair, SessionError> {
+    let target = &spec.to[receiver];
+    let described = describe(&target.spec);
+    if described.len() > SPEC_BYTES_MAX {
+        let bytes = described.len();
+        return Err(SessionError::Invalid(format!("spec of {bytes} bytes, at most {SPEC_BYTES_MAX}")));
+    }
+    let pair = PairSpec {
+        session: spec.session,
+        ticket: spec.ticket.clone(),
+        request: spec.request.clone(),
+        attempt: spec.attempt,
+        epoch: spec.epoch,
+        sender: spec.from_rank as u32,
+        senders: plan.senders_of(receiver).into_iter().map(|sender| sender as u32).collect(),
+        tokens: spec.tokens.clone(),
+        bytes: plan.bytes(spec.from_rank, receiver, spec.tokens.len() as u64),
+        spec: described,
+        deadline: spec.deadline,
+        frame_bytes: pool.limits.frame_bytes.clamp(1, PAYLOAD_BYTES_MAX),
+    };
+    Ok(Pair::new(pair, target.addresses.clone(), plan.between(spec.from_rank, receiver), alone, opened))
+}

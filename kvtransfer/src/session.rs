@@ -1,0 +1,21 @@
+//! Both ends of a session as pure state machines: (state, frame or tick or loss, now) -> messages and endings. The shells in
+//! [`crate::receiver`] and [`crate::sender`] own threads and sockets; the simulator in `tests/` owns neither.
+//!
+//! ```text
+//! sender                         receiver
+//! Hello (who, which, nonce)  ->
+//!                            <-  Challenge (nonce, proof)
+//! Proof                      ->  bound to (request, attempt, epoch, tokens, spec), or refused
+//!                            <-  Credit
+//! Data ... Ping              ->  each cell once, checksum right   <- Credit ... Pong
+//! Done (counts, close)       ->  counts right; all senders done; every cell covered
+//!                            <-  Ack; the connection is free for another Hello
+//! ```
+//!
+//! Either end may send Fail at any time; a lost connection, a silence or a bad frame ends the session the same way.
+
+pub mod receive;
+pub mod send;
+
+pub use receive::{Action, ConnId, Handshake, Receiving};
+pub use send::{Outcome, PairSpec, Sending};

@@ -1,0 +1,16 @@
+//! Transports: how a [`Wire`] comes about. Sessions know nothing of them. TCP between machines, memory within a process;
+//! UCX and TLS are to be further implementations of the same two traits.
+
+pub mod mem;
+pub mod tcp;
+
+use std::io;
+use std::time::Duration;
+
+use crate::wire::Wire;
+
+/// Makes connections for a sender.
+pub trait Dialer: Send + Sync {
+    /// Connects to `address` within `timeout`.
+    fn dial(&self, address: &str, timeout: Duration) -> io::Result<Wire>;
+}

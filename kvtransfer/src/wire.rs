@@ -1,0 +1,241 @@
+//! What a transport gives: one connection as frames out, frames in, and a handle to end it from elsewhere. [`split`] makes
+//! one of any pair of byte streams (TCP, memory, later TLS); a transport with its own messages or one-sided puts (UCX)
+//! implements the traits itself.
+
+use std::io::{self, IoSlice, IoSliceMut, Read, Write};
+use std::net::Shutdown;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use crate::frame::{FrameError, Head};
+use crate::limits::HEADER_BYTES;
+
+/// One connection with its peer.
+pub struct Wire {
+    /// Frames to the peer.
+    pub sink: Box<dyn FrameSink>,
+    /// Frames from the peer.
+    pub source: Box<dyn FrameSource>,
+    /// Ends the connection from any thread.
+    pub control: Arc<dyn Control>,
+    /// The peer, for messages.
+    pub peer: String,
+}
+
+/// The sending half. Calls block until the bytes are handed to the transport.
+pub trait FrameSink: Send {
+    /// Sends one frame whole. An error leaves the connection unusable.
+    fn send(&mut self, head: &Head, payload: &[IoSlice<'_>]) -> io::Result<()>;
+
+    /// Longest time for the transport to take a byte; beyond it `send` fails with [`io::ErrorKind::TimedOut`].
+    fn set_stall(&mut self, stall: Duration) -> io::Result<()>;
+}
+
+/// The receiving half.
+pub trait FrameSource: Send {
+    /// Waits for the next head until `until` (for ever without). A timeout loses nothing: the next call goes on.
+    fn head(&mut self, until: Option<Instant>) -> Result<Incoming, WireError>;
+
+    /// Reads a payload into `into`, filling it, and returns its CRC32C.
+    fn payload(&mut self, into: &mut [IoSliceMut<'_>], until: Option<Instant>) -> Result<u32, WireError>;
+
+    /// Reads and forgets until the peer closes or `until`, so that what was sent to it last is not cut off.
+    fn drain(&mut self, until: Instant);
+}
+
+/// Ends a connection, or looks whether it is still there.
+pub trait Control: Send + Sync {
+    /// Closes one direction or both; whoever waits there is woken.
+    fn close(&self, how: Shutdown);
+
+    /// Whether an idle connection may be used again: open, and nothing has come.
+    fn idle(&self) -> bool;
+}
+
+/// What came instead of, or as, a head.
+#[derive(Debug)]
+pub enum Incoming {
+    /// The next frame's head; its payload must be read next.
+    Head(Head),
+    /// Nothing until the deadline.
+    Timeout,
+    /// The peer closed between frames.
+    End,
+}
+
+/// Why no frame could be read.
+#[derive(Debug, thiserror::Error)]
+pub enum WireError {
+    /// The bytes are no frame.
+    #[error(transparent)]
+    Frame(#[from] FrameError),
+    /// The connection failed.
+    #[error(transparent)]
+    Io(#[from] io::Error),
+}
+
+/// A byte stream whose reads can be given up on.
+pub trait ReadTimeout {
+    /// Longest wait of one read; `None`: for ever. A read beyond it fails with `WouldBlock` or `TimedOut`.
+    fn set_read_timeout(&self, timeout: Option<Duration>) -> io::Result<()>;
+}
+
+/// A byte stream whose writes can be given up on.
+pub trait WriteTimeout {
+    /// Longest wait of one write.
+    fn set_write_timeout(&self, timeout: Option<Duration>) -> io::Result<()>;
+}
+
+/// Frames over byte streams.
+pub fn split<R, W>(reader: R, writer: W, control: Arc<dyn Control>, peer: String) -> Wire
+where
+    R: Read + ReadTimeout + Send + 'static,
+    W: Write + WriteTimeout + Send + 'static,
+{
+    Wire {
+        sink: Box::new(StreamSink { writer }),
+        source: Box::new(StreamSource { reader, head: [0; HEADER_BYTES], filled: 0, timed: false }),
+        control,
+        peer,
+    }
+}
+
+struct StreamSink<W> {
+    writer: W,
+}
+
+impl<W: Write + WriteTimeout + Send> FrameSink for StreamSink<W> {
+    fn send(&mut self, head: &Head, payload: &[IoSlice<'_>]) -> io::Result<()> {
+        let head = head.encode();
+        let mut slices = Vec::with_capacity(1 + payload.len());
+        slices.push(IoSlice::new(&head));
+        slices.extend_from_slice(payload);
+        let mut left = &mut slices[..];
+        IoSlice::advance_slices(&mut left, 0); // leading empty slices would look like a closed peer
+        while !left.is_empty() {
+            match self.writer.write_vectored(left) {
+                Ok(0) => return Err(io::ErrorKind::WriteZero.into()),
+                Ok(written) => IoSlice::advance_slices(&mut left, written),
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
+                    return Err(io::ErrorKind::TimedOut.into());
+                }
+                Err(error) => return Err(error),
+            }
+        }
+        self.writer.flush()
+    }
+
+    fn set_stall(&mut self, stall: Duration) -> io::Result<()> {
+        self.writer.set_write_timeout(Some(stall.max(Duration::from_millis(1))))
+    }
+}
+
+struct StreamSource<R> {
+    reader: R,
+    head: [u8; HEADER_BYTES],
+    /// Bytes of `head` that have come.
+    filled: usize,
+    /// Whether the stream has a timeout set.
+    timed: bool,
+}
+
+enum Got {
+    Bytes(usize),
+    Timeout,
+    End,
+}
+
+impl<R: Read + ReadTimeout> StreamSource<R> {
+    /// One read; a system call for the timeout only where there is one.
+    fn read(&mut self, into: &mut [IoSliceMut<'_>], until: Option<Instant>) -> io::Result<Got> {
+        loop {
+            match until {
+                Some(until) => {
+                    let left = until.saturating_duration_since(Instant::now());
+                    if left.is_zero() {
+                        return Ok(Got::Timeout);
+                    }
+                    // Rounded up: a timeout of nothing would mean to wait for ever.
+                    self.reader.set_read_timeout(Some(left.max(Duration::from_millis(1))))?;
+                    self.timed = true;
+                }
+                None if self.timed => {
+                    self.reader.set_read_timeout(None)?;
+                    self.timed = false;
+                }
+                None => {}
+            }
+            match self.reader.read_vectored(into) {
+                Ok(0) => return Ok(Got::End),
+                Ok(bytes) => return Ok(Got::Bytes(bytes)),
+                Err(error) => match error.kind() {
+                    io::ErrorKind::Interrupted | io::ErrorKind::WouldBlock | io::ErrorKind::TimedOut => {}
+                    _ => return Err(error),
+                },
+            }
+        }
+    }
+}
+
+impl<R: Read + ReadTimeout + Send> FrameSource for StreamSource<R> {
+    fn head(&mut self, until: Option<Instant>) -> Result<Incoming, WireError> {
+        while self.filled < HEADER_BYTES {
+            let mut head = self.head;
+            let got = self.read(&mut [IoSliceMut::new(&mut head[self.filled..])], until)?;
+            match got {
+                Got::Bytes(bytes) => {
+                    self.head = head;
+                    self.filled += bytes;
+                }
+                Got::Timeout => return Ok(Incoming::Timeout),
+                Got::End if self.filled == 0 => return Ok(Incoming::End),
+                Got::End => return Err(io::Error::from(io::ErrorKind::UnexpectedEof).into()),
+            }
+        }
+        self.filled = 0;
+        Ok(Incoming::Head(Head::decode(&self.head)?))
+    }
+
+    fn payload(&mut self, into: &mut [IoSliceMut<'_>], until: Option<Instant>) -> Result<u32, WireError> {
+        let mut crc = 0;
+        let mut left = into;
+        IoSliceMut::advance_slices(&mut left, 0);
+        while !left.is_empty() {
+            match self.read(left, until)? {
+                Got::Bytes(bytes) => {
+                    // The checksum while the bytes are still in the cache of this core.
+                    let mut fresh = bytes;
+                    for slice in left.iter() {
+                        let part = slice.len().min(fresh);
+                        crc = crc32c::crc32c_append(crc, &slice[..part]);
+                        fresh -= part;
+                        if fresh == 0 {
+                            break;
+                        }
+                    }
+                    IoSliceMut::advance_slices(&mut left, bytes);
+                }
+                Got::Timeout => return Err(io::Error::from(io::ErrorKind::TimedOut).into()),
+                Got::End => return Err(io::Error::from(io::ErrorKind::UnexpectedEof).into()),
+            }
+        }
+        Ok(crc)
+    }
+
+    fn drain(&mut self, until: Instant) {
+        let mut scratch = vec![0; 64 << 10];
+        while let Ok(Got::Bytes(_)) = self.read(&mut [IoSliceMut::new(&mut scratch)], Some(until)) {}
+    }
+}
+
+/// Reads the small payload of a control frame.
+pub(crate) fn control_payload(
+    source: &mut dyn FrameSource,
+    head: &Head,
+    until: Option<Instant>,
+) -> Result<(Vec<u8>, u32), WireError> {
+    let mut payload = vec![0; head.payload_bytes as usize];
+    let crc = source.payload(&mut [IoSliceMut::new(&mut payload)], until)?;
+    Ok((payload, crc))
+}

@@ -1,0 +1,137 @@
+//! The sessions under faults, at every moment: never a wrong byte is reported as landed, and always an end at both ends.
+//! A failing case names its seed; the same seed plays the same events.
+
+mod common;
+
+use common::sim::{DEADLINE, FAULTS, Fault, Setup, run};
+use common::{Case, Rng, even, gqa_ranks, mla};
+use kvtransfer::session::{Outcome, PairSpec};
+use kvtransfer::{FailCode, SessionError, Ticket};
+
+/// A session of a few ranks whose shape, order and bounds are drawn from `seed`.
+fn setup(seed: u64, fault: Fault, fault_at: usize) -> Setup {
+    let mut rng = Rng::new(seed);
+    let (from, to) = match rng.below(4) {
+        0 => (vec![mla(2); 1 + rng.below(2)], vec![mla(2); 1 + rng.below(3)]),
+        _ => {
+            let heads = 1 + rng.below(6);
+            let ranks = |count: usize| gqa_ranks(2, heads, 4, &even(heads, count));
+            (ranks(1 + rng.below(3)), ranks(1 + rng.below(3)))
+        }
+    };
+    let start = rng.below(50) as u32;
+    let tokens = start..start + 1 + rng.below(30) as u32;
+    Setup {
+        case: Case { deadline: DEADLINE, ..Case::new(from, to, tokens) },
+        seed,
+        fault,
+        fault_at,
+        window_bytes: 1 + rng.below(3000) as u64,
+        frame_bytes: 1 + rng.below(400),
+        chunk: 1 + rng.below(16) as u32,
+        block_tokens: [1 + rng.below(8) as u32, 1 + rng.below(8) as u32],
+        lie: |_| {},
+    }
+}
+
+fn acknowledged(outcome: &Outcome) -> bool {
+    matches!(outcome, Outcome::Acknowledged(_))
+}
+
+#[test]
+fn without_a_fault_everything_lands() {
+    for seed in 0..300 {
+        let report = run(&setup(seed, Fault::None, 0));
+        assert!(report.receivers.iter().all(Result::is_ok), "seed {seed}: {:?}", report.receivers);
+        assert!(report.senders.iter().all(acknowledged), "seed {seed}: {:?}", report.senders);
+    }
+}
+
+#[test]
+fn one_fault_at_any_moment_never_lands_a_wrong_byte() {
+    let mut steps = 0;
+    let mut failed = 0;
+    for seed in 0..3000u64 {
+        let fault = FAULTS[1 + seed as usize % (FAULTS.len() - 1)];
+        let length = run(&setup(seed, Fault::None, 0)).steps;
+        let report = run(&setup(seed, fault, Rng::new(!seed).below(length)));
+        steps += report.steps;
+        failed += usize::from(report.receivers.iter().any(Result::is_err));
+        let lost = matches!(fault, Fault::Cut | Fault::Eof | Fault::CancelSender | Fault::Hang);
+        if lost && report.receivers.iter().all(Result::is_ok) {
+            // Only what came after the last Done may be lost without harm to the receivers.
+            continue;
+        }
+        if fault == Fault::CancelReceiver {
+            let cancelled = |end: &Result<_, _>| *end == Err(SessionError::Cancelled);
+            let done = report.receivers.iter().all(Result::is_ok);
+            assert!(done || report.receivers.iter().any(cancelled), "seed {seed}: {:?}", report.receivers);
+        }
+    }
+    assert!(steps > 100_000, "{steps} steps");
+    assert!(failed > 1500, "most faults must be felt, {failed} were");
+}
+
+#[test]
+fn a_cut_at_every_single_event_ends_both_ends() {
+    let length = run(&setup(7, Fault::None, 0)).steps;
+    for fault in [Fault::Cut, Fault::CorruptUp, Fault::CorruptDown, Fault::Duplicate, Fault::Hang] {
+        for at in 0..length {
+            run(&setup(7, fault, at));
+        }
+    }
+}
+
+/// A session of one sender that believes something else than its receiver.
+fn lying(lie: fn(&mut PairSpec)) -> (Result<kvtransfer::Summary, SessionError>, Outcome) {
+    let case = Case { deadline: DEADLINE, ..Case::new(vec![mla(2)], vec![mla(2)], 0..8) };
+    let setup = Setup { case, lie, ..setup(1, Fault::None, 0) };
+    let mut report = run(&setup);
+    (report.receivers.remove(0), report.senders.remove(0))
+}
+
+#[test]
+fn a_sender_without_the_ticket_is_refused_and_the_session_goes_on_waiting() {
+    let (receiver, sender) = lying(|spec| spec.ticket = Ticket::from_bytes([0; 32]));
+    // The sender sees first that the receiver holds another ticket.
+    assert_eq!(sender, Outcome::Failed(SessionError::Proof("receiver".into())));
+    let Err(SessionError::Expired { what, .. }) = receiver else { panic!("{receiver:?}") };
+    assert_eq!(what, "no sender connected");
+}
+
+#[test]
+fn a_stale_sender_is_refused_by_name_and_the_session_goes_on_waiting() {
+    let lies: [(fn(&mut PairSpec), &str); 6] = [
+        (|spec| spec.request = "req-8".into(), "stale: request is req-8, expected req-7"),
+        (|spec| spec.attempt = 0, "stale: attempt is 0, expected 1"),
+        (|spec| spec.epoch = 8, "stale: epoch is 8, expected 9"),
+        (|spec| spec.tokens = 0..9, "stale: token range is 0..9, expected 0..8"),
+        (
+            |spec| spec.spec = "1 layers".into(),
+            "stale: cache is 1 layers, expected 2 layers latent 1x24 bf16 replicated, rope 1x8 bf16 replicated",
+        ),
+        (|spec| spec.bytes += 1, "stale: number of bytes is 1025, expected 1024"),
+    ];
+    for (lie, words) in lies {
+        let (receiver, sender) = lying(lie);
+        let peer = "receiver".to_owned();
+        let reason = words.to_owned();
+        let code = FailCode::Stale;
+        assert_eq!(sender, Outcome::Failed(SessionError::Refused { peer, code, reason }));
+        assert!(matches!(receiver, Err(SessionError::Expired { .. })), "{words}: {receiver:?}");
+    }
+}
+
+#[test]
+fn a_sender_that_announces_less_than_the_landing_fails_the_session() {
+    let (receiver, sender) = lying(|spec| spec.bytes -= 64);
+    assert!(receiver.is_err());
+    assert!(!acknowledged(&sender));
+}
+
+#[test]
+fn a_missing_sender_is_named() {
+    let (receiver, _) = lying(|spec| spec.senders = vec![0, 3]);
+    let Err(SessionError::Expired { what, .. }) = receiver else { panic!("{receiver:?}") };
+    assert_eq!(what, "sender rank 3 did not connect");
+}
