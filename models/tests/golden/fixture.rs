@@ -1,0 +1,63 @@
+//! One directory of `tests/golden/`: a tiny checkpoint with what transformers computed from it.
+
+use std::path::PathBuf;
+
+use models::Checkpoint;
+use safetensors::SafeTensors;
+use serde_json::Value;
+
+pub struct Fixture {
+    pub checkpoint: Checkpoint,
+    pub prompts: Vec<Prompt>,
+    reference: Vec<u8>,
+}
+
+/// Ids to feed, and the reference's own deviation in bf16.
+pub struct Prompt {
+    pub prompt: Vec<u32>,
+    pub greedy: Vec<u32>,
+    pub bf16_kl_median: f64,
+}
+
+pub fn root() -> PathBuf {
+    PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../tests/golden")
+}
+
+impl Fixture {
+    pub fn open(case: &str) -> Fixture {
+        let dir = root().join(case);
+        let golden: Value = serde_json::from_slice(&std::fs::read(dir.join("golden.json")).unwrap()).unwrap();
+        let ids =
+            |value: &Value| value.as_array().unwrap().iter().map(|id| id.as_u64().unwrap() as u32).collect();
+        let prompts = golden["cases"].as_array().unwrap().iter().map(|case| Prompt {
+            prompt: ids(&case["prompt"]),
+            greedy: ids(&case["greedy"]),
+            bf16_kl_median: case["bf16"]["kl_median"].as_f64().unwrap(),
+        });
+        Fixture {
+            checkpoint: Checkpoint::open(&dir).unwrap(),
+            prompts: prompts.collect(),
+            reference: std::fs::read(dir.join("golden.safetensors")).unwrap(),
+        }
+    }
+
+    pub fn vocab(&self) -> usize {
+        self.checkpoint.config().vocab_size
+    }
+
+    /// Values and shape of a reference tensor.
+    pub fn reference(&self, name: &str) -> (Vec<f32>, Vec<usize>) {
+        let file = SafeTensors::deserialize(&self.reference).unwrap();
+        let tensor = file.tensor(name).unwrap();
+        (floats(tensor.data()), tensor.shape().to_vec())
+    }
+
+    /// `[steps, vocabulary]` of prompt `i`.
+    pub fn logits(&self, i: usize) -> Vec<f32> {
+        self.reference(&format!("p{i}.logits")).0
+    }
+}
+
+pub fn floats(bytes: &[u8]) -> Vec<f32> {
+    bytes.chunks_exact(4).map(|b| f32::from_le_bytes([b[0], b[1], b[2], b[3]])).collect()
+}

@@ -1,0 +1,197 @@
+//! The families against float32 and bfloat16 references of Hugging Face transformers, number for number, on the CPU
+//! backend: logits, caches and hidden states; and the arithmetic contract: tensor parallel, chunked, incremental and
+//! handed-over runs give the same bits. Fixtures: `tests/golden/` at the workspace root.
+
+mod compare;
+mod fixture;
+mod ranks;
+
+use backend::{
+    Backend, Batch, DType, DeviceOptions, Group, KvExport, KvStore, Out, Output, Piece, SeqId, Step,
+};
+use backend_cpu::CpuBackend;
+use models::replay::Rank;
+
+use crate::compare::{Limits, check, f32_error};
+use crate::fixture::Fixture;
+use crate::ranks::Run;
+
+const SEQ: SeqId = SeqId(1);
+
+fn options(dtype: DType) -> DeviceOptions {
+    DeviceOptions { dtype, threads: 1, block_tokens: 16, device: 0 }
+}
+
+/// Logits of a case as the references have them.
+fn logits(case: &str, dtype: DType) {
+    let fixture = Fixture::open(case);
+    for (i, prompt) in fixture.prompts.iter().enumerate() {
+        let got = Run::new(dtype).logits(&fixture.checkpoint, prompt);
+        let limits = match dtype {
+            DType::F32 => Limits::f32(),
+            _ => Limits::bf16(prompt.bf16_kl_median),
+        };
+        check(&format!("{case} {dtype} p{i}"), &fixture.logits(i), &got, fixture.vocab(), &limits);
+    }
+}
+
+/// Splits, chunks, single tokens and handovers of a case give the bits of the plain run.
+fn same_bits(case: &str, dtype: DType) {
+    let fixture = Fixture::open(case);
+    let checkpoint = &fixture.checkpoint;
+    for (i, prompt) in fixture.prompts.iter().enumerate() {
+        let plain = Run::new(dtype).logits(checkpoint, prompt);
+        let same = |what: &str, run: Run| {
+            assert!(run.logits(checkpoint, prompt) == plain, "{case} {dtype} p{i}: {what} gives other bits");
+        };
+        same("tp 2", Run { world: 2, ..Run::new(dtype) });
+        same("tp 4", Run { world: 4, chunk: 5, ..Run::new(dtype) });
+        for chunk in [1, 7, 16] {
+            same(&format!("chunks of {chunk}"), Run { chunk, ..Run::new(dtype) });
+        }
+        same("a handover", Run { handoff: true, ..Run::new(dtype) });
+        same("a handover to tp 2", Run { handoff: true, world: 2, ..Run::new(dtype) });
+        same("a handover to tp 4", Run { handoff: true, world: 4, chunk: 9, ..Run::new(dtype) });
+    }
+}
+
+macro_rules! cases {
+    ($($name:ident: $case:literal,)*) => {$(
+        mod $name {
+            use super::*;
+
+            #[test]
+            fn f32_is_the_reference() {
+                logits($case, DType::F32);
+            }
+
+            #[test]
+            fn bf16_is_as_near_as_bf16_can_be() {
+                logits($case, DType::BF16);
+            }
+
+            #[test]
+            fn every_way_gives_the_same_bits() {
+                same_bits($case, DType::F32);
+                same_bits($case, DType::BF16);
+            }
+
+            #[test]
+            fn cache_and_hidden_states_are_the_reference() {
+                cache_and_hidden_states($case);
+            }
+        }
+    )*};
+}
+
+cases! {
+    llama_base: "llama-base-s1",
+    llama_tied: "llama-gqa_tied-s1",
+    llama_mqa_bias: "llama-mqa_bias-s1",
+    qwen3_base: "qwen3-base-s1",
+    qwen3_tied_sharded: "qwen3-tied_sharded-s1",
+    mistral_window: "mistral-swa-s1",
+    qwen2_yarn: "qwen2-yarn-s1",
+}
+
+/// The reference holds cache and hidden states of prompt 1.
+fn cache_and_hidden_states(case: &str) {
+    let fixture = Fixture::open(case);
+    let config = fixture.checkpoint.config();
+    let ids = &fixture.prompts[1].prompt;
+    let mut rank =
+        Rank::<CpuBackend>::open(&options(DType::F32), Group::alone(), &fixture.checkpoint, 64).unwrap();
+    for layers in 0..config.layers {
+        rank.begin(SEQ, ids.len()).unwrap();
+        let mut batch = Batch::default();
+        batch.push(SEQ, 0, ids);
+        let mut step = rank.backend.step(&mut rank.kv, &batch);
+        let x = rank.model.embed(&mut step);
+        let x = rank.model.layers(&mut step, x, 0..layers, &mut |_, _| {});
+        let Output::Logits(hidden) = step.submit(Out::Logits(x)).wait().unwrap() else { panic!("no output") };
+        let (want, _) = fixture.reference(&format!("p1.hidden.{layers}"));
+        let error = f32_error(&want, &hidden);
+        assert!(error <= 2e-4, "{case}: input of layer {layers} is off by {error} of its deviation");
+        rank.end(SEQ).unwrap();
+    }
+    rank.begin(SEQ, ids.len()).unwrap();
+    rank.feed(SEQ, 0, ids, 512).unwrap();
+    let len = ids.len() as u32;
+    for layer in 0..config.layers {
+        let export = rank.kv.export(SEQ, layer, 0..len).unwrap();
+        for (plane, name) in ["k", "v"].into_iter().enumerate() {
+            // The reference is [head][token][dim], of the last tokens only where a window slides.
+            let (want, shape) = fixture.reference(&format!("p1.kv.{layer}.{name}"));
+            let first = len - shape[1] as u32;
+            for head in 0..config.kv_heads {
+                let mut bytes = Vec::new();
+                let piece = Piece { layer, plane, heads: head..head + 1, tokens: first..len };
+                export.read(&piece, &mut bytes).unwrap();
+                let size = shape[1] * shape[2];
+                let error = f32_error(&want[head * size..(head + 1) * size], &fixture::floats(&bytes));
+                assert!(error <= 2e-4, "{case}: {name} of head {head} in layer {layer} is off by {error}");
+            }
+        }
+    }
+}
+
+/// A batch of several sequences gives each the bits that it has alone.
+#[test]
+fn neighbours_in_a_batch_do_not_matter() {
+    let fixture = Fixture::open("qwen3-base-s1");
+    for dtype in [DType::F32, DType::BF16] {
+        let mut rank =
+            Rank::<CpuBackend>::open(&options(dtype), Group::alone(), &fixture.checkpoint, 256).unwrap();
+        let mut alone = Vec::new();
+        let mut batch = Batch::default();
+        for (seq, prompt) in (10..).map(SeqId).zip(&fixture.prompts) {
+            rank.begin(seq, prompt.prompt.len()).unwrap();
+            alone.extend(rank.feed(seq, 0, &prompt.prompt, 512).unwrap().unwrap());
+            batch.push(seq, 0, &prompt.prompt);
+        }
+        let mut step = rank.backend.step(&mut rank.kv, &batch);
+        let out = rank.model.forward(&mut step, &batch.last_rows(), &mut |_, _| {});
+        let Output::Logits(together) = step.submit(Out::Logits(out)).wait().unwrap() else {
+            panic!("no logits")
+        };
+        assert!(together == alone, "{dtype}: a batch gives other bits");
+    }
+}
+
+/// The pieces (embed, layers, head) are the whole.
+#[test]
+fn layer_by_layer_is_the_whole_model() {
+    let fixture = Fixture::open("llama-base-s1");
+    let ids = &fixture.prompts[1].prompt;
+    let mut rank =
+        Rank::<CpuBackend>::open(&options(DType::BF16), Group::alone(), &fixture.checkpoint, 64).unwrap();
+    rank.begin(SEQ, ids.len()).unwrap();
+    let whole = rank.feed(SEQ, 0, ids, 512).unwrap().unwrap();
+    let mut batch = Batch::default();
+    batch.push(SEQ, 0, ids);
+    let mut order = Vec::new();
+    let mut step = rank.backend.step(&mut rank.kv, &batch);
+    let mut x = rank.model.embed(&mut step);
+    for layer in 0..rank.model.config().layers {
+        x = rank.model.layer(&mut step, x, layer, &mut |_, layer| order.push(layer));
+    }
+    let x = rank.model.head(&mut step, x, &batch.last_rows());
+    let Output::Logits(pieces) = step.submit(Out::Logits(x)).wait().unwrap() else { panic!("no logits") };
+    assert!(pieces == whole);
+    assert_eq!(order, [0, 1, 2]);
+}
+
+/// Random weights of any configuration load on any split, give the same bits, and sane logits.
+#[test]
+fn dummy_weights_run() {
+    let dir = fixture::root().join("qwen3-base-s1");
+    let checkpoint = models::Checkpoint::dummy(&dir, 7).unwrap();
+    let prompt = fixture::Prompt { prompt: vec![1, 2, 3], greedy: vec![4, 5], bf16_kl_median: 0.0 };
+    let plain = Run::new(DType::BF16).logits(&checkpoint, &prompt);
+    assert!(plain == Run { world: 2, ..Run::new(DType::BF16) }.logits(&checkpoint, &prompt));
+    let row = &plain[..checkpoint.config().vocab_size];
+    let deviation = compare::deviation(row);
+    assert!((0.3..3.0).contains(&deviation), "deviation {deviation}");
+    let other = models::Checkpoint::dummy(&dir, 8).unwrap();
+    assert!(plain != Run::new(DType::BF16).logits(&other, &prompt));
+}
