@@ -25,10 +25,10 @@ pub const KEEPALIVE_INTERVAL: Duration = Duration::from_secs(5);
 pub const KEEPALIVE_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// HTTP/2 window of one call: a whole prompt of usual length without a round trip.
-pub(crate) const STREAM_WINDOW_BYTES: u32 = 1 << 20;
+pub(crate) const STREAM_WINDOW_BYTES: u32 = 512 << 10;
 
-/// HTTP/2 window of a connection: several calls at once.
-pub(crate) const CONNECTION_WINDOW_BYTES: u32 = 4 << 20;
+/// HTTP/2 window of a connection: answers that slow clients leave unread must not stop the other calls.
+pub(crate) const CONNECTION_WINDOW_BYTES: u32 = 256 * STREAM_WINDOW_BYTES;
 
 /// Text that names no peer.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]

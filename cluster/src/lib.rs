@@ -18,3 +18,5 @@ pub use channel::{NodeChannel, connect_lazy};
 pub use client::{JoinError, JoinEvent, join};
 pub use membership::{Member, Membership, MembershipConfig};
 pub use service::{ClusterService, Members, Snapshot};
+/// Cancelled when the process is to stop. From [`process::shutdown_on_signals`], or made by a test.
+pub use tokio_util::sync::CancellationToken as Shutdown;

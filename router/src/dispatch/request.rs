@@ -1,0 +1,325 @@
+//! The life of one request over all its attempts: queue, attempt, migration, end. What the client sees is one stream.
+//!
+//! Caller: [`super::Dispatch`], which polls [`drive`] inside the client's stream: dropping that drops everything.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use proto::v1;
+use tokio::sync::mpsc;
+use tokio::time::{Instant, sleep};
+
+use super::Shared;
+use super::attempt::{Attempt, End, FailureKind, Remains};
+use super::book::Wanted;
+use super::merge::{Merge, TooFarAhead};
+use super::prefix::Chain;
+use super::wire;
+use crate::inference::{
+    Decision, Finished, GenerateRequest, InferenceError, Started, Timings, Token, TokenEvent,
+};
+use crate::placement::Ask;
+
+/// Where the client's events go.
+pub type Out = mpsc::Sender<Result<TokenEvent, InferenceError>>;
+
+/// Calls that outlive the answer are read to their end for this long.
+const REMAINS_MAX: Duration = Duration::from_secs(30);
+
+/// Pauses before asking again a cluster that did not accept: doubling from the first to the last.
+const ASK_AGAIN_MIN: Duration = Duration::from_millis(50);
+const ASK_AGAIN_MAX: Duration = Duration::from_secs(1);
+
+/// Pauses between migrations that brought no token: none at first, then four times longer each, up to the last.
+const MIGRATE_AGAIN_MIN: Duration = Duration::from_millis(100);
+const MIGRATE_AGAIN_MAX: Duration = Duration::from_secs(5);
+
+/// What outlives an attempt.
+pub struct Progress {
+    request: GenerateRequest,
+    out: Out,
+    output: Vec<u32>,
+    merge: Merge,
+    chain: Chain,
+    /// Counts every try that a node may have heard of, so that frames of an old one never land.
+    attempt: u32,
+    migrations: u32,
+    /// Told to the client once.
+    started: Option<Started>,
+    decision: Option<Decision>,
+    cached_tokens: Option<u32>,
+    timings: Timings,
+    queued: Duration,
+    /// Of this attempt: when it was accepted, what its group held, whether its prompt is computed.
+    accepted_at: Option<Instant>,
+    admitted_cached_tokens: u32,
+    has_prompt: bool,
+}
+
+impl Progress {
+    fn new(request: GenerateRequest, out: Out, shared: &Shared) -> Progress {
+        let chain = Chain::new(&shared.hash_keys, &request.cache_salt, &request.tokens);
+        Progress {
+            request,
+            out,
+            output: Vec::new(),
+            merge: Merge::default(),
+            chain,
+            attempt: 0,
+            migrations: 0,
+            started: None,
+            decision: None,
+            cached_tokens: None,
+            timings: Timings::default(),
+            queued: Duration::ZERO,
+            accepted_at: None,
+            admitted_cached_tokens: 0,
+            has_prompt: false,
+        }
+    }
+
+    /// The message of this attempt.
+    pub fn sequence(&self) -> v1::Sequence {
+        wire::sequence(&self.request, &self.output, self.attempt)
+    }
+
+    /// Hashes of the whole blocks of prompt and output.
+    pub fn blocks(&self) -> &[u64] {
+        self.chain.blocks()
+    }
+
+    /// Time in the router's queue, up to the first acceptance.
+    pub fn queue(&self) -> Duration {
+        self.queued
+    }
+
+    /// The index of the next token for the client.
+    pub fn next_index(&self) -> u32 {
+        self.merge.next_index()
+    }
+
+    /// This attempt has computed the prompt.
+    pub fn attempt_has_prompt(&self) -> bool {
+        self.has_prompt
+    }
+
+    /// What the group of this attempt held when it admitted.
+    pub fn admitted_cached_tokens(&self) -> u32 {
+        self.admitted_cached_tokens
+    }
+
+    /// A node has accepted the attempt; the client hears of the first.
+    pub async fn accepted(&mut self, started: Started, decision: Decision) {
+        self.accepted_at = Some(Instant::now());
+        self.admitted_cached_tokens = started.cached_tokens;
+        if self.started.is_none() {
+            self.started = Some(started);
+            self.decision = Some(decision);
+            self.timings.queue = started.queue;
+            self.timings.admission = started.admission;
+            // Without a receiver this future is about to be dropped.
+            let _ = self.out.send(Ok(TokenEvent::Started(started))).await;
+        }
+    }
+
+    /// The prompt is computed; `cached_tokens` of it were not.
+    pub fn computed(&mut self, cached_tokens: u32) {
+        self.has_prompt = true;
+        if self.cached_tokens.is_none() {
+            self.cached_tokens = Some(cached_tokens.min(self.request.tokens.len() as u32));
+            self.timings.prefill = self.accepted_at.map(|at| at.elapsed()).unwrap_or_default();
+        }
+    }
+
+    /// The push is acknowledged; so long after the end of its compute.
+    pub fn pushed(&mut self, exposed: Duration) {
+        if self.migrations == 0 {
+            self.timings.transfer_exposed = exposed;
+        }
+    }
+
+    /// The group's first step of this attempt.
+    pub fn first_step(&mut self, wait: Duration, step: Duration) {
+        self.timings.first_step_wait = wait;
+        self.timings.first_step = step;
+    }
+
+    /// Sends what is in order to the client, each index once.
+    pub async fn deliver(&mut self, token: Token) -> Result<(), TooFarAhead> {
+        for token in self.merge.take(token)? {
+            self.output.push(token.id);
+            self.chain.push(token.id);
+            let _ = self.out.send(Ok(TokenEvent::Token(token))).await;
+        }
+        Ok(())
+    }
+
+    fn wanted(&self, arrival: u64, deadline: Instant) -> Wanted {
+        let tokens = self.request.tokens.len() + self.output.len();
+        Wanted {
+            priority: self.request.priority,
+            arrival,
+            ask: Ask {
+                tokens: u32::try_from(tokens).unwrap_or(u32::MAX),
+                one_token: self.request.max_tokens.saturating_sub(self.next_index()) <= 1,
+            },
+            blocks: self.chain.blocks().into(),
+            fresh: self.started.is_none(),
+            deadline,
+        }
+    }
+
+    fn next_attempt(&mut self) {
+        self.attempt += 1;
+        self.begin_attempt();
+    }
+
+    fn begin_attempt(&mut self) {
+        self.merge.restart();
+        self.has_prompt = false;
+        self.accepted_at = None;
+    }
+}
+
+/// Failures since the last new token.
+#[derive(Debug, Default)]
+struct Trouble {
+    since: Option<Instant>,
+    not_accepted: u32,
+    migrations: u32,
+    last: String,
+}
+
+impl Trouble {
+    fn note(&mut self, message: String) {
+        self.since.get_or_insert_with(Instant::now);
+        self.last = message;
+    }
+}
+
+/// Serves a request to its end, and tells the client everything through `out`.
+pub async fn drive(shared: Arc<Shared>, request: GenerateRequest, out: Out) {
+    let mut ending = Ending { shared: &shared, told: false };
+    let mut progress = Progress::new(request, out, &shared);
+    let result = serve(&shared, &mut progress).await;
+    ending.told = true;
+    match result {
+        Ok((finished, remains)) => {
+            shared.counts.has_finished();
+            if !remains.is_empty() {
+                tokio::spawn(remains.run_out(REMAINS_MAX));
+            }
+            let _ = progress.out.send(Ok(TokenEvent::Finished(finished))).await;
+        }
+        Err(error) => {
+            shared.counts.has_failed();
+            tracing::warn!(request = progress.request.id, %error, "request failed");
+            let _ = progress.out.send(Err(error)).await;
+        }
+    }
+}
+
+async fn serve(shared: &Arc<Shared>, progress: &mut Progress) -> Result<(Finished, Remains), InferenceError> {
+    let arrival = shared.book.arrival();
+    let arrived = Instant::now();
+    let mut trouble = Trouble::default();
+    loop {
+        let deadline = match &progress.started {
+            None => arrived + shared.config.queue_deadline,
+            Some(_) => trouble.since.unwrap_or_else(Instant::now) + shared.config.hold,
+        };
+        let asked = Instant::now();
+        let grant = shared.book.place(progress.wanted(arrival, deadline)).await;
+        if progress.started.is_none() {
+            progress.queued += asked.elapsed();
+        }
+        let grant = grant.map_err(|error| explained(error, &trouble))?;
+        progress.begin_attempt();
+        let delivered = progress.next_index();
+        let attempt =
+            Attempt { nodes: &shared.nodes, config: &shared.config, counts: &shared.counts, grant: &grant };
+        let failure = match attempt.run(progress).await {
+            End::Finished(reason, remains) => {
+                grant.held_by_decode(progress.blocks());
+                let finished = Finished {
+                    reason,
+                    output_tokens: progress.next_index(),
+                    cached_tokens: progress.cached_tokens.unwrap_or(0),
+                    decision: progress.decision.unwrap_or(Decision::Local),
+                    migrations: progress.migrations,
+                    timings: progress.timings,
+                };
+                return Ok((finished, remains));
+            }
+            End::Failed(failure) => failure,
+        };
+        drop(grant);
+        if progress.next_index() > delivered {
+            trouble = Trouble::default();
+        }
+        trouble.note(failure.message);
+        let (request, last) = (&progress.request.id, &trouble.last);
+        match failure.kind {
+            FailureKind::Refused => tracing::debug!(request, last, "no room, waiting for a change"),
+            FailureKind::Invalid if progress.next_index() == 0 => {
+                return Err(InferenceError::Invalid(trouble.last));
+            }
+            FailureKind::Invalid => return Err(InferenceError::Internal(trouble.last)),
+            FailureKind::NotAccepted => {
+                tracing::info!(request, attempt = progress.attempt, last, "not accepted");
+                let pause = ASK_AGAIN_MIN.saturating_mul(1 << trouble.not_accepted.min(10));
+                trouble.not_accepted += 1;
+                progress.next_attempt();
+                sleep(pause.min(ASK_AGAIN_MAX)).await;
+            }
+            FailureKind::Migrate(cause) => {
+                tracing::info!(
+                    request,
+                    attempt = progress.attempt,
+                    cause = cause.as_str(),
+                    last,
+                    "migrating"
+                );
+                shared.counts.migrated(cause);
+                progress.migrations += 1;
+                trouble.migrations += 1;
+                progress.next_attempt();
+                let tries = shared.config.migrations_without_token_max;
+                if trouble.migrations > tries {
+                    return Err(InferenceError::Unavailable(format!(
+                        "gave up after {} attempts without a new token: {}",
+                        trouble.migrations, trouble.last
+                    )));
+                }
+                if let Some(before) = trouble.migrations.checked_sub(2) {
+                    let pause = MIGRATE_AGAIN_MIN.saturating_mul(4u32.saturating_pow(before));
+                    sleep(pause.min(MIGRATE_AGAIN_MAX)).await;
+                }
+            }
+        }
+    }
+}
+
+/// An error of the queue, with what went wrong before it.
+fn explained(error: InferenceError, trouble: &Trouble) -> InferenceError {
+    match error {
+        InferenceError::Unavailable(reason) if !trouble.last.is_empty() => {
+            InferenceError::Unavailable(format!("{reason}; before that: {}", trouble.last))
+        }
+        other => other,
+    }
+}
+
+/// Counts a request whose client left before its end.
+struct Ending<'a> {
+    shared: &'a Shared,
+    told: bool,
+}
+
+impl Drop for Ending<'_> {
+    fn drop(&mut self) {
+        if !self.told {
+            self.shared.counts.was_cancelled();
+        }
+    }
+}
