@@ -123,12 +123,13 @@ fn write(args: &LogitsArgs, vocab: usize, rows: &Rows) -> Result<()> {
         let shape = vec![bytes.len() / 4 / vocab, vocab];
         tensors.insert(format!("p{i}.logits"), TensorView::new(Dtype::F32, shape, bytes)?);
     }
-    safetensors::serialize_to_file(tensors, None, &args.out).with_context(|| format!("{}", args.out.display()))
+    safetensors::serialize_to_file(tensors, None, &args.out)
+        .with_context(|| format!("{}", args.out.display()))
 }
 
 fn compute<B: Backend>(args: &LogitsArgs, checkpoint: &Checkpoint, cases: &[Case]) -> Result<Rows> {
     let cores = thread::available_parallelism().map_or(1, |cores| cores.get());
-    let ranks = args.tp + usize::from(args.handoff);
+    let ranks_at_once = args.tp + usize::from(args.handoff);
     let work = Work {
         checkpoint,
         cases,
@@ -136,7 +137,7 @@ fn compute<B: Backend>(args: &LogitsArgs, checkpoint: &Checkpoint, cases: &[Case
         tokens: cases.iter().map(Case::tokens).max().unwrap_or(1),
         options: DeviceOptions {
             dtype: args.dtype,
-            threads: (cores / ranks).max(1),
+            threads: (cores / ranks_at_once).max(1),
             ..DeviceOptions::default()
         },
     };
@@ -148,7 +149,8 @@ fn compute<B: Backend>(args: &LogitsArgs, checkpoint: &Checkpoint, cases: &[Case
         let mut all = Rows::new();
         for case in cases {
             rank.begin(SEQ, case.tokens())?;
-            let mut rows: Vec<f32> = rank.feed(SEQ, 0, &case.prompt, args.chunk)?.into_iter().flatten().collect();
+            let mut rows: Vec<f32> =
+                rank.feed(SEQ, 0, &case.prompt, args.chunk)?.into_iter().flatten().collect();
             follow(&mut rank, case, &mut rows)?;
             rank.end(SEQ)?;
             all.push(rows);
@@ -179,7 +181,10 @@ fn ranks(world: usize, each: impl Fn(Group) -> Result<Rows> + Sync) -> Result<Ro
     let mut results: Vec<Result<Rows>> = thread::scope(|scope| {
         let each = &each;
         let ranks: Vec<_> = groups.into_iter().map(|group| scope.spawn(move || each(group))).collect();
-        ranks.into_iter().map(|rank| rank.join().unwrap_or_else(|_| Err(anyhow!("a rank panicked")))).collect()
+        ranks
+            .into_iter()
+            .map(|rank| rank.join().unwrap_or_else(|_| Err(anyhow!("a rank panicked"))))
+            .collect()
     });
     // The first cause: the others only saw a rank go.
     let lost = |error: &anyhow::Error| {

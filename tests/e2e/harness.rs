@@ -1,0 +1,340 @@
+//! What the tests speak through: `Cluster::up` starts the executable as a user would, on ports of its own, and ends it.
+//!
+//! ```ignore
+//! let cluster = Cluster::up(&["--decode=2"]).await;
+//! let answer = cluster.chat(json!({ "messages": [{ "role": "user", "content": "Hi" }] })).await;
+//! cluster.kill("decode-0.1");
+//! cluster.wait_for_line("starting it again").await;
+//! ```
+
+use std::io::{BufRead, BufReader, Read};
+use std::net::{Ipv4Addr, TcpListener};
+use std::path::PathBuf;
+use std::process::{Child, Command, ExitStatus, Output, Stdio};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use serde_json::{Value, json};
+
+/// A debug build on a busy machine needs some time; a cluster that is not there by then does not come.
+pub const PATIENCE: Duration = Duration::from_secs(120);
+
+/// How often a condition is looked at.
+const LOOK: Duration = Duration::from_millis(20);
+
+/// The executable under test, without the settings of whoever runs the tests.
+pub fn baton(arguments: &[&str]) -> Command {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_baton"));
+    for (name, _) in std::env::vars_os() {
+        if name.to_string_lossy().starts_with("BATON_") {
+            command.env_remove(name);
+        }
+    }
+    command
+        .args(arguments)
+        .current_dir(empty_folder())
+        .env("XDG_CACHE_HOME", cache())
+        .env("XDG_CONFIG_HOME", empty_folder())
+        .stdin(Stdio::null());
+    command
+}
+
+/// Runs `baton` to its end: (succeeded, standard output, standard error).
+pub fn output(command: &mut Command) -> (bool, String, String) {
+    let Output { status, stdout, stderr } = command.output().expect("the executable runs");
+    let text = |bytes: Vec<u8>| String::from_utf8(bytes).expect("text");
+    (status.success(), text(stdout), text(stderr))
+}
+
+fn cache() -> PathBuf {
+    PathBuf::from(env!("CARGO_TARGET_TMPDIR")).join("e2e-cache")
+}
+
+/// A folder without a baton.toml.
+fn empty_folder() -> PathBuf {
+    let folder = PathBuf::from(env!("CARGO_TARGET_TMPDIR")).join("e2e-empty");
+    std::fs::create_dir_all(&folder).expect("a folder");
+    folder
+}
+
+/// A folder for one test, empty.
+pub fn folder(name: &str) -> PathBuf {
+    let folder =
+        PathBuf::from(env!("CARGO_TARGET_TMPDIR")).join(format!("e2e-{name}-{}", std::process::id()));
+    let _ = std::fs::remove_dir_all(&folder);
+    std::fs::create_dir_all(&folder).expect("a folder");
+    folder
+}
+
+/// A port that nobody has, below those that the system gives away by itself.
+pub fn free_port() -> u16 {
+    loop {
+        let mut random = [0u8; 2];
+        getrandom::fill(&mut random).expect("random bytes");
+        let port = 12_000 + u16::from_le_bytes(random) % 8_000;
+        if TcpListener::bind((Ipv4Addr::LOCALHOST, port)).is_ok() {
+            return port;
+        }
+    }
+}
+
+/// A running `baton up`. Dropping it kills it, and with it its children.
+pub struct Cluster {
+    /// Where it serves HTTP.
+    pub port: u16,
+    up: Child,
+    log: Arc<Mutex<String>>,
+    client: reqwest::Client,
+}
+
+impl Cluster {
+    /// `baton up` with these flags, once it serves. The test fails when it ends before.
+    pub async fn up(flags: &[&str]) -> Cluster {
+        let port = free_port();
+        let port_flag = format!("--port={port}");
+        let arguments: Vec<_> = ["up", port_flag.as_str()].iter().chain(flags).copied().collect();
+        let mut up = baton(&arguments)
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped())
+            .spawn()
+            .expect("the executable runs");
+        let log = Arc::new(Mutex::new(String::new()));
+        collect(up.stdout.take().expect("piped"), log.clone());
+        collect(up.stderr.take().expect("piped"), log.clone());
+        let client = reqwest::Client::builder().no_proxy().build().expect("a client");
+        let mut cluster = Cluster { port, up, log, client };
+        cluster.wait_for_line("Ctrl-C stops all").await;
+        cluster
+    }
+
+    /// Address of `path` on the router.
+    pub fn url(&self, path: &str) -> String {
+        format!("http://127.0.0.1:{}{path}", self.port)
+    }
+
+    /// GET: status and body.
+    pub async fn get(&self, path: &str) -> (u16, String) {
+        let answer = self.client.get(self.url(path)).timeout(PATIENCE).send().await.expect("an answer");
+        (answer.status().as_u16(), answer.text().await.expect("a body"))
+    }
+
+    /// POST of JSON, answered with JSON.
+    pub async fn post(&self, path: &str, body: &Value) -> (u16, Value) {
+        let answer =
+            self.client.post(self.url(path)).json(body).timeout(PATIENCE).send().await.expect("an answer");
+        (answer.status().as_u16(), answer.json().await.expect("JSON"))
+    }
+
+    /// A chat completion that must succeed.
+    pub async fn chat(&self, body: Value) -> Value {
+        let (status, answer) = self.post("/v1/chat/completions", &with_model(body)).await;
+        assert_eq!(status, 200, "{answer}\n{}", self.log());
+        answer
+    }
+
+    /// A streamed chat completion that must succeed: its events up to `[DONE]`.
+    pub async fn chat_stream(&self, body: Value) -> Vec<Value> {
+        let mut events = self.chat_begin(body).await;
+        let mut all = Vec::new();
+        while let Some(event) = events.next().await {
+            all.push(event);
+        }
+        all
+    }
+
+    /// A streamed chat completion, event by event. Dropping it cancels the request.
+    pub async fn chat_begin(&self, body: Value) -> EventStream {
+        let mut body = with_model(body);
+        body["stream"] = json!(true);
+        let request = self.client.post(self.url("/v1/chat/completions")).json(&body);
+        let response = request.send().await.expect("an answer");
+        assert_eq!(response.status(), 200, "{}", self.log());
+        EventStream { response, text: String::new(), bytes: Vec::new() }
+    }
+
+    /// Sum of a metric over its label sets that contain `label` (empty: all); 0 when there is none.
+    pub async fn metric(&self, name: &str, label: &str) -> f64 {
+        let (status, text) = self.get("/metrics").await;
+        assert_eq!(status, 200);
+        let value = |line: &str| {
+            let (series, value) = line.rsplit_once(' ')?;
+            let (found, labels) = series.split_once('{').unwrap_or((series, ""));
+            (found == name && labels.contains(label)).then(|| value.parse::<f64>().expect("a number"))
+        };
+        text.lines().filter_map(value).sum()
+    }
+
+    /// All that the processes have written so far.
+    pub fn log(&self) -> String {
+        lock(&self.log).clone()
+    }
+
+    /// Waits until `up` or a child has written `part`.
+    pub async fn wait_for_line(&mut self, part: &str) {
+        self.wait_for_lines(part, 1).await;
+    }
+
+    /// Waits until `part` was written `count` times.
+    pub async fn wait_for_lines(&mut self, part: &str, count: usize) {
+        let begun = Instant::now();
+        while lock(&self.log).matches(part).count() < count {
+            if let Some(status) = self.up.try_wait().expect("a child") {
+                panic!("up ended with {status}:\n{}", self.log());
+            }
+            assert!(begun.elapsed() < PATIENCE, "no {part:?} within {PATIENCE:?}:\n{}", self.log());
+            tokio::time::sleep(LOOK).await;
+        }
+    }
+
+    /// Process number of the child `name` (`router`, `prefill-0`, `decode-0.1`).
+    pub fn pid(&self, name: &str) -> u32 {
+        let of_role = match name {
+            "router" => " router ".to_owned(),
+            node => format!(" --name={node} "),
+        };
+        let children = children(self.up.id());
+        let found = children.iter().find(|(_, arguments)| format!("{arguments} ").contains(&of_role));
+        found.unwrap_or_else(|| panic!("no {name} among {children:?}")).0
+    }
+
+    /// Process numbers of all children.
+    pub fn pids(&self) -> Vec<u32> {
+        children(self.up.id()).into_iter().map(|(pid, _)| pid).collect()
+    }
+
+    /// kill -9 of the child `name`.
+    pub fn kill(&self, name: &str) {
+        signal(self.pid(name), libc::SIGKILL);
+    }
+
+    /// Sends `number` to `up` itself and waits for its end.
+    pub async fn end(mut self, number: libc::c_int) -> (ExitStatus, String) {
+        signal(self.up.id(), number);
+        let begun = Instant::now();
+        loop {
+            if let Some(status) = self.up.try_wait().expect("a child") {
+                return (status, self.log());
+            }
+            assert!(begun.elapsed() < PATIENCE, "up goes on after signal {number}:\n{}", self.log());
+            tokio::time::sleep(LOOK).await;
+        }
+    }
+}
+
+impl Drop for Cluster {
+    fn drop(&mut self) {
+        let _ = self.up.kill();
+        let _ = self.up.wait();
+        if std::thread::panicking() {
+            eprintln!("log of the cluster:\n{}", self.log());
+        }
+    }
+}
+
+/// Events of a streamed completion.
+pub struct EventStream {
+    response: reqwest::Response,
+    text: String,
+    bytes: Vec<u8>,
+}
+
+impl EventStream {
+    /// The next event; `None` after `[DONE]`. A stream that ends without it fails the test.
+    pub async fn next(&mut self) -> Option<Value> {
+        loop {
+            if let Some(end) = self.text.find("\n\n") {
+                let event: String = self.text.drain(..end + 2).collect();
+                match event.trim().strip_prefix("data: ") {
+                    Some("[DONE]") => return None,
+                    Some(data) => return Some(serde_json::from_str(data).expect("JSON in an event")),
+                    None => continue,
+                }
+            }
+            let chunk =
+                self.response.chunk().await.expect("the stream goes on").expect("[DONE] before the end");
+            self.bytes.extend_from_slice(&chunk);
+            // A cut within a character waits for its rest.
+            let whole = match std::str::from_utf8(&self.bytes) {
+                Ok(text) => text.len(),
+                Err(error) => error.valid_up_to(),
+            };
+            self.text.push_str(&String::from_utf8_lossy(&self.bytes[..whole]));
+            self.bytes.drain(..whole);
+        }
+    }
+
+    /// The text of the next event that has some; `None` at the end.
+    pub async fn next_text(&mut self) -> Option<String> {
+        loop {
+            let event = self.next().await?;
+            if let Some(text) =
+                event["choices"][0]["delta"]["content"].as_str().filter(|text| !text.is_empty())
+            {
+                return Some(text.to_owned());
+            }
+        }
+    }
+}
+
+/// Waits until none of `pids` is a running process.
+pub async fn wait_until_gone(pids: &[u32]) {
+    let begun = Instant::now();
+    while let Some(pid) = pids.iter().find(|&&pid| is_running(pid)) {
+        assert!(begun.elapsed() < PATIENCE, "process {pid} goes on");
+        tokio::time::sleep(LOOK).await;
+    }
+}
+
+/// Text of all deltas.
+pub fn text_of(events: &[Value]) -> String {
+    events.iter().filter_map(|event| event["choices"][0]["delta"]["content"].as_str()).collect()
+}
+
+fn with_model(mut body: Value) -> Value {
+    if body.get("model").is_none() {
+        body["model"] = json!("baton-demo");
+    }
+    body
+}
+
+fn collect(stream: impl Read + Send + 'static, log: Arc<Mutex<String>>) {
+    std::thread::spawn(move || {
+        for line in BufReader::new(stream).lines().map_while(Result::ok) {
+            let mut log = lock(&log);
+            log.push_str(&line);
+            log.push('\n');
+        }
+    });
+}
+
+fn lock(log: &Mutex<String>) -> MutexGuard<'_, String> {
+    log.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// Direct children of a process that have not ended: number and arguments.
+fn children(parent: u32) -> Vec<(u32, String)> {
+    let rows = ps(&["-axo", "pid=,ppid=,stat=,args="]);
+    let row = |line: &str| {
+        let mut columns = line.split_whitespace();
+        let pid = columns.next()?.parse().ok()?;
+        let is_child = columns.next()? == parent.to_string() && !columns.next()?.starts_with('Z');
+        is_child.then(|| (pid, columns.collect::<Vec<_>>().join(" ")))
+    };
+    rows.lines().filter_map(row).collect()
+}
+
+fn is_running(pid: u32) -> bool {
+    let state = ps(&["-o", "stat=", "-p", &pid.to_string()]);
+    !state.trim().is_empty() && !state.trim().starts_with('Z')
+}
+
+fn ps(arguments: &[&str]) -> String {
+    let output = Command::new("ps").args(arguments).output().expect("ps runs");
+    String::from_utf8_lossy(&output.stdout).into_owned()
+}
+
+fn signal(pid: u32, number: libc::c_int) {
+    let pid = libc::pid_t::try_from(pid).expect("a process number");
+    // SAFETY: kill takes two numbers and touches no memory of ours.
+    assert_eq!(unsafe { libc::kill(pid, number) }, 0, "process {pid} is not there");
+}

@@ -1,0 +1,120 @@
+//! Promise: one command serves a chat through router, prefill node and decode group; what dies comes back; Ctrl-C ends all.
+
+use std::net::{Ipv4Addr, TcpListener};
+
+use serde_json::{Value, json};
+
+use crate::harness::{Cluster, baton, output, text_of, wait_until_gone};
+
+fn question() -> Value {
+    json!({ "messages": [{ "role": "user", "content": "What is baton?" }], "max_tokens": 24, "temperature": 0 })
+}
+
+/// The answer is the same whether it is streamed or not, its prompt was computed by a prefill node, and `chat` and `status`
+/// find the cluster.
+#[tokio::test]
+async fn serves() {
+    let cluster = Cluster::up(&[]).await;
+    let answer = cluster.chat(question()).await;
+    let text = answer["choices"][0]["message"]["content"].as_str().expect("text");
+    assert!(!text.is_empty());
+    assert!(answer["usage"]["completion_tokens"].as_u64().is_some_and(|n| (1..=24).contains(&n)), "{answer}");
+
+    let events = cluster.chat_stream(question()).await;
+    assert_eq!(text_of(&events), text);
+
+    let (status, models) = cluster.get("/v1/models").await;
+    assert!(status == 200 && models.contains("baton-demo"), "{models}");
+
+    let port = cluster.port.to_string();
+    let (ok, table, stderr) = output(&mut baton(&["status", "--up", &port]));
+    assert!(ok && table.contains("prefill-0") && table.contains("decode-0"), "{table}{stderr}");
+    let (ok, json, stderr) = output(&mut baton(&["status", "--json", "--up", &port]));
+    assert!(ok, "{stderr}");
+    let status: Value = serde_json::from_str(&json).expect("JSON");
+    let nodes = status["nodes"].as_array().expect("nodes");
+    assert_eq!(nodes.len(), 2);
+    let prefill = nodes.iter().find(|node| node["role"] == "prefill").expect("a prefill node");
+    assert!(prefill["counters"]["prompt_tokens"].as_u64().is_some_and(|n| n > 0), "{json}");
+
+    let url = cluster.url("");
+    let asked = ["chat", "--url", &url, "--temperature=0", "--max-tokens=24", "What is baton?"];
+    let (ok, said, stderr) = output(&mut baton(&asked));
+    assert!(ok, "{stderr}");
+    assert_eq!(said.trim_end(), text.trim_end());
+}
+
+/// A part that dies is started again and said so; then the cluster serves as before.
+#[tokio::test]
+async fn what_dies_comes_back() {
+    let mut cluster = Cluster::up(&[]).await;
+    let before = cluster.chat(question()).await["choices"][0]["message"]["content"].clone();
+    for (killed, name) in ["prefill-0", "decode-0.1", "router"].into_iter().enumerate() {
+        let pid = cluster.pid(name);
+        cluster.kill(name);
+        cluster.wait_for_line(&format!("{name} was killed by signal 9; starting it again")).await;
+        wait_until_gone(&[pid]).await;
+        wait_until_healthy(&cluster).await;
+        let after = cluster.chat(question()).await["choices"][0]["message"]["content"].clone();
+        assert_eq!(after, before, "after {} deaths", killed + 1);
+    }
+}
+
+async fn wait_until_healthy(cluster: &Cluster) {
+    let begun = std::time::Instant::now();
+    let client = reqwest::Client::builder().no_proxy().build().expect("a client");
+    loop {
+        match client.get(cluster.url("/health")).send().await {
+            Ok(answer) if answer.status().is_success() => return,
+            _ => assert!(begun.elapsed() < crate::harness::PATIENCE, "not healthy again:\n{}", cluster.log()),
+        }
+        tokio::time::sleep(std::time::Duration::from_millis(50)).await;
+    }
+}
+
+#[tokio::test]
+async fn ctrl_c_stops_all() {
+    let cluster = Cluster::up(&[]).await;
+    let children = cluster.pids();
+    assert_eq!(children.len(), 4);
+    let port = cluster.port;
+    let (status, log) = cluster.end(libc::SIGINT).await;
+    assert_eq!(status.code(), Some(0), "{log}");
+    assert!(!log.contains("killed"), "a process had to be killed:\n{log}");
+    wait_until_gone(&children).await;
+    TcpListener::bind((Ipv4Addr::LOCALHOST, port)).expect("the port is free again");
+}
+
+/// Not even kill -9 of `up` leaves a process behind.
+#[tokio::test]
+async fn nothing_outlives_up() {
+    let cluster = Cluster::up(&["--tp=1"]).await;
+    let children = cluster.pids();
+    assert_eq!(children.len(), 3);
+    cluster.end(libc::SIGKILL).await;
+    wait_until_gone(&children).await;
+}
+
+#[test]
+fn a_taken_port_is_named() {
+    let taken = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).expect("a port");
+    let port = taken.local_addr().expect("an address").port();
+    let (ok, _, stderr) = output(&mut baton(&["up", "--port", &port.to_string()]));
+    assert!(!ok);
+    assert_eq!(stderr, format!("baton: port {port} is taken by another process: choose one with --port\n"));
+}
+
+/// A model that cannot be read ends `up` with the reason instead of a loop of restarts.
+#[tokio::test]
+async fn a_broken_model_ends_up() {
+    let folder = crate::harness::folder("broken-model");
+    std::fs::write(folder.join("config.json"), "{").expect("writes");
+    let port = crate::harness::free_port().to_string();
+    let (ok, _, stderr) =
+        output(&mut baton(&["up", "--model", &folder.display().to_string(), "--port", &port]));
+    assert!(!ok);
+    assert!(stderr.contains("config.json"), "{stderr}");
+    assert!(stderr.contains("before it served; stopping the others"), "{stderr}");
+    assert!(!stderr.contains("panicked"), "{stderr}");
+    std::fs::remove_dir_all(folder).expect("cleans up");
+}
