@@ -8,6 +8,7 @@ use std::time::Duration;
 
 use futures::future::BoxFuture;
 use futures::stream::BoxStream;
+use prometheus_client::registry::Registry;
 
 /// The cluster, as the gateway sees it.
 pub trait Inference: Send + Sync + 'static {
@@ -21,6 +22,11 @@ pub trait Inference: Send + Sync + 'static {
 
     /// Requests in the cluster at this moment.
     fn load(&self) -> Load;
+
+    /// Adds metrics of its own to those of `GET /metrics`. Called once, before the first request.
+    fn register(&self, registry: &mut Registry) {
+        _ = registry;
+    }
 }
 
 /// What `Inference::generate` returns.
@@ -39,7 +45,7 @@ pub struct GenerateRequest {
     pub min_tokens: u32,
     /// Ids that end the answer (end of sequence, and the client's). The ending id is delivered as a `Token` too.
     pub stop_ids: Vec<u32>,
-    /// The ids of end of sequence do not end the answer (`stop_ids` is then empty but for the client's).
+    /// Nothing but `max_tokens` ends the answer. The gateway sets it only when `stop_ids` is empty.
     pub ignore_eos: bool,
     /// How the next token is chosen.
     pub sampling: Sampling,

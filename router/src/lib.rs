@@ -2,5 +2,11 @@
 //!
 //! The router sees tokens and text, never a tensor.
 
+pub mod api;
+pub mod dispatch;
 pub mod inference;
+pub mod metrics;
+pub mod placement;
 pub mod text;
+
+pub use api::{GatewayConfig, Limits, ServeError, serve};

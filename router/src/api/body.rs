@@ -1,0 +1,51 @@
+//! Reads a request's body within its bounds of size, time and type.
+
+use axum::extract::Request;
+use bytes::Bytes;
+use futures::StreamExt;
+use http::header;
+use tokio::time::{Instant, timeout_at};
+
+use super::config::Limits;
+use super::error::ApiError;
+
+/// A client that sends too much is read on for this many times the limit, so that it gets to see the refusal: many read
+/// no response before they have sent all.
+const DRAIN_FACTOR: usize = 4;
+
+/// The whole body of a JSON request. 408, 413 or 415 where it is not to be had.
+pub async fn read_body(request: Request, limits: &Limits) -> Result<Bytes, ApiError> {
+    let (parts, body) = request.into_parts();
+    // A web page can send other types to us without asking its browser first.
+    let json = parts.headers.get(header::CONTENT_TYPE).is_some_and(|value| is_json(value.as_bytes()));
+    if !json {
+        return Err(ApiError::no_json_type());
+    }
+    let deadline = Instant::now() + limits.body_read;
+    let mut chunks = body.into_data_stream();
+    let (mut kept, mut bytes) = (Vec::new(), 0);
+    loop {
+        match timeout_at(deadline, chunks.next()).await {
+            Err(_) => return Err(ApiError::slow_body(limits.body_read)),
+            Ok(Some(Err(error))) => return Err(ApiError::no_json(format!("the body broke off ({error})"))),
+            Ok(None) if bytes > limits.body_bytes => return Err(ApiError::too_large(limits.body_bytes)),
+            Ok(None) => return Ok(kept.into()),
+            Ok(Some(Ok(chunk))) => {
+                bytes += chunk.len();
+                if bytes > limits.body_bytes * DRAIN_FACTOR {
+                    return Err(ApiError::too_large(limits.body_bytes));
+                }
+                if bytes > limits.body_bytes {
+                    kept = Vec::new();
+                } else {
+                    kept.extend_from_slice(&chunk);
+                }
+            }
+        }
+    }
+}
+
+fn is_json(content_type: &[u8]) -> bool {
+    let essence = content_type.split(|&byte| byte == b';').next().unwrap_or_default();
+    essence.trim_ascii().eq_ignore_ascii_case(b"application/json")
+}

@@ -1,0 +1,56 @@
+//! What every object of one response carries: its id, when it was made, and by which model.
+
+use std::sync::Arc;
+use std::time::{SystemTime, UNIX_EPOCH};
+
+use serde_json::{Value, json};
+
+use super::answer::Usage;
+use super::choice::End;
+
+/// Identity of one response.
+#[derive(Debug, Clone)]
+pub struct Head {
+    /// `chatcmpl-...` or `cmpl-...`, unique.
+    pub id: String,
+    /// Seconds since 1970.
+    pub created: u64,
+    /// The served name.
+    pub model: Arc<str>,
+}
+
+impl Head {
+    /// `prefix`: `chatcmpl` or `cmpl`. `random`: 128 bits that nobody else has.
+    pub fn new(prefix: &str, random: u128, now: SystemTime, model: Arc<str>) -> Self {
+        let created = now.duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs());
+        Self { id: format!("{prefix}-{random:032x}"), created, model }
+    }
+
+    /// The id without its prefix.
+    pub fn suffix(&self) -> &str {
+        self.id.rsplit('-').next().unwrap_or(&self.id)
+    }
+
+    /// A complete response.
+    pub fn object(&self, object: &str, choices: Vec<Value>, usage: Usage) -> Value {
+        json!({
+            "id": self.id,
+            "object": object,
+            "created": self.created,
+            "model": &*self.model,
+            "choices": choices,
+            "usage": usage,
+        })
+    }
+}
+
+impl End {
+    /// vLLM's `stop_reason`: the client's stop string or id.
+    pub fn stop_reason(&self) -> Option<Value> {
+        match self {
+            End::StopString(text) => Some(text.as_str().into()),
+            End::StopId(id) => Some((*id).into()),
+            End::Stop | End::Length | End::ToolCalls => None,
+        }
+    }
+}

@@ -1,0 +1,305 @@
+//! Checks the messages and tools of a chat and brings them into the form that chat templates expect: contents are texts,
+//! arguments of tool calls are objects. Pure. Called by `chat` and `tokens`.
+
+use serde_json::{Map, Value, json};
+
+use super::error::{ApiError, type_name};
+use super::fields::{Fields, quoted};
+
+const ROLES: [&str; 5] = ["system", "developer", "user", "assistant", "tool"];
+
+/// Functions of one request.
+const TOOLS_MAX: usize = 128;
+
+/// Reads `messages`. `keep_developer`: the template knows the role; otherwise it is `system`, as OpenAI means it.
+pub fn read_messages(fields: &mut Fields, keep_developer: bool) -> Result<Vec<Value>, ApiError> {
+    let items = fields.array("messages")?.ok_or_else(|| ApiError::missing("messages"))?;
+    if items.is_empty() {
+        return Err(ApiError::wrong_value("messages", "at least one message", "none"));
+    }
+    let read = |(i, item)| read_message(&format!("messages[{i}]"), item, keep_developer);
+    items.into_iter().enumerate().map(read).collect()
+}
+
+fn read_message(path: &str, message: Value, keep_developer: bool) -> Result<Value, ApiError> {
+    let mut fields = Fields::of(path, message)?;
+    let mut role = fields.word("role", &ROLES)?.ok_or_else(|| ApiError::missing(&format!("{path}.role")))?;
+    if role == "developer" && !keep_developer {
+        role = "system";
+    }
+    let mut out = Map::from_iter([("role".to_string(), Value::from(role))]);
+    let content = content(&fields.name("content"), fields.take("content"))?;
+    let calls = if role == "assistant" { tool_calls(&mut fields)? } else { None };
+    match content {
+        Some(text) => _ = out.insert("content".into(), text.into()),
+        // Templates join texts: without this one they fail on null.
+        None if role == "assistant" => _ = out.insert("content".into(), "".into()),
+        None => return Err(ApiError::missing(&format!("{path}.content"))),
+    }
+    if let Some(calls) = calls {
+        out.insert("tool_calls".into(), calls.into());
+    }
+    for name in passed_on(role) {
+        if let Some(text) = fields.string(name)? {
+            // OpenAI's and vLLM's newer name of the same.
+            let name = if *name == "reasoning" { "reasoning_content" } else { name };
+            out.insert(name.into(), text.into());
+        }
+    }
+    if role == "assistant" {
+        refuse_what_clients_echo(&mut fields)?;
+    }
+    fields.finish()?;
+    Ok(Value::Object(out))
+}
+
+/// Texts of a message that templates may use, beside its content.
+fn passed_on(role: &str) -> &'static [&'static str] {
+    match role {
+        "assistant" => &["name", "reasoning", "reasoning_content"],
+        "tool" => &["name", "tool_call_id"],
+        _ => &["name"],
+    }
+}
+
+/// A client sends answers back as it got them: what is empty there does no harm.
+fn refuse_what_clients_echo(fields: &mut Fields) -> Result<(), ApiError> {
+    fields.only("annotations", &json!([]), "is not supported")?;
+    fields.string("refusal")?;
+    fields.refuse(&["audio", "function_call"], "is not supported")
+}
+
+/// A text, or a list of text parts, which are joined by line breaks as vLLM does.
+fn content(path: &str, value: Option<Value>) -> Result<Option<String>, ApiError> {
+    let parts = match value {
+        None => return Ok(None),
+        Some(Value::String(text)) => return Ok(Some(text)),
+        Some(Value::Array(parts)) => parts,
+        Some(other) => return Err(ApiError::wrong_type(path, "a string or an array of parts", &other)),
+    };
+    let mut texts = Vec::with_capacity(parts.len());
+    for (i, part) in parts.into_iter().enumerate() {
+        let path = format!("{path}[{i}]");
+        if let Value::String(text) = part {
+            texts.push(text);
+            continue;
+        }
+        let mut fields = Fields::of(&path, part)?;
+        let kind = fields.string("type")?.ok_or_else(|| ApiError::missing(&format!("{path}.type")))?;
+        let name = match kind.as_str() {
+            "text" => "text",
+            "refusal" => "refusal",
+            "image_url" | "input_image" | "input_audio" | "audio_url" | "video_url" | "file" => {
+                let why = format!("of type '{kind}' is not supported: this model reads text only");
+                return Err(ApiError::unsupported(path, &why));
+            }
+            other => {
+                return Err(ApiError::wrong_value(&fields.name("type"), "'text'", quoted(other)));
+            }
+        };
+        texts.push(fields.string(name)?.ok_or_else(|| ApiError::missing(&format!("{path}.{name}")))?);
+        fields.finish()?;
+    }
+    Ok(Some(texts.join("\n")))
+}
+
+fn tool_calls(fields: &mut Fields) -> Result<Option<Vec<Value>>, ApiError> {
+    let path = fields.name("tool_calls");
+    let Some(calls) = fields.array("tool_calls")? else { return Ok(None) };
+    let read = |(i, call): (usize, Value)| {
+        let path = format!("{path}[{i}]");
+        let mut fields = Fields::of(&path, call)?;
+        let id = fields.string("id")?;
+        fields.word("type", &["function"])?;
+        fields.integer("index", 0..=i64::MAX)?;
+        let mut function =
+            fields.object("function")?.ok_or_else(|| ApiError::missing(&format!("{path}.function")))?;
+        let name = function.string("name")?.ok_or_else(|| ApiError::missing(&function.name("name")))?;
+        let arguments = arguments(&function.name("arguments"), function.take("arguments"))?;
+        function.finish()?;
+        fields.finish()?;
+        let mut call = Map::new();
+        id.into_iter().for_each(|id| _ = call.insert("id".into(), id.into()));
+        call.insert("type".into(), "function".into());
+        call.insert("function".into(), json!({"name": name, "arguments": arguments}));
+        Ok(Value::Object(call))
+    };
+    let calls = calls.into_iter().enumerate().map(read).collect::<Result<Vec<_>, ApiError>>()?;
+    Ok(Some(calls).filter(|calls| !calls.is_empty()))
+}
+
+/// OpenAI's clients send a text; templates want the object.
+fn arguments(path: &str, value: Option<Value>) -> Result<Value, ApiError> {
+    let value = match value {
+        Some(Value::String(text)) if text.trim().is_empty() => json!({}),
+        Some(Value::String(text)) => serde_json::from_str(&text).map_err(|error| {
+            ApiError::wrong_value(path, "a JSON object as a string", format!("no JSON ({error})"))
+        })?,
+        None => json!({}),
+        Some(other) => other,
+    };
+    match value {
+        Value::Object(_) => Ok(value),
+        other => Err(ApiError::wrong_value(path, "a JSON object", type_name(&other))),
+    }
+}
+
+/// Reads `tools`, `tool_choice` and `parallel_tool_calls`. Empty: the model is to answer in words.
+pub fn read_tools(fields: &mut Fields) -> Result<Tools, ApiError> {
+    let items = fields.array("tools")?.unwrap_or_default();
+    if items.len() > TOOLS_MAX {
+        return Err(ApiError::wrong_value("tools", format!("at most {TOOLS_MAX} tools"), items.len()));
+    }
+    let read = |(i, tool)| read_tool(&format!("tools[{i}]"), tool);
+    let mut definitions = items.into_iter().enumerate().map(read).collect::<Result<Vec<_>, ApiError>>()?;
+    match fields.take("tool_choice") {
+        None => {}
+        Some(Value::String(word)) if word == "auto" => {}
+        Some(Value::String(word)) if word == "none" => definitions.clear(),
+        Some(Value::String(word)) if word == "required" => {
+            return Err(ApiError::unsupported(
+                "tool_choice",
+                "'required' is not supported yet: use 'auto' or 'none'",
+            ));
+        }
+        Some(Value::Object(_)) => {
+            let why = "with a named function is not supported yet: use 'auto' or 'none'";
+            return Err(ApiError::unsupported("tool_choice", why));
+        }
+        Some(other) => {
+            let got = other.as_str().map_or_else(|| type_name(&other).to_string(), quoted);
+            return Err(ApiError::wrong_value("tool_choice", "'auto' or 'none'", got));
+        }
+    }
+    let parallel = fields.boolean("parallel_tool_calls")?.unwrap_or(true);
+    Ok(Tools { definitions, parallel })
+}
+
+/// What a model may call.
+#[derive(Debug, Clone, Default, PartialEq)]
+pub struct Tools {
+    /// As the client wrote them: models were trained on that form.
+    pub definitions: Vec<Value>,
+    /// More than one call in an answer.
+    pub parallel: bool,
+}
+
+fn read_tool(path: &str, tool: Value) -> Result<Value, ApiError> {
+    let mut fields = Fields::of(path, tool.clone())?;
+    fields.word("type", &["function"])?.ok_or_else(|| ApiError::missing(&format!("{path}.type")))?;
+    let mut function =
+        fields.object("function")?.ok_or_else(|| ApiError::missing(&format!("{path}.function")))?;
+    let name = function.string("name")?.ok_or_else(|| ApiError::missing(&function.name("name")))?;
+    let allowed = |c: char| c.is_ascii_alphanumeric() || matches!(c, '_' | '-' | '.');
+    if !(1..=64).contains(&name.len()) || !name.chars().all(allowed) {
+        let expected = "1 to 64 letters, digits, '_', '-' or '.'";
+        return Err(ApiError::wrong_value(&function.name("name"), expected, quoted(&name)));
+    }
+    function.string("description")?;
+    function.object("parameters")?;
+    function.only(
+        "strict",
+        &json!(false),
+        "is not supported yet: arguments are not forced into the schema",
+    )?;
+    function.finish()?;
+    fields.finish()?;
+    let mut tool = tool;
+    // Templates print a tool as it is; what is empty was never in their training.
+    if let Some(function) = tool.get_mut("function").and_then(Value::as_object_mut) {
+        function.retain(|name, value| name != "strict" && !value.is_null());
+    }
+    Ok(tool)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn messages(json: Value) -> Result<Vec<Value>, ApiError> {
+        let mut fields = Fields::parse(json!({ "messages": json }).to_string().as_bytes())?;
+        read_messages(&mut fields, false)
+    }
+
+    #[test]
+    fn messages_take_the_form_that_templates_expect() {
+        let read = messages(json!([
+            {"role": "developer", "content": "Be brief."},
+            {"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}], "name": "x"},
+            {"role": "assistant", "content": null, "refusal": null, "annotations": [], "audio": null,
+             "tool_calls": [{"id": "c1", "type": "function", "function": {"name": "f", "arguments": "{\"x\": 1}"}}]},
+            {"role": "tool", "tool_call_id": "c1", "content": "2"},
+        ]));
+        let expected = json!([
+            {"role": "system", "content": "Be brief."},
+            {"role": "user", "content": "a\nb", "name": "x"},
+            {"role": "assistant", "content": "", "tool_calls":
+                [{"id": "c1", "type": "function", "function": {"name": "f", "arguments": {"x": 1}}}]},
+            {"role": "tool", "content": "2", "tool_call_id": "c1"},
+        ]);
+        assert_eq!(read.map(Value::from), Ok(expected));
+    }
+
+    #[test]
+    fn what_is_wrong_in_a_message_is_named() {
+        let user = |content: Value| json!([{"role": "user", "content": content}]);
+        for (json, param) in [
+            (json!([]), "messages"),
+            (json!("hi"), "messages"),
+            (json!(["hi"]), "messages[0]"),
+            (json!([{"content": "x"}]), "messages[0].role"),
+            (json!([{"role": "robot", "content": "x"}]), "messages[0].role"),
+            (json!([{"role": "user"}]), "messages[0].content"),
+            (user(json!(7)), "messages[0].content"),
+            (user(json!([{"type": "image_url", "image_url": {"url": "x"}}])), "messages[0].content[0]"),
+            (user(json!([{"type": "text"}])), "messages[0].content[0].text"),
+            (user(json!([{"type": "song", "text": ""}])), "messages[0].content[0].type"),
+            (json!([{"role": "user", "content": "x", "mood": "good"}]), "messages[0].mood"),
+            (json!([{"role": "user", "content": "x", "tool_calls": []}]), "messages[0].tool_calls"),
+            (
+                json!([{"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": "{"}}]}]),
+                "messages[0].tool_calls[0].function.arguments",
+            ),
+        ] {
+            assert_eq!(messages(json.clone()).unwrap_err().param.as_deref(), Some(param), "{json}");
+        }
+    }
+
+    fn tools(json: Value) -> Result<Tools, ApiError> {
+        let mut fields = Fields::parse(json.to_string().as_bytes())?;
+        let tools = read_tools(&mut fields)?;
+        fields.finish().map(|()| tools)
+    }
+
+    #[test]
+    fn tools_reach_the_template_as_they_are() {
+        let tool = json!({"type": "function", "function": {"name": "f", "parameters": {"b": 1, "a": null}}});
+        let given = json!({"type": "function", "function":
+            {"name": "f", "description": null, "parameters": {"b": 1, "a": null}, "strict": false}});
+        let read = tools(json!({"tools": [given], "tool_choice": "auto", "parallel_tool_calls": false}));
+        assert_eq!(read, Ok(Tools { definitions: vec![tool.clone()], parallel: false }));
+        assert_eq!(
+            tools(json!({"tools": [tool], "tool_choice": "none"})).expect("valid").definitions,
+            [] as [Value; 0]
+        );
+    }
+
+    #[test]
+    fn what_is_wrong_in_a_tool_is_named() {
+        let function = |f: Value| json!({"tools": [{"type": "function", "function": f}]});
+        for (json, param) in [
+            (json!({"tools": {}}), "tools"),
+            (json!({"tools": [{"type": "web"}]}), "tools[0].type"),
+            (json!({"tools": [{"type": "function"}]}), "tools[0].function"),
+            (function(json!({})), "tools[0].function.name"),
+            (function(json!({"name": "a b"})), "tools[0].function.name"),
+            (function(json!({"name": "f", "parameters": []})), "tools[0].function.parameters"),
+            (function(json!({"name": "f", "strict": true})), "tools[0].function.strict"),
+            (json!({"tool_choice": "required"}), "tool_choice"),
+            (json!({"tool_choice": {"type": "function", "function": {"name": "f"}}}), "tool_choice"),
+            (json!({"tool_choice": 1}), "tool_choice"),
+        ] {
+            assert_eq!(tools(json.clone()).unwrap_err().param.as_deref(), Some(param), "{json}");
+        }
+    }
+}

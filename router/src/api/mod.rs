@@ -1,0 +1,218 @@
+//! The HTTP gateway: OpenAI's interface in front of `Inference`.
+//!
+//! A request passes `guard`, `body`, then `chat` or `completions` (parse with `fields`, `params`, `messages`; render and
+//! tokenize on a text thread), `run` (one sequence per choice), `answer` with one `choice` each (tokens to text), and
+//! leaves through `reply` in its `chat_format` or `completion_format`.
+
+mod answer;
+mod body;
+mod chat;
+mod chat_format;
+mod choice;
+mod completion_format;
+mod completions;
+mod config;
+mod error;
+mod fields;
+mod guard;
+mod head;
+mod logprobs;
+mod messages;
+mod params;
+mod reply;
+mod run;
+mod server;
+mod status;
+mod tokens;
+
+use std::sync::Arc;
+use std::time::SystemTime;
+
+use axum::extract::Request;
+use axum::middleware::from_fn_with_state;
+use axum::routing::{get, post};
+use http::StatusCode;
+use prometheus_client::registry::Registry;
+use tokio::net::TcpListener;
+use tokio::sync::Semaphore;
+use tokio_util::sync::CancellationToken;
+
+pub use config::{GatewayConfig, Limits};
+
+use crate::inference::Inference;
+use crate::metrics::Metrics;
+use crate::text::{ModelText, TextError};
+use error::ApiError;
+use fields::Fields;
+use guard::Keys;
+use params::Rules;
+
+/// Why a gateway did not start.
+#[derive(Debug, thiserror::Error)]
+pub enum ServeError {
+    /// The model's folder cannot be used.
+    #[error(transparent)]
+    Text(#[from] TextError),
+    /// The configuration contradicts itself.
+    #[error("{0}")]
+    Config(String),
+    /// The thread that read the model's folder died.
+    #[error("the model's folder could not be read: {0}")]
+    Load(#[from] tokio::task::JoinError),
+}
+
+/// One gateway, shared by all requests.
+struct Gateway {
+    config: GatewayConfig,
+    model: Arc<str>,
+    text: ModelText,
+    reads_tool_calls: bool,
+    knows_developer: bool,
+    inference: Arc<dyn Inference>,
+    metrics: Arc<Metrics>,
+    keys: Keys,
+    health: status::Health,
+    /// Templates and tokenizers that run at once: one per core, others wait here and not in the pool of threads.
+    text_threads: Arc<Semaphore>,
+    since: SystemTime,
+}
+
+/// Serves OpenAI's interface on `listener` until `shutdown`, then lets running requests end (`limits.drain`). Errors before
+/// the first request: the model's folder or the configuration cannot be used.
+pub async fn serve<I: Inference>(
+    listener: TcpListener,
+    config: GatewayConfig,
+    inference: Arc<I>,
+    shutdown: CancellationToken,
+) -> Result<(), ServeError> {
+    check(&config)?;
+    let limits = config.limits.clone();
+    let dir = config.model_dir.clone();
+    let text = tokio::task::spawn_blocking(move || ModelText::load(&dir)).await??;
+    let mut registry = Registry::default();
+    inference.register(&mut registry);
+    let cores = std::thread::available_parallelism().map_or(2, |cores| cores.get().max(2));
+    let gateway = Gateway {
+        model: config.model.as_str().into(),
+        reads_tool_calls: text.reads_tool_calls(),
+        knows_developer: text.knows_developer(),
+        text,
+        inference,
+        metrics: Metrics::new(registry, &config.model),
+        keys: Keys::new(&config.keys),
+        health: status::Health::default(),
+        text_threads: Arc::new(Semaphore::new(cores)),
+        since: SystemTime::now(),
+        config,
+    };
+    server::run(listener, routes(Arc::new(gateway)), &limits, shutdown).await;
+    Ok(())
+}
+
+fn check(config: &GatewayConfig) -> Result<(), ServeError> {
+    let wrong = |text: &str| Err(ServeError::Config(text.into()));
+    if config.model.is_empty() {
+        return wrong("the served model has no name");
+    }
+    if config.context_tokens < 2 {
+        return wrong("the context is shorter than a prompt and an answer of one token each");
+    }
+    if config.keys.iter().any(|key| key.trim().is_empty()) {
+        return wrong("an API key is empty");
+    }
+    if config.limits.connections == 0 || config.limits.sequences == 0 {
+        return wrong("a limit of zero would refuse every request");
+    }
+    // Less and the HTTP library refuses to start.
+    if config.limits.head_bytes < 8192 {
+        return wrong("the limit of a request's head is below 8192 bytes");
+    }
+    Ok(())
+}
+
+fn routes(gateway: Arc<Gateway>) -> axum::Router {
+    let asks = axum::Router::new()
+        .route("/v1/chat/completions", post(chat::handle))
+        .route("/v1/completions", post(completions::handle))
+        .route("/v1/models", get(status::models))
+        .route("/v1/models/{*name}", get(status::model))
+        .route("/tokenize", post(tokens::tokenize))
+        .route("/detokenize", post(tokens::detokenize))
+        .route_layer(from_fn_with_state(Arc::clone(&gateway), guard::key));
+    let open = axum::Router::new()
+        .route("/health", get(status::health))
+        .route("/live", get(status::live))
+        .route("/metrics", get(status::metrics));
+    asks.merge(open)
+        .fallback(no_route)
+        .method_not_allowed_fallback(no_method)
+        .layer(from_fn_with_state(Arc::clone(&gateway), guard::cors))
+        .layer(from_fn_with_state(Arc::clone(&gateway), guard::host))
+        .layer(from_fn_with_state(Arc::clone(&gateway), guard::observe))
+        .with_state(gateway)
+}
+
+async fn no_route(request: Request) -> ApiError {
+    ApiError::no_route(StatusCode::NOT_FOUND, request.method(), request.uri().path())
+}
+
+async fn no_method(request: Request) -> ApiError {
+    ApiError::no_route(StatusCode::METHOD_NOT_ALLOWED, request.method(), request.uri().path())
+}
+
+impl Gateway {
+    /// The served name and its aliases.
+    fn names(&self) -> impl Iterator<Item = &str> {
+        std::iter::once(&self.config.model).chain(&self.config.aliases).map(String::as_str)
+    }
+
+    /// Reads `model`; absent, it is the served one, as with vLLM.
+    fn check_model(&self, fields: &mut Fields) -> Result<(), ApiError> {
+        match fields.string("model")? {
+            Some(name) if !self.names().any(|known| known == name) => Err(ApiError::no_model(&name)),
+            _ => Ok(()),
+        }
+    }
+
+    fn rules(&self) -> Rules<'_> {
+        Rules {
+            defaults: &self.text.defaults,
+            vocab: self.text.tokenizer.pieces().len(),
+            limits: &self.config.limits,
+        }
+    }
+
+    /// Runs what takes time (JSON, templates, tokenizing) off the async threads.
+    async fn on_text_thread<T: Send + 'static>(
+        self: &Arc<Self>,
+        work: impl FnOnce(&Gateway) -> Result<T, ApiError> + Send + 'static,
+    ) -> Result<T, ApiError> {
+        // The semaphore is never closed.
+        let permit = Arc::clone(&self.text_threads).acquire_owned().await.ok();
+        let gateway = Arc::clone(self);
+        let task = tokio::task::spawn_blocking(move || {
+            let _permit = permit; // held until the work ends, even if nobody waits for it any more
+            work(&gateway)
+        });
+        task.await.unwrap_or_else(|error| {
+            tracing::error!("a text thread failed: {error}");
+            Err(ApiError::internal("the server failed on this request"))
+        })
+    }
+
+    /// Ids of a prompt, which must be able to fit the context. `param`: where it came from, for the error.
+    fn encode(&self, text: &str, add_special: bool, param: &str) -> Result<Vec<u32>, ApiError> {
+        // Longer than the longest token for every place: known to be too long without tokenizing it.
+        let longest = self.text.tokenizer.pieces().longest();
+        let context = self.config.context_tokens;
+        if text.len() > context.saturating_mul(longest) {
+            let least = format!("at least {}", text.len().div_ceil(longest));
+            return Err(ApiError::context(param, context, least, None));
+        }
+        self.encode_any(text, add_special)
+    }
+
+    fn encode_any(&self, text: &str, add_special: bool) -> Result<Vec<u32>, ApiError> {
+        Ok(self.text.tokenizer.encode(text, add_special)?)
+    }
+}

@@ -1,0 +1,193 @@
+//! Sends an answer to the client: as server-sent events while it is made, or as one JSON object when it is complete. The
+//! forms of chats and completions are theirs (`chat_format`, `completion_format`).
+
+use std::convert::Infallible;
+use std::pin::Pin;
+use std::task::{Context, Poll};
+use std::time::Duration;
+
+use axum::body::Body;
+use axum::response::{IntoResponse, Response};
+use bytes::{BufMut, Bytes, BytesMut};
+use futures::Stream;
+use http::{HeaderName, HeaderValue, header};
+use serde::Serialize;
+use serde_json::Value;
+use tokio::time::{Instant, Interval, MissedTickBehavior, interval_at};
+
+use super::answer::{Answer, Update, Usage};
+use super::choice::{Delta, End};
+use super::error::ApiError;
+
+/// A comment goes out when nothing else did for this long, so that proxies and clients keep the connection.
+const KEEP_ALIVE: Duration = Duration::from_secs(15);
+
+/// A chunk of the body is sent at this size at the latest.
+const CHUNK_BYTES: usize = 16 << 10;
+
+/// A complete choice.
+#[derive(Debug)]
+pub struct Whole {
+    /// All that was told.
+    pub delta: Delta,
+    /// Why it ended.
+    pub end: End,
+    /// Where its time went, if asked for.
+    pub timings: Option<Value>,
+}
+
+/// How answers look on the wire.
+pub trait Format: Send + Unpin + 'static {
+    /// The first event of a choice, sent when the request is admitted.
+    fn open(&mut self, index: usize, out: &mut Events);
+    /// What is new in a choice.
+    fn delta(&mut self, index: usize, delta: &Delta, out: &mut Events);
+    /// The last event of a choice.
+    fn end(&mut self, index: usize, end: &End, timings: Option<Value>, out: &mut Events);
+    /// After all choices, if asked for.
+    fn usage(&mut self, usage: Usage, out: &mut Events);
+    /// The response without streaming; choices in order.
+    fn whole(self, choices: Vec<Whole>, usage: Usage) -> Value;
+}
+
+/// Collects events that go out together.
+#[derive(Debug, Default)]
+pub struct Events(BytesMut);
+
+impl Events {
+    /// One event.
+    pub fn push(&mut self, data: &impl Serialize) {
+        self.0.put_slice(b"data: ");
+        // Our own types have string keys and finite numbers: this cannot fail, and a buffer takes all bytes.
+        _ = serde_json::to_writer((&mut self.0).writer(), data);
+        self.0.put_slice(b"\n\n");
+    }
+
+    fn done(&mut self) {
+        self.0.put_slice(b"data: [DONE]\n\n");
+    }
+
+    fn keep_alive(&mut self) {
+        self.0.put_slice(b": keep-alive\n\n");
+    }
+}
+
+/// The answer as one object.
+pub async fn complete<F: Format>(mut answer: Answer, format: F) -> Result<Response, ApiError> {
+    let mut parts: Vec<Delta> = (0..answer.choices()).map(|_| Delta::default()).collect();
+    let mut ends: Vec<Option<End>> = vec![None; parts.len()];
+    while let Some(update) = answer.next().await {
+        let index = match update {
+            Update::Failed(error) => return Err(error),
+            Update::Progress(index) => index,
+            Update::Ended(index, end) => {
+                ends[index] = Some(end);
+                index
+            }
+        };
+        let new = answer.delta(index);
+        parts[index].text.push_str(&new.text);
+        parts[index].calls.extend_from_slice(&new.calls);
+        parts[index].logprobs.append(&mut new.logprobs);
+        new.clear();
+    }
+    let wholes = parts.into_iter().zip(ends).enumerate().map(|(index, (delta, end))| Whole {
+        delta,
+        end: end.unwrap_or(End::Stop),
+        timings: answer.timings(index),
+    });
+    let wholes = wholes.collect();
+    Ok(axum::Json(format.whole(wholes, answer.usage())).into_response())
+}
+
+/// The answer as events. The request has been admitted.
+pub fn stream<F: Format>(answer: Answer, format: F, include_usage: bool) -> Response {
+    let mut keep_alive = interval_at(Instant::now() + KEEP_ALIVE, KEEP_ALIVE);
+    keep_alive.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    let mut body = EventStream {
+        answer,
+        format,
+        include_usage,
+        out: Events::default(),
+        done: false,
+        quiet: true,
+        keep_alive,
+    };
+    (0..body.answer.choices()).for_each(|index| body.format.open(index, &mut body.out));
+    let mut response = Body::from_stream(body).into_response();
+    let headers = response.headers_mut();
+    headers.insert(header::CONTENT_TYPE, HeaderValue::from_static("text/event-stream; charset=utf-8"));
+    headers.insert(header::CACHE_CONTROL, HeaderValue::from_static("no-cache"));
+    headers.insert(HeaderName::from_static("x-accel-buffering"), HeaderValue::from_static("no"));
+    response
+}
+
+struct EventStream<F> {
+    answer: Answer,
+    format: F,
+    include_usage: bool,
+    out: Events,
+    done: bool,
+    /// Nothing was sent since the last tick.
+    quiet: bool,
+    keep_alive: Interval,
+}
+
+impl<F: Format> EventStream<F> {
+    fn take(&mut self, update: Option<Update>) {
+        match update {
+            Some(Update::Progress(index)) => self.delta(index),
+            Some(Update::Ended(index, end)) => {
+                self.delta(index);
+                self.format.end(index, &end, self.answer.timings(index), &mut self.out);
+            }
+            Some(Update::Failed(error)) => {
+                self.out.push(&error.envelope());
+                self.out.done();
+                self.done = true;
+            }
+            None => {
+                if self.include_usage {
+                    self.format.usage(self.answer.usage(), &mut self.out);
+                }
+                self.out.done();
+                self.done = true;
+            }
+        }
+    }
+
+    fn delta(&mut self, index: usize) {
+        let delta = self.answer.delta(index);
+        if !delta.is_empty() {
+            self.format.delta(index, delta, &mut self.out);
+            delta.clear();
+        }
+    }
+}
+
+impl<F: Format> Stream for EventStream<F> {
+    type Item = Result<Bytes, Infallible>;
+
+    fn poll_next(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Self::Item>> {
+        let this = self.get_mut();
+        while !this.done && this.out.0.len() < CHUNK_BYTES {
+            match this.answer.poll_next(cx) {
+                Poll::Ready(update) => this.take(update),
+                Poll::Pending => break,
+            }
+        }
+        if this.out.0.is_empty() && !this.done {
+            while this.keep_alive.poll_tick(cx).is_ready() {
+                if this.quiet {
+                    this.out.keep_alive();
+                }
+                this.quiet = true;
+            }
+        }
+        if !this.out.0.is_empty() {
+            this.quiet = false;
+            return Poll::Ready(Some(Ok(this.out.0.split().freeze())));
+        }
+        if this.done { Poll::Ready(None) } else { Poll::Pending }
+    }
+}

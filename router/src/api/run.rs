@@ -1,0 +1,91 @@
+//! From prompts to a running answer: one sequence per prompt and choice, each with its own id and seed.
+
+use std::sync::Arc;
+use std::time::Instant;
+
+use super::Gateway;
+use super::answer::{Answer, Lane};
+use super::choice::{Choice, ToolMode};
+use super::error::ApiError;
+use super::head::Head;
+use super::params::Params;
+use crate::inference::GenerateRequest;
+use crate::metrics::SequenceMeter;
+use crate::text::Beginning;
+
+/// A tokenized prompt that fits.
+#[derive(Debug, Clone)]
+pub struct Prompt {
+    /// Not empty.
+    pub tokens: Arc<[u32]>,
+    /// Of output, at most.
+    pub max_tokens: u32,
+    /// What `echo` puts before the answer.
+    pub echo: Option<Arc<str>>,
+}
+
+/// How answers are read.
+#[derive(Debug, Clone, Copy)]
+pub struct Reading {
+    /// A text of its own, or the rest of the prompt.
+    pub beginning: Beginning,
+    /// Of calls.
+    pub tools: ToolMode,
+    /// `Some`: with log probabilities, and of this many alternatives.
+    pub logprobs: Option<u32>,
+}
+
+/// Starts the sequences of a request that arrived at `arrived`. Nothing runs before the answer is polled.
+pub fn start(
+    gateway: &Gateway,
+    params: &Params,
+    prompts: &[Prompt],
+    reading: Reading,
+    head: &Head,
+    arrived: Instant,
+) -> Result<Answer, ApiError> {
+    let prepare = arrived.elapsed();
+    gateway.metrics.prepared(prepare);
+    let seed = match params.seed {
+        Some(seed) => seed,
+        None => random()? as u64,
+    };
+    let count = prompts.len() * params.n;
+    let mut sampling = params.sampling.clone();
+    sampling.logprobs = reading.logprobs.is_some();
+    sampling.top_logprobs = reading.logprobs.unwrap_or(0);
+    let lanes = prompts.iter().flat_map(|prompt| (0..params.n).map(move |number| (prompt, number)));
+    let lanes = lanes.enumerate().map(|(index, (prompt, number))| {
+        let mut sampling = sampling.clone();
+        // As vLLM: the choices of a prompt draw differently, the same prompt twice draws alike.
+        sampling.seed = seed.wrapping_add(number as u64);
+        let request = GenerateRequest {
+            id: if count == 1 { head.id.clone() } else { format!("{}-{index}", head.id) },
+            tokens: Arc::clone(&prompt.tokens),
+            max_tokens: prompt.max_tokens,
+            min_tokens: params.min_tokens,
+            ignore_eos: params.stop_ids.is_empty(),
+            stop_ids: params.stop_ids.clone(),
+            sampling,
+            cache_salt: params.cache_salt.clone(),
+            priority: params.priority,
+        };
+        let pieces = Arc::clone(gateway.text.tokenizer.pieces());
+        let choice =
+            Choice::new(params, pieces, reading.beginning, reading.tools, reading.logprobs.is_some());
+        let prompt_tokens = prompt.tokens.len() as u32;
+        let meter = SequenceMeter::new(Arc::clone(&gateway.metrics), arrived, prompt_tokens);
+        (Lane::new(choice, meter, prompt_tokens), gateway.inference.generate(request))
+    });
+    Ok(Answer::new(lanes.collect(), params.n, prepare.as_secs_f64(), params.timings))
+}
+
+/// 128 bits that nobody can guess.
+pub fn random() -> Result<u128, ApiError> {
+    let mut bytes = [0; 16];
+    getrandom::fill(&mut bytes).map_err(|error| {
+        tracing::error!("no random numbers: {error}");
+        ApiError::internal("the server has no random numbers")
+    })?;
+    Ok(u128::from_le_bytes(bytes))
+}

@@ -1,0 +1,83 @@
+//! `GET /health`, `/live`, `/metrics` and `/v1/models`: what a balancer, a dashboard or a client asks before it works.
+
+use std::sync::Arc;
+use std::time::{Duration, Instant, UNIX_EPOCH};
+
+use axum::Json;
+use axum::extract::{Path, State};
+use axum::response::{IntoResponse, Response};
+use http::{StatusCode, header};
+use serde_json::{Value, json};
+use tokio::sync::Mutex;
+
+use super::Gateway;
+use super::error::ApiError;
+
+/// A probe's result serves this long, so that asking often costs the nodes nothing.
+const HEALTH_AGE_MAX: Duration = Duration::from_secs(1);
+
+/// OpenMetrics, which prometheus-client writes.
+const METRICS_TYPE: &str = "application/openmetrics-text; version=1.0.0; charset=utf-8";
+
+/// The last probe; one runs at a time, whoever asks meanwhile waits for its result.
+#[derive(Debug, Default)]
+pub struct Health(Mutex<Option<(Instant, Result<(), String>)>>);
+
+/// The process answers.
+pub async fn live() -> StatusCode {
+    StatusCode::OK
+}
+
+/// Every role that requests need has just computed a step.
+pub async fn health(State(gateway): State<Arc<Gateway>>) -> Result<StatusCode, ApiError> {
+    let mut last = gateway.health.0.lock().await;
+    let fresh = last.as_ref().filter(|(at, _)| at.elapsed() < HEALTH_AGE_MAX);
+    let result = match fresh {
+        Some((_, result)) => result.clone(),
+        None => {
+            let limit = gateway.config.limits.health;
+            let result = match tokio::time::timeout(limit, gateway.inference.health()).await {
+                Ok(result) => result,
+                Err(_) => Err(format!("no step was computed within {} s", limit.as_secs_f32())),
+            };
+            *last = Some((Instant::now(), result.clone()));
+            result
+        }
+    };
+    result.map(|()| StatusCode::OK).map_err(ApiError::unavailable)
+}
+
+/// Prometheus' view.
+pub async fn metrics(State(gateway): State<Arc<Gateway>>) -> Response {
+    let text = gateway.metrics.encode(gateway.inference.load());
+    ([(header::CONTENT_TYPE, METRICS_TYPE)], text).into_response()
+}
+
+/// All served names.
+pub async fn models(State(gateway): State<Arc<Gateway>>) -> Json<Value> {
+    let data: Vec<Value> = gateway.names().map(|name| model_object(&gateway, name)).collect();
+    Json(json!({"object": "list", "data": data}))
+}
+
+/// One served name. It may hold slashes, as Hugging Face's do.
+pub async fn model(
+    State(gateway): State<Arc<Gateway>>,
+    Path(name): Path<String>,
+) -> Result<Json<Value>, ApiError> {
+    match gateway.names().find(|known| *known == name) {
+        Some(known) => Ok(Json(model_object(&gateway, known))),
+        None => Err(ApiError::no_model(&name)),
+    }
+}
+
+fn model_object(gateway: &Gateway, name: &str) -> Value {
+    json!({
+        "id": name,
+        "object": "model",
+        "created": gateway.since.duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs()),
+        "owned_by": "baton",
+        "root": gateway.config.model,
+        "parent": null,
+        "max_model_len": gateway.config.context_tokens,
+    })
+}

@@ -1,0 +1,199 @@
+//! Every refusal: its status, and OpenAI's envelope with the parameter that is wrong.
+
+use std::time::Duration;
+
+use router::inference::{FinishReason, InferenceError};
+use serde_json::{Value, json};
+
+use crate::mock::{Gateway, Step, config, finished, says, script, started, token};
+
+const CHAT: &str = "/v1/chat/completions";
+const COMPLETION: &str = "/v1/completions";
+
+/// Status, code and parameter.
+async fn refusal(gateway: &Gateway, path: &str, body: &Value) -> (u16, String, String) {
+    let (status, answer) = gateway.ask(path, body).await;
+    let error = &answer["error"];
+    assert!(error["message"].is_string() && error["type"].is_string(), "{answer}");
+    let text = |key: &str| error[key].as_str().unwrap_or("null").to_string();
+    (status, text("code"), text("param"))
+}
+
+#[tokio::test]
+async fn wrong_requests_are_told_what_is_wrong() {
+    let gateway = Gateway::new(|_| says("x")).await;
+    let user = json!([{"role": "user", "content": "x"}]);
+    let chats = [
+        (json!({}), "missing_required_parameter", "messages"),
+        (json!({"messages": []}), "invalid_value", "messages"),
+        (json!({"messages": user, "model": 1}), "invalid_type", "model"),
+        (json!({"messages": user, "temperature": "hot"}), "invalid_type", "temperature"),
+        (json!({"messages": user, "temperature": -1}), "invalid_value", "temperature"),
+        (json!({"messages": user, "top_logprobs": 2}), "invalid_value", "top_logprobs"),
+        (json!({"messages": user, "logprobs": 2}), "invalid_type", "logprobs"),
+        (json!({"messages": user, "logprobs": true, "top_logprobs": 21}), "invalid_value", "top_logprobs"),
+        (json!({"messages": user, "chat_template": "x"}), "unsupported_parameter", "chat_template"),
+        (
+            json!({"messages": user, "chat_template_kwargs": {"messages": []}}),
+            "unsupported_parameter",
+            "chat_template_kwargs.messages",
+        ),
+        (
+            json!({"messages": user, "response_format": {"type": "json_object"}}),
+            "unsupported_parameter",
+            "response_format",
+        ),
+        (json!({"messages": user, "reasoning_effort": "low"}), "unsupported_parameter", "reasoning_effort"),
+        (json!({"messages": user, "functions": []}), "unsupported_parameter", "functions"),
+        (json!({"messages": user, "tool_choice": "required"}), "unsupported_parameter", "tool_choice"),
+        (json!({"messages": user, "suffix": "x"}), "unsupported_parameter", "suffix"),
+        (json!({"messages": user, "temprature": 1}), "unknown_parameter", "temprature"),
+        (json!({"messages": user, "prompt": "x"}), "unknown_parameter", "prompt"),
+    ];
+    for (body, code, param) in chats {
+        assert_eq!(refusal(&gateway, CHAT, &body).await, (400, code.into(), param.into()), "{body}");
+    }
+    let completions = [
+        (json!({}), "missing_required_parameter", "prompt"),
+        (json!({"prompt": ""}), "invalid_value", "prompt"),
+        (json!({"prompt": []}), "invalid_value", "prompt"),
+        (json!({"prompt": [1, 100000]}), "invalid_value", "prompt[1]"),
+        (json!({"prompt": "x", "best_of": 2}), "unsupported_parameter", "best_of"),
+        (json!({"prompt": "x", "suffix": "y"}), "unsupported_parameter", "suffix"),
+        (json!({"prompt": "x", "echo": true, "logprobs": 1}), "unsupported_parameter", "echo"),
+        (json!({"prompt": ["x", "y"], "n": 9}), "invalid_value", "prompt"),
+        (json!({"prompt": "x", "max_completion_tokens": 4}), "unknown_parameter", "max_completion_tokens"),
+    ];
+    for (body, code, param) in completions {
+        assert_eq!(refusal(&gateway, COMPLETION, &body).await, (400, code.into(), param.into()), "{body}");
+    }
+    assert!(gateway.cluster.seen.lock().unwrap().is_empty(), "nothing of it reached the cluster");
+}
+
+#[tokio::test]
+async fn an_unknown_model_is_not_found() {
+    let gateway = Gateway::new(|_| says("x")).await;
+    let body = json!({"model": "gpt-9", "prompt": "x"});
+    assert_eq!(refusal(&gateway, COMPLETION, &body).await, (404, "model_not_found".into(), "model".into()));
+}
+
+#[tokio::test]
+async fn what_does_not_fit_the_context_is_told_with_both_numbers() {
+    let gateway = Gateway::new(|_| says("x")).await;
+    let long = vec![40; 600];
+    let (status, body) = gateway.ask(COMPLETION, &json!({"prompt": long})).await;
+    let message = body["error"]["message"].as_str().unwrap();
+    assert_eq!((status, &body["error"]["code"]), (400, &json!("context_length_exceeded")));
+    assert!(
+        message.contains("maximum context length is 600") && message.contains("has 600 tokens"),
+        "{message}"
+    );
+    let (_, body) = gateway.ask(COMPLETION, &json!({"prompt": [40, 41], "max_tokens": 599})).await;
+    let message = body["error"]["message"].as_str().unwrap();
+    assert!(message.contains("has 2 tokens") && message.contains("599 tokens of output"), "{message}");
+    // So long that it is not even tokenized.
+    let (status, body) =
+        gateway.ask(CHAT, &json!({"messages": [{"role": "user", "content": "x".repeat(60_000)}]})).await;
+    let message = body["error"]["message"].as_str().unwrap();
+    assert_eq!((status, &body["error"]["param"]), (400, &json!("messages")));
+    assert!(message.contains("at least"), "{message}");
+}
+
+#[tokio::test]
+async fn what_is_no_request_is_answered_in_the_same_form() {
+    let gateway = Gateway::new(|_| says("x")).await;
+    let url = |path: &str| format!("{}{path}", gateway.url);
+    let json_type = ("content-type", "application/json");
+    let post = |body: &str| {
+        gateway.client.post(url(COMPLETION)).header(json_type.0, json_type.1).body(body.to_string())
+    };
+    let large = format!("{{\"prompt\": \"{}\"}}", "x".repeat(config().limits.body_bytes));
+    let cases = [
+        (post("{\"prompt\": "), 400, "invalid_json"),
+        (post("[1]"), 400, "invalid_type"),
+        (post(""), 400, "invalid_json"),
+        (post(&large), 413, "request_too_large"),
+        (gateway.client.post(url(COMPLETION)).body("{\"prompt\": \"x\"}"), 415, "null"),
+        (gateway.client.get(url(COMPLETION)), 405, "method_not_allowed"),
+        (gateway.client.get(url("/v2/x")), 404, "unknown_url"),
+    ];
+    for (request, status, code) in cases {
+        let response = request.send().await.unwrap();
+        assert_eq!(response.status(), status);
+        assert!(response.headers().contains_key("x-request-id"));
+        let body: Value = response.json().await.unwrap();
+        assert_eq!(body["error"]["code"].as_str().unwrap_or("null"), code, "{body}");
+    }
+}
+
+fn failures() -> [(InferenceError, u16, &'static str); 4] {
+    [
+        (InferenceError::Overloaded { retry_after: Duration::from_millis(1500) }, 429, "overloaded"),
+        (InferenceError::Unavailable("no decode group".into()), 503, "service_unavailable"),
+        (InferenceError::Invalid("larger than any store".into()), 400, "invalid_request"),
+        (InferenceError::Internal("oh".into()), 500, "internal_error"),
+    ]
+}
+
+#[tokio::test]
+async fn a_refusal_of_the_cluster_is_a_status_even_for_a_stream() {
+    for (error, status, code) in failures() {
+        let steps = vec![Step::Fail(error)];
+        let gateway = Gateway::new(move |_| steps.clone()).await;
+        for stream in [false, true] {
+            let response = gateway.post(COMPLETION, &json!({"prompt": "x", "stream": stream})).await;
+            assert_eq!(response.status(), status, "stream: {stream}");
+            let retry =
+                response.headers().get("retry-after").map(|value| value.to_str().unwrap().to_string());
+            assert_eq!(retry.as_deref(), (status == 429).then_some("2"));
+            let body: Value = response.json().await.unwrap();
+            assert_eq!(body["error"]["code"], code);
+        }
+    }
+}
+
+#[tokio::test]
+async fn a_failure_within_a_stream_is_an_event_and_cancels_the_other_choices() {
+    let mut gateway = Gateway::new(|request| {
+        let fails =
+            vec![started(), token(0, 40), Step::Wait, Step::Fail(InferenceError::Unavailable("gone".into()))];
+        if request.id.ends_with("-0") { fails } else { vec![started(), token(0, 41), Step::Wait, Step::Wait] }
+    })
+    .await;
+    gateway.go();
+    gateway.go();
+    let mut events = gateway.events(COMPLETION, &json!({"prompt": "x", "stream": true, "n": 2})).await;
+    assert_eq!(events.pop().as_deref(), Some("[DONE]"));
+    let error: Value = serde_json::from_str(&events.pop().unwrap()).unwrap();
+    assert_eq!(
+        (&error["error"]["message"], &error["error"]["code"]),
+        (&json!("gone"), &json!("service_unavailable"))
+    );
+    let gone = [gateway.gone().await, gateway.gone().await];
+    assert!(gone.iter().all(|(_, ended)| !ended));
+}
+
+#[tokio::test]
+async fn a_sequence_without_an_end_and_tokens_out_of_order_are_failures() {
+    for steps in
+        [vec![started(), token(0, 40)], vec![started(), token(1, 40), finished(FinishReason::Stop, 1)]]
+    {
+        let gateway = Gateway::new(move |_| steps.clone()).await;
+        let body = json!({"prompt": "x"});
+        assert_eq!(refusal(&gateway, COMPLETION, &body).await, (500, "internal_error".into(), "null".into()));
+    }
+}
+
+#[tokio::test]
+async fn a_template_refuses_in_its_own_words() {
+    let dir = std::env::temp_dir().join(format!("baton-template-{}", std::process::id()));
+    std::fs::create_dir_all(&dir).unwrap();
+    std::fs::copy(crate::mock::fixture("qwen3").join("tokenizer.json"), dir.join("tokenizer.json")).unwrap();
+    std::fs::write(dir.join("chat_template.jinja"), "{{ raise_exception('roles must alternate') }}").unwrap();
+    let mut config = config();
+    config.model_dir = dir.clone();
+    let gateway = Gateway::with(config, |_| script(&[40], FinishReason::Length)).await;
+    let (status, body) = gateway.ask(CHAT, &json!({"messages": [{"role": "user", "content": "x"}]})).await;
+    assert_eq!((status, &body["error"]["message"]), (400, &json!("roles must alternate")));
+    std::fs::remove_dir_all(dir).unwrap();
+}

@@ -1,0 +1,9 @@
+//! The gateway over real HTTP, in front of a mock cluster: what clients of OpenAI's interface see.
+
+mod answers;
+mod cancel;
+mod errors;
+mod latency;
+mod mock;
+mod status;
+mod tools;

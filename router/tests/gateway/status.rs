@@ -1,0 +1,144 @@
+//! Health, metrics, models, keys, hosts, origins, and `/tokenize`.
+
+use router::ServeError;
+use serde_json::json;
+
+use crate::mock::{CONTEXT, Gateway, config, encode, says};
+
+#[tokio::test]
+async fn health_is_the_clusters_and_live_is_ours() {
+    let gateway = Gateway::new(|_| says("x")).await;
+    *gateway.cluster.health.lock().unwrap() = Err("no decode group".into());
+    let response = gateway.get("/health").await;
+    assert_eq!(response.status(), 503);
+    let body: serde_json::Value = response.json().await.unwrap();
+    assert_eq!(
+        (&body["error"]["message"], &body["error"]["code"]),
+        (&json!("no decode group"), &json!("service_unavailable"))
+    );
+    assert_eq!(gateway.get("/live").await.status(), 200);
+    let healthy = Gateway::new(|_| says("x")).await;
+    assert_eq!(healthy.get("/health").await.status(), 200);
+}
+
+#[tokio::test]
+async fn metrics_count_what_was_served() {
+    let gateway = Gateway::new(|_| says("x")).await;
+    gateway.ask("/v1/completions", &json!({"prompt": "Hi"})).await;
+    gateway.ask("/v1/completions", &json!({"prompt": 1})).await;
+    let response = gateway.get("/metrics").await;
+    assert!(response.headers()["content-type"].to_str().unwrap().starts_with("application/openmetrics-text"));
+    let text = response.text().await.unwrap();
+    for line in [
+        "vllm:num_requests_running{model_name=\"tiny\"} 3",
+        "vllm:generation_tokens_total{model_name=\"tiny\"} 2",
+        "vllm:request_success_total{model_name=\"tiny\",finished_reason=\"stop\"} 1",
+        "baton_http_responses_total{model_name=\"tiny\",path=\"/v1/completions\",status=\"400\"} 1",
+        "# EOF",
+    ] {
+        assert!(text.lines().any(|l| l == line), "{line} is not in\n{text}");
+    }
+}
+
+#[tokio::test]
+async fn models_are_listed_under_all_their_names() {
+    let mut config = config();
+    config.aliases = vec!["org/Tiny-1B".into()];
+    let gateway = Gateway::with(config, |_| says("x")).await;
+    let list: serde_json::Value = gateway.get("/v1/models").await.json().await.unwrap();
+    let names: Vec<&str> =
+        list["data"].as_array().unwrap().iter().map(|model| model["id"].as_str().unwrap()).collect();
+    assert_eq!(names, ["tiny", "org/Tiny-1B"]);
+    assert_eq!(list["data"][0]["max_model_len"], CONTEXT);
+    let one: serde_json::Value = gateway.get("/v1/models/org/Tiny-1B").await.json().await.unwrap();
+    assert_eq!((&one["id"], &one["object"]), (&json!("org/Tiny-1B"), &json!("model")));
+    assert_eq!(gateway.get("/v1/models/other").await.status(), 404);
+    assert_eq!(gateway.ask("/v1/completions", &json!({"model": "org/Tiny-1B", "prompt": "x"})).await.0, 200);
+}
+
+#[tokio::test]
+async fn keys_guard_what_costs_and_nothing_else() {
+    let mut config = config();
+    config.keys = vec!["sk-secret".into()];
+    let gateway = Gateway::with(config, |_| says("x")).await;
+    for path in ["/live", "/health", "/metrics"] {
+        assert_eq!(gateway.get(path).await.status(), 200, "{path}");
+    }
+    let body = json!({"prompt": "x"});
+    for path in ["/v1/completions", "/v1/chat/completions", "/tokenize", "/detokenize"] {
+        let (status, answer) = gateway.ask(path, &body).await;
+        assert_eq!((status, &answer["error"]["code"]), (401, &json!("invalid_api_key")), "{path}");
+    }
+    assert_eq!(gateway.get("/v1/models").await.status(), 401);
+    let url = format!("{}/v1/completions", gateway.url);
+    let with = |key: &str| gateway.client.post(&url).bearer_auth(key).json(&body).send();
+    assert_eq!(with("sk-secret").await.unwrap().status(), 200);
+    assert_eq!(with("sk-secreT").await.unwrap().status(), 401);
+}
+
+#[tokio::test]
+async fn request_ids_come_back_or_are_made() {
+    let gateway = Gateway::new(|_| says("x")).await;
+    let url = format!("{}/live", gateway.url);
+    let id = async |given: &str| {
+        let response = gateway.client.get(&url).header("x-request-id", given).send().await.unwrap();
+        response.headers()["x-request-id"].to_str().unwrap().to_string()
+    };
+    assert_eq!(id("abc-123").await, "abc-123");
+    assert!(id("with space").await.starts_with("req_"));
+    assert!(id(&"x".repeat(129)).await.starts_with("req_"));
+}
+
+#[tokio::test]
+async fn only_listed_hosts_and_origins_are_served() {
+    let mut config = config();
+    config.allowed_hosts = vec!["localhost".into()];
+    config.allowed_origins = vec!["https://chat.example".into()];
+    let gateway = Gateway::with(config, |_| says("x")).await;
+    assert_eq!(gateway.get("/v1/models").await.status(), 403);
+    let url = format!("{}/v1/models", gateway.url);
+    let ask =
+        |origin: &str| gateway.client.get(&url).header("host", "LOCALHOST:1").header("origin", origin).send();
+    let allowed = ask("https://chat.example").await.unwrap();
+    assert_eq!(allowed.headers()["access-control-allow-origin"], "https://chat.example");
+    let other = ask("https://evil.example").await.unwrap();
+    assert!(!other.headers().contains_key("access-control-allow-origin"));
+    let preflight =
+        gateway.client.request(reqwest::Method::OPTIONS, format!("{}/v1/chat/completions", gateway.url));
+    let preflight = preflight.header("host", "localhost").header("origin", "https://chat.example");
+    let preflight = preflight.header("access-control-request-method", "POST");
+    let preflight = preflight
+        .header("access-control-request-headers", "authorization, content-type")
+        .send()
+        .await
+        .unwrap();
+    assert_eq!(preflight.status(), 204);
+    assert_eq!(preflight.headers()["access-control-allow-headers"], "authorization, content-type");
+}
+
+#[tokio::test]
+async fn texts_become_ids_and_back() {
+    let gateway = Gateway::new(|_| says("x")).await;
+    let ids = encode("Hello 🙂");
+    let (_, body) = gateway.ask("/tokenize", &json!({"prompt": "Hello 🙂", "return_token_strs": true})).await;
+    assert_eq!((&body["tokens"], &body["count"]), (&json!(ids), &json!(ids.len())));
+    assert_eq!((&body["max_model_len"], &body["token_strs"][0]), (&json!(CONTEXT), &json!("H")));
+    let (_, body) = gateway.ask("/detokenize", &json!({"tokens": ids})).await;
+    assert_eq!(body, json!({"prompt": "Hello 🙂"}));
+    let chat = json!({"messages": [{"role": "user", "content": "Hi"}], "add_generation_prompt": false});
+    let (_, body) = gateway.ask("/tokenize", &chat).await;
+    assert_eq!(body["tokens"], json!(encode("<|im_start|>user\nHi<|im_end|>\n")));
+    assert_eq!(gateway.ask("/detokenize", &json!({"tokens": [99999]})).await.0, 400);
+}
+
+#[tokio::test]
+async fn a_folder_without_a_tokenizer_is_named() {
+    let mut config = config();
+    config.model_dir = crate::mock::fixture("nothing");
+    let gateway = Gateway::with(config, |_| says("x")).await;
+    let error = gateway.served.await.unwrap().unwrap_err();
+    assert!(
+        matches!(error, ServeError::Text(_)) && error.to_string().contains("nothing/tokenizer.json"),
+        "{error}"
+    );
+}

@@ -1,0 +1,106 @@
+//! Tool calls in chats: definitions to the template, calls from the text.
+
+use serde_json::{Value, json};
+
+use crate::mock::{Gateway, content, encode, says};
+
+const CHAT: &str = "/v1/chat/completions";
+const ANSWER: &str = "Let me see.\n<tool_call>\n{\"name\": \"get_weather\", \"arguments\": {\"city\": \"Bern\"}}\n</tool_call>\n\
+                      <tool_call>\n{\"name\": \"get_weather\", \"arguments\": {\"city\": \"Ulm\"}}\n</tool_call>";
+
+fn body() -> Value {
+    json!({
+        "messages": [{"role": "user", "content": "Weather in Bern?"}],
+        "tools": [{"type": "function", "function": {"name": "get_weather", "parameters": {"type": "object"}}}],
+    })
+}
+
+#[tokio::test]
+async fn calls_come_as_calls() {
+    let gateway = Gateway::new(|_| says(ANSWER)).await;
+    let (status, answer) = gateway.ask(CHAT, &body()).await;
+    assert_eq!(status, 200, "{answer}");
+    let choice = &answer["choices"][0];
+    assert_eq!(
+        (&choice["finish_reason"], &choice["message"]["content"]),
+        (&json!("tool_calls"), &json!("Let me see."))
+    );
+    let calls = choice["message"]["tool_calls"].as_array().unwrap();
+    let functions: Vec<&Value> = calls.iter().map(|call| &call["function"]).collect();
+    assert_eq!(functions[0], &json!({"name": "get_weather", "arguments": "{\"city\": \"Bern\"}"}));
+    assert_eq!(functions[1]["arguments"], "{\"city\": \"Ulm\"}");
+    assert!(calls[0]["id"].as_str().unwrap().starts_with("call_") && calls[0]["id"] != calls[1]["id"]);
+    assert_eq!(calls[0]["type"], "function");
+    let definition =
+        r#"{"type": "function", "function": {"name": "get_weather", "parameters": {"type": "object"}}}"#;
+    let prompt = crate::mock::tokenizer().decode(&gateway.last().tokens, false);
+    assert!(prompt.contains(&format!("<tools>\n{definition}\n</tools>")), "{prompt}");
+}
+
+#[tokio::test]
+async fn streamed_calls_carry_their_index() {
+    let gateway = Gateway::new(|_| says(ANSWER)).await;
+    let mut body = body();
+    body["stream"] = true.into();
+    let chunks = gateway.chunks(CHAT, &body).await;
+    assert_eq!(content(&chunks), "Let me see.");
+    let calls: Vec<&Value> = chunks
+        .iter()
+        .filter_map(|chunk| chunk["choices"][0]["delta"]["tool_calls"].as_array())
+        .flatten()
+        .collect();
+    let told: Vec<(&Value, &Value)> =
+        calls.iter().map(|call| (&call["index"], &call["function"]["arguments"])).collect();
+    assert_eq!(
+        told,
+        [(&json!(0), &json!("{\"city\": \"Bern\"}")), (&json!(1), &json!("{\"city\": \"Ulm\"}"))]
+    );
+    assert_eq!(chunks.last().unwrap()["choices"][0]["finish_reason"], "tool_calls");
+}
+
+#[tokio::test]
+async fn without_parallel_calls_the_first_ends_the_answer() {
+    let mut gateway = Gateway::new(|_| says(ANSWER)).await;
+    let mut body = body();
+    body["parallel_tool_calls"] = false.into();
+    let (_, answer) = gateway.ask(CHAT, &body).await;
+    assert_eq!(answer["choices"][0]["message"]["tool_calls"].as_array().unwrap().len(), 1);
+    assert!(!gateway.gone().await.1, "the second is not generated");
+}
+
+#[tokio::test]
+async fn without_tools_all_is_text() {
+    let gateway = Gateway::new(|_| says(ANSWER)).await;
+    let mut body = body();
+    body["tool_choice"] = "none".into();
+    let (_, answer) = gateway.ask(CHAT, &body).await;
+    assert_eq!(answer["choices"][0]["message"]["content"], ANSWER);
+    assert_eq!(
+        *gateway.last().tokens,
+        encode("<|im_start|>user\nWeather in Bern?<|im_end|>\n<|im_start|>assistant\n")
+    );
+}
+
+#[tokio::test]
+async fn a_conversation_with_results_goes_back_to_the_model() {
+    let gateway = Gateway::new(|_| says("Sunny.")).await;
+    let body = json!({"messages": [
+        {"role": "user", "content": "Weather?"},
+        {"role": "assistant", "content": null, "refusal": null, "tool_calls": [
+            {"id": "call_1", "type": "function", "function": {"name": "f", "arguments": "{\"city\":\"Bern\"}"}}]},
+        {"role": "tool", "tool_call_id": "call_1", "content": "sunny"}]});
+    assert_eq!(gateway.ask(CHAT, &body).await.0, 200);
+    let prompt = crate::mock::tokenizer().decode(&gateway.last().tokens, false);
+    let call = "<|im_start|>assistant\n<tool_call>\n{\"name\": \"f\", \"arguments\": {\"city\": \"Bern\"}}\n</tool_call><|im_end|>\n";
+    let result = "<|im_start|>user\n<tool_response>\nsunny\n</tool_response><|im_end|>\n";
+    assert!(prompt.contains(call) && prompt.contains(result), "{prompt}");
+}
+
+#[tokio::test]
+async fn a_model_whose_calls_we_cannot_read_refuses_tools() {
+    let mut config = crate::mock::config();
+    config.model_dir = crate::mock::fixture("llama");
+    let gateway = Gateway::with(config, |_| says("x")).await;
+    let (status, answer) = gateway.ask(CHAT, &body()).await;
+    assert_eq!((status, &answer["error"]["param"]), (400, &json!("tools")));
+}
