@@ -53,8 +53,8 @@ pub async fn handle(State(gateway): State<Arc<Gateway>>, request: Request) -> Re
     let arrived = Instant::now();
     let (request, prompt) = gateway
         .on_text_thread(move |gateway| {
-            let request = parse(gateway, &body)?;
-            let tokens = render(gateway, request.conversation.clone())?;
+            let mut request = parse(gateway, &body)?;
+            let tokens = render(gateway, std::mem::take(&mut request.conversation))?;
             let context = gateway.config.context_tokens;
             let default = gateway.text.defaults.max_new_tokens;
             let max_tokens = request.params.output_tokens(tokens.len(), context, default, "messages")?;

@@ -19,7 +19,8 @@ use super::answer::{Answer, Update, Usage};
 use super::choice::{Delta, End};
 use super::error::ApiError;
 
-/// A comment goes out when nothing else did for this long, so that proxies and clients keep the connection.
+/// A comment goes out when nothing else did for this long (twice, at the worst), so that proxies and clients keep the
+/// connection.
 const KEEP_ALIVE: Duration = Duration::from_secs(15);
 
 /// A chunk of the body is sent at this size at the latest.
@@ -110,7 +111,7 @@ pub fn stream<F: Format>(answer: Answer, format: F, include_usage: bool) -> Resp
         include_usage,
         out: Events::default(),
         done: false,
-        quiet: true,
+        quiet: false,
         keep_alive,
     };
     (0..body.answer.choices()).for_each(|index| body.format.open(index, &mut body.out));
@@ -135,6 +136,7 @@ struct EventStream<F> {
 
 impl<F: Format> EventStream<F> {
     fn take(&mut self, update: Option<Update>) {
+        self.quiet = false;
         match update {
             Some(Update::Progress(index)) => self.delta(index),
             Some(Update::Ended(index, end)) => {
@@ -185,9 +187,58 @@ impl<F: Format> Stream for EventStream<F> {
             }
         }
         if !this.out.0.is_empty() {
-            this.quiet = false;
             return Poll::Ready(Some(Ok(this.out.0.split().freeze())));
         }
         if this.done { Poll::Ready(None) } else { Poll::Pending }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::future::poll_fn;
+    use std::sync::Arc;
+
+    use futures::StreamExt;
+    use prometheus_client::registry::Registry;
+    use serde_json::json;
+
+    use super::*;
+    use crate::api::answer::Lane;
+    use crate::api::chat_format::ChatFormat;
+    use crate::api::choice::{Choice, ToolMode};
+    use crate::api::config::Limits;
+    use crate::api::fields::Fields;
+    use crate::api::head::Head;
+    use crate::api::params::{Params, Rules};
+    use crate::metrics::{Metrics, SequenceMeter};
+    use crate::text::pieces::Pieces;
+    use crate::text::{Beginning, Defaults};
+
+    /// A stream whose cluster says nothing.
+    fn silent() -> Response {
+        let pieces = Arc::new(Pieces::new(&[], &json!({"type": "ByteLevel"})).expect("supported"));
+        let limits = Limits::for_context(10);
+        let rules = Rules { defaults: &Defaults::default(), vocab: 1, limits: &limits };
+        let mut fields = Fields::parse(b"{}").expect("an object");
+        let params = Params::read(&mut fields, &rules, &[]).expect("valid");
+        let choice = Choice::new(&params, Arc::clone(&pieces), Beginning::Text, ToolMode::Off, false);
+        let meter = SequenceMeter::new(Metrics::new(Registry::default(), "m"), std::time::Instant::now(), 1);
+        let lane = (Lane::new(choice, meter, 1), futures::stream::pending().boxed());
+        let head = Head::new("chatcmpl", 0, std::time::UNIX_EPOCH, "m".into());
+        stream(Answer::new(vec![lane], 1, 0.0, false), ChatFormat::new(head, pieces, false), false)
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_silent_stream_is_kept_alive_by_comments() {
+        let mut chunks = silent().into_body().into_data_stream();
+        let first = chunks.next().await.expect("a chunk").expect("no error");
+        assert!(first.starts_with(b"data: {"), "{first:?}");
+        let begun = Instant::now();
+        for _ in 0..2 {
+            assert_eq!(chunks.next().await.expect("a chunk").expect("no error"), ": keep-alive\n\n");
+        }
+        // The first tick falls into the time of the opening event; from then on each tick finds silence.
+        assert!(begun.elapsed() <= 3 * KEEP_ALIVE, "{:?}", begun.elapsed());
+        poll_fn(|cx| Poll::Ready(assert!(chunks.poll_next_unpin(cx).is_pending()))).await;
     }
 }

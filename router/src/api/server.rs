@@ -43,6 +43,7 @@ pub async fn run(listener: TcpListener, app: Router, limits: &Limits, shutdown: 
             .timer(TokioTimer::new())
             .header_read_timeout(limits.head_read)
             .max_buf_size(limits.head_bytes)
+            .max_header_size(limits.head_bytes)
             .max_headers(limits.headers)
             .serve_connection(TokioIo::new(stream), TowerToHyperService::new(app.clone()));
         let (shutdown, cut_off) = (shutdown.clone(), cut_off.clone());

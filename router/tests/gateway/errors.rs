@@ -4,6 +4,8 @@ use std::time::Duration;
 
 use router::inference::{FinishReason, InferenceError};
 use serde_json::{Value, json};
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::TcpStream;
 
 use crate::mock::{Gateway, Step, config, finished, says, script, started, token};
 
@@ -123,6 +125,21 @@ async fn what_is_no_request_is_answered_in_the_same_form() {
         assert!(response.headers().contains_key("x-request-id"));
         let body: Value = response.json().await.unwrap();
         assert_eq!(body["error"]["code"].as_str().unwrap_or("null"), code, "{body}");
+    }
+}
+
+#[tokio::test]
+async fn a_head_beyond_its_bounds_is_refused() {
+    let gateway = Gateway::new(|_| says("x")).await;
+    let address = gateway.url.trim_start_matches("http://");
+    for head in ["a: b\r\n".repeat(101), format!("a: {}\r\n", "b".repeat(70 << 10))] {
+        let mut connection = TcpStream::connect(address).await.unwrap();
+        let request = format!("GET /live HTTP/1.1\r\nhost: x\r\n{head}\r\n");
+        // The server may close before it has read all.
+        _ = connection.write_all(request.as_bytes()).await;
+        let mut answer = [0; 12];
+        connection.read_exact(&mut answer).await.unwrap();
+        assert_eq!(&answer, b"HTTP/1.1 431", "{} bytes", head.len());
     }
 }
 

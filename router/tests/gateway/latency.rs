@@ -20,7 +20,7 @@ async fn added_latency() {
     let tokens = ids.len();
     let gateway = Gateway::new(move |_| script(&ids, FinishReason::Length)).await;
     let content = "The quick brown fox jumps over the lazy dog. ".repeat(22);
-    let body = json!({"messages": [{"role": "user", "content": content}], "stream": true, "max_tokens": 20, "baton_timings": true});
+    let body = json!({"messages": [{"role": "user", "content": content}], "stream": true, "max_tokens": 40, "baton_timings": true});
     let mut firsts = Vec::with_capacity(REQUESTS);
     let mut wholes = Vec::with_capacity(REQUESTS);
     for _ in 0..REQUESTS {
