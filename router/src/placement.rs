@@ -236,14 +236,11 @@ const RANK_STEP_S: f64 = 0.01;
 /// Chooses for one request.
 pub fn place(ask: Ask, view: &View, rules: &Rules) -> Outcome {
     let Readers { best: reader, startable } = readers(ask, view, rules);
-    let travels = rules.disaggregation != Disaggregation::Never;
-    if ask.one_token && travels {
-        if let Some(prefill) = reader {
-            return match startable {
-                true => Outcome::Place(Placement::PrefillOnly { prefill }),
-                false => Outcome::Wait(Wait::Prefill),
-            };
-        }
+    let alone = ask.one_token && rules.disaggregation != Disaggregation::Never;
+    match reader.filter(|_| alone) {
+        Some(prefill) if startable => return Outcome::Place(Placement::PrefillOnly { prefill }),
+        Some(_) => return Outcome::Wait(Wait::Prefill),
+        None => {}
     }
     if view.decode.is_empty() {
         return Outcome::Wait(Wait::DecodeGroup);

@@ -31,14 +31,6 @@ use crate::inference::{FinishReason, Started};
 /// The prefill node was lost after its first token: so long the group may still say that everything landed.
 const LANDED_GRACE: Duration = Duration::from_millis(500);
 
-/// How an attempt ends.
-pub enum End {
-    /// The answer is complete. What still runs is left to end by itself.
-    Finished(FinishReason, Remains),
-    /// It is not.
-    Failed(Failure),
-}
-
 /// Why an attempt failed.
 #[derive(Debug)]
 pub struct Failure {
@@ -109,15 +101,8 @@ struct Peer {
 }
 
 impl Attempt<'_> {
-    /// Runs it to its end.
-    pub async fn run(&self, progress: &mut Progress) -> End {
-        match self.try_run(progress).await {
-            Ok((reason, remains)) => End::Finished(reason, remains),
-            Err(failure) => End::Failed(failure),
-        }
-    }
-
-    async fn try_run(&self, progress: &mut Progress) -> Result<(FinishReason, Remains), Failure> {
+    /// Runs it to its end: the answer is complete, with the calls that are left to end by themselves, or a failure.
+    pub async fn run(&self, progress: &mut Progress) -> Result<(FinishReason, Remains), Failure> {
         let prefill = self.peer(&self.grant.prefill, Role::Prefill);
         let decode = self.peer(&self.grant.decode, Role::Decode);
         let mut calls = Remains::default();
@@ -228,6 +213,12 @@ impl Attempt<'_> {
         }
     }
 
+    /// No new work for the node for a moment.
+    fn suspect(&self, peer: &Peer, why: &str) {
+        self.grant.failed(peer.role);
+        self.nodes.suspect(&peer.member, why);
+    }
+
     /// A node did not take the work.
     fn not_accepted(&self, peer: &Peer, status: &Status) -> Failure {
         let message = one_line(&peer.member, status);
@@ -238,7 +229,7 @@ impl Attempt<'_> {
             }
             Meaning::Invalid => FailureKind::Invalid,
             Meaning::Session | Meaning::Lost => {
-                self.nodes.suspect(&peer.member, &message);
+                self.suspect(peer, &message);
                 FailureKind::NotAccepted
             }
         };
@@ -259,7 +250,7 @@ impl Attempt<'_> {
             (Meaning::Full, _) => FailureKind::Migrate(Cause::Preempted),
             (Meaning::Session, _) => FailureKind::Migrate(Cause::Session),
             (Meaning::Lost, role) => {
-                self.nodes.suspect(&peer.member, &message);
+                self.suspect(peer, &message);
                 FailureKind::Migrate(match role {
                     Role::Prefill => Cause::PrefillLost,
                     _ => Cause::DecodeLost,
@@ -313,7 +304,9 @@ impl Course<'_> {
                 None => heard_last + silence_max,
             };
             let prefill_matters = self.calls.prefill.is_some() && !self.landed;
+            // In this order: the first token and what the push took are told before what the group made of them.
             let heard = tokio::select! {
+                biased;
                 event = next(&mut self.calls.prefill) => Heard::Prefill(event),
                 event = next(&mut self.calls.decode) => Heard::Decode(event),
                 () = departed(&self.prefill, prefill_matters) => Heard::Departed(Role::Prefill),
@@ -503,7 +496,7 @@ impl Course<'_> {
         };
         match peer {
             Some(peer) => {
-                self.attempt.nodes.suspect(&peer.member, what);
+                self.attempt.suspect(peer, what);
                 protocol(&peer.member, what)
             }
             None => Failure { kind: FailureKind::Migrate(Cause::Protocol), message: what.to_string() },

@@ -11,16 +11,17 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use cluster::{Member, Members, Snapshot};
-use proto::v1::{KvSpec, Role};
+use proto::v1::Role;
 use tokio::sync::oneshot;
 use tokio::time::Instant;
 
 use super::DispatchConfig;
 use super::counts::Counts;
-use super::ledger::{Account, GrantId, Ledger};
+use super::field::Field;
+use super::ledger::{GrantId, Ledger};
 use super::prefix::{Holder, PrefixMap};
 use crate::inference::InferenceError;
-use crate::placement::{self, Ask, Candidate, Outcome, Placement, Rules, Store, View, Wait};
+use crate::placement::{self, Ask, Candidate, Outcome, Placement, Rules, Wait};
 
 /// Requests looked at behind one that must wait.
 const LOOK_PAST_MAX: usize = 8;
@@ -163,7 +164,8 @@ impl Book {
         let mut after: Option<Turn> = None;
         while let Some((turn, blocks, ask)) = next_turn(&state.waiting, after) {
             after = Some(turn);
-            let field = self.field(state, snapshot, ask, &blocks);
+            let field =
+                Field::new(snapshot, &mut state.ledger, &state.prefixes, ask, &blocks, now.into_std());
             let rules = Rules {
                 disaggregation: self.config.disaggregation,
                 start_within_s: self.config.start_within.as_secs_f64(),
@@ -204,34 +206,6 @@ impl Book {
             }
         }
         answers
-    }
-
-    /// The ready nodes as placement sees them, for one request.
-    fn field(&self, state: &mut State, snapshot: &Snapshot, ask: Ask, blocks: &[u64]) -> Field {
-        let mut members: Vec<(&Arc<Member>, Account)> = Vec::new();
-        for member in snapshot.members.iter().filter(|member| member.ready()) {
-            members.push((member, state.ledger.account(member)));
-        }
-        let holders: Vec<Holder> = members.iter().map(|(_, account)| account.holder).collect();
-        let cached = state.prefixes.cached_tokens(&holders, blocks);
-        let mut field = Field::default();
-        for ((member, account), cached_tokens) in members.into_iter().zip(cached) {
-            let candidate = candidate(member, &account, cached_tokens);
-            match member.role() {
-                Role::Decode => field.add_decode(member, candidate, account.holder),
-                // A node whose whole store is too small for the prompt is no help.
-                Role::Prefill
-                    if candidate
-                        .store
-                        .is_none_or(|store| placement::blocks_for(ask.tokens, &store) <= store.total) =>
-                {
-                    field.add_prefill(member, candidate, account.holder);
-                }
-                _ => {}
-            }
-        }
-        field.link();
-        field
     }
 
     fn grant(
@@ -313,6 +287,7 @@ impl Grant {
     pub fn admitted(&self, cached_tokens: u32, blocks: &[u64]) {
         let Some(decode) = &self.decode else { return };
         self.book.change(|state| {
+            state.ledger.worked(&decode.join.node_id);
             state.ledger.sequence_admitted(&decode.join.node_id, self.id, Instant::now().into_std());
             state.prefixes.correct(self.decode_holder, blocks, cached_tokens);
         });
@@ -326,6 +301,7 @@ impl Grant {
             (None, None) => return,
         };
         self.book.change(|state| {
+            state.ledger.worked(&member.join.node_id);
             state.ledger.prompt_done(&member.join.node_id, self.id);
             if let Some(cached_tokens) = cached_tokens {
                 state.prefixes.correct(holder, blocks, cached_tokens);
@@ -345,13 +321,22 @@ impl Grant {
 
     /// The node of this role refused for want of room: nobody is sent there before something changes.
     pub fn refused(&self, role: Role) {
+        self.blame(role, Ledger::refused);
+    }
+
+    /// A call to the node of this role failed: nobody is sent there for a moment.
+    pub fn failed(&self, role: Role) {
+        self.blame(role, Ledger::failed);
+    }
+
+    fn blame(&self, role: Role, note: impl FnOnce(&mut Ledger, &str, std::time::Instant)) {
         let member = match role {
             Role::Prefill => &self.prefill,
             _ => &self.decode,
         };
         if let Some(member) = member {
             let now = Instant::now().into_std();
-            self.book.change(|state| state.ledger.refused(&member.join.node_id, now));
+            self.book.change(|state| note(&mut state.ledger, &member.join.node_id, now));
         }
     }
 }
@@ -383,75 +368,6 @@ impl Drop for InQueue<'_> {
     }
 }
 
-/// Ready members in the order of a [`View`], with their names in the prefix map.
-#[derive(Default)]
-struct Field {
-    view: View,
-    prefill: Vec<(Arc<Member>, Holder)>,
-    decode: Vec<(Arc<Member>, Holder)>,
-}
-
-impl Field {
-    fn add_prefill(&mut self, member: &Arc<Member>, candidate: Candidate, holder: Holder) {
-        self.prefill.push((member.clone(), holder));
-        self.view.prefill.push(candidate);
-    }
-
-    fn add_decode(&mut self, member: &Arc<Member>, candidate: Candidate, holder: Holder) {
-        self.decode.push((member.clone(), holder));
-        self.view.decode.push(candidate);
-        self.view.kv_bytes_per_token = member.join.kv_spec.as_ref().map_or(0.0, kv_bytes_per_token);
-    }
-
-    /// Finds the measured rate from each prefill node to each group, by the group's KV addresses. With several ranks
-    /// the fastest counts: they share the sender's interface.
-    fn link(&mut self) {
-        for ((member, _), candidate) in self.prefill.iter().zip(&mut self.view.prefill) {
-            for (index, (group, _)) in self.decode.iter().enumerate() {
-                let rate = member
-                    .report
-                    .links
-                    .iter()
-                    .filter(|link| group.join.kv_addresses.contains(&link.peer))
-                    .map(|link| f64::from(link.gbytes_per_s) * 1e9)
-                    .fold(0.0, f64::max);
-                if rate > 0.0 {
-                    candidate.links.push((index, rate));
-                }
-            }
-        }
-    }
-}
-
-fn candidate(member: &Member, account: &Account, cached_tokens: u32) -> Candidate {
-    let report = &member.report;
-    let measured = |value: f32| (value.is_finite() && value > 0.0).then(|| f64::from(value));
-    Candidate {
-        cached_tokens,
-        // The report knows what other routers gave, the account what this one gave since.
-        queue_tokens: report.waiting_tokens.max(account.prompt_tokens),
-        queue_prompts: report.waiting.max(account.prompts),
-        rate: measured(report.prefill_tokens_per_s),
-        streams: report.running.max(account.sequences),
-        step_s: measured(report.decode_step_ms).map(|ms| ms / 1e3),
-        store: report.kv.as_ref().filter(|kv| kv.total > 0 && kv.block_tokens > 0).map(|kv| Store {
-            block_tokens: kv.block_tokens,
-            total: kv.total,
-            available: kv.free.saturating_add(kv.cached).saturating_sub(account.blocks_unreported),
-        }),
-        full: account.full,
-        links: Vec::new(),
-    }
-}
-
-fn kv_bytes_per_token(spec: &KvSpec) -> f64 {
-    let plane_bytes = |plane: &proto::v1::KvPlane| {
-        let value_bytes = if plane.dtype == "f32" { 4.0 } else { 2.0 };
-        f64::from(plane.heads_total) * f64::from(plane.dim) * value_bytes
-    };
-    f64::from(spec.layers) * spec.planes.iter().map(plane_bytes).sum::<f64>()
-}
-
 fn next_turn(waiting: &BTreeMap<Turn, Waiting>, after: Option<Turn>) -> Option<(Turn, Arc<[u64]>, Ask)> {
     use std::ops::Bound::{Excluded, Unbounded};
     let from = after.map_or(Unbounded, Excluded);
@@ -467,7 +383,7 @@ fn retry_after(state: &State) -> Duration {
 #[cfg(test)]
 mod tests {
     use cluster::MembershipConfig;
-    use proto::v1::{Identity, JoinRequest, KvBlocks, KvPlane, NodeReport};
+    use proto::v1::{Identity, JoinRequest, KvBlocks, KvPlane, KvSpec, NodeReport};
 
     use super::*;
     use crate::inference::Decision;

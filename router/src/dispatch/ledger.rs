@@ -12,6 +12,10 @@ use super::prefix::Holder;
 /// A report shows an admission that came at least this long before it.
 const REPORT_AGE: Duration = Duration::from_millis(100);
 
+/// After a failed call a node gets no work for this long; doubles with every failure in a row, up to the second.
+const SHUN_MIN: Duration = Duration::from_millis(100);
+const SHUN_MAX: Duration = Duration::from_secs(5);
+
 /// Names one grant.
 pub type GrantId = u64;
 
@@ -26,6 +30,10 @@ struct Node {
     sequences: HashMap<GrantId, (u32, Option<Instant>)>,
     /// When it refused for want of room.
     full: Option<Instant>,
+    /// Calls that failed in a row, and until when it gets no work. Reports alone do not make it well: a node may report
+    /// and yet not be callable.
+    failures: u32,
+    shunned: Option<Instant>,
 }
 
 /// Accounts by node id.
@@ -50,11 +58,13 @@ pub struct Account {
     pub blocks_unreported: u32,
     /// It refused for want of room since the report, and nothing was given back.
     pub full: bool,
+    /// Calls to it failed a moment ago.
+    pub shunned: bool,
 }
 
 impl Ledger {
-    /// The account of a member; notices a restart.
-    pub fn account(&mut self, member: &Member) -> Account {
+    /// The account of a member; notices a restart, after which nothing is held against it.
+    pub fn account(&mut self, member: &Member, now: Instant) -> Account {
         let node = self.nodes.entry(member.join.node_id.clone()).or_default();
         let (lease, epoch) = &node.incarnation;
         if *lease != member.id || *epoch != member.report.epoch {
@@ -62,6 +72,8 @@ impl Ledger {
             self.holders += 1;
             node.holder = self.holders;
             node.full = None;
+            node.failures = 0;
+            node.shunned = None;
         }
         // A node that answered its report after the refusal may have room again.
         node.full = node.full.filter(|&at| member.reported <= at);
@@ -75,6 +87,25 @@ impl Ledger {
             sequences: node.sequences.len() as u32,
             blocks_unreported: node.sequences.values().filter(unreported).map(|(blocks, _)| blocks).sum(),
             full: node.full.is_some(),
+            shunned: node.shunned.is_some_and(|until| now < until),
+        }
+    }
+
+    /// A call to the node failed. Failures while it is shunned are the same trouble, seen by other requests.
+    pub fn failed(&mut self, node_id: &str, now: Instant) {
+        let node = self.nodes.entry(node_id.to_string()).or_default();
+        if node.shunned.is_none_or(|until| until <= now) {
+            let pause = SHUN_MIN.saturating_mul(1 << node.failures.min(16)).min(SHUN_MAX);
+            node.failures = node.failures.saturating_add(1);
+            node.shunned = Some(now + pause);
+        }
+    }
+
+    /// A call to the node did what it should.
+    pub fn worked(&mut self, node_id: &str) {
+        if let Some(node) = self.nodes.get_mut(node_id) {
+            node.failures = 0;
+            node.shunned = None;
         }
     }
 
@@ -97,10 +128,9 @@ impl Ledger {
 
     /// The group has reserved its room.
     pub fn sequence_admitted(&mut self, node_id: &str, grant: GrantId, now: Instant) {
-        if let Some(node) = self.nodes.get_mut(node_id) {
-            if let Some((_, known)) = node.sequences.get_mut(&grant) {
-                *known = Some(now);
-            }
+        let sequence = self.nodes.get_mut(node_id).and_then(|node| node.sequences.get_mut(&grant));
+        if let Some((_, known)) = sequence {
+            *known = Some(now);
         }
     }
 
@@ -151,16 +181,16 @@ mod tests {
         let mut ledger = Ledger::default();
         ledger.prompt_given("d0", 1, 500);
         ledger.sequence_given("d0", 1, 40);
-        let account = ledger.account(&member("m", at(1000)));
+        let account = ledger.account(&member("m", at(1000)), start);
         assert_eq!((account.prompt_tokens, account.prompts, account.sequences), (500, 1, 1));
         assert_eq!(account.blocks_unreported, 40);
         ledger.sequence_admitted("d0", 1, at(1000));
-        assert_eq!(ledger.account(&member("m", at(1050))).blocks_unreported, 40);
-        assert_eq!(ledger.account(&member("m", at(1100))).blocks_unreported, 0);
+        assert_eq!(ledger.account(&member("m", at(1050)), start).blocks_unreported, 40);
+        assert_eq!(ledger.account(&member("m", at(1100)), start).blocks_unreported, 0);
         ledger.prompt_done("d0", 1);
-        assert_eq!(ledger.account(&member("m", at(1100))).prompts, 0);
+        assert_eq!(ledger.account(&member("m", at(1100)), start).prompts, 0);
         ledger.returned("d0", 1);
-        assert_eq!(ledger.account(&member("m", at(1100))).sequences, 0);
+        assert_eq!(ledger.account(&member("m", at(1100)), start).sequences, 0);
     }
 
     /// Protects: a refusal holds until something changes: a report, or room given back by us.
@@ -168,8 +198,9 @@ mod tests {
     fn a_refusal_holds_until_something_changes() {
         let start = Instant::now();
         let mut ledger = Ledger::default();
-        let full =
-            |ledger: &mut Ledger, ms| ledger.account(&member("m", start + Duration::from_millis(ms))).full;
+        let full = |ledger: &mut Ledger, ms| {
+            ledger.account(&member("m", start + Duration::from_millis(ms)), start).full
+        };
         assert!(!full(&mut ledger, 0));
         ledger.refused("d0", start + Duration::from_millis(10));
         assert!(full(&mut ledger, 0));
@@ -191,14 +222,35 @@ mod tests {
     fn a_restart_is_another_holder() {
         let now = Instant::now();
         let mut ledger = Ledger::default();
-        let first = ledger.account(&member("m1", now)).holder;
-        assert_eq!(ledger.account(&member("m1", now)).holder, first);
-        let second = ledger.account(&member("m2", now)).holder;
+        let first = ledger.account(&member("m1", now), now).holder;
+        assert_eq!(ledger.account(&member("m1", now), now).holder, first);
+        let second = ledger.account(&member("m2", now), now).holder;
         assert_ne!(second, first);
         let mut regrouped = member("m2", now);
         regrouped.report.epoch = 2;
-        assert_ne!(ledger.account(&regrouped).holder, second);
+        assert_ne!(ledger.account(&regrouped, now).holder, second);
         ledger.keep(|_| false);
         assert!(ledger.nodes.is_empty());
+    }
+
+    /// Protects: a node that reports but cannot be called is tried ever more rarely, until it works or restarts; many
+    /// requests that see one failure count once.
+    #[test]
+    fn failing_nodes_are_shunned() {
+        let start = Instant::now();
+        let at = |ms| start + Duration::from_millis(ms);
+        let mut ledger = Ledger::default();
+        let shunned = |ledger: &mut Ledger, lease, ms| ledger.account(&member(lease, at(ms)), at(ms)).shunned;
+        assert!(!shunned(&mut ledger, "m1", 0));
+        ledger.failed("d0", at(0));
+        ledger.failed("d0", at(1));
+        assert!(shunned(&mut ledger, "m1", 99) && !shunned(&mut ledger, "m1", 100));
+        ledger.failed("d0", at(100));
+        assert!(shunned(&mut ledger, "m1", 299) && !shunned(&mut ledger, "m1", 300));
+        ledger.worked("d0");
+        ledger.failed("d0", at(300));
+        assert!(shunned(&mut ledger, "m1", 399) && !shunned(&mut ledger, "m1", 400));
+        ledger.failed("d0", at(400));
+        assert!(!shunned(&mut ledger, "m2", 401));
     }
 }

@@ -2,11 +2,14 @@
 //!
 //! The way of a request: [`request`] keeps what the client was told; [`book`] queues it and grants it nodes (chosen by
 //! `placement`, from reports, the [`ledger`] and the [`prefix`] map); [`attempt`] makes the calls; [`merge`] puts tokens
-//! in order. The router alone retries: every failure after acceptance is a migration, counted by cause in [`counts`].
+//! in order. The router alone retries: every failure after acceptance is a migration, counted by cause in [`counts`], shown
+//! by [`collect`].
 
 pub mod attempt;
 pub mod book;
+pub mod collect;
 pub mod counts;
+pub mod field;
 pub mod ledger;
 pub mod merge;
 pub mod nodes;
@@ -23,11 +26,13 @@ use std::time::Duration;
 use cluster::{ClusterToken, Member, Members, Shutdown};
 use futures::future::BoxFuture;
 use futures::stream::Stream;
+use prometheus_client::registry::Registry;
 use proto::v1::{ProbeRequest, Role};
 use tokio::sync::mpsc;
 use tokio::time::{Instant, MissedTickBehavior, interval, timeout};
 
 use self::book::Book;
+use self::collect::ClusterMetrics;
 use self::counts::Counts;
 use self::nodes::{Nodes, one_line};
 use crate::inference::{GenerateRequest, Inference, InferenceError, Load, TokenEvent, TokenStream};
@@ -118,8 +123,9 @@ impl Dispatch {
                 () = shutdown.cancelled() => return,
                 _ = ticks.tick() => {}
                 // The sender is in the members that we hold.
-                Ok(()) = changes.changed() => shared.book.refresh(),
+                Ok(()) = changes.changed() => {}
             }
+            shared.book.refresh();
             let snapshot = changes.borrow_and_update().clone();
             shared.nodes.watch(&snapshot, Instant::now());
         }
@@ -167,6 +173,11 @@ impl Inference for Dispatch {
         let (running, queued) = self.shared.book.load();
         Load { running, queued }
     }
+
+    fn register(&self, registry: &mut Registry) {
+        let (counts, members) = (self.shared.counts.clone(), self.shared.members.clone());
+        registry.register_collector(Box::new(ClusterMetrics::new(counts, members)));
+    }
 }
 
 impl Shared {
@@ -203,10 +214,8 @@ impl Stream for Driven {
     type Item = Result<TokenEvent, InferenceError>;
 
     fn poll_next(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Option<Self::Item>> {
-        if let Some(driver) = &mut self.driver {
-            if driver.as_mut().poll(context).is_ready() {
-                self.driver = None;
-            }
+        if self.driver.as_mut().is_some_and(|driver| driver.as_mut().poll(context).is_ready()) {
+            self.driver = None;
         }
         // When the driver has ended, its sender is gone: what is left comes out, then the end.
         self.events.poll_recv(context)

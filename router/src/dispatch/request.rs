@@ -10,7 +10,7 @@ use tokio::sync::mpsc;
 use tokio::time::{Instant, sleep};
 
 use super::Shared;
-use super::attempt::{Attempt, End, FailureKind, Remains};
+use super::attempt::{Attempt, FailureKind, Remains};
 use super::book::Wanted;
 use super::merge::{Merge, TooFarAhead};
 use super::prefix::Chain;
@@ -239,7 +239,7 @@ async fn serve(shared: &Arc<Shared>, progress: &mut Progress) -> Result<(Finishe
         let attempt =
             Attempt { nodes: &shared.nodes, config: &shared.config, counts: &shared.counts, grant: &grant };
         let failure = match attempt.run(progress).await {
-            End::Finished(reason, remains) => {
+            Ok((reason, remains)) => {
                 grant.held_by_decode(progress.blocks());
                 let finished = Finished {
                     reason,
@@ -251,7 +251,7 @@ async fn serve(shared: &Arc<Shared>, progress: &mut Progress) -> Result<(Finishe
                 };
                 return Ok((finished, remains));
             }
-            End::Failed(failure) => failure,
+            Err(failure) => failure,
         };
         drop(grant);
         if progress.next_index() > delivered {
