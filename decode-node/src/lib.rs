@@ -1,1 +1,60 @@
-//! The decode role: policy over the engine for generation.
+//! The decode role: a group of tensor-parallel ranks that receives KV from prefill nodes and generates tokens.
+//! Rank 0 serves [`Decode`] to the router; the other ranks only follow it. Called by the command line and by tests.
+
+use cluster::server;
+use engine::{Engine, Event, Events, Job};
+use futures::stream::{self, BoxStream, StreamExt};
+use node::{NodeConfig, NodeError, convert};
+use proto::v1::decode_server::Decode;
+use proto::v1::{self, Role};
+use tonic::service::Routes;
+use tonic::{Request, Response, Status};
+
+/// Runs one rank of a decode group until `shutdown` ends.
+pub async fn serve(config: NodeConfig, shutdown: cluster::Shutdown) -> Result<(), NodeError> {
+    node::run(config, Role::Decode, shutdown, |engine| Routes::new(server::decode(Service { engine }))).await
+}
+
+struct Service {
+    engine: Engine,
+}
+
+#[tonic::async_trait]
+impl Decode for Service {
+    type GenerateStream = BoxStream<'static, Result<v1::GenerateEvent, Status>>;
+
+    async fn generate(
+        &self,
+        request: Request<v1::GenerateRequest>,
+    ) -> Result<Response<Self::GenerateStream>, Status> {
+        let message = request.into_inner();
+        let sequence = convert::request(message.sequence)?;
+        let job = if message.prefill_here { Job::Generate(sequence) } else { Job::Land(sequence) };
+        let mut events = self.engine.submit(job).map_err(|refusal| convert::refusal_status(&refusal))?;
+        // A refusal is the call's status, not an event of its stream.
+        let first = match events.recv().await {
+            Some(Event::Failed(error)) => return Err(convert::error_status(&error)),
+            Some(event) => event,
+            None => return Err(Status::unavailable("engine stopped")),
+        };
+        Ok(Response::new(stream(first, events)))
+    }
+
+    async fn probe(&self, _: Request<v1::ProbeRequest>) -> Result<Response<v1::ProbeReply>, Status> {
+        node::probe(&self.engine).await
+    }
+
+    async fn drain(&self, _: Request<v1::DrainRequest>) -> Result<Response<v1::DrainReply>, Status> {
+        node::drain(&self.engine)
+    }
+}
+
+/// The events as messages. Dropping the stream drops `events`, which cancels the job.
+fn stream(first: Event, events: Events) -> BoxStream<'static, Result<v1::GenerateEvent, Status>> {
+    let rest =
+        stream::unfold(events, |mut events| async { events.recv().await.map(|event| (event, events)) });
+    stream::once(async { first })
+        .chain(rest)
+        .filter_map(|event| async { convert::generate_event(event) })
+        .boxed()
+}

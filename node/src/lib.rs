@@ -1,1 +1,13 @@
-//! What prefill and decode processes share: from settings to a joined node with a running engine.
+//! What prefill and decode processes share: from settings to a joined node with a running engine. The role's crate
+//! gives [`run`] its gRPC service; [`convert`] stands between messages and the engine's types.
+
+pub mod config;
+pub mod convert;
+mod error;
+mod rank;
+mod report;
+mod run;
+
+pub use config::{BackendKind, GroupConfig, LoadFormat, NodeConfig};
+pub use error::NodeError;
+pub use run::{drain, probe, run};

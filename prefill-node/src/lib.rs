@@ -1,1 +1,96 @@
-//! The prefill role: policy over the engine for prompts.
+//! The prefill role: computes prompts, pushes their KV to a decode group layer by layer, samples the first token.
+//! Called by the command line and by tests.
+
+use cluster::server;
+use engine::{Engine, Event, Events, Job};
+use futures::stream::{self, BoxStream, StreamExt};
+use node::{NodeConfig, NodeError, convert};
+use proto::v1::prefill_event::Event as Message;
+use proto::v1::prefill_server::Prefill;
+use proto::v1::{self, Role};
+use tonic::service::Routes;
+use tonic::{Request, Response, Status};
+
+/// Runs one rank of a prefill node until `shutdown` ends.
+pub async fn serve(config: NodeConfig, shutdown: cluster::Shutdown) -> Result<(), NodeError> {
+    node::run(config, Role::Prefill, shutdown, |engine| Routes::new(server::prefill(Service { engine })))
+        .await
+}
+
+struct Service {
+    engine: Engine,
+}
+
+#[tonic::async_trait]
+impl Prefill for Service {
+    type PrefillStream = BoxStream<'static, Result<v1::PrefillEvent, Status>>;
+
+    async fn prefill(
+        &self,
+        request: Request<v1::PrefillRequest>,
+    ) -> Result<Response<Self::PrefillStream>, Status> {
+        let message = request.into_inner();
+        let sequence = convert::request(message.sequence)?;
+        let handoff = message.handoff.map(convert::handoff).transpose()?;
+        let job = Job::Prefill(sequence, handoff);
+        let events = self.engine.submit(job).map_err(|refusal| convert::refusal_status(&refusal))?;
+        Ok(Response::new(stream(events)))
+    }
+
+    async fn probe(&self, _: Request<v1::ProbeRequest>) -> Result<Response<v1::ProbeReply>, Status> {
+        node::probe(&self.engine).await
+    }
+
+    async fn drain(&self, _: Request<v1::DrainRequest>) -> Result<Response<v1::DrainReply>, Status> {
+        node::drain(&self.engine)
+    }
+}
+
+/// What the router still needs of earlier events when a later one is reported.
+#[derive(Default)]
+struct Progress {
+    cached_tokens: u32,
+    started: Option<std::time::Instant>,
+}
+
+/// The events as messages. Dropping the stream drops `events`, which cancels the job.
+fn stream(events: Events) -> BoxStream<'static, Result<v1::PrefillEvent, Status>> {
+    stream::unfold((events, Progress::default()), |(mut events, mut progress)| async {
+        loop {
+            let event = events.recv().await?;
+            if let Some(message) = progress.message(event) {
+                return Some((message, (events, progress)));
+            }
+        }
+    })
+    .boxed()
+}
+
+impl Progress {
+    /// The message for `event`; `None` where the router needs none.
+    fn message(&mut self, event: Event) -> Option<Result<v1::PrefillEvent, Status>> {
+        let message = match event {
+            Event::Started { queued, cached_tokens } => {
+                self.cached_tokens = cached_tokens as u32;
+                self.started = Some(std::time::Instant::now());
+                Message::Started(v1::PrefillStarted { queued_us: convert::micros(queued) })
+            }
+            Event::Token(token) => Message::First(v1::FirstToken {
+                finish: convert::finish_message(token.finish),
+                cached_tokens: self.cached_tokens,
+                compute_us: self.started.map_or(0, |at| convert::micros(at.elapsed())),
+                token: Some(convert::token_message(&token)),
+            }),
+            Event::Pushed { bytes, exposed } => {
+                Message::Pushed(v1::Pushed { bytes, exposed_us: convert::micros(exposed) })
+            }
+            Event::Failed(error) => return Some(Err(convert::error_status(&error))),
+            Event::Preempted => {
+                return Some(Err(Status::aborted("preempted: no room to compute the prompt")));
+            }
+            // Without a handoff the end of the stream says it.
+            Event::Finished { .. } | Event::Admitted { .. } | Event::Landed { .. } => return None,
+        };
+        Some(Ok(v1::PrefillEvent { event: Some(message) }))
+    }
+}

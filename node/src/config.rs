@@ -1,0 +1,92 @@
+//! Settings of a node process, already parsed and validated by the command line.
+
+use std::net::SocketAddr;
+use std::path::PathBuf;
+use std::time::Duration;
+
+use backend::DType;
+
+/// All that a prefill or decode process is told.
+#[derive(Clone, Debug)]
+pub struct NodeConfig {
+    /// For people; shown in status.
+    pub name: String,
+    /// Directory of the checkpoint, or a config.json with [`LoadFormat::Dummy`].
+    pub model: PathBuf,
+    /// Model name that the cluster serves.
+    pub served_name: String,
+    /// Where weights come from.
+    pub load_format: LoadFormat,
+    /// The router's cluster address, `host:port`.
+    pub router: String,
+    /// Secret shared by the cluster's processes.
+    pub token: cluster::ClusterToken,
+    /// Where gRPC is served; port 0 picks one.
+    pub bind: SocketAddr,
+    /// Where KV is received; port 0 picks one.
+    pub kv_bind: SocketAddr,
+    /// Host that other machines reach this one by; the bind addresses' own when `None`.
+    pub advertise: Option<String>,
+    /// Serve off loopback without encryption.
+    pub insecure: bool,
+    /// Which device.
+    pub backend: BackendKind,
+    /// Activations and KV.
+    pub dtype: DType,
+    /// CPU threads; 0: one per usable core.
+    pub threads: usize,
+    /// Bytes for the KV store of this rank.
+    pub kv_bytes: u64,
+    /// Tokens per KV block.
+    pub block_tokens: u32,
+    /// Longest sequence; `None`: the model's.
+    pub context_tokens: Option<u32>,
+    /// Sequences running at once.
+    pub batch_max: usize,
+    /// Rows of a step at the most.
+    pub step_tokens: usize,
+    /// Rows of one prompt in a step at the most.
+    pub chunk_tokens: usize,
+    /// Tensor-parallel group.
+    pub group: GroupConfig,
+    /// Join a cluster whose other nodes hold other weights of the same model.
+    pub allow_mixed_weights: bool,
+    /// KV bytes per second that a push may take; `None`: all that the link gives.
+    pub pace: Option<u64>,
+    /// Reservations without progress lapse after this.
+    pub land_deadline: Duration,
+    /// Time for running work to end after a stop signal.
+    pub drain: Duration,
+}
+
+/// Where weights come from.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum LoadFormat {
+    /// The checkpoint's files.
+    Files,
+    /// Seeded random weights for a config.json.
+    Dummy {
+        /// Seed of the weights.
+        seed: u64,
+    },
+}
+
+/// Which device computes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum BackendKind {
+    /// The best that this build and machine have.
+    Auto,
+    /// The CPU.
+    Cpu,
+}
+
+/// This process's place in a tensor-parallel group.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct GroupConfig {
+    /// Number of ranks.
+    pub world: usize,
+    /// This process's rank; 0 leads, serves gRPC and joins the router.
+    pub rank: usize,
+    /// Where the leader waits for the other ranks (bound by rank 0, dialled by the others); unused for one rank.
+    pub leader: Option<String>,
+}

@@ -1,0 +1,171 @@
+//! The thread that owns the device: opens it, loads this rank's part of the model, and serves the engine until stopped.
+
+use std::net::TcpListener;
+use std::thread;
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+
+use backend::{Backend, DeviceOptions, KvSpec};
+use backend_cpu::CpuBackend;
+use engine::{Commands, EngineOptions, Place, Runner, Terms};
+use models::{Checkpoint, Identity, Model, Progress};
+use tokio::sync::oneshot;
+
+use crate::config::{BackendKind, GroupConfig, LoadFormat, NodeConfig};
+use crate::error::NodeError;
+
+/// Between two lines of loading progress.
+const PROGRESS_EVERY: Duration = Duration::from_secs(2);
+
+/// A model's files and numbers, before any weight is read.
+pub struct Opened {
+    pub checkpoint: Checkpoint,
+    pub identity: Identity,
+    /// Longest sequence.
+    pub context_tokens: u32,
+    /// Cache of the whole model.
+    pub kv_spec: KvSpec,
+}
+
+/// What is known once the model is on the device.
+pub struct Loaded {
+    /// Name and device for people, e.g. `cpu (avx512, 2 threads)`.
+    pub backend: String,
+    pub kv_addresses: Vec<String>,
+}
+
+/// Opens the checkpoint and checks the settings against it. Reads samples of the weights: not for an async thread.
+pub fn open(config: &NodeConfig) -> Result<Opened, NodeError> {
+    let named = |reason| NodeError::Model { model: config.model.display().to_string(), reason };
+    let checkpoint = match config.load_format {
+        LoadFormat::Files => Checkpoint::open(&config.model),
+        LoadFormat::Dummy { seed } => Checkpoint::dummy(&config.model, seed),
+    }
+    .map_err(named)?;
+    let identity = Identity::read(&checkpoint).map_err(named)?;
+    let most = checkpoint.config().context;
+    let context_tokens = match config.context_tokens {
+        Some(asked) if asked as usize > most => return Err(NodeError::Context { asked, most }),
+        Some(asked) => asked,
+        None => u32::try_from(most).unwrap_or(u32::MAX).min(proto::SEQUENCE_TOKENS_MAX as u32),
+    };
+    let kv_spec = models::kv_specs(checkpoint.config(), config.dtype, 1).map_err(named)?.swap_remove(0);
+    Ok(Opened { checkpoint, identity, context_tokens, kv_spec })
+}
+
+/// This process's place in its group. Rank 0 of several opens the meeting place.
+pub fn place(group: &GroupConfig, insecure: bool) -> Result<Place, NodeError> {
+    if group.world == 1 {
+        return Ok(Place::Alone);
+    }
+    let address = group.leader.clone().unwrap_or_default();
+    if group.rank > 0 {
+        return Ok(Place::Follow { leader: address, rank: group.rank });
+    }
+    let failed = |reason| NodeError::Leader { address: address.clone(), reason };
+    let listener = TcpListener::bind(&address).map_err(failed)?;
+    cluster::require_loopback_or_insecure(listener.local_addr().map_err(failed)?, insecure)?;
+    Ok(Place::Lead { listener, world: group.world })
+}
+
+/// Starts the thread. `loaded` hears when the model is there; the returned receiver hears how it ended.
+pub fn start(
+    config: &NodeConfig,
+    opened: Opened,
+    place: Place,
+    commands: Commands,
+    loaded: oneshot::Sender<Loaded>,
+) -> Result<oneshot::Receiver<Result<(), NodeError>>, NodeError> {
+    let (done, ended) = oneshot::channel();
+    let config = config.clone();
+    let work = move || {
+        let result = match config.backend {
+            BackendKind::Auto | BackendKind::Cpu => {
+                serve::<CpuBackend>(&config, opened, &place, &commands, loaded)
+            }
+        };
+        // A process that is ending does not ask.
+        let _ = done.send(result);
+    };
+    thread::Builder::new()
+        .name("engine".into())
+        .spawn(work)
+        .map_err(|reason| NodeError::System { what: "engine thread", reason })?;
+    Ok(ended)
+}
+
+fn serve<B: Backend>(
+    config: &NodeConfig,
+    opened: Opened,
+    place: &Place,
+    commands: &Commands,
+    loaded: oneshot::Sender<Loaded>,
+) -> Result<(), NodeError> {
+    let (rank, world) = (config.group.rank, config.group.world);
+    let device = DeviceOptions {
+        dtype: config.dtype,
+        threads: config.threads,
+        block_tokens: config.block_tokens,
+        ..DeviceOptions::default()
+    };
+    let links = engine::tp::unmet(rank, world)
+        .map_err(|reason| NodeError::System { what: "sockets between ranks", reason })?;
+    let mut backend = B::open(&device, links)?;
+    let caps = backend.caps();
+    let begun = Instant::now();
+    let model = Model::load(
+        &mut backend,
+        &opened.checkpoint,
+        rank,
+        world,
+        config.dtype,
+        &mut progress(config.model.display().to_string()),
+    )
+    .map_err(|reason| NodeError::Model { model: config.model.display().to_string(), reason })?;
+    tracing::info!("{} loaded in {:.1} s", config.model.display(), begun.elapsed().as_secs_f32());
+    let options = EngineOptions {
+        kv_bytes: config.kv_bytes,
+        context_tokens: opened.context_tokens,
+        batch_max: config.batch_max,
+        step_tokens: config.step_tokens,
+        chunk_tokens: config.chunk_tokens,
+        kv_bind: config.kv_bind,
+        kv_advertise: config.advertise.iter().cloned().collect(),
+        land_deadline: config.land_deadline,
+        pace: config.pace,
+        ..EngineOptions::default()
+    };
+    let mut runner = Runner::new(backend, model, options)?;
+    let about =
+        Loaded { backend: format!("{} ({})", caps.name, caps.device), kv_addresses: runner.kv_addresses() };
+    // Nobody waits when the process is ending.
+    let _ = loaded.send(about);
+    let identity = &opened.identity;
+    let terms = Terms {
+        secret: config.token.expose().as_bytes().to_vec(),
+        version: env!("CARGO_PKG_VERSION").into(),
+        identity: format!("{} {} {} {}", identity.graph, identity.vocab, identity.weights, config.dtype),
+        first_epoch: first_epoch(),
+    };
+    Ok(engine::serve(&mut runner, place, &terms, commands)?)
+}
+
+/// Greater than any epoch of an earlier process: milliseconds since 1970.
+fn first_epoch() -> u64 {
+    SystemTime::now().duration_since(UNIX_EPOCH).map_or(1, |since| since.as_millis() as u64)
+}
+
+/// Logs how far a long load is.
+fn progress(model: String) -> impl FnMut(Progress) {
+    let mut next = Instant::now() + PROGRESS_EVERY;
+    move |progress| {
+        if Instant::now() >= next {
+            next = Instant::now() + PROGRESS_EVERY;
+            let gib = progress.bytes as f64 / f64::from(1 << 30);
+            tracing::info!(
+                "loading {model}: {} of {} weights, {gib:.1} GiB",
+                progress.weights,
+                progress.weights_total
+            );
+        }
+    }
+}

@@ -1,0 +1,183 @@
+//! A node process: load, serve, join, and at the end drain. Rank 0 of a group serves and joins; the others only follow it.
+
+use std::time::Duration;
+
+use cluster::{JoinEvent, Shutdown, server};
+use engine::Engine;
+use proto::v1::{DrainReply, ProbeReply, Role};
+use tokio::sync::oneshot;
+use tokio::time::{Instant, sleep, sleep_until};
+use tonic::service::Routes;
+use tonic::{Response, Status};
+
+use crate::config::NodeConfig;
+use crate::error::NodeError;
+use crate::{convert, rank, report};
+
+/// How often a drain looks whether work is left.
+const DRAIN_POLL: Duration = Duration::from_millis(20);
+
+/// After the drain, calls and the engine get this long to end.
+const STOP_GRACE: Duration = Duration::from_secs(2);
+
+type Ended = oneshot::Receiver<Result<(), NodeError>>;
+
+/// Runs one rank of a node until `shutdown`, then lets running work end. `service` makes the role's gRPC service.
+/// Errors when the node cannot start, when the router refuses it, or when its device fails.
+pub async fn run(
+    config: NodeConfig,
+    role: Role,
+    shutdown: Shutdown,
+    service: impl FnOnce(Engine) -> Routes,
+) -> Result<(), NodeError> {
+    cluster::require_loopback_or_insecure(config.bind, config.insecure)?;
+    cluster::require_loopback_or_insecure(config.kv_bind, config.insecure)?;
+    // Ports first: a taken one is said at once, not after minutes of loading.
+    let listener = match config.group.rank {
+        0 => Some(server::bind(config.bind).await?),
+        _ => None,
+    };
+    let place = rank::place(&config.group, config.insecure)?;
+    let opening = config.clone();
+    let opened = tokio::task::spawn_blocking(move || rank::open(&opening))
+        .await
+        .map_err(|_| NodeError::Panicked)??;
+    // The thread needs the checkpoint, the join request the rest: the message is made before the checkpoint leaves.
+    let (engine, commands) = engine::engine();
+    let request = match &listener {
+        Some(listener) => {
+            let bound =
+                listener.local_addr().map_err(|reason| NodeError::System { what: "gRPC port", reason })?;
+            Some(report::join_request(&config, role, &opened, bound)?)
+        }
+        None => None,
+    };
+    let (loaded, is_loaded) = oneshot::channel();
+    let mut ended = rank::start(&config, opened, place, commands, loaded)?;
+    let about = tokio::select! {
+        about = is_loaded => about,
+        () = shutdown.cancelled() => return Ok(()),
+    };
+    let Ok(about) = about else {
+        return outcome(ended.await);
+    };
+    let Some((listener, mut request)) = listener.zip(request) else {
+        return follow(&config, &engine, ended, shutdown).await;
+    };
+    request.kv_addresses = about.kv_addresses;
+    request.backend = about.backend;
+    tracing::info!(grpc = request.grpc_address, backend = request.backend, "loaded");
+
+    let (behind, leave) = (Shutdown::new(), Shutdown::new());
+    let routes = service(engine.clone());
+    let serving = {
+        let (token, behind) = (config.token.clone(), behind.clone());
+        tokio::spawn(async move { server::serve(listener, &token, routes, behind, STOP_GRACE).await })
+    };
+    let member = {
+        let (config, engine, leave) = (config.clone(), engine.clone(), leave.clone());
+        let beat = engine.clone();
+        tokio::spawn(async move {
+            let told = move |event| {
+                if event == JoinEvent::Drain {
+                    engine.drain();
+                }
+            };
+            let report = move || report::heartbeat(&beat);
+            cluster::join(&config.router, request, &config.token, report, told, leave).await
+        })
+    };
+    let (mut serving, mut member) = (serving, member);
+    let early = tokio::select! {
+        () = shutdown.cancelled() => None,
+        end = &mut ended => Some(outcome(end)),
+        end = &mut member => Some(match end {
+            Ok(result) => result.map_err(NodeError::from),
+            Err(_) => Err(NodeError::Panicked),
+        }),
+        end = &mut serving => Some(match end {
+            Ok(result) => result.map_err(NodeError::from),
+            Err(_) => Err(NodeError::Panicked),
+        }),
+    };
+    if early.is_none() {
+        drained(&engine, config.drain).await;
+    }
+    leave.cancel();
+    behind.cancel();
+    engine.stop();
+    // Each is bounded by itself; what does not end in time ends with the process.
+    let _ = tokio::time::timeout(STOP_GRACE, async {
+        let _ = (&mut member).await;
+        let _ = (&mut serving).await;
+    })
+    .await;
+    match early {
+        Some(result) => result,
+        None => match tokio::time::timeout(STOP_GRACE, ended).await {
+            Ok(end) => outcome(end),
+            Err(_) => Ok(()),
+        },
+    }
+}
+
+/// A rank that is not the leader: works until the leader ends the group or, after a stop signal, until the drain is over.
+async fn follow(
+    config: &NodeConfig,
+    engine: &Engine,
+    mut ended: Ended,
+    shutdown: Shutdown,
+) -> Result<(), NodeError> {
+    let until = async {
+        shutdown.cancelled().await;
+        sleep(config.drain + STOP_GRACE).await;
+    };
+    tokio::select! {
+        end = &mut ended => return outcome(end),
+        () = until => {}
+    }
+    engine.stop();
+    match tokio::time::timeout(STOP_GRACE, ended).await {
+        Ok(end) => outcome(end),
+        Err(_) => Ok(()),
+    }
+}
+
+fn outcome(end: Result<Result<(), NodeError>, oneshot::error::RecvError>) -> Result<(), NodeError> {
+    end.unwrap_or(Err(NodeError::Panicked))
+}
+
+/// Refuses new work and waits until the rest has ended, for `most` at the longest.
+async fn drained(engine: &Engine, most: Duration) {
+    engine.drain();
+    let until = Instant::now() + most;
+    let idle = async {
+        loop {
+            // A report may be one step old: work that has just ended is seen a poll later.
+            sleep(DRAIN_POLL).await;
+            let report = engine.report();
+            if report.running + report.waiting == 0 {
+                break;
+            }
+        }
+    };
+    tokio::select! {
+        () = idle => {}
+        () = sleep_until(until) => tracing::warn!("drain is over, running work is cut off"),
+    }
+}
+
+/// Answers a probe with the time of a real engine step.
+pub async fn probe(engine: &Engine) -> Result<Response<ProbeReply>, Status> {
+    match engine.probe().await {
+        Ok(step) => Ok(Response::new(ProbeReply { step_us: convert::micros(step) })),
+        Err(error) => Err(convert::error_status(&error)),
+    }
+}
+
+/// Answers a drain call: no new work from now on.
+pub fn drain(engine: &Engine) -> Result<Response<DrainReply>, Status> {
+    engine.drain();
+    let report = engine.report();
+    Ok(Response::new(DrainReply { running: (report.running + report.waiting) as u32 }))
+}
