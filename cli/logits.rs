@@ -186,13 +186,16 @@ fn ranks(world: usize, each: impl Fn(Group) -> Result<Rows> + Sync) -> Result<Ro
             .map(|rank| rank.join().unwrap_or_else(|_| Err(anyhow!("a rank panicked"))))
             .collect()
     });
-    // The first cause: the others only saw a rank go.
-    let lost = |error: &anyhow::Error| {
-        matches!(error.downcast_ref(), Some(ModelError::Backend(BackendError::Group { .. })))
-    };
-    let cause = results.iter().position(|result| result.as_ref().is_err_and(|error| !lost(error)));
+    let cause = results.iter().position(|result| result.as_ref().is_err_and(|error| !saw_another_go(error)));
     let cause = cause.or(results.iter().position(Result::is_err));
     results.swap_remove(cause.unwrap_or(0))
+}
+
+/// Whether an error only says that another rank is gone, and is not the cause.
+fn saw_another_go(error: &anyhow::Error) -> bool {
+    matches!(error.downcast_ref(), Some(ModelError::Backend(BackendError::Group { .. })))
+        || error.is::<mpsc::RecvError>()
+        || error.is::<mpsc::SendError<()>>()
 }
 
 /// Feeds the ids of `case` one at a time and appends the logits after each.
@@ -225,14 +228,15 @@ fn handed_over<B: Backend>(work: &Work<'_>, world: usize) -> Result<Rows> {
             let (started, ready) = signals.ok().flatten().context("a rank ran twice")?;
             decode::<B>(work, &sessions, group, started, ready)
         });
-        let mut rows = match prefill.join() {
-            Ok(rows) => rows,
-            Err(_) => Err(anyhow!("the prefill rank panicked")),
-        };
-        if let (Ok(rows), Ok(decoded)) = (&mut rows, &decoded) {
-            rows.iter_mut().zip(decoded).for_each(|(rows, more)| rows.extend(more));
+        let prompts = prefill.join().unwrap_or_else(|_| Err(anyhow!("the prefill rank panicked")));
+        match (prompts, decoded) {
+            (Ok(mut rows), Ok(decoded)) => {
+                rows.iter_mut().zip(decoded).for_each(|(rows, more)| rows.extend(more));
+                Ok(rows)
+            }
+            (Err(error), Err(cause)) if saw_another_go(&error) => Err(cause),
+            (Err(error), _) | (_, Err(error)) => Err(error),
         }
-        decoded.and(rows)
     })
 }
 

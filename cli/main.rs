@@ -5,6 +5,7 @@ mod bundled;
 mod chat;
 mod config;
 mod dirs;
+mod logits;
 mod roles;
 mod status;
 mod supervised;
@@ -41,6 +42,8 @@ enum Command {
     Chat(chat::Args),
     /// Show the nodes of a cluster, their load and their links
     Status(status::Args),
+    /// Write a model's logits for comparison with another implementation
+    Logits(logits::LogitsArgs),
     /// Show settings
     #[command(subcommand)]
     Config(ConfigCommand),
@@ -76,6 +79,7 @@ fn run(command: Command) -> Result<ExitCode> {
             Command::Decode(flags) => roles::decode(config::load("decode", &flags)?).await?,
             Command::Chat(args) => chat::run(args).await?,
             Command::Status(args) => status::run(args).await?,
+            Command::Logits(args) => logits::run(&args)?,
             Command::Config(ConfigCommand::Show { role }) => {
                 let (text, wrong) = config::show(role)?;
                 print(&text);

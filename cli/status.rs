@@ -33,7 +33,7 @@ pub async fn run(mut args: Args) -> Result<()> {
         args.flags.config = Some(run_file);
         settings = config::load("status", &args.flags)?;
     }
-    let channel = cluster::connect_lazy(&settings.router, &settings.token()?)?;
+    let channel = cluster::connect_lazy(&settings.router, &settings.cluster_token()?)?;
     let reply = cluster::channel::cluster_client(channel).status(StatusRequest {}).await;
     let reply = reply.map_err(|status| anyhow::anyhow!("{}", status.message()));
     let reply = reply.with_context(|| format!("router {}", settings.router))?.into_inner();

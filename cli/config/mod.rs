@@ -21,7 +21,6 @@ use cluster::ClusterToken;
 use file::File;
 use layers::Layers;
 use setting::Setting;
-use value::Secret;
 
 pub use flags::Flags;
 pub use layers::Values;
@@ -31,6 +30,7 @@ pub use setting::{Settings, Value};
 pub use show::{ShowRole, show};
 pub use status::StatusSettings;
 pub use up::UpSettings;
+pub use value::Secret;
 
 /// What a settings file may hold.
 fn sections() -> [(&'static str, &'static [Setting]); 5] {
@@ -66,7 +66,9 @@ fn values<S: Settings>(
 
 /// The name under which the model in `path` is served unless told otherwise: that of its directory.
 pub fn model_name(path: &Path) -> String {
-    let directory = if path.is_file() { path.parent().unwrap_or(path) } else { path };
+    // `.` and `..` have a name, too.
+    let path = path.canonicalize().unwrap_or_else(|_| path.to_owned());
+    let directory = if path.is_file() { path.parent().unwrap_or(&path) } else { &path };
     directory.file_name().map_or_else(|| "model".into(), |name| name.to_string_lossy().into_owned())
 }
 

@@ -4,6 +4,9 @@ use std::net::{IpAddr, SocketAddr};
 use std::path::PathBuf;
 
 use anyhow::{Result, ensure};
+use cluster::ClusterToken;
+use cluster::process::LogFormat;
+use router::placement::Disaggregation;
 
 use super::setting::settings;
 use super::value::{Seconds, Secret, choice};
@@ -29,45 +32,27 @@ settings! {
         api_key: Vec<Secret> ["KEY,..."];
         /// Who computes prompts: auto (whoever is estimated to be sooner), always (prefill nodes) or never
         disaggregation: Disaggregation ["MODE"] = "auto";
+        /// Longest prompt and answer together [default: the model's]
+        context: Option<u32> ["TOKENS"];
         /// Requests that may wait for room; more are refused with 429
         queue_max: usize ["REQUESTS"] = "1024";
         /// After a stop signal, running requests may go on for this long
         drain: Seconds ["SECONDS"] = "10";
+        /// Let nodes join whose weights differ (same model, other format)
+        allow_mixed_weights: bool [""];
         /// Serve other machines in clear and without API keys; for networks that are yours alone
         insecure: bool [""];
         /// Log filter, for instance info,router=debug
         log: String ["FILTER"] = "info";
         /// How log lines look: human or json
-        log_format: cluster::process::LogFormat ["FORMAT"] = "human";
-    }
-}
-
-/// Who computes prompts.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Disaggregation {
-    /// Whoever is estimated to be sooner.
-    Auto,
-    /// Prefill nodes, as long as there are any.
-    Always,
-    /// Decode groups.
-    Never,
-}
-
-impl Disaggregation {
-    /// As it is written in settings.
-    pub fn name(self) -> &'static str {
-        match self {
-            Disaggregation::Auto => "auto",
-            Disaggregation::Always => "always",
-            Disaggregation::Never => "never",
-        }
+        log_format: LogFormat ["FORMAT"] = "human";
     }
 }
 
 choice!(Disaggregation { "auto" => Disaggregation::Auto, "always" => Disaggregation::Always, "never" => Disaggregation::Never });
-choice!(cluster::process::LogFormat {
-    "human" => cluster::process::LogFormat::Human,
-    "json" => cluster::process::LogFormat::Json,
+choice!(LogFormat {
+    "human" => LogFormat::Human,
+    "json" => LogFormat::Json,
 });
 
 impl RouterSettings {
@@ -80,5 +65,10 @@ impl RouterSettings {
             self.port
         );
         Ok(())
+    }
+
+    /// The token, read from where it is.
+    pub fn cluster_token(&self) -> Result<ClusterToken> {
+        super::cluster_token(&self.token, self.token_file.as_deref())
     }
 }

@@ -26,7 +26,7 @@ impl StatusSettings {
     }
 
     /// The token, read from where it is.
-    pub fn token(&self) -> Result<ClusterToken> {
+    pub fn cluster_token(&self) -> Result<ClusterToken> {
         super::cluster_token(&self.token, self.token_file.as_deref())
     }
 }

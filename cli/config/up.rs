@@ -4,8 +4,8 @@ use std::path::PathBuf;
 
 use anyhow::{Result, ensure};
 use backend::DType;
+use router::placement::Disaggregation;
 
-use super::router::Disaggregation;
 use super::setting::settings;
 use super::value::Size;
 

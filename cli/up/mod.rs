@@ -4,6 +4,7 @@ mod child;
 mod console;
 mod plan;
 mod ports;
+mod ready;
 mod supervisor;
 
 use std::fs;
@@ -26,14 +27,10 @@ use crate::system::Signal;
 use crate::{bundled, dirs};
 use console::Console;
 use plan::{Ports, Process};
+use ready::Readiness;
 use supervisor::{Action, Event, Supervisor};
 
 pub use supervisor::STOP_GRACE;
-
-/// `up` asks this often whether the cluster serves. Each question runs a real step, so not more often.
-const HEALTH_INTERVAL: Duration = Duration::from_millis(200);
-/// An answer to that question takes no longer.
-const HEALTH_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// Runs until Ctrl-C, SIGTERM or the loss of the terminal.
 pub async fn run(settings: UpSettings) -> Result<ExitCode> {
@@ -44,9 +41,11 @@ pub async fn run(settings: UpSettings) -> Result<ExitCode> {
     let cores = available_parallelism().map_or(1, usize::from);
     let processes = plan::plan(&settings, &model, &served_name, &ports, cores);
 
-    let run_file = RunFile::write(settings.port, ports.cluster)?;
-    let mut up = Up::new(processes, run_file);
-    up.serve(settings.port, &served_name).await
+    let token = ClusterToken::generate()?;
+    let run_file = RunFile::write(settings.port, ports.cluster, &token)?;
+    let nodes = processes.iter().filter(|p| p.joins).map(|p| p.name.clone()).collect();
+    let ready = Readiness::new(settings.port, ports.cluster, &token, nodes)?;
+    Up::new(processes, run_file).serve(settings.port, &served_name, ready).await
 }
 
 /// Says which port is taken before anything is started.
@@ -76,9 +75,8 @@ struct RunFile {
 }
 
 impl RunFile {
-    fn write(port: u16, cluster: u16) -> Result<RunFile> {
+    fn write(port: u16, cluster: u16, token: &ClusterToken) -> Result<RunFile> {
         let path = dirs::run_file(port)?;
-        let token = ClusterToken::generate()?;
         let text = format!(
             "# The cluster of `baton up` on port {port}.\nrouter = \"127.0.0.1:{cluster}\"\ntoken = \"{}\"\n",
             token.expose()
@@ -125,12 +123,19 @@ impl Up {
         }
     }
 
-    async fn serve(&mut self, port: u16, model: &str) -> Result<ExitCode> {
+    async fn serve(mut self, port: u16, model: &str, ready: Readiness) -> Result<ExitCode> {
         let mut stops = Stops::new()?;
         let names: Vec<_> = self.processes.iter().map(|p| p.name.as_str()).collect();
         self.console.line("up", &format!("starting {} with {model}", names.join(", ")));
         let begun = Instant::now();
-        let health = tokio::spawn(wait_until_serving(port, self.console.clone(), self.events.clone()));
+        let health = tokio::spawn({
+            let (console, events) = (self.console.clone(), self.events.clone());
+            async move {
+                ready.wait(&console).await;
+                // Our own inbox outlives this task.
+                let _ = events.send(Event::Serving);
+            }
+        });
         let mut actions = self.supervisor.begin(begun);
         loop {
             for action in actions {
@@ -149,7 +154,7 @@ impl Up {
             };
             actions = tokio::select! {
                 Some(event) = self.inbox.recv() => {
-                    if event == Event::Serving {
+                    if event == Event::Serving && self.supervisor.is_starting() {
                         self.welcome(port, model, begun.elapsed());
                     }
                     self.supervisor.on(event, Instant::now())
@@ -202,27 +207,6 @@ impl Up {
              Ctrl-C stops all.\n\n"
         ));
     }
-}
-
-/// Reports [`Event::Serving`] once the router and every role behind it answer.
-async fn wait_until_serving(port: u16, console: Arc<Console>, events: mpsc::UnboundedSender<Event>) {
-    let client = reqwest::Client::builder().no_proxy().timeout(HEALTH_TIMEOUT).build();
-    let Ok(client) = client.inspect_err(|error| console.line("up", &format!("no HTTP client: {error}")))
-    else {
-        return;
-    };
-    let begun = Instant::now();
-    loop {
-        let state = match client.get(format!("http://127.0.0.1:{port}/health")).send().await {
-            Ok(answer) if answer.status().is_success() => break,
-            Ok(answer) => crate::api::error_message(answer).await,
-            Err(_) => "the router is not there yet".into(),
-        };
-        console.progress(&format!("starting, {:.0} s: {state}", begun.elapsed().as_secs_f64()));
-        tokio::time::sleep(HEALTH_INTERVAL).await;
-    }
-    console.end_progress();
-    let _ = events.send(Event::Serving);
 }
 
 /// What asks `up` to stop.

@@ -14,6 +14,8 @@ pub struct Process {
     pub arguments: Vec<String>,
     /// Stop wave: the router before the nodes.
     pub wave: u8,
+    /// It joins the router under its name; the other ranks of a group stand behind their first.
+    pub joins: bool,
 }
 
 /// Ports that [`plan`] hands out.
@@ -40,13 +42,16 @@ pub fn plan(
         add(&mut arguments, "served-name", served_name);
         add(&mut arguments, "log", &settings.log);
         add(&mut arguments, "drain", DRAIN.as_secs());
+        if let Some(tokens) = settings.context {
+            add(&mut arguments, "context", tokens);
+        }
         arguments
     };
     let mut router = common("router");
     add(&mut router, "port", settings.port);
     add(&mut router, "cluster-bind", local(ports.cluster));
-    add(&mut router, "disaggregation", settings.disaggregation.name());
-    let mut all = vec![Process { name: "router".into(), arguments: router, wave: 0 }];
+    add(&mut router, "disaggregation", settings.disaggregation);
+    let mut all = vec![Process { name: "router".into(), arguments: router, wave: 0, joins: false }];
 
     // Prompts and generation overlap, so every process gets a part of the cores of its own.
     let threads = (cores / (settings.processes() - 1)).max(1);
@@ -58,14 +63,11 @@ pub fn plan(
         add(&mut arguments, "kv-memory", settings.kv_memory.0);
         add(&mut arguments, "max-batch", settings.max_batch);
         add(&mut arguments, "threads", threads);
-        if let Some(tokens) = settings.context {
-            add(&mut arguments, "context", tokens);
-        }
         arguments
     };
     for index in 0..settings.prefill {
         let name = format!("prefill-{index}");
-        all.push(Process { arguments: node("prefill", &name), name, wave: 1 });
+        all.push(Process { arguments: node("prefill", &name), name, wave: 1, joins: true });
     }
     for (group, &leader) in ports.leaders.iter().enumerate() {
         for rank in 0..settings.tp {
@@ -74,7 +76,7 @@ pub fn plan(
             add(&mut arguments, "tp", settings.tp);
             add(&mut arguments, "rank", rank);
             add(&mut arguments, "leader", local(leader));
-            all.push(Process { arguments, name, wave: 1 });
+            all.push(Process { arguments, name, wave: 1, joins: rank == 0 });
         }
     }
     all

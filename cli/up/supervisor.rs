@@ -105,6 +105,11 @@ impl Supervisor {
         (0..self.children.len()).map(|id| self.start(id, now)).collect()
     }
 
+    /// Not all parts have answered yet.
+    pub fn is_starting(&self) -> bool {
+        self.phase == Phase::Starting
+    }
+
     /// Takes in what happened.
     pub fn on(&mut self, event: Event, now: Instant) -> Vec<Action> {
         match (event, self.phase) {

@@ -10,8 +10,9 @@
 use std::io::{BufRead, BufReader, Read};
 use std::net::{Ipv4Addr, TcpListener};
 use std::path::PathBuf;
-use std::process::{Child, Command, ExitStatus, Output, Stdio};
+use std::process::{Child, Command, ExitStatus, Stdio};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
@@ -39,11 +40,31 @@ pub fn baton(arguments: &[&str]) -> Command {
     command
 }
 
-/// Runs `baton` to its end: (succeeded, standard output, standard error).
+/// Runs `baton` to its end: (succeeded, standard output, standard error). One that does not end fails the test.
 pub fn output(command: &mut Command) -> (bool, String, String) {
-    let Output { status, stdout, stderr } = command.output().expect("the executable runs");
-    let text = |bytes: Vec<u8>| String::from_utf8(bytes).expect("text");
-    (status.success(), text(stdout), text(stderr))
+    let (stdout, stderr) = (Arc::default(), Arc::default());
+    let mut child =
+        command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().expect("the executable runs");
+    let readers = [
+        collect(child.stdout.take().expect("piped"), &stdout),
+        collect(child.stderr.take().expect("piped"), &stderr),
+    ];
+    let begun = Instant::now();
+    let status = loop {
+        if let Some(status) = child.try_wait().expect("a child") {
+            break status;
+        }
+        if begun.elapsed() > PATIENCE {
+            let _ = child.kill();
+            panic!("{command:?} does not end:\n{}{}", lock(&stdout), lock(&stderr));
+        }
+        std::thread::sleep(LOOK);
+    };
+    for reader in readers {
+        reader.join().expect("a reader");
+    }
+    let text = |log: &Mutex<String>| lock(log).clone();
+    (status.success(), text(&stdout), text(&stderr))
 }
 
 fn cache() -> PathBuf {
@@ -99,8 +120,8 @@ impl Cluster {
             .spawn()
             .expect("the executable runs");
         let log = Arc::new(Mutex::new(String::new()));
-        collect(up.stdout.take().expect("piped"), log.clone());
-        collect(up.stderr.take().expect("piped"), log.clone());
+        collect(up.stdout.take().expect("piped"), &log);
+        collect(up.stderr.take().expect("piped"), &log);
         let client = reqwest::Client::builder().no_proxy().build().expect("a client");
         let mut cluster = Cluster { port, up, log, client };
         cluster.wait_for_line("Ctrl-C stops all").await;
@@ -297,14 +318,16 @@ fn with_model(mut body: Value) -> Value {
     body
 }
 
-fn collect(stream: impl Read + Send + 'static, log: Arc<Mutex<String>>) {
+/// Reads `stream` into `log`, line by line, on a thread of its own.
+fn collect(stream: impl Read + Send + 'static, log: &Arc<Mutex<String>>) -> JoinHandle<()> {
+    let log = log.clone();
     std::thread::spawn(move || {
         for line in BufReader::new(stream).lines().map_while(Result::ok) {
             let mut log = lock(&log);
             log.push_str(&line);
             log.push('\n');
         }
-    });
+    })
 }
 
 fn lock(log: &Mutex<String>) -> MutexGuard<'_, String> {

@@ -1,0 +1,21 @@
+//! One role on this machine: `baton router`, `baton prefill`, `baton decode`. Logs and signals, then the role's own `serve`.
+
+mod node;
+mod router;
+
+use anyhow::Result;
+use cluster::{Shutdown, process};
+
+use crate::supervised;
+
+pub use node::{decode, prefill};
+pub use router::router;
+
+/// What every role does first. The returned token is cancelled by Ctrl-C, SIGTERM, and the end of the `up` that started us.
+fn start(log: &str, format: process::LogFormat) -> Result<Shutdown> {
+    process::init_logs(format, log)?;
+    process::install_panic_hook();
+    let shutdown = process::shutdown_on_signals()?;
+    supervised::watch_parent(&shutdown);
+    Ok(shutdown)
+}

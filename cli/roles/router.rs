@@ -1,0 +1,102 @@
+//! `baton router`: the membership service for nodes, dispatch over its members, and the gateway in front.
+
+use std::path::Path;
+use std::sync::Arc;
+use std::time::Duration;
+
+use anyhow::{Context, Result};
+use cluster::{ClusterService, Members, MembershipConfig, Shutdown, require_loopback_or_insecure, server};
+use router::dispatch::{Dispatch, DispatchConfig};
+use router::inference::Inference;
+use router::{GatewayConfig, serve};
+use tonic::service::Routes;
+use vocab::Vocab;
+
+use crate::config::{RouterSettings, Secret, model_name};
+
+/// At the end, nodes and `status` have this long to take their last answer.
+const CLUSTER_DRAIN: Duration = Duration::from_secs(1);
+
+/// Runs until a stop signal, then lets running requests end.
+pub async fn router(settings: RouterSettings) -> Result<()> {
+    let shutdown = super::start(&settings.log, settings.log_format)?;
+    require_loopback_or_insecure(settings.cluster_bind, settings.insecure)?;
+    let token = settings.cluster_token()?;
+    let gateway = gateway(&settings)?;
+    let vocab = Vocab::read(&settings.model)?;
+    let for_clients = server::bind((settings.host, settings.port).into()).await?;
+    let for_nodes = server::bind(settings.cluster_bind).await?;
+
+    // Running requests need the cluster until they have ended, so what is behind the gateway stops after it.
+    let behind = Shutdown::new();
+    let members = Members::new(MembershipConfig {
+        model: Some(gateway.model.clone()),
+        vocab: Some(vocab.identity()),
+        allow_mixed_weights: settings.allow_mixed_weights,
+        ..MembershipConfig::default()
+    });
+    let config = DispatchConfig {
+        disaggregation: settings.disaggregation,
+        queue_max: settings.queue_max,
+        ..DispatchConfig::default()
+    };
+    let dispatch = Dispatch::new(config, members.clone(), token.clone());
+    let load = dispatch.clone();
+    let requests = Arc::new(move || {
+        let load = load.load();
+        (load.running, load.queued)
+    });
+    let service = server::cluster(ClusterService::new(members.clone(), requests, behind.clone()));
+    let routes = Routes::new(service);
+    let nodes = tokio::spawn({
+        let behind = behind.clone();
+        async move { server::serve(for_nodes, &token, routes, behind, CLUSTER_DRAIN).await }
+    });
+    let leases = tokio::spawn({
+        let behind = behind.clone();
+        async move { members.expire_leases(behind).await }
+    });
+    let watch = tokio::spawn({
+        let (dispatch, behind) = (dispatch.clone(), behind.clone());
+        async move { dispatch.watch(behind).await }
+    });
+
+    let gateway = serve(for_clients, gateway, Arc::new(dispatch), shutdown);
+    tracing::info!(host = %settings.host, port = settings.port, cluster = %settings.cluster_bind, "serving");
+    let mut nodes = std::pin::pin!(nodes);
+    let served = tokio::select! {
+        served = gateway => served.map_err(anyhow::Error::from),
+        // Without its cluster a router is of no use.
+        ended = &mut nodes => {
+            ended.context("membership service")??;
+            anyhow::bail!("the membership service ended")
+        }
+    };
+    behind.cancel();
+    nodes.await.context("membership service")??;
+    leases.await.context("leases")?;
+    watch.await.context("dispatch")?;
+    served
+}
+
+fn gateway(settings: &RouterSettings) -> Result<GatewayConfig> {
+    let model = settings.served_name.clone().unwrap_or_else(|| model_name(&settings.model));
+    let context = match settings.context {
+        Some(tokens) => tokens as usize,
+        None => context_of(&settings.model)?,
+    };
+    let mut gateway = GatewayConfig::new(&settings.model, model, context);
+    gateway.keys = settings.api_key.iter().map(|Secret(key)| key.clone()).collect();
+    gateway.limits.drain = settings.drain.0;
+    Ok(gateway)
+}
+
+/// Longest sequence that the model was made for.
+fn context_of(model: &Path) -> Result<usize> {
+    let path = model.join("config.json");
+    let text = std::fs::read(&path).with_context(|| format!("cannot read {}", path.display()))?;
+    let config: serde_json::Value =
+        serde_json::from_slice(&text).with_context(|| path.display().to_string())?;
+    let tokens = config["max_position_embeddings"].as_u64().and_then(|tokens| usize::try_from(tokens).ok());
+    tokens.with_context(|| format!("{} has no max_position_embeddings: give --context", path.display()))
+}
