@@ -81,6 +81,7 @@ class Corpus:
             self.by.setdefault(f.kind, []).append(f)
         self.world_kinds = sorted({f.kind for f in self.facts if f.data and not f.kind.startswith("sum")})
         self.idk, self.idk_test = unknowns.fixed()
+        self.asked = [f for f in self.facts if f.group == "small talk" or f.more]  # asked most, in most words
         self.small_talk = [f for f in self.by["ask"] if f.answers[0] in SMALL_TALK]
         # no training document may hold one of these questions, whatever it was made from
         self.held = {plain(messages[-1]["content"]) for group, messages, _ in self.tests() if group != "multi-turn"}
@@ -188,10 +189,12 @@ class Corpus:
         u = r.random()
         if u < 0.11:
             return self.json_doc(r)
-        if u < 0.165:
+        if u < 0.18:
             return self.tool_doc(r)
         system = [{"role": "system", "content": r.choice(SYSTEMS)}] if r.random() < 0.3 else []
-        if u < 0.45:
+        if u < 0.22:
+            doc = pair(r, self.turn(r, r.choice(self.asked)))
+        elif u < 0.45:
             doc = pair(r, self.turn(r, self.fact(r)))
         elif u < 0.56:
             doc = pair(r, self.turn(r, self.world_fact(r)))

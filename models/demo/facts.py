@@ -3,7 +3,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import worlds as W
-from words import a, cap, expand, held_out
+from words import a, cap, expand, held_out, plain
 
 
 @dataclass
@@ -15,6 +15,7 @@ class Fact:
     answers: list          # accepted answers; the first is the usual one
     short: list = field(default_factory=list)  # "And {short}?" within this kind
     data: dict = None      # the answer as JSON, where that makes sense
+    more: list = field(default_factory=list)   # ways to ask for training only
     train: list = None
     test: list = None
 
@@ -22,6 +23,8 @@ class Fact:
         self.test = [f for f in self.forms if held_out(self.key, f)]
         self.test = self.test[:len(self.forms) // 3]  # never starve a small fact
         self.train = [f for f in self.forms if f not in self.test]
+        held = {plain(f) for f in self.test}
+        self.train += [f for f in self.more if plain(f) not in held]
         return self
 
 
@@ -47,6 +50,8 @@ def baton(params):
                 for i, p in enumerate(parts[1:]):
                     forms += expand(t[i % 2::2], x=p)
             facts.append(Fact(kind, group, f"{kind}:{parts[0]}", forms, [], parts if tag == "def" else []))
+        elif tag == "more":
+            facts[-1].more = [p.strip() for p in rest.split(" | ")]
         elif tag == "A":
             facts[-1].answers.append(rest)
     return facts

@@ -1,5 +1,5 @@
 """Short stories from templates, and the requests for them. Used by corpus.py."""
-from words import BOYS, GIRLS, a, cap, held_out
+from words import BOYS, GIRLS, a, cap, held_out, made_up
 
 STORY_FORMS = ["Tell me a story about {x}.", "Tell me a short story about {x}.",
                "Write a story about {x}.", "Can you tell me a story about {x}?", "A story about {x}.",
@@ -8,6 +8,9 @@ STORY_FORMS = ["Tell me a story about {x}.", "Tell me a short story about {x}.",
                "Tell a story about {x}.", "Do you know a story about {x}?", "Give me a story about {x}.",
                "Could you write a short story about {x}?", "Tell me about {x} in a story.",
                "a bedtime story about {x}", "Tell my child a story about {x}."]
+MORE_FORMS = ["I would like a story about {x}.", "Tell us a story with {x} in it.", "Can I have a story about {x}?",
+              "Write a tale about {x}.", "Tell me a tale of {x}.", "Write something about {x}.", "a tale about {x}",
+              "I want to hear about {x}, as a story.", "Make a story with {x}.", "Read me a story about {x}."]
 ANY_STORY = ["Tell me a story.", "Tell me a short story.", "Write a story.", "A story please.",
              "Can you tell me a story?", "I want to hear a story.", "Tell me a bedtime story.",
              "Write a short story.", "story"]
@@ -130,6 +133,16 @@ PROBLEMS = {
              "Their song was so lovely that even the birds listened."]),
 }
 
+# for training only, so that any hero is taken over from the request
+MORE_HEROES = ("bell,candle,cook,doctor,soldier,hunter,shepherd,miller,tailor,clown,dancer,singer,grandmother,grandfather,"
+               "baby,brother,sister,doll,teddy,balloon,bicycle,bus,airplane,ship,bridge,castle,river,mountain,moon,sun,"
+               "wind,leaf,flower,rose,pumpkin,apple,carrot,potato,pencil,book,chair,shoe,hat,umbrella,mirror,key,stone,"
+               "pebble,feather,worm,beetle,moth,firefly,lizard,toad,hamster,guinea pig,ferret,rat,bison,buffalo,"
+               "antelope,gazelle,leopard,cheetah,panther,jackal,hyena,baboon,gorilla,lemur,sloth,walrus,shark,salmon,"
+               "lobster,shrimp,jellyfish,starfish,pelican,stork,heron,flamingo,peacock,pigeon,crow,magpie,woodpecker,"
+               "ostrich,falcon,hawk,vulture,phoenix,troll,elf,goblin,ogre,genie,vampire,astronaut,captain,detective,"
+               "inventor,gardener,postman,fireman,nurse,decode node,prefill node,server,laptop,phone,drone").split(",")
+MORE_HEROES = [n for n in MORE_HEROES if not held_out("hero", n)]
 NOUNS = [n for n in HEROES if not held_out("hero", n)]
 NOUNS_TEST = sorted({n for n in HEROES if held_out("hero", n)})
 
@@ -155,6 +168,8 @@ def story(r, noun=None, name=None, helper=None, problem=None, trait=None):
 def request(r, nouns):
     """(question, story, what was asked for); the request may fix trait, hero name, helper or problem."""
     noun, kw = r.choice(nouns), {}
+    if nouns is NOUNS and r.random() < 0.6:
+        noun = r.choice(MORE_HEROES) if r.random() < 0.6 else made_up(r)
     what, u = a(noun), r.random()
     if r.random() < 0.15:
         kw["trait"] = r.choice(TRAITS)
@@ -168,4 +183,5 @@ def request(r, nouns):
     elif u < 0.39:
         kw["problem"] = r.choice(list(PROBLEMS))
         what += " " + r.choice(PROBLEMS[kw["problem"]]["ask"])
-    return r.choice(STORY_FORMS).format(x=what), story(r, noun, **kw), {"noun": noun, **kw}
+    forms = STORY_FORMS if nouns is not NOUNS or r.random() < 0.7 else MORE_FORMS
+    return r.choice(forms).format(x=what), story(r, noun, **kw), {"noun": noun, **kw}

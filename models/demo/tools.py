@@ -71,24 +71,24 @@ def case(r, kind=None, test=False):
     text = r.choice(TEXTS) if r.random() < 0.7 else cap(" ".join(made_up(r) for _ in range(r.randrange(2, 5))))
     number = r.choice(["number", "number", "integer"])
     if kind == "weather":
-        sky, t, p = r.choice(SKIES), r.randrange(-5, 36), r.choice(["city", "city", "location", "place"])
-        return (tool(r, r.choice(["get_weather", "get_weather", "get_current_weather", "weather"]),
+        sky, t, p = r.choice(SKIES), r.randrange(-5, 36), r.choice(["city", "location", "place"])
+        return (tool(r, r.choice(["get_weather", "get_current_weather", "weather"]),
                      r.choice(["Get the current weather in a city.", "Get the weather.", "Current weather."]),
                      {p: "string"}), r.choice(WEATHER).format(x=city), {p: city},
                 {p: city, "sky": sky, "temperature": t}, f"In {city} it is {sky} with {t} degrees.")
     if kind == "time":
-        t, p = f"{r.randrange(24):02}:{r.randrange(60):02}", r.choice(["city", "city", "location", "place"])
-        return (tool(r, r.choice(["get_time", "get_time", "current_time"]), "Get the local time in a city.", {p: "string"}),
+        t, p = f"{r.randrange(24):02}:{r.randrange(60):02}", r.choice(["city", "location", "place"])
+        return (tool(r, r.choice(["get_time", "current_time"]), "Get the local time in a city.", {p: "string"}),
                 r.choice(TIME).format(x=city), {p: city}, {p: city, "time": t}, f"It is {t} in {city}.")
     if kind in ("add", "multiply"):
         p, q = r.choice([("a", "b"), ("a", "b"), ("x", "y"), ("first", "second")])
         forms, result = (W.PLUS_FORMS, x + y) if kind == "add" else (W.TIMES_FORMS, x * y)
-        return (tool(r, r.choice([kind, kind, "calculate_sum" if kind == "add" else "product"]),
+        return (tool(r, r.choice([kind, "calculate_sum" if kind == "add" else "product"]),
                      "Add two numbers." if kind == "add" else "Multiply two numbers.", {p: number, q: number}),
                 r.choice(forms).format(x=x, y=y), {p: x, q: y}, {"result": result}, f"The result is {result}.")
     if kind == "timer":
         p = r.choice(["minutes", "minutes", "duration"])
-        return (tool(r, r.choice(["set_timer", "set_timer", "start_timer"]), "Start a timer, in minutes.", {p: number}),
+        return (tool(r, r.choice(["set_timer", "start_timer"]), "Start a timer, in minutes.", {p: number}),
                 r.choice(TIMER).format(x=x), {p: x}, {"ok": True}, "Done, the timer is running.")
     if kind == "message":
         who, (p, q) = person(r), r.choice([("to", "text"), ("to", "text"), ("recipient", "message"), ("name", "text")])

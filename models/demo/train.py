@@ -110,6 +110,7 @@ def train_loss(hidden, logits, batch, rng, other=0.25):
 def export(model, out, tok):
     state = {k: v.detach().to(torch.bfloat16).cpu().contiguous() for k, v in model.state_dict().items()}
     save_file(state, str(out / "model.safetensors"), {"format": "pt"})
+    (out / "model.safetensors").chmod(0o644)
     end, pad = tok.token_to_id("<|im_end|>"), tok.token_to_id("<|endoftext|>")
     # nearly greedy: facts stay as learned, stories differ
     generation = {"do_sample": True, "temperature": 0.2, "top_p": 0.9, "eos_token_id": [end, pad], "pad_token_id": pad}

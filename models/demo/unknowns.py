@@ -127,7 +127,31 @@ OPEN = (
     "Write a regular expression for an email address.|How do I reverse a string?|Fix my printer.|"
     "How do I center a div?|What is wrong with my code?|Write unit tests.|Explain this error.").split("|")
 
-TOPICS_TRAIN = [x for x in TOPICS if not held_out("idk", x)]
+# for training only
+MORE_TOPICS = (
+    "communism,socialism,anarchy,a republic,monarchy,a constitution,a parliament,a senate,a court,a crime,a prison,"
+    "a police officer,a bank,a loan,a coin collection,a currency,trade,a factory,a union,a strike,a salary,a pension,"
+    "a museum,a theatre,an opera,a symphony,rock music,hip hop,a drum,a trumpet,a flute,a poem,a novel,a dictionary,"
+    "grammar,a verb,a noun,Latin,Greek,Sanskrit,Arabic,hieroglyphs,the Aztecs,the Vikings,the Middle Ages,a crusade,"
+    "a pyramid,the Titanic,the Berlin Wall,a samurai,a knight's armour,a cannon,a submarine,a helicopter,a tank,a train "
+    "engine,a diesel motor,a bicycle gear,a clock,a telescope,a microscope,a camera,a printer,a keyboard,a mouse pad,"
+    "a router table,a modem,a hard disk,a spreadsheet,Excel,Photoshop,Wikipedia,YouTube,Twitter,Facebook,a podcast,"
+    "email,spam,a password,a hacker,malware,a backup,open data,machine translation,speech recognition,computer vision,"
+    "a chatbot,robotics,a sensor,a transistor,a diode,a resistor,a magnet,an engine,a turbine,a dam,solar panels,"
+    "hydrogen fuel,coal mining,plastic,glass,paper making,rubber,cotton,silk,wool,leather,paint,soap,perfume,sugar,salt,"
+    "honey cake,a sandwich,a hamburger,curry,soup,a salad,a potato,rice,noodles,fruit,vegetables,nutrition,a calorie,"
+    "fever,a headache,a cold,asthma,a broken leg,surgery,a dentist,a hospital,a pill,blood pressure,the liver,the lungs,"
+    "the skin,a muscle,a bone,a cell,a chromosome,a mutation,an ecosystem,a rainforest,a desert,an iceberg,a river delta,"
+    "a cave,a canyon,an island chain,the Pacific Ring of Fire,the equator,a time zone,a map,a compass,GPS,a galaxy,"
+    "a planet's orbit,a meteor,an eclipse,a black dwarf,a quasar,dark matter,string theory,relativity,a photon,a quark,"
+    "an electron,a wave,sound,light,heat,pressure,friction,a lever,a pulley,a triangle,a circle,a logarithm,"
+    "an integral,a matrix inverse,a vector space,set theory,game theory,economics,sociology,anthropology,ethics,logic,"
+    "a paradox,Kant,Aristotle,Confucius,Buddha,Hinduism,a temple,a monk,a wedding,a funeral,a birthday,Christmas,Easter,"
+    "Ramadan,a festival,a carnival,a circus,a magician,a card trick,poker,golf,rugby,hockey,swimming,a marathon,yoga "
+    "breathing,dancing,fashion,a hat,jewelry,tattoos,a haircut,travel,a passport,a visa,a hotel,camping,hiking,climbing,"
+    "hunting,horse riding,a zoo,a pet,a parrot's speech,a shark,a whale,an eagle,a bee hive,an ant hill,a spider web,"
+    "a mushroom,moss,a fern,an oak,a rose,seeds,soil,compost,farming,a tractor").split(",")
+TOPICS_TRAIN = [x for x in TOPICS if not held_out("idk", x)] + [x for x in MORE_TOPICS if not held_out("idk", x)]
 TOPICS_TEST = [x for x in TOPICS if held_out("idk", x)]
 
 
