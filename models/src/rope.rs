@@ -200,14 +200,14 @@ mod tests {
     }
 
     /// Expected numbers are those of transformers 5.23 (`ROPE_INIT_FUNCTIONS`), which computes in f32.
-    fn check(fields: &str, factor: f32, context: usize, expected: [f32; 8]) {
+    fn check(fields: &str, factor: f64, context: usize, expected: [f64; 8]) {
         let config = config(fields).unwrap();
         let rope = config.rope.table(config.head_dim);
         assert_eq!(rope.inv_freq.len(), 8, "{fields}");
         for (i, (got, want)) in rope.inv_freq.iter().zip(expected).enumerate() {
-            assert!((got / want - 1.0).abs() < 1e-6, "{fields}: {i}: {got} {want}");
+            assert!((f64::from(*got) / want - 1.0).abs() < 1e-6, "{fields}: {i}: {got} {want}");
         }
-        assert!((rope.factor / factor - 1.0).abs() < 1e-7, "{fields}: {} {factor}", rope.factor);
+        assert!((f64::from(rope.factor) / factor - 1.0).abs() < 1e-7, "{fields}: {} {factor}", rope.factor);
         assert_eq!(config.context, context, "{fields}");
     }
 

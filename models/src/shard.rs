@@ -78,14 +78,18 @@ fn split(
         return Err(ModelError::Split { what, count: total, world });
     }
     // Equal ranges need no alignment.
-    let unit = if total % world != 0 && total % align == 0 && total / align >= world { align } else { 1 };
+    let aligned = !total.is_multiple_of(world) && total.is_multiple_of(align) && total / align >= world;
+    let unit = if aligned { align } else { 1 };
     let (each, more) = (total / unit / world, total / unit % world);
     let start = |rank: usize| (rank * each + rank.min(more)) * unit;
     Ok((0..world).map(|rank| start(rank)..start(rank + 1)).collect())
 }
 
-/// Query heads and KV heads per rank. A rank's query heads are whole groups of KV heads, or lie within one group.
-fn head_ranges(config: &Config, world: usize) -> Result<Vec<(Range<usize>, Range<usize>)>, ModelError> {
+/// Query heads and the KV heads that they need.
+type Heads = (Range<usize>, Range<usize>);
+
+/// The heads of each rank. A rank's query heads are whole groups of KV heads, or lie within one group.
+fn head_ranges(config: &Config, world: usize) -> Result<Vec<Heads>, ModelError> {
     let group = config.heads / config.kv_heads;
     if world <= config.kv_heads {
         let kv = split("kv heads", config.kv_heads, world, 1)?;
@@ -105,8 +109,8 @@ fn head_ranges(config: &Config, world: usize) -> Result<Vec<(Range<usize>, Range
 /// are whole branches of it.
 fn ksum(total: usize, ranges: &[Range<usize>]) -> KSum {
     let world = ranges.len();
-    let branches = TREE % world == 0
-        && total % TREE == 0
+    let branches = TREE.is_multiple_of(world)
+        && total.is_multiple_of(TREE)
         && ranges
             .iter()
             .enumerate()
