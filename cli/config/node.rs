@@ -5,6 +5,8 @@ use std::path::PathBuf;
 
 use anyhow::{Result, ensure};
 use backend::DType;
+use cluster::ClusterToken;
+use node::{BackendKind, LoadFormat};
 
 use super::setting::settings;
 use super::value::{Seconds, Secret, Size, choice};
@@ -83,18 +85,12 @@ impl NodeSettings {
         ensure!(self.block_tokens > 0, "block-tokens is 0");
         let (chunk, step) = (self.chunk_tokens, self.step_tokens);
         ensure!(0 < chunk && chunk <= step, "chunk-tokens {chunk} is not within 1 to step-tokens {step}");
-        ensure!(self.max_batch <= step, "max-batch {} does not fit into step-tokens {step}", self.max_batch);
+        ensure!(self.max_batch < step, "max-batch {} does not fit into step-tokens {step}", self.max_batch);
         Ok(())
     }
-}
 
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum BackendKind {
-    Auto,
-    Cpu,
-}
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum LoadFormat {
-    Files,
-    Dummy { seed: u64 },
+    /// The token, read from where it is.
+    pub fn cluster_token(&self) -> Result<ClusterToken> {
+        super::cluster_token(&self.token, self.token_file.as_deref())
+    }
 }

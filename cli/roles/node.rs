@@ -1,10 +1,55 @@
-//! `baton prefill` and `baton decode`.
-use crate::config::NodeSettings;
+//! `baton prefill` and `baton decode`: settings into a node's configuration, then its `serve`.
+
 use anyhow::Result;
+use cluster::Shutdown;
+use node::{GroupConfig, NodeConfig};
+
+use crate::config::{NodeSettings, model_name};
+use crate::system;
+
+/// A reservation without progress lapses after this; a sender that lives says something every second.
+const LAND_DEADLINE: std::time::Duration = std::time::Duration::from_secs(30);
+
+/// Runs one rank of a prefill node until a stop signal.
 pub async fn prefill(settings: NodeSettings) -> Result<()> {
-    super::start(&settings.log, settings.log_format)?.cancelled().await;
-    Ok(())
+    let (config, shutdown) = start(settings, "prefill")?;
+    Ok(prefill_node::serve(config, shutdown).await?)
 }
+
+/// Runs one rank of a decode group until a stop signal.
 pub async fn decode(settings: NodeSettings) -> Result<()> {
-    prefill(settings).await
+    let (config, shutdown) = start(settings, "decode")?;
+    Ok(decode_node::serve(config, shutdown).await?)
+}
+
+fn start(settings: NodeSettings, role: &str) -> Result<(NodeConfig, Shutdown)> {
+    let shutdown = super::start(&settings.log, settings.log_format)?;
+    let token = settings.cluster_token()?;
+    let config = NodeConfig {
+        name: settings.name.unwrap_or_else(|| format!("{role}@{}", system::host_name())),
+        served_name: settings.served_name.unwrap_or_else(|| model_name(&settings.model)),
+        model: settings.model,
+        load_format: settings.load_format,
+        router: settings.router,
+        token,
+        bind: settings.bind,
+        kv_bind: settings.kv_bind,
+        advertise: settings.advertise,
+        insecure: settings.insecure,
+        backend: settings.backend,
+        dtype: settings.dtype,
+        threads: settings.threads.unwrap_or(0),
+        kv_bytes: settings.kv_memory.0,
+        block_tokens: settings.block_tokens,
+        context_tokens: settings.context,
+        batch_max: settings.max_batch,
+        step_tokens: settings.step_tokens,
+        chunk_tokens: settings.chunk_tokens,
+        group: GroupConfig { world: settings.tp, rank: settings.rank, leader: settings.leader },
+        allow_mixed_weights: settings.allow_mixed_weights,
+        pace: None,
+        land_deadline: LAND_DEADLINE,
+        drain: settings.drain.0,
+    };
+    Ok((config, shutdown))
 }
