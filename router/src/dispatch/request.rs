@@ -260,7 +260,13 @@ async fn serve(shared: &Arc<Shared>, progress: &mut Progress) -> Result<(Finishe
         trouble.note(failure.message);
         let (request, last) = (&progress.request.id, &trouble.last);
         match failure.kind {
-            FailureKind::Refused => tracing::debug!(request, last, "no room, waiting for a change"),
+            FailureKind::Refused => {
+                tracing::debug!(request, last, "no room, waiting for a change");
+                // The group reserved before the prefill node refused: its session is of this attempt.
+                if progress.accepted_at.is_some() {
+                    progress.next_attempt();
+                }
+            }
             FailureKind::Invalid if progress.next_index() == 0 => {
                 return Err(InferenceError::Invalid(trouble.last));
             }
