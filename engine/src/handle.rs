@@ -15,7 +15,7 @@ use crate::tp::{Frame, TpError};
 pub(crate) enum Command {
     Submit {
         id: u64,
-        job: Job,
+        job: Box<Job>,
         events: channel::UnboundedSender<Event>,
         arrived: Instant,
     },
@@ -107,7 +107,7 @@ impl Engine {
         let id = self.shared.next_job.fetch_add(1, Ordering::Relaxed);
         // As many events as the answer has tokens, and a few: the request bounds the channel.
         let (events, receiver) = channel::unbounded_channel();
-        let submit = Command::Submit { id, job, events, arrived: Instant::now() };
+        let submit = Command::Submit { id, job: Box::new(job), events, arrived: Instant::now() };
         self.shared.commands.send(submit).map_err(|_| stopped())?;
         Ok(Events { receiver, job: id, ended: false, shared: self.shared.clone() })
     }

@@ -113,6 +113,9 @@ impl<B: Backend> Runner<B> {
 
     /// Leads `group` until it ends. Jobs are let in meanwhile; those that have not ended fail with it.
     pub fn lead(&mut self, mut group: Group, commands: &Commands) -> EpochEnd {
+        if let Err(error) = self.enter(&mut group, commands) {
+            return EpochEnd::Lost(error);
+        }
         let epoch = group.epoch;
         let sender = commands.sender();
         // A runner that has ended needs no notices.
@@ -269,16 +272,19 @@ impl Lead<'_> {
             let ended = Instant::now();
             self.core.done(step, started, ended, &logits);
             self.core.notice(ended, 0, Notice::Executed { step: number });
-            if self.reported.is_none_or(|at| ended.saturating_duration_since(at) >= REPORT_EVERY) {
+            let due = self.reported.is_none_or(|at| ended.saturating_duration_since(at) >= REPORT_EVERY);
+            if due || self.core.has_probed() {
                 self.report(executor);
             }
+            // Whoever hears of the probe finds what came before it in the report.
+            self.core.answer_probes();
         }
     }
 
     fn take(&mut self, command: Command) -> Result<(), EngineError> {
         let now = Instant::now();
         match command {
-            Command::Submit { id, job, events, arrived } => self.core.submit(now, id, job, events, arrived),
+            Command::Submit { id, job, events, arrived } => self.core.submit(now, id, *job, events, arrived),
             Command::Cancel(job) => self.core.cancel(job),
             Command::Probe(reply) => self.core.probe(reply),
             // What is left of an earlier epoch.

@@ -68,6 +68,8 @@ pub(crate) struct Core {
     /// (plan, job, event): told when every rank has carried out the plan.
     announcements: Vec<(u64, u64, Event)>,
     probes: Vec<oneshot::Sender<Result<Duration, JobError>>>,
+    /// Time of the probes' step, until they are answered.
+    probed: Option<Duration>,
     /// Something happened since the last audit.
     unaudited: bool,
     /// The book contradicts itself: a fault of this program, which ends the epoch.
@@ -88,6 +90,7 @@ impl Core {
             executed: vec![0; setup.targets.len()],
             announcements: Vec::new(),
             probes: Vec::new(),
+            probed: None,
             unaudited: false,
             fault: None,
             setup,

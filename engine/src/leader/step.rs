@@ -75,10 +75,21 @@ impl Core {
         }
         if let Some(seq) = step.scratch {
             self.emit(Op::Close { seq });
-            for reply in self.probes.drain(..) {
-                // One who has left needs no answer.
-                let _ = reply.send(Ok(took));
-            }
+            self.probed = Some(took);
+        }
+    }
+
+    /// Whether a probe can be answered.
+    pub fn has_probed(&self) -> bool {
+        self.probed.is_some()
+    }
+
+    /// Answers probes whose step is done.
+    pub fn answer_probes(&mut self) {
+        let Some(took) = self.probed.take() else { return };
+        for reply in self.probes.drain(..) {
+            // One who has left needs no answer.
+            let _ = reply.send(Ok(took));
         }
     }
 

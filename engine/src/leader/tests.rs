@@ -119,6 +119,7 @@ impl Sim {
         let number = step.plan.step;
         self.now += Duration::from_millis(1);
         self.core.done(step, self.now, self.now, &logits);
+        self.core.answer_probes();
         for rank in 0..self.ranks.len() {
             self.core.notice(self.now, rank, Notice::Executed { step: number });
         }
