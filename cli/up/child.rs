@@ -107,11 +107,11 @@ async fn pass_on(stderr: impl AsyncRead + Unpin, name: String, console: Arc<Cons
         };
         reader.consume(used);
         if whole {
-            console.line(&name, &String::from_utf8_lossy(&line));
+            console.child_line(&name, &String::from_utf8_lossy(&line));
             line.clear();
         }
     }
     if !line.is_empty() {
-        console.line(&name, &String::from_utf8_lossy(&line));
+        console.child_line(&name, &String::from_utf8_lossy(&line));
     }
 }

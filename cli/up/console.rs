@@ -3,6 +3,7 @@
 
 use std::io::{IsTerminal, Write, stderr};
 use std::sync::Mutex;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 /// Columns of the name in front of a line.
 const NAME_COLUMNS: usize = 10;
@@ -12,12 +13,30 @@ pub struct Console {
     is_terminal: bool,
     /// The line of progress as it stands; empty when there is none.
     progress: Mutex<String>,
+    /// Children are being stopped: what they say of each other's absence is of no interest.
+    stopping: AtomicBool,
 }
 
 impl Console {
     /// The process's own.
     pub fn new() -> Self {
-        Console { is_terminal: stderr().is_terminal(), progress: Mutex::default() }
+        Console {
+            is_terminal: stderr().is_terminal(),
+            progress: Mutex::default(),
+            stopping: AtomicBool::new(false),
+        }
+    }
+
+    /// A log line of the child `name`; dropped once children are being stopped.
+    pub fn child_line(&self, name: &str, text: &str) {
+        if !self.stopping.load(Ordering::Relaxed) {
+            self.line(name, text);
+        }
+    }
+
+    /// From now on children's lines are dropped.
+    pub fn stopping(&self) {
+        self.stopping.store(true, Ordering::Relaxed);
     }
 
     /// A line from `name`.

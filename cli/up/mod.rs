@@ -179,7 +179,10 @@ impl Up {
                     child::start(id, process, &self.run_file.path, &self.console, self.events.clone());
                 self.signals[id] = Some(signals);
             }
-            Action::Terminate(id) => self.signal(id, Signal::Terminate),
+            Action::Terminate(id) => {
+                self.console.stopping();
+                self.signal(id, Signal::Terminate);
+            }
             Action::Kill(id) => self.signal(id, Signal::Kill),
             Action::Say(text) => self.console.line("up", &text),
             Action::Finish(status) => return Some(status),

@@ -195,6 +195,11 @@ impl Commands {
         self.shared.stopping.load(Ordering::SeqCst)
     }
 
+    /// Whether [`Engine::drain`] was called.
+    pub fn draining(&self) -> bool {
+        self.shared.draining.load(Ordering::SeqCst)
+    }
+
     /// Waits for so long, or until the engine is stopped; jobs that slipped in are refused.
     pub(crate) fn wait(&self, duration: Duration, reason: &str) {
         let until = Instant::now() + duration;

@@ -48,9 +48,10 @@ pub struct Terms {
     pub first_epoch: u64,
 }
 
-/// Runs the rank until [`crate::Engine::stop`]. Whenever the group is lost its jobs fail and the ranks meet anew, with
-/// the weights still loaded. Errors when this rank's own device fails, when it cannot be part of another group without
-/// being started anew, or when the leader refuses it.
+/// Runs the rank until [`crate::Engine::stop`]; a follower also, after [`crate::Engine::drain`], until its group ends.
+/// Whenever the group is lost its jobs fail and the ranks meet anew, with the weights still loaded. Errors when this
+/// rank's own device fails, when it cannot be part of another group without being started anew, or when the leader
+/// refuses it.
 pub fn serve<B: Backend>(
     runner: &mut Runner<B>,
     place: &Place,
@@ -59,10 +60,12 @@ pub fn serve<B: Backend>(
 ) -> Result<(), EngineError> {
     let mut epoch = terms.first_epoch;
     let mut retry = RETRY[0];
-    while !commands.stopping() {
+    // A follower that is to end does not wait for another group: its leader ends, too.
+    let follows = matches!(place, Place::Follow { .. });
+    let stop = || commands.stopping() || (follows && commands.draining());
+    while !stop() {
         let rank = if let Place::Follow { rank, .. } = place { *rank } else { 0 };
         let member = runner.member(rank, &terms.version, &terms.identity);
-        let stop = || commands.stopping();
         let met = match place {
             Place::Alone => Ok(Group::alone(epoch, member.target, member.blocks)),
             Place::Lead { listener, world } => {
@@ -76,6 +79,9 @@ pub fn serve<B: Backend>(
             Err(TpError::Stopped) => break,
             Err(error @ (TpError::Refused(_) | TpError::Proof)) => return Err(error.into()),
             Err(error) => {
+                if stop() {
+                    break;
+                }
                 tracing::warn!("rank {rank} does not meet its group yet: {error}");
                 commands.wait(retry, "the group of ranks is not complete");
                 retry = (retry * 2).min(RETRY[1]);
@@ -98,6 +104,9 @@ pub fn serve<B: Backend>(
             EpochEnd::Lost(
                 error @ (EngineError::Group(_) | EngineError::Backend(BackendError::Group { .. })),
             ) => {
+                if stop() {
+                    break;
+                }
                 tracing::warn!("the group is lost and meets anew: {error}");
             }
             EpochEnd::Lost(error) => return Err(error),

@@ -121,7 +121,7 @@ pub async fn run(
     }
 }
 
-/// A rank that is not the leader: works until the leader ends the group or, after a stop signal, until the drain is over.
+/// A rank that is not the leader: works until, after a stop signal, the leader ends the group or the drain is over.
 async fn follow(
     config: &NodeConfig,
     engine: &Engine,
@@ -130,6 +130,7 @@ async fn follow(
 ) -> Result<(), NodeError> {
     let until = async {
         shutdown.cancelled().await;
+        engine.drain();
         sleep(config.drain + STOP_GRACE).await;
     };
     tokio::select! {

@@ -34,8 +34,8 @@ async fn serves() {
     let status: Value = serde_json::from_str(&json).expect("JSON");
     let nodes = status["nodes"].as_array().expect("nodes");
     assert_eq!(nodes.len(), 2);
-    let prefill = nodes.iter().find(|node| node["role"] == "prefill").expect("a prefill node");
-    assert!(prefill["counters"]["prompt_tokens"].as_u64().is_some_and(|n| n > 0), "{json}");
+    assert_eq!(cluster.metric("baton_request_decisions_total", "decision=\"handoff\"").await, 2.0);
+    assert_eq!(cluster.metric("baton_request_decisions_total", "decision=\"local\"").await, 0.0);
 
     let url = cluster.url("");
     let asked = ["chat", "--url", &url, "--temperature=0", "--max-tokens=24", "What is baton?"];
