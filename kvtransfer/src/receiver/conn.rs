@@ -6,17 +6,25 @@ use std::time::{Duration, Instant};
 
 use crate::frame::{FrameError, Head, Kind};
 use crate::id::fill_random;
-use crate::message::{Hello, Message};
+use crate::message::Message;
 use crate::receiver::registry::{Place, Registry};
 use crate::receiver::slot::{Conn, Slot};
 use crate::session::Handshake;
-use crate::session::receive::parse;
+use crate::session::receive::{millis, parse};
 use crate::sync::lock;
 use crate::wire::{FrameSource, Incoming, WireError, control_payload};
 use crate::{SessionError, SessionId};
 
 /// How long a sender that is still sending is listened to after it was told to stop.
 const FAREWELL: Duration = Duration::from_secs(1);
+
+/// How a session begins on a connection.
+enum Opening {
+    /// The connection is new and has to speak.
+    New(Place),
+    /// The connection was proven for another session; this is the head of its next Hello.
+    Again(Head),
+}
 
 /// Serves the connection until it ends. `place`: it has not proved anything yet.
 pub(super) fn serve(
@@ -25,11 +33,10 @@ pub(super) fn serve(
     mut source: Box<dyn FrameSource>,
     place: Place,
 ) {
-    let mut place = Some(place);
-    let mut hello = None;
+    let mut opening = Opening::New(place);
     let mut staging = Vec::new();
     loop {
-        let (session, slot) = match greet(registry, conn, &mut *source, place.take(), hello.take()) {
+        let (session, slot) = match greet(registry, conn, &mut *source, opening) {
             Ok(Some(greeted)) => greeted,
             Ok(None) => return,
             Err(error) => {
@@ -40,7 +47,7 @@ pub(super) fn serve(
             }
         };
         match receive(conn, &*slot, &mut *source, &mut staging) {
-            Ok(Some(next)) => hello = Some(next),
+            Ok(Some(hello)) => opening = Opening::Again(hello),
             Ok(None) => return,
             Err(error) => {
                 tracing::debug!(peer = conn.peer, %session, %error, "kv session failed");
@@ -53,40 +60,40 @@ pub(super) fn serve(
     }
 }
 
-/// From idleness to a proven sender: its session. `None`: the peer closed.
+/// From the first byte of a Hello, or from the connection's beginning, to a proven sender: its session. `None`: the peer
+/// closed.
 fn greet(
     registry: &Arc<Registry>,
     conn: &Arc<Conn>,
     source: &mut dyn FrameSource,
-    place: Option<Place>,
-    hello: Option<Head>,
+    opening: Opening,
 ) -> Result<Option<(SessionId, Arc<dyn Slot>)>, SessionError> {
-    // A connection that was proven may idle for hours; a new one has to speak.
-    let speak_by = place.is_some().then(|| Instant::now() + registry.limits.handshake);
-    let head = match hello {
-        Some(head) => head,
-        None => match next_hello(conn, source, speak_by)? {
-            Some(head) => head,
+    let time = registry.limits.handshake;
+    let until = Instant::now() + time;
+    let next = |source: &mut dyn FrameSource| match source.head(Some(until)) {
+        Ok(Incoming::Head(head)) => Ok(Some(head)),
+        Ok(Incoming::End) => Ok(None),
+        Ok(Incoming::Timeout) => Err(SessionError::Expired { what: "no proof".into(), ms: millis(time) }),
+        Err(error) => Err(lost(conn, error)),
+    };
+    let (_place, head) = match opening {
+        Opening::Again(head) => (registry.place()?, head),
+        Opening::New(place) => match next(source)? {
+            Some(head) => (place, head),
             None => return Ok(None),
         },
     };
-    let _place = match place {
-        Some(place) => place,
-        None => registry.place()?,
-    };
-    let until = speak_by.unwrap_or_else(|| Instant::now() + registry.limits.handshake);
-    let Message::Hello(hello) = read(conn, source, &head, Some(until))? else {
+    let Message::Hello(hello) = read(conn, source, &head, until)? else {
         return Err(SessionError::Protocol(format!("{:?} instead of Hello", head.kind)));
     };
-    let hello: Hello = *hello;
     let session = hello.session;
     let slot = registry.find(&session, until)?;
     let mut nonce = [0; 32];
     fill_random(&mut nonce);
-    let (handshake, challenge) = Handshake::begin(hello, &slot.ticket(), nonce);
+    let (handshake, challenge) = Handshake::begin(*hello, &slot.ticket(), nonce);
     conn.send(session.tag(), &challenge);
-    let Some(head) = next(conn, source, Some(until))? else { return Ok(None) };
-    let Message::Proof { proof } = read(conn, source, &head, Some(until))? else {
+    let Some(head) = next(source)? else { return Ok(None) };
+    let Message::Proof { proof } = read(conn, source, &head, until)? else {
         return Err(SessionError::Protocol(format!("{:?} instead of Proof", head.kind)));
     };
     *lock(&conn.fate) = None;
@@ -94,47 +101,17 @@ fn greet(
     Ok(Some((session, slot)))
 }
 
-/// The head of a Hello; a ping that crossed with the last session's acknowledgement is forgotten.
-fn next_hello(
-    conn: &Conn,
-    source: &mut dyn FrameSource,
-    until: Option<Instant>,
-) -> Result<Option<Head>, SessionError> {
-    loop {
-        match next(conn, source, until)? {
-            Some(head) if head.kind == Kind::Ping && until.is_none() => {
-                read(conn, source, &head, until)?;
-            }
-            Some(head) if head.kind == Kind::Hello => return Ok(Some(head)),
-            Some(head) => return Err(SessionError::Protocol(format!("{:?} instead of Hello", head.kind))),
-            None => return Ok(None),
-        }
-    }
-}
-
-fn next(
-    conn: &Conn,
-    source: &mut dyn FrameSource,
-    until: Option<Instant>,
-) -> Result<Option<Head>, SessionError> {
-    match source.head(until).map_err(|error| lost(conn, error))? {
-        Incoming::Head(head) => Ok(Some(head)),
-        Incoming::End => Ok(None),
-        Incoming::Timeout => Err(SessionError::Expired { what: "no proof".into(), ms: 0 }),
-    }
-}
-
 /// The control message of `head`.
 fn read(
     conn: &Conn,
     source: &mut dyn FrameSource,
     head: &Head,
-    until: Option<Instant>,
+    until: Instant,
 ) -> Result<Message, SessionError> {
     if head.kind == Kind::Data {
         return Err(SessionError::Protocol("data before its session".into()));
     }
-    let (payload, crc) = control_payload(source, head, until).map_err(|error| lost(conn, error))?;
+    let (payload, crc) = control_payload(source, head, Some(until)).map_err(|error| lost(conn, error))?;
     Ok(parse(head, &payload, crc)?)
 }
 

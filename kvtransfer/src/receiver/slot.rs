@@ -115,7 +115,8 @@ impl<L: KvLanding + 'static> LandingSlot<L> {
                 Action::End(result) => core.result = Some(result),
             }
         }
-        let ended = if core.touching == 0 { core.result.take().zip(core.done.take()) } else { None };
+        let ends = core.touching == 0 && core.result.is_some();
+        let ended = if ends { core.result.take().zip(core.done.take()) } else { None };
         let last_frame = core.receive.last_frame();
         drop(core);
         if let Some((result, done)) = ended {

@@ -26,16 +26,14 @@ pub(super) struct Connected {
     pub sending: Sending,
 }
 
-/// Connects a pair.
+/// Connects a pair. A push that was given up meanwhile is not waited for, but one round is made: its receiver should
+/// hear of it, and not hold its reservation until the deadline.
 pub(super) fn connect(pair: &Pair, pool: &Pool) -> Result<Connected, SessionError> {
     let until = pair.opened + pair.spec.deadline;
     let mut backoff = BACKOFF_MIN;
     loop {
         // Idle connections may have died unnoticed; each is tried once.
         while let Some((address, wire)) = pool.take_idle(&pair.addresses) {
-            if let Some(error) = pair.aborted() {
-                return Err(error);
-            }
             match greet(pair, &pool.limits, wire, until) {
                 Ok((wire, sending)) => return Ok(Connected { address, wire, sending }),
                 Err(error) if retryable(&error) => {
@@ -48,9 +46,6 @@ pub(super) fn connect(pair: &Pair, pool: &Pool) -> Result<Connected, SessionErro
         let mut again = false;
         for address in pool.order(&pair.addresses) {
             let left = until.saturating_duration_since(Instant::now());
-            if let Some(error) = pair.aborted() {
-                return Err(error);
-            }
             if left.is_zero() {
                 break;
             }
@@ -69,7 +64,7 @@ pub(super) fn connect(pair: &Pair, pool: &Pool) -> Result<Connected, SessionErro
             }
         }
         let pause = jitter(backoff);
-        if !again || Instant::now() + pause >= until {
+        if !again || pair.aborted().is_some() || Instant::now() + pause >= until {
             return Err(pair.aborted().unwrap_or(last));
         }
         tracing::debug!(error = %last, ?pause, "kv receiver not reached");

@@ -215,7 +215,8 @@ impl Pair {
                 pool.put_idle(address, wire);
                 Ok((sent, at))
             }
-            Outcome::Failed(error) => Err(error),
+            // A connection that was closed because the push was given up is not the reason.
+            Outcome::Failed(error) => Err(self.aborted().unwrap_or(error)),
         }
     }
 

@@ -1,6 +1,7 @@
 //! A cache in plain memory with leases on it, whose every byte is a function of its place: what the tests send and land.
 #![allow(dead_code)] // each test binary uses its share
 
+pub mod net;
 pub mod sim;
 
 use std::io::{IoSlice, IoSliceMut};

@@ -11,7 +11,7 @@ use kvtransfer::layout::{Plan, cut, describe, plan};
 use kvtransfer::message::Message;
 use kvtransfer::session::receive::parse;
 use kvtransfer::session::{Action, Handshake, Outcome, PairSpec, Receiving, Sending};
-use kvtransfer::{Limits, SessionError, Summary, Ticket};
+use kvtransfer::{Limits, SessionError, Summary};
 
 use super::{CLOSE, Cache, Case, MemExport, MemLanding, Rng};
 
@@ -78,7 +78,6 @@ pub struct Report {
 struct Link {
     receiver: usize,
     sending: Sending,
-    ticket: Ticket,
     rects: VecDeque<(Piece, usize)>,
     export: MemExport,
     handshake: Option<Handshake>,
@@ -481,12 +480,10 @@ fn link(
     }
     let mut nonce = [0; 32];
     nonce[..8].copy_from_slice(&rng.next().to_le_bytes());
-    let ticket = spec.ticket.clone();
     let (sending, hello) = Sending::new(spec, "receiver", nonce, now);
     let mut link = Link {
         receiver,
         sending,
-        ticket,
         rects: rects.into(),
         export: MemExport { layers: 0..plan.layers, tokens: case.tokens.clone(), direct: false, cache },
         handshake: None,
