@@ -30,6 +30,12 @@ impl Scale {
             Role::Bias => Scale { centre: 0.0, spread: 0.05 },
         }
     }
+
+    /// The value of one of `LEVELS` levels.
+    fn value(self, level: usize) -> f32 {
+        let unit = (level as f32 + 0.5) / LEVELS as f32 * 2.0 - 1.0;
+        self.centre + self.spread * unit
+    }
 }
 
 /// Little-endian `[rows, cols]` of a tensor with `width` columns.
@@ -42,37 +48,42 @@ pub(crate) fn bytes(
     rows: Range<usize>,
     cols: Range<usize>,
 ) -> Vec<u8> {
-    let levels: Vec<[u8; 4]> = (0..LEVELS).map(|level| encode(scale, dtype, level)).collect();
     let digest = Sha256::digest(format!("{seed}/{name}"));
     let key = digest.iter().take(8).fold(0u64, |key, byte| key << 8 | u64::from(*byte));
-    let item = dtype.bytes();
-    let mut out = Vec::with_capacity(rows.len() * cols.len() * item);
-    for row in rows {
-        let first = row * width + cols.start;
+    let place = Place { key, width, rows, cols };
+    match dtype {
+        DType::F32 => fill(&place, |level| scale.value(level).to_le_bytes()),
+        DType::F16 => fill(&place, |level| f16::from_f32(scale.value(level)).to_le_bytes()),
+        DType::BF16 => fill(&place, |level| bf16::from_f32(scale.value(level)).to_le_bytes()),
+    }
+}
+
+/// A part of one tensor.
+struct Place {
+    key: u64,
+    width: usize,
+    rows: Range<usize>,
+    cols: Range<usize>,
+}
+
+fn fill<const ITEM: usize>(place: &Place, encode: impl Fn(usize) -> [u8; ITEM]) -> Vec<u8> {
+    let levels: Vec<[u8; ITEM]> = (0..LEVELS).map(encode).collect();
+    let mut out = Vec::with_capacity(place.rows.len() * place.cols.len() * ITEM);
+    for row in place.rows.clone() {
+        let first = row * place.width + place.cols.start;
         let (mut block, mut draw) = (first / DRAWS, first % DRAWS);
-        let mut word = mix(key, block) >> (12 * draw);
-        for _ in cols.clone() {
+        let mut word = mix(place.key, block) >> (12 * draw);
+        for _ in place.cols.clone() {
             if draw == DRAWS {
                 (block, draw) = (block + 1, 0);
-                word = mix(key, block);
+                word = mix(place.key, block);
             }
-            out.extend_from_slice(&levels[word as usize % LEVELS][..item]);
+            out.extend_from_slice(&levels[word as usize % LEVELS]);
             word >>= 12;
             draw += 1;
         }
     }
     out
-}
-
-fn encode(scale: Scale, dtype: DType, level: usize) -> [u8; 4] {
-    let unit = (level as f32 + 0.5) / LEVELS as f32 * 2.0 - 1.0;
-    let value = scale.centre + scale.spread * unit;
-    let two = |[a, b]: [u8; 2]| [a, b, 0, 0];
-    match dtype {
-        DType::F32 => value.to_le_bytes(),
-        DType::F16 => two(f16::from_f32(value).to_le_bytes()),
-        DType::BF16 => two(bf16::from_f32(value).to_le_bytes()),
-    }
 }
 
 /// The finaliser of splitmix64.

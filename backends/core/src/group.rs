@@ -59,3 +59,32 @@ impl Group {
         Ok(links.into_iter().enumerate().map(group).collect())
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::io::{Read, Write};
+
+    use super::*;
+
+    #[test]
+    fn local_ranks_reach_each_other_and_nobody_else() {
+        let mut groups = Group::local(3).unwrap();
+        let socket = |groups: &mut Vec<Group>, from: usize, to: usize| match &mut groups[from].links {
+            Links::Sockets(links) => links[to].take(),
+            other => panic!("{other:?}"),
+        };
+        for (rank, group) in groups.iter().enumerate() {
+            assert_eq!((group.rank, group.world), (rank, 3));
+        }
+        for (from, to) in [(0, 1), (0, 2), (1, 2)] {
+            let mut near = socket(&mut groups, from, to).unwrap();
+            let mut far = socket(&mut groups, to, from).unwrap();
+            near.write_all(&[from as u8, to as u8]).unwrap();
+            let mut got = [0; 2];
+            far.read_exact(&mut got).unwrap();
+            assert_eq!(got, [from as u8, to as u8]);
+        }
+        assert!((0..3).all(|rank| socket(&mut groups, rank, rank).is_none()));
+        assert!(matches!(Group::local(1).unwrap()[0].links, Links::Alone));
+    }
+}
