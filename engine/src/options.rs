@@ -19,6 +19,9 @@ pub struct EngineOptions {
     pub step_tokens: usize,
     /// Rows of one prompt in a step.
     pub chunk_tokens: usize,
+    /// How much longer than a decode step a step may take for the prompts in it, while sequences generate: what a
+    /// running stream feels of a long prompt.
+    pub stall_max: Duration,
     /// Prompts that may wait for room or rows.
     pub waiting_max: usize,
     /// KV pushes open at once.
@@ -44,6 +47,7 @@ impl Default for EngineOptions {
             batch_max: 64,
             step_tokens: 1024,
             chunk_tokens: 512,
+            stall_max: Duration::from_millis(150),
             waiting_max: 1024,
             pushes_max: 64,
             kv_bind: SocketAddr::from(([127, 0, 0, 1], 0)),

@@ -144,6 +144,8 @@ impl<B: Backend> Runner<B> {
         commands.shut(&reason);
         group.end(&reason);
         executor.clear();
+        let usage = self.kv.usage();
+        commands.publish(core.last_report(usage));
         self.totals = core.finish(&JobError::Engine(reason));
         match ended {
             Ok(()) => EpochEnd::Stopped,

@@ -53,8 +53,8 @@ pub enum SampleError {
 /// Draws the token at position `request.tokens.len()` from `logits`, one per vocabulary id.
 pub fn sample(logits: &[f32], request: &Request) -> Result<Sampled, SampleError> {
     let position = request.tokens.len();
-    if let Some(id) = logits.iter().position(|x| !x.is_finite()) {
-        return Err(SampleError::NotFinite { id, position, value: logits[id] });
+    if let Some((id, value)) = not_finite(logits) {
+        return Err(SampleError::NotFinite { id, position, value });
     }
     let adjusted = adjust(logits, request);
     let id = if request.sampling.temperature < TEMPERATURE_MIN {
@@ -120,35 +120,59 @@ fn adjust<'a>(logits: &'a [f32], request: &Request) -> Cow<'a, [f32]> {
     out
 }
 
-/// The id of the greatest logit, the lowest on ties.
-fn most_likely(logits: &[f32]) -> Option<u32> {
-    let mut best: Option<(usize, f32)> = None;
-    for (id, &x) in logits.iter().enumerate() {
-        if x > best.map_or(f32::NEG_INFINITY, |(_, b)| b) {
-            best = Some((id, x));
+/// The first logit that is no finite number.
+fn not_finite(logits: &[f32]) -> Option<(usize, f32)> {
+    /// All bits of the exponent: infinities and NaN.
+    const EXPONENT: u32 = 0x7f80_0000;
+    // The greatest exponent of all first: without an early end the loop runs many at a time.
+    let greatest = logits.iter().fold(0, |greatest, x| (x.to_bits() & EXPONENT).max(greatest));
+    if greatest < EXPONENT {
+        return None;
+    }
+    logits.iter().copied().enumerate().find(|(_, x)| !x.is_finite())
+}
+
+/// The greatest logit. In lanes, so that many are compared at a time.
+fn greatest(logits: &[f32]) -> f32 {
+    let mut lanes = [f32::NEG_INFINITY; 16];
+    let chunks = logits.chunks_exact(lanes.len());
+    let rest = chunks.remainder();
+    for chunk in chunks {
+        for (lane, &x) in lanes.iter_mut().zip(chunk) {
+            *lane = if x > *lane { x } else { *lane };
         }
     }
-    best.map(|(id, _)| id as u32)
+    lanes.iter().chain(rest).copied().fold(f32::NEG_INFINITY, f32::max)
+}
+
+/// The id of the greatest logit, the lowest on ties.
+fn most_likely(logits: &[f32]) -> Option<u32> {
+    let max = greatest(logits);
+    if max == f32::NEG_INFINITY {
+        return None;
+    }
+    logits.iter().position(|&x| x == max).map(|id| id as u32)
 }
 
 /// One id of the kept ones, where `u` in [0, 1) falls when their masses lie side by side in order of id. (By id, not
 /// by mass: two ids of almost equal mass may then swap places without changing what is drawn.)
 fn draw(logits: &[f32], request: &Request, u: f64) -> Option<u32> {
     let sampling = &request.sampling;
-    let max = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
-    if max == f32::NEG_INFINITY {
+    let (max, temperature) = (f64::from(greatest(logits)), f64::from(sampling.temperature));
+    if max == f64::NEG_INFINITY {
         return None;
     }
-    // The most likely id has mass 1, so min_p compares directly.
-    let mass = |x: f32| ((f64::from(x) - f64::from(max)) / f64::from(sampling.temperature)).exp();
-    let mut kept: Vec<(u32, f64)> = (0..)
-        .zip(logits.iter().map(|&x| mass(x)))
-        .filter(|&(_, m)| m > 0.0 && m >= f64::from(sampling.min_p))
-        .collect();
+    // Relative to the most likely id, whose mass is 1: exp((x - max) / temperature) >= min_p.
+    let least = max + temperature * f64::from(sampling.min_p).ln();
+    let mut kept: Vec<(u32, f64)> =
+        (0..).zip(logits.iter().map(|&x| f64::from(x))).filter(|&(_, x)| x >= least).collect();
     let top_k = sampling.top_k as usize;
     if top_k > 0 && top_k < kept.len() {
         kept.select_nth_unstable_by(top_k, by_mass);
         kept.truncate(top_k);
+    }
+    for (_, x) in &mut kept {
+        *x = ((*x - max) / temperature).exp();
     }
     if sampling.top_p < 1.0 {
         keep_nucleus(&mut kept, f64::from(sampling.top_p));
@@ -162,7 +186,8 @@ fn draw(logits: &[f32], request: &Request, u: f64) -> Option<u32> {
             return Some(id);
         }
     }
-    kept.last().map(|&(id, _)| id)
+    // Rounding may leave the target at the very end.
+    kept.iter().rev().find(|(_, m)| *m > 0.0).map(|&(id, _)| id)
 }
 
 /// Keeps the most likely ids up to and including the one that brings their share to `top_p`.
@@ -192,7 +217,7 @@ fn keep_nucleus(kept: &mut Vec<(u32, f64)>, top_p: f64) {
     }
 }
 
-/// Greatest mass first, then lowest id.
+/// Greatest mass (or logit) first, then lowest id.
 fn by_mass(a: &(u32, f64), b: &(u32, f64)) -> Ordering {
     b.1.total_cmp(&a.1).then(a.0.cmp(&b.0))
 }
@@ -203,7 +228,7 @@ fn report(logits: &[f32], id: u32, request: &Request) -> (Option<f32>, Vec<(u32,
     if !sampling.logprobs {
         return (None, Vec::new());
     }
-    let max = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+    let max = greatest(logits);
     let sum: f64 = logits.iter().map(|&x| (f64::from(x) - f64::from(max)).exp()).sum();
     let norm = f64::from(max) + sum.ln();
     let logprob = |id: u32| (f64::from(logits[id as usize]) - norm) as f32;
@@ -310,6 +335,19 @@ mod tests {
         for (count, p) in counts.iter().zip([0.1, 0.2, 0.7]) {
             assert!((f64::from(*count) / 20_000.0 - p).abs() < 0.02, "{counts:?}");
         }
+    }
+
+    #[test]
+    fn long_rows_are_searched_whole() {
+        let mut logits: Vec<f32> = (0..1003).map(|i| -(i as f32)).collect();
+        for id in [0, 15, 16, 17, 999, 1002] {
+            logits[id] = 5.0 + id as f32;
+            assert_eq!(most_likely(&logits), Some(id as u32));
+            assert_eq!(not_finite(&logits), None);
+        }
+        logits[1001] = f32::NEG_INFINITY;
+        assert_eq!(not_finite(&logits), Some((1001, f32::NEG_INFINITY)));
+        assert_eq!(most_likely(&[f32::NEG_INFINITY; 40]), None);
     }
 
     #[test]

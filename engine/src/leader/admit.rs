@@ -66,7 +66,7 @@ impl Core {
                 return;
             };
             let handoff = matches!(first.kind, Kind::Prefill(Some(_)));
-            if scheduler::spare(self.setup.options.limits(), &wants) == 0
+            if scheduler::spare(self.limits(&wants), &wants) == 0
                 || self.resident() >= self.setup.options.batch_max
                 || (handoff && self.pushes() >= self.setup.options.pushes_max)
             {

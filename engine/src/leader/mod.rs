@@ -142,6 +142,26 @@ impl Core {
         }
     }
 
+    /// State after the epoch: nothing runs and, by the store, nothing is held.
+    pub fn last_report(&self, usage: KvUsage) -> Report {
+        Report {
+            epoch: self.setup.epoch,
+            blocks: Blocks {
+                block_tokens: self.setup.block_tokens,
+                total: usage.total,
+                free: usage.free,
+                used: usage.used,
+                quarantined: usage.quarantined,
+                audit_errors: self.totals.audit_errors,
+                ..Blocks::default()
+            },
+            prefill_tokens_per_s: self.totals.rates.prefill_tokens_per_s(),
+            decode_step_ms: self.totals.rates.decode_step_ms(),
+            counters: self.totals.counters,
+            ..Report::default()
+        }
+    }
+
     /// Held blocks by the book, the others by the store: when idle the sum must be the total.
     fn blocks(&mut self, usage: KvUsage) -> Blocks {
         let reserved: Vec<SeqId> =

@@ -1,5 +1,6 @@
 //! What every rank does next, and what its logits become.
 
+use std::cmp::Reverse;
 use std::time::{Duration, Instant};
 
 use backend::{Batch, SeqId};
@@ -7,10 +8,16 @@ use backend::{Batch, SeqId};
 use super::{Core, since};
 use crate::request::{Event, JobError, Token};
 use crate::sampler::{self, Sampled};
-use crate::scheduler::{self, Share};
+use crate::scheduler::{self, Limits, Share, Want};
 use crate::sequence::{Kind, Sequence, Stage, finish_code};
 use crate::tp::plan::{Export, Op, Plan};
 use kvtransfer::Close;
+
+/// Prompt rows beside generation while the prefill rate is unknown.
+const ROWS_BESIDE_UNKNOWN: usize = 64;
+
+/// Prompt rows beside generation on the slowest machine: prompts must go on.
+const ROWS_BESIDE_MIN: usize = 16;
 
 /// A plan and whose rows it computes.
 pub(crate) struct Step {
@@ -26,7 +33,7 @@ impl Core {
         self.make_room_to_generate();
         self.admit_waiting(now);
         let wants: Vec<_> = self.runnable().map(Sequence::want).collect();
-        let shares = scheduler::next(self.setup.options.limits(), &wants);
+        let shares = scheduler::next(self.limits(&wants), &wants);
         let mut plan = Plan { step: self.step, ..Plan::default() };
         for share in &shares {
             self.add_run(&mut plan, *share);
@@ -93,6 +100,18 @@ impl Core {
         }
     }
 
+    /// Bounds of the next step: while sequences generate, prompts get what they can compute without holding them up.
+    pub(super) fn limits(&self, wants: &[Want]) -> Limits {
+        let limits = self.setup.options.limits();
+        let generating = wants.iter().filter(|want| want.generating).count();
+        if generating == 0 {
+            return limits;
+        }
+        let rows = self.totals.rates.prompt_rows_within(self.setup.options.stall_max);
+        let beside = rows.unwrap_or(ROWS_BESIDE_UNKNOWN).max(ROWS_BESIDE_MIN);
+        Limits { step_tokens: limits.step_tokens.min(generating + beside), ..limits }
+    }
+
     /// Sequences whose rows can be computed.
     pub(super) fn runnable(&self) -> impl Iterator<Item = &Sequence> {
         self.sequences.values().filter(|s| s.stage == Stage::Running)
@@ -128,8 +147,11 @@ impl Core {
     /// Gives every generating sequence room for its next row: from the prefix cache, then by preempting the youngest
     /// of the lowest priority.
     fn make_room_to_generate(&mut self) {
-        let mut order: Vec<(i32, u64)> =
-            self.runnable().filter(|s| s.generating()).map(|s| (-s.request.priority, s.job)).collect();
+        let mut order: Vec<(Reverse<i32>, u64)> = self
+            .runnable()
+            .filter(|s| s.generating())
+            .map(|s| (Reverse(s.request.priority), s.job))
+            .collect();
         order.sort_unstable();
         for (_, job) in order {
             while let Some(sequence) = self.sequences.get(&job) {

@@ -66,6 +66,10 @@ fn expected(request: &Request) -> Vec<u32> {
 
 impl Sim {
     fn new(ranks: usize, blocks: u32, options: EngineOptions) -> Self {
+        Sim::with_store(ranks, blocks, options, true)
+    }
+
+    fn with_store(ranks: usize, blocks: u32, options: EngineOptions, shares: bool) -> Self {
         let target = |rank| Target { rank, addresses: vec![], spec: KvSpec { layers: 1, planes: vec![] } };
         let setup = Setup {
             options,
@@ -74,7 +78,7 @@ impl Sim {
             vocabulary: VOCABULARY,
             blocks,
             block_tokens: BLOCK,
-            shares: true,
+            shares,
             secret: [1; 16],
         };
         let rank =
@@ -171,7 +175,12 @@ impl Sim {
             }
             Op::Grow { seq, tokens } => pages.grow(*seq, *tokens).expect("room"),
             Op::Fork { from, to, tokens } => {
-                pages.fork(*from, *to, *tokens, Fork::Share).expect("a prefix");
+                if self.core.setup.shares {
+                    pages.fork(*from, *to, *tokens, Fork::Share).expect("a prefix");
+                } else {
+                    pages.open(*to, *tokens).expect("room for a copy");
+                    pages.fill(*to, 0..1, 0..*tokens).expect("room");
+                }
                 let prefix = held[from][..*tokens as usize].to_vec();
                 held.insert(*to, prefix);
             }
@@ -609,9 +618,10 @@ proptest! {
         ops in prop::collection::vec((0u8..8, 0u32..3, 1usize..40, 0u64..12), 1..60),
         ranks in 1usize..3,
         cache: bool,
+        shares: bool,
     ) {
         let options = EngineOptions { prefix_cache: cache, ..options() };
-        let mut sim = Sim::new(ranks, 20, options);
+        let mut sim = Sim::with_store(ranks, 20, options, shares);
         let mut receivers: Vec<(u64, Request, UnboundedReceiver<Event>, bool)> = vec![];
         for (op, family, len, pick) in ops {
             let text: Vec<u32> = (0..len as u32).map(|i| (i * (family + 1)) % 32).collect();

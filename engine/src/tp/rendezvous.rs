@@ -92,7 +92,7 @@ pub fn lead(
 pub fn join(leader: &str, secret: &[u8], member: &Member, stop: &dyn Fn() -> bool) -> Result<Group, TpError> {
     let stream = dial(leader)?;
     let (near, far) = (stream.local_addr()?, stream.peer_addr()?);
-    let mut halves = prove(stream, secret)?;
+    let mut halves = prove(stream, secret, stop)?;
     let listener = TcpListener::bind((near.ip(), 0))?;
     let mut w = Writer::default();
     w.u32(listener.local_addr()?.port().into());
@@ -143,17 +143,38 @@ fn dial(leader: &str) -> Result<TcpStream, TpError> {
 }
 
 /// Follower's side of the proof: `magic | nonce`, then the leader's `nonce | proof`, then ours.
-fn prove(mut stream: TcpStream, secret: &[u8]) -> Result<Halves, TpError> {
-    timeouts(&stream, READY_WAIT)?;
+fn prove(mut stream: TcpStream, secret: &[u8], stop: &dyn Fn() -> bool) -> Result<Halves, TpError> {
+    timeouts(&stream, GREETING_WAIT)?;
     let mine = nonce()?;
     stream.write_all(&MAGIC)?;
     stream.write_all(&mine)?;
+    await_answer(&stream, stop)?;
     let (mut theirs, mut answer) = ([0; 32], [0; 32]);
     stream.read_exact(&mut theirs)?;
     stream.read_exact(&mut answer)?;
-    check(&answer, &proof(secret, &[b"leader", &mine, &theirs]))?;
-    stream.write_all(&proof(secret, &[b"rank", &mine, &theirs]))?;
+    check(&answer, &proof(secret, &[b"baton group leader", &mine, &theirs]))?;
+    stream.write_all(&proof(secret, &[b"baton group rank", &mine, &theirs]))?;
     keys(stream, secret, &mine, &theirs, false)
+}
+
+/// Until the leader has said something: it may still be busy with the group that was.
+fn await_answer(stream: &TcpStream, stop: &dyn Fn() -> bool) -> Result<(), TpError> {
+    let begun = Instant::now();
+    stream.set_read_timeout(Some(WAITING_PING))?;
+    loop {
+        match stream.peek(&mut [0]) {
+            Ok(0) => return Err(TpError::Closed),
+            Ok(_) => return timeouts(stream, GREETING_WAIT),
+            Err(error) if !matches!(error.kind(), ErrorKind::WouldBlock | ErrorKind::TimedOut) => {
+                return Err(error.into());
+            }
+            Err(_) if stop() => return Err(TpError::Stopped),
+            Err(_) if begun.elapsed() > READY_WAIT => {
+                return Err(TpError::Silent { ms: READY_WAIT.as_millis() as u64 });
+            }
+            Err(_) => {}
+        }
+    }
 }
 
 /// Leader's side of the proof.
@@ -168,9 +189,9 @@ fn ask_proof(mut stream: TcpStream, secret: &[u8]) -> Result<Halves, TpError> {
     stream.read_exact(&mut theirs)?;
     let mine = nonce()?;
     stream.write_all(&mine)?;
-    stream.write_all(&proof(secret, &[b"leader", &theirs, &mine]))?;
+    stream.write_all(&proof(secret, &[b"baton group leader", &theirs, &mine]))?;
     stream.read_exact(&mut answer)?;
-    check(&answer, &proof(secret, &[b"rank", &theirs, &mine]))?;
+    check(&answer, &proof(secret, &[b"baton group rank", &theirs, &mine]))?;
     keys(stream, secret, &theirs, &mine, true)
 }
 
@@ -181,8 +202,8 @@ fn keys(
     leader: &[u8; 32],
     leads: bool,
 ) -> Result<Halves, TpError> {
-    let down = proof(secret, &[b"down", rank, leader]);
-    let up = proof(secret, &[b"up", rank, leader]);
+    let down = proof(secret, &[b"baton group down", rank, leader]);
+    let up = proof(secret, &[b"baton group up", rank, leader]);
     let (out, into) = if leads { (down, up) } else { (up, down) };
     Halves::new(stream, out, into)
 }
@@ -283,7 +304,7 @@ fn welcome(
 }
 
 fn mesh_key(secret: &[u8], nonce: &[u8; 32]) -> [u8; 32] {
-    proof(secret, &[b"mesh", nonce])
+    proof(secret, &[b"baton group mesh", nonce])
 }
 
 fn nonce() -> Result<[u8; 32], TpError> {
