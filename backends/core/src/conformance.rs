@@ -10,15 +10,20 @@ mod exact;
 mod operations;
 mod reference;
 
+use std::io;
+
 use half::{bf16, f16};
 
 use crate::{
     Backend, BackendError, Batch, DType, DeviceOptions, Group, KSum, KvSpec, KvStore, Linear, Out, Output,
-    Pending, SeqId, Step, TensorView, WeightSource,
+    SeqId, Step, TensorView, WeightSource,
 };
 
 /// Opens a backend as one rank of a group.
 pub type Open<'a, B> = &'a (dyn Fn(&DeviceOptions, Group) -> Result<B, BackendError> + Sync);
+
+/// Makes the ranks of a group of so many, in order.
+pub type MakeGroup = fn(usize) -> io::Result<Vec<Group>>;
 
 /// The suite for one backend.
 pub struct Suite<'a, B: Backend> {
@@ -29,7 +34,7 @@ pub struct Suite<'a, B: Backend> {
     /// Activation types to test.
     pub dtypes: &'a [DType],
     /// Makes the links of a group of so many ranks, in order of rank; `None`: groups are not tested.
-    pub group: Option<fn(usize) -> std::io::Result<Vec<Group>>>,
+    pub group: Option<MakeGroup>,
 }
 
 /// Largest error of a result, as a part of the largest magnitude in the reference.
@@ -79,7 +84,7 @@ impl<'a, B: Backend> Suite<'a, B> {
         let mut backend = (self.open)(options, group).unwrap_or_else(|error| panic!("open: {error}"));
         let bytes = u64::from(tokens.next_multiple_of(options.block_tokens)) * spec.token_bytes() as u64;
         let kv = backend.kv(spec, bytes).unwrap_or_else(|error| panic!("kv: {error}"));
-        Rig { backend, kv, dtype: options.dtype }
+        Rig { backend, kv }
     }
 
     fn limit(&self, dtype: DType) -> f64 {
@@ -110,7 +115,6 @@ impl<'a, B: Backend> Suite<'a, B> {
 struct Rig<B: Backend> {
     backend: B,
     kv: B::Kv,
-    dtype: DType,
 }
 
 impl<B: Backend> Rig<B> {

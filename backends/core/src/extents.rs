@@ -17,7 +17,7 @@ impl Extents {
         let last = self.0.partition_point(|held| held.start <= tokens.end);
         let start = self.0[first..last].first().map_or(tokens.start, |held| held.start.min(tokens.start));
         let end = self.0[first..last].last().map_or(tokens.end, |held| held.end.max(tokens.end));
-        self.0.splice(first..last, [start..end]);
+        self.0.splice(first..last, std::iter::once(start..end));
     }
 
     /// Removes `tokens`.

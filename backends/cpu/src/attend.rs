@@ -345,7 +345,7 @@ impl Attention<'_> {
                 });
                 (self.kernels.transpose)(&rows, words, k_turned.cast::<u32>().add(panel * words * LANES));
             }
-            let pad = self.dim % LANES != 0;
+            let pad = !self.dim.is_multiple_of(LANES);
             if pad {
                 self.pad_values(unit, base, low..high, v_padded);
             }
@@ -446,7 +446,7 @@ impl Attention<'_> {
         sums: Sums,
     ) {
         let run = &self.runs[unit.run];
-        let pad = self.dim % LANES != 0;
+        let pad = !self.dim.is_multiple_of(LANES);
         let mut from = range.start;
         while from < range.end {
             let (layout, w, k_stride, count) = if pad {

@@ -190,6 +190,7 @@ impl<V: Lanes, const HALF: bool> Panels<V> for Narrow<HALF> {
 /// # Safety
 /// As for the sweep, restricted to rows `[row, row + R)` and panels `[panel, panel + P)`.
 #[inline(always)]
+#[allow(clippy::needless_range_loop)] // rows and panels index sums, factors and addresses alike
 unsafe fn tile<V: Lanes, W: Panels<V>, const R: usize, const P: usize>(
     s: &Sweep,
     w: W,
@@ -210,29 +211,25 @@ unsafe fn tile<V: Lanes, W: Panels<V>, const R: usize, const P: usize>(
         }
         let mut k = 0;
         while k + 2 <= s.k {
-            if R <= 2 {
+            if R <= ROWS_STREAMING {
                 for p in 0..P {
                     w.ahead(panel + p, k);
                 }
             }
-            let mut even = [V::splat(0.0); P];
+            let (mut even, mut odd) = ([V::splat(0.0); P], [V::splat(0.0); P]);
             for p in 0..P {
                 even[p] = w.even(panel + p, k);
-            }
-            for r in 0..R {
-                let factor = V::splat(*x.add(r * s.x_stride + k));
-                for p in 0..P {
-                    acc[r][p] = acc[r][p].madd(factor, even[p]);
-                }
-            }
-            let mut odd = [V::splat(0.0); P];
-            for p in 0..P {
                 odd[p] = w.odd(panel + p, k);
             }
+            // Both k of a row together: otherwise the compiler loads the second early and spills it.
             for r in 0..R {
-                let factor = V::splat(*x.add(r * s.x_stride + k + 1));
+                let (first, second) =
+                    (V::splat(*x.add(r * s.x_stride + k)), V::splat(*x.add(r * s.x_stride + k + 1)));
                 for p in 0..P {
-                    acc[r][p] = acc[r][p].madd(factor, odd[p]);
+                    acc[r][p] = acc[r][p].madd(first, even[p]);
+                }
+                for p in 0..P {
+                    acc[r][p] = acc[r][p].madd(second, odd[p]);
                 }
             }
             k += 2;
@@ -253,9 +250,13 @@ unsafe fn tile<V: Lanes, W: Panels<V>, const R: usize, const P: usize>(
     }
 }
 
-/// Whether `r` rows by `p` panels of sums leave registers for the operands.
+/// Up to so many rows a product is as fast as its weights stream.
+const ROWS_STREAMING: usize = 2;
+
+/// Whether `r` rows by `p` panels of sums leave registers for the operands: two k of every panel, except for one row,
+/// where each is used once and gone.
 const fn fits(r: usize, p: usize, registers: usize) -> bool {
-    r * p + if r == 1 { 2 } else { p + 1 } <= registers
+    r * p + if r == 1 { 2 } else { 2 * p } <= registers
 }
 
 /// Panels `[from, to)` for rows `[row, row + R)`: as many at once as registers allow, so that a single row still has
@@ -265,17 +266,23 @@ unsafe fn rows<V: Lanes, W: Panels<V>, const R: usize>(s: &Sweep, w: W, row: usi
     let mut panel = from;
     // SAFETY: the caller's sweep covers rows [row, row + R) and panels [from, to).
     unsafe {
-        while panel + 8 <= to && fits(R, 8, V::REGISTERS) {
-            tile::<V, W, R, 8>(s, w, row, panel);
-            panel += 8;
+        if const { fits(R, 8, V::REGISTERS) } {
+            while panel + 8 <= to {
+                tile::<V, W, R, 8>(s, w, row, panel);
+                panel += 8;
+            }
         }
-        while panel + 4 <= to && fits(R, 4, V::REGISTERS) {
-            tile::<V, W, R, 4>(s, w, row, panel);
-            panel += 4;
+        if const { fits(R, 4, V::REGISTERS) } {
+            while panel + 4 <= to {
+                tile::<V, W, R, 4>(s, w, row, panel);
+                panel += 4;
+            }
         }
-        while panel + 2 <= to && fits(R, 2, V::REGISTERS) {
-            tile::<V, W, R, 2>(s, w, row, panel);
-            panel += 2;
+        if const { fits(R, 2, V::REGISTERS) } {
+            while panel + 2 <= to {
+                tile::<V, W, R, 2>(s, w, row, panel);
+                panel += 2;
+            }
         }
         while panel < to {
             tile::<V, W, R, 1>(s, w, row, panel);
@@ -298,25 +305,35 @@ unsafe fn sweep_panels<V: Lanes, W: Panels<V>>(s: &Sweep, w: W) {
         let mut row = 0;
         // SAFETY: rows and panels stay within the sweep.
         unsafe {
-            while row + 12 <= s.rows && fits(12, 1, V::REGISTERS) {
-                rows::<V, W, 12>(s, w, row, from, to);
-                row += 12;
+            if const { fits(12, 1, V::REGISTERS) } {
+                while row + 12 <= s.rows {
+                    rows::<V, W, 12>(s, w, row, from, to);
+                    row += 12;
+                }
             }
-            while row + 8 <= s.rows && fits(8, 1, V::REGISTERS) {
-                rows::<V, W, 8>(s, w, row, from, to);
-                row += 8;
+            if const { fits(8, 1, V::REGISTERS) } {
+                while row + 8 <= s.rows {
+                    rows::<V, W, 8>(s, w, row, from, to);
+                    row += 8;
+                }
             }
-            while row + 6 <= s.rows && fits(6, 1, V::REGISTERS) {
-                rows::<V, W, 6>(s, w, row, from, to);
-                row += 6;
+            if const { fits(6, 1, V::REGISTERS) } {
+                while row + 6 <= s.rows {
+                    rows::<V, W, 6>(s, w, row, from, to);
+                    row += 6;
+                }
             }
-            while row + 4 <= s.rows && fits(4, 1, V::REGISTERS) {
-                rows::<V, W, 4>(s, w, row, from, to);
-                row += 4;
+            if const { fits(4, 1, V::REGISTERS) } {
+                while row + 4 <= s.rows {
+                    rows::<V, W, 4>(s, w, row, from, to);
+                    row += 4;
+                }
             }
-            while row + 2 <= s.rows && fits(2, 1, V::REGISTERS) {
-                rows::<V, W, 2>(s, w, row, from, to);
-                row += 2;
+            if const { fits(2, 1, V::REGISTERS) } {
+                while row + 2 <= s.rows {
+                    rows::<V, W, 2>(s, w, row, from, to);
+                    row += 2;
+                }
             }
             while row < s.rows {
                 rows::<V, W, 1>(s, w, row, from, to);

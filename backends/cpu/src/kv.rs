@@ -51,7 +51,7 @@ impl CpuKv {
             return refused(format!("a cache of {} is not supported (plane {})", plane.dtype, plane.name));
         }
         let block_bytes = spec.token_bytes() as u64 * u64::from(block_tokens);
-        let blocks = if block_bytes == 0 { 0 } else { bytes / block_bytes };
+        let blocks = bytes.checked_div(block_bytes).unwrap_or(0);
         let Ok(blocks) = u32::try_from(blocks) else {
             return refused(format!("{blocks} KV blocks are more than fit a block number"));
         };

@@ -16,7 +16,7 @@ pub(crate) const LANES: usize = 16;
 /// Methods may only be called where the level's instructions exist, and memory arguments must be valid for the elements
 /// named at each method.
 pub(crate) trait Lanes: Copy {
-    /// How many values of this type the registers hold; chooses the product's tiles.
+    /// How many values of this type the registers hold besides a product's factors; chooses its tiles.
     const REGISTERS: usize;
 
     unsafe fn splat(x: f32) -> Self;

@@ -29,7 +29,6 @@ pub(crate) struct Packed {
     pub(crate) layout: Layout,
     /// Ranges of K that are summed apart: 1, or the tree's.
     pub(crate) ranges: usize,
-    pub(crate) tree: bool,
     pub(crate) bias: Option<Vec<f32>>,
     memory: Memory,
 }
@@ -124,8 +123,7 @@ impl Packed {
         let outputs = linear.parts.iter().map(|part| part.rows).sum();
         let bias = linear.bias.as_ref().map(|parts| stacked_bias(parts, outputs)).transpose()?;
         let inputs = first.cols;
-        let mut packed =
-            Packed { outputs, inputs, layout, ranges, tree, bias, memory: Memory::unwritten(0)? };
+        let mut packed = Packed { outputs, inputs, layout, ranges, bias, memory: Memory::unwritten(0)? };
         let bytes = packed.panels() * packed.panel_elements() * packed.element_bytes();
         packed.memory = Memory::unwritten(bytes)?;
         let rows: Vec<(&TensorView<'_>, usize)> =

@@ -345,7 +345,7 @@ impl Step for CpuStep<'_> {
     fn glu(&mut self, x: CpuAct, kind: Glu) -> CpuAct {
         let Glu::Silu = kind;
         let (rows, width) = (x.rows, x.width / 2);
-        if x.width % 2 != 0 {
+        if !x.width.is_multiple_of(2) {
             return self.refuse(format!("a gated unit of odd width {}", x.width), rows, width);
         }
         let mut out = self.act(rows, width);

@@ -5,10 +5,10 @@ use std::time::{Duration, Instant};
 
 use super::attention::{Layer, ids, small};
 use super::reference::Attention;
-use super::{Case, Suite, Tensor, rows_batch};
+use super::{Case, MakeGroup, Suite, Tensor, rows_batch};
 use crate::{
-    Attend, Backend, BackendError, Batch, DType, DeviceOptions, Glu, Group, KSum, KvSpec, KvStore, Linear,
-    Output, Rope, RopeStyle, SeqId, Step, WeightSource,
+    Attend, Backend, BackendError, Batch, DType, DeviceOptions, Glu, Group, KSum, KvSpec, Linear, Output,
+    Rope, RopeStyle, SeqId, Step, WeightSource,
 };
 
 pub(super) fn cases<'a, B: Backend>() -> Vec<Case<'a, B>> {
@@ -122,14 +122,9 @@ fn attention<B: Backend>(suite: &Suite<'_, B>, dtype: DType) {
 }
 
 /// Runs `body` as every rank of a group, each on its own thread.
-fn ranks<B: Backend, T: Send>(
-    suite: &Suite<'_, B>,
-    group: fn(usize) -> std::io::Result<Vec<Group>>,
-    world: usize,
-    body: impl Fn(usize, Group) -> T + Sync,
-) -> Vec<T> {
+fn ranks<T: Send>(group: MakeGroup, world: usize, body: impl Fn(usize, Group) -> T + Sync) -> Vec<T> {
     let groups = group(world).unwrap_or_else(|error| panic!("group of {world}: {error}"));
-    let (_, body) = (suite, &body);
+    let body = &body;
     std::thread::scope(|scope| {
         let threads: Vec<_> = groups
             .into_iter()
@@ -185,12 +180,6 @@ impl Block {
         let spec = KvSpec::gqa(1, 4, heads.clone(), 16, dtype);
         let options = DeviceOptions { threads: 1 + rank % 2, ..suite.options(dtype) };
         let mut rig = suite.rig_with(&options, group, &spec, 128);
-        let rows = |tensor: &Tensor, of: std::ops::Range<usize>| {
-            let view = tensor.part(of.start, of.end);
-            // The view borrows from the tensor, whose life is the caller's.
-            (view.rows, view.bytes.to_vec())
-        };
-        let _ = rows;
         let (q, kv, inter, vocabulary) = (share(128), share(64), share(INTER), share(VOCABULARY));
         let linear = |parts, sum| WeightSource::Linear(Linear { parts, bias: None, sum });
         let tree = KSum::Tree { ranges: 8 / world };
@@ -256,7 +245,7 @@ fn tensor_parallel<B: Backend>(suite: &Suite<'_, B>, dtype: DType) {
     assert_eq!(alone.len(), tokens.len() * VOCABULARY);
     let exact = is_exact(suite, dtype);
     for world in [2, 4] {
-        let all = ranks(suite, group, world, |_, group| block.run(suite, dtype, group, &tokens));
+        let all = ranks(group, world, |_, group| block.run(suite, dtype, group, &tokens));
         assert!(all[1..].iter().all(Vec::is_empty), "logits belong to rank 0");
         if exact {
             assert_eq!(bits(&all[0]), bits(&alone), "{world} ranks");
@@ -272,7 +261,7 @@ fn large_sums<B: Backend>(suite: &Suite<'_, B>, dtype: DType) {
     let Some(group) = suite.group else { return };
     // 2000 rows x 768 x 4 B = 6 MB per rank
     let (rows, width) = (2000, 768);
-    let all = ranks(suite, group, 3, |rank, group| {
+    let all = ranks(group, 3, |rank, group| {
         let mut rig = suite.rig_with(&suite.options(dtype), group, &KvSpec::gqa(1, 1, 0..1, 8, dtype), 64);
         let x = Tensor::new(dtype, rows, width, (0..rows * width).map(|at| ((at % 61) * (rank + 1)) as f64));
         let table = rig.embedding(&x);
@@ -303,12 +292,12 @@ fn lost_rank<B: Backend>(suite: &Suite<'_, B>, dtype: DType) {
     );
     let next = |rank: usize| again.lock().ok().and_then(|mut groups| groups[rank].take());
     let met = std::sync::Barrier::new(2);
-    ranks(suite, group, 2, |rank, group| {
+    ranks(group, 2, |rank, group| {
         let mut rig = suite.rig_with(&suite.options(dtype), group, &KvSpec::gqa(1, 1, 0..1, 8, dtype), 64);
         let x = Tensor::random(1, dtype, 4, 16, 1.0);
         let table = rig.embedding(&x);
         let batch = rows_batch(4);
-        let mut sum = |rig: &mut super::Rig<B>| {
+        let sum = |rig: &mut super::Rig<B>| {
             rig.try_step(&batch, |step| {
                 let x = step.embed(&table);
                 step.all_reduce(x)

@@ -1,7 +1,7 @@
 //! Cases of the operations that see one row at a time.
 
 use super::{Case, Suite, Tensor, reference, rows_batch};
-use crate::{Backend, DType, Glu, KSum, Linear, Out, Output, Pending, Step, WeightSource};
+use crate::{Backend, DType, Glu, KSum, Linear, Out, Output, Step, WeightSource};
 
 pub(super) fn cases<'a, B: Backend>() -> Vec<Case<'a, B>> {
     vec![

@@ -11,7 +11,7 @@ pub(crate) struct Avx2(__m256, __m256);
 // SAFETY (all blocks here): the kernels of this level run only where AVX2, FMA and F16C were detected, and the caller
 // gives memory for the elements that each method names.
 impl Lanes for Avx2 {
-    const REGISTERS: usize = 8;
+    const REGISTERS: usize = 7;
 
     #[inline(always)]
     unsafe fn splat(x: f32) -> Self {

@@ -11,7 +11,7 @@ pub(crate) struct Avx512(__m512);
 // SAFETY (all blocks here): the kernels of this level run only where AVX-512 F, BW, VL and DQ were detected, and the caller
 // gives memory for the elements that each method names.
 impl Lanes for Avx512 {
-    const REGISTERS: usize = 30;
+    const REGISTERS: usize = 29;
 
     #[inline(always)]
     unsafe fn splat(x: f32) -> Self {

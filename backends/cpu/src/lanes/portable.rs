@@ -42,7 +42,7 @@ fn madd(c: f32, a: f32, b: f32) -> f32 {
 // SAFETY (all blocks here): the caller gives memory for the elements that each method names.
 impl Lanes for Portable {
     // 32 registers of 4 floats on aarch64, 16 on x86.
-    const REGISTERS: usize = if cfg!(target_arch = "aarch64") { 8 } else { 4 };
+    const REGISTERS: usize = if cfg!(target_arch = "aarch64") { 7 } else { 4 };
 
     #[inline(always)]
     unsafe fn splat(x: f32) -> Self {
@@ -119,8 +119,8 @@ impl Lanes for Portable {
     #[inline(always)]
     unsafe fn madd(self, a: Self, b: Self) -> Self {
         let mut out = self.0;
-        for at in 0..LANES {
-            out[at] = madd(out[at], a.0[at], b.0[at]);
+        for (at, x) in out.iter_mut().enumerate() {
+            *x = madd(*x, a.0[at], b.0[at]);
         }
         Portable(out)
     }
@@ -138,8 +138,8 @@ impl Lanes for Portable {
     #[inline(always)]
     unsafe fn zero_below(self, limit: Self, other: Self) -> Self {
         let mut out = other.0;
-        for at in 0..LANES {
-            out[at] = if self.0[at] < limit.0[at] { 0.0 } else { out[at] };
+        for (at, x) in out.iter_mut().enumerate() {
+            *x = if self.0[at] < limit.0[at] { 0.0 } else { *x };
         }
         Portable(out)
     }

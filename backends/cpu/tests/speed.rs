@@ -1,0 +1,164 @@
+//! Measures, on request, what the kernels reach on this machine:
+//! `cargo test --release -p backend-cpu --test speed -- --ignored --nocapture`.
+
+use std::time::Instant;
+
+use backend::{
+    Attend, Backend, Batch, DType, DeviceOptions, Group, KSum, KvSpec, KvStore, Linear, Out, Rope, RopeStyle,
+    SeqId, Step, TensorView, WeightSource,
+};
+use backend_cpu::{CpuBackend, CpuWeight, Level};
+
+const WIDTH: usize = 4096;
+
+fn weight(backend: &mut CpuBackend, dtype: DType, rows: usize, table: bool) -> CpuWeight {
+    // Small whole numbers in every type.
+    let one: &[u8] = match dtype {
+        DType::F32 => &[0, 0, 0x80, 0x3f],
+        DType::F16 => &[0, 0x3c],
+        DType::BF16 => &[0x80, 0x3f],
+    };
+    let bytes = one.repeat(rows * WIDTH);
+    let view = TensorView {
+        name: "w",
+        dtype,
+        rows,
+        cols: WIDTH,
+        row_stride_bytes: WIDTH * dtype.bytes(),
+        bytes: &bytes,
+    };
+    let source = match table {
+        true => WeightSource::Embedding(view),
+        false => WeightSource::Linear(Linear { parts: vec![view], bias: None, sum: KSum::Ascending }),
+    };
+    backend.load(&source).unwrap()
+}
+
+/// Seconds of the fastest of many short repetitions: others use this machine too.
+fn fastest(mut f: impl FnMut()) -> f64 {
+    f();
+    (0..5)
+        .map(|_| Instant::now())
+        .map(|begun| {
+            f();
+            begun.elapsed().as_secs_f64()
+        })
+        .fold(f64::INFINITY, f64::min)
+}
+
+/// Few rows: four products in a step, 100 MB of bf16 weights, more than caches hold. Many: one short product.
+fn product(level: Level, threads: usize, dtype: DType, rows: usize) {
+    let options = DeviceOptions { threads, ..DeviceOptions::default() };
+    let mut backend = CpuBackend::with_level(&options, Group::alone(), level).unwrap();
+    let (outputs, count) = if rows <= 4 { (3072, 4) } else { (1024, 1) };
+    let weights: Vec<CpuWeight> = (0..count).map(|_| weight(&mut backend, dtype, outputs, false)).collect();
+    let table = weight(&mut backend, DType::BF16, rows, true);
+    let mut kv = backend.kv(&KvSpec::gqa(1, 1, 0..1, 8, DType::BF16), 1 << 20).unwrap();
+    let mut batch = Batch::default();
+    (0..rows).for_each(|row| batch.push(SeqId(row as u64), 0, &[row as u32]));
+    let seconds = fastest(|| {
+        let mut step = backend.step(&mut kv, &batch);
+        let x = step.embed(&table);
+        for weight in &weights {
+            step.linear(&x, weight);
+        }
+        step.submit(Out::Nothing).wait().unwrap();
+    });
+    let products = (count * rows * WIDTH * outputs) as f64;
+    let bytes = (count * WIDTH * outputs * dtype.bytes()) as f64;
+    println!(
+        "{level}, {threads} threads, {dtype} weights, {rows:4} rows: {:7.1} GFLOP/s, {:6.1} GB/s of weights",
+        2.0 * products / seconds / 1e9,
+        bytes / seconds / 1e9
+    );
+}
+
+#[test]
+#[ignore = "a measurement"]
+fn products() {
+    for level in Level::ALL.into_iter().filter(|level| level.available()) {
+        for threads in [1, 2] {
+            for (dtype, rows) in [
+                (DType::BF16, 1),
+                (DType::BF16, 2),
+                (DType::BF16, 4),
+                (DType::BF16, 8),
+                (DType::BF16, 16),
+                (DType::BF16, 96),
+                (DType::F16, 1),
+                (DType::F16, 96),
+                (DType::F32, 1),
+                (DType::F32, 96),
+            ] {
+                product(level, threads, dtype, rows);
+            }
+        }
+    }
+}
+
+/// Llama 3 8B heads: 32 over 8 of 128.
+fn attention(level: Level, threads: usize, context: u32, rows: u32) {
+    let options = DeviceOptions { threads, ..DeviceOptions::default() };
+    let mut backend = CpuBackend::with_level(&options, Group::alone(), level).unwrap();
+    let spec = KvSpec::gqa(1, 8, 0..8, 128, DType::BF16);
+    let mut kv = backend.kv(&spec, u64::from(context + 64) * spec.token_bytes() as u64).unwrap();
+    let width = 48 * 128;
+    let bytes = [0x80, 0x3e].repeat(512 * width);
+    let view = TensorView {
+        name: "w",
+        dtype: DType::BF16,
+        rows: 512,
+        cols: width,
+        row_stride_bytes: 2 * width,
+        bytes: &bytes,
+    };
+    let table = backend.load(&WeightSource::Embedding(view)).unwrap();
+    let rope = Rope {
+        inv_freq: (0..64).map(|i| 500_000f32.powf(-(i as f32) / 64.0)).collect(),
+        factor: 1.0,
+        style: RopeStyle::HalfSplit,
+    };
+    kv.open(SeqId(1), context).unwrap();
+    // A cache of zeros is as good as any.
+    let landing = kv.land(SeqId(1), 0..context).unwrap();
+    kv.commit(landing).unwrap();
+    let attend = Attend {
+        heads: 32,
+        kv_heads: 8,
+        head_dim: 128,
+        scale: 0.088,
+        rope: &rope,
+        q_norm: None,
+        k_norm: None,
+        norm_eps: 1e-6,
+        window: None,
+    };
+    let mut run = |start: u32, len: u32| {
+        let mut batch = Batch::default();
+        batch.push(SeqId(1), start, &(0..len).collect::<Vec<u32>>());
+        let mut step = backend.step(&mut kv, &batch);
+        let qkv = step.embed(&table);
+        step.attend(0, qkv, &attend);
+        step.submit(Out::Nothing).wait().unwrap();
+    };
+    let seconds = fastest(|| run(context - rows, rows));
+    let seen: f64 = (context - rows..context).map(|p| f64::from(p + 1)).sum();
+    println!(
+        "{level}, {threads} threads, {rows:4} rows at the end of {context}: {:8.3} ms, {:6.1} GFLOP/s, {:6.1} GB/s of cache",
+        seconds * 1e3,
+        seen * 32.0 * 128.0 * 4.0 / seconds / 1e9,
+        f64::from(context) * spec.token_bytes() as f64 / seconds / 1e9
+    );
+}
+
+#[test]
+#[ignore = "a measurement"]
+fn attentions() {
+    for level in Level::ALL.into_iter().filter(|level| level.available()) {
+        for threads in [1, 2] {
+            for (context, rows) in [(512, 512), (8192, 512), (2048, 1), (32768, 1), (32768, 4)] {
+                attention(level, threads, context, rows);
+            }
+        }
+    }
+}
