@@ -195,3 +195,17 @@ fn dummy_weights_run() {
     let other = models::Checkpoint::dummy(&dir, 8).unwrap();
     assert!(plain != Run::new(DType::BF16).logits(&other, &prompt));
 }
+
+/// Nodes compare these when they meet: same numbers, same ids, same weights, each seen apart from the others.
+#[test]
+fn identities_tell_models_apart() {
+    let identity = |case| models::Identity::read(&Fixture::open(case).checkpoint).unwrap();
+    let (base, tied) = (identity("llama-base-s1"), identity("llama-gqa_tied-s1"));
+    assert_eq!(base, identity("llama-base-s1"));
+    assert_eq!((&base.graph, &base.vocab), (&tied.graph, &tied.vocab));
+    assert_ne!(base.weights, tied.weights);
+    let other = identity("qwen3-base-s1");
+    assert_ne!(base.graph, other.graph);
+    assert_ne!(base.vocab, other.vocab);
+    assert!([&base.graph, &base.vocab, &base.weights].iter().all(|hash| hash.len() == 64), "{base:?}");
+}
