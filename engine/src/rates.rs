@@ -32,7 +32,7 @@ impl Rates {
     /// Prompt rows that take about so long; `None` while the rate is unknown.
     pub fn prompt_rows_within(&self, time: Duration) -> Option<usize> {
         let rate = self.prefill_tokens_per_s;
-        (rate > 0.0).then(|| (rate * time.as_secs_f32()) as usize)
+        (rate > 0.0).then_some((rate * time.as_secs_f32()) as usize)
     }
 
     /// Prompt tokens per second of prefill steps.

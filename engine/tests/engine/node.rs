@@ -109,10 +109,13 @@ fn terms() -> Terms {
     }
 }
 
+/// What a rank leaves behind, and how it ended.
+type Ended = (Runner<CpuBackend>, Result<(), EngineError>);
+
 /// One rank on its thread.
 pub struct RankThread {
     pub engine: Engine,
-    thread: Option<JoinHandle<(Runner<CpuBackend>, Result<(), EngineError>)>>,
+    thread: Option<JoinHandle<Ended>>,
 }
 
 impl RankThread {
