@@ -209,3 +209,22 @@ fn identities_tell_models_apart() {
     assert_ne!(base.vocab, other.vocab);
     assert!([&base.graph, &base.vocab, &base.weights].iter().all(|hash| hash.len() == 64), "{base:?}");
 }
+
+/// Ranks with unequal heads and columns, and ranks that share a KV head, compute the same model: to the rounding of f32,
+/// since their sums have no common tree.
+#[test]
+fn uneven_splits_agree_within_rounding() {
+    let dir = tempfile::tempdir().unwrap();
+    let config = r#"{"model_type": "qwen2", "vocab_size": 101, "hidden_size": 96, "intermediate_size": 160,
+        "num_hidden_layers": 2, "num_attention_heads": 6, "num_key_value_heads": 3, "max_position_embeddings": 64}"#;
+    std::fs::write(dir.path().join("config.json"), config).unwrap();
+    let checkpoint = models::Checkpoint::dummy(dir.path(), 1).unwrap();
+    let prompt = fixture::Prompt { prompt: vec![5, 99, 3, 7], greedy: vec![1, 100, 2], bf16_kl_median: 0.0 };
+    let plain = Run::new(DType::F32).logits(&checkpoint, &prompt);
+    for world in [2, 3, 4, 5, 6] {
+        for handoff in [false, true] {
+            let split = Run { world, handoff, ..Run::new(DType::F32) }.logits(&checkpoint, &prompt);
+            check(&format!("tp {world}, handover {handoff}"), &plain, &split, 101, &Limits::f32());
+        }
+    }
+}
