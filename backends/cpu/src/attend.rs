@@ -4,16 +4,19 @@
 //! gives a maximum, a sum of weights (lanes are positions modulo 16) and a weighted sum of V in ascending position; spans
 //! are folded in order. Spans are computed apart when there are few rows, so one long sequence keeps every thread busy.
 
+mod prepare;
+mod span;
+
 use std::ops::Range;
 
 use backend::DType;
 
-use crate::kernel::{Kernels, Layout, Sweep};
+use crate::kernel::Kernels;
 use crate::kv::Slab;
 use crate::lanes::LANES;
 use crate::memory::Arena;
 use crate::pool::{Pool, Scratch};
-use crate::rope::Angles;
+pub(crate) use prepare::Prepare;
 
 /// Positions of a span: the unit in which softmax sums are folded.
 const SPAN: usize = 256;
@@ -41,16 +44,6 @@ pub(crate) struct Attention<'a> {
     pub(crate) qkv: *mut f32,
     /// `[rows, heads, dim]`.
     pub(crate) out: *mut f32,
-}
-
-/// What is done to q and k before they meet.
-pub(crate) struct Prepare<'a> {
-    pub(crate) angles: &'a Angles,
-    pub(crate) frequencies: usize,
-    pub(crate) interleaved: bool,
-    pub(crate) q_norm: Option<&'a [f32]>,
-    pub(crate) k_norm: Option<&'a [f32]>,
-    pub(crate) eps: f32,
 }
 
 /// The rows of one sequence in this step.
@@ -134,55 +127,6 @@ impl Attention<'_> {
         token.wrapping_add(kv_head * self.slab.spec.planes[plane].head_bytes())
     }
 
-    /// Norm and rope of q (in place) and k, and K and V into the cache.
-    ///
-    /// # Safety
-    /// `qkv` is valid, and the cache of every run's rows is for this step alone to write.
-    pub(crate) unsafe fn prepare(&self, prepare: &Prepare<'_>, pool: &Pool) {
-        let rows: usize = self.runs.iter().map(|run| run.len).sum();
-        let block = rows.div_ceil(pool.threads() * TASKS_PER_THREAD).max(4);
-        pool.run(rows.div_ceil(block), |task, scratch| {
-            for row in task * block..rows.min((task + 1) * block) {
-                let at = self.runs.partition_point(|run| run.row + run.len <= row);
-                // SAFETY: each row is prepared by one task; its qkv row and cache positions are its own.
-                unsafe { self.prepare_row(prepare, &self.runs[at], row, scratch) };
-            }
-        });
-    }
-
-    unsafe fn prepare_row(&self, prepare: &Prepare<'_>, run: &Rows<'_>, row: usize, scratch: &Scratch<'_>) {
-        let position = run.start + row - run.row;
-        let (k, dim) = (self.kernels, self.dim);
-        let rotary = row * prepare.frequencies..(row + 1) * prepare.frequencies;
-        let (cos, sin) = (&prepare.angles.cos[rotary.clone()], &prepare.angles.sin[rotary]);
-        // SAFETY: the row has heads + 2 kv_heads heads of dim floats.
-        unsafe {
-            let base = self.qkv.add(row * self.stride());
-            for head in 0..self.heads + self.kv_heads {
-                let x = base.add(head * dim);
-                let norm = if head < self.heads { prepare.q_norm } else { prepare.k_norm };
-                match norm {
-                    Some(weight) => (k.norm)(x, weight.as_ptr(), x, dim, prepare.eps, self.bf16),
-                    None => (k.round)(x, x, dim, self.bf16),
-                }
-                if prepare.interleaved {
-                    deinterleave(x, prepare.frequencies, scratch.floats(dim));
-                }
-                (k.rotate)(x, cos.as_ptr(), sin.as_ptr(), prepare.frequencies, self.bf16);
-            }
-            for kv_head in 0..self.kv_heads {
-                for plane in 0..2 {
-                    let x = base.add((self.heads + plane * self.kv_heads + kv_head) * dim);
-                    let place = self.place(run, plane, position, kv_head);
-                    match self.dtype(plane) {
-                        DType::F32 => (k.round)(x, place.cast(), dim, self.bf16),
-                        _ => (k.narrow)(x, place.cast(), dim),
-                    }
-                }
-            }
-        }
-    }
-
     /// Attention of every row over the cache, into `out`.
     ///
     /// # Safety
@@ -191,11 +135,13 @@ impl Attention<'_> {
         let (units, folds, floats) = self.plan(pool.threads());
         let mut partials = arena.floats(floats);
         let shared = Shared(partials.as_mut_ptr());
-        pool.run(units.len(), |task, scratch| {
+        let seen: usize = self.runs.iter().map(|run| run.len * (run.start + run.len)).sum();
+        let work = 2 * seen * self.heads * self.dim;
+        pool.run(units.len(), work, |task, scratch| {
             // SAFETY: units cover disjoint rows and heads of `out`, or disjoint places of the partial sums.
             unsafe { self.unit(&units[task], shared, scratch) }
         });
-        pool.run(folds.len(), |task, scratch| {
+        pool.run(folds.len(), floats, |task, scratch| {
             // SAFETY: folds cover disjoint rows and heads of `out`; the partial sums are complete.
             unsafe { self.fold_partials(&folds[task], shared, scratch) }
         });
@@ -315,202 +261,6 @@ impl Attention<'_> {
         (from < to).then(|| from - span * SPAN..to - span * SPAN)
     }
 
-    /// The sums of one span: scores, weights, weighted V.
-    #[allow(clippy::too_many_arguments)]
-    unsafe fn span(
-        &self,
-        unit: &Unit,
-        span: usize,
-        q: *const f32,
-        k_turned: *mut f32,
-        v_padded: *mut f32,
-        scores: *mut f32,
-        sums: Sums,
-    ) {
-        let run = &self.runs[unit.run];
-        let queries = unit.rows.len() * self.group();
-        let base = span * SPAN;
-        // [low, high): what any of the rows attends to, as offsets in the span
-        let low = self.first(run.start + unit.rows.start).saturating_sub(base);
-        let high = (run.start + unit.rows.end - base).min(SPAN);
-        let (first_panel, panels) = (low / LANES, high.div_ceil(LANES));
-        // SAFETY: positions [base + low, base + high) are readable; scratch parts have their full sizes.
-        unsafe {
-            // K of 16 positions a panel, K-major; positions behind the last are stood in for by the last.
-            let words = self.dim * self.dtype(0).bytes() / 4;
-            for panel in first_panel..panels {
-                let rows = std::array::from_fn(|lane| {
-                    let position = (panel * LANES + lane).clamp(low, high - 1);
-                    self.place(run, 0, base + position, unit.kv_head).cast_const()
-                });
-                (self.kernels.transpose)(&rows, words, k_turned.cast::<u32>().add(panel * words * LANES));
-            }
-            let pad = !self.dim.is_multiple_of(LANES);
-            if pad {
-                self.pad_values(unit, base, low..high, v_padded);
-            }
-            std::ptr::write_bytes(sums.value, 0, queries * self.padded_dim());
-            let mut query = 0;
-            while query < queries {
-                let (first, last) = (self.within(unit, span, query), self.within(unit, span, queries - 1));
-                // All rows see the same positions: one piece. Else a mask passes through: a few rows at a time.
-                let count = if first.is_some() && first == last { queries - query } else { QUERIES_CUT };
-                let of = query..queries.min(query + count);
-                self.piece(unit, span, of.clone(), q, k_turned, v_padded, scores, sums);
-                query = of.end;
-            }
-        }
-    }
-
-    /// The sums of some query rows over one span.
-    #[allow(clippy::too_many_arguments)]
-    unsafe fn piece(
-        &self,
-        unit: &Unit,
-        span: usize,
-        of: Range<usize>,
-        q: *const f32,
-        k_turned: *const f32,
-        v_padded: *const f32,
-        scores: *mut f32,
-        sums: Sums,
-    ) {
-        let ranges: Vec<Range<usize>> =
-            of.clone().map(|query| self.within(unit, span, query).unwrap_or(0..0)).collect();
-        let present = || ranges.iter().filter(|range| !range.is_empty());
-        let Some(low) = present().map(|range| range.start).min() else { return };
-        let high = present().map(|range| range.end).max().unwrap_or(low);
-        let (first, panels) = (low / LANES, high.div_ceil(LANES));
-        let panel_stride = self.dim * LANES;
-        let layout = if self.dtype(0) == DType::F32 { Layout::F32 } else { Layout::Bf16Pairs };
-        // SAFETY: panels [first, panels) are turned; scores has a line of 256 floats per query row.
-        unsafe {
-            (self.kernels.sweep)(&Sweep {
-                x: q.add(of.start * self.dim),
-                x_stride: self.dim,
-                rows: of.len(),
-                layout,
-                w: k_turned.cast::<u8>().add(first * panel_stride * self.dtype(0).bytes()),
-                panel_stride,
-                k_stride: LANES,
-                panels: panels - first,
-                k: self.dim,
-                acc: scores.add(of.start * SPAN + first * LANES),
-                acc_stride: SPAN,
-                fresh: true,
-            });
-            for (query, range) in of.clone().zip(&ranges).filter(|(_, range)| !range.is_empty()) {
-                let line = scores.add(query * SPAN);
-                let (peak, total) = (self.kernels.softmax)(line, range.start, range.end, self.scale);
-                *sums.peak.add(query) = peak;
-                *sums.total.add(query) = total;
-            }
-            // Every row sums exactly its own positions: first those before all rows begin, one row at a time, then the
-            // common ones together, then the rest.
-            let common_from = ranges.iter().map(|range| range.start).max().unwrap_or(0);
-            let common_to = ranges.iter().map(|range| range.end).min().unwrap_or(0);
-            if common_from < common_to {
-                for (query, range) in of.clone().zip(&ranges) {
-                    self.values(
-                        unit,
-                        span,
-                        query..query + 1,
-                        range.start..common_from,
-                        v_padded,
-                        scores,
-                        sums,
-                    );
-                }
-                self.values(unit, span, of.clone(), common_from..common_to, v_padded, scores, sums);
-                for (query, range) in of.clone().zip(&ranges) {
-                    self.values(unit, span, query..query + 1, common_to..range.end, v_padded, scores, sums);
-                }
-            } else {
-                for (query, range) in of.clone().zip(&ranges) {
-                    self.values(unit, span, query..query + 1, range.clone(), v_padded, scores, sums);
-                }
-            }
-        }
-    }
-
-    /// Adds weight times V of positions `range` (offsets in the span) for some query rows, in ascending position.
-    #[allow(clippy::too_many_arguments)]
-    unsafe fn values(
-        &self,
-        unit: &Unit,
-        span: usize,
-        of: Range<usize>,
-        range: Range<usize>,
-        v_padded: *const f32,
-        scores: *const f32,
-        sums: Sums,
-    ) {
-        let run = &self.runs[unit.run];
-        let pad = !self.dim.is_multiple_of(LANES);
-        let mut from = range.start;
-        while from < range.end {
-            let (layout, w, k_stride, count) = if pad {
-                let w = v_padded.wrapping_add(from * self.padded_dim()).cast();
-                (Layout::F32, w, self.padded_dim(), range.end - from)
-            } else {
-                let layout = if self.dtype(1) == DType::F32 { Layout::F32 } else { Layout::Bf16 };
-                let w = self.place(run, 1, span * SPAN + from, unit.kv_head).cast_const();
-                let count = self.adjacent(run, span * SPAN + from).min(range.end - from);
-                (layout, w, self.kv_heads * self.dim, count)
-            };
-            // SAFETY: `count` positions follow each other at `w`; rows of scores and sums are those of the unit.
-            unsafe {
-                (self.kernels.sweep)(&Sweep {
-                    x: scores.add(of.start * SPAN + from),
-                    x_stride: SPAN,
-                    rows: of.len(),
-                    layout,
-                    w,
-                    panel_stride: LANES,
-                    k_stride,
-                    panels: self.padded_dim() / LANES,
-                    k: count,
-                    acc: sums.value.add(of.start * self.padded_dim()),
-                    acc_stride: self.padded_dim(),
-                    fresh: false,
-                });
-            }
-            from += count;
-        }
-    }
-
-    /// Positions from `position` on that lie in memory one after the other.
-    fn adjacent(&self, run: &Rows<'_>, position: usize) -> usize {
-        let block_tokens = self.slab.block_tokens as usize;
-        let mut block = position / block_tokens;
-        while block + 1 < run.table.len() && run.table[block + 1] == run.table[block] + 1 {
-            block += 1;
-            if (block + 1) * block_tokens - position >= SPAN {
-                break;
-            }
-        }
-        (block + 1) * block_tokens - position
-    }
-
-    /// V of a head whose size is not a multiple of 16, as f32 in padded rows.
-    unsafe fn pad_values(&self, unit: &Unit, base: usize, range: Range<usize>, out: *mut f32) {
-        let run = &self.runs[unit.run];
-        for offset in range {
-            let place = self.place(run, 1, base + offset, unit.kv_head);
-            // SAFETY: a head of V has dim elements; out has a padded row per position of the span.
-            unsafe {
-                let row = out.add(offset * self.padded_dim());
-                std::ptr::write_bytes(row, 0, self.padded_dim());
-                for at in 0..self.dim {
-                    *row.add(at) = match self.dtype(1) {
-                        DType::F32 => *place.cast::<f32>().add(at),
-                        _ => f32::from_bits(u32::from(*place.cast::<u16>().add(at)) << 16),
-                    };
-                }
-            }
-        }
-    }
-
     /// Folds the sums of `span` into those of the spans before it.
     unsafe fn fold(&self, unit: &Unit, span: usize, acc: Sums, part: Sums) {
         let n = self.padded_dim();
@@ -551,20 +301,5 @@ impl Attention<'_> {
                 (self.kernels.divide)(value, *acc.total.add(query), out, self.dim, self.bf16);
             }
         }
-    }
-}
-
-/// `(2 i, 2 i + 1)` pairs to `(i, i + n)`.
-///
-/// # Safety
-/// 2 n floats at `x` and at `held`.
-unsafe fn deinterleave(x: *mut f32, n: usize, held: *mut f32) {
-    // SAFETY: the caller's.
-    unsafe {
-        for i in 0..n {
-            *held.add(i) = *x.add(2 * i);
-            *held.add(n + i) = *x.add(2 * i + 1);
-        }
-        std::ptr::copy_nonoverlapping(held, x, 2 * n);
     }
 }

@@ -3,9 +3,10 @@
 //!
 //! [`CpuBackend`] is opened by node start-up. Inside: `kernel` holds the inner loops, written once over `lanes` and
 //! compiled for each instruction [`Level`]; `packed` and `product` are linear layers, `attend` is attention, `kv` and
-//! `lease` the paged cache, `peers` the collectives, `pool` the threads.
+//! `lease` the paged cache, `collect` and `peers` the collectives, `pool` the threads.
 
 mod attend;
+mod collect;
 mod device;
 mod kernel;
 mod kv;

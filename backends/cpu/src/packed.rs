@@ -77,19 +77,21 @@ impl Packed {
     /// The inputs' weights of one output, as floats.
     pub(crate) fn output(&self, output: usize, out: &mut [f32]) {
         let (panel, lane) = (output / LANES, output % LANES);
-        for (input, x) in out.iter_mut().enumerate() {
-            let (range, k) = (input / self.range_inputs(), input % self.range_inputs());
-            // SAFETY: the element of (panel, range, k, lane) lies within the packed memory, written by `pack`.
-            *x = unsafe {
-                match self.layout {
-                    Layout::Bf16Pairs => {
-                        let pair = self.at(panel, range, k & !1).cast::<u16>();
-                        bf16::from_bits(*pair.add(lane * 2 + (k & 1))).to_f32()
+        for (range, out) in out.chunks_exact_mut(self.range_inputs()).enumerate() {
+            let at = self.at(panel, range, 0);
+            for (k, x) in out.iter_mut().enumerate() {
+                // SAFETY: the element of (k, lane) lies within this panel's range, written by `pack`.
+                *x = unsafe {
+                    match self.layout {
+                        Layout::Bf16Pairs => {
+                            let pair = at.cast::<u16>().add((k & !1) * LANES + lane * 2);
+                            bf16::from_bits(*pair.add(k & 1)).to_f32()
+                        }
+                        Layout::F16 => f16::from_bits(*at.cast::<u16>().add(k * LANES + lane)).to_f32(),
+                        Layout::Bf16 | Layout::F32 => *at.cast::<f32>().add(k * LANES + lane),
                     }
-                    Layout::F16 => f16::from_bits(*self.at(panel, range, k).cast::<u16>().add(lane)).to_f32(),
-                    Layout::Bf16 | Layout::F32 => *self.at(panel, range, k).cast::<f32>().add(lane),
-                }
-            };
+                };
+            }
         }
     }
 
@@ -128,7 +130,7 @@ impl Packed {
         packed.memory = Memory::unwritten(bytes)?;
         let rows: Vec<(&TensorView<'_>, usize)> =
             linear.parts.iter().flat_map(|part| (0..part.rows).map(move |row| (part, row))).collect();
-        pool.run(packed.panels(), |panel, _| {
+        pool.run(packed.panels(), usize::MAX, |panel, _| {
             let end = rows.len().min((panel + 1) * LANES);
             packed.pack_panel(panel, &rows[panel * LANES..end], kernels);
         });

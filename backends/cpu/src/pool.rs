@@ -11,6 +11,8 @@ use crate::memory::Memory;
 
 /// Looks for the next job before sleeping: 10 to 40 us, longer than the gaps between the operations of a layer.
 const SPINS: u32 = 1000;
+/// Multiply-adds from which on others help: some 10 us, several times what it takes to meet.
+const WORK_SHARED_MIN: usize = 128 * 1024;
 /// Tasks of one job: fits the packed ticket.
 const TASKS_MAX: u64 = (1 << 31) - 1;
 
@@ -97,11 +99,12 @@ impl Pool {
     }
 
     /// Calls `job(task, scratch)` for every task in `[0, tasks)`, each once, on any thread; returns when all are done.
-    pub(crate) fn run(&self, tasks: usize, job: impl Fn(usize, &Scratch<'_>) + Sync) {
+    /// `work` is the multiply-adds of all tasks, or what takes as long: where it is little, the caller does it alone.
+    pub(crate) fn run(&self, tasks: usize, work: usize, job: impl Fn(usize, &Scratch<'_>) + Sync) {
         if tasks == 0 {
             return;
         }
-        if tasks == 1 || self.workers.is_empty() {
+        if tasks == 1 || work < WORK_SHARED_MIN || self.workers.is_empty() {
             SCRATCH.with(|scratch| (0..tasks).for_each(|task| job(task, &Scratch(scratch))));
             return;
         }
@@ -228,7 +231,7 @@ mod tests {
         let pool = Pool::new(4);
         for tasks in (0..2000).map(|round| round % 37) {
             let counts: Vec<AtomicUsize> = (0..tasks).map(|_| AtomicUsize::new(0)).collect();
-            pool.run(tasks, |task, _| {
+            pool.run(tasks, usize::MAX, |task, _| {
                 counts[task].fetch_add(1, SeqCst);
             });
             assert!(counts.iter().all(|count| count.load(SeqCst) == 1), "{tasks} tasks: {counts:?}");
@@ -244,7 +247,7 @@ mod tests {
                 scope.spawn(|| {
                     for _ in 0..300 {
                         let sum = AtomicUsize::new(0);
-                        pool.run(10, |task, _| {
+                        pool.run(10, usize::MAX, |task, _| {
                             sum.fetch_add(task, SeqCst);
                         });
                         assert_eq!(sum.load(SeqCst), 45);
@@ -258,8 +261,10 @@ mod tests {
     #[test]
     fn panics_come_out() {
         let pool = Pool::new(2);
-        let ran = catch_unwind(AssertUnwindSafe(|| pool.run(8, |task, _| assert!(task != 5, "task 5"))));
+        let ran = catch_unwind(AssertUnwindSafe(|| {
+            pool.run(8, usize::MAX, |task, _| assert!(task != 5, "task 5"))
+        }));
         assert!(ran.is_err());
-        pool.run(8, |_, _| {});
+        pool.run(8, usize::MAX, |_, _| {});
     }
 }

@@ -45,7 +45,8 @@ impl Product<'_> {
         }
         // Row blocks of even size, so that the last is not a scrap.
         let block = self.rows.div_ceil(row_blocks);
-        pool.run(panels.div_ceil(group) * row_blocks, |task, scratch| {
+        let work = self.rows * self.weight.inputs * self.weight.outputs;
+        pool.run(panels.div_ceil(group) * row_blocks, work, |task, scratch| {
             let (panel, row) = (task / row_blocks * group, task % row_blocks * block);
             // SAFETY: tasks cover disjoint rectangles of `out`.
             unsafe { self.tile(panel, group.min(panels - panel), row, block.min(self.rows - row), scratch) }

@@ -18,9 +18,9 @@ use crate::rope::Angles;
 /// An activation `[rows, width]`: f32 in memory, each value one of the step's dtype unless a product just made it.
 #[derive(Debug)]
 pub struct CpuAct {
-    floats: Floats,
-    rows: usize,
-    width: usize,
+    pub(crate) floats: Floats,
+    pub(crate) rows: usize,
+    pub(crate) width: usize,
     /// Whether values are those of the step's dtype. A product's are not yet: the next operation rounds as it reads,
     /// and logits stay as they are.
     rounded: bool,
@@ -37,18 +37,18 @@ pub struct CpuStep<'a> {
 }
 
 /// Floats that one task of an elementwise operation handles at least.
-const FLOATS_PER_TASK: usize = 16 * 1024;
+const FLOATS_PER_TASK: usize = 8 * 1024;
 
 /// Raw rows that tasks use disjoint parts of.
 #[derive(Clone, Copy)]
-struct Raw(*mut f32);
+pub(crate) struct Raw(pub(crate) *mut f32);
 // SAFETY: every task uses its own rows, see `each_row`.
 unsafe impl Sync for Raw {}
 // SAFETY: as above.
 unsafe impl Send for Raw {}
 
 impl Raw {
-    fn row(self, row: usize, width: usize) -> *mut f32 {
+    pub(crate) fn row(self, row: usize, width: usize) -> *mut f32 {
         self.0.wrapping_add(row * width)
     }
 }
@@ -82,9 +82,10 @@ impl<'a> CpuStep<'a> {
     }
 
     /// Calls `f` for every row, on all threads when there is enough to do.
-    fn each_row(&self, rows: usize, width: usize, f: impl Fn(usize) + Sync) {
+    pub(crate) fn each_row(&self, rows: usize, width: usize, f: impl Fn(usize) + Sync) {
         let block = FLOATS_PER_TASK.div_ceil(width.max(1)).max(1);
-        self.device.pool.run(rows.div_ceil(block), |task, _| {
+        // A float of an elementwise operation takes about as long as 8 multiply-adds of a product.
+        self.device.pool.run(rows.div_ceil(block), rows * width * 8, |task, _| {
             (task * block..rows.min((task + 1) * block)).for_each(&f);
         });
     }
@@ -166,87 +167,7 @@ impl<'a> CpuStep<'a> {
         }
         Ok(())
     }
-
-    /// Joins partial sums over the group, rank by rank as a tree.
-    fn join(&mut self, x: &mut CpuAct) -> Result<(), BackendError> {
-        let (rank, world, len) = (self.device.peers.rank(), self.device.peers.world(), x.floats.len());
-        let mut theirs: Vec<Floats> =
-            (0..world).map(|peer| self.device.arena.floats(if peer == rank { 0 } else { len })).collect();
-        {
-            let mut places: Vec<&mut [u8]> = theirs.iter_mut().map(Floats::as_bytes_mut).collect();
-            self.device.peers.exchange(x.floats.as_bytes(), &mut places)?;
-        }
-        let sums: Vec<Raw> = theirs
-            .iter_mut()
-            .enumerate()
-            .map(|(peer, floats)| Raw(if peer == rank { x.floats.as_mut_ptr() } else { floats.as_mut_ptr() }))
-            .collect();
-        let (kernels, width) = (self.device.kernels, x.width);
-        self.each_row(x.rows, width * world, |row| {
-            let mut apart = 1;
-            while apart < world {
-                for low in (0..world - apart).step_by(apart * 2) {
-                    // SAFETY: every rank's sums have this row; each row is one task's.
-                    unsafe {
-                        (kernels.add)(
-                            sums[low].row(row, width),
-                            sums[low + apart].row(row, width),
-                            width,
-                            false,
-                        )
-                    };
-                }
-                apart *= 2;
-            }
-        });
-        if rank != 0 {
-            x.floats.as_mut_slice().copy_from_slice(theirs[0].as_slice());
-        }
-        Ok(())
-    }
-
-    /// All ranks' logits side by side, on rank 0.
-    fn gather(&mut self, x: CpuAct) -> Result<Output<CpuAct>, BackendError> {
-        let peers = &mut self.device.peers;
-        let world = peers.world();
-        if world == 1 {
-            return Ok(Output::Logits(x.floats.as_slice().to_vec()));
-        }
-        if peers.rank() != 0 {
-            peers.give(&(x.width as u64).to_le_bytes())?;
-            peers.give(x.floats.as_bytes())?;
-            return Ok(Output::Nothing);
-        }
-        let mut widths = vec![[0u8; 8]; world];
-        peers.take(
-            widths.iter_mut().enumerate().skip(1).map(|(peer, bytes)| (peer, &mut bytes[..])).collect(),
-        )?;
-        let widths: Vec<usize> = std::iter::once(x.width)
-            .chain(widths[1..].iter().map(|bytes| u64::from_le_bytes(*bytes) as usize))
-            .collect();
-        if let Some(peer) = widths.iter().position(|width| *width > VOCABULARY_MAX) {
-            let reason = format!("logits of {} tokens from rank {peer}", widths[peer]);
-            peers.leave(&reason);
-            return Err(BackendError::Group { rank: peer, reason });
-        }
-        let mut theirs: Vec<Floats> =
-            widths.iter().map(|width| self.device.arena.floats(x.rows * width)).collect();
-        let places =
-            theirs.iter_mut().enumerate().skip(1).map(|(peer, floats)| (peer, floats.as_bytes_mut()));
-        peers.take(places.collect())?;
-        theirs[0] = x.floats;
-        let mut logits = Vec::with_capacity(x.rows * widths.iter().sum::<usize>());
-        for row in 0..x.rows {
-            for (floats, width) in theirs.iter().zip(&widths) {
-                logits.extend_from_slice(&floats.as_slice()[row * width..(row + 1) * width]);
-            }
-        }
-        Ok(Output::Logits(logits))
-    }
 }
-
-/// Logits per row that one rank may announce: more than any model's, so a broken peer cannot ask for all memory.
-const VOCABULARY_MAX: usize = 1 << 24;
 
 impl Step for CpuStep<'_> {
     type Backend = CpuBackend;

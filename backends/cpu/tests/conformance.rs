@@ -1,7 +1,10 @@
 //! The CPU backend keeps the meaning and the arithmetic contract of the seam at every instruction level of this machine.
 
 use backend::conformance::{Suite, TIGHT};
-use backend::{DType, DeviceOptions, Group};
+use backend::{
+    Backend, Batch, DType, DeviceOptions, Group, KSum, KvSpec, Linear, Out, Output, SeqId, Step, TensorView,
+    WeightSource,
+};
 use backend_cpu::{CpuBackend, Level};
 
 fn conforms(level: Level) {
@@ -27,4 +30,50 @@ fn avx2() {
 #[test]
 fn avx512() {
     conforms(Level::Avx512);
+}
+
+/// Levels differ in rounding only.
+#[test]
+fn levels_agree() {
+    let (rows, inputs, outputs) = (5, 300, 70);
+    let floats = |count: usize, factor: f32| -> Vec<u8> {
+        (0..count).flat_map(|at| (((at * 37 % 101) as f32 - 50.0) * factor).to_le_bytes()).collect()
+    };
+    let (x, w, scale) = (floats(rows * inputs, 0.02), floats(outputs * inputs, 0.003), floats(inputs, 0.01));
+    let view = |bytes, rows, cols| TensorView {
+        name: "test",
+        dtype: DType::F32,
+        rows,
+        cols,
+        row_stride_bytes: cols * 4,
+        bytes,
+    };
+    let run = |level: Level| {
+        let options = DeviceOptions { dtype: DType::F32, ..DeviceOptions::default() };
+        let mut backend = CpuBackend::with_level(&options, Group::alone(), level).unwrap();
+        assert!(backend.caps().device.starts_with(level.name()));
+        let mut kv = backend.kv(&KvSpec::gqa(1, 1, 0..1, 8, DType::F32), 1 << 16).unwrap();
+        let table = backend.load(&WeightSource::Embedding(view(&x, rows, inputs))).unwrap();
+        let norm = backend.load(&WeightSource::Norm(view(&scale, 1, inputs))).unwrap();
+        let parts = vec![view(&w, outputs, inputs)];
+        let linear = Linear { parts, bias: None, sum: KSum::Ascending };
+        let linear = backend.load(&WeightSource::Linear(linear)).unwrap();
+        let mut batch = Batch::default();
+        (0..rows as u32).for_each(|row| batch.push(SeqId(row.into()), 0, &[row]));
+        let mut step = backend.step(&mut kv, &batch);
+        let x = step.embed(&table);
+        let x = step.norm(&x, &norm, 1e-6);
+        let x = step.linear(&x, &linear);
+        match step.submit(Out::Logits(x)).wait().unwrap() {
+            Output::Logits(logits) => logits,
+            _ => panic!("no logits"),
+        }
+    };
+    let plain = run(Level::Portable);
+    let largest = plain.iter().fold(0f32, |largest, x| largest.max(x.abs()));
+    for level in Level::ALL.into_iter().filter(|level| level.available()) {
+        for (a, b) in plain.iter().zip(run(level)) {
+            assert!((a - b).abs() <= 2e-6 * largest, "{level}: {b}, portable {a}");
+        }
+    }
 }

@@ -156,7 +156,7 @@ fn attention(level: Level, threads: usize, context: u32, rows: u32) {
 fn attentions() {
     for level in Level::ALL.into_iter().filter(|level| level.available()) {
         for threads in [1, 2] {
-            for (context, rows) in [(512, 512), (8192, 512), (2048, 1), (32768, 1), (32768, 4)] {
+            for (context, rows) in [(512, 512), (4096, 96), (2048, 1), (32768, 1), (32768, 4)] {
                 attention(level, threads, context, rows);
             }
         }

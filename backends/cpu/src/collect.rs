@@ -1,0 +1,88 @@
+//! Where a step meets the other ranks: sums joined over the group, logits gathered on rank 0.
+
+use backend::{BackendError, Output};
+
+use crate::memory::Floats;
+use crate::step::{CpuAct, CpuStep, Raw};
+
+/// Logits per row that one rank may announce: more than any model's, so a broken peer cannot ask for all memory.
+const VOCABULARY_MAX: usize = 1 << 24;
+
+impl CpuStep<'_> {
+    /// Joins partial sums over the group, rank by rank as a tree.
+    pub(crate) fn join(&mut self, x: &mut CpuAct) -> Result<(), BackendError> {
+        let (rank, world, len) = (self.device.peers.rank(), self.device.peers.world(), x.floats.len());
+        let mut theirs: Vec<Floats> =
+            (0..world).map(|peer| self.device.arena.floats(if peer == rank { 0 } else { len })).collect();
+        {
+            let mut places: Vec<&mut [u8]> = theirs.iter_mut().map(Floats::as_bytes_mut).collect();
+            self.device.peers.exchange(x.floats.as_bytes(), &mut places)?;
+        }
+        let sums: Vec<Raw> = theirs
+            .iter_mut()
+            .enumerate()
+            .map(|(peer, floats)| Raw(if peer == rank { x.floats.as_mut_ptr() } else { floats.as_mut_ptr() }))
+            .collect();
+        let (kernels, width) = (self.device.kernels, x.width);
+        self.each_row(x.rows, width * world, |row| {
+            let mut apart = 1;
+            while apart < world {
+                for low in (0..world - apart).step_by(apart * 2) {
+                    // SAFETY: every rank's sums have this row; each row is one task's.
+                    unsafe {
+                        (kernels.add)(
+                            sums[low].row(row, width),
+                            sums[low + apart].row(row, width),
+                            width,
+                            false,
+                        )
+                    };
+                }
+                apart *= 2;
+            }
+        });
+        if rank != 0 {
+            x.floats.as_mut_slice().copy_from_slice(theirs[0].as_slice());
+        }
+        Ok(())
+    }
+
+    /// All ranks' logits side by side, on rank 0.
+    pub(crate) fn gather(&mut self, x: CpuAct) -> Result<Output<CpuAct>, BackendError> {
+        let peers = &mut self.device.peers;
+        let world = peers.world();
+        if world == 1 {
+            return Ok(Output::Logits(x.floats.as_slice().to_vec()));
+        }
+        if peers.rank() != 0 {
+            peers.give(&(x.width as u64).to_le_bytes())?;
+            peers.give(x.floats.as_bytes())?;
+            return Ok(Output::Nothing);
+        }
+        let mut widths = vec![[0u8; 8]; world];
+        peers.take(
+            widths.iter_mut().enumerate().skip(1).map(|(peer, bytes)| (peer, &mut bytes[..])).collect(),
+        )?;
+        let widths: Vec<usize> = std::iter::once(x.width)
+            .chain(widths[1..].iter().map(|bytes| u64::from_le_bytes(*bytes) as usize))
+            .collect();
+        if let Some(peer) = widths.iter().position(|width| *width > VOCABULARY_MAX) {
+            let reason = format!("logits of {} tokens from rank {peer}", widths[peer]);
+            peers.leave(&reason);
+            return Err(BackendError::Group { rank: peer, reason });
+        }
+        let mut theirs: Vec<Floats> =
+            widths.iter().map(|width| self.device.arena.floats(x.rows * width)).collect();
+        let places =
+            theirs.iter_mut().enumerate().skip(1).map(|(peer, floats)| (peer, floats.as_bytes_mut()));
+        peers.take(places.collect())?;
+        theirs[0] = x.floats;
+        let mut logits = Vec::with_capacity(x.rows * widths.iter().sum::<usize>());
+        for row in 0..x.rows {
+            for (floats, width) in theirs.iter().zip(&widths) {
+                logits.extend_from_slice(&floats.as_slice()[row * width..(row + 1) * width]);
+            }
+        }
+        Ok(Output::Logits(logits))
+    }
+}

@@ -1,0 +1,179 @@
+//! Inner loops over single rows: norms, sums, gates, rotations, softmax. Lengths count floats and need not be whole lanes.
+
+use crate::lanes::{LANES, Lanes};
+
+/// Calls the body with `at` and the number of lanes left for every 16 floats of `n`.
+macro_rules! each_16 {
+    ($n:expr, |$at:ident, $left:ident| $body:block) => {
+        let mut $at = 0;
+        while $at < $n {
+            let $left = ($n - $at).min(LANES);
+            $body
+            $at += LANES;
+        }
+    };
+}
+
+#[inline(always)]
+pub(super) unsafe fn norm<V: Lanes>(
+    x: *const f32,
+    weight: *const f32,
+    out: *mut f32,
+    n: usize,
+    eps: f32,
+    bf16: bool,
+) {
+    // SAFETY: n floats at each pointer.
+    unsafe {
+        let mut squares = V::splat(0.0);
+        each_16!(n, |at, left| {
+            let v = V::load_first(x.add(at), left).rounded(bf16);
+            squares = squares.madd(v, v);
+        });
+        let scale = V::splat(1.0 / (squares.total() / n as f32 + eps).sqrt());
+        each_16!(n, |at, left| {
+            let v = V::load_first(x.add(at), left).rounded(bf16).mul(scale).rounded(bf16);
+            v.mul(V::load_first(weight.add(at), left)).rounded(bf16).store_first(out.add(at), left);
+        });
+    }
+}
+
+#[inline(always)]
+pub(super) unsafe fn add<V: Lanes>(x: *mut f32, y: *const f32, n: usize, bf16: bool) {
+    // SAFETY: n floats at each pointer.
+    unsafe {
+        each_16!(n, |at, left| {
+            let a = V::load_first(x.add(at), left).rounded(bf16);
+            let b = V::load_first(y.add(at), left).rounded(bf16);
+            a.add(b).rounded(bf16).store_first(x.add(at), left);
+        });
+    }
+}
+
+#[inline(always)]
+pub(super) unsafe fn silu<V: Lanes>(gate: *const f32, up: *const f32, out: *mut f32, n: usize, bf16: bool) {
+    // SAFETY: n floats at each pointer.
+    unsafe {
+        let (zero, one) = (V::splat(0.0), V::splat(1.0));
+        each_16!(n, |at, left| {
+            let g = V::load_first(gate.add(at), left).rounded(bf16);
+            let u = V::load_first(up.add(at), left).rounded(bf16);
+            let act = g.div(one.add(zero.sub(g).exp())).rounded(bf16);
+            act.mul(u).rounded(bf16).store_first(out.add(at), left);
+        });
+    }
+}
+
+#[inline(always)]
+pub(super) unsafe fn round<V: Lanes>(x: *const f32, out: *mut f32, n: usize, bf16: bool) {
+    // SAFETY: n floats at each pointer.
+    unsafe {
+        each_16!(n, |at, left| {
+            V::load_first(x.add(at), left).rounded(bf16).store_first(out.add(at), left);
+        });
+    }
+}
+
+#[inline(always)]
+pub(super) unsafe fn rotate<V: Lanes>(x: *mut f32, cos: *const f32, sin: *const f32, n: usize, bf16: bool) {
+    // SAFETY: 2 n floats at x, n at cos and sin.
+    unsafe {
+        each_16!(n, |at, left| {
+            let a = V::load_first(x.add(at), left);
+            let b = V::load_first(x.add(n + at), left);
+            let c = V::load_first(cos.add(at), left).rounded(bf16);
+            let s = V::load_first(sin.add(at), left).rounded(bf16);
+            // Each product is rounded, as the eager form `x * cos + rotate_half(x) * sin` does.
+            let first = a.mul(c).rounded(bf16).sub(b.mul(s).rounded(bf16)).rounded(bf16);
+            let second = b.mul(c).rounded(bf16).add(a.mul(s).rounded(bf16)).rounded(bf16);
+            first.store_first(x.add(at), left);
+            second.store_first(x.add(n + at), left);
+        });
+    }
+}
+
+#[inline(always)]
+pub(super) unsafe fn narrow<V: Lanes>(x: *const f32, out: *mut u16, n: usize) {
+    // SAFETY: n floats at x, n halves at out.
+    unsafe {
+        each_16!(n, |at, left| {
+            let v = V::load_first(x.add(at), left).round_bf16();
+            if left == LANES {
+                v.store_bf16(out.add(at));
+            } else {
+                let mut held = [0u16; LANES];
+                v.store_bf16(held.as_mut_ptr());
+                std::ptr::copy_nonoverlapping(held.as_ptr(), out.add(at), left);
+            }
+        });
+    }
+}
+
+#[inline(always)]
+pub(super) unsafe fn transpose<V: Lanes>(rows: &[*const u8; LANES], words: usize, out: *mut u32) {
+    // SAFETY: the caller's.
+    unsafe { V::transpose(rows, words, out) }
+}
+
+#[inline(always)]
+pub(super) unsafe fn softmax<V: Lanes>(scores: *mut f32, from: usize, to: usize, scale: f32) -> (f32, f32) {
+    // Lanes are positions modulo 16, whatever `from` is: a row's sums do not depend on which rows came along.
+    let first = from / LANES * LANES;
+    let scale = {
+        // SAFETY: register arithmetic of this level.
+        unsafe { V::splat(scale) }
+    };
+    // SAFETY: the floats of [first, to rounded up to 16) at scores.
+    unsafe {
+        let mut peak = V::splat(f32::NEG_INFINITY);
+        let mut at = first;
+        while at < to {
+            let score = V::load(scores.add(at)).mul(scale);
+            let score = score.only(from.saturating_sub(at), to - at, f32::NEG_INFINITY);
+            score.store(scores.add(at));
+            peak = score.at_least(peak);
+            at += LANES;
+        }
+        let max = peak.peak();
+        let (shift, mut sum) = (V::splat(max), V::splat(0.0));
+        let mut at = first;
+        while at < to {
+            let weight = V::load(scores.add(at)).sub(shift).exp().only(from.saturating_sub(at), to - at, 0.0);
+            weight.store(scores.add(at));
+            sum = sum.add(weight);
+            at += LANES;
+        }
+        (max, sum.total())
+    }
+}
+
+#[inline(always)]
+pub(super) unsafe fn blend<V: Lanes>(acc: *mut f32, part: *const f32, n: usize, a: f32, b: f32) {
+    // SAFETY: n floats at each pointer.
+    unsafe {
+        let (a, b) = (V::splat(a), V::splat(b));
+        each_16!(n, |at, left| {
+            let old = V::load_first(acc.add(at), left).mul(a);
+            old.madd(V::load_first(part.add(at), left), b).store_first(acc.add(at), left);
+        });
+    }
+}
+
+#[inline(always)]
+pub(super) unsafe fn divide<V: Lanes>(acc: *const f32, total: f32, out: *mut f32, n: usize, bf16: bool) {
+    // SAFETY: n floats at each pointer.
+    unsafe {
+        let total = V::splat(total);
+        each_16!(n, |at, left| {
+            V::load_first(acc.add(at), left).div(total).rounded(bf16).store_first(out.add(at), left);
+        });
+    }
+}
+
+#[inline(always)]
+pub(super) unsafe fn exp<V: Lanes>(x: f32) -> f32 {
+    let mut out = [0.0; LANES];
+    // SAFETY: 16 floats at out.
+    unsafe { V::splat(x).exp().store(out.as_mut_ptr()) };
+    out[0]
+}
