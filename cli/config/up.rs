@@ -44,6 +44,7 @@ settings! {
 
 impl UpSettings {
     fn check(&self) -> Result<()> {
+        ensure!(self.port > 0, "port is 0: clients must know where to ask");
         ensure!(self.decode > 0, "decode is 0: nobody would generate tokens");
         ensure!(self.tp > 0, "tp is 0: a decode group has at least one rank");
         let processes = self.processes();

@@ -108,8 +108,13 @@ pub async fn run(
     engine.stop();
     // Each is bounded by itself; what does not end in time ends with the process.
     let _ = tokio::time::timeout(STOP_GRACE, async {
-        let _ = (&mut member).await;
-        let _ = (&mut serving).await;
+        // The one that ended early has been heard already.
+        if !member.is_finished() {
+            let _ = (&mut member).await;
+        }
+        if !serving.is_finished() {
+            let _ = (&mut serving).await;
+        }
     })
     .await;
     match early {

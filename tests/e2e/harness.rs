@@ -21,7 +21,7 @@ use serde_json::{Value, json};
 pub const PATIENCE: Duration = Duration::from_secs(120);
 
 /// How often a condition is looked at.
-const LOOK: Duration = Duration::from_millis(20);
+pub const LOOK: Duration = Duration::from_millis(20);
 
 /// The executable under test, without the settings of whoever runs the tests.
 pub fn baton(arguments: &[&str]) -> Command {
@@ -87,6 +87,11 @@ pub fn folder(name: &str) -> PathBuf {
     folder
 }
 
+/// The directory of the bundled model.
+pub fn model() -> PathBuf {
+    PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("models/demo/weights")
+}
+
 /// A port that nobody has, below those that the system gives away by itself.
 pub fn free_port() -> u16 {
     loop {
@@ -133,6 +138,18 @@ impl Cluster {
         format!("http://127.0.0.1:{}{path}", self.port)
     }
 
+    /// The settings file that `up` wrote for its processes: address and token of the cluster.
+    pub fn run_file(&self) -> PathBuf {
+        cache().join(format!("baton/run/up-{}.toml", self.port))
+    }
+
+    /// Where nodes join, `host:port`.
+    pub fn router(&self) -> String {
+        let text = std::fs::read_to_string(self.run_file()).expect("the file of a running `up`");
+        let settings: toml::Table = text.parse().expect("settings");
+        settings["router"].as_str().expect("an address").to_owned()
+    }
+
     /// GET: status and body.
     pub async fn get(&self, path: &str) -> (u16, String) {
         let answer = self.client.get(self.url(path)).timeout(PATIENCE).send().await.expect("an answer");
@@ -170,7 +187,7 @@ impl Cluster {
         let request = self.client.post(self.url("/v1/chat/completions")).json(&body);
         let response = request.send().await.expect("an answer");
         assert_eq!(response.status(), 200, "{}", self.log());
-        EventStream { response, text: String::new(), bytes: Vec::new() }
+        EventStream::new(response)
     }
 
     /// Sum of a metric over its label sets that contain `label` (empty: all); 0 when there is none.
@@ -260,6 +277,11 @@ pub struct EventStream {
 }
 
 impl EventStream {
+    /// Of a response that is server-sent events.
+    pub fn new(response: reqwest::Response) -> EventStream {
+        EventStream { response, text: String::new(), bytes: Vec::new() }
+    }
+
     /// The next event; `None` after `[DONE]`. A stream that ends without it fails the test.
     pub async fn next(&mut self) -> Option<Value> {
         loop {
@@ -319,7 +341,7 @@ fn with_model(mut body: Value) -> Value {
 }
 
 /// Reads `stream` into `log`, line by line, on a thread of its own.
-fn collect(stream: impl Read + Send + 'static, log: &Arc<Mutex<String>>) -> JoinHandle<()> {
+pub fn collect(stream: impl Read + Send + 'static, log: &Arc<Mutex<String>>) -> JoinHandle<()> {
     let log = log.clone();
     std::thread::spawn(move || {
         for line in BufReader::new(stream).lines().map_while(Result::ok) {
@@ -330,7 +352,8 @@ fn collect(stream: impl Read + Send + 'static, log: &Arc<Mutex<String>>) -> Join
     })
 }
 
-fn lock(log: &Mutex<String>) -> MutexGuard<'_, String> {
+/// A log, whoever panicked while writing it.
+pub fn lock(log: &Mutex<String>) -> MutexGuard<'_, String> {
     log.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
@@ -356,7 +379,8 @@ fn ps(arguments: &[&str]) -> String {
     String::from_utf8_lossy(&output.stdout).into_owned()
 }
 
-fn signal(pid: u32, number: libc::c_int) {
+/// Sends signal `number` to a process that is there.
+pub fn signal(pid: u32, number: libc::c_int) {
     let pid = libc::pid_t::try_from(pid).expect("a process number");
     // SAFETY: kill takes two numbers and touches no memory of ours.
     assert_eq!(unsafe { libc::kill(pid, number) }, 0, "process {pid} is not there");
