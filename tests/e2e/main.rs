@@ -3,5 +3,8 @@
 mod chat;
 mod faults;
 mod harness;
+mod joining;
+mod parity;
+mod parts;
 mod settings;
 mod up;

@@ -1,0 +1,297 @@
+//! A cluster started part by part, as on machines of its own: `baton router`, then `prefill` and `decode` with whatever
+//! flags a test needs and `up` does not have.
+//!
+//! ```ignore
+//! let mut parts = Parts::router(&["--disaggregation=always"]);
+//! parts.prefill("p", 1, &["--block-tokens=16"]);
+//! parts.decode("d", 2, &["--block-tokens=64"]);
+//! parts.wait_until_ready(&["p", "d"]).await;
+//! let choice = parts.complete(&json!({ "prompt": [1, 2, 3], "max_tokens": 4 })).await;
+//! ```
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::{Child, ChildStdin, ExitStatus, Stdio};
+use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
+
+use serde_json::{Value, json};
+
+use crate::harness::{EventStream, LOOK, PATIENCE, baton, collect, folder, free_port, lock, output, signal};
+
+/// The bundled model.
+pub const MODEL: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/models/demo/weights");
+
+/// Name that it is served under here.
+pub const NAME: &str = "demo";
+
+/// Its vocabulary: ids below this exist.
+pub fn vocab() -> u32 {
+    let text = fs::read_to_string(Path::new(MODEL).join("config.json")).expect("the bundled model");
+    let config: Value = serde_json::from_str(&text).expect("JSON");
+    config["vocab_size"].as_u64().and_then(|size| u32::try_from(size).ok()).expect("vocab_size")
+}
+
+/// How often nodes are asked for; each time is a process.
+const LOOK_AT_NODES: Duration = Duration::from_millis(100);
+
+/// Running processes of one cluster. Dropping it kills them.
+pub struct Parts {
+    /// Where the router serves HTTP.
+    pub port: u16,
+    /// Where nodes join.
+    pub cluster: u16,
+    folder: PathBuf,
+    processes: Vec<Part>,
+    client: reqwest::Client,
+}
+
+struct Part {
+    name: String,
+    arguments: Vec<String>,
+    child: Child,
+    /// As with `up`: a part ends when this closes, so that a killed test leaves nothing behind.
+    _lifeline: Option<ChildStdin>,
+    log: Arc<Mutex<String>>,
+}
+
+impl Parts {
+    /// A router with these flags, not waited for.
+    pub fn router(flags: &[&str]) -> Parts {
+        let (port, cluster) = (free_port(), free_port());
+        let folder = folder(&format!("parts-{port}"));
+        fs::write(folder.join("token"), "5e".repeat(32)).expect("writes");
+        let client = reqwest::Client::builder().no_proxy().build().expect("a client");
+        let mut parts = Parts { port, cluster, folder, processes: Vec::new(), client };
+        let own = [format!("--port={port}"), format!("--cluster-bind=127.0.0.1:{cluster}")];
+        parts.start("router", "router", &own, flags);
+        parts
+    }
+
+    /// A prefill node of `tp` ranks named `name.RANK`; the router knows it by `name.0`.
+    pub fn prefill(&mut self, name: &str, tp: usize, flags: &[&str]) {
+        self.node("prefill", name, tp, flags);
+    }
+
+    /// As [`Parts::prefill`], a decode group.
+    pub fn decode(&mut self, name: &str, tp: usize, flags: &[&str]) {
+        self.node("decode", name, tp, flags);
+    }
+
+    fn node(&mut self, role: &str, name: &str, tp: usize, flags: &[&str]) {
+        let leader = free_port();
+        for rank in 0..tp {
+            let name = format!("{name}.{rank}");
+            let own = [
+                format!("--name={name}"),
+                format!("--router=127.0.0.1:{}", self.cluster),
+                format!("--tp={tp}"),
+                format!("--rank={rank}"),
+                format!("--leader=127.0.0.1:{leader}"),
+                "--kv-memory=256MiB".into(),
+                "--threads=1".into(),
+            ];
+            self.start(role, &name, &own, flags);
+        }
+    }
+
+    fn start(&mut self, role: &str, name: &str, own: &[String], flags: &[&str]) {
+        let token = format!("--token-file={}", self.folder.join("token").display());
+        let mut arguments =
+            vec![role.to_owned(), format!("--model={MODEL}"), format!("--served-name={NAME}"), token];
+        arguments.extend_from_slice(own);
+        // The last one given wins.
+        arguments.extend(flags.iter().map(|&flag| flag.to_owned()));
+        self.processes.push(Part::start(name.to_owned(), arguments));
+    }
+
+    /// kill -9 of `name`.
+    pub fn kill(&mut self, name: &str) {
+        let part = self.part(name);
+        part.child.kill().expect("a running part");
+        part.child.wait().expect("a child");
+    }
+
+    /// Starts `name` again with its arguments; it must have ended.
+    pub fn restart(&mut self, name: &str) {
+        let part = self.part(name);
+        assert!(part.child.try_wait().expect("a child").is_some(), "{name} still runs");
+        *part = Part::start(part.name.clone(), part.arguments.clone());
+    }
+
+    /// kill -9 of all ranks of a node, then starts them again.
+    pub fn restart_all(&mut self, name: &str, tp: usize) {
+        let names: Vec<_> = (0..tp).map(|rank| format!("{name}.{rank}")).collect();
+        names.iter().for_each(|name| self.kill(name));
+        names.iter().for_each(|name| self.restart(name));
+    }
+
+    /// Sends a signal to `name`.
+    pub fn signal(&mut self, name: &str, number: libc::c_int) {
+        signal(self.part(name).child.id(), number);
+    }
+
+    /// Waits until `name` has ended: how, and what it wrote.
+    pub async fn wait_for_end(&mut self, name: &str) -> (ExitStatus, String) {
+        let begun = Instant::now();
+        loop {
+            let part = self.part(name);
+            if let Some(status) = part.child.try_wait().expect("a child") {
+                return (status, lock(&part.log).clone());
+            }
+            assert!(begun.elapsed() < PATIENCE, "{name} goes on:\n{}", self.log());
+            tokio::time::sleep(LOOK).await;
+        }
+    }
+
+    fn part(&mut self, name: &str) -> &mut Part {
+        self.processes.iter_mut().find(|part| part.name == name).expect("a part of that name")
+    }
+
+    /// Waits until exactly these nodes are members, all of them ready, and a real step runs on every role.
+    pub async fn wait_until_ready(&mut self, names: &[&str]) {
+        let begun = Instant::now();
+        loop {
+            let state = self.look();
+            let nodes = state.as_ref().map_or([].as_slice(), |state| nodes_of(state));
+            let ready: Vec<_> = nodes
+                .iter()
+                .filter(|node| node["state"] == "ready")
+                .filter_map(|node| node["name"].as_str())
+                .collect();
+            let all_there = nodes.len() == names.len() && names.iter().all(|name| ready.contains(name));
+            if all_there && self.is_healthy().await {
+                return;
+            }
+            for part in &mut self.processes {
+                let ended = part.child.try_wait().expect("a child");
+                assert!(ended.is_none(), "{} ended:\n{}", part.name, lock(&part.log));
+            }
+            assert!(begun.elapsed() < PATIENCE, "not ready: {state:?}\n{}", self.log());
+            tokio::time::sleep(LOOK_AT_NODES).await;
+        }
+    }
+
+    async fn is_healthy(&self) -> bool {
+        let answer = self.client.get(self.url("/health")).timeout(PATIENCE).send().await;
+        answer.is_ok_and(|answer| answer.status().is_success())
+    }
+
+    /// What `baton status --json` says; `None` while the router is not there.
+    fn look(&self) -> Option<Value> {
+        let router = format!("--router=127.0.0.1:{}", self.cluster);
+        let token = format!("--token-file={}", self.folder.join("token").display());
+        let (ok, json, _) = output(&mut baton(&["status", "--json", &router, &token]));
+        ok.then(|| serde_json::from_str(&json).expect("JSON"))
+    }
+
+    /// What the router knows of its nodes, as `baton status --json` shows it.
+    pub fn nodes(&self) -> Vec<Value> {
+        let state = self.look().expect("a router");
+        nodes_of(&state).to_vec()
+    }
+
+    /// Waits until every node says, from now on, that it is idle and that its store's blocks are all free or cached.
+    /// Returns the nodes.
+    pub async fn wait_until_idle(&self) -> Vec<Value> {
+        let begun = Instant::now();
+        loop {
+            let since_ms = begun.elapsed().as_millis() as u64;
+            let nodes = self.nodes();
+            let number = |value: &Value| value.as_u64().expect("a number");
+            let is_idle = |node: &Value| {
+                let kv = |field: &str| number(&node["kv"][field]);
+                number(&node["reported_ms_ago"]) < since_ms
+                    && node["running"] == 0
+                    && node["waiting"] == 0
+                    && kv("free") + kv("cached") == kv("total")
+                    && kv("total") > 0
+            };
+            if nodes.iter().all(is_idle) {
+                assert!(nodes.iter().all(|node| node["kv"]["audit_errors"] == 0), "{nodes:#?}");
+                return nodes;
+            }
+            assert!(begun.elapsed() < PATIENCE, "not idle: {nodes:#?}\n{}", self.log());
+            tokio::time::sleep(LOOK_AT_NODES).await;
+        }
+    }
+
+    /// A completion that must succeed: its only choice.
+    pub async fn complete(&self, body: &Value) -> Value {
+        let (status, answer) = self.post("/v1/completions", body).await;
+        assert_eq!(status, 200, "{answer}\n{}", self.log());
+        answer["choices"][0].clone()
+    }
+
+    /// A streamed completion, event by event. Dropping it cancels the request.
+    pub async fn complete_begin(&self, body: &Value) -> EventStream {
+        let mut body = with_model(body);
+        body["stream"] = json!(true);
+        let request = self.client.post(self.url("/v1/completions")).json(&body);
+        let response = request.send().await.expect("an answer");
+        assert_eq!(response.status(), 200, "{}", self.log());
+        EventStream::new(response)
+    }
+
+    /// POST of JSON, answered with JSON. The model's name is added where it is missing.
+    pub async fn post(&self, path: &str, body: &Value) -> (u16, Value) {
+        let request = self.client.post(self.url(path)).json(&with_model(body)).timeout(PATIENCE);
+        let answer = request.send().await.expect("an answer");
+        (answer.status().as_u16(), answer.json().await.expect("JSON"))
+    }
+
+    fn url(&self, path: &str) -> String {
+        format!("http://127.0.0.1:{}{path}", self.port)
+    }
+
+    /// All that the parts have written so far.
+    pub fn log(&self) -> String {
+        let of = |part: &Part| format!("--- {}\n{}", part.name, lock(&part.log));
+        self.processes.iter().map(of).collect()
+    }
+}
+
+impl Part {
+    fn start(name: String, arguments: Vec<String>) -> Part {
+        let arguments_text: Vec<_> = arguments.iter().map(String::as_str).collect();
+        let mut child = baton(&arguments_text)
+            .env("BATON_SUPERVISED", "1")
+            .stdin(Stdio::piped())
+            .stdout(Stdio::null())
+            .stderr(Stdio::piped())
+            .spawn()
+            .expect("the executable runs");
+        let log = Arc::default();
+        collect(child.stderr.take().expect("piped"), &log);
+        let lifeline = child.stdin.take();
+        Part { name, arguments, child, _lifeline: lifeline, log }
+    }
+}
+
+impl Drop for Parts {
+    fn drop(&mut self) {
+        for part in &mut self.processes {
+            let _ = part.child.kill();
+            let _ = part.child.wait();
+        }
+        let _ = fs::remove_dir_all(&self.folder);
+        let log = self.log();
+        if std::thread::panicking() {
+            eprintln!("log of the parts:\n{log}");
+        } else {
+            assert!(!log.contains("panicked"), "a part panicked:\n{log}");
+        }
+    }
+}
+
+fn nodes_of(state: &Value) -> &[Value] {
+    state["nodes"].as_array().expect("nodes")
+}
+
+fn with_model(body: &Value) -> Value {
+    let mut body = body.clone();
+    if body.get("model").is_none() {
+        body["model"] = json!(NAME);
+    }
+    body
+}
