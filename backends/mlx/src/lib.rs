@@ -1,1 +1,27 @@
-//! The MLX backend.
+//! The MLX backend: Apple Silicon's GPU, and the same code on MLX's CPU library on Linux (`linux/setup.sh`). Compiled with
+//! the feature `mlx`; without it the crate is empty.
+//!
+//! [`MlxBackend`] is opened by node start-up on the thread that owns all MLX state from then on. A step is one lazy graph:
+//! its operations (`step`, `attend`) only record, [`backend::Step::submit`] starts the evaluation, waiting reads the
+//! result. The cache (`kv`) is slots of capacity classes (`slots`): MLX has no paged attention. Leases (`lease`) carry
+//! evaluated arrays and host memory, nothing else leaves the thread. `graph` holds what MLX calls have in common.
+//!
+//! [`backend::Caps::exact`] is false: sums are MLX's, and its kernels differ by shape.
+#![cfg(feature = "mlx")]
+
+mod attend;
+mod device;
+mod graph;
+mod host;
+mod kv;
+mod lease;
+mod plan;
+mod slots;
+mod step;
+mod weight;
+
+pub use device::MlxBackend;
+pub use kv::MlxKv;
+pub use lease::{MlxExport, MlxLanding};
+pub use step::{MlxAct, MlxStep};
+pub use weight::MlxWeight;

@@ -1,0 +1,112 @@
+//! Opening MLX as one rank of a group.
+
+use std::sync::Arc;
+
+use backend::{
+    Backend, BackendError, Batch, Caps, DType, DeviceOptions, Group, KvSpec, Rope, RopeStyle, WeightSource,
+};
+use mlx_rs::Array;
+
+use crate::graph::int;
+use crate::kv::MlxKv;
+use crate::step::{MlxAct, MlxStep};
+use crate::weight::MlxWeight;
+
+/// MLX on this machine's device. All its state belongs to the thread that opened it.
+#[derive(Debug)]
+pub struct MlxBackend {
+    pub(crate) dtype: DType,
+    block_tokens: u32,
+    ropes: Vec<RopeTable>,
+}
+
+/// A rotary embedding as MLX takes it.
+#[derive(Debug)]
+struct RopeTable {
+    inv_freq: Arc<[f32]>,
+    /// Seconds to the cache's hertz: MLX divides positions by these.
+    periods: Array,
+}
+
+impl MlxBackend {
+    /// The periods of `rope`, made when a layer first asks.
+    pub(crate) fn periods(&mut self, rope: &Rope) -> Array {
+        let same = |table: &&RopeTable| {
+            Arc::ptr_eq(&table.inv_freq, &rope.inv_freq) || table.inv_freq == rope.inv_freq
+        };
+        if let Some(table) = self.ropes.iter().find(same) {
+            return table.periods.clone();
+        }
+        let periods: Vec<f32> = rope.inv_freq.iter().map(|frequency| period(*frequency)).collect();
+        let periods = Array::from_slice(&periods, &[int(periods.len())]);
+        self.ropes.push(RopeTable { inv_freq: rope.inv_freq.clone(), periods: periods.clone() });
+        periods
+    }
+}
+
+/// The number whose reciprocal in f32 is nearest to `frequency`: MLX turns periods back into frequencies, and an error of
+/// one bit there is one of many at a distant position.
+fn period(frequency: f32) -> f32 {
+    let near = 1.0 / frequency;
+    let error = |period: &f32| (f64::from(1.0 / period) - f64::from(frequency)).abs();
+    let candidates = [near, near.next_up(), near.next_down()];
+    candidates
+        .into_iter()
+        .filter(|p| p.is_finite())
+        .min_by(|a, b| error(a).total_cmp(&error(b)))
+        .unwrap_or(near)
+}
+
+impl Backend for MlxBackend {
+    type Weight = MlxWeight;
+    type Act = MlxAct;
+    type Hidden = MlxAct;
+    type Kv = MlxKv;
+    type Step<'a> = MlxStep<'a>;
+
+    fn open(options: &DeviceOptions, group: Group) -> Result<Self, BackendError> {
+        if group.world != 1 {
+            let reason = format!("a group of {} ranks: tensor parallelism is not there yet", group.world);
+            return Err(BackendError::Unavailable { backend: "mlx", reason });
+        }
+        Ok(MlxBackend { dtype: options.dtype, block_tokens: options.block_tokens, ropes: Vec::new() })
+    }
+
+    fn caps(&self) -> Caps {
+        let device = if cfg!(target_vendor = "apple") { "metal" } else { "mlx's cpu library" };
+        Caps { name: "mlx", device: device.to_owned(), exact: false }
+    }
+
+    fn load(&mut self, source: &WeightSource<'_>) -> Result<MlxWeight, BackendError> {
+        MlxWeight::load(source, self.dtype)
+    }
+
+    fn kv(&mut self, spec: &KvSpec, bytes: u64) -> Result<MlxKv, BackendError> {
+        MlxKv::new(spec, bytes, self.block_tokens)
+    }
+
+    fn step<'a>(&'a mut self, kv: &'a mut MlxKv, batch: &'a Batch) -> MlxStep<'a> {
+        MlxStep::new(self, kv, batch)
+    }
+}
+
+/// Whether the checkpoint's projections hold the pairs of a head next to each other.
+pub(crate) fn interleaved(rope: &Rope) -> bool {
+    rope.style == RopeStyle::Interleaved
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// What MLX makes of a period is the frequency, to the last bit or the one beside it.
+    #[test]
+    fn periods_turn_back_into_frequencies() {
+        for i in 0..64 {
+            let frequency = 500_000f32.powf(-(i as f32) / 64.0);
+            let back = 1.0 / period(frequency);
+            let bits = (i64::from(back.to_bits()) - i64::from(frequency.to_bits())).abs();
+            assert!(bits <= 1, "{frequency} became {back}");
+        }
+    }
+}

@@ -1,0 +1,313 @@
+//! The KV store: [`Pages`] keeps the books (in blocks, as every store does), [`Slots`] says where a sequence lies, this file
+//! owns the arrays.
+//!
+//! Arrays are `[slots, heads, capacity, dim]`, the order in which MLX's attention reads without a copy; the wire's order is
+//! made at the edges (export, commit). Every array has one owner, this store: an update recorded on it replaces the old
+//! handle, so MLX writes in place. Sequences do not share memory: a fork copies ([`KvStore::shares`] is false).
+//!
+//! The books bound tokens; slots are classes above them. So memory is at most twice the bytes asked for, and 256 tokens
+//! (the smallest slot) for each sequence shorter than that.
+
+use std::ops::Range;
+use std::sync::{Arc, Mutex};
+
+use backend::paged::{Access, LeaseId, Pages};
+use backend::{BackendError, Fork, KvError, KvSpec, KvStore, KvUsage, SeqId};
+use mlx_rs::{Array, ops, transforms};
+
+use crate::graph::{Failure, Recorded, int, mlx_type, put_run, window};
+use crate::lease::{MlxExport, MlxLanding, Regions};
+use crate::slots::{Place, Shape, Slots};
+
+/// The KV cache of one rank in MLX arrays.
+#[derive(Debug)]
+pub struct MlxKv {
+    spec: Arc<KvSpec>,
+    pages: Pages,
+    slots: Slots,
+    /// Per bank (empty: none), layer and plane.
+    banks: Vec<Vec<Vec<Array>>>,
+    /// Banks and layers with recorded updates that nobody has evaluated yet.
+    recorded: Vec<(usize, usize)>,
+    /// Landings that were dropped since the store looked last.
+    ended: Arc<Mutex<Vec<LeaseId>>>,
+}
+
+impl MlxKv {
+    pub(crate) fn new(spec: &KvSpec, bytes: u64, block_tokens: u32) -> Result<Self, BackendError> {
+        let refused = |reason| Err(BackendError::Unavailable { backend: "mlx", reason });
+        if !block_tokens.is_power_of_two() {
+            return refused(format!("{block_tokens} tokens per KV block is not a power of two"));
+        }
+        let block_bytes = spec.token_bytes() as u64 * u64::from(block_tokens);
+        let blocks = bytes.checked_div(block_bytes).unwrap_or(0);
+        if blocks == 0 {
+            return Err(BackendError::OutOfMemory { wanted_bytes: block_bytes, free_bytes: bytes });
+        }
+        // Tokens are indices of MLX.
+        let tokens =
+            u32::try_from(blocks * u64::from(block_tokens)).ok().filter(|t| *t <= i32::MAX as u32 / 2);
+        let (Some(tokens), Ok(blocks)) = (tokens, u32::try_from(blocks)) else {
+            return refused(format!(
+                "{blocks} KV blocks of {block_tokens} tokens are more than an index holds"
+            ));
+        };
+        Ok(MlxKv {
+            spec: Arc::new(spec.clone()),
+            pages: Pages::new(spec.layers, blocks, block_tokens),
+            slots: Slots::new(tokens),
+            banks: Vec::new(),
+            recorded: Vec::new(),
+            ended: Arc::default(),
+        })
+    }
+
+    /// Where a sequence lies.
+    pub(crate) fn place(&self, seq: SeqId) -> Result<Place, KvError> {
+        self.slots.place(seq).ok_or(KvError::Unknown(seq))
+    }
+
+    /// The array of a plane: `[slots, heads, capacity, dim]`.
+    pub(crate) fn array(&self, bank: usize, layer: usize, plane: usize) -> &Array {
+        &self.banks[bank][layer][plane]
+    }
+
+    /// Puts the array with a recorded update in place of the one that it was recorded on.
+    pub(crate) fn replace(&mut self, bank: usize, layer: usize, plane: usize, array: Array) {
+        self.banks[bank][layer][plane] = array;
+        if !self.recorded.contains(&(bank, layer)) {
+            self.recorded.push((bank, layer));
+        }
+    }
+
+    /// Arrays with recorded updates, to be evaluated by the caller now.
+    pub(crate) fn take_recorded(&mut self) -> Vec<Array> {
+        let recorded = std::mem::take(&mut self.recorded);
+        recorded.into_iter().flat_map(|(bank, layer)| self.banks[bank][layer].clone()).collect()
+    }
+
+    /// Asks for writing `tokens` of `layer` and reading `[from, tokens.end)`: neither may be under somebody's lease,
+    /// and what is read and not written must be finished.
+    pub(crate) fn enter(
+        &mut self,
+        seq: SeqId,
+        layer: usize,
+        from: u32,
+        tokens: Range<u32>,
+    ) -> Result<(), KvError> {
+        self.reclaim();
+        self.pages.writable(seq, layer..layer + 1, tokens.clone())?;
+        self.pages.readable(seq, layer..layer + 1, from..tokens.end)?;
+        self.pages.filled(seq, layer..layer + 1, from..tokens.start)?;
+        self.pages.fill(seq, layer..layer + 1, tokens)
+    }
+
+    /// Gives `seq`, which the books have room for, a slot for its capacity, with the first `kept` tokens of `from`.
+    fn settle(&mut self, seq: SeqId, from: Option<Place>, kept: u32) -> Result<(), KvError> {
+        let capacity = self.pages.capacity(seq)?;
+        if self.slots.capacity(seq) >= capacity.max(1) {
+            return Ok(());
+        }
+        let (place, shape) = self.slots.take(capacity);
+        if let Some(shape) = shape
+            && self.make(place.bank, shape).is_err()
+        {
+            self.slots.unmake(place.bank);
+            return Err(self.full(capacity));
+        }
+        if let Some(from) = from.filter(|_| kept > 0)
+            && self.copy(from, place, kept as usize).is_err()
+        {
+            self.give(place);
+            return Err(self.full(capacity));
+        }
+        if let Some(before) = self.slots.assign(seq, place) {
+            self.give(before);
+        }
+        Ok(())
+    }
+
+    /// The device has no memory where the books have room.
+    fn full(&self, tokens: u32) -> KvError {
+        let wanted_blocks = tokens.div_ceil(self.pages.block_tokens());
+        KvError::Full { wanted_blocks, free_blocks: self.pages.usage().free }
+    }
+
+    fn make(&mut self, bank: usize, shape: Shape) -> Result<(), Failure> {
+        let plane = |plane: &backend::Plane| -> Recorded {
+            let sizes = [shape.slots, plane.heads().len(), shape.capacity as usize, plane.dim].map(int);
+            Ok(ops::zeros_dtype(&sizes, mlx_type(plane.dtype))?)
+        };
+        let layer = || self.spec.planes.iter().map(plane).collect::<Result<Vec<_>, _>>();
+        let arrays = (0..self.spec.layers).map(|_| layer()).collect::<Result<Vec<_>, _>>()?;
+        transforms::eval(arrays.iter().flatten())?;
+        if self.banks.len() <= bank {
+            self.banks.resize_with(bank + 1, Vec::new);
+        }
+        self.banks[bank] = arrays;
+        Ok(())
+    }
+
+    fn copy(&mut self, from: Place, to: Place, tokens: usize) -> Result<(), Failure> {
+        for (layer, plane) in self.planes() {
+            let kept = window(self.array(from.bank, layer, plane), from.slot..from.slot + 1, 0..tokens)?;
+            let array = put_run(self.array(to.bank, layer, plane), to.slot, 0..tokens, &kept)?;
+            self.replace(to.bank, layer, plane, array);
+        }
+        self.evaluate()
+    }
+
+    /// Starts what is recorded: a view that waits would make the next update copy its array.
+    fn evaluate(&mut self) -> Result<(), Failure> {
+        Ok(transforms::async_eval(&self.take_recorded())?)
+    }
+
+    fn planes(&self) -> Vec<(usize, usize)> {
+        let planes = self.spec.planes.len();
+        (0..self.spec.layers).flat_map(|layer| (0..planes).map(move |plane| (layer, plane))).collect()
+    }
+
+    fn give(&mut self, place: Place) {
+        if let Some(bank) = self.slots.give(place) {
+            self.banks[bank].clear();
+            self.recorded.retain(|(recorded, _)| *recorded != bank);
+        }
+    }
+
+    fn reclaim(&mut self) {
+        let mut ended = self.ended.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
+        for lease in ended.drain(..) {
+            self.pages.release(lease);
+        }
+    }
+}
+
+impl KvStore for MlxKv {
+    type Export = MlxExport;
+    type Landing = MlxLanding;
+
+    fn spec(&self) -> &KvSpec {
+        &self.spec
+    }
+
+    fn block_tokens(&self) -> u32 {
+        self.pages.block_tokens()
+    }
+
+    fn shares(&self) -> bool {
+        false
+    }
+
+    fn usage(&mut self) -> KvUsage {
+        self.reclaim();
+        self.pages.usage()
+    }
+
+    fn open(&mut self, seq: SeqId, tokens: u32) -> Result<(), KvError> {
+        self.reclaim();
+        self.pages.open(seq, tokens)?;
+        self.settle(seq, None, 0).inspect_err(|_| {
+            let _ = self.pages.close(seq);
+        })
+    }
+
+    fn grow(&mut self, seq: SeqId, tokens: u32) -> Result<(), KvError> {
+        self.reclaim();
+        let before = self.pages.capacity(seq)?;
+        self.pages.grow(seq, tokens)?;
+        let place = self.slots.place(seq);
+        self.settle(seq, place, before).inspect_err(|_| {
+            let _ = self.pages.truncate(seq, before);
+        })
+    }
+
+    fn fork(&mut self, from: SeqId, to: SeqId, tokens: u32, mode: Fork) -> Result<(), KvError> {
+        self.reclaim();
+        let place = self.slots.place(from);
+        match mode {
+            Fork::Share => {
+                self.pages.copy(from, to, tokens)?;
+                self.settle(to, place, tokens).inspect_err(|_| {
+                    let _ = self.pages.close(to);
+                })
+            }
+            Fork::Move => {
+                self.pages.fork(from, to, tokens, Fork::Move)?;
+                if let Some(place) = self.slots.remove(from) {
+                    self.slots.assign(to, place);
+                }
+                Ok(())
+            }
+        }
+    }
+
+    fn truncate(&mut self, seq: SeqId, tokens: u32) -> Result<(), KvError> {
+        self.reclaim();
+        // The slot stays: a shorter sequence mostly grows again, or is closed.
+        self.pages.truncate(seq, tokens)
+    }
+
+    fn close(&mut self, seq: SeqId) -> Result<(), KvError> {
+        self.reclaim();
+        self.pages.close(seq)?;
+        if let Some(place) = self.slots.remove(seq) {
+            self.give(place);
+        }
+        Ok(())
+    }
+
+    /// Copies: the lease has the bytes as they are now, whatever becomes of the sequence.
+    fn export(&mut self, seq: SeqId, layer: usize, tokens: Range<u32>) -> Result<MlxExport, KvError> {
+        self.reclaim();
+        self.pages.filled(seq, layer..layer + 1, tokens.clone())?;
+        self.pages.readable(seq, layer..layer + 1, tokens.clone())?;
+        let Place { bank, slot } = self.place(seq)?;
+        let range = tokens.start as usize..tokens.end as usize;
+        let plane = |plane: usize| -> Recorded {
+            let held = window(self.array(bank, layer, plane), slot..slot + 1, range.clone())?;
+            Ok(held.transpose_axes(&[0, 2, 1, 3])?.contiguous()?)
+        };
+        let planes = (0..self.spec.planes.len()).map(plane).collect::<Result<Vec<_>, _>>();
+        Ok(MlxExport::new(self.spec.clone(), layer, tokens, planes))
+    }
+
+    fn land(&mut self, seq: SeqId, tokens: Range<u32>) -> Result<MlxLanding, KvError> {
+        self.reclaim();
+        let lease = self.pages.lease(seq, 0..self.spec.layers, tokens.clone(), Access::Write)?;
+        let landing =
+            MlxLanding::new(seq, Regions::new(self.spec.clone(), tokens), lease, self.ended.clone());
+        // Without memory the lease ends as a dropped one does.
+        if landing.is_err() {
+            self.pages.release(lease);
+        }
+        landing
+    }
+
+    fn commit(&mut self, landing: MlxLanding) -> Result<(), KvError> {
+        self.reclaim();
+        let unknown = KvError::Unknown(landing.seq);
+        if !landing.is_of(&self.ended) {
+            return Err(unknown);
+        }
+        let (lease, filled) = landing.into_filled();
+        let Some(seq) = self.pages.holder(lease) else {
+            self.pages.release(lease);
+            return Err(unknown);
+        };
+        let Place { bank, slot } = self.place(seq)?;
+        let tokens = filled.tokens();
+        let range = tokens.start as usize..tokens.end as usize;
+        let result =
+            self.planes().into_iter().filter(|_| !range.is_empty()).try_for_each(|(layer, plane)| {
+                let values = filled.array(layer, plane)?;
+                let array = put_run(self.array(bank, layer, plane), slot, range.clone(), &values)?;
+                self.replace(bank, layer, plane, array);
+                Ok(())
+            });
+        if result.and_then(|()| self.evaluate()).is_err() {
+            self.pages.release(lease);
+            return Err(self.full(tokens.end - tokens.start));
+        }
+        self.pages.commit(lease, seq)
+    }
+}

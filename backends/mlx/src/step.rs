@@ -1,0 +1,224 @@
+//! A step on MLX: operations record a lazy graph, [`Step::submit`] starts it, [`Pending::wait`] reads the result. The first
+//! refusal stops the recording and comes out at the end.
+
+use std::ops::Range;
+
+use backend::{Attend, BackendError, Batch, Glu, KvError, KvStore, Out, Output, Pending, SeqId, Step};
+use mlx_rs::{Array, Dtype, fast, ops, transforms};
+
+use crate::attend::Attention;
+use crate::device::MlxBackend;
+use crate::graph::{Failure, Recorded, indices, int, last};
+use crate::kv::MlxKv;
+use crate::lease::MlxExport;
+use crate::weight::{Kind, MlxWeight};
+
+/// An activation `[rows, width]` of the step's dtype: a node of the graph.
+#[derive(Debug)]
+pub struct MlxAct(pub(crate) Array);
+
+impl MlxAct {
+    pub(crate) fn rows(&self) -> usize {
+        self.0.shape().first().map_or(0, |rows| *rows as usize)
+    }
+
+    pub(crate) fn width(&self) -> usize {
+        self.0.shape().last().map_or(0, |width| *width as usize)
+    }
+}
+
+/// A step of the MLX backend.
+#[derive(Debug)]
+pub struct MlxStep<'a> {
+    pub(crate) device: &'a mut MlxBackend,
+    pub(crate) kv: &'a mut MlxKv,
+    pub(crate) batch: &'a Batch,
+    pub(crate) attention: Option<Attention>,
+    fault: Option<BackendError>,
+}
+
+impl<'a> MlxStep<'a> {
+    pub(crate) fn new(device: &'a mut MlxBackend, kv: &'a mut MlxKv, batch: &'a Batch) -> Self {
+        let rows: usize = batch.runs.iter().map(|run| run.len as usize).sum();
+        let fault = (rows != batch.ids.len())
+            .then(|| BackendError::Device(format!("{} token ids for {rows} rows", batch.ids.len())));
+        MlxStep { device, kv, batch, attention: None, fault }
+    }
+
+    /// Records an operation; after a fault nothing is recorded any more and zeros stand in.
+    fn record<E: Into<BackendError>>(
+        &mut self,
+        operation: impl FnOnce(&mut Self) -> Result<Array, E>,
+    ) -> MlxAct {
+        if self.fault.is_none() {
+            match operation(self) {
+                Ok(array) => return MlxAct(array),
+                Err(error) => self.fault = Some(error.into()),
+            }
+        }
+        MlxAct(Array::from_slice(&[0f32], &[1, 1]))
+    }
+}
+
+impl Step for MlxStep<'_> {
+    type Backend = MlxBackend;
+
+    fn embed(&mut self, table: &MlxWeight) -> MlxAct {
+        self.record(|step| {
+            let (rows, _, _) = table.matrix()?;
+            let count = rows.dim(0) as usize;
+            if let Some(id) = step.batch.ids.iter().find(|id| **id as usize >= count) {
+                return Err(Failure(format!("token {id} in an embedding table of {count}")));
+            }
+            let ids = indices(step.batch.ids.iter().map(|id| *id as usize), &[int(step.batch.ids.len())]);
+            Ok(rows.take_axis(&ids, 0)?)
+        })
+    }
+
+    fn resume(&mut self, hidden: MlxAct) -> MlxAct {
+        hidden
+    }
+
+    fn norm(&mut self, x: &MlxAct, weight: &MlxWeight, eps: f32) -> MlxAct {
+        self.record(|_| -> Recorded { Ok(fast::rms_norm(&x.0, Some(weight.vector(x.width())?), eps)?) })
+    }
+
+    fn linear(&mut self, x: &MlxAct, weight: &MlxWeight) -> MlxAct {
+        self.record(|_| -> Recorded {
+            let (_, turned, bias) = weight.matrix()?;
+            let product = x.0.matmul(turned)?;
+            Ok(match bias {
+                Some(bias) => product.add(bias)?,
+                None => product,
+            })
+        })
+    }
+
+    fn add(&mut self, x: MlxAct, y: MlxAct) -> MlxAct {
+        self.record(|_| -> Recorded { Ok(x.0.add(&y.0)?) })
+    }
+
+    fn glu(&mut self, x: MlxAct, kind: Glu) -> MlxAct {
+        self.record(|_| -> Recorded {
+            let half = x.width() / 2;
+            let (gate, up) = (last(&x.0, 0..half)?, last(&x.0, half..2 * half)?);
+            let gate = match kind {
+                Glu::Silu => gate.multiply(ops::sigmoid(&gate)?)?,
+            };
+            Ok(gate.multiply(&up)?)
+        })
+    }
+
+    fn rows(&mut self, x: MlxAct, rows: &[u32]) -> MlxAct {
+        self.record(|_| -> Recorded {
+            if let Some(row) = rows.iter().find(|row| **row as usize >= x.rows()) {
+                return Err(Failure(format!("row {row} of {}", x.rows())));
+            }
+            let rows = indices(rows.iter().map(|row| *row as usize), &[int(rows.len())]);
+            Ok(x.0.take_axis(&rows, 0)?)
+        })
+    }
+
+    /// A group has one rank: its sum is the sum.
+    fn all_reduce(&mut self, x: MlxAct) -> MlxAct {
+        x
+    }
+
+    fn bias(&mut self, x: MlxAct, bias: &MlxWeight) -> MlxAct {
+        self.record(|_| -> Recorded { Ok(x.0.add(bias.vector(x.width())?)?) })
+    }
+
+    fn attend(&mut self, layer: usize, qkv: MlxAct, attend: &Attend<'_, MlxBackend>) -> MlxAct {
+        self.record(|step| step.attention(layer, &qkv, attend))
+    }
+
+    /// Evaluation of the graph up to here begins.
+    fn export(&mut self, seq: SeqId, layer: usize, tokens: Range<u32>) -> Result<MlxExport, KvError> {
+        self.kv.export(seq, layer, tokens)
+    }
+
+    fn submit(mut self, out: Out<MlxAct>) -> Box<dyn Pending<MlxAct>> {
+        // The cache is evaluated whatever happens, or its graph would grow from step to step.
+        let mut arrays = self.kv.take_recorded();
+        if let Some(fault) = self.fault.take() {
+            let _ = transforms::async_eval(&arrays);
+            return Box::new(Running(Err(fault)));
+        }
+        let asked = match out {
+            // Nothing to read: something of the last layer's cache tells when the step is done. (Not the cache itself, which
+            // the next step writes in place.)
+            Out::Nothing => arrays.last().map(done).transpose().map(Asked::Nothing),
+            Out::Logits(act) => logits(&act.0).map(Asked::Logits),
+            Out::Hidden(act) => Ok(Asked::Hidden(act.0)),
+        };
+        let begun = asked.and_then(|asked| {
+            arrays.extend(asked.array().cloned());
+            transforms::async_eval(&arrays)?;
+            Ok(asked)
+        });
+        Box::new(Running(begun.map_err(BackendError::from)))
+    }
+}
+
+fn logits(x: &Array) -> Recorded {
+    Ok(x.as_dtype(Dtype::Float32)?.contiguous()?)
+}
+
+fn done(cache: &Array) -> Recorded {
+    Ok(crate::graph::window(cache, 0..1, 0..1)?.sum(None)?)
+}
+
+/// What a running step is asked for.
+enum Asked {
+    Nothing(Option<Array>),
+    Logits(Array),
+    Hidden(Array),
+}
+
+impl Asked {
+    fn array(&self) -> Option<&Array> {
+        match self {
+            Asked::Nothing(array) => array.as_ref(),
+            Asked::Logits(array) | Asked::Hidden(array) => Some(array),
+        }
+    }
+}
+
+/// A step under way.
+struct Running(Result<Asked, BackendError>);
+
+impl Pending<MlxAct> for Running {
+    fn wait(self: Box<Self>) -> Result<Output<MlxAct>, BackendError> {
+        let asked = self.0?;
+        if let Some(array) = asked.array() {
+            array.eval().map_err(Failure::from)?;
+        }
+        match asked {
+            Asked::Nothing(_) => Ok(Output::Nothing),
+            Asked::Hidden(array) => Ok(Output::Hidden(MlxAct(array))),
+            Asked::Logits(array) => match array.try_as_slice::<f32>() {
+                Ok(logits) => Ok(Output::Logits(logits.to_vec())),
+                Err(error) => Err(BackendError::Device(error.to_string())),
+            },
+        }
+    }
+}
+
+impl MlxWeight {
+    /// A scale or bias of `width`.
+    pub(crate) fn vector(&self, width: usize) -> Result<&Array, Failure> {
+        match &self.0 {
+            Kind::Vector(vector) if vector.size() == width => Ok(vector),
+            Kind::Vector(vector) => Err(Failure(format!("a vector of {} for width {width}", vector.size()))),
+            Kind::Matrix { .. } => Err(Failure("a matrix where a vector is needed".to_owned())),
+        }
+    }
+
+    /// Rows, columns and bias of a product or table.
+    fn matrix(&self) -> Result<(&Array, &Array, Option<&Array>), Failure> {
+        match &self.0 {
+            Kind::Matrix { rows, turned, bias } => Ok((rows, turned, bias.as_ref())),
+            Kind::Vector(_) => Err(Failure("a vector where a matrix is needed".to_owned())),
+        }
+    }
+}
