@@ -9,13 +9,27 @@ use std::path::{Path, PathBuf};
 const MAY_USE: &[(&str, &[&str])] = &[
     ("backend", &[]),
     ("backend-cpu", &["backend"]),
+    ("backend-mlx", &["backend"]),
     ("proto", &[]),
     ("vocab", &[]),
     ("kvtransfer", &["backend"]),
     ("models", &["backend", "vocab"]),
     ("engine", &["backend", "kvtransfer", "models"]),
     ("cluster", &["proto"]),
-    ("node", &["backend", "backend-cpu", "cluster", "engine", "kvtransfer", "models", "proto", "vocab"]),
+    (
+        "node",
+        &[
+            "backend",
+            "backend-cpu",
+            "backend-mlx",
+            "cluster",
+            "engine",
+            "kvtransfer",
+            "models",
+            "proto",
+            "vocab",
+        ],
+    ),
     ("prefill-node", &["cluster", "engine", "kvtransfer", "node", "proto"]),
     ("decode-node", &["cluster", "engine", "kvtransfer", "node", "proto"]),
     ("router", &["cluster", "proto", "vocab"]),
@@ -28,7 +42,7 @@ const TOPS: [&str; 2] = ["baton", "benches"];
 const SOCKETS: [&str; 8] = ["axum", "hyper", "mio", "reqwest", "socket2", "tokio", "tonic", "tungstenite"];
 
 /// Rooms where none of these may be: their code runs on the owner thread of a device.
-const BLOCKING: [&str; 4] = ["backend", "backend-cpu", "models", "vocab"];
+const BLOCKING: [&str; 5] = ["backend", "backend-cpu", "backend-mlx", "models", "vocab"];
 
 /// Rooms that know no network at all. (Backends do: ranks join their sums.)
 const WITHOUT_NETWORK: [&str; 2] = ["models", "vocab"];
