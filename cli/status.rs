@@ -47,10 +47,11 @@ pub async fn run(mut args: Args) -> Result<()> {
 
 fn table_of(reply: &StatusReply) -> String {
     let (running, queued) = (reply.requests_running, reply.requests_queued);
-    let nodes = reply.members.len();
     let mut text = format!(
-        "{} on baton {}: {nodes} nodes, {running} requests running, {queued} queued\n\n",
-        reply.model, reply.version
+        "{} on baton {}; nodes: {}, requests running: {running}, queued: {queued}\n\n",
+        reply.model,
+        reply.version,
+        reply.members.len()
     );
     let mut rows = vec![
         [
@@ -72,13 +73,12 @@ fn table_of(reply: &StatusReply) -> String {
     rows.extend(reply.members.iter().map(row));
     text.push_str(&aligned(&rows));
 
-    let mut links = vec![["FROM", "TO", "GB/S", "GB SENT"].map(str::to_owned)];
+    let mut links = vec![["FROM", "TO", "GB/S", "SENT"].map(str::to_owned)];
     for member in &reply.members {
         let from = member.join.as_ref().map_or("", |join| &join.name);
         for link in member.report.iter().flat_map(|report| &report.links) {
             let rate = format!("{:.2}", link.gbytes_per_s);
-            let sent = format!("{:.3}", link.bytes as f64 / 1e9);
-            links.push([from.to_owned(), link.peer.clone(), rate, sent]);
+            links.push([from.to_owned(), link.peer.clone(), rate, amount(link.bytes)]);
         }
     }
     if links.len() > 1 {
@@ -131,6 +131,15 @@ fn speed(report: &NodeReport) -> String {
         (rate, _) if rate > 0.0 => format!("{rate:.0} tok/s"),
         (_, step) if step > 0.0 => format!("{step:.1} ms/step"),
         _ => "-".into(),
+    }
+}
+
+/// Bytes for people.
+fn amount(bytes: u64) -> String {
+    match bytes as f64 {
+        b if b >= 1e9 => format!("{:.2} GB", b / 1e9),
+        b if b >= 1e6 => format!("{:.1} MB", b / 1e6),
+        b => format!("{:.0} kB", b / 1e3),
     }
 }
 
@@ -241,11 +250,11 @@ mod tests {
     fn table() {
         assert_eq!(
             table_of(&reply()),
-            "demo on baton 0.1.0: 1 nodes, 0 requests running, 0 queued\n\n\
+            "demo on baton 0.1.0; nodes: 1, requests running: 0, queued: 0\n\n\
              NODE       ROLE     STATE  RANKS  RUN  WAIT  KV BLOCKS     EPOCH  SPEED       SEEN       ADDRESS      BACKEND\n\
              prefill-0  prefill  ready  1      2    0     7 of 10 free  3      1234 tok/s  0.4 s ago  127.0.0.1:9  cpu\n\n\
-             FROM       TO           GB/S  GB SENT\n\
-             prefill-0  127.0.0.1:7  1.17  2.000\n"
+             FROM       TO           GB/S  SENT\n\
+             prefill-0  127.0.0.1:7  1.17  2.00 GB\n"
         );
     }
 
