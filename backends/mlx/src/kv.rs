@@ -311,3 +311,6 @@ impl KvStore for MlxKv {
         self.pages.commit(lease, seq)
     }
 }
+
+#[cfg(test)]
+mod tests;

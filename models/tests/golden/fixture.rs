@@ -1,6 +1,6 @@
 //! One directory of `tests/golden/`: a tiny checkpoint with what transformers computed from it.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use models::Checkpoint;
 use safetensors::SafeTensors;
@@ -19,8 +19,10 @@ pub struct Prompt {
     pub bf16_kl_median: f64,
 }
 
+/// The fixtures, at the workspace root.
 pub fn root() -> PathBuf {
-    PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../tests/golden")
+    let above = Path::new(env!("CARGO_MANIFEST_DIR")).ancestors().map(|dir| dir.join("tests/golden"));
+    above.filter(|dir| dir.join("README.md").exists()).last().unwrap()
 }
 
 impl Fixture {

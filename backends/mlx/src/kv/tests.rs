@@ -1,0 +1,113 @@
+//! Steps write the cache where it lies.
+
+use backend::{
+    Attend, Backend, Batch, DType, DeviceOptions, Group, Out, Pending, Rope, RopeStyle, Step, TensorView,
+    WeightSource,
+};
+
+use super::*;
+use crate::MlxBackend;
+
+const A: SeqId = SeqId(1);
+const B: SeqId = SeqId(2);
+
+struct Rig {
+    backend: MlxBackend,
+    kv: MlxKv,
+    table: crate::MlxWeight,
+    rope: Rope,
+}
+
+impl Rig {
+    /// A store of 8192 tokens, two heads of 64 in f32: 4 MiB per bank and plane.
+    fn new() -> Self {
+        let options = DeviceOptions { dtype: DType::F32, threads: 1, block_tokens: 16, device: 0 };
+        let mut backend = MlxBackend::open(&options, Group::alone()).unwrap();
+        let spec = KvSpec::gqa(1, 2, 0..2, 64, DType::F32);
+        let kv = backend.kv(&spec, 8192 * spec.token_bytes() as u64).unwrap();
+        // Rows of q | k | v: 2 + 2 + 2 heads.
+        let bytes: Vec<u8> =
+            (0..8 * 384).flat_map(|i: u32| ((i % 101) as f32 / 50.0).to_le_bytes()).collect();
+        let view = TensorView {
+            name: "table",
+            dtype: DType::F32,
+            rows: 8,
+            cols: 384,
+            row_stride_bytes: 384 * 4,
+            bytes: &bytes,
+        };
+        let table = backend.load(&WeightSource::Embedding(view)).unwrap();
+        let rope = Rope { inv_freq: vec![1.0, 0.1].into(), factor: 1.0, style: RopeStyle::HalfSplit };
+        Rig { backend, kv, table, rope }
+    }
+
+    fn step(&mut self, batch: &Batch) -> Box<dyn Pending<crate::MlxAct>> {
+        let attend = Attend {
+            heads: 2,
+            kv_heads: 2,
+            head_dim: 64,
+            scale: 0.125,
+            rope: &self.rope,
+            q_norm: None,
+            k_norm: None,
+            norm_eps: 1e-6,
+            window: None,
+        };
+        let mut step = self.backend.step(&mut self.kv, batch);
+        let qkv = step.embed(&self.table);
+        let out = step.attend(0, qkv, &attend);
+        step.submit(Out::Logits(out))
+    }
+
+    /// Where the planes of the first bank lie. They have been evaluated.
+    fn addresses(&self) -> Vec<usize> {
+        let address = |plane| {
+            let array = self.kv.array(0, 0, plane);
+            array.eval().unwrap();
+            // SAFETY: an evaluated array of f32; the pointer is only compared.
+            unsafe { mlx_sys::mlx_array_data_float32(array.as_ptr()) as usize }
+        };
+        vec![address(0), address(1)]
+    }
+}
+
+/// One token for each of two sequences at `position`.
+fn tokens(position: u32) -> Batch {
+    let mut batch = Batch::default();
+    batch.push(A, position, &[1]);
+    batch.push(B, position, &[2]);
+    batch
+}
+
+/// A step costs its own tokens, not a copy of the cache: chunks and tokens, with a lease in between, one step after the
+/// other.
+#[test]
+fn steps_write_in_place() {
+    let mut rig = Rig::new();
+    [A, B].map(|seq| rig.kv.open(seq, 250).unwrap());
+    let mut batch = Batch::default();
+    [A, B].map(|seq| batch.push(seq, 0, &[0, 1, 2, 3]));
+    rig.step(&batch).wait().unwrap();
+    let before = rig.addresses();
+    let export = rig.kv.export(A, 0, 0..4).unwrap();
+    for position in 4..12 {
+        rig.step(&tokens(position)).wait().unwrap();
+        assert_eq!(rig.addresses(), before, "moved at position {position}");
+    }
+    drop(export);
+}
+
+/// The same with the next step recorded and begun before the last is waited for.
+#[test]
+fn two_steps_in_flight_write_in_place() {
+    let mut rig = Rig::new();
+    [A, B].map(|seq| rig.kv.open(seq, 250).unwrap());
+    rig.step(&tokens(0)).wait().unwrap();
+    let before = rig.addresses();
+    for position in (1..41).step_by(2) {
+        let (first, second) = (rig.step(&tokens(position)), rig.step(&tokens(position + 1)));
+        first.wait().unwrap();
+        second.wait().unwrap();
+        assert_eq!(rig.addresses(), before, "moved at position {position}");
+    }
+}
