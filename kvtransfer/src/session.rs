@@ -14,8 +14,25 @@
 //!
 //! Either end may send Fail at any time; a lost connection, a silence or a bad frame ends the session the same way.
 
+pub mod handshake;
 pub mod receive;
 pub mod send;
 
-pub use receive::{Action, ConnId, Handshake, Receiving};
+use std::time::Duration;
+
+use crate::frame::{FrameError, Head};
+use crate::message::Message;
+
+pub use handshake::Handshake;
+pub use receive::{Action, ConnId, Receiving};
 pub use send::{Outcome, PairSpec, Sending};
+
+/// Checks a control payload and parses it: what both shells do with every frame that is not data.
+pub fn parse(head: &Head, payload: &[u8], crc: u32) -> Result<Message, FrameError> {
+    head.check_payload(crc)?;
+    Message::decode(head.kind, payload)
+}
+
+pub(crate) fn millis(duration: Duration) -> u64 {
+    u64::try_from(duration.as_millis()).unwrap_or(u64::MAX)
+}

@@ -82,8 +82,10 @@ fn a_cut_at_every_single_event_ends_both_ends() {
     }
 }
 
+type Lie = fn(&mut PairSpec);
+
 /// A session of one sender that believes something else than its receiver.
-fn lying(lie: fn(&mut PairSpec)) -> (Result<kvtransfer::Summary, SessionError>, Outcome) {
+fn lying(lie: Lie) -> (Result<kvtransfer::Summary, SessionError>, Outcome) {
     let case = Case { deadline: DEADLINE, ..Case::new(vec![mla(2)], vec![mla(2)], 0..8) };
     let setup = Setup { case, lie, ..setup(1, Fault::None, 0) };
     let mut report = run(&setup);
@@ -101,7 +103,7 @@ fn a_sender_without_the_ticket_is_refused_and_the_session_goes_on_waiting() {
 
 #[test]
 fn a_stale_sender_is_refused_by_name_and_the_session_goes_on_waiting() {
-    let lies: [(fn(&mut PairSpec), &str); 6] = [
+    let lies: [(Lie, &str); 6] = [
         (|spec| spec.request = "req-8".into(), "stale: request is req-8, expected req-7"),
         (|spec| spec.attempt = 0, "stale: attempt is 0, expected 1"),
         (|spec| spec.epoch = 8, "stale: epoch is 8, expected 9"),

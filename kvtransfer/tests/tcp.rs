@@ -272,6 +272,10 @@ fn a_receiver_that_never_lands_anything_ends_the_push_by_its_deadline() {
     push.close(CLOSE);
     let error = end.recv().unwrap().unwrap_err();
     assert!(matches!(&error, SessionError::Expired { .. } | SessionError::Refused { .. }), "{error}");
+    // Other sessions' deadlines are still watched over.
+    let other = Case { deadline: Duration::from_millis(20), ..whole(64) };
+    let other = expect_all(&other, std::slice::from_ref(&receiver), 16, true);
+    assert!(matches!(other.recv().unwrap().1.result, Err(SessionError::Expired { .. })));
     // The session is over, but its landing is still being written: it is not handed back before that ends.
     assert!(ends.try_recv().is_err());
     gate.send(()).unwrap();
@@ -464,6 +468,23 @@ fn more_pushes_than_connections_take_turns() {
     let (push, end) = open(&wide, 0, &sender, &vec![vec!["127.0.0.1:1".to_owned()]; 3]);
     assert_eq!(end.recv().unwrap(), Err(SessionError::Busy { what: "connections of one push", max: 2 }));
     drop(push);
+}
+
+#[test]
+fn idle_connections_of_others_do_not_keep_a_sender_out() {
+    let (receiver, address) = one_receiver(&Limits { connections_max: 2, ..Limits::default() });
+    let senders: Vec<_> = (0..4).map(|_| Sender::new(Limits::default())).collect();
+    for sender in senders.iter().chain(&senders) {
+        assert_lands(&whole(20), sender, &receiver, &address);
+    }
+}
+
+#[test]
+fn handles_may_be_used_from_any_thread() {
+    fn anywhere<T: Send + Sync + 'static>() {}
+    anywhere::<Receiver>();
+    anywhere::<Sender>();
+    anywhere::<kvtransfer::Push>();
 }
 
 #[test]

@@ -9,8 +9,7 @@ use crate::id::fill_random;
 use crate::message::Message;
 use crate::receiver::registry::{Place, Registry};
 use crate::receiver::slot::{Conn, Slot};
-use crate::session::Handshake;
-use crate::session::receive::{millis, parse};
+use crate::session::{Handshake, millis, parse};
 use crate::sync::lock;
 use crate::wire::{FrameSource, Incoming, WireError, control_payload};
 use crate::{SessionError, SessionId};
@@ -25,6 +24,9 @@ enum Opening {
     /// The connection was proven for another session; this is the head of its next Hello.
     Again(Head),
 }
+
+/// The session that a connection has proved to be of.
+type Greeted = (SessionId, Arc<dyn Slot>);
 
 /// Serves the connection until it ends. `place`: it has not proved anything yet.
 pub(super) fn serve(
@@ -67,7 +69,7 @@ fn greet(
     conn: &Arc<Conn>,
     source: &mut dyn FrameSource,
     opening: Opening,
-) -> Result<Option<(SessionId, Arc<dyn Slot>)>, SessionError> {
+) -> Result<Option<Greeted>, SessionError> {
     let time = registry.limits.handshake;
     let until = Instant::now() + time;
     let next = |source: &mut dyn FrameSource| match source.head(Some(until)) {
@@ -77,7 +79,10 @@ fn greet(
         Err(error) => Err(lost(conn, error)),
     };
     let (_place, head) = match opening {
-        Opening::Again(head) => (registry.place()?, head),
+        Opening::Again(head) => {
+            *lock(&conn.idle_since) = None;
+            (registry.place()?, head)
+        }
         Opening::New(place) => match next(source)? {
             Some(head) => (place, head),
             None => return Ok(None),

@@ -45,6 +45,18 @@ struct Conns {
     unproven: usize,
 }
 
+impl Conns {
+    /// Closes the connection that has been idle for longest: its sender makes another when it needs one.
+    fn evict_idle(&mut self) -> bool {
+        let idle = self.open.values().filter_map(|conn| Some(((*lock(&conn.idle_since))?, conn.id)));
+        let Some((_, oldest)) = idle.min() else { return false };
+        if let Some(conn) = self.open.remove(&oldest) {
+            conn.control.close(Shutdown::Both);
+        }
+        true
+    }
+}
+
 /// A place among the unproven connections; given back on drop.
 pub(super) struct Place(Arc<Registry>);
 
@@ -177,7 +189,14 @@ impl Registry {
             Ok(place)
         });
         let id = self.next_conn.fetch_add(1, Ordering::Relaxed);
-        let conn = Arc::new(Conn { id, peer, control, sink: Mutex::new(sink), fate: Mutex::new(None) });
+        let conn = Arc::new(Conn {
+            id,
+            peer,
+            control,
+            sink: Mutex::new(sink),
+            fate: Mutex::new(None),
+            idle_since: Mutex::new(None),
+        });
         let admitted = admitted.and_then(|place| self.register(&conn).map(|()| place));
         let place = match admitted {
             Ok(place) => place,
@@ -207,7 +226,7 @@ impl Registry {
             return Err(SessionError::Stopped);
         }
         let max = self.limits.connections_max;
-        if conns.open.len() >= max {
+        if conns.open.len() >= max && !conns.evict_idle() {
             return Err(SessionError::Busy { what: "connections", max });
         }
         conns.open.insert(conn.id, conn.clone());

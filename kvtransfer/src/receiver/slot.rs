@@ -26,6 +26,8 @@ pub(super) struct Conn {
     pub sink: Mutex<Box<dyn FrameSink>>,
     /// Why its session ended: its own thread tells the sender and closes.
     pub fate: Mutex<Option<SessionError>>,
+    /// Since when it has had no session; `None` before its first and during one.
+    pub idle_since: Mutex<Option<Instant>>,
 }
 
 impl Conn {
@@ -130,6 +132,9 @@ impl<L: KvLanding + 'static> LandingSlot<L> {
         }
         // The acknowledgement comes last: a sender that has it knows that the receiver's engine does.
         for (conn, message) in sends {
+            if matches!(message, Message::Ack { .. }) {
+                *lock(&conn.idle_since) = Some(Instant::now());
+            }
             conn.send(self.session.tag(), &message);
         }
     }

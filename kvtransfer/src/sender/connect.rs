@@ -7,9 +7,8 @@ use std::time::{Duration, Instant};
 use crate::id::fill_random;
 use crate::sender::pair::Pair;
 use crate::sender::pool::Pool;
-use crate::session::receive::parse;
 use crate::session::send::retryable;
-use crate::session::{Outcome, Sending};
+use crate::session::{Outcome, Sending, parse};
 use crate::wire::{Incoming, Wire, WireError, control_payload};
 use crate::{Limits, SessionError};
 

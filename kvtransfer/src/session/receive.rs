@@ -1,16 +1,17 @@
 //! The receiving session: all senders of one landing. Pure; driven by the slots of [`crate::Receiver`].
 
 use std::collections::BTreeMap;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use backend::Piece;
 
 use crate::coverage::Coverage;
-use crate::frame::{FrameError, Head};
+use crate::frame::Head;
 use crate::layout::describe;
 use crate::limits::PAYLOAD_BYTES_MAX;
 use crate::message::{Hello, Message};
-use crate::proof::{End, prove, verify};
+use crate::session::handshake::Handshake;
+use crate::session::millis;
 use crate::{Close, Expect, Limits, SessionError, Summary, Ticket};
 
 /// Names a connection among those of one receiver.
@@ -25,27 +26,6 @@ pub enum Action {
     Close(ConnId, SessionError),
     /// The session is over. Comes once.
     End(Result<Summary, SessionError>),
-}
-
-/// A connection between its Hello and its Proof. The session does not know of it yet: what is not proven changes nothing.
-#[derive(Debug)]
-pub struct Handshake {
-    hello: Hello,
-    nonce: [u8; 32],
-}
-
-impl Handshake {
-    /// Answers `hello` with a fresh `nonce`.
-    pub fn begin(hello: Hello, ticket: &Ticket, nonce: [u8; 32]) -> (Self, Message) {
-        let bytes = Message::Hello(Box::new(hello.clone())).encode();
-        let challenge = Message::Challenge { nonce, proof: prove(ticket, End::Receiver, &bytes, &nonce) };
-        (Handshake { hello, nonce }, challenge)
-    }
-
-    fn proves(&self, ticket: &Ticket, proof: &[u8; 32]) -> bool {
-        let bytes = Message::Hello(Box::new(self.hello.clone())).encode();
-        verify(ticket, End::Sender, &bytes, &self.nonce, proof)
-    }
 }
 
 /// Frames that a sender has used when it is proven: Hello and Proof.
@@ -462,16 +442,6 @@ impl Pair {
         let (limit_bytes, received_bytes) = (self.granted_bytes, self.received_bytes);
         Message::Credit { limit_bytes, received_bytes, frame_bytes: frame_bytes as u32 }
     }
-}
-
-/// Checks a control payload and parses it: what both shells do with every frame that is not data.
-pub fn parse(head: &Head, payload: &[u8], crc: u32) -> Result<Message, FrameError> {
-    head.check_payload(crc)?;
-    Message::decode(head.kind, payload)
-}
-
-pub(crate) fn millis(duration: Duration) -> u64 {
-    u64::try_from(duration.as_millis()).unwrap_or(u64::MAX)
 }
 
 fn stale(what: &'static str, got: String, want: String) -> SessionError {

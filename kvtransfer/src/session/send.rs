@@ -9,7 +9,7 @@ use backend::Piece;
 use crate::frame::{Head, Kind};
 use crate::message::{Hello, Message};
 use crate::proof::{End, prove, verify};
-use crate::session::receive::millis;
+use crate::session::millis;
 use crate::{Close, FailCode, SessionError, SessionId, Ticket};
 
 /// What one sender rank has to say to one receiver.

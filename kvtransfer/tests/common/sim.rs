@@ -9,8 +9,7 @@ use backend::{KvExport, KvLanding, Piece};
 use kvtransfer::frame::{Head, Kind};
 use kvtransfer::layout::{Plan, cut, describe, plan};
 use kvtransfer::message::Message;
-use kvtransfer::session::receive::parse;
-use kvtransfer::session::{Action, Handshake, Outcome, PairSpec, Receiving, Sending};
+use kvtransfer::session::{Action, Handshake, Outcome, PairSpec, Receiving, Sending, parse};
 use kvtransfer::{Limits, SessionError, Summary};
 
 use super::{CLOSE, Cache, Case, MemExport, MemLanding, Rng};
@@ -88,9 +87,12 @@ struct Link {
     hung: bool,
 }
 
+/// How a receiver's session ended.
+type Landing = Result<Summary, SessionError>;
+
 struct Sim {
     links: Vec<Link>,
-    receivers: Vec<(Receiving, MemLanding, Option<Result<Summary, SessionError>>)>,
+    receivers: Vec<(Receiving, MemLanding, Option<Landing>)>,
     now: Instant,
     rng: Rng,
 }
@@ -100,16 +102,14 @@ const STEPS_MAX: usize = 1_000_000;
 /// Plays a session to its end. Panics when it does not end or a wrong byte is reported as landed.
 pub fn run(setup: &Setup) -> Report {
     let mut sim = Sim::new(setup);
-    let mut events = 0;
     let step = setup.case.deadline / 16;
     for steps in 0..STEPS_MAX {
         if sim.over() {
             return sim.report(steps);
         }
-        if events == setup.fault_at && setup.fault != Fault::None {
+        if steps == setup.fault_at && setup.fault != Fault::None {
             sim.break_something(setup.fault);
         }
-        events += 1;
         if !sim.event() {
             // Nothing can happen but time passing.
             sim.now += step;
