@@ -1,7 +1,7 @@
 //! The handle that a node's services hold: jobs go in, events come out. It stays valid while the group behind it is
 //! lost and met anew; meanwhile it refuses.
 
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, mpsc};
 use std::time::{Duration, Instant};
 
@@ -45,6 +45,7 @@ enum Gate {
 struct Shared {
     commands: mpsc::Sender<Command>,
     next_job: AtomicU64,
+    jobs: AtomicUsize,
     gate: Mutex<Gate>,
     draining: AtomicBool,
     stopping: AtomicBool,
@@ -77,6 +78,7 @@ pub fn engine() -> (Engine, Commands) {
     let shared = Arc::new(Shared {
         commands: sender,
         next_job: AtomicU64::new(1),
+        jobs: AtomicUsize::new(0),
         gate: Mutex::new(Gate::Shut("engine is starting".into())),
         draining: AtomicBool::new(false),
         stopping: AtomicBool::new(false),
@@ -108,8 +110,15 @@ impl Engine {
         // As many events as the answer has tokens, and a few: the request bounds the channel.
         let (events, receiver) = channel::unbounded_channel();
         let submit = Command::Submit { id, job: Box::new(job), events, arrived: Instant::now() };
+        self.shared.jobs.fetch_add(1, Ordering::SeqCst);
+        let heard = Events { receiver, job: id, ended: false, shared: self.shared.clone() };
         self.shared.commands.send(submit).map_err(|_| stopped())?;
-        Ok(Events { receiver, job: id, ended: false, shared: self.shared.clone() })
+        Ok(heard)
+    }
+
+    /// Jobs whose [`Events`] are still held: those under way, exactly, and answers that are not yet read to their end.
+    pub fn jobs(&self) -> usize {
+        self.shared.jobs.load(Ordering::SeqCst)
     }
 
     /// State as of the last step; at most some tens of milliseconds old while steps run.
@@ -172,6 +181,7 @@ impl Events {
 
 impl Drop for Events {
     fn drop(&mut self) {
+        self.shared.jobs.fetch_sub(1, Ordering::SeqCst);
         if !self.ended {
             // A runner that has stopped has nothing to cancel.
             let _ = self.shared.commands.send(Command::Cancel(self.job));
@@ -229,5 +239,26 @@ impl Commands {
 
     pub(crate) fn sender(&self) -> mpsc::Sender<Command> {
         self.shared.commands.clone()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::request::Request;
+
+    /// Protects: a node that drains waits for a job from the moment it is taken on, before any step has heard of it.
+    #[test]
+    fn a_job_counts_until_nobody_listens() {
+        let (engine, commands) = engine();
+        commands.open();
+        let request = Request { tokens: vec![1], output_start: 1, max_tokens: 1, ..Request::default() };
+        let events = engine.submit(Job::Generate(request.clone())).expect("taken on");
+        assert_eq!((engine.jobs(), engine.report().running), (1, 0));
+        drop(events);
+        assert_eq!(engine.jobs(), 0);
+        drop(commands);
+        assert!(engine.submit(Job::Generate(request)).is_err());
+        assert_eq!(engine.jobs(), 0);
     }
 }

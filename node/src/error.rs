@@ -11,7 +11,7 @@ pub enum NodeError {
         /// Path as given.
         model: String,
         /// What is wrong with it.
-        reason: models::ModelError,
+        reason: Box<models::ModelError>,
     },
     /// A context longer than the model's.
     #[error("context of {asked} tokens: the model was made for {most}")]

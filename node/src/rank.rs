@@ -35,7 +35,10 @@ pub struct Loaded {
 
 /// Opens the checkpoint and checks the settings against it. Reads samples of the weights: not for an async thread.
 pub fn open(config: &NodeConfig) -> Result<Opened, NodeError> {
-    let named = |reason| NodeError::Model { model: config.model.display().to_string(), reason };
+    let named = |reason: models::ModelError| NodeError::Model {
+        model: config.model.display().to_string(),
+        reason: reason.into(),
+    };
     let checkpoint = match config.load_format {
         LoadFormat::Files => Checkpoint::open(&config.model),
         LoadFormat::Dummy { seed } => Checkpoint::dummy(&config.model, seed),
@@ -120,7 +123,10 @@ fn serve<B: Backend>(
         config.dtype,
         &mut progress(config.model.display().to_string()),
     )
-    .map_err(|reason| NodeError::Model { model: config.model.display().to_string(), reason })?;
+    .map_err(|reason| NodeError::Model {
+        model: config.model.display().to_string(),
+        reason: reason.into(),
+    })?;
     tracing::info!("{} loaded in {:.1} s", config.model.display(), begun.elapsed().as_secs_f32());
     let options = EngineOptions {
         kv_bytes: config.kv_bytes,

@@ -158,13 +158,8 @@ async fn drained(engine: &Engine, most: Duration) {
     engine.drain();
     let until = Instant::now() + most;
     let idle = async {
-        loop {
-            // A report may be one step old: work that has just ended is seen a poll later.
+        while engine.jobs() > 0 {
             sleep(DRAIN_POLL).await;
-            let report = engine.report();
-            if report.running + report.waiting == 0 {
-                break;
-            }
         }
     };
     tokio::select! {
@@ -184,6 +179,5 @@ pub async fn probe(engine: &Engine) -> Result<Response<ProbeReply>, Status> {
 /// Answers a drain call: no new work from now on.
 pub fn drain(engine: &Engine) -> Result<Response<DrainReply>, Status> {
     engine.drain();
-    let report = engine.report();
-    Ok(Response::new(DrainReply { running: (report.running + report.waiting) as u32 }))
+    Ok(Response::new(DrainReply { running: engine.jobs() as u32 }))
 }
