@@ -15,6 +15,7 @@ fn question() -> Value {
 #[tokio::test]
 async fn serves() {
     let cluster = Cluster::up(&[]).await;
+    assert!(!cluster.log().contains("WARN"), "a start worth a warning:\n{}", cluster.log());
     let answer = cluster.chat(question()).await;
     let text = answer["choices"][0]["message"]["content"].as_str().expect("text");
     assert!(!text.is_empty());

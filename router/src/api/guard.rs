@@ -22,6 +22,9 @@ const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
 /// Of a client's own id.
 const REQUEST_ID_BYTES_MAX: usize = 128;
 
+/// Asked again and again by those who wait for a cluster.
+const CHECKS: [&str; 2] = ["/health", "/live"];
+
 /// A browser may remember the permission for this long.
 const PREFLIGHT_S: &str = "600";
 
@@ -81,7 +84,8 @@ pub async fn observe(State(gateway): State<Arc<Gateway>>, request: Request, next
     let status = response.status().as_u16();
     gateway.metrics.http(&path, status);
     let (id_text, ms) = (id.to_str().unwrap_or_default(), begun.elapsed().as_secs_f64() * 1e3);
-    if status >= 500 {
+    // Whoever asks for health is told; a cluster that starts, or a node that is away, is not this request's failure.
+    if status >= 500 && !CHECKS.contains(&path.as_str()) {
         tracing::warn!(id = id_text, %method, path, status, ms, "request failed");
     } else {
         tracing::debug!(id = id_text, %method, path, status, ms, "request");
