@@ -9,13 +9,16 @@
 
 use std::io::{BufRead, BufReader, Read};
 use std::net::{Ipv4Addr, TcpListener};
+use std::ops::Deref;
 use std::path::PathBuf;
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use serde_json::{Value, json};
+use serde_json::Value;
+
+use crate::client::{Client, EventStream, with_model};
 
 /// A debug build on a busy machine needs some time; a cluster that is not there by then does not come.
 pub const PATIENCE: Duration = Duration::from_secs(120);
@@ -106,11 +109,17 @@ pub fn free_port() -> u16 {
 
 /// A running `baton up`. Dropping it kills it, and with it its children.
 pub struct Cluster {
-    /// Where it serves HTTP.
-    pub port: u16,
     up: Child,
     log: Arc<Mutex<String>>,
-    client: reqwest::Client,
+    client: Client,
+}
+
+impl Deref for Cluster {
+    type Target = Client;
+
+    fn deref(&self) -> &Client {
+        &self.client
+    }
 }
 
 impl Cluster {
@@ -127,15 +136,9 @@ impl Cluster {
         let log = Arc::new(Mutex::new(String::new()));
         collect(up.stdout.take().expect("piped"), &log);
         collect(up.stderr.take().expect("piped"), &log);
-        let client = reqwest::Client::builder().no_proxy().build().expect("a client");
-        let mut cluster = Cluster { port, up, log, client };
+        let mut cluster = Cluster { client: Client::new(port), up, log };
         cluster.wait_for_line("Ctrl-C stops all").await;
         cluster
-    }
-
-    /// Address of `path` on the router.
-    pub fn url(&self, path: &str) -> String {
-        format!("http://127.0.0.1:{}{path}", self.port)
     }
 
     /// The settings file that `up` wrote for its processes: address and token of the cluster.
@@ -150,22 +153,9 @@ impl Cluster {
         settings["router"].as_str().expect("an address").to_owned()
     }
 
-    /// GET: status and body.
-    pub async fn get(&self, path: &str) -> (u16, String) {
-        let answer = self.client.get(self.url(path)).timeout(PATIENCE).send().await.expect("an answer");
-        (answer.status().as_u16(), answer.text().await.expect("a body"))
-    }
-
-    /// POST of JSON, answered with JSON.
-    pub async fn post(&self, path: &str, body: &Value) -> (u16, Value) {
-        let answer =
-            self.client.post(self.url(path)).json(body).timeout(PATIENCE).send().await.expect("an answer");
-        (answer.status().as_u16(), answer.json().await.expect("JSON"))
-    }
-
     /// A chat completion that must succeed.
     pub async fn chat(&self, body: Value) -> Value {
-        let (status, answer) = self.post("/v1/chat/completions", &with_model(body)).await;
+        let (status, answer) = self.post("/v1/chat/completions", &with_model(&body)).await;
         assert_eq!(status, 200, "{answer}\n{}", self.log());
         answer
     }
@@ -182,24 +172,7 @@ impl Cluster {
 
     /// A streamed chat completion, event by event. Dropping it cancels the request.
     pub async fn chat_begin(&self, body: Value) -> EventStream {
-        let mut body = with_model(body);
-        body["stream"] = json!(true);
-        let request = self.client.post(self.url("/v1/chat/completions")).json(&body);
-        let response = request.send().await.expect("an answer");
-        assert_eq!(response.status(), 200, "{}", self.log());
-        EventStream::new(response)
-    }
-
-    /// Sum of a metric over its label sets that contain `label` (empty: all); 0 when there is none.
-    pub async fn metric(&self, name: &str, label: &str) -> f64 {
-        let (status, text) = self.get("/metrics").await;
-        assert_eq!(status, 200);
-        let value = |line: &str| {
-            let (series, value) = line.rsplit_once(' ')?;
-            let (found, labels) = series.split_once('{').unwrap_or((series, ""));
-            (found == name && labels.contains(label)).then(|| value.parse::<f64>().expect("a number"))
-        };
-        text.lines().filter_map(value).sum()
+        self.begin("/v1/chat/completions", &body).await
     }
 
     /// All that the processes have written so far.
@@ -269,56 +242,6 @@ impl Drop for Cluster {
     }
 }
 
-/// Events of a streamed completion.
-pub struct EventStream {
-    response: reqwest::Response,
-    text: String,
-    bytes: Vec<u8>,
-}
-
-impl EventStream {
-    /// Of a response that is server-sent events.
-    pub fn new(response: reqwest::Response) -> EventStream {
-        EventStream { response, text: String::new(), bytes: Vec::new() }
-    }
-
-    /// The next event; `None` after `[DONE]`. A stream that ends without it fails the test.
-    pub async fn next(&mut self) -> Option<Value> {
-        loop {
-            if let Some(end) = self.text.find("\n\n") {
-                let event: String = self.text.drain(..end + 2).collect();
-                match event.trim().strip_prefix("data: ") {
-                    Some("[DONE]") => return None,
-                    Some(data) => return Some(serde_json::from_str(data).expect("JSON in an event")),
-                    None => continue,
-                }
-            }
-            let chunk =
-                self.response.chunk().await.expect("the stream goes on").expect("[DONE] before the end");
-            self.bytes.extend_from_slice(&chunk);
-            // A cut within a character waits for its rest.
-            let whole = match std::str::from_utf8(&self.bytes) {
-                Ok(text) => text.len(),
-                Err(error) => error.valid_up_to(),
-            };
-            self.text.push_str(&String::from_utf8_lossy(&self.bytes[..whole]));
-            self.bytes.drain(..whole);
-        }
-    }
-
-    /// The text of the next event that has some; `None` at the end.
-    pub async fn next_text(&mut self) -> Option<String> {
-        loop {
-            let event = self.next().await?;
-            if let Some(text) =
-                event["choices"][0]["delta"]["content"].as_str().filter(|text| !text.is_empty())
-            {
-                return Some(text.to_owned());
-            }
-        }
-    }
-}
-
 /// Waits until none of `pids` is a running process.
 pub async fn wait_until_gone(pids: &[u32]) {
     let begun = Instant::now();
@@ -331,13 +254,6 @@ pub async fn wait_until_gone(pids: &[u32]) {
 /// Text of all deltas.
 pub fn text_of(events: &[Value]) -> String {
     events.iter().filter_map(|event| event["choices"][0]["delta"]["content"].as_str()).collect()
-}
-
-fn with_model(mut body: Value) -> Value {
-    if body.get("model").is_none() {
-        body["model"] = json!("baton-demo");
-    }
-    body
 }
 
 /// Reads `stream` into `log`, line by line, on a thread of its own.

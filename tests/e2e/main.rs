@@ -1,6 +1,7 @@
 //! End to end: the real executable in real processes. Each module protects one promise of the README.
 
 mod chat;
+mod client;
 mod faults;
 mod harness;
 mod joining;

@@ -4,7 +4,7 @@
 use futures::future::join_all;
 use serde_json::{Value, json};
 
-use crate::parts::{Parts, vocab};
+use crate::parts::{Parts, ids};
 
 /// How a cluster is cut.
 #[derive(Clone, Copy, Debug)]
@@ -67,7 +67,7 @@ async fn bf16_answers_are_the_same_however_the_cluster_is_cut() {
 }
 
 async fn parity(dtype: &str) {
-    let asks = Asks::new(vocab());
+    let asks = Asks::new();
     let wanted = reference(dtype, &asks).await;
     for cut in CUTS.iter().filter(|cut| cut.dtype == dtype) {
         check(cut, &asks, &wanted).await;
@@ -122,12 +122,7 @@ struct Asks {
 const SHARED: usize = 500;
 
 impl Asks {
-    fn new(vocab: u32) -> Asks {
-        // Any ids will do; these look random and never change (Knuth's multiplicative hash).
-        let ids = |start: u32, len: usize| -> Vec<u32> {
-            let id = |i: u32| (i.wrapping_mul(2_654_435_761) >> 7) % vocab;
-            (start..).take(len).map(id).collect()
-        };
+    fn new() -> Asks {
         let mut together = Vec::new();
         for (i, len) in [3000, 1, 2, 255, 256, 257].into_iter().enumerate() {
             let start = 10_000 * (i as u32 + 1);

@@ -10,26 +10,30 @@
 //! ```
 
 use std::fs;
-use std::path::{Path, PathBuf};
+use std::ops::Deref;
+use std::path::PathBuf;
 use std::process::{Child, ChildStdin, ExitStatus, Stdio};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
-use serde_json::{Value, json};
+use serde_json::Value;
 
-use crate::harness::{EventStream, LOOK, PATIENCE, baton, collect, folder, free_port, lock, output, signal};
+use crate::client::{Client, MODEL};
+use crate::harness::{LOOK, PATIENCE, baton, collect, folder, free_port, lock, model, output, signal};
 
-/// The bundled model.
-pub const MODEL: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/models/demo/weights");
-
-/// Name that it is served under here.
-pub const NAME: &str = "demo";
-
-/// Its vocabulary: ids below this exist.
-pub fn vocab() -> u32 {
-    let text = fs::read_to_string(Path::new(MODEL).join("config.json")).expect("the bundled model");
+/// The bundled model's vocabulary: ids below this exist.
+fn vocab() -> u32 {
+    let text = fs::read_to_string(model().join("config.json")).expect("the bundled model");
     let config: Value = serde_json::from_str(&text).expect("JSON");
     config["vocab_size"].as_u64().and_then(|size| u32::try_from(size).ok()).expect("vocab_size")
+}
+
+/// `len` token ids of the bundled model, the same for the same `start`, unlike those of any other.
+pub fn ids(start: u32, len: usize) -> Vec<u32> {
+    let vocab = vocab();
+    // Any ids will do; these look random and never change (Knuth's multiplicative hash).
+    let id = |i: u32| (i.wrapping_mul(2_654_435_761) >> 7) % vocab;
+    (start..).take(len).map(id).collect()
 }
 
 /// How often nodes are asked for; each time is a process.
@@ -37,13 +41,19 @@ const LOOK_AT_NODES: Duration = Duration::from_millis(100);
 
 /// Running processes of one cluster. Dropping it kills them.
 pub struct Parts {
-    /// Where the router serves HTTP.
-    pub port: u16,
     /// Where nodes join.
-    pub cluster: u16,
+    cluster: u16,
     folder: PathBuf,
     processes: Vec<Part>,
-    client: reqwest::Client,
+    client: Client,
+}
+
+impl Deref for Parts {
+    type Target = Client;
+
+    fn deref(&self) -> &Client {
+        &self.client
+    }
 }
 
 struct Part {
@@ -61,8 +71,8 @@ impl Parts {
         let (port, cluster) = (free_port(), free_port());
         let folder = folder(&format!("parts-{port}"));
         fs::write(folder.join("token"), "5e".repeat(32)).expect("writes");
-        let client = reqwest::Client::builder().no_proxy().build().expect("a client");
-        let mut parts = Parts { port, cluster, folder, processes: Vec::new(), client };
+        let client = Client::new(port);
+        let mut parts = Parts { cluster, folder, processes: Vec::new(), client };
         let own = [format!("--port={port}"), format!("--cluster-bind=127.0.0.1:{cluster}")];
         parts.start("router", "router", &own, flags);
         parts
@@ -97,8 +107,12 @@ impl Parts {
 
     fn start(&mut self, role: &str, name: &str, own: &[String], flags: &[&str]) {
         let token = format!("--token-file={}", self.folder.join("token").display());
-        let mut arguments =
-            vec![role.to_owned(), format!("--model={MODEL}"), format!("--served-name={NAME}"), token];
+        let mut arguments = vec![
+            role.to_owned(),
+            format!("--model={}", model().display()),
+            format!("--served-name={MODEL}"),
+            token,
+        ];
         arguments.extend_from_slice(own);
         // The last one given wins.
         arguments.extend(flags.iter().map(|&flag| flag.to_owned()));
@@ -160,7 +174,7 @@ impl Parts {
                 .filter_map(|node| node["name"].as_str())
                 .collect();
             let all_there = nodes.len() == names.len() && names.iter().all(|name| ready.contains(name));
-            if all_there && self.is_healthy().await {
+            if all_there && self.is_ok("/health").await {
                 return;
             }
             for part in &mut self.processes {
@@ -170,11 +184,6 @@ impl Parts {
             assert!(begun.elapsed() < PATIENCE, "not ready: {state:?}\n{}", self.log());
             tokio::time::sleep(LOOK_AT_NODES).await;
         }
-    }
-
-    async fn is_healthy(&self) -> bool {
-        let answer = self.client.get(self.url("/health")).timeout(PATIENCE).send().await;
-        answer.is_ok_and(|answer| answer.status().is_success())
     }
 
     /// What `baton status --json` says; `None` while the router is not there.
@@ -191,57 +200,9 @@ impl Parts {
         nodes_of(&state).to_vec()
     }
 
-    /// Waits until every node says, from now on, that it is idle and that its store's blocks are all free or cached.
-    /// Returns the nodes.
+    /// As [`idle`].
     pub async fn wait_until_idle(&self) -> Vec<Value> {
-        let begun = Instant::now();
-        loop {
-            let since_ms = begun.elapsed().as_millis() as u64;
-            let nodes = self.nodes();
-            let number = |value: &Value| value.as_u64().expect("a number");
-            let is_idle = |node: &Value| {
-                let kv = |field: &str| number(&node["kv"][field]);
-                number(&node["reported_ms_ago"]) < since_ms
-                    && node["running"] == 0
-                    && node["waiting"] == 0
-                    && kv("free") + kv("cached") == kv("total")
-                    && kv("total") > 0
-            };
-            if nodes.iter().all(is_idle) {
-                assert!(nodes.iter().all(|node| node["kv"]["audit_errors"] == 0), "{nodes:#?}");
-                return nodes;
-            }
-            assert!(begun.elapsed() < PATIENCE, "not idle: {nodes:#?}\n{}", self.log());
-            tokio::time::sleep(LOOK_AT_NODES).await;
-        }
-    }
-
-    /// A completion that must succeed: its only choice.
-    pub async fn complete(&self, body: &Value) -> Value {
-        let (status, answer) = self.post("/v1/completions", body).await;
-        assert_eq!(status, 200, "{answer}\n{}", self.log());
-        answer["choices"][0].clone()
-    }
-
-    /// A streamed completion, event by event. Dropping it cancels the request.
-    pub async fn complete_begin(&self, body: &Value) -> EventStream {
-        let mut body = with_model(body);
-        body["stream"] = json!(true);
-        let request = self.client.post(self.url("/v1/completions")).json(&body);
-        let response = request.send().await.expect("an answer");
-        assert_eq!(response.status(), 200, "{}", self.log());
-        EventStream::new(response)
-    }
-
-    /// POST of JSON, answered with JSON. The model's name is added where it is missing.
-    pub async fn post(&self, path: &str, body: &Value) -> (u16, Value) {
-        let request = self.client.post(self.url(path)).json(&with_model(body)).timeout(PATIENCE);
-        let answer = request.send().await.expect("an answer");
-        (answer.status().as_u16(), answer.json().await.expect("JSON"))
-    }
-
-    fn url(&self, path: &str) -> String {
-        format!("http://127.0.0.1:{}{path}", self.port)
+        idle(PATIENCE, || self.nodes()).await
     }
 
     /// All that the parts have written so far.
@@ -288,10 +249,27 @@ fn nodes_of(state: &Value) -> &[Value] {
     state["nodes"].as_array().expect("nodes")
 }
 
-fn with_model(body: &Value) -> Value {
-    let mut body = body.clone();
-    if body.get("model").is_none() {
-        body["model"] = json!(NAME);
+/// Waits until every node says, from now on, that it is idle and that its store's blocks are all free or cached; fails after
+/// `limit`, or when a store ever did not add up. `nodes`: as `baton status --json` shows them. Returns them.
+pub async fn idle(limit: Duration, nodes: impl Fn() -> Vec<Value>) -> Vec<Value> {
+    let begun = Instant::now();
+    loop {
+        let since_ms = begun.elapsed().as_millis() as u64;
+        let nodes = nodes();
+        let number = |value: &Value| value.as_u64().expect("a number");
+        let is_idle = |node: &Value| {
+            let kv = |field: &str| number(&node["kv"][field]);
+            number(&node["reported_ms_ago"]) < since_ms
+                && node["running"] == 0
+                && node["waiting"] == 0
+                && kv("free") + kv("cached") == kv("total")
+                && kv("total") > 0
+        };
+        assert!(nodes.iter().all(|node| node["kv"]["audit_errors"] == 0), "{nodes:#?}");
+        if nodes.iter().all(is_idle) {
+            return nodes;
+        }
+        assert!(begun.elapsed() < limit, "not idle: {nodes:#?}");
+        tokio::time::sleep(LOOK_AT_NODES).await;
     }
-    body
 }
