@@ -39,7 +39,21 @@ pub struct Pages {
 #[derive(Clone, Debug, Default)]
 struct Block {
     sequences: u32,
-    leases: Vec<LeaseId>,
+    readers: Vec<LeaseId>,
+    writers: Vec<LeaseId>,
+}
+
+impl Block {
+    fn leases(&mut self, access: Access) -> &mut Vec<LeaseId> {
+        match access {
+            Access::Read => &mut self.readers,
+            Access::Write => &mut self.writers,
+        }
+    }
+
+    fn is_leased(&self) -> bool {
+        !self.readers.is_empty() || !self.writers.is_empty()
+    }
 }
 
 #[derive(Debug, Default)]
@@ -206,7 +220,8 @@ impl Pages {
 
     /// Errors when `tokens` of `layers` may not be written by the owner: leased, or in blocks of several sequences.
     pub fn writable(&self, seq: SeqId, layers: Range<usize>, tokens: Range<u32>) -> Result<(), KvError> {
-        self.unleased(seq, layers, &tokens, |_| true)?;
+        self.unleased(seq, &layers, &tokens, |block| &block.readers)?;
+        self.unleased(seq, &layers, &tokens, |block| &block.writers)?;
         let shared = |block: &u32| self.blocks[*block as usize].sequences > 1;
         match self.blocks_of(seq, &tokens)?.iter().any(shared) {
             true => Err(KvError::Shared { seq, start: tokens.start, end: tokens.end }),
@@ -216,7 +231,7 @@ impl Pages {
 
     /// Errors when another holder may be writing `tokens` of `layers`.
     pub fn readable(&self, seq: SeqId, layers: Range<usize>, tokens: Range<u32>) -> Result<(), KvError> {
-        self.unleased(seq, layers, &tokens, |lease| lease.access == Access::Write)
+        self.unleased(seq, &layers, &tokens, |block| &block.writers)
     }
 
     /// Pins the blocks of `tokens`. A read lease needs finished positions; a write lease needs positions that nobody
@@ -244,7 +259,7 @@ impl Pages {
         let id = LeaseId(self.lease_next);
         self.lease_next += 1;
         for block in &blocks {
-            self.blocks[*block as usize].leases.push(id);
+            self.blocks[*block as usize].leases(access).push(id);
         }
         self.leases.insert(id, Lease { seq: Some(seq), layers, tokens, access, blocks });
         Ok(id)
@@ -280,8 +295,8 @@ impl Pages {
     fn let_go(&mut self, lease: LeaseId, ended: &Lease) {
         for &index in &ended.blocks {
             let block = &mut self.blocks[index as usize];
-            block.leases.retain(|held| *held != lease);
-            if block.sequences == 0 && block.leases.is_empty() {
+            block.leases(ended.access).retain(|held| *held != lease);
+            if block.sequences == 0 && !block.is_leased() {
                 self.free.push(index);
             }
         }
@@ -293,7 +308,7 @@ impl Pages {
             block.sequences -= 1;
             if block.sequences == 0 {
                 self.used -= 1;
-                if block.leases.is_empty() {
+                if !block.is_leased() {
                     self.free.push(index);
                 }
             }
@@ -351,25 +366,27 @@ impl Pages {
         Ok(&self.sequence(seq)?.table[first as usize..last as usize])
     }
 
+    /// Errors when a lease of the given kind overlaps `tokens` of `layers`.
     fn unleased(
         &self,
         seq: SeqId,
-        layers: Range<usize>,
+        layers: &Range<usize>,
         tokens: &Range<u32>,
-        counts: impl Fn(&Lease) -> bool,
+        kind: impl Fn(&Block) -> &Vec<LeaseId>,
     ) -> Result<(), KvError> {
-        self.within(seq, &layers, tokens)?;
-        for block in self.blocks_of(seq, tokens)? {
-            for lease in &self.blocks[*block as usize].leases {
-                let lease = &self.leases[lease];
+        self.within(seq, layers, tokens)?;
+        let blocks = self.blocks_of(seq, tokens)?;
+        let meets = |lease: &LeaseId| {
+            self.leases.get(lease).is_some_and(|lease| {
                 let apart = lease.tokens.end <= tokens.start || tokens.end <= lease.tokens.start;
                 let elsewhere = lease.layers.end <= layers.start || layers.end <= lease.layers.start;
-                if !apart && !elsewhere && counts(lease) {
-                    return Err(KvError::Leased { seq, start: tokens.start, end: tokens.end });
-                }
-            }
+                !apart && !elsewhere
+            })
+        };
+        match blocks.iter().flat_map(|block| kind(&self.blocks[*block as usize])).any(meets) {
+            true => Err(KvError::Leased { seq, start: tokens.start, end: tokens.end }),
+            false => Ok(()),
         }
-        Ok(())
     }
 }
 

@@ -131,6 +131,7 @@ level!(avx512, crate::lanes::avx512::Avx512, "avx512f,avx512bw,avx512vl,avx512dq
 
 #[cfg(test)]
 mod tests {
+    use super::{LANES, Layout, Sweep};
     use crate::level::Level;
 
     /// The error that `exp` documents, over all arguments that matter: 2 units in the last place, and a clean zero below.
@@ -176,6 +177,35 @@ mod tests {
                     "{level}: {x:e}"
                 );
                 assert!(same(half::bf16::from_bits(*narrow)), "{level}: {x:e}");
+            }
+        }
+    }
+
+    /// Every half is widened to exactly its value.
+    #[test]
+    fn halves_are_widened_exactly() {
+        let halves: Vec<u16> = (0..=u16::MAX).collect();
+        for level in Level::ALL.into_iter().filter(|level| level.available()) {
+            let mut got = vec![0.0f32; halves.len()];
+            let sweep = Sweep {
+                x: [1.0f32].as_ptr(),
+                x_stride: 1,
+                rows: 1,
+                layout: Layout::F16,
+                w: halves.as_ptr().cast(),
+                panel_stride: LANES,
+                k_stride: LANES,
+                panels: halves.len() / LANES,
+                k: 1,
+                acc: got.as_mut_ptr(),
+                acc_stride: halves.len(),
+                fresh: true,
+            };
+            // SAFETY: one k of as many panels as halves fill, and as many sums.
+            unsafe { (level.kernels().sweep)(&sweep) };
+            for (half, got) in halves.iter().zip(&got) {
+                let want = half::f16::from_bits(*half).to_f32();
+                assert!(*got == want || (got.is_nan() && want.is_nan()), "{level}: {half:#x} gives {got:e}");
             }
         }
     }

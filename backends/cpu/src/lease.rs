@@ -108,9 +108,6 @@ pub struct CpuExport {
     pub(crate) hold: Hold,
 }
 
-// SAFETY: the lease only reads positions that nobody writes while it lives, see the module.
-unsafe impl Send for CpuExport {}
-
 impl KvExport for CpuExport {
     fn tokens(&self) -> Range<u32> {
         self.hold.tokens.clone()
@@ -148,9 +145,6 @@ pub struct CpuLanding {
     pub(crate) seq: SeqId,
     pub(crate) hold: Hold,
 }
-
-// SAFETY: the lease is the only holder of its positions while it lives, see the module.
-unsafe impl Send for CpuLanding {}
 
 impl KvLanding for CpuLanding {
     fn tokens(&self) -> Range<u32> {

@@ -3,7 +3,7 @@
 
 use std::cell::RefCell;
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
-use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering::SeqCst};
+use std::sync::atomic::{AtomicBool, AtomicPtr, AtomicU64, AtomicUsize, Ordering::SeqCst};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard};
 use std::thread::JoinHandle;
 
@@ -50,8 +50,8 @@ type Job<'a> = dyn Fn(usize, &Scratch<'_>) + Sync + 'a;
 struct Shared {
     /// `tasks << 32 | next`: a task is taken by counting up; both halves belong to the same job.
     ticket: AtomicU64,
-    /// The job's closure: address of a `&Job`. Valid while a taken task of it is unfinished.
-    job: AtomicUsize,
+    /// The job's closure, as a `*const &Job`. Valid while a taken task of it is unfinished.
+    job: AtomicPtr<()>,
     done: AtomicUsize,
     panicked: AtomicBool,
     stop: AtomicBool,
@@ -72,7 +72,7 @@ impl Pool {
         let threads = if threads == 0 { usable() } else { threads };
         let shared = Arc::new(Shared {
             ticket: AtomicU64::new(0),
-            job: AtomicUsize::new(0),
+            job: AtomicPtr::new(std::ptr::null_mut()),
             done: AtomicUsize::new(0),
             panicked: AtomicBool::new(false),
             stop: AtomicBool::new(false),
@@ -114,7 +114,7 @@ impl Pool {
         let job: &Job<'_> = &job;
         shared.done.store(0, SeqCst);
         shared.panicked.store(false, SeqCst);
-        shared.job.store(&raw const job as usize, SeqCst);
+        shared.job.store((&raw const job).cast_mut().cast(), SeqCst);
         shared.ticket.store((tasks as u64) << 32, SeqCst);
         if shared.sleepers.load(SeqCst) > 0 {
             let _held = lock(&shared.sleep);
@@ -160,7 +160,7 @@ impl Shared {
         }
         // SAFETY: the ticket just taken belongs to the job published last, and `run` returns (ending the life of the
         // closure) only after this task has counted itself done below.
-        let job: &Job<'_> = unsafe { *(self.job.load(SeqCst) as *const &Job<'_>) };
+        let job: &Job<'_> = unsafe { *self.job.load(SeqCst).cast::<&Job<'_>>() };
         let ran =
             SCRATCH.with(|scratch| catch_unwind(AssertUnwindSafe(|| job(task as usize, &Scratch(scratch)))));
         if ran.is_err() {

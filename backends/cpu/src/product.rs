@@ -35,6 +35,9 @@ impl Product<'_> {
     /// # Safety
     /// `x` and `out` are valid for the stated shapes, and nobody else touches `out`.
     pub(crate) unsafe fn run(&self, pool: &Pool) {
+        if self.rows == 0 {
+            return;
+        }
         let panels = self.weight.panels();
         let row_blocks = self.rows.div_ceil(ROWS_MAX);
         let enough = (pool.threads() * TASKS_PER_THREAD).div_ceil(row_blocks);

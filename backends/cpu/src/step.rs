@@ -55,9 +55,7 @@ impl Raw {
 
 impl<'a> CpuStep<'a> {
     pub(crate) fn new(device: &'a mut CpuBackend, kv: &'a mut CpuKv, batch: &'a Batch) -> Self {
-        let rows: usize = batch.runs.iter().map(|run| run.len as usize).sum();
-        let fault = (rows != batch.ids.len())
-            .then(|| BackendError::Device(format!("{} token ids for {rows} rows", batch.ids.len())));
+        let fault = check(batch).err().map(BackendError::Device);
         CpuStep { device, kv, batch, angles: Vec::new(), fault }
     }
 
@@ -392,6 +390,23 @@ impl Step for CpuStep<'_> {
             Out::Hidden(act) => Ok(Output::Hidden(act)),
             Out::Logits(act) => self.gather(act),
         }))
+    }
+}
+
+/// What the runs of a batch must be for their rows to be apart in the cache.
+fn check(batch: &Batch) -> Result<(), String> {
+    let rows: usize = batch.runs.iter().map(|run| run.len as usize).sum();
+    if rows != batch.ids.len() {
+        return Err(format!("{} token ids for {rows} rows", batch.ids.len()));
+    }
+    if let Some(run) = batch.runs.iter().find(|run| run.start.checked_add(run.len).is_none()) {
+        return Err(format!("{} rows of sequence {} from {}", run.len, run.seq, run.start));
+    }
+    let mut sequences: Vec<SeqId> = batch.runs.iter().map(|run| run.seq).collect();
+    sequences.sort_unstable();
+    match sequences.windows(2).find(|pair| pair[0] == pair[1]) {
+        Some(pair) => Err(format!("two runs of sequence {} in one step", pair[0])),
+        None => Ok(()),
     }
 }
 

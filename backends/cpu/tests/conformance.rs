@@ -77,3 +77,16 @@ fn levels_agree() {
         }
     }
 }
+
+/// Rows of one sequence in two runs would write and read the same cache at once: the step is refused, not raced.
+#[test]
+fn a_sequence_runs_once_per_step() {
+    let mut backend = CpuBackend::open(&DeviceOptions::default(), Group::alone()).unwrap();
+    let mut kv = backend.kv(&KvSpec::gqa(1, 1, 0..1, 8, DType::BF16), 1 << 16).unwrap();
+    let mut batch = Batch::default();
+    batch.push(SeqId(3), 0, &[0]);
+    batch.push(SeqId(3), 1, &[0]);
+    let refused = backend.step(&mut kv, &batch).submit(Out::Nothing).wait();
+    let error = refused.err().map(|error| error.to_string());
+    assert_eq!(error.as_deref(), Some("device: two runs of sequence 3 in one step"));
+}

@@ -170,6 +170,15 @@ fn rows<B: Backend>(suite: &Suite<'_, B>, dtype: DType) {
     let got = rig.rows(&x, |step, x| step.rows(x, &[4, 0, 4]));
     let want: Vec<f64> = [4, 0, 4].iter().flat_map(|row| x.row(*row).to_vec()).collect();
     suite.close(dtype, "rows 4, 0, 4", &got, &want);
+    // A step whose rows all belong to unfinished prompts wants no logits.
+    let scale = rig.norm(&Tensor::random(2, dtype, 1, 10, 1.0));
+    let head = rig.linear(&[&Tensor::random(3, dtype, 20, 10, 1.0)], KSum::Ascending);
+    let none = rig.rows(&x, |step, x| {
+        let x = step.rows(x, &[]);
+        let x = step.norm(&x, &scale, 1e-6);
+        step.linear(&x, &head)
+    });
+    assert!(none.is_empty(), "{} logits for no rows", none.len());
 }
 
 fn hidden<B: Backend>(suite: &Suite<'_, B>, dtype: DType) {

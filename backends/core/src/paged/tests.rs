@@ -165,7 +165,7 @@ proptest! {
             for (index, block) in pages.blocks.iter().enumerate() {
                 let owners = pages.sequences.values().flat_map(|s| &s.table).filter(|b| **b == index as u32);
                 prop_assert_eq!(owners.count() as u32, block.sequences);
-                if !block.leases.is_empty() {
+                if block.is_leased() {
                     prop_assert!(!free.contains(&(index as u32)));
                 }
             }
