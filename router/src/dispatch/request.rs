@@ -12,11 +12,12 @@ use tokio::time::{Instant, sleep};
 use super::Shared;
 use super::attempt::{Attempt, FailureKind, Remains};
 use super::book::Wanted;
+use super::counts::Cause;
 use super::merge::{Merge, TooFarAhead};
 use super::prefix::Chain;
 use super::wire;
 use crate::inference::{
-    Decision, Finished, GenerateRequest, InferenceError, Started, Timings, Token, TokenEvent,
+    Decision, FinishReason, Finished, GenerateRequest, InferenceError, Started, Timings, Token, TokenEvent,
 };
 use crate::placement::Ask;
 
@@ -169,6 +170,17 @@ impl Progress {
         }
     }
 
+    fn finished(&self, reason: FinishReason) -> Finished {
+        Finished {
+            reason,
+            output_tokens: self.next_index(),
+            cached_tokens: self.cached_tokens.unwrap_or(0),
+            decision: self.decision.unwrap_or(Decision::Local),
+            migrations: self.migrations,
+            timings: self.timings,
+        }
+    }
+
     fn next_attempt(&mut self) {
         self.attempt += 1;
         self.begin_attempt();
@@ -188,6 +200,8 @@ struct Trouble {
     not_accepted: u32,
     migrations: u32,
     last: String,
+    /// Of the last, if it was a migration.
+    cause: Option<Cause>,
 }
 
 impl Trouble {
@@ -233,7 +247,13 @@ async fn serve(shared: &Arc<Shared>, progress: &mut Progress) -> Result<(Finishe
         if progress.started.is_none() {
             progress.queued += asked.elapsed();
         }
-        let grant = grant.map_err(|error| explained(error, &trouble))?;
+        let grant = match grant {
+            // It has grown until its group was full, and no group is larger: that is the longest answer there can be.
+            Err(InferenceError::Invalid(_)) if trouble.cause == Some(Cause::Preempted) => {
+                return Ok((progress.finished(FinishReason::Length), Remains::default()));
+            }
+            grant => grant.map_err(|error| explained(error, &trouble))?,
+        };
         progress.begin_attempt();
         let delivered = progress.next_index();
         let attempt =
@@ -241,15 +261,7 @@ async fn serve(shared: &Arc<Shared>, progress: &mut Progress) -> Result<(Finishe
         let failure = match attempt.run(progress).await {
             Ok((reason, remains)) => {
                 grant.held_by_decode(progress.blocks());
-                let finished = Finished {
-                    reason,
-                    output_tokens: progress.next_index(),
-                    cached_tokens: progress.cached_tokens.unwrap_or(0),
-                    decision: progress.decision.unwrap_or(Decision::Local),
-                    migrations: progress.migrations,
-                    timings: progress.timings,
-                };
-                return Ok((finished, remains));
+                return Ok((progress.finished(reason), remains));
             }
             Err(failure) => failure,
         };
@@ -258,6 +270,10 @@ async fn serve(shared: &Arc<Shared>, progress: &mut Progress) -> Result<(Finishe
             trouble = Trouble::default();
         }
         trouble.note(failure.message);
+        trouble.cause = match failure.kind {
+            FailureKind::Migrate(cause) => Some(cause),
+            _ => None,
+        };
         let (request, last) = (&progress.request.id, &trouble.last);
         match failure.kind {
             FailureKind::Refused => {
