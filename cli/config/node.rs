@@ -11,6 +11,9 @@ use node::{BackendKind, LoadFormat};
 use super::setting::settings;
 use super::value::{Seconds, Secret, Size, choice};
 
+/// CPU threads of one process; more is a mistake, and the system would refuse them in the middle of the start.
+const THREADS_MAX: usize = 1024;
+
 settings! {
     /// What a node is told.
     pub struct NodeSettings {
@@ -81,6 +84,8 @@ impl NodeSettings {
         ensure!(tp > 0, "tp is 0: a group has at least one rank");
         ensure!(rank < tp, "rank {rank} is not below tp {tp}");
         ensure!(tp == 1 || self.leader.is_some(), "tp {tp} needs --leader HOST:PORT, the same on every rank");
+        let threads = self.threads.unwrap_or(0);
+        ensure!(threads <= THREADS_MAX, "threads is {threads}: at most {THREADS_MAX}");
         ensure!(self.max_batch > 0, "max-batch is 0: no sequence could ever run");
         ensure!(self.block_tokens > 0, "block-tokens is 0");
         let (chunk, step) = (self.chunk_tokens, self.step_tokens);

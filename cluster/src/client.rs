@@ -23,6 +23,9 @@ const RETRY_MAX: Duration = Duration::from_secs(5);
 /// A join that is not answered within this is tried again.
 const JOIN_TIMEOUT: Duration = Duration::from_secs(5);
 
+/// A router that could not be joined for this long is said to be away, and again after as long.
+const ABSENT_AFTER: Duration = Duration::from_secs(10);
+
 /// The last report gets this long to arrive when the node leaves.
 const LEAVE_TIMEOUT: Duration = Duration::from_secs(1);
 
@@ -60,7 +63,13 @@ pub enum JoinError {
     },
     /// The address of the router is no address.
     #[error("router address: {0}")]
-    Address(#[from] BadAddress),
+    Address(BadAddress),
+}
+
+impl From<BadAddress> for JoinError {
+    fn from(address: BadAddress) -> JoinError {
+        JoinError::Address(address)
+    }
 }
 
 /// Keeps the node a member of the router's cluster until `shutdown`, then leaves. `report` is asked at every heartbeat,
@@ -76,6 +85,7 @@ pub async fn join(
 ) -> Result<(), JoinError> {
     let channel = connect_lazy(router, token)?;
     let mut pause = Backoff::default();
+    let mut begun = Instant::now();
     loop {
         let joined = tokio::select! {
             () = shutdown.cancelled() => return Ok(()),
@@ -91,6 +101,7 @@ pub async fn join(
                     Err(reason) => {
                         tracing::warn!(router, reason, "membership lost, joining again");
                         event(JoinEvent::Lost { reason: reason.clone() });
+                        begun = Instant::now();
                         reason
                     }
                 }
@@ -100,11 +111,17 @@ pub async fn join(
             }
             Err(status) => one_line(&status),
         };
-        let pause = pause.next(random_u32());
-        tracing::debug!(router, reason, ?pause, "joining again after a pause");
+        let since = begun.elapsed();
+        let wait = pause.next(random_u32());
+        // A router that starts beside the node is there soon; one that stays away is worth a line, now and then.
+        if since >= ABSENT_AFTER {
+            tracing::warn!(router, reason, "no router yet, trying on");
+            begun = Instant::now();
+        }
+        tracing::debug!(router, reason, ?wait, "joining again after a pause");
         tokio::select! {
             () = shutdown.cancelled() => return Ok(()),
-            () = tokio::time::sleep(pause) => {}
+            () = tokio::time::sleep(wait) => {}
         }
     }
 }
