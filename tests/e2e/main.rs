@@ -2,6 +2,7 @@
 
 mod chat;
 mod client;
+mod errors;
 mod faults;
 mod harness;
 mod joining;

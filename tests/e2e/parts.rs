@@ -28,6 +28,9 @@ fn vocab() -> u32 {
     config["vocab_size"].as_u64().and_then(|size| u32::try_from(size).ok()).expect("vocab_size")
 }
 
+/// Token of these clusters.
+pub const TOKEN: &str = "5e5e5e5e5e5e5e5e5e5e5e5e5e5e5e5e5e5e5e5e5e5e5e5e5e5e5e5e5e5e5e5e";
+
 /// `len` token ids of the bundled model, the same for the same `start`, unlike those of any other.
 pub fn ids(start: u32, len: usize) -> Vec<u32> {
     let vocab = vocab();
@@ -70,7 +73,7 @@ impl Parts {
     pub fn router(flags: &[&str]) -> Parts {
         let (port, cluster) = (free_port(), free_port());
         let folder = folder(&format!("parts-{port}"));
-        fs::write(folder.join("token"), "5e".repeat(32)).expect("writes");
+        fs::write(folder.join("token"), TOKEN).expect("writes");
         let client = Client::new(port);
         let mut parts = Parts { cluster, folder, processes: Vec::new(), client };
         let own = [format!("--port={port}"), format!("--cluster-bind=127.0.0.1:{cluster}")];
@@ -117,6 +120,18 @@ impl Parts {
         // The last one given wins.
         arguments.extend(flags.iter().map(|&flag| flag.to_owned()));
         self.processes.push(Part::start(name.to_owned(), arguments));
+    }
+
+    /// Where nodes join, `host:port`.
+    pub fn cluster(&self) -> String {
+        format!("127.0.0.1:{}", self.cluster)
+    }
+
+    /// The flag that names the meeting place of the node's ranks.
+    pub fn leader(&mut self, name: &str) -> String {
+        let part = self.part(&format!("{name}.0"));
+        let flag = part.arguments.iter().find(|argument| argument.starts_with("--leader="));
+        flag.expect("a node's flags").clone()
     }
 
     /// kill -9 of `name`.
