@@ -13,7 +13,7 @@ use std::sync::{Arc, Mutex};
 
 use backend::paged::{Access, LeaseId, Pages};
 use backend::{BackendError, Fork, KvError, KvSpec, KvStore, KvUsage, SeqId};
-use mlx_rs::{Array, ops, transforms};
+use mlx_rs::{Array, Dtype, ops, transforms};
 
 use crate::graph::{Failure, Recorded, int, mlx_type, put_run, window};
 use crate::lease::{MlxExport, MlxLanding, Regions};
@@ -29,6 +29,8 @@ pub struct MlxKv {
     banks: Vec<Vec<Vec<Array>>>,
     /// Banks and layers with recorded updates that nobody has evaluated yet.
     recorded: Vec<(usize, usize)>,
+    /// Part of what was evaluated last, see [`MlxKv::calm`].
+    running: Option<Array>,
     /// Landings that were dropped since the store looked last.
     ended: Arc<Mutex<Vec<LeaseId>>>,
 }
@@ -58,6 +60,7 @@ impl MlxKv {
             slots: Slots::new(tokens),
             banks: Vec::new(),
             recorded: Vec::new(),
+            running: None,
             ended: Arc::default(),
         })
     }
@@ -80,10 +83,32 @@ impl MlxKv {
         }
     }
 
-    /// Arrays with recorded updates, to be evaluated by the caller now.
-    pub(crate) fn take_recorded(&mut self) -> Vec<Array> {
+    /// Waits for what was started last, and so for everything before it: only then are updates written in place. What runs
+    /// holds its inputs, and MLX copies an array that somebody holds: the whole cache, at every step.
+    pub(crate) fn calm(&mut self) -> Result<(), Failure> {
+        self.running.take().map_or(Ok(()), |running| Ok(running.eval()?))
+    }
+
+    /// Starts the recorded updates, and `others`.
+    pub(crate) fn start(&mut self, others: &[Array]) -> Result<(), Failure> {
         let recorded = std::mem::take(&mut self.recorded);
-        recorded.into_iter().flat_map(|(bank, layer)| self.banks[bank][layer].clone()).collect()
+        let mut arrays: Vec<Array> =
+            recorded.into_iter().flat_map(|(bank, layer)| self.banks[bank][layer].clone()).collect();
+        // Not a cache array itself: that has one owner.
+        let last = match (others.last(), arrays.last()) {
+            (Some(other), _) => Some(other.clone()),
+            (None, Some(cache)) => Some(part(cache)?),
+            (None, None) => None,
+        };
+        arrays.extend(if others.is_empty() { last.clone().into_iter().collect() } else { others.to_vec() });
+        transforms::async_eval(&arrays)?;
+        self.running = last;
+        Ok(())
+    }
+
+    /// What was started last: done when this is.
+    pub(crate) fn running(&self) -> Option<Array> {
+        self.running.clone()
     }
 
     /// Asks for writing `tokens` of `layer` and reading `[from, tokens.end)`: neither may be under somebody's lease,
@@ -149,17 +174,13 @@ impl MlxKv {
     }
 
     fn copy(&mut self, from: Place, to: Place, tokens: usize) -> Result<(), Failure> {
+        self.calm()?;
         for (layer, plane) in self.planes() {
             let kept = window(self.array(from.bank, layer, plane), from.slot..from.slot + 1, 0..tokens)?;
             let array = put_run(self.array(to.bank, layer, plane), to.slot, 0..tokens, &kept)?;
             self.replace(to.bank, layer, plane, array);
         }
-        self.evaluate()
-    }
-
-    /// Starts what is recorded: a view that waits would make the next update copy its array.
-    fn evaluate(&mut self) -> Result<(), Failure> {
-        Ok(transforms::async_eval(&self.take_recorded())?)
+        self.start(&[])
     }
 
     fn planes(&self) -> Vec<(usize, usize)> {
@@ -180,6 +201,11 @@ impl MlxKv {
             self.pages.release(lease);
         }
     }
+}
+
+/// Something that needs all of `cache` to be there, and is none of it.
+fn part(cache: &Array) -> Recorded {
+    Ok(window(cache, 0..1, 0..1)?.sum(None)?)
 }
 
 impl KvStore for MlxKv {
@@ -263,12 +289,18 @@ impl KvStore for MlxKv {
         self.pages.readable(seq, layer..layer + 1, tokens.clone())?;
         let Place { bank, slot } = self.place(seq)?;
         let range = tokens.start as usize..tokens.end as usize;
+        // In wire order, `[tokens, bytes of a token]`.
         let plane = |plane: usize| -> Recorded {
             let held = window(self.array(bank, layer, plane), slot..slot + 1, range.clone())?;
-            Ok(held.transpose_axes(&[0, 2, 1, 3])?.contiguous()?)
+            let wire = held.transpose_axes(&[0, 2, 1, 3])?.contiguous()?;
+            Ok(wire.view_dtype(Dtype::Uint8)?.reshape(&[int(range.len()), -1])?)
         };
-        let planes = (0..self.spec.planes.len()).map(plane).collect::<Result<Vec<_>, _>>();
-        Ok(MlxExport::new(self.spec.clone(), layer, tokens, planes))
+        let planes = if range.is_empty() { 0 } else { self.spec.planes.len() };
+        let begun = (0..planes).map(plane).collect::<Result<Vec<_>, _>>().and_then(|planes| {
+            self.start(&planes)?;
+            Ok(planes)
+        });
+        Ok(MlxExport::new(self.spec.clone(), layer, tokens, begun))
     }
 
     fn land(&mut self, seq: SeqId, tokens: Range<u32>) -> Result<MlxLanding, KvError> {
@@ -297,14 +329,16 @@ impl KvStore for MlxKv {
         let Place { bank, slot } = self.place(seq)?;
         let tokens = filled.tokens();
         let range = tokens.start as usize..tokens.end as usize;
-        let result =
-            self.planes().into_iter().filter(|_| !range.is_empty()).try_for_each(|(layer, plane)| {
-                let values = filled.array(layer, plane)?;
-                let array = put_run(self.array(bank, layer, plane), slot, range.clone(), &values)?;
-                self.replace(bank, layer, plane, array);
-                Ok(())
-            });
-        if result.and_then(|()| self.evaluate()).is_err() {
+        let all = self.planes();
+        let mut put = |(layer, plane)| -> Result<(), Failure> {
+            let values = filled.array(layer, plane)?;
+            let array = put_run(self.array(bank, layer, plane), slot, range.clone(), &values)?;
+            self.replace(bank, layer, plane, array);
+            Ok(())
+        };
+        let planes = if range.is_empty() { Vec::new() } else { all };
+        let put = planes.into_iter().try_for_each(&mut put);
+        if put.and_then(|()| self.calm()).and_then(|()| self.start(&[])).is_err() {
             self.pages.release(lease);
             return Err(self.full(tokens.end - tokens.start));
         }

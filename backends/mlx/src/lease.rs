@@ -7,7 +7,7 @@ use std::sync::{Arc, Mutex};
 
 use backend::paged::LeaseId;
 use backend::{BackendError, KvError, KvExport, KvLanding, KvSpec, Piece, SeqId};
-use mlx_rs::{Array, Dtype, transforms};
+use mlx_rs::Array;
 
 use crate::graph::{Failure, Recorded, int, mlx_type};
 use crate::host::{Buffer, PAGE_BYTES};
@@ -23,25 +23,14 @@ pub struct MlxExport {
 }
 
 impl MlxExport {
-    /// `planes` are `[1, tokens, heads, dim]`. Their evaluation begins here.
+    /// `planes` are being evaluated; none for an empty range.
     pub(crate) fn new(
         spec: Arc<KvSpec>,
         layer: usize,
         tokens: Range<u32>,
         planes: Result<Vec<Array>, Failure>,
     ) -> Self {
-        let bytes = |plane: &Array| -> Recorded {
-            if tokens.is_empty() {
-                return Ok(Array::from_slice(&[0u8], &[1]));
-            }
-            Ok(plane.view_dtype(Dtype::Uint8)?.reshape(&[int(tokens.len()), -1])?)
-        };
-        let begun = planes.and_then(|planes| {
-            let planes = planes.iter().map(bytes).collect::<Result<Vec<_>, _>>()?;
-            transforms::async_eval(&planes)?;
-            Ok(planes)
-        });
-        MlxExport { spec, layer, tokens, planes: begun.map_err(|failure| failure.0) }
+        MlxExport { spec, layer, tokens, planes: planes.map_err(|failure| failure.0) }
     }
 }
 

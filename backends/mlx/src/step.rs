@@ -4,7 +4,7 @@
 use std::ops::Range;
 
 use backend::{Attend, BackendError, Batch, Glu, KvError, KvStore, Out, Output, Pending, SeqId, Step};
-use mlx_rs::{Array, Dtype, fast, ops, transforms};
+use mlx_rs::{Array, Dtype, fast, ops};
 
 use crate::attend::Attention;
 use crate::device::MlxBackend;
@@ -34,6 +34,8 @@ pub struct MlxStep<'a> {
     pub(crate) kv: &'a mut MlxKv,
     pub(crate) batch: &'a Batch,
     pub(crate) attention: Option<Attention>,
+    /// Whether everything before this step has ended.
+    calm: bool,
     fault: Option<BackendError>,
 }
 
@@ -42,7 +44,16 @@ impl<'a> MlxStep<'a> {
         let rows: usize = batch.runs.iter().map(|run| run.len as usize).sum();
         let fault = (rows != batch.ids.len())
             .then(|| BackendError::Device(format!("{} token ids for {rows} rows", batch.ids.len())));
-        MlxStep { device, kv, batch, attention: None, fault }
+        MlxStep { device, kv, batch, attention: None, calm: false, fault }
+    }
+
+    /// Before the first evaluation of this step: the one before has to end. It was recorded meanwhile.
+    fn calm(&mut self) {
+        if !std::mem::replace(&mut self.calm, true)
+            && let Err(failure) = self.kv.calm()
+        {
+            self.fault.get_or_insert(failure.into());
+        }
     }
 
     /// Records an operation; after a fault nothing is recorded any more and zeros stand in.
@@ -134,27 +145,31 @@ impl Step for MlxStep<'_> {
 
     /// Evaluation of the graph up to here begins.
     fn export(&mut self, seq: SeqId, layer: usize, tokens: Range<u32>) -> Result<MlxExport, KvError> {
+        self.calm();
         self.kv.export(seq, layer, tokens)
     }
 
     fn submit(mut self, out: Out<MlxAct>) -> Box<dyn Pending<MlxAct>> {
+        self.calm();
         // The cache is evaluated whatever happens, or its graph would grow from step to step.
-        let mut arrays = self.kv.take_recorded();
         if let Some(fault) = self.fault.take() {
-            let _ = transforms::async_eval(&arrays);
+            let _ = self.kv.start(&[]);
             return Box::new(Running(Err(fault)));
         }
         let asked = match out {
-            // Nothing to read: something of the last layer's cache tells when the step is done. (Not the cache itself, which
-            // the next step writes in place.)
-            Out::Nothing => arrays.last().map(done).transpose().map(Asked::Nothing),
+            Out::Nothing => Ok(Asked::Nothing(None)),
             Out::Logits(act) => logits(&act.0).map(Asked::Logits),
             Out::Hidden(act) => Ok(Asked::Hidden(act.0)),
         };
-        let begun = asked.and_then(|asked| {
-            arrays.extend(asked.array().cloned());
-            transforms::async_eval(&arrays)?;
-            Ok(asked)
+        let begun = asked.and_then(|asked| match asked {
+            Asked::Nothing(_) => {
+                self.kv.start(&[])?;
+                Ok(Asked::Nothing(self.kv.running()))
+            }
+            Asked::Logits(ref array) | Asked::Hidden(ref array) => {
+                self.kv.start(std::slice::from_ref(array))?;
+                Ok(asked)
+            }
         });
         Box::new(Running(begun.map_err(BackendError::from)))
     }
@@ -164,12 +179,9 @@ fn logits(x: &Array) -> Recorded {
     Ok(x.as_dtype(Dtype::Float32)?.contiguous()?)
 }
 
-fn done(cache: &Array) -> Recorded {
-    Ok(crate::graph::window(cache, 0..1, 0..1)?.sum(None)?)
-}
-
 /// What a running step is asked for.
 enum Asked {
+    /// Only to be done, which this array tells.
     Nothing(Option<Array>),
     Logits(Array),
     Hidden(Array),
@@ -196,6 +208,8 @@ impl Pending<MlxAct> for Running {
         match asked {
             Asked::Nothing(_) => Ok(Output::Nothing),
             Asked::Hidden(array) => Ok(Output::Hidden(MlxAct(array))),
+            // No rows, no data.
+            Asked::Logits(array) if array.size() == 0 => Ok(Output::Logits(Vec::new())),
             Asked::Logits(array) => match array.try_as_slice::<f32>() {
                 Ok(logits) => Ok(Output::Logits(logits.to_vec())),
                 Err(error) => Err(BackendError::Device(error.to_string())),

@@ -148,13 +148,17 @@ fn handed_over<A: Backend, B: Backend>(case: &str) {
 /// The reason for all this: a CPU (or CUDA) node reads the prompt, MLX generates.
 #[test]
 fn cpu_prompts_go_on_on_mlx() {
-    ["llama-base-s1", "qwen3-base-s1", "mistral-swa-s1"].map(handed_over::<CpuBackend, MlxBackend>);
+    for case in ["llama-base-s1", "qwen3-base-s1", "mistral-swa-s1"] {
+        handed_over::<CpuBackend, MlxBackend>(case);
+    }
 }
 
 /// And back, as a migration would.
 #[test]
 fn mlx_prompts_go_on_on_the_cpu() {
-    ["llama-gqa_tied-s1", "qwen2-yarn-s1"].map(handed_over::<MlxBackend, CpuBackend>);
+    for case in ["llama-gqa_tied-s1", "qwen2-yarn-s1"] {
+        handed_over::<MlxBackend, CpuBackend>(case);
+    }
 }
 
 /// Several sequences of unlike length, chunks beside single tokens: each gets what it gets alone.
