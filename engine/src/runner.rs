@@ -2,7 +2,7 @@
 //! jobs, decides, samples) or follows (does what the leader says). Called by [`crate::serve`].
 
 use std::sync::Arc;
-use std::sync::mpsc::TryRecvError;
+use std::sync::mpsc::{RecvTimeoutError, TryRecvError};
 use std::time::{Duration, Instant};
 
 use backend::{Backend, KvSpec, KvStore};
@@ -260,10 +260,15 @@ impl Lead<'_> {
                 return Err(EngineError::Plan(fault.to_owned()));
             }
             let Some(step) = step else {
-                self.report(executor);
-                match self.commands.receiver.recv() {
+                // A transfer drops its last lease a moment after it has told of its end: seen by looking again.
+                let command = match self.report(executor) {
+                    0 => self.commands.receiver.recv().map_err(RecvTimeoutError::from),
+                    _ => self.commands.receiver.recv_timeout(REPORT_EVERY),
+                };
+                match command {
                     Ok(command) => self.take(command)?,
-                    Err(_) => return Ok(()),
+                    Err(RecvTimeoutError::Timeout) => {}
+                    Err(RecvTimeoutError::Disconnected) => return Ok(()),
                 }
                 continue;
             };
@@ -307,9 +312,13 @@ impl Lead<'_> {
         Ok(())
     }
 
-    fn report<B: Backend>(&mut self, executor: &mut Executor<'_, B>) {
+    /// Publishes the state; returns the blocks that only transfers hold.
+    fn report<B: Backend>(&mut self, executor: &mut Executor<'_, B>) -> u32 {
         let links = self.sender.links().into_iter().map(|l| (l.peer, l.gbytes_per_s, l.bytes)).collect();
-        self.commands.publish(self.core.report(executor.kv.usage(), links));
+        let report = self.core.report(executor.kv.usage(), links);
         self.reported = Some(Instant::now());
+        let quarantined = report.blocks.quarantined;
+        self.commands.publish(report);
+        quarantined
     }
 }

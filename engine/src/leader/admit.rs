@@ -9,6 +9,7 @@ use tokio::sync::mpsc::UnboundedSender;
 use super::lease::Lease;
 use super::{Core, since};
 use crate::ledger::LeaseId;
+use crate::prefix::Hit;
 use crate::request::{Event, Handoff, Job, JobError, Refusal};
 use crate::scheduler;
 use crate::sequence::{Kind, Sequence, Stage};
@@ -167,30 +168,30 @@ impl Core {
             true => self.prefix.find(&request.cache_salt, &request.tokens),
             false => None,
         };
-        let shared = hit.filter(|_| self.setup.shares);
-        let fresh =
-            self.ledger.blocks_of(capacity) - shared.map_or(0, |hit| self.ledger.blocks_of(hit.tokens));
-        // A copy's source must outlive the copying; a shared prefix lives on in the sequence.
-        let spared = hit.filter(|_| !self.setup.shares).map(|hit| hit.seq);
-        if self.ledger.free() < fresh {
-            let closing = |seq| self.evictable(seq, spared);
-            let freeable = self.ledger.freeable(closing, shared.map(|hit| (hit.seq, hit.tokens)));
-            if self.ledger.free() + freeable < fresh {
-                return Err(Refusal::NoRoom { tokens: capacity as usize });
-            }
+        // A copy needs room beside its source: without that, the source makes room.
+        let hit = hit.filter(|hit| self.setup.shares || self.has_room(capacity, Some(*hit)));
+        if !self.has_room(capacity, hit) {
+            return Err(Refusal::NoRoom { tokens: capacity as usize });
         }
         let seq = SeqId(self.next_id());
-        if let Some(hit) = shared {
-            self.emit(Op::Fork { from: hit.seq, to: seq, tokens: hit.tokens });
-        }
-        self.evict(fresh, spared);
-        match (hit, shared) {
-            (None, _) => self.emit(Op::Open { seq, tokens: capacity }),
-            (Some(hit), None) => {
-                self.emit(Op::Fork { from: hit.seq, to: seq, tokens: hit.tokens });
+        let (fresh, spared) = (self.fresh_blocks(capacity, hit), self.spared(hit));
+        match hit {
+            None => {
+                self.evict(fresh, None);
+                self.emit(Op::Open { seq, tokens: capacity });
+            }
+            Some(hit) => {
+                // Shared blocks are held before others are evicted; a copy's source is spared until it is copied.
+                let fork = Op::Fork { from: hit.seq, to: seq, tokens: hit.tokens };
+                if self.setup.shares {
+                    self.emit(fork);
+                    self.evict(fresh, None);
+                } else {
+                    self.evict(fresh, spared);
+                    self.emit(fork);
+                }
                 self.emit(Op::Grow { seq, tokens: capacity });
             }
-            (Some(_), Some(_)) => self.emit(Op::Grow { seq, tokens: capacity }),
         }
         let cached = hit.map_or(0, |hit| hit.tokens);
         sequence.seq = seq;
@@ -200,6 +201,28 @@ impl Core {
             self.prefix.extend(seq, &request.cache_salt, &request.tokens[..cached as usize]);
         }
         Ok(cached)
+    }
+
+    /// Blocks to be taken for a sequence of `capacity` tokens that begins with `hit`.
+    fn fresh_blocks(&self, capacity: u32, hit: Option<Hit>) -> u32 {
+        let shared = hit.filter(|_| self.setup.shares).map_or(0, |hit| self.ledger.blocks_of(hit.tokens));
+        self.ledger.blocks_of(capacity) - shared
+    }
+
+    /// What must not be evicted for a sequence that begins with `hit`: the source of a copy.
+    fn spared(&self, hit: Option<Hit>) -> Option<SeqId> {
+        hit.filter(|_| !self.setup.shares).map(|hit| hit.seq)
+    }
+
+    /// Whether those blocks are free or can be won back.
+    fn has_room(&self, capacity: u32, hit: Option<Hit>) -> bool {
+        let fresh = self.fresh_blocks(capacity, hit);
+        if self.ledger.free() >= fresh {
+            return true;
+        }
+        let spared = self.spared(hit);
+        let shared = hit.filter(|_| self.setup.shares).map(|hit| (hit.seq, hit.tokens));
+        self.ledger.free() + self.ledger.freeable(|seq| self.evictable(seq, spared), shared) >= fresh
     }
 
     /// Whether it could ever run.

@@ -524,6 +524,20 @@ fn running_sequences_share_what_they_have_computed() {
 }
 
 #[test]
+fn a_prefix_that_cannot_be_copied_for_lack_of_room_makes_room() {
+    let mut sim = Sim::with_store(1, 12, options(), false);
+    sim.submit(Job::Generate(request(&[1; 32], 4)));
+    sim.run();
+    assert_eq!(sim.blocks().cached, 8);
+    // Nine blocks beside the eight of its prefix are more than there are.
+    let (_, mut receiver) = sim.submit(Job::Generate(request(&[1; 33], 4)));
+    sim.run();
+    let events = events(&mut receiver);
+    assert!(matches!(events[0], Event::Admitted { cached_tokens: 0, .. }), "{:?}", events[0]);
+    assert_eq!(tokens(&events), expected(&request(&[1; 33], 4)));
+}
+
+#[test]
 fn tenants_share_nothing() {
     let mut sim = Sim::new(1, 32, options());
     let with_salt = |salt: &[u8]| Request { cache_salt: salt.to_vec(), ..request(&[1; 20], 2) };

@@ -19,6 +19,10 @@ const PING_EVERY: Duration = Duration::from_millis(400);
 /// A link on which nothing came for so long is lost; also the longest that a frame may take to be sent.
 pub(super) const SILENCE_MAX: Duration = Duration::from_secs(2);
 
+/// Time between two looks at a link. Silence is counted in looks: when this whole machine stands still for seconds, that
+/// is one look, and the other end gets its time.
+const LOOK_EVERY: Duration = Duration::from_millis(250);
+
 /// Largest frame: a plan holds the token ids of a step, and handoffs.
 pub(super) const FRAME_BYTES_MAX: usize = 16 << 20;
 
@@ -159,7 +163,7 @@ impl Outgoing {
 impl Incoming {
     /// The next frame. Errors when nothing comes for `silence`.
     pub fn receive(&mut self, silence: Duration) -> Result<Frame, TpError> {
-        self.stream.set_read_timeout(Some(silence))?;
+        self.stream.set_read_timeout(Some(LOOK_EVERY))?;
         let mut head = [0; HEAD_BYTES];
         self.read(&mut head, silence)?;
         let [a, b, c, d, kind, theirs @ ..] = head;
@@ -178,11 +182,22 @@ impl Incoming {
     }
 
     fn read(&mut self, bytes: &mut [u8], silence: Duration) -> Result<(), TpError> {
-        self.stream.read_exact(bytes).map_err(|error| match error.kind() {
-            ErrorKind::WouldBlock | ErrorKind::TimedOut => TpError::Silent { ms: silence.as_millis() as u64 },
-            ErrorKind::UnexpectedEof => TpError::Closed,
-            _ => error.into(),
-        })
+        let (mut done, mut looks) = (0, Duration::ZERO);
+        while done < bytes.len() {
+            match self.stream.read(&mut bytes[done..]) {
+                Ok(0) => return Err(TpError::Closed),
+                Ok(count) => (done, looks) = (done + count, Duration::ZERO),
+                Err(error) if matches!(error.kind(), ErrorKind::WouldBlock | ErrorKind::TimedOut) => {
+                    looks += LOOK_EVERY;
+                    if looks >= silence {
+                        return Err(TpError::Silent { ms: silence.as_millis() as u64 });
+                    }
+                }
+                Err(error) if error.kind() == ErrorKind::Interrupted => {}
+                Err(error) => return Err(error.into()),
+            }
+        }
+        Ok(())
     }
 }
 

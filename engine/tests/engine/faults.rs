@@ -2,12 +2,22 @@
 
 use std::time::Duration;
 
-use engine::{Event, Job, JobError};
+use engine::{Event, Job, JobError, Request};
 
 use crate::node::{Node, Outcome, Spec, Trip, direct, request, seeded, until};
 
 fn no_cache(world: usize) -> Spec {
     Spec::world(world).with(|o| o.prefix_cache = false)
+}
+
+/// The other side of a job that ended early: it failed too, unless all of its KV was on its way already.
+fn failed_or_landed(events: engine::Events, asked: &Request) {
+    let outcome = Outcome::of(events);
+    match &outcome.end {
+        Some(Event::Failed(JobError::Session(_))) => assert!(outcome.tokens.is_empty()),
+        Some(Event::Finished { .. }) => assert_eq!(outcome.ids(), direct(asked, backend::DType::F32)[1..]),
+        other => panic!("ended with {other:?}"),
+    }
 }
 
 fn all_free(node: &Node) {
@@ -49,15 +59,16 @@ fn a_landing_can_be_dropped_before_and_while_it_arrives() {
 
 #[test]
 fn a_prefill_dropped_in_its_prompt_fails_the_landing() {
-    let (p, d) = (Node::start(&no_cache(2)), Node::start(&no_cache(1)));
+    // Hundreds of steps: the prompt is far from computed when it is dropped.
+    let p = Node::start(&no_cache(2).with(|o| o.chunk_tokens = 2));
+    let d = Node::start(&no_cache(1));
     let asked = request(1, 900, 5);
     let mut landing = d.submit(Job::Land(asked.clone()));
     let Some(Event::Admitted { handoff, .. }) = landing.blocking_recv() else { panic!("not admitted") };
-    let mut prefill = p.submit(Job::Prefill(asked, handoff));
+    let mut prefill = p.submit(Job::Prefill(asked.clone(), handoff));
     let Some(Event::Started { .. }) = prefill.blocking_recv() else { panic!("not started") };
     drop(prefill);
-    let outcome = Outcome::of(landing);
-    assert!(matches!(outcome.error(), JobError::Session(_)), "{outcome:?}");
+    failed_or_landed(landing, &asked);
     all_free(&p);
     all_free(&d);
 }
@@ -75,7 +86,7 @@ fn a_ticket_is_good_for_one_session() {
 
 #[test]
 fn a_stopped_prefill_node_fails_what_it_was_sending() {
-    let p = Node::start(&no_cache(1).with(|o| o.pace = Some(50_000)));
+    let p = Node::start(&no_cache(1).with(|o| o.pace = Some(400_000)));
     let d = Node::start(&no_cache(1));
     let asked = request(1, 300, 5);
     let mut landing = d.submit(Job::Land(asked.clone()));
@@ -83,8 +94,8 @@ fn a_stopped_prefill_node_fails_what_it_was_sending() {
     let mut prefill = p.submit(Job::Prefill(asked.clone(), handoff));
     let Some(Event::Started { .. }) = prefill.blocking_recv() else { panic!("not started") };
     drop(p);
-    assert!(matches!(Outcome::of(landing).error(), JobError::Session(_)));
     assert!(matches!(Outcome::of(prefill).error(), JobError::Engine(_)));
+    failed_or_landed(landing, &asked);
     all_free(&d);
     let p = Node::start(&no_cache(1));
     assert_eq!(Trip::make(&p, &d, &asked).ids(), direct(&asked, backend::DType::F32));
@@ -92,7 +103,7 @@ fn a_stopped_prefill_node_fails_what_it_was_sending() {
 
 #[test]
 fn a_prefill_group_that_loses_a_rank_fails_its_jobs_and_comes_back() {
-    let mut p = Node::start(&no_cache(2).with(|o| o.pace = Some(100_000)));
+    let mut p = Node::start(&no_cache(2).with(|o| o.pace = Some(400_000)));
     let d = Node::start(&no_cache(2));
     let asked = request(1, 300, 5);
     let mut landing = d.submit(Job::Land(asked.clone()));
@@ -101,7 +112,7 @@ fn a_prefill_group_that_loses_a_rank_fails_its_jobs_and_comes_back() {
     let Some(Event::Started { .. }) = prefill.blocking_recv() else { panic!("not started") };
     let runner = p.ranks[1].stop().expect("a running rank");
     assert!(matches!(Outcome::of(prefill).error(), JobError::Engine(_)));
-    assert!(matches!(Outcome::of(landing).error(), JobError::Session(_)));
+    failed_or_landed(landing, &asked);
     all_free(&d);
     p.restart(1, runner);
     until("the group is back", || p.engine.ready());
