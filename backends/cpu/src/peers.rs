@@ -24,6 +24,7 @@ pub(crate) struct Peers {
     operation: u64,
     /// The first failure; every later collective repeats it.
     lost: Option<(usize, String)>,
+    silence_max: Duration,
 }
 
 /// One direction of one link: header and payload, as far as they have come.
@@ -57,7 +58,7 @@ impl Peers {
                 None => {}
             }
         }
-        Ok(Peers { rank, world, links, operation: 0, lost: None })
+        Ok(Peers { rank, world, links, operation: 0, lost: None, silence_max: SILENCE_MAX })
     }
 
     pub(crate) fn rank(&self) -> usize {
@@ -151,10 +152,10 @@ impl Peers {
             if moved {
                 progress = Instant::now();
             }
-            let left = SILENCE_MAX.saturating_sub(progress.elapsed());
+            let left = self.silence_max.saturating_sub(progress.elapsed());
             if left.is_zero() {
                 let waiting = receives.iter().map(|r| r.peer).chain(sends.iter().map(|s| s.peer)).next();
-                let reason = format!("silent for {} s", SILENCE_MAX.as_secs());
+                let reason = format!("silent for {:?}", self.silence_max);
                 return Err(self.lose(waiting.unwrap_or(self.rank), reason));
             }
             self.sleep(sends.iter().map(|s| s.peer), receives.iter().map(|r| r.peer), left);
@@ -250,5 +251,48 @@ fn reason_of(error: &io::Error) -> String {
     match error.kind() {
         ErrorKind::UnexpectedEof => "closed its link".to_owned(),
         _ => error.to_string(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn pair() -> (Peers, Peers) {
+        let mut both = Group::local(2).unwrap().into_iter().map(|group| Peers::new(group).unwrap());
+        (both.next().unwrap(), both.next().unwrap())
+    }
+
+    fn exchange(peers: &mut Peers, mine: &[u8]) -> Result<(), String> {
+        let mut theirs = [vec![0; mine.len()], vec![0; mine.len()]];
+        let [low, high] = &mut theirs;
+        peers.exchange(mine, &mut [low, high]).map_err(|error| error.to_string())
+    }
+
+    /// A rank that is alive but says nothing is lost after a bounded time, and stays lost.
+    #[test]
+    fn a_silent_rank_is_lost() {
+        let (mut near, mut far) = pair();
+        near.silence_max = Duration::from_millis(20);
+        let lost = Err("tensor-parallel group lost: rank 1: silent for 20ms".to_owned());
+        assert_eq!(exchange(&mut near, &[1; 4]), lost);
+        assert_eq!(exchange(&mut near, &[1; 4]), lost);
+        // The other rank learns of it too; what was sent to it before may still have arrived.
+        let _ = exchange(&mut far, &[2; 4]);
+        assert!(exchange(&mut far, &[2; 4]).is_err());
+    }
+
+    /// Ranks that run different plans notice at once instead of summing unlike things.
+    #[test]
+    fn ranks_out_of_step_are_refused() {
+        let (mut near, mut far) = pair();
+        let (near, far) = std::thread::scope(|scope| {
+            let far = scope.spawn(move || exchange(&mut far, &[2; 8]));
+            (exchange(&mut near, &[1; 4]), far.join().unwrap())
+        });
+        let out_of_step = |error: &str| error.contains("out of step: sent collective 1 of");
+        let errors = [near.unwrap_err(), far.unwrap_err()];
+        // One notices first and closes the link; the other may only see that.
+        assert!(errors.iter().any(|error| out_of_step(error)), "{errors:?}");
     }
 }

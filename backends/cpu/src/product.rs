@@ -62,6 +62,7 @@ impl Product<'_> {
         // Level i holds sums of 2^i ranges, [rows][width] each.
         let size = rows * width;
         let sums = scratch.floats(size * TREE_LEVELS);
+        // One tile of rows reads the weights once: long streams are best.
         let block = if rows > 12 { INPUTS_BLOCK } else { inputs };
         let mut waiting = 0usize;
         for range in 0..w.ranges {

@@ -50,7 +50,7 @@ fn fastest(mut f: impl FnMut()) -> f64 {
 fn product(level: Level, threads: usize, dtype: DType, rows: usize) {
     let options = DeviceOptions { threads, ..DeviceOptions::default() };
     let mut backend = CpuBackend::with_level(&options, Group::alone(), level).unwrap();
-    let (outputs, count) = if rows <= 4 { (3072, 4) } else { (1024, 1) };
+    let (outputs, count) = if rows <= 16 { (3072, 4) } else { (1024, 1) };
     let weights: Vec<CpuWeight> = (0..count).map(|_| weight(&mut backend, dtype, outputs, false)).collect();
     let table = weight(&mut backend, DType::BF16, rows, true);
     let mut kv = backend.kv(&KvSpec::gqa(1, 1, 0..1, 8, DType::BF16), 1 << 20).unwrap();
@@ -82,6 +82,7 @@ fn products() {
                 (DType::BF16, 1),
                 (DType::BF16, 2),
                 (DType::BF16, 4),
+                (DType::BF16, 5),
                 (DType::BF16, 8),
                 (DType::BF16, 16),
                 (DType::BF16, 96),

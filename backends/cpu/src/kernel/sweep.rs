@@ -176,25 +176,40 @@ unsafe fn tile<V: Lanes, W: Panels<V>, const R: usize, const P: usize>(
         }
         let mut k = 0;
         while k + 2 <= s.k {
-            if R <= ROWS_STREAMING {
-                for p in 0..P {
-                    w.ahead(panel + p, k);
-                }
+            // Weights stream from memory when rows are few; when they do not, asking costs next to nothing.
+            for p in 0..P {
+                w.ahead(panel + p, k);
             }
             let (mut even, mut odd) = ([V::splat(0.0); P], [V::splat(0.0); P]);
             for p in 0..P {
                 even[p] = w.even(panel + p, k);
                 odd[p] = w.odd(panel + p, k);
             }
-            // Both k of a row together: otherwise the compiler loads the second early and spills it.
-            for r in 0..R {
-                let (first, second) =
-                    (V::splat(*x.add(r * s.x_stride + k)), V::splat(*x.add(r * s.x_stride + k + 1)));
-                for p in 0..P {
-                    acc[r][p] = acc[r][p].madd(first, even[p]);
+            if R <= ROWS_STREAMING {
+                // Few factors: one k of all panels after the other leaves room for more panels.
+                for r in 0..R {
+                    let factor = V::splat(*x.add(r * s.x_stride + k));
+                    for p in 0..P {
+                        acc[r][p] = acc[r][p].madd(factor, even[p]);
+                    }
                 }
-                for p in 0..P {
-                    acc[r][p] = acc[r][p].madd(second, odd[p]);
+                for r in 0..R {
+                    let factor = V::splat(*x.add(r * s.x_stride + k + 1));
+                    for p in 0..P {
+                        acc[r][p] = acc[r][p].madd(factor, odd[p]);
+                    }
+                }
+            } else {
+                // Both k of a row together: otherwise the compiler loads the second early and spills it.
+                for r in 0..R {
+                    let first = V::splat(*x.add(r * s.x_stride + k));
+                    let second = V::splat(*x.add(r * s.x_stride + k + 1));
+                    for p in 0..P {
+                        acc[r][p] = acc[r][p].madd(first, even[p]);
+                    }
+                    for p in 0..P {
+                        acc[r][p] = acc[r][p].madd(second, odd[p]);
+                    }
                 }
             }
             k += 2;
@@ -218,10 +233,15 @@ unsafe fn tile<V: Lanes, W: Panels<V>, const R: usize, const P: usize>(
 /// Up to so many rows a product is as fast as its weights stream.
 const ROWS_STREAMING: usize = 2;
 
-/// Whether `r` rows by `p` panels of sums leave registers for the operands: two k of every panel, except for one row,
-/// where each is used once and gone.
+/// Whether `r` rows by `p` panels of sums leave registers for the operands: two k of every panel, one where rows are few,
+/// and of a single row each weight is used once and gone.
 const fn fits(r: usize, p: usize, registers: usize) -> bool {
-    r * p + if r == 1 { 2 } else { 2 * p } <= registers
+    let operands = match r {
+        1 => 2,
+        2 => p,
+        _ => 2 * p,
+    };
+    r * p + operands <= registers
 }
 
 /// Panels `[from, to)` for rows `[row, row + R)`: as many at once as registers allow, so that a single row still has
@@ -258,8 +278,8 @@ unsafe fn rows<V: Lanes, W: Panels<V>, const R: usize>(s: &Sweep, w: W, row: usi
 
 /// Panels that all row tiles visit before the next: two of 256 k in bf16 are 16 KiB, which stay in the first cache.
 const PANELS_WITH_MANY_ROWS: usize = 2;
-/// Up to here rows are few and weights stream: visit all panels with each row tile.
-const ROWS_FEW: usize = 4;
+/// Up to here rows are one or two tiles: visit all panels with each, so that even a last single row has many sums.
+const ROWS_FEW: usize = 12;
 
 #[inline(always)]
 unsafe fn sweep_panels<V: Lanes, W: Panels<V>>(s: &Sweep, w: W) {
