@@ -11,6 +11,8 @@ const PANELS_MAX: usize = 8;
 const ROWS_MAX: usize = 96;
 /// Inputs summed before the next rows come: two panels of them stay in the first cache.
 const INPUTS_BLOCK: usize = 256;
+/// Up to so many rows are a tile or two, and weights are read about once: long streams are best.
+const ROWS_STREAMING: usize = 12;
 /// Tasks per thread that even out unequal speeds.
 const TASKS_PER_THREAD: usize = 3;
 /// Sums waiting for their partner in a tree of ranges, by level.
@@ -62,8 +64,7 @@ impl Product<'_> {
         // Level i holds sums of 2^i ranges, [rows][width] each.
         let size = rows * width;
         let sums = scratch.floats(size * TREE_LEVELS);
-        // One tile of rows reads the weights once: long streams are best.
-        let block = if rows > 12 { INPUTS_BLOCK } else { inputs };
+        let block = if rows > ROWS_STREAMING { INPUTS_BLOCK } else { inputs };
         let mut waiting = 0usize;
         for range in 0..w.ranges {
             // SAFETY: bits of `waiting` count ranges, at most 8: the free slot is at most level 3. Weights, x and sums

@@ -140,17 +140,13 @@ fn export_outlives<X: Backend>(suite: &Suite<'_, X>, dtype: DType) {
     layer.rig.open(B, len as u32);
     feed(&mut layer, B, 0, &ids[60 - len..]);
     // Another thread reads, as senders do.
-    let after = std::thread::scope(|scope| {
-        scope.spawn(|| read(&SendOnly(export).0, &piece)).join().unwrap_or_else(|_| panic!("reader failed"))
-    });
+    let reader = std::thread::spawn(move || read(&export, &piece));
+    let after = reader.join().unwrap_or_else(|_| panic!("the reader failed"));
     assert_eq!(before, after, "the cache of a closed sequence changed under a lease");
     ok("close", layer.rig.kv.close(B));
     let usage = layer.rig.kv.usage();
     assert_eq!(usage.free, usage.total, "{usage:?} when idle");
 }
-
-/// Moves an export to another thread: leases are `Send`, not `Sync`.
-struct SendOnly<E>(E);
 
 fn export_missing<X: Backend>(suite: &Suite<'_, X>, dtype: DType) {
     let mut layer = Layer::new(suite, dtype, small(), 50, 64);

@@ -69,9 +69,8 @@ impl Attention<'_> {
         scores: *mut f32,
         sums: Sums,
     ) {
-        let ranges: Vec<Range<usize>> =
-            of.clone().map(|query| self.within(unit, span, query).unwrap_or(0..0)).collect();
-        let present = || ranges.iter().filter(|range| !range.is_empty());
+        let range = |query: usize| self.within(unit, span, query).unwrap_or(0..0);
+        let present = || of.clone().map(range).filter(|range| !range.is_empty());
         let Some(low) = present().map(|range| range.start).min() else { return };
         let high = present().map(|range| range.end).max().unwrap_or(low);
         let (first, panels) = (low / LANES, high.div_ceil(LANES));
@@ -93,36 +92,38 @@ impl Attention<'_> {
                 acc_stride: SPAN,
                 fresh: true,
             });
-            for (query, range) in of.clone().zip(&ranges).filter(|(_, range)| !range.is_empty()) {
-                let line = scores.add(query * SPAN);
-                let (peak, total) = (self.kernels.softmax)(line, range.start, range.end, self.scale);
-                *sums.peak.add(query) = peak;
-                *sums.total.add(query) = total;
+            for query in of.clone() {
+                let range = range(query);
+                if !range.is_empty() {
+                    let line = scores.add(query * SPAN);
+                    let (peak, total) = (self.kernels.softmax)(line, range.start, range.end, self.scale);
+                    *sums.peak.add(query) = peak;
+                    *sums.total.add(query) = total;
+                }
             }
             // Every row sums exactly its own positions: first those before all rows begin, one row at a time, then the
             // common ones together, then the rest.
-            let common_from = ranges.iter().map(|range| range.start).max().unwrap_or(0);
-            let common_to = ranges.iter().map(|range| range.end).min().unwrap_or(0);
-            if common_from < common_to {
-                for (query, range) in of.clone().zip(&ranges) {
-                    self.values(
-                        unit,
-                        span,
-                        query..query + 1,
-                        range.start..common_from,
-                        v_padded,
-                        scores,
-                        sums,
-                    );
-                }
-                self.values(unit, span, of.clone(), common_from..common_to, v_padded, scores, sums);
-                for (query, range) in of.clone().zip(&ranges) {
-                    self.values(unit, span, query..query + 1, common_to..range.end, v_padded, scores, sums);
-                }
-            } else {
-                for (query, range) in of.clone().zip(&ranges) {
-                    self.values(unit, span, query..query + 1, range.clone(), v_padded, scores, sums);
-                }
+            let mut from = of.clone().map(|query| range(query).start).max().unwrap_or(0);
+            let mut to = of.clone().map(|query| range(query).end).min().unwrap_or(0);
+            if from >= to {
+                (from, to) = (SPAN, SPAN);
+            }
+            for query in of.clone() {
+                let own = range(query);
+                self.values(
+                    unit,
+                    span,
+                    query..query + 1,
+                    own.start..own.end.min(from),
+                    v_padded,
+                    scores,
+                    sums,
+                );
+            }
+            self.values(unit, span, of.clone(), from..to, v_padded, scores, sums);
+            for query in of.clone() {
+                let own = range(query);
+                self.values(unit, span, query..query + 1, own.start.max(to)..own.end, v_padded, scores, sums);
             }
         }
     }
