@@ -1,10 +1,14 @@
-//! Lists the files of the bundled model, so that the executable carries them (see `cli/bundled.rs`).
+//! Lists the files of the bundled model, so that the executable carries them (see `cli/bundled.rs`), and tells it where
+//! libmlx lies on Linux (feature `mlx`, see `backends/mlx/build.rs`).
 
 use std::fmt::Write as _;
 use std::path::{Path, PathBuf};
 use std::{env, fs, io};
 
 fn main() -> io::Result<()> {
+    if let Ok(libraries) = env::var("DEP_BACKEND_MLX_LIBRARIES") {
+        println!("cargo::rustc-link-arg=-Wl,-rpath,{libraries}");
+    }
     let weights = Path::new(&env::var("CARGO_MANIFEST_DIR").unwrap_or_default()).join("models/demo/weights");
     println!("cargo::rerun-if-changed={}", weights.display());
     let mut files: Vec<PathBuf> = match fs::read_dir(&weights) {

@@ -82,6 +82,9 @@ struct Case {
 /// Logits per case, `[ids, vocabulary]`.
 type Rows = Vec<Vec<f32>>;
 
+/// What this build computes on.
+const BACKENDS: &str = if cfg!(feature = "mlx") { "cpu, mlx" } else { "cpu" };
+
 /// Reads the golden file and the model, computes, writes.
 pub fn run(args: &LogitsArgs) -> Result<()> {
     let path = args.golden.display();
@@ -103,7 +106,9 @@ pub fn run(args: &LogitsArgs) -> Result<()> {
     }
     let rows = match args.backend.as_str() {
         "cpu" => compute::<backend_cpu::CpuBackend>(args, &checkpoint, &golden.cases)?,
-        other => bail!("no backend {other:?} in this build (it has: cpu)"),
+        #[cfg(feature = "mlx")]
+        "mlx" => compute::<backend_mlx::MlxBackend>(args, &checkpoint, &golden.cases)?,
+        other => bail!("no backend {other:?} in this build (it has: {BACKENDS})"),
     };
     write(args, vocab, &rows)
 }

@@ -74,7 +74,7 @@ settings! {
     }
 }
 
-choice!(BackendKind { "auto" => BackendKind::Auto, "cpu" => BackendKind::Cpu });
+choice!(BackendKind { "auto" => BackendKind::Auto, "cpu" => BackendKind::Cpu, "mlx" => BackendKind::Mlx });
 choice!(DType { "bf16" => DType::BF16, "f32" => DType::F32 });
 choice!(LoadFormat { "files" => LoadFormat::Files, "dummy" => LoadFormat::Dummy { seed: 0 } });
 

@@ -78,6 +78,8 @@ pub enum BackendKind {
     Auto,
     /// The CPU.
     Cpu,
+    /// MLX: Apple Silicon, or MLX's CPU library on Linux. In builds with the feature `mlx`.
+    Mlx,
 }
 
 /// This process's place in a tensor-parallel group.

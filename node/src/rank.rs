@@ -81,7 +81,14 @@ pub fn start(
     let (done, ended) = oneshot::channel();
     let config = config.clone();
     let work = move || {
-        let result = match config.backend {
+        let result = match chosen(config.backend, config.group.world) {
+            #[cfg(feature = "mlx")]
+            BackendKind::Mlx => serve::<backend_mlx::MlxBackend>(&config, opened, &place, &commands, loaded),
+            #[cfg(not(feature = "mlx"))]
+            BackendKind::Mlx => {
+                let reason = "this build is without it (cargo feature mlx)".to_owned();
+                Err(backend::BackendError::Unavailable { backend: "mlx", reason }.into())
+            }
             BackendKind::Auto | BackendKind::Cpu => {
                 serve::<CpuBackend>(&config, opened, &place, &commands, loaded)
             }
@@ -94,6 +101,14 @@ pub fn start(
         .spawn(work)
         .map_err(|reason| NodeError::System { what: "engine thread", reason })?;
     Ok(ended)
+}
+
+/// What `auto` means: MLX in builds that have it, for one rank; several ranks compute on the CPU so far.
+fn chosen(asked: BackendKind, world: usize) -> BackendKind {
+    match asked {
+        BackendKind::Auto if cfg!(feature = "mlx") && world == 1 => BackendKind::Mlx,
+        asked => asked,
+    }
 }
 
 fn serve<B: Backend>(
