@@ -51,7 +51,8 @@ pub struct NodeSpec {
 /// Runs the node of `spec` until the process is killed or told to stop.
 pub async fn node(spec: &str) -> Result<()> {
     let spec: NodeSpec = serde_json::from_str(spec).context("spec")?;
-    process::init_logs(process::LogFormat::Human, "warn")?;
+    // At the end the driver goes first; that its nodes miss it is no news.
+    process::init_logs(process::LogFormat::Human, "warn,cluster::client=error")?;
     let shutdown = process::shutdown_on_signals()?;
     let any: SocketAddr = format!("{}:0", spec.host).parse().context("host")?;
     let config = NodeConfig {

@@ -86,7 +86,10 @@ pub fn render(m: &Measured) -> String {
     line("prefill", format!("{:.0} tok/s", f.prefill_tokens_per_s));
     let expected = u64::from(m.prompt) * c.token_bytes;
     line("KV bytes", format!("{} ({} tokens x {} B = {expected})", c.kv_bytes, m.prompt, c.token_bytes));
-    line("rate on the wire", format!("{:.2} GB/s while bytes were moving", c.wire_gbytes_per_s));
+    line(
+        "rate on the wire",
+        format!("{:.2} GB/s, as the sender's socket took the bytes", c.wire_gbytes_per_s),
+    );
     if let Some(rate) = c.link_bytes_per_s {
         line("bytes / link rate", format!("{:.1} ms", c.kv_bytes as f64 / rate * 1e3));
     }
