@@ -5,8 +5,8 @@
 //! made at the edges (export, commit). Every array has one owner, this store: an update recorded on it replaces the old
 //! handle, so MLX writes in place. Sequences do not share memory: a fork copies ([`KvStore::shares`] is false).
 //!
-//! The books bound tokens; slots are classes above them. So memory is at most twice the bytes asked for, and 256 tokens
-//! (the smallest slot) for each sequence shorter than that.
+//! The books bound tokens; slots are classes above them. Memory is up to twice the tokens of the sequences, 256 tokens (the
+//! smallest slot) for each shorter one, and a bank partly filled per class; a sequence that was cut keeps its slot.
 
 use std::ops::Range;
 use std::sync::{Arc, Mutex};
