@@ -6,7 +6,7 @@
 #   cp build/*.json build/chat_template.jinja build/model.safetensors weights/ && mv weights/score.json .
 set -eu
 cd "$(dirname "$0")"
-million=${1:-20}
+million=${1:-19}
 
 [ -d build/venv ] || python3 -m venv build/venv
 python=build/venv/bin/python
