@@ -4,7 +4,7 @@
 
 use std::ops::Range;
 
-use backend::{Attend, Backend, DType, Glu, KvSpec, Rope, Step};
+use backend::{Attend, Backend, DType, Glu, KvSpec, NormSpan, QkNorm, Rope, Step};
 
 use crate::load::{Ends, Loader};
 use crate::{Checkpoint, Config, ModelError, Progress, Shard, kv_specs, shards};
@@ -159,15 +159,15 @@ impl<B: Backend> Model<B> {
         let (config, weights) = (&self.config, &self.layers[layer]);
         let x = step.norm(x, &weights.input_norm, config.norm_eps);
         let qkv = step.linear(&x, &weights.qkv);
+        let norms = weights.q_norm.as_ref().zip(weights.k_norm.as_ref());
+        let qk_norm = norms.map(|(q, k)| QkNorm { q, k, eps: config.norm_eps, span: NormSpan::Head });
         let attend = Attend {
             heads: self.shard.heads.len(),
             kv_heads: self.shard.kv_heads.len(),
             head_dim: config.head_dim,
             scale: (config.head_dim as f32).powf(-0.5),
             rope: &self.rope,
-            q_norm: weights.q_norm.as_ref(),
-            k_norm: weights.k_norm.as_ref(),
-            norm_eps: config.norm_eps,
+            qk_norm,
             window: config.windows[layer],
         };
         let attended = step.attend(layer, qkv, &attend);

@@ -70,7 +70,7 @@ impl<'l, B: Backend> Loader<'l, B> {
             self.linear(&[(EMBED, 0..vocab)], 0..hidden, false, KSum::Ascending)?
         } else {
             let table = self.checkpoint.whole(EMBED);
-            self.load(&WeightSource::Embedding(table.view()), table.len_bytes())?
+            self.load(&WeightSource::Embedding(table.view().into()), table.len_bytes())?
         };
         let norm = self.norm(NORM)?;
         let head = if self.checkpoint.config().tied { EMBED } else { HEAD };
@@ -137,7 +137,7 @@ impl<'l, B: Backend> Loader<'l, B> {
             .collect();
         let bytes = slices.iter().chain(&biases).map(Slice::len_bytes).sum();
         let source = WeightSource::Linear(Linear {
-            parts: slices.iter().map(Slice::view).collect(),
+            parts: slices.iter().map(|slice| slice.view().into()).collect(),
             bias: bias.then(|| biases.iter().map(Slice::view).collect()),
             sum,
         });

@@ -148,7 +148,7 @@ impl<B: Backend> Rig<B> {
     }
 
     fn embedding(&mut self, x: &Tensor) -> B::Weight {
-        self.load(&WeightSource::Embedding(x.view()))
+        self.load(&WeightSource::Embedding(x.view().into()))
     }
 
     fn norm(&mut self, x: &Tensor) -> B::Weight {
@@ -156,7 +156,7 @@ impl<B: Backend> Rig<B> {
     }
 
     fn linear(&mut self, parts: &[&Tensor], sum: KSum) -> B::Weight {
-        let parts = parts.iter().map(|part| part.view()).collect();
+        let parts = parts.iter().map(|part| part.view().into()).collect();
         self.load(&WeightSource::Linear(Linear { parts, bias: None, sum }))
     }
 

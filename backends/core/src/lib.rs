@@ -14,6 +14,7 @@ pub mod extents;
 pub mod group;
 pub mod lease;
 pub mod paged;
+pub mod quant;
 pub mod seam;
 pub mod spec;
 pub mod weight;
@@ -23,9 +24,10 @@ pub use dtype::DType;
 pub use error::{BackendError, KvError};
 pub use group::{Group, Links};
 pub use lease::{KvExport, KvLanding, Piece};
+pub use quant::{GgufBlock, MatrixView, Quant, QuantView};
 pub use seam::{
-    Attend, Backend, Caps, DeviceOptions, Fork, Glu, KvStore, KvUsage, Out, Output, Pending, Rope, RopeStyle,
-    Step,
+    Attend, Backend, Caps, DeviceOptions, Fork, Glu, KvStore, KvUsage, Mla, Moe, NormSpan, Out, Output,
+    Pending, QkNorm, Rope, RopeStyle, Routing, Score, Step,
 };
 pub use spec::{KvSpec, Plane, Sharding};
-pub use weight::{KSum, Linear, TensorView, WeightSource};
+pub use weight::{Heads, KSum, Linear, TensorView, WeightSource};

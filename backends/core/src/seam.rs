@@ -117,6 +117,25 @@ pub trait Step {
     /// Returns `[rows, q heads * head_dim]`.
     fn attend(&mut self, layer: usize, qkv: Act<Self>, attend: &Attend<'_, Self::Backend>) -> Act<Self>;
 
+    /// Multi-head latent attention of `layer`. `q = [rows, this rank's heads * (nope | rope)]`, `kv = [rows, latent |
+    /// rope]` (the same on every rank): norms the latent, rotates the rope parts, writes latent and rope key to the two
+    /// planes of [`KvSpec::mla`], then causal attention over `[0, position]`. A head's key is `k_up latent | rope key`,
+    /// its value `v_up latent`. Returns `[rows, this rank's heads * value_dim]`. Whether keys and values are expanded
+    /// or the products are absorbed into q and the result is the backend's choice, per row (but see [`Caps::exact`]).
+    fn attend_mla(
+        &mut self,
+        layer: usize,
+        q: Act<Self>,
+        kv: Act<Self>,
+        mla: &Mla<'_, Self::Backend>,
+    ) -> Act<Self>;
+
+    /// A mixture of experts over `x = [rows, hidden]`: routes every row, computes its experts (and the shared one) and
+    /// adds them up by their weights. The result is this rank's f32 partial sum, to be given to [`Step::all_reduce`], as
+    /// that of a [`crate::KSum::Tree`] product: on exact backends each of the 8 ranges of K is added up over the
+    /// experts in ascending order, the shared one last, before the ranges are joined.
+    fn moe(&mut self, x: &Act<Self>, moe: &Moe<'_, Self::Backend>) -> Act<Self>;
+
     /// A lease on the cache of `tokens` of `seq` in `layer`, as it will be after the last [`Step::attend`] of that
     /// layer. Called once the layer's attention is recorded; [`KvExport::wait`] tells when the bytes are there.
     fn export(&mut self, seq: SeqId, layer: usize, tokens: Range<u32>) -> Result<Export<Self>, KvError>;
@@ -154,14 +173,116 @@ pub struct Attend<'a, B: Backend> {
     pub scale: f32,
     /// Rotary embedding of q and k.
     pub rope: &'a Rope,
-    /// Per-head RMS norm of q before rope, `[head_dim]`.
-    pub q_norm: Option<&'a B::Weight>,
-    /// Per-head RMS norm of k before rope, `[head_dim]`.
-    pub k_norm: Option<&'a B::Weight>,
-    /// Epsilon of those norms.
-    pub norm_eps: f32,
+    /// RMS norm of q and k before rope.
+    pub qk_norm: Option<QkNorm<'a, B>>,
     /// Sliding window: a row at `p` attends to `(p - window, p]`.
     pub window: Option<u32>,
+}
+
+/// RMS norm of q and k before rope.
+pub struct QkNorm<'a, B: Backend> {
+    /// Scale of q: `[head_dim]`, or `[heads * head_dim]` with [`NormSpan::Projection`].
+    pub q: &'a B::Weight,
+    /// Scale of k: `[head_dim]`, or `[kv_heads * head_dim]` with [`NormSpan::Projection`].
+    pub k: &'a B::Weight,
+    /// Epsilon.
+    pub eps: f32,
+    /// Over what the mean square is taken.
+    pub span: NormSpan,
+}
+
+/// Over what a norm of q and k takes its mean square.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum NormSpan {
+    /// Each head by itself (Qwen 3).
+    Head,
+    /// All heads of the projection, of all ranks (MiniMax M2): the heads' square sums are all-reduced as a vector with a
+    /// place per head, then added up in order of head.
+    Projection {
+        /// Query heads of the whole model.
+        heads_total: usize,
+        /// KV heads of the whole model.
+        kv_heads_total: usize,
+        /// First query head of this rank.
+        head_first: usize,
+        /// First KV head of this rank.
+        kv_head_first: usize,
+        /// Of this rank's KV heads, those that no lower rank has too: only these are told to the others.
+        kv_heads_own: Range<usize>,
+    },
+}
+
+/// What multi-head latent attention needs besides q and kv. Sizes are this rank's.
+pub struct Mla<'a, B: Backend> {
+    /// Query heads of this rank.
+    pub heads: usize,
+    /// Elements of a head's q and k without position.
+    pub nope_dim: usize,
+    /// Elements of a head's q, and of the shared key, that are rotated.
+    pub rope_dim: usize,
+    /// Elements of a head's value.
+    pub value_dim: usize,
+    /// Elements of the latent.
+    pub latent_dim: usize,
+    /// Factor of the scores.
+    pub scale: f32,
+    /// Rotary embedding of `rope_dim` elements.
+    pub rope: &'a Rope,
+    /// RMS norm of the latent, `[latent_dim]`.
+    pub latent_norm: &'a B::Weight,
+    /// Its epsilon.
+    pub norm_eps: f32,
+    /// Latent to keys, absorbed: [`crate::Heads`] `nope_dim -> latent_dim`.
+    pub q_to_latent: &'a B::Weight,
+    /// Latent to values: [`crate::Heads`] `latent_dim -> value_dim`.
+    pub latent_to_value: &'a B::Weight,
+}
+
+/// What a mixture of experts needs.
+pub struct Moe<'a, B: Backend> {
+    /// Scores of the experts: [`crate::Linear`] `[experts, hidden]`, whole on every rank; the scores stay f32.
+    pub router: &'a B::Weight,
+    /// How scores choose experts and weigh them.
+    pub routing: &'a Routing,
+    /// Added to the scores for the choice only: [`WeightSource::Exact`] `[experts]`.
+    pub choice_bias: Option<&'a B::Weight>,
+    /// Gate and up of every expert: [`WeightSource::Experts`] `[gate | up, hidden]`, this rank's columns.
+    pub gate_up: &'a B::Weight,
+    /// Down of every expert: [`WeightSource::Experts`] `[hidden, this rank's columns]`, [`crate::KSum::Tree`].
+    pub down: &'a B::Weight,
+    /// Gate and up, and down, of the expert that every row passes: [`crate::Linear`]s.
+    pub shared: Option<(&'a B::Weight, &'a B::Weight)>,
+    /// The gate's activation function.
+    pub glu: Glu,
+}
+
+/// How a row's scores choose its experts and weigh them.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Routing {
+    /// Experts of the model.
+    pub experts: usize,
+    /// Experts of a row.
+    pub top_k: usize,
+    /// From products to scores.
+    pub score: Score,
+    /// Groups of consecutive experts, and how many of them a row may use: those with the largest sums of their two
+    /// best choices; other groups' choices count as minus infinity.
+    pub groups: Option<(usize, usize)>,
+    /// Whether the chosen weights are divided by their sum.
+    pub normalise: bool,
+    /// Added to that sum (DeepSeek: 1e-20).
+    pub normalise_eps: f32,
+    /// Factor on the weights.
+    pub scale: f32,
+}
+
+/// From a router's products to scores.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Score {
+    /// Softmax over all experts.
+    Softmax,
+    /// Sigmoid of each.
+    Sigmoid,
 }
 
 /// A rotary embedding as a table of frequencies: every kind (plain, linear, llama3, yarn) comes down to this.

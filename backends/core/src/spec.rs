@@ -74,4 +74,11 @@ impl KvSpec {
         let plane = |name| Plane { name, heads_total, dim, dtype, sharding: Sharding::Heads(heads.clone()) };
         KvSpec { layers, planes: vec![plane("k"), plane("v")] }
     }
+
+    /// Planes of multi-head latent attention, the same on every rank: the normed latent of `latent` elements and the
+    /// rotated key of `rope` elements that all heads share.
+    pub fn mla(layers: usize, latent: usize, rope: usize, dtype: DType) -> Self {
+        let plane = |name, dim| Plane { name, heads_total: 1, dim, dtype, sharding: Sharding::Replicated };
+        KvSpec { layers, planes: vec![plane("latent", latent), plane("rope", rope)] }
+    }
 }

@@ -1,7 +1,8 @@
 //! Weights as the kernels read them: panels of 16 outputs, K-major, packed once at load. bf16 stays bf16 in pairs along
 //! K (the layout of AMX and AVX-512 BF16 tiles too), f16 stays f16, f32 stays f32.
 
-use backend::{BackendError, DType, KSum, Linear, TensorView, WeightSource};
+use backend::weight::widen;
+use backend::{BackendError, DType, KSum, Linear, MatrixView, TensorView, WeightSource};
 use half::{bf16, f16};
 
 use crate::kernel::{Kernels, Layout};
@@ -99,8 +100,9 @@ impl Packed {
         let Some(first) = linear.parts.first() else {
             return Err(weight_error("", "a linear layer without parts".to_owned()));
         };
-        for part in &linear.parts {
-            check(part)?;
+        let first = plain(std::slice::from_ref(first))?[0];
+        let parts = plain(&linear.parts)?;
+        for part in &parts {
             if part.cols != first.cols {
                 let reason = format!("{} columns beside {} of {}", part.cols, first.cols, first.name);
                 return Err(weight_error(part.name, reason));
@@ -116,20 +118,20 @@ impl Packed {
         if tree && linear.bias.is_some() {
             return Err(weight_error(first.name, "a bias belongs after the join of a tree".to_owned()));
         }
-        let same = linear.parts.iter().all(|part| part.dtype == first.dtype);
+        let same = parts.iter().all(|part| part.dtype == first.dtype);
         let layout = match first.dtype {
             DType::BF16 if same => Layout::Bf16Pairs,
             DType::F16 if same => Layout::F16,
             _ => Layout::F32,
         };
-        let outputs = linear.parts.iter().map(|part| part.rows).sum();
+        let outputs = parts.iter().map(|part| part.rows).sum();
         let bias = linear.bias.as_ref().map(|parts| stacked_bias(parts, outputs)).transpose()?;
         let inputs = first.cols;
         let mut packed = Packed { outputs, inputs, layout, ranges, bias, memory: Memory::unwritten(0)? };
         let bytes = packed.panels() * packed.panel_elements() * packed.element_bytes();
         packed.memory = Memory::unwritten(bytes)?;
         let rows: Vec<(&TensorView<'_>, usize)> =
-            linear.parts.iter().flat_map(|part| (0..part.rows).map(move |row| (part, row))).collect();
+            parts.iter().flat_map(|part| (0..part.rows).map(move |row| (part, row))).collect();
         pool.run(packed.panels(), usize::MAX, |panel, _| {
             let end = rows.len().min((panel + 1) * LANES);
             packed.pack_panel(panel, &rows[panel * LANES..end], kernels);
@@ -202,13 +204,13 @@ impl CpuWeight {
         let kind = match source {
             WeightSource::Linear(linear) => Kind::Product(Packed::pack(linear, kernels, pool)?),
             WeightSource::Embedding(view) => {
-                check(view)?;
+                let view = plain(std::slice::from_ref(view))?[0];
                 let mut bytes = Vec::with_capacity(view.rows * view.cols * view.dtype.bytes());
                 (0..view.rows).for_each(|row| bytes.extend_from_slice(view.row(row)));
                 Kind::Table(Table { rows: view.rows, cols: view.cols, dtype: view.dtype, bytes })
             }
-            WeightSource::Norm(view) | WeightSource::Bias(view) => {
-                check(view)?;
+            WeightSource::Norm(view) | WeightSource::Bias(view) | WeightSource::Exact(view) => {
+                view.check()?;
                 if view.rows != 1 {
                     return Err(weight_error(
                         view.name,
@@ -217,10 +219,13 @@ impl CpuWeight {
                 }
                 let mut vector = vec![0.0; view.cols];
                 widen(view.dtype, view.row(0), &mut vector);
-                if dtype == DType::BF16 {
+                if dtype == DType::BF16 && !matches!(source, WeightSource::Exact(_)) {
                     vector.iter_mut().for_each(|x| *x = bf16::from_f32(*x).to_f32());
                 }
                 Kind::Vector(vector)
+            }
+            WeightSource::Experts(_) | WeightSource::Heads(_) => {
+                return Err(weight_error("", "experts and heads are not supported yet".to_owned()));
             }
         };
         Ok(CpuWeight(kind))
@@ -230,7 +235,7 @@ impl CpuWeight {
 fn stacked_bias(parts: &[TensorView<'_>], outputs: usize) -> Result<Vec<f32>, BackendError> {
     let mut bias = Vec::with_capacity(outputs);
     for part in parts {
-        check(part)?;
+        part.check()?;
         let mut floats = vec![0.0; part.cols];
         widen(part.dtype, part.row(0), &mut floats);
         bias.extend(floats);
@@ -242,39 +247,15 @@ fn stacked_bias(parts: &[TensorView<'_>], outputs: usize) -> Result<Vec<f32>, Ba
     Ok(bias)
 }
 
-fn check(view: &TensorView<'_>) -> Result<(), BackendError> {
-    let row = view.cols * view.dtype.bytes();
-    if view.rows == 0 || view.cols == 0 {
-        return Err(weight_error(view.name, format!("{} x {} elements", view.rows, view.cols)));
-    }
-    let needed = (view.rows - 1) * view.row_stride_bytes + row;
-    if view.row_stride_bytes < row && view.rows > 1 {
-        return Err(weight_error(view.name, format!("rows of {row} bytes, {} apart", view.row_stride_bytes)));
-    }
-    if view.bytes.len() < needed {
-        return Err(weight_error(view.name, format!("{} bytes, {needed} needed", view.bytes.len())));
-    }
-    Ok(())
-}
-
-fn widen(dtype: DType, bytes: &[u8], out: &mut [f32]) {
-    match dtype {
-        DType::F32 => {
-            for (x, b) in out.iter_mut().zip(bytes.as_chunks::<4>().0) {
-                *x = f32::from_le_bytes(*b);
-            }
+/// Matrices of numbers, checked.
+fn plain<'a>(parts: &[MatrixView<'a>]) -> Result<Vec<TensorView<'a>>, BackendError> {
+    let one = |part: &MatrixView<'a>| match part {
+        MatrixView::Plain(view) => view.check().map(|()| *view),
+        MatrixView::Quantised(view) => {
+            Err(weight_error(view.name, format!("{} is not supported yet", view.format)))
         }
-        DType::F16 => {
-            for (x, b) in out.iter_mut().zip(bytes.as_chunks::<2>().0) {
-                *x = f16::from_le_bytes(*b).to_f32();
-            }
-        }
-        DType::BF16 => {
-            for (x, b) in out.iter_mut().zip(bytes.as_chunks::<2>().0) {
-                *x = bf16::from_le_bytes(*b).to_f32();
-            }
-        }
-    }
+    };
+    parts.iter().map(one).collect()
 }
 
 pub(crate) fn weight_error(name: &str, reason: String) -> BackendError {

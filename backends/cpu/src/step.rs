@@ -3,7 +3,8 @@
 use std::ops::Range;
 
 use backend::{
-    Attend, BackendError, Batch, Glu, KvError, KvStore, Out, Output, Pending, Rope, RopeStyle, SeqId, Step,
+    Attend, BackendError, Batch, Glu, KvError, KvStore, Mla, Moe, Out, Output, Pending, Rope, RopeStyle,
+    SeqId, Step,
 };
 
 use crate::attend::{Attention, Prepare, Rows};
@@ -316,7 +317,8 @@ impl Step for CpuStep<'_> {
         }
         let dim = attend.head_dim;
         let mut norms = [None, None];
-        for (norm, weight) in norms.iter_mut().zip([attend.q_norm, attend.k_norm]) {
+        let scales = attend.qk_norm.as_ref().map(|norm| [norm.q, norm.k]);
+        for (norm, weight) in norms.iter_mut().zip(scales.map_or([None; 2], |scales| scales.map(Some))) {
             if let Some(weight) = weight {
                 let Some(vector) = self.vector(weight, dim, "a head norm's scale") else {
                     return self.blank(rows, width);
@@ -362,7 +364,7 @@ impl Step for CpuStep<'_> {
             interleaved: attend.rope.style == RopeStyle::Interleaved,
             q_norm: norms[0],
             k_norm: norms[1],
-            eps: attend.norm_eps,
+            eps: attend.qk_norm.as_ref().map_or(0.0, |norm| norm.eps),
         };
         // SAFETY: shapes were checked; `enter` has made sure that nobody else holds the positions written or writes those
         // read; sequences of one batch are different, so their rows do not meet.
@@ -371,6 +373,14 @@ impl Step for CpuStep<'_> {
             attention.run(&self.device.pool, &self.device.arena);
         }
         out
+    }
+
+    fn attend_mla(&mut self, _layer: usize, q: CpuAct, _kv: CpuAct, mla: &Mla<'_, CpuBackend>) -> CpuAct {
+        self.refuse("latent attention is not supported yet".to_owned(), q.rows, mla.heads * mla.value_dim)
+    }
+
+    fn moe(&mut self, x: &CpuAct, _moe: &Moe<'_, CpuBackend>) -> CpuAct {
+        self.refuse("experts are not supported yet".to_owned(), x.rows, x.width)
     }
 
     fn export(&mut self, seq: SeqId, layer: usize, tokens: Range<u32>) -> Result<CpuExport, KvError> {

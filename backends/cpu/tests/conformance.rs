@@ -53,9 +53,9 @@ fn levels_agree() {
         let mut backend = CpuBackend::with_level(&options, Group::alone(), level).unwrap();
         assert!(backend.caps().device.starts_with(level.name()));
         let mut kv = backend.kv(&KvSpec::gqa(1, 1, 0..1, 8, DType::F32), 1 << 16).unwrap();
-        let table = backend.load(&WeightSource::Embedding(view(&x, rows, inputs))).unwrap();
+        let table = backend.load(&WeightSource::Embedding(view(&x, rows, inputs).into())).unwrap();
         let norm = backend.load(&WeightSource::Norm(view(&scale, 1, inputs))).unwrap();
-        let parts = vec![view(&w, outputs, inputs)];
+        let parts = vec![view(&w, outputs, inputs).into()];
         let linear = Linear { parts, bias: None, sum: KSum::Ascending };
         let linear = backend.load(&WeightSource::Linear(linear)).unwrap();
         let mut batch = Batch::default();

@@ -28,8 +28,8 @@ fn weight(backend: &mut CpuBackend, dtype: DType, rows: usize, table: bool) -> C
         bytes: &bytes,
     };
     let source = match table {
-        true => WeightSource::Embedding(view),
-        false => WeightSource::Linear(Linear { parts: vec![view], bias: None, sum: KSum::Ascending }),
+        true => WeightSource::Embedding(view.into()),
+        false => WeightSource::Linear(Linear { parts: vec![view.into()], bias: None, sum: KSum::Ascending }),
     };
     backend.load(&source).unwrap()
 }
@@ -113,7 +113,7 @@ fn attention(level: Level, threads: usize, context: u32, rows: u32) {
         row_stride_bytes: 2 * width,
         bytes: &bytes,
     };
-    let table = backend.load(&WeightSource::Embedding(view)).unwrap();
+    let table = backend.load(&WeightSource::Embedding(view.into())).unwrap();
     let rope = Rope {
         inv_freq: (0..64).map(|i| 500_000f32.powf(-(i as f32) / 64.0)).collect(),
         factor: 1.0,
@@ -129,9 +129,7 @@ fn attention(level: Level, threads: usize, context: u32, rows: u32) {
         head_dim: 128,
         scale: 0.088,
         rope: &rope,
-        q_norm: None,
-        k_norm: None,
-        norm_eps: 1e-6,
+        qk_norm: None,
         window: None,
     };
     let mut run = |start: u32, len: u32| {

@@ -163,8 +163,18 @@ impl MlxStep<'_> {
         // [rows, q heads | k heads | v heads, dim]
         let qkv = qkv.reshape(&[rows, -1, int(head_dim)])?;
         let positions = &attention.positions;
-        let q = self.turned(&second(&qkv, 0..heads)?, attend.q_norm, attend, positions)?;
-        let k = self.turned(&second(&qkv, heads..heads + kv_heads)?, attend.k_norm, attend, positions)?;
+        let q = self.turned(
+            &second(&qkv, 0..heads)?,
+            attend.qk_norm.as_ref().map(|norm| norm.q),
+            attend,
+            positions,
+        )?;
+        let k = self.turned(
+            &second(&qkv, heads..heads + kv_heads)?,
+            attend.qk_norm.as_ref().map(|norm| norm.k),
+            attend,
+            positions,
+        )?;
         let v = second(&qkv, heads + kv_heads..heads + 2 * kv_heads)?;
         let types: Vec<Dtype> = self.kv.spec().planes.iter().map(|plane| mlx_type(plane.dtype)).collect();
         let kv = [k.as_dtype(types[0])?, v.as_dtype(types[1])?];
@@ -243,7 +253,11 @@ impl MlxStep<'_> {
     ) -> Recorded {
         let (heads, dim, rope) = (x.dim(1), attend.head_dim, attend.rope);
         let mut x = match norm {
-            Some(weight) => fast::rms_norm(x, Some(weight.vector(dim)?), attend.norm_eps)?,
+            Some(weight) => fast::rms_norm(
+                x,
+                Some(weight.vector(dim)?),
+                attend.qk_norm.as_ref().map_or(0.0, |norm| norm.eps),
+            )?,
             None => x.clone(),
         };
         let turned = 2 * rope.inv_freq.len();

@@ -3,7 +3,9 @@
 
 use std::ops::Range;
 
-use backend::{Attend, BackendError, Batch, Glu, KvError, KvStore, Out, Output, Pending, SeqId, Step};
+use backend::{
+    Attend, BackendError, Batch, Glu, KvError, KvStore, Mla, Moe, Out, Output, Pending, SeqId, Step,
+};
 use mlx_rs::{Array, Dtype, fast, ops};
 
 use crate::attend::Attention;
@@ -141,6 +143,14 @@ impl Step for MlxStep<'_> {
 
     fn attend(&mut self, layer: usize, qkv: MlxAct, attend: &Attend<'_, MlxBackend>) -> MlxAct {
         self.record(|step| step.attention(layer, &qkv, attend))
+    }
+
+    fn attend_mla(&mut self, _: usize, _: MlxAct, _: MlxAct, _: &Mla<'_, MlxBackend>) -> MlxAct {
+        self.record(|_| Err(Failure("latent attention is not supported yet".to_owned())))
+    }
+
+    fn moe(&mut self, _: &MlxAct, _: &Moe<'_, MlxBackend>) -> MlxAct {
+        self.record(|_| Err(Failure("experts are not supported yet".to_owned())))
     }
 
     /// Evaluation of the graph up to here begins.

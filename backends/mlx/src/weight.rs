@@ -1,7 +1,7 @@
 //! Weights as MLX arrays. A weight of the step's dtype stays as it is; others are converted once, at load: exactly for an
 //! f32 step, rounded for a 16-bit one (MLX would widen the whole weight at every use instead).
 
-use backend::{BackendError, DType, KSum, Linear, TensorView, WeightSource};
+use backend::{BackendError, DType, KSum, Linear, MatrixView, TensorView, WeightSource};
 use mlx_rs::{Array, ops};
 
 use crate::graph::{Failure, Recorded, int, mlx_type};
@@ -30,8 +30,12 @@ impl MlxWeight {
     pub(crate) fn load(source: &WeightSource<'_>, dtype: DType) -> Result<Self, BackendError> {
         let kind = match source {
             WeightSource::Linear(linear) => linear_weight(linear, dtype)?,
-            WeightSource::Embedding(table) => matrix_weight(table.name, stacked(&[*table], dtype)?, None)?,
+            WeightSource::Embedding(table) => matrix_weight(table.name(), stacked(&[*table], dtype)?, None)?,
             WeightSource::Norm(view) | WeightSource::Bias(view) => Kind::Vector(vector(&[*view], dtype)?),
+            WeightSource::Exact(view) => Kind::Vector(vector(&[*view], DType::F32)?),
+            WeightSource::Experts(_) | WeightSource::Heads(_) => {
+                return Err(refused("", "experts and heads are not supported yet".to_owned()));
+            }
         };
         // Evaluated now: the bytes may go, and nothing lazy is left over for the first step.
         let arrays = match &kind {
@@ -49,20 +53,20 @@ fn linear_weight(linear: &Linear<'_>, dtype: DType) -> Result<Kind, BackendError
     };
     let tree = match linear.sum {
         KSum::Ascending => false,
-        KSum::Tree { ranges } if [1, 2, 4, 8].contains(&ranges) && first.cols % ranges == 0 => true,
+        KSum::Tree { ranges } if [1, 2, 4, 8].contains(&ranges) && first.cols() % ranges == 0 => true,
         KSum::Tree { ranges } => {
-            return Err(refused(first.name, format!("{} columns in {ranges} ranges", first.cols)));
+            return Err(refused(first.name(), format!("{} columns in {ranges} ranges", first.cols())));
         }
     };
     if tree && linear.bias.is_some() {
-        return Err(refused(first.name, "a bias belongs after the join of a tree".to_owned()));
+        return Err(refused(first.name(), "a bias belongs after the join of a tree".to_owned()));
     }
-    let rows: usize = linear.parts.iter().map(|part| part.rows).sum();
+    let rows: usize = linear.parts.iter().map(MatrixView::rows).sum();
     let bias = linear.bias.as_deref().map(|parts| vector(parts, dtype)).transpose()?;
     if let Some(bias) = bias.as_ref().filter(|bias| bias.size() != rows) {
-        return Err(refused(first.name, format!("{} biases for {rows} outputs", bias.size())));
+        return Err(refused(first.name(), format!("{} biases for {rows} outputs", bias.size())));
     }
-    matrix_weight(first.name, stacked(&linear.parts, dtype)?, bias)
+    matrix_weight(first.name(), stacked(&linear.parts, dtype)?, bias)
 }
 
 fn matrix_weight(name: &str, rows: Array, bias: Option<Array>) -> Result<Kind, BackendError> {
@@ -70,8 +74,18 @@ fn matrix_weight(name: &str, rows: Array, bias: Option<Array>) -> Result<Kind, B
     Ok(Kind::Matrix { rows, turned, bias })
 }
 
+fn plain<'a>(part: &MatrixView<'a>) -> Result<TensorView<'a>, BackendError> {
+    match part {
+        MatrixView::Plain(view) => Ok(*view),
+        MatrixView::Quantised(view) => {
+            Err(refused(view.name, format!("{} is not supported yet", view.format)))
+        }
+    }
+}
+
 /// Parts with equal columns, one below the other.
-fn stacked(parts: &[TensorView<'_>], dtype: DType) -> Result<Array, BackendError> {
+fn stacked(parts: &[MatrixView<'_>], dtype: DType) -> Result<Array, BackendError> {
+    let parts: &[TensorView<'_>] = &parts.iter().map(plain).collect::<Result<Vec<_>, _>>()?;
     let mut arrays = Vec::with_capacity(parts.len());
     for part in parts {
         if part.cols != parts[0].cols {

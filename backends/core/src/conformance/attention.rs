@@ -2,7 +2,9 @@
 
 use super::reference::Attention;
 use super::{Case, Rig, Suite, Tensor};
-use crate::{Attend, Backend, Batch, DType, Group, KvSpec, KvStore, Rope, RopeStyle, SeqId, Step};
+use crate::{
+    Attend, Backend, Batch, DType, Group, KvSpec, KvStore, NormSpan, QkNorm, Rope, RopeStyle, SeqId, Step,
+};
 
 pub(super) fn cases<'a, B: Backend>() -> Vec<Case<'a, B>> {
     vec![
@@ -83,18 +85,11 @@ impl<B: Backend> Layer<B> {
     pub(super) fn run(&mut self, batch: &Batch) -> Vec<f32> {
         let Attention { heads, kv_heads, dim, window, eps, .. } = self.attention;
         let scale = self.attention.scale();
-        let (table, rope, norms) = (&self.table, &self.rope, &self.norms);
-        let attend = Attend {
-            heads,
-            kv_heads,
-            head_dim: dim,
-            scale,
-            rope,
-            q_norm: norms[0].as_ref(),
-            k_norm: norms[1].as_ref(),
-            norm_eps: eps as f32,
-            window,
-        };
+        let (table, rope) = (&self.table, &self.rope);
+        let [q, k] = &self.norms;
+        let norms = q.as_ref().zip(k.as_ref());
+        let qk_norm = norms.map(|(q, k)| QkNorm { q, k, eps: eps as f32, span: NormSpan::Head });
+        let attend = Attend { heads, kv_heads, head_dim: dim, scale, rope, qk_norm, window };
         self.rig.step(batch, |step| {
             let qkv = step.embed(table);
             step.attend(1, qkv, &attend)
@@ -225,17 +220,8 @@ fn no_room<B: Backend>(suite: &Suite<'_, B>, dtype: DType) {
     let mut batch = Batch::default();
     batch.push(SeqId(1), 0, &ids(1, 17, 50));
     let Layer { rig, table, rope, .. } = &mut layer;
-    let attend = Attend {
-        heads: 4,
-        kv_heads: 2,
-        head_dim: 16,
-        scale: 0.25,
-        rope,
-        q_norm: None,
-        k_norm: None,
-        norm_eps: 1e-6,
-        window: None,
-    };
+    let attend =
+        Attend { heads: 4, kv_heads: 2, head_dim: 16, scale: 0.25, rope, qk_norm: None, window: None };
     let ran = rig.try_step(&batch, |step| {
         let qkv = step.embed(table);
         step.attend(1, qkv, &attend)

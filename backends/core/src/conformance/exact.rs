@@ -7,8 +7,8 @@ use super::attention::{Layer, ids, small};
 use super::reference::Attention;
 use super::{Case, MakeGroup, Suite, Tensor, rows_batch};
 use crate::{
-    Attend, Backend, BackendError, Batch, DType, DeviceOptions, Glu, Group, KSum, KvSpec, Linear, Output,
-    Rope, RopeStyle, SeqId, Step, WeightSource,
+    Attend, Backend, BackendError, Batch, DType, DeviceOptions, Glu, Group, KSum, KvSpec, Linear, MatrixView,
+    Output, Rope, RopeStyle, SeqId, Step, WeightSource,
 };
 
 pub(super) fn cases<'a, B: Backend>() -> Vec<Case<'a, B>> {
@@ -186,17 +186,21 @@ impl Block {
         let embedding = rig.embedding(&self.embedding);
         let norm = rig.norm(&self.norm);
         let qkv = rig.load(&linear(
-            vec![self.q.part(q.start, q.end), self.k.part(kv.start, kv.end), self.v.part(kv.start, kv.end)],
+            [self.q.part(q.start, q.end), self.k.part(kv.start, kv.end), self.v.part(kv.start, kv.end)]
+                .map(MatrixView::from)
+                .to_vec(),
             KSum::Ascending,
         ));
-        let o = rig.load(&linear(vec![self.o.columns(q.start, q.end)], tree));
+        let o = rig.load(&linear(vec![self.o.columns(q.start, q.end).into()], tree));
         let gate_up = rig.load(&linear(
-            vec![self.gate.part(inter.start, inter.end), self.up.part(inter.start, inter.end)],
+            vec![self.gate.part(inter.start, inter.end).into(), self.up.part(inter.start, inter.end).into()],
             KSum::Ascending,
         ));
-        let down = rig.load(&linear(vec![self.down.columns(inter.start, inter.end)], tree));
-        let head =
-            rig.load(&linear(vec![self.embedding.part(vocabulary.start, vocabulary.end)], KSum::Ascending));
+        let down = rig.load(&linear(vec![self.down.columns(inter.start, inter.end).into()], tree));
+        let head = rig.load(&linear(
+            vec![self.embedding.part(vocabulary.start, vocabulary.end).into()],
+            KSum::Ascending,
+        ));
         let rope = Rope { inv_freq: small().inv_freq.into(), factor: 1.0, style: RopeStyle::HalfSplit };
         let attend = Attend {
             heads: 2 * heads.len(),
@@ -204,9 +208,7 @@ impl Block {
             head_dim: 16,
             scale: 0.25,
             rope: &rope,
-            q_norm: None,
-            k_norm: None,
-            norm_eps: 1e-6,
+            qk_norm: None,
             window: None,
         };
         rig.open(SeqId(1), tokens.len() as u32);

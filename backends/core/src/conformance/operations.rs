@@ -62,7 +62,7 @@ fn stacked<B: Backend>(suite: &Suite<'_, B>, dtype: DType) {
     let bias: Vec<Tensor> =
         parts.iter().zip(7..).map(|((rows, of), seed)| Tensor::random(seed, *of, 1, *rows, 0.5)).collect();
     let weight = rig.load(&WeightSource::Linear(Linear {
-        parts: w.iter().map(Tensor::view).collect(),
+        parts: w.iter().map(|w| w.view().into()).collect(),
         bias: Some(bias.iter().map(Tensor::view).collect()),
         sum: KSum::Ascending,
     }));
@@ -94,7 +94,7 @@ fn cut<B: Backend>(suite: &Suite<'_, B>, dtype: DType) {
     let x = Tensor::random(1, dtype, 2, 10, 1.0);
     for weights in WEIGHT_TYPES {
         let w = Tensor::random(2, weights, 20, 31, 0.2);
-        let parts = vec![w.columns(7, 17)];
+        let parts = vec![w.columns(7, 17).into()];
         let weight =
             rig.load(&WeightSource::Linear(Linear { parts, bias: None, sum: KSum::Tree { ranges: 2 } }));
         let got = rig.rows(&x, |step, x| {
@@ -200,10 +200,10 @@ fn shapes<B: Backend>(suite: &Suite<'_, B>, dtype: DType) {
     let (a, b) = (Tensor::random(1, dtype, 4, 8, 1.0), Tensor::random(1, dtype, 4, 7, 1.0));
     let linear = |parts, sum| WeightSource::Linear(Linear { parts, bias: None, sum });
     let refused = [
-        linear(vec![a.view(), b.view()], KSum::Ascending),
-        linear(vec![b.view()], KSum::Tree { ranges: 2 }),
+        linear(vec![a.view().into(), b.view().into()], KSum::Ascending),
+        linear(vec![b.view().into()], KSum::Tree { ranges: 2 }),
         linear(Vec::new(), KSum::Ascending),
-        linear(vec![crate::TensorView { bytes: &a.bytes[1..], ..a.view() }], KSum::Ascending),
+        linear(vec![crate::TensorView { bytes: &a.bytes[1..], ..a.view() }.into()], KSum::Ascending),
         WeightSource::Norm(a.view()),
     ];
     for source in refused {

@@ -39,10 +39,11 @@ impl Rig {
         // Rows of q | k | v: 2 + 2 + 2 heads.
         let bytes: Vec<u8> =
             (0..8 * 384).flat_map(|i: u32| ((i % 101) as f32 / 50.0).to_le_bytes()).collect();
-        let table = backend.load(&WeightSource::Embedding(view(&bytes, 8, 384))).unwrap();
+        let table = backend.load(&WeightSource::Embedding(view(&bytes, 8, 384).into())).unwrap();
         let zeros = vec![0u8; WIDE * 384 * 4];
-        let mixer = [(WIDE, 384), (384, WIDE)]
-            .map(|(rows, cols)| backend.load(&WeightSource::Embedding(view(&zeros, rows, cols))).unwrap());
+        let mixer = [(WIDE, 384), (384, WIDE)].map(|(rows, cols)| {
+            backend.load(&WeightSource::Embedding(view(&zeros, rows, cols).into())).unwrap()
+        });
         // Without rope the steps are so short that MLX takes a second one while the first runs.
         let rope = Rope { inv_freq: Vec::new().into(), factor: 1.0, style: RopeStyle::HalfSplit };
         Rig { backend, kv, table, mixer, slow: false, rope }
@@ -55,9 +56,7 @@ impl Rig {
             head_dim: 64,
             scale: 0.125,
             rope: &self.rope,
-            q_norm: None,
-            k_norm: None,
-            norm_eps: 1e-6,
+            qk_norm: None,
             window: None,
         };
         let mut step = self.backend.step(&mut self.kv, batch);
