@@ -1,7 +1,6 @@
 //! A model directory: its numbers and its weights, checked against each other when it is opened. Tensors are read when
 //! a rank asks for its part of them, and only that part.
 
-use std::borrow::Cow;
 use std::collections::{BTreeMap, HashMap};
 use std::ops::Range;
 use std::path::{Component, Path, PathBuf};
@@ -10,6 +9,7 @@ use backend::{DType, TensorView};
 use safetensors::Dtype;
 use serde::Deserialize;
 
+use crate::data_file::Rows;
 use crate::file::WeightFile;
 use crate::tensors::{Role, tensors, unused};
 use crate::{Config, Generation, ModelError, dummy};
@@ -35,7 +35,7 @@ pub(crate) struct Tensor {
     /// Index into the files; 0 of a dummy.
     file: usize,
     /// Bytes of that file.
-    range: Range<usize>,
+    range: Range<u64>,
 }
 
 /// Where the bytes are.
@@ -50,8 +50,7 @@ pub(crate) struct Slice<'a> {
     dtype: DType,
     rows: usize,
     cols: usize,
-    row_stride_bytes: usize,
-    bytes: Cow<'a, [u8]>,
+    bytes: Vec<u8>,
 }
 
 #[derive(Deserialize)]
@@ -87,7 +86,8 @@ impl Checkpoint {
         let dtype = config.dtype.unwrap_or(DType::BF16);
         let place = |spec: crate::TensorSpec| {
             let bytes = spec.shape.iter().product::<usize>() * dtype.bytes();
-            let tensor = Tensor { dtype, shape: spec.shape, role: spec.role, file: 0, range: 0..bytes };
+            let tensor =
+                Tensor { dtype, shape: spec.shape, role: spec.role, file: 0, range: 0..bytes as u64 };
             (spec.name, tensor)
         };
         let tensors = tensors(&config).into_iter().map(place).collect();
@@ -111,7 +111,7 @@ impl Checkpoint {
 
     /// Bytes of all weights.
     pub fn weight_bytes(&self) -> u64 {
-        self.tensors.values().map(|tensor| tensor.range.len() as u64).sum()
+        self.tensors.values().map(|tensor| tensor.range.end - tensor.range.start).sum()
     }
 
     /// All tensors by name, in order of name.
@@ -127,39 +127,55 @@ impl Checkpoint {
         }
     }
 
-    /// The bytes of a tensor as they lie in the file; none of a dummy.
-    pub(crate) fn file_bytes(&self, tensor: &Tensor) -> &[u8] {
+    /// Length in bytes of a tensor in its file; 0 of a dummy.
+    pub(crate) fn file_len(&self, tensor: &Tensor) -> u64 {
         match &self.source {
-            Source::Files(files) => &files[tensor.file].map[tensor.range.clone()],
-            Source::Dummy { .. } => &[],
+            Source::Files(_) => tensor.range.end - tensor.range.start,
+            Source::Dummy { .. } => 0,
         }
     }
 
-    /// Rows and columns of the tensor `name`; a vector is one row. Panics when the architecture has no such tensor or
-    /// it is smaller: [`Checkpoint::open`] has checked the whole table.
-    pub(crate) fn slice(&self, name: &str, rows: Range<usize>, cols: Range<usize>) -> Slice<'_> {
+    /// Bytes `part` of a tensor as they lie in the file, where it has them.
+    pub(crate) fn file_bytes(&self, tensor: &Tensor, part: Range<u64>) -> Result<Vec<u8>, ModelError> {
+        match &self.source {
+            Source::Files(files) => {
+                let start = tensor.range.start + part.start;
+                files[tensor.file].data.read(start, (part.end - part.start) as usize)
+            }
+            Source::Dummy { .. } => Ok(Vec::new()),
+        }
+    }
+
+    /// Rows and columns of the tensor `name`, read from its file; a vector is one row. Panics when the architecture has
+    /// no such tensor or it is smaller: [`Checkpoint::open`] has checked the whole table.
+    pub(crate) fn slice(
+        &self,
+        name: &str,
+        rows: Range<usize>,
+        cols: Range<usize>,
+    ) -> Result<Slice<'_>, ModelError> {
         let Some((name, tensor)) = self.tensors.get_key_value(name) else {
             panic!("no tensor {name} in the {} architecture", self.config.model_type)
         };
         let (height, width) = tensor.extent();
         assert!(rows.end <= height && cols.end <= width, "{name}: {rows:?} x {cols:?} of {height} x {width}");
         let item = tensor.dtype.bytes();
-        let (bytes, row_stride_bytes) = match &self.source {
-            Source::Files(_) => {
-                let start = (rows.start * width + cols.start) * item;
-                (Cow::Borrowed(&self.file_bytes(tensor)[start..]), width * item)
+        let bytes = match &self.source {
+            Source::Files(files) => {
+                let start = tensor.range.start + ((rows.start * width + cols.start) * item) as u64;
+                let (count, row, stride) = (rows.len(), cols.len() * item, (width * item) as u64);
+                files[tensor.file].data.read_rows(Rows { start, count, row, stride })?
             }
             Source::Dummy { seed } => {
                 let scale = dummy::Scale::of(tensor.role, width);
-                let bytes = dummy::bytes(*seed, name, scale, tensor.dtype, width, rows.clone(), cols.clone());
-                (Cow::Owned(bytes), cols.len() * item)
+                dummy::bytes(*seed, name, scale, tensor.dtype, width, rows.clone(), cols.clone())
             }
         };
-        Slice { name, dtype: tensor.dtype, rows: rows.len(), cols: cols.len(), row_stride_bytes, bytes }
+        Ok(Slice { name, dtype: tensor.dtype, rows: rows.len(), cols: cols.len(), bytes })
     }
 
     /// All of the tensor `name`.
-    pub(crate) fn whole(&self, name: &str) -> Slice<'_> {
+    pub(crate) fn whole(&self, name: &str) -> Result<Slice<'_>, ModelError> {
         let (height, width) = self.tensors.get(name).map_or((0, 0), Tensor::extent);
         self.slice(name, 0..height, 0..width)
     }
@@ -183,7 +199,7 @@ impl Slice<'_> {
             dtype: self.dtype,
             rows: self.rows,
             cols: self.cols,
-            row_stride_bytes: self.row_stride_bytes,
+            row_stride_bytes: self.cols * self.dtype.bytes(),
             bytes: &self.bytes,
         }
     }
@@ -200,9 +216,9 @@ type Found = BTreeMap<String, (usize, usize)>;
 fn index_of(files: &[WeightFile], keep: impl Fn(&str, usize) -> bool) -> Found {
     let mut found = Found::new();
     for (file, weights) in files.iter().enumerate() {
-        for (position, (name, _, _)) in weights.tensors.iter().enumerate() {
-            if keep(name, file) {
-                found.insert(name.clone(), (file, position));
+        for (position, entry) in weights.tensors.iter().enumerate() {
+            if keep(&entry.name, file) {
+                found.insert(entry.name.clone(), (file, position));
             }
         }
     }
@@ -272,8 +288,8 @@ fn check(
                 shape: spec.shape,
             });
         };
-        let (name, info, range) = &files[file].tensors[position];
-        let path = || files[file].path.clone();
+        let info = &files[file].tensors[position];
+        let path = || files[file].data.path.clone();
         if info.shape != spec.shape {
             return Err(ModelError::Shape {
                 path: path(),
@@ -287,17 +303,17 @@ fn check(
             Dtype::F16 => DType::F16,
             Dtype::BF16 => DType::BF16,
             other => {
-                return Err(ModelError::Type { path: path(), name: name.clone(), got: other.to_string() });
+                return Err(ModelError::Type { path: path(), name: spec.name, got: other.to_string() });
             }
         };
         checked.insert(
             spec.name,
-            Tensor { dtype, shape: spec.shape, role: spec.role, file, range: range.clone() },
+            Tensor { dtype, shape: spec.shape, role: spec.role, file, range: info.range.clone() },
         );
     }
     match found.into_iter().find(|(name, _)| !unused(config, name)) {
         Some((name, (file, _))) => Err(ModelError::Unexpected {
-            path: files[file].path.clone(),
+            path: files[file].data.path.clone(),
             name,
             model_type: config.model_type.into(),
         }),

@@ -31,7 +31,7 @@ impl Identity {
             true => Vocab::read(checkpoint.dir())?.identity(),
             false => "none".into(),
         };
-        Ok(Identity { graph: graph(checkpoint.config()), vocab, weights: weights(checkpoint) })
+        Ok(Identity { graph: graph(checkpoint.config()), vocab, weights: weights(checkpoint)? })
     }
 }
 
@@ -72,7 +72,7 @@ pub fn graph(config: &Config) -> String {
 /// of a tensor of up to 16 pages of 4 KiB, else its first page, its last, and others evenly between. With very many tensors the
 /// pages of each are fewer, at least one. Another training, quantisation or merge changes every page and is always seen; a
 /// flipped bit on a page between the sampled ones is not. 64 MiB of a 140 GB checkpoint are read.
-pub fn weights(checkpoint: &Checkpoint) -> String {
+pub fn weights(checkpoint: &Checkpoint) -> Result<String, ModelError> {
     let tensors = checkpoint.tensors();
     let pages = (PAGES_TOTAL / tensors.len().max(1)).clamp(1, PAGES_PER_TENSOR);
     let mut hash = Sha256::new();
@@ -82,12 +82,13 @@ pub fn weights(checkpoint: &Checkpoint) -> String {
     }
     for (name, tensor) in tensors {
         hash.update(format!("{name} {} {:?}\n", tensor.dtype, tensor.shape));
-        let bytes = checkpoint.file_bytes(tensor);
-        for start in sample(bytes.len(), pages) {
-            hash.update(&bytes[start..bytes.len().min(start + PAGE_BYTES)]);
+        let len = checkpoint.file_len(tensor);
+        for start in sample(len as usize, pages) {
+            let start = start as u64;
+            hash.update(checkpoint.file_bytes(tensor, start..len.min(start + PAGE_BYTES as u64))?);
         }
     }
-    hex(hash.finalize())
+    Ok(hex(hash.finalize()))
 }
 
 /// Where the pages to read of a tensor of `len` bytes begin; each is `PAGE_BYTES`, or the rest of the tensor. All of it

@@ -5,6 +5,7 @@
 mod arch;
 mod checkpoint;
 mod config;
+mod data_file;
 mod decoder;
 mod dummy;
 mod error;
@@ -22,6 +23,7 @@ pub use checkpoint::Checkpoint;
 pub use config::Config;
 pub use decoder::{AfterAttend, Model};
 pub use error::ModelError;
+pub use file::{Entry, table as safetensors_table};
 pub use generation::Generation;
 pub use identity::Identity;
 pub use load::Progress;

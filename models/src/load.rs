@@ -69,7 +69,7 @@ impl<'l, B: Backend> Loader<'l, B> {
         let embed = if shared {
             self.linear(&[(EMBED, 0..vocab)], 0..hidden, false, KSum::Ascending)?
         } else {
-            let table = self.checkpoint.whole(EMBED);
+            let table = self.checkpoint.whole(EMBED)?;
             self.load(&WeightSource::Embedding(table.view().into()), table.len_bytes())?
         };
         let norm = self.norm(NORM)?;
@@ -127,14 +127,16 @@ impl<'l, B: Backend> Loader<'l, B> {
         sum: KSum,
     ) -> Result<B::Weight, ModelError> {
         let checkpoint = self.checkpoint;
-        let slices: Vec<Slice<'_>> =
-            parts.iter().map(|(name, rows)| checkpoint.slice(name, rows.clone(), cols.clone())).collect();
+        let slices: Vec<Slice<'_>> = parts
+            .iter()
+            .map(|(name, rows)| checkpoint.slice(name, rows.clone(), cols.clone()))
+            .collect::<Result<_, _>>()?;
         let biases: Vec<Slice<'_>> = parts
             .iter()
             .filter(|_| bias)
             // A bias is one row: the matrix's rows are its columns.
             .map(|(name, rows)| checkpoint.slice(&bias_of(name), 0..1, rows.clone()))
-            .collect();
+            .collect::<Result<_, _>>()?;
         let bytes = slices.iter().chain(&biases).map(Slice::len_bytes).sum();
         let source = WeightSource::Linear(Linear {
             parts: slices.iter().map(|slice| slice.view().into()).collect(),
@@ -145,12 +147,12 @@ impl<'l, B: Backend> Loader<'l, B> {
     }
 
     fn norm(&mut self, name: &str) -> Result<B::Weight, ModelError> {
-        let slice = self.checkpoint.whole(name);
+        let slice = self.checkpoint.whole(name)?;
         self.load(&WeightSource::Norm(slice.view()), slice.len_bytes())
     }
 
     fn bias(&mut self, name: &str) -> Result<B::Weight, ModelError> {
-        let slice = self.checkpoint.whole(name);
+        let slice = self.checkpoint.whole(name)?;
         self.load(&WeightSource::Bias(slice.view()), slice.len_bytes())
     }
 
