@@ -7,7 +7,9 @@
 mod attention;
 mod cache;
 mod exact;
+mod latent;
 mod operations;
+mod projection;
 mod reference;
 
 use std::io;
@@ -67,7 +69,15 @@ impl<'a, B: Backend> Suite<'a, B> {
 
     /// All cases by name.
     pub fn cases(&self) -> Vec<Case<'a, B>> {
-        [operations::cases(), attention::cases(), cache::cases(), exact::cases()].concat()
+        [
+            operations::cases(),
+            attention::cases(),
+            projection::cases(),
+            latent::cases(),
+            cache::cases(),
+            exact::cases(),
+        ]
+        .concat()
     }
 
     fn options(&self, dtype: DType) -> DeviceOptions {

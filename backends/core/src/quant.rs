@@ -274,7 +274,7 @@ impl<'a> QuantView<'a> {
     pub fn cut(&self, rows: Range<usize>, cols: Range<usize>) -> Result<Self, BackendError> {
         let align = self.format.align_cols();
         let inside = rows.end <= self.rows && cols.end <= self.cols && !rows.is_empty() && !cols.is_empty();
-        if !inside || cols.start % align != 0 || cols.end % align != 0 {
+        if !inside || !cols.start.is_multiple_of(align) || !cols.end.is_multiple_of(align) {
             let (all_rows, all_cols) = (self.rows, self.cols);
             let reason =
                 format!("rows {rows:?}, columns {cols:?} of {all_rows} x {all_cols} in groups of {align}");

@@ -4,7 +4,9 @@
 //! gives a maximum, a sum of weights (lanes are positions modulo 16) and a weighted sum of V in ascending position; spans
 //! are folded in order. Spans are computed apart when there are few rows, so one long sequence keeps every thread busy.
 
+mod latent;
 mod prepare;
+mod projection;
 mod span;
 
 use std::ops::Range;
@@ -16,7 +18,9 @@ use crate::kv::Slab;
 use crate::lanes::LANES;
 use crate::memory::Arena;
 use crate::pool::{Pool, Scratch};
+pub(crate) use latent::PrepareLatent;
 pub(crate) use prepare::Prepare;
+pub(crate) use projection::Projection;
 
 /// Positions of a span: the unit in which softmax sums are folded.
 const SPAN: usize = 256;
@@ -34,16 +38,48 @@ pub(crate) struct Attention<'a> {
     pub(crate) slab: &'a Slab,
     pub(crate) layer: usize,
     pub(crate) runs: Vec<Rows<'a>>,
+    pub(crate) planes: Planes,
     pub(crate) heads: usize,
-    pub(crate) kv_heads: usize,
-    pub(crate) dim: usize,
+    /// Groups of consecutive heads that see the same K and V.
+    pub(crate) groups: usize,
+    pub(crate) key_dim: usize,
+    pub(crate) value_dim: usize,
     pub(crate) scale: f32,
     pub(crate) window: Option<u32>,
+    /// Whether `out` is rounded to bf16.
     pub(crate) bf16: bool,
-    /// `[rows, heads + 2 kv_heads, dim]`.
-    pub(crate) qkv: *mut f32,
-    /// `[rows, heads, dim]`.
+    /// `[rows, heads, key_dim]`, rows `q_stride` apart.
+    pub(crate) q: *const f32,
+    pub(crate) q_stride: usize,
+    /// `[rows, heads, value_dim]`.
     pub(crate) out: *mut f32,
+}
+
+/// Where keys and values lie in the cache.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Planes {
+    /// K is plane 0, V plane 1, with a head per group.
+    Heads,
+    /// A key is plane 0 followed by plane 1, a value plane 0, for all groups.
+    Latent,
+}
+
+impl Planes {
+    /// The planes that make a key.
+    fn keys(self) -> &'static [usize] {
+        match self {
+            Planes::Heads => &[0],
+            Planes::Latent => &[0, 1],
+        }
+    }
+
+    /// The plane of values.
+    fn values(self) -> usize {
+        match self {
+            Planes::Heads => 1,
+            Planes::Latent => 0,
+        }
+    }
 }
 
 /// The rows of one sequence in this step.
@@ -57,10 +93,18 @@ pub(crate) struct Rows<'a> {
     pub(crate) len: usize,
 }
 
-/// Rows of one sequence and one KV head, over some spans.
+impl Rows<'_> {
+    /// Where the row of `position` begins in a plane.
+    fn place(&self, slab: &Slab, layer: usize, plane: usize, position: usize) -> *mut u8 {
+        let block_tokens = slab.block_tokens as usize;
+        slab.token(layer, plane, self.table[position / block_tokens], (position % block_tokens) as u32)
+    }
+}
+
+/// Rows of one sequence and one group of heads, over some spans.
 struct Unit {
     run: usize,
-    kv_head: usize,
+    group: usize,
     /// Rows of the run.
     rows: Range<usize>,
     spans: Range<usize>,
@@ -68,7 +112,7 @@ struct Unit {
     partial: Option<usize>,
 }
 
-// SAFETY: tasks read shared inputs and write disjoint parts of `qkv`, the cache and `out`, as argued at each.
+// SAFETY: tasks read shared inputs and write disjoint parts of q, the cache and `out`, as argued at each.
 unsafe impl Sync for Attention<'_> {}
 
 /// Raw memory that tasks write disjoint parts of.
@@ -89,15 +133,12 @@ struct Sums {
 
 impl Attention<'_> {
     fn group(&self) -> usize {
-        self.heads / self.kv_heads
+        self.heads / self.groups
     }
 
-    fn stride(&self) -> usize {
-        (self.heads + 2 * self.kv_heads) * self.dim
-    }
-
+    /// Floats of a value, padded to whole lanes.
     fn padded_dim(&self) -> usize {
-        self.dim.next_multiple_of(LANES)
+        self.value_dim.next_multiple_of(LANES)
     }
 
     fn sums_floats(&self, queries: usize) -> usize {
@@ -114,29 +155,24 @@ impl Attention<'_> {
         self.slab.spec.planes[plane].dtype
     }
 
-    /// Where K or V of `position` and `kv_head` lies.
-    fn place(&self, run: &Rows<'_>, plane: usize, position: usize, kv_head: usize) -> *mut u8 {
-        let block_tokens = self.slab.block_tokens as usize;
-        let token = self.slab.token(
-            self.layer,
-            plane,
-            run.table[position / block_tokens],
-            (position % block_tokens) as u32,
-        );
+    /// Where what `group` sees of `position` lies in a plane.
+    fn place(&self, run: &Rows<'_>, plane: usize, position: usize, group: usize) -> *mut u8 {
         // A token's row holds all heads of this rank.
-        token.wrapping_add(kv_head * self.slab.spec.planes[plane].head_bytes())
+        let head = if self.planes == Planes::Heads { group } else { 0 };
+        let row = run.place(self.slab, self.layer, plane, position);
+        row.wrapping_add(head * self.slab.spec.planes[plane].head_bytes())
     }
 
     /// Attention of every row over the cache, into `out`.
     ///
     /// # Safety
-    /// [`Attention::prepare`] has run; nobody writes the positions that the rows read; `out` is ours alone.
+    /// The cache holds the rows' own positions already ([`Prepare`]); nobody writes the positions that the rows read; `out` is ours alone.
     pub(crate) unsafe fn run(&self, pool: &Pool, arena: &Arena) {
         let (units, folds, floats) = self.plan(pool.threads());
         let mut partials = arena.floats(floats);
         let shared = Shared(partials.as_mut_ptr());
         let seen: usize = self.runs.iter().map(|run| run.len * (run.start + run.len)).sum();
-        let work = 2 * seen * self.heads * self.dim;
+        let work = seen * self.heads * (self.key_dim + self.value_dim);
         pool.run(units.len(), work, |task, scratch| {
             // SAFETY: units cover disjoint rows and heads of `out`, or disjoint places of the partial sums.
             unsafe { self.unit(&units[task], shared, scratch) }
@@ -166,9 +202,9 @@ impl Attention<'_> {
             for from in (0..rows.len).step_by(block).rev() {
                 let of = from..rows.len.min(from + block);
                 let spans = self.spans(rows, &of);
-                whole.extend((0..self.kv_heads).map(|kv_head| Unit {
+                whole.extend((0..self.groups).map(|group| Unit {
                     run,
-                    kv_head,
+                    group,
                     rows: of.clone(),
                     spans: spans.clone(),
                     partial: None,
@@ -204,21 +240,23 @@ impl Attention<'_> {
     unsafe fn unit(&self, unit: &Unit, partials: Shared, scratch: &Scratch<'_>) {
         let queries = unit.rows.len() * self.group();
         let size = self.sums_floats(queries).next_multiple_of(LANES);
-        let (q_floats, turned) = (queries * self.dim.next_multiple_of(LANES), SPAN * self.padded_dim());
-        let all = scratch.floats(q_floats + 2 * turned + queries * SPAN + 2 * size);
+        let q_floats = queries * self.key_dim.next_multiple_of(LANES);
+        let turned = SPAN * self.key_dim.next_multiple_of(LANES);
+        let padded = SPAN * self.padded_dim();
+        let all = scratch.floats(q_floats + turned + padded + queries * SPAN + 2 * size);
         // SAFETY: the parts of the scratch follow each other; partial places are this unit's.
         unsafe {
             let k_turned = all.add(q_floats);
             let v_padded = k_turned.add(turned);
-            let scores = v_padded.add(turned);
+            let scores = v_padded.add(padded);
             let part = scores.add(queries * SPAN);
             let acc = self.sums(part.add(size), queries);
             let run = &self.runs[unit.run];
             for query in 0..queries {
                 let (row, head) = (run.row + unit.rows.start + query / self.group(), query % self.group());
-                let from =
-                    self.qkv.add(row * self.stride() + (unit.kv_head * self.group() + head) * self.dim);
-                std::ptr::copy_nonoverlapping(from, all.add(query * self.dim), self.dim);
+                let head = unit.group * self.group() + head;
+                let from = self.q.add(row * self.q_stride + head * self.key_dim);
+                std::ptr::copy_nonoverlapping(from, all.add(query * self.key_dim), self.key_dim);
             }
             for span in unit.spans.clone() {
                 let place = match unit.partial {
@@ -293,12 +331,12 @@ impl Attention<'_> {
         let run = &self.runs[unit.run];
         for query in 0..unit.rows.len() * self.group() {
             let (row, head) = (run.row + unit.rows.start + query / self.group(), query % self.group());
-            let head = unit.kv_head * self.group() + head;
+            let head = unit.group * self.group() + head;
             // SAFETY: `out` has this row and head; they are this unit's.
             unsafe {
-                let out = self.out.add((row * self.heads + head) * self.dim);
+                let out = self.out.add((row * self.heads + head) * self.value_dim);
                 let value = acc.value.add(query * self.padded_dim());
-                (self.kernels.divide)(value, *acc.total.add(query), out, self.dim, self.bf16);
+                (self.kernels.divide)(value, *acc.total.add(query), out, self.value_dim, self.bf16);
             }
         }
     }

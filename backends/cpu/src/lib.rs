@@ -8,6 +8,7 @@
 mod attend;
 mod collect;
 mod device;
+mod heads;
 mod kernel;
 mod kv;
 mod lanes;

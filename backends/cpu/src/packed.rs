@@ -5,6 +5,7 @@ use backend::weight::widen;
 use backend::{BackendError, DType, KSum, Linear, MatrixView, TensorView, WeightSource};
 use half::{bf16, f16};
 
+use crate::heads::PackedHeads;
 use crate::kernel::{Kernels, Layout};
 use crate::lanes::LANES;
 use crate::memory::Memory;
@@ -17,6 +18,7 @@ pub struct CpuWeight(pub(crate) Kind);
 #[derive(Debug)]
 pub(crate) enum Kind {
     Product(Packed),
+    Heads(PackedHeads),
     Table(Table),
     /// A norm's scale or a bias, rounded to the step's dtype.
     Vector(Vec<f32>),
@@ -96,7 +98,7 @@ impl Packed {
         }
     }
 
-    fn pack(linear: &Linear<'_>, kernels: &Kernels, pool: &Pool) -> Result<Self, BackendError> {
+    pub(crate) fn pack(linear: &Linear<'_>, kernels: &Kernels, pool: &Pool) -> Result<Self, BackendError> {
         let Some(first) = linear.parts.first() else {
             return Err(weight_error("", "a linear layer without parts".to_owned()));
         };
@@ -224,8 +226,9 @@ impl CpuWeight {
                 }
                 Kind::Vector(vector)
             }
-            WeightSource::Experts(_) | WeightSource::Heads(_) => {
-                return Err(weight_error("", "experts and heads are not supported yet".to_owned()));
+            WeightSource::Heads(heads) => Kind::Heads(PackedHeads::pack(heads, kernels, pool, dtype)?),
+            WeightSource::Experts(_) => {
+                return Err(weight_error("", "experts are not supported yet".to_owned()));
             }
         };
         Ok(CpuWeight(kind))

@@ -28,6 +28,12 @@ impl Angles {
         Angles { inv_freq: rope.inv_freq.clone(), factor: rope.factor, cos, sin }
     }
 
+    /// Cosines and sines of one row.
+    pub(crate) fn of(&self, row: usize, frequencies: usize) -> (&[f32], &[f32]) {
+        let of = row * frequencies..(row + 1) * frequencies;
+        (&self.cos[of.clone()], &self.sin[of])
+    }
+
     /// Whether these are the angles of `rope` (for the same rows).
     pub(crate) fn are_of(&self, rope: &Rope) -> bool {
         self.factor.to_bits() == rope.factor.to_bits()

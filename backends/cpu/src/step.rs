@@ -3,12 +3,13 @@
 use std::ops::Range;
 
 use backend::{
-    Attend, BackendError, Batch, Glu, KvError, KvStore, Mla, Moe, Out, Output, Pending, Rope, RopeStyle,
-    SeqId, Step,
+    Attend, BackendError, Batch, Glu, KvError, KvStore, Mla, Moe, NormSpan, Out, Output, Pending, QkNorm,
+    Rope, RopeStyle, Run, SeqId, Step,
 };
 
-use crate::attend::{Attention, Prepare, Rows};
+use crate::attend::{Attention, Planes, Prepare, PrepareLatent, Projection, Rows};
 use crate::device::CpuBackend;
+use crate::heads::HeadsProduct;
 use crate::kv::CpuKv;
 use crate::lease::CpuExport;
 use crate::memory::Floats;
@@ -137,6 +138,129 @@ impl<'a> CpuStep<'a> {
         self.angles.len() - 1
     }
 
+    /// Asks for the cache of every run: its positions to be written, those before to be read. A failure is this step's.
+    fn enter(&mut self, layer: usize, window: Option<u32>) {
+        for run in &self.batch.runs {
+            let first = window.map_or(0, |window| (run.start + 1).saturating_sub(window));
+            if let Err(error) = self.kv.enter(run.seq, layer, first, run.start..run.start + run.len) {
+                return self.fail(error);
+            }
+        }
+    }
+
+    /// The runs of the batch with their blocks.
+    fn tables(&self) -> Vec<Rows<'_>> {
+        let mut row = 0;
+        let place = |run: &Run| {
+            let len = run.len as usize;
+            row += len;
+            // `enter` has found the sequence: without it there would be a fault.
+            Rows {
+                table: self.kv.table(run.seq).unwrap_or(&[]),
+                row: row - len,
+                start: run.start as usize,
+                len,
+            }
+        };
+        self.batch.runs.iter().map(place).collect()
+    }
+
+    /// The norm of q and k over all heads of all ranks.
+    fn norm_projection(
+        &mut self,
+        qkv: &mut CpuAct,
+        attend: &Attend<'_, CpuBackend>,
+        norm: &QkNorm<'_, CpuBackend>,
+    ) {
+        let NormSpan::Projection { heads_total, kv_heads_total, head_first, kv_head_first, kv_heads_own } =
+            &norm.span
+        else {
+            return;
+        };
+        let (heads, kv_heads, dim) = (attend.heads, attend.kv_heads, attend.head_dim);
+        let projection = Projection {
+            heads: *head_first..head_first + heads,
+            heads_total: *heads_total,
+            kv_heads: *kv_head_first..kv_head_first + kv_heads,
+            kv_heads_total: *kv_heads_total,
+            kv_heads_own: kv_heads_own.clone(),
+            dim,
+            eps: norm.eps,
+            bf16: self.device.bf16(),
+        };
+        if projection.heads.end > *heads_total || projection.kv_heads.end > *kv_heads_total {
+            return self.fail(BackendError::Device(format!("heads outside the projection: {projection:?}")));
+        }
+        let Some(q) = self.vector(norm.q, heads * dim, "the scale of q's norm") else { return };
+        let Some(k) = self.vector(norm.k, kv_heads * dim, "the scale of k's norm") else { return };
+        let (rows, width, places) = (qkv.rows, qkv.width, projection.places());
+        let mut sums = self.act(rows, places);
+        let kernels = self.device.kernels;
+        let (from, to) = (Raw(qkv.floats.as_mut_ptr()), Raw(sums.floats.as_mut_ptr()));
+        // SAFETY (both): the floats of one row of each, which only this task uses.
+        let of = |row: usize| unsafe {
+            (
+                std::slice::from_raw_parts_mut(from.row(row, width), width),
+                std::slice::from_raw_parts_mut(to.row(row, places), places),
+            )
+        };
+        self.each_row(rows, width, |row| {
+            let (x, sums) = of(row);
+            projection.squares(kernels, x, sums);
+        });
+        if self.device.peers.world() > 1
+            && let Err(error) = self.join(&mut sums)
+        {
+            return self.fail(error);
+        }
+        self.each_row(rows, width, |row| {
+            let (x, sums) = of(row);
+            projection.scale(kernels, x, sums, q, k);
+        });
+    }
+
+    fn check_mla(
+        &self,
+        layer: usize,
+        q: &CpuAct,
+        kv: &CpuAct,
+        mla: &Mla<'_, CpuBackend>,
+    ) -> Result<(), String> {
+        let Mla { heads, nope_dim, rope_dim, value_dim, latent_dim, rope, .. } = mla;
+        let spec = self.kv.spec();
+        let rows = self.batch.rows();
+        if *heads == 0 || rope_dim % 2 != 0 || latent_dim % 2 != 0 || rope.inv_freq.len() * 2 != *rope_dim {
+            let pairs = rope.inv_freq.len();
+            return Err(format!(
+                "{heads} heads, latent of {latent_dim}, rope of {rope_dim} with {pairs} pairs"
+            ));
+        }
+        if (q.rows, q.width) != (rows, heads * (nope_dim + rope_dim)) {
+            return Err(format!(
+                "q of {} x {} for {heads} heads of {nope_dim} + {rope_dim}",
+                q.rows, q.width
+            ));
+        }
+        if (kv.rows, kv.width) != (rows, latent_dim + rope_dim) {
+            return Err(format!("kv of {} x {} for {latent_dim} + {rope_dim}", kv.rows, kv.width));
+        }
+        let planes: Vec<(usize, usize)> =
+            spec.planes.iter().map(|plane| (plane.heads().len(), plane.dim)).collect();
+        if layer >= spec.layers || planes != [(1, *latent_dim), (1, *rope_dim)] {
+            return Err(format!("layer {layer} of a cache of {} with planes {planes:?}", spec.layers));
+        }
+        let shapes = [mla.q_to_latent, mla.latent_to_value].map(|weight| match &weight.0 {
+            Kind::Heads(w) => (w.heads, w.inputs, w.outputs),
+            _ => (0, 0, 0),
+        });
+        if shapes != [(*heads, *nope_dim, *latent_dim), (*heads, *latent_dim, *value_dim)] {
+            return Err(format!(
+                "products of heads {shapes:?} for {nope_dim} -> {latent_dim} -> {value_dim}"
+            ));
+        }
+        Ok(())
+    }
+
     fn check_attend(
         &self,
         layer: usize,
@@ -176,7 +300,9 @@ impl Step for CpuStep<'_> {
         let (count, width) = match &table.0 {
             Kind::Product(packed) => (packed.outputs, packed.inputs),
             Kind::Table(table) => (table.rows, table.cols),
-            Kind::Vector(_) => return self.refuse("a vector is not an embedding table".to_owned(), rows, 1),
+            Kind::Vector(_) | Kind::Heads(_) => {
+                return self.refuse("this weight is not an embedding table".to_owned(), rows, 1);
+            }
         };
         if let Some(id) = self.batch.ids.iter().find(|id| **id as usize >= count) {
             return self.refuse(format!("token {id} in an embedding table of {count}"), rows, width);
@@ -186,7 +312,7 @@ impl Step for CpuStep<'_> {
             match &table.0 {
                 Kind::Product(packed) => packed.output(*id as usize, row),
                 Kind::Table(table) => table.row(*id as usize, row),
-                Kind::Vector(_) => {}
+                Kind::Vector(_) | Kind::Heads(_) => {}
             }
         }
         out.rounded = false;
@@ -315,68 +441,169 @@ impl Step for CpuStep<'_> {
         if let Err(reason) = self.check_attend(layer, &qkv, attend) {
             return self.refuse(reason, rows, width);
         }
-        let dim = attend.head_dim;
         let mut norms = [None, None];
-        let scales = attend.qk_norm.as_ref().map(|norm| [norm.q, norm.k]);
-        for (norm, weight) in norms.iter_mut().zip(scales.map_or([None; 2], |scales| scales.map(Some))) {
-            if let Some(weight) = weight {
-                let Some(vector) = self.vector(weight, dim, "a head norm's scale") else {
-                    return self.blank(rows, width);
-                };
-                *norm = Some(vector);
+        if let Some(norm) = &attend.qk_norm {
+            if norm.span != NormSpan::Head {
+                self.norm_projection(&mut qkv, attend, norm);
+            } else {
+                for (to, weight) in norms.iter_mut().zip([norm.q, norm.k]) {
+                    *to = self.vector(weight, attend.head_dim, "a head norm's scale");
+                }
             }
         }
-        for run in &self.batch.runs {
-            let first = attend.window.map_or(0, |window| (run.start + 1).saturating_sub(window));
-            if let Err(error) = self.kv.enter(run.seq, layer, first, run.start..run.start + run.len) {
-                self.fail(error);
-                return self.blank(rows, width);
-            }
+        self.enter(layer, attend.window);
+        if self.fault.is_some() {
+            return self.blank(rows, width);
         }
         let angles = self.angles(attend.rope);
         let mut out = self.act(rows, width);
-        let mut row = 0;
-        let mut runs = Vec::with_capacity(self.batch.runs.len());
-        for run in &self.batch.runs {
-            let len = run.len as usize;
-            // `enter` has found the sequence: without it there would be a fault.
-            let table = self.kv.table(run.seq).unwrap_or(&[]);
-            runs.push(Rows { table, row, start: run.start as usize, len });
-            row += len;
-        }
-        let attention = Attention {
+        let runs = self.tables();
+        let prepare = Prepare {
             kernels: self.device.kernels,
             slab: self.kv.slab(),
             layer,
-            runs,
             heads: attend.heads,
             kv_heads: attend.kv_heads,
-            dim,
-            scale: attend.scale,
-            window: attend.window,
+            dim: attend.head_dim,
             bf16: self.device.bf16(),
-            qkv: qkv.floats.as_mut_ptr(),
-            out: out.floats.as_mut_ptr(),
-        };
-        let prepare = Prepare {
             angles: &self.angles[angles],
             frequencies: attend.rope.inv_freq.len(),
             interleaved: attend.rope.style == RopeStyle::Interleaved,
             q_norm: norms[0],
             k_norm: norms[1],
             eps: attend.qk_norm.as_ref().map_or(0.0, |norm| norm.eps),
+            qkv: qkv.floats.as_mut_ptr(),
         };
         // SAFETY: shapes were checked; `enter` has made sure that nobody else holds the positions written or writes those
         // read; sequences of one batch are different, so their rows do not meet.
-        unsafe {
-            attention.prepare(&prepare, &self.device.pool);
-            attention.run(&self.device.pool, &self.device.arena);
-        }
+        unsafe { prepare.run(&runs, &self.device.pool) };
+        let attention = Attention {
+            kernels: self.device.kernels,
+            slab: self.kv.slab(),
+            layer,
+            runs,
+            planes: Planes::Heads,
+            heads: attend.heads,
+            groups: attend.kv_heads,
+            key_dim: attend.head_dim,
+            value_dim: attend.head_dim,
+            scale: attend.scale,
+            window: attend.window,
+            bf16: self.device.bf16(),
+            q: qkv.floats.as_ptr(),
+            q_stride: qkv.width,
+            out: out.floats.as_mut_ptr(),
+        };
+        // SAFETY: as above, and the cache holds the rows' positions now.
+        unsafe { attention.run(&self.device.pool, &self.device.arena) };
         out
     }
 
-    fn attend_mla(&mut self, _layer: usize, q: CpuAct, _kv: CpuAct, mla: &Mla<'_, CpuBackend>) -> CpuAct {
-        self.refuse("latent attention is not supported yet".to_owned(), q.rows, mla.heads * mla.value_dim)
+    /// Always in the absorbed form, for prompts too: so a row's bits do not depend on who computes it. What lies between
+    /// the products is not rounded.
+    fn attend_mla(
+        &mut self,
+        layer: usize,
+        mut q: CpuAct,
+        mut kv: CpuAct,
+        mla: &Mla<'_, CpuBackend>,
+    ) -> CpuAct {
+        let (rows, width) = (q.rows, mla.heads * mla.value_dim);
+        if self.fault.is_some() {
+            return self.blank(rows, width);
+        }
+        if let Err(reason) = self.check_mla(layer, &q, &kv, mla) {
+            return self.refuse(reason, rows, width);
+        }
+        let (Kind::Heads(to_latent), Kind::Heads(to_value)) = (&mla.q_to_latent.0, &mla.latent_to_value.0)
+        else {
+            return self.refuse("latent attention without products of heads".to_owned(), rows, width);
+        };
+        let Some(norm) = self.vector(mla.latent_norm, mla.latent_dim, "the latent norm's scale") else {
+            return self.blank(rows, width);
+        };
+        self.enter(layer, None);
+        if self.fault.is_some() {
+            return self.blank(rows, width);
+        }
+        let angles = self.angles(mla.rope);
+        let key = mla.latent_dim + mla.rope_dim;
+        let q_head = mla.nope_dim + mla.rope_dim;
+        let mut absorbed = self.act(rows, mla.heads * key);
+        let mut latents = self.act(rows, mla.heads * mla.latent_dim);
+        let mut out = self.act(rows, width);
+        let runs = self.tables();
+        let prepare = PrepareLatent {
+            kernels: self.device.kernels,
+            slab: self.kv.slab(),
+            layer,
+            heads: mla.heads,
+            nope_dim: mla.nope_dim,
+            rope_dim: mla.rope_dim,
+            latent_dim: mla.latent_dim,
+            bf16: self.device.bf16(),
+            angles: &self.angles[angles],
+            interleaved: mla.rope.style == RopeStyle::Interleaved,
+            norm,
+            eps: mla.norm_eps,
+            q: q.floats.as_mut_ptr(),
+            kv: kv.floats.as_mut_ptr(),
+            absorbed: absorbed.floats.as_mut_ptr(),
+        };
+        let product = |weight, x, x_strides, out, out_strides| HeadsProduct {
+            kernels: self.device.kernels,
+            weight,
+            x,
+            x_strides,
+            out,
+            out_strides,
+            rows,
+        };
+        let into_latent = product(
+            to_latent,
+            q.floats.as_ptr(),
+            (q.width, q_head),
+            absorbed.floats.as_mut_ptr(),
+            (absorbed.width, key),
+        );
+        // SAFETY: shapes were checked; `enter` has made sure that nobody else holds the positions written or writes those
+        // read; sequences of one batch are different, so their rows do not meet.
+        unsafe {
+            prepare.run(&runs, &self.device.pool);
+            into_latent.run(&self.device.pool);
+        }
+        let attention = Attention {
+            kernels: self.device.kernels,
+            slab: self.kv.slab(),
+            layer,
+            runs,
+            planes: Planes::Latent,
+            heads: mla.heads,
+            groups: latent_groups(mla.heads),
+            key_dim: key,
+            value_dim: mla.latent_dim,
+            scale: mla.scale,
+            window: None,
+            bf16: false,
+            q: absorbed.floats.as_ptr(),
+            q_stride: absorbed.width,
+            out: latents.floats.as_mut_ptr(),
+        };
+        let into_values = product(
+            to_value,
+            latents.floats.as_ptr(),
+            (latents.width, mla.latent_dim),
+            out.floats.as_mut_ptr(),
+            (width, mla.value_dim),
+        );
+        // SAFETY: as above, and the cache holds the rows' positions now.
+        unsafe {
+            attention.run(&self.device.pool, &self.device.arena);
+            into_values.run(&self.device.pool);
+        }
+        out.rounded = !self.device.bf16();
+        self.round(&mut out);
+        out
     }
 
     fn moe(&mut self, x: &CpuAct, _moe: &Moe<'_, CpuBackend>) -> CpuAct {
@@ -401,6 +628,14 @@ impl Step for CpuStep<'_> {
             Out::Logits(act) => self.gather(act),
         }))
     }
+}
+
+/// Heads share the latent cache; in groups of at most this many, several threads take part in one row.
+const LATENT_GROUP_MAX: usize = 32;
+
+/// Groups of equal size that `heads` are attended in.
+fn latent_groups(heads: usize) -> usize {
+    (1..=heads).find(|groups| heads % groups == 0 && heads / groups <= LATENT_GROUP_MAX).unwrap_or(heads)
 }
 
 /// What the runs of a batch must be for their rows to be apart in the cache.

@@ -122,7 +122,11 @@ fn attention<B: Backend>(suite: &Suite<'_, B>, dtype: DType) {
 }
 
 /// Runs `body` as every rank of a group, each on its own thread.
-fn ranks<T: Send>(group: MakeGroup, world: usize, body: impl Fn(usize, Group) -> T + Sync) -> Vec<T> {
+pub(super) fn ranks<T: Send>(
+    group: MakeGroup,
+    world: usize,
+    body: impl Fn(usize, Group) -> T + Sync,
+) -> Vec<T> {
     let groups = group(world).unwrap_or_else(|error| panic!("group of {world}: {error}"));
     let body = &body;
     std::thread::scope(|scope| {

@@ -31,15 +31,20 @@ impl Attention<'_> {
         // SAFETY: positions [base + low, base + high) are readable; scratch parts have their full sizes.
         unsafe {
             // K of 16 positions a panel, K-major; positions behind the last are stood in for by the last.
-            let words = self.dim * self.dtype(0).bytes() / 4;
+            let mut to =
+                k_turned.cast::<u32>().add(first_panel * self.key_dim * self.dtype(0).bytes() / 4 * LANES);
             for panel in first_panel..panels {
-                let rows = std::array::from_fn(|lane| {
-                    let position = (panel * LANES + lane).clamp(low, high - 1);
-                    self.place(run, 0, base + position, unit.kv_head).cast_const()
-                });
-                (self.kernels.transpose)(&rows, words, k_turned.cast::<u32>().add(panel * words * LANES));
+                for plane in self.planes.keys() {
+                    let rows = std::array::from_fn(|lane| {
+                        let position = (panel * LANES + lane).clamp(low, high - 1);
+                        self.place(run, *plane, base + position, unit.group).cast_const()
+                    });
+                    let words = self.slab.spec.planes[*plane].head_bytes() / 4;
+                    (self.kernels.transpose)(&rows, words, to);
+                    to = to.add(words * LANES);
+                }
             }
-            let pad = !self.dim.is_multiple_of(LANES);
+            let pad = !self.value_dim.is_multiple_of(LANES);
             if pad {
                 self.pad_values(unit, base, low..high, v_padded);
             }
@@ -74,20 +79,20 @@ impl Attention<'_> {
         let Some(low) = present().map(|range| range.start).min() else { return };
         let high = present().map(|range| range.end).max().unwrap_or(low);
         let (first, panels) = (low / LANES, high.div_ceil(LANES));
-        let panel_stride = self.dim * LANES;
+        let panel_stride = self.key_dim * LANES;
         let layout = if self.dtype(0) == DType::F32 { Layout::F32 } else { Layout::Bf16Pairs };
         // SAFETY: panels [first, panels) are turned; scores has a line of 256 floats per query row.
         unsafe {
             (self.kernels.sweep)(&Sweep {
-                x: q.add(of.start * self.dim),
-                x_stride: self.dim,
+                x: q.add(of.start * self.key_dim),
+                x_stride: self.key_dim,
                 rows: of.len(),
                 layout,
                 w: k_turned.cast::<u8>().add(first * panel_stride * self.dtype(0).bytes()),
                 panel_stride,
                 k_stride: LANES,
                 panels: panels - first,
-                k: self.dim,
+                k: self.key_dim,
                 acc: scores.add(of.start * SPAN + first * LANES),
                 acc_stride: SPAN,
                 fresh: true,
@@ -141,17 +146,19 @@ impl Attention<'_> {
         sums: Sums,
     ) {
         let run = &self.runs[unit.run];
-        let pad = !self.dim.is_multiple_of(LANES);
+        let pad = !self.value_dim.is_multiple_of(LANES);
+        let plane = self.planes.values();
+        let row = self.slab.spec.planes[plane].token_bytes() / self.dtype(plane).bytes();
         let mut from = range.start;
         while from < range.end {
             let (layout, w, k_stride, count) = if pad {
                 let w = v_padded.wrapping_add(from * self.padded_dim()).cast();
                 (Layout::F32, w, self.padded_dim(), range.end - from)
             } else {
-                let layout = if self.dtype(1) == DType::F32 { Layout::F32 } else { Layout::Bf16 };
-                let w = self.place(run, 1, span * SPAN + from, unit.kv_head).cast_const();
+                let layout = if self.dtype(plane) == DType::F32 { Layout::F32 } else { Layout::Bf16 };
+                let w = self.place(run, plane, span * SPAN + from, unit.group).cast_const();
                 let count = self.adjacent(run, span * SPAN + from).min(range.end - from);
-                (layout, w, self.kv_heads * self.dim, count)
+                (layout, w, row, count)
             };
             // SAFETY: `count` positions follow each other at `w`; rows of scores and sums are those of the unit.
             unsafe {
@@ -189,15 +196,15 @@ impl Attention<'_> {
 
     /// V of a head whose size is not a multiple of 16, as f32 in padded rows.
     unsafe fn pad_values(&self, unit: &Unit, base: usize, range: Range<usize>, out: *mut f32) {
-        let run = &self.runs[unit.run];
+        let (run, plane) = (&self.runs[unit.run], self.planes.values());
         for offset in range {
-            let place = self.place(run, 1, base + offset, unit.kv_head);
-            // SAFETY: a head of V has dim elements; out has a padded row per position of the span.
+            let place = self.place(run, plane, base + offset, unit.group);
+            // SAFETY: a value has value_dim elements; out has a padded row per position of the span.
             unsafe {
                 let row = out.add(offset * self.padded_dim());
                 std::ptr::write_bytes(row, 0, self.padded_dim());
-                for at in 0..self.dim {
-                    *row.add(at) = match self.dtype(1) {
+                for at in 0..self.value_dim {
+                    *row.add(at) = match self.dtype(plane) {
                         DType::F32 => *place.cast::<f32>().add(at),
                         _ => f32::from_bits(u32::from(*place.cast::<u16>().add(at)) << 16),
                     };
