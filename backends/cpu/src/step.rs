@@ -197,12 +197,12 @@ impl<'a> CpuStep<'a> {
         let mut sums = self.act(rows, places);
         let kernels = self.device.kernels;
         let (from, to) = (Raw(qkv.floats.as_mut_ptr()), Raw(sums.floats.as_mut_ptr()));
-        // SAFETY (both): the floats of one row of each, which only this task uses.
-        let of = |row: usize| unsafe {
-            (
-                std::slice::from_raw_parts_mut(from.row(row, width), width),
-                std::slice::from_raw_parts_mut(to.row(row, places), places),
-            )
+        let of = |row: usize| {
+            let (x, sums) = (from.row(row, width), to.row(row, places));
+            // SAFETY: the floats of one row of each, which only its task uses.
+            unsafe {
+                (std::slice::from_raw_parts_mut(x, width), std::slice::from_raw_parts_mut(sums, places))
+            }
         };
         self.each_row(rows, width, |row| {
             let (x, sums) = of(row);
@@ -635,7 +635,9 @@ const LATENT_GROUP_MAX: usize = 32;
 
 /// Groups of equal size that `heads` are attended in.
 fn latent_groups(heads: usize) -> usize {
-    (1..=heads).find(|groups| heads % groups == 0 && heads / groups <= LATENT_GROUP_MAX).unwrap_or(heads)
+    (1..=heads)
+        .find(|groups| heads.is_multiple_of(*groups) && heads / groups <= LATENT_GROUP_MAX)
+        .unwrap_or(heads)
 }
 
 /// What the runs of a batch must be for their rows to be apart in the cache.
