@@ -33,6 +33,7 @@ const MAY_USE: &[(&str, &[&str])] = &[
     ("prefill-node", &["cluster", "engine", "kvtransfer", "node", "proto"]),
     ("decode-node", &["cluster", "engine", "kvtransfer", "node", "proto"]),
     ("router", &["cluster", "proto", "vocab"]),
+    ("hub", &[]),
 ];
 
 /// The packages that put everything together.
