@@ -6,6 +6,9 @@ mod chat;
 mod config;
 mod dirs;
 mod logits;
+mod meter;
+mod model;
+mod pull;
 mod roles;
 mod status;
 mod supervised;
@@ -42,6 +45,8 @@ enum Command {
     Chat(chat::Args),
     /// Show the nodes of a cluster, their load and their links
     Status(status::Args),
+    /// Fetch models from the Hugging Face hub into its cache
+    Pull(pull::Args),
     /// Write a model's logits for comparison with another implementation
     Logits(logits::LogitsArgs),
     /// Show settings
@@ -79,6 +84,7 @@ fn run(command: Command) -> Result<ExitCode> {
             Command::Decode(flags) => roles::decode(config::load("decode", &flags)?).await?,
             Command::Chat(args) => chat::run(args).await?,
             Command::Status(args) => status::run(args).await?,
+            Command::Pull(args) => pull::run(args).await?,
             Command::Logits(args) => logits::run(&args)?,
             Command::Config(ConfigCommand::Show { role }) => {
                 let (text, wrong) = config::show(role)?;

@@ -4,6 +4,7 @@
 
 mod file;
 mod flags;
+mod hub;
 mod layers;
 mod node;
 mod router;
@@ -64,12 +65,9 @@ fn values<S: Settings>(
     Ok(Values::resolve(S::table(), section, &layers))
 }
 
-/// The name under which the model in `path` is served unless told otherwise: that of its directory.
-pub fn model_name(path: &Path) -> String {
-    // `.` and `..` have a name, too.
-    let path = path.canonicalize().unwrap_or_else(|_| path.to_owned());
-    let directory = if path.is_file() { path.parent().unwrap_or(&path) } else { &path };
-    directory.file_name().map_or_else(|| "model".into(), |name| name.to_string_lossy().into_owned())
+/// Where models of the Hugging Face hub come from and are kept.
+pub fn hub() -> ::hub::Settings {
+    hub::settings(&environment, &|path| std::fs::read_to_string(path).ok())
 }
 
 /// The cluster token, from one of the two settings that can hold it.

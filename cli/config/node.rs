@@ -17,9 +17,9 @@ const THREADS_MAX: usize = 1024;
 settings! {
     /// What a node is told.
     pub struct NodeSettings {
-        /// Directory of the model (safetensors), or a config.json with --load-format dummy
-        model: PathBuf ["DIR"];
-        /// Name that the cluster serves the model under [default: the directory's name]
+        /// Directory of the model, or its name on the Hugging Face hub (ORG/NAME); a config.json with --load-format dummy
+        model: PathBuf ["MODEL"];
+        /// Name that the cluster serves the model under [default: the directory's, or NAME]
         served_name: Option<String> ["NAME"];
         /// The router's cluster address
         router: String ["HOST:PORT"] = "127.0.0.1:8001";

@@ -14,9 +14,9 @@ use super::value::{Seconds, Secret, choice};
 settings! {
     /// What a router is told.
     pub struct RouterSettings {
-        /// Directory of the model: tokenizer and chat template are read, the weights are not
-        model: PathBuf ["DIR"];
-        /// Name that clients ask for [default: the directory's name]
+        /// Directory of the model, or its name on the Hugging Face hub (ORG/NAME): tokenizer and chat template are read, the weights are not
+        model: PathBuf ["MODEL"];
+        /// Name that clients ask for [default: the directory's, or NAME]
         served_name: Option<String> ["NAME"];
         /// Address for HTTP clients
         host: IpAddr ["ADDRESS"] = "127.0.0.1";

@@ -3,9 +3,13 @@
 mod node;
 mod router;
 
+use std::path::Path;
+
 use anyhow::Result;
 use cluster::{Shutdown, process};
+use hub::Want;
 
+use crate::model::{self, Located};
 use crate::supervised;
 
 pub use node::{decode, prefill};
@@ -18,4 +22,12 @@ fn start(log: &str, format: process::LogFormat) -> Result<Shutdown> {
     let shutdown = process::shutdown_on_signals()?;
     supervised::watch_parent(&shutdown);
     Ok(shutdown)
+}
+
+/// The model on this machine, fetched if need be; `None` when told to stop meanwhile.
+async fn model(named: &Path, want: Want, shutdown: &Shutdown) -> Result<Option<Located>> {
+    tokio::select! {
+        found = model::locate(named, want, Some(|line| tracing::info!("{line}"))) => found.map(Some),
+        () = shutdown.cancelled() => Ok(None),
+    }
 }

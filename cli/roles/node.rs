@@ -2,9 +2,10 @@
 
 use anyhow::Result;
 use cluster::Shutdown;
-use node::{GroupConfig, NodeConfig};
+use hub::Want;
+use node::{GroupConfig, LoadFormat, NodeConfig};
 
-use crate::config::{NodeSettings, model_name};
+use crate::config::NodeSettings;
 use crate::system;
 
 /// A reservation without progress lapses after this; a sender that lives says something every second.
@@ -12,23 +13,29 @@ const LAND_DEADLINE: std::time::Duration = std::time::Duration::from_secs(30);
 
 /// Runs one rank of a prefill node until a stop signal.
 pub async fn prefill(settings: NodeSettings) -> Result<()> {
-    let (config, shutdown) = start(settings, "prefill")?;
+    let Some((config, shutdown)) = start(settings, "prefill").await? else { return Ok(()) };
     Ok(prefill_node::serve(config, shutdown).await?)
 }
 
 /// Runs one rank of a decode group until a stop signal.
 pub async fn decode(settings: NodeSettings) -> Result<()> {
-    let (config, shutdown) = start(settings, "decode")?;
+    let Some((config, shutdown)) = start(settings, "decode").await? else { return Ok(()) };
     Ok(decode_node::serve(config, shutdown).await?)
 }
 
-fn start(settings: NodeSettings, role: &str) -> Result<(NodeConfig, Shutdown)> {
+/// `None`: told to stop before there was anything to serve.
+async fn start(settings: NodeSettings, role: &str) -> Result<Option<(NodeConfig, Shutdown)>> {
     let shutdown = super::start(&settings.log, settings.log_format)?;
     let token = settings.cluster_token()?;
+    let want = match settings.load_format {
+        LoadFormat::Files => Want::Model,
+        LoadFormat::Dummy { .. } => Want::Text,
+    };
+    let Some(model) = super::model(&settings.model, want, &shutdown).await? else { return Ok(None) };
     let config = NodeConfig {
         name: settings.name.unwrap_or_else(|| format!("{role}@{}", system::host_name())),
-        served_name: settings.served_name.unwrap_or_else(|| model_name(&settings.model)),
-        model: settings.model,
+        served_name: settings.served_name.unwrap_or(model.name),
+        model: model.path,
         load_format: settings.load_format,
         router: settings.router,
         token,
@@ -51,5 +58,5 @@ fn start(settings: NodeSettings, role: &str) -> Result<(NodeConfig, Shutdown)> {
         land_deadline: LAND_DEADLINE,
         drain: settings.drain.0,
     };
-    Ok((config, shutdown))
+    Ok(Some((config, shutdown)))
 }

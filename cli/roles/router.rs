@@ -6,13 +6,15 @@ use std::time::Duration;
 
 use anyhow::{Context, Result};
 use cluster::{ClusterService, Members, MembershipConfig, Shutdown, require_loopback_or_insecure, server};
+use hub::Want;
 use router::dispatch::{Dispatch, DispatchConfig};
 use router::inference::Inference;
 use router::{GatewayConfig, serve};
 use tonic::service::Routes;
 use vocab::Vocab;
 
-use crate::config::{RouterSettings, Secret, model_name};
+use crate::config::{RouterSettings, Secret};
+use crate::model::Located;
 
 /// At the end, nodes and `status` have this long to take their last answer.
 const CLUSTER_DRAIN: Duration = Duration::from_secs(1);
@@ -22,8 +24,9 @@ pub async fn router(settings: RouterSettings) -> Result<()> {
     let shutdown = super::start(&settings.log, settings.log_format)?;
     require_loopback_or_insecure(settings.cluster_bind, settings.insecure)?;
     let token = settings.cluster_token()?;
-    let gateway = gateway(&settings)?;
-    let vocab = Vocab::read(&settings.model)?;
+    let Some(model) = super::model(&settings.model, Want::Text, &shutdown).await? else { return Ok(()) };
+    let gateway = gateway(&settings, &model)?;
+    let vocab = Vocab::read(&model.path)?;
     let for_clients = server::bind((settings.host, settings.port).into()).await?;
     let for_nodes = server::bind(settings.cluster_bind).await?;
 
@@ -79,13 +82,13 @@ pub async fn router(settings: RouterSettings) -> Result<()> {
     served
 }
 
-fn gateway(settings: &RouterSettings) -> Result<GatewayConfig> {
-    let model = settings.served_name.clone().unwrap_or_else(|| model_name(&settings.model));
+fn gateway(settings: &RouterSettings, located: &Located) -> Result<GatewayConfig> {
+    let model = settings.served_name.clone().unwrap_or_else(|| located.name.clone());
     let context = match settings.context {
         Some(tokens) => tokens as usize,
-        None => context_of(&settings.model)?,
+        None => context_of(&located.path)?,
     };
-    let mut gateway = GatewayConfig::new(&settings.model, model, context);
+    let mut gateway = GatewayConfig::new(&located.path, model, context);
     gateway.keys = settings.api_key.iter().map(|Secret(key)| key.clone()).collect();
     gateway.limits.drain = settings.drain.0;
     Ok(gateway)

@@ -19,12 +19,13 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
 use cluster::ClusterToken;
+use hub::Want;
 use tokio::signal::unix::{Signal as SignalStream, SignalKind, signal};
 use tokio::sync::mpsc;
 
 use crate::config::UpSettings;
 use crate::system::Signal;
-use crate::{bundled, dirs};
+use crate::{bundled, dirs, model};
 use console::Console;
 use plan::{Ports, Process};
 use ready::Readiness;
@@ -35,7 +36,7 @@ pub use supervisor::STOP_GRACE;
 /// Runs until Ctrl-C, SIGTERM or the loss of the terminal.
 pub async fn run(settings: UpSettings) -> Result<ExitCode> {
     require_free(settings.port)?;
-    let (model, served_name) = model(&settings)?;
+    let (model, served_name) = model(&settings).await?;
     let mut internal = ports::free(1 + settings.decode)?;
     let ports = Ports { leaders: internal.split_off(1), cluster: internal[0] };
     let cores = available_parallelism().map_or(1, usize::from);
@@ -59,14 +60,15 @@ fn require_free(port: u16) -> Result<()> {
     }
 }
 
-fn model(settings: &UpSettings) -> Result<(PathBuf, String)> {
+async fn model(settings: &UpSettings) -> Result<(PathBuf, String)> {
     let Some(named) = &settings.model else {
         let name = settings.served_name.clone().unwrap_or_else(|| bundled::NAME.into());
         return Ok((bundled::unpack(&dirs::cache()?)?, name));
     };
-    let path = named.canonicalize().with_context(|| format!("model {}", named.display()))?;
-    let name = settings.served_name.clone().unwrap_or_else(|| crate::config::model_name(&path));
-    Ok((path, name))
+    // Once for all processes, which get the path.
+    let found = model::locate(named, Want::Model, None).await?;
+    let path = found.path.canonicalize().with_context(|| format!("model {}", found.path.display()))?;
+    Ok((path, settings.served_name.clone().unwrap_or(found.name)))
 }
 
 /// The settings file that the children read: the cluster's address and token, for the owner's eyes only. Gone with `up`.

@@ -29,7 +29,7 @@ use std::time::Duration;
 
 pub use error::{Bytes, HubError};
 pub use name::ModelName;
-pub use pull::{Event, Found, Hub, Peek, Want};
+pub use pull::{Event, Found, Hub, Peek, Want, Watch};
 pub use select::{Weights, index_files, weights};
 
 /// Where models are and who asks for them.

@@ -30,7 +30,8 @@ pub const LOOK: Duration = Duration::from_millis(20);
 pub fn baton(arguments: &[&str]) -> Command {
     let mut command = Command::new(env!("CARGO_BIN_EXE_baton"));
     for (name, _) in std::env::vars_os() {
-        if name.to_string_lossy().starts_with("BATON_") {
+        let shown = name.to_string_lossy();
+        if ["BATON_", "HF_", "HUGGINGFACE_", "TRANSFORMERS_"].iter().any(|own| shown.starts_with(own)) {
             command.env_remove(name);
         }
     }
@@ -125,10 +126,16 @@ impl Deref for Cluster {
 impl Cluster {
     /// `baton up` with these flags, once it serves. The test fails when it ends before.
     pub async fn up(flags: &[&str]) -> Cluster {
+        Self::up_with(flags, &[]).await
+    }
+
+    /// As [`Cluster::up`], with these variables in its environment.
+    pub async fn up_with(flags: &[&str], variables: &[(&str, &str)]) -> Cluster {
         let port = free_port();
         let port_flag = format!("--port={port}");
         let arguments: Vec<_> = ["up", port_flag.as_str()].iter().chain(flags).copied().collect();
         let mut up = baton(&arguments)
+            .envs(variables.iter().copied())
             .stdout(Stdio::piped())
             .stderr(Stdio::piped())
             .spawn()

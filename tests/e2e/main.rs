@@ -5,6 +5,7 @@ mod client;
 mod errors;
 mod faults;
 mod harness;
+mod hub;
 mod joining;
 mod parity;
 mod parts;
