@@ -6,6 +6,7 @@
 //! A backend whose [`Caps::exact`] is true promises, per instruction level: a row's bits depend on its own inputs only,
 //! not on the batch, the chunking, the threads, or whether it was prefilled or decoded. See [`seam`] for the sums.
 
+pub mod affine;
 pub mod batch;
 pub mod conformance;
 pub mod dtype;
@@ -19,6 +20,7 @@ pub mod seam;
 pub mod spec;
 pub mod weight;
 
+pub use affine::AffineForm;
 pub use batch::{Batch, Run, SeqId};
 pub use dtype::DType;
 pub use error::{BackendError, KvError};

@@ -1,5 +1,6 @@
 //! Quantised matrices as checkpoints store them: what the codes mean, how a part is cut out, and the reference decoder
-//! to f32. `models` makes the views, backends multiply by them; a format is read in this file and nowhere else.
+//! to f32. `models` makes the views, backends multiply by them; a format is read in this file and in `affine`, and
+//! nowhere else.
 
 use std::fmt;
 use std::ops::Range;
@@ -164,7 +165,7 @@ impl GgufBlock {
 }
 
 /// Scale and minimum of sub-block `sub` of 8, of the 12 packed bytes of Q4_K and Q5_K.
-fn six_bits(packed: &[u8], sub: usize) -> (u8, u8) {
+pub(crate) fn six_bits(packed: &[u8], sub: usize) -> (u8, u8) {
     if sub < 4 {
         (packed[sub] & 63, packed[sub + 4] & 63)
     } else {
@@ -358,7 +359,7 @@ impl<'a> QuantView<'a> {
 }
 
 /// Code `index` of a little-endian stream of codes of `bits`.
-fn code(stream: &[u8], index: usize, bits: usize) -> u8 {
+pub(crate) fn code(stream: &[u8], index: usize, bits: usize) -> u8 {
     let (byte, shift) = (index * bits / 8, index * bits % 8);
     let pair = u16::from(stream[byte]) | u16::from(stream.get(byte + 1).copied().unwrap_or(0)) << 8;
     (pair >> shift) as u8 & ((1u16 << bits) - 1) as u8

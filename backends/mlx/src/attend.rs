@@ -1,9 +1,9 @@
 //! Attention of a step: norm and rope of all rows at once, then per call (see `plan`) the cache update and MLX's
-//! scaled-dot-product attention over it.
+//! scaled-dot-product attention over it. What latent attention shares with it (`latent`) is here too.
 
 use std::ops::Range;
 
-use backend::{Attend, BackendError, KvStore};
+use backend::{Attend, BackendError, KvStore, NormSpan, Rope};
 use mlx_rs::fast::{self, ScaledDotProductAttentionMask as Mask};
 use mlx_rs::ops;
 use mlx_rs::{Array, Dtype};
@@ -19,9 +19,9 @@ use crate::weight::MlxWeight;
 /// The attention of a step, prepared when its first layer asks.
 #[derive(Debug)]
 pub(crate) struct Attention {
-    calls: Vec<Ready>,
+    pub(crate) calls: Vec<Ready>,
     /// Position of each row: `[rows]`.
-    positions: Array,
+    pub(crate) positions: Array,
     /// Where each row of the batch is among the calls' rows; `None`: there already.
     order: Option<Array>,
     /// Per window that a layer asked for, what each call sees.
@@ -30,20 +30,21 @@ pub(crate) struct Attention {
 
 /// A call with its indices on the device.
 #[derive(Debug)]
-struct Ready {
-    call: Call,
+pub(crate) struct Ready {
+    pub(crate) call: Call,
     /// Of tokens: rows `[n]`, slots and positions `[n, 1]`.
     tokens: Option<[Array; 3]>,
 }
 
+/// What a call sees of its keys.
 #[derive(Debug)]
-struct Seen {
+pub(crate) struct Seen {
     keys: Range<usize>,
-    mask: Sighted,
+    pub(crate) mask: Sighted,
 }
 
 #[derive(Debug)]
-enum Sighted {
+pub(crate) enum Sighted {
     All,
     Causal,
     /// `[rows, keys]` of a chunk, `[slots, 1, 1, keys]` of tokens: true where seen.
@@ -73,14 +74,21 @@ impl Attention {
         }
     }
 
-    /// Makes what the calls see through `window`; returns its index.
-    fn sight(&mut self, window: Option<u32>) -> Result<usize, Failure> {
-        if let Some(known) = self.sights.iter().position(|(known, _)| *known == window) {
-            return Ok(known);
+    /// What each call sees through `window`; made before by [`MlxStep::prepared`].
+    pub(crate) fn seen(&self, window: Option<u32>) -> &[Seen] {
+        self.sights.iter().find(|(known, _)| *known == window).map_or(&[], |(_, seen)| seen)
+    }
+
+    /// The calls' results, `[rows of the call, width]` each, in the order of the batch.
+    pub(crate) fn in_order(&self, mut outs: Vec<Array>) -> Recorded {
+        let out = match outs.len() {
+            1 => outs.swap_remove(0),
+            _ => ops::concatenate(&outs, 0)?,
+        };
+        match &self.order {
+            Some(order) => Ok(out.take_axis(order, 0)?),
+            None => Ok(out),
         }
-        let seen = self.calls.iter().map(|ready| Seen::new(&ready.call, window)).collect::<Result<_, _>>()?;
-        self.sights.push((window, seen));
-        Ok(self.sights.len() - 1)
     }
 }
 
@@ -99,31 +107,52 @@ impl Ready {
         };
         Ready { call, tokens }
     }
+
+    /// This call's rows of `[rows, heads, dim]`, as attention takes them: `[n, heads, rows of each, dim]`.
+    pub(crate) fn rows_of(&self, x: &Array) -> Recorded {
+        match (&self.call, &self.tokens) {
+            (Call::Chunk { rows, .. }, _) => {
+                Ok(first(x, rows.clone())?.transpose_axes(&[1, 0, 2])?.expand_dims(0)?)
+            }
+            (_, Some([rows, ..])) => Ok(x.take_axis(rows, 0)?.expand_dims(2)?),
+            (_, None) => Err(Failure("tokens without indices".to_owned())),
+        }
+    }
 }
 
 impl Seen {
     fn new(call: &Call, window: Option<u32>) -> Result<Self, Failure> {
         let (keys, sight) = call.sight(window);
+        let keys = keys.start as usize..keys.end as usize;
         let mask = match sight {
             Sight::All => Sighted::All,
             Sight::Causal => Sighted::Causal,
-            Sight::Masked => {
-                let positions = call.positions();
-                let rows = int(positions.len());
-                let shape =
-                    if matches!(call, Call::Tokens { .. }) { vec![rows, 1, 1, 1] } else { vec![rows, 1] };
-                let at = indices(positions.into_iter().map(|position| position as usize), &shape);
-                let key = ops::arange::<i32, i32>(int(keys.start as usize), int(keys.end as usize), 1)?;
-                let mut seen = key.le(&at)?;
-                if let Some(window) = window {
-                    let hidden = at.subtract(Array::from_int(int(window as usize)))?;
-                    seen = seen.logical_and(key.gt(&hidden)?)?;
-                }
-                Sighted::Mask(seen)
-            }
+            Sight::Masked => Sighted::Mask(mask(call, &keys, window)?),
         };
-        Ok(Seen { keys: keys.start as usize..keys.end as usize, mask })
+        Ok(Seen { keys, mask })
     }
+
+    /// The same as an explicit mask; `None`: all keys are seen.
+    pub(crate) fn mask(&self, call: &Call) -> Result<Option<Array>, Failure> {
+        match &self.mask {
+            Sighted::All => Ok(None),
+            Sighted::Causal => mask(call, &self.keys, None).map(Some),
+            Sighted::Mask(mask) => Ok(Some(mask.clone())),
+        }
+    }
+}
+
+/// True where a row sees a key.
+fn mask(call: &Call, keys: &Range<usize>, window: Option<u32>) -> Recorded {
+    let positions = call.positions();
+    let rows = int(positions.len());
+    let shape = if matches!(call, Call::Tokens { .. }) { vec![rows, 1, 1, 1] } else { vec![rows, 1] };
+    let at = indices(positions.into_iter().map(|position| position as usize), &shape);
+    let key = ops::arange::<i32, i32>(int(keys.start), int(keys.end), 1)?;
+    let seen = key.le(&at)?;
+    let Some(window) = window else { return Ok(seen) };
+    let hidden = at.subtract(Array::from_int(int(window as usize)))?;
+    Ok(seen.logical_and(key.gt(&hidden)?)?)
 }
 
 impl MlxStep<'_> {
@@ -135,8 +164,16 @@ impl MlxStep<'_> {
         attend: &Attend<'_, MlxBackend>,
     ) -> Result<Array, BackendError> {
         self.check_attend(layer, qkv, attend).map_err(BackendError::Device)?;
+        let attention = self.prepared(layer, attend.window)?;
+        let out = self.calls(layer, &qkv.0, attend, &attention);
+        self.attention = Some(attention);
+        Ok(out?)
+    }
+
+    /// Enters the rows' tokens of `layer` in the books, and hands out the step's attention with what its calls see.
+    pub(crate) fn prepared(&mut self, layer: usize, window: Option<u32>) -> Result<Attention, BackendError> {
         for run in &self.batch.runs {
-            let first = attend.window.map_or(0, |window| (run.start + 1).saturating_sub(window));
+            let first = window.map_or(0, |window| (run.start + 1).saturating_sub(window));
             self.kv.enter(run.seq, layer, first, run.start..run.start + run.len)?;
         }
         // A step's sequences stay where they are.
@@ -144,10 +181,12 @@ impl MlxStep<'_> {
             Some(attention) => attention,
             None => Attention::new(calls(self.batch, |seq| self.kv.place(seq))?),
         };
-        let sight = attention.sight(attend.window)?;
-        let out = self.calls(layer, &qkv.0, attend, &attention, sight);
-        self.attention = Some(attention);
-        Ok(out?)
+        if attention.sights.iter().all(|(known, _)| *known != window) {
+            let seen = attention.calls.iter().map(|ready| Seen::new(&ready.call, window));
+            let seen = seen.collect::<Result<_, _>>()?;
+            attention.sights.push((window, seen));
+        }
+        Ok(attention)
     }
 
     fn calls(
@@ -156,59 +195,52 @@ impl MlxStep<'_> {
         qkv: &Array,
         attend: &Attend<'_, MlxBackend>,
         attention: &Attention,
-        sight: usize,
     ) -> Recorded {
         let Attend { heads, kv_heads, head_dim, .. } = *attend;
         let rows = int(self.batch.rows());
         // [rows, q heads | k heads | v heads, dim]
         let qkv = qkv.reshape(&[rows, -1, int(head_dim)])?;
-        let positions = &attention.positions;
-        let q = self.turned(
-            &second(&qkv, 0..heads)?,
-            attend.qk_norm.as_ref().map(|norm| norm.q),
-            attend,
-            positions,
-        )?;
-        let k = self.turned(
-            &second(&qkv, heads..heads + kv_heads)?,
-            attend.qk_norm.as_ref().map(|norm| norm.k),
-            attend,
-            positions,
-        )?;
+        let (mut q, mut k) = (second(&qkv, 0..heads)?, second(&qkv, heads..heads + kv_heads)?);
+        if let Some(norm) = &attend.qk_norm {
+            (q, k) = match &norm.span {
+                NormSpan::Head => (per_head(&q, norm.q, norm.eps)?, per_head(&k, norm.k, norm.eps)?),
+                span @ NormSpan::Projection { .. } => self.over_projection(&q, &k, norm, span)?,
+            };
+        }
+        let q = self.rotated(&q, attend.rope, &attention.positions)?;
+        let k = self.rotated(&k, attend.rope, &attention.positions)?;
         let v = second(&qkv, heads + kv_heads..heads + 2 * kv_heads)?;
         let types: Vec<Dtype> = self.kv.spec().planes.iter().map(|plane| mlx_type(plane.dtype)).collect();
         let kv = [k.as_dtype(types[0])?, v.as_dtype(types[1])?];
         let mut outs = Vec::with_capacity(attention.calls.len());
-        for (ready, seen) in attention.calls.iter().zip(&attention.sights[sight].1) {
-            outs.push(self.call(layer, &q, &kv, attend, ready, seen)?);
+        for (ready, seen) in attention.calls.iter().zip(attention.seen(attend.window)) {
+            let [k, v] = self.written(layer, &kv, ready, seen)?;
+            let (q, scale) = (ready.rows_of(&q)?, attend.scale);
+            let out = match &seen.mask {
+                Sighted::All => fast::scaled_dot_product_attention(&q, &k, &v, scale, None, None)?,
+                Sighted::Causal => fast::scaled_dot_product_attention(&q, &k, &v, scale, Mask::Causal, None)?,
+                Sighted::Mask(mask) => fast::scaled_dot_product_attention(&q, &k, &v, scale, mask, None)?,
+            };
+            // [n, rows of each, heads, dim]: one of the first two is 1.
+            outs.push(out.transpose_axes(&[0, 2, 1, 3])?.reshape(&[-1, int(heads * head_dim)])?);
         }
-        let out = match outs.len() {
-            1 => outs.swap_remove(0),
-            _ => ops::concatenate(&outs, 0)?,
-        };
-        let out = match &attention.order {
-            Some(order) => out.take_axis(order, 0)?,
-            None => out,
-        };
-        Ok(out.as_dtype(mlx_type(self.device.dtype))?)
+        Ok(attention.in_order(outs)?.as_dtype(mlx_type(self.device.dtype))?)
     }
 
-    /// Writes a call's K and V and attends: `[rows of the call, q heads * dim]`.
-    fn call(
+    /// Writes a call's rows of both planes, `[rows, heads, dim]`; returns what it sees of them, `[n, heads, keys, dim]`.
+    pub(crate) fn written(
         &mut self,
         layer: usize,
-        q: &Array,
-        kv: &[Array; 2],
-        attend: &Attend<'_, MlxBackend>,
+        values: &[Array; 2],
         ready: &Ready,
         seen: &Seen,
-    ) -> Recorded {
+    ) -> Result<[Array; 2], Failure> {
         let (bank, slots) = match &ready.call {
             Call::Tokens { bank, slots, .. } => (*bank, slots.clone()),
             Call::Chunk { place, .. } => (place.bank, place.slot..place.slot + 1),
         };
-        let mut views = Vec::with_capacity(2);
-        for (plane, values) in kv.iter().enumerate() {
+        let mut write = |plane: usize| -> Recorded {
+            let values = &values[plane];
             let cache = self.kv.array(bank, layer, plane);
             let cache = match (&ready.call, &ready.tokens) {
                 (Call::Chunk { rows, start, place }, _) => {
@@ -216,54 +248,75 @@ impl MlxStep<'_> {
                     put_run(cache, place.slot, *start as usize..*start as usize + rows.len(), &values)?
                 }
                 (Call::Tokens { .. }, Some([rows, slots, positions])) => {
-                    let heads = indices(0..attend.kv_heads, &[1, int(attend.kv_heads)]);
+                    let count = values.dim(1) as usize;
+                    let heads = indices(0..count, &[1, int(count)]);
                     put_tokens(cache, slots, &heads, positions, &values.take_axis(rows, 0)?)?
                 }
                 (Call::Tokens { .. }, None) => return Err(Failure("tokens without indices".to_owned())),
             };
-            views.push(window(&cache, slots.clone(), seen.keys.clone())?);
+            let view = window(&cache, slots.clone(), seen.keys.clone())?;
             self.kv.replace(bank, layer, plane, cache);
-        }
-        // [n, heads, rows of each, dim]
-        let q = match (&ready.call, &ready.tokens) {
-            (Call::Chunk { rows, .. }, _) => {
-                first(q, rows.clone())?.transpose_axes(&[1, 0, 2])?.expand_dims(0)?
-            }
-            (_, Some([rows, ..])) => q.take_axis(rows, 0)?.expand_dims(2)?,
-            (_, None) => return Err(Failure("tokens without indices".to_owned())),
+            Ok(view)
         };
-        let (k, v, scale) = (&views[0], &views[1], attend.scale);
-        let out = match &seen.mask {
-            Sighted::All => fast::scaled_dot_product_attention(&q, k, v, scale, None, None)?,
-            Sighted::Causal => fast::scaled_dot_product_attention(&q, k, v, scale, Mask::Causal, None)?,
-            Sighted::Mask(mask) => fast::scaled_dot_product_attention(&q, k, v, scale, mask, None)?,
-        };
-        // [n, rows of each, heads, dim]: one of the two is 1.
-        let out = out.transpose_axes(&[0, 2, 1, 3])?;
-        Ok(out.reshape(&[-1, int(attend.heads * attend.head_dim)])?)
+        Ok([write(0)?, write(1)?])
     }
 
-    /// Norm and rope of heads `[rows, heads, dim]`; the result is in half-split order.
-    fn turned(
+    /// Norm of q and k, `[rows, heads, dim]`, over all heads of all ranks.
+    fn over_projection(
         &mut self,
-        x: &Array,
-        norm: Option<&MlxWeight>,
-        attend: &Attend<'_, MlxBackend>,
-        positions: &Array,
-    ) -> Recorded {
-        let (heads, dim, rope) = (x.dim(1), attend.head_dim, attend.rope);
-        let mut x = match norm {
-            Some(weight) => fast::rms_norm(
-                x,
-                Some(weight.vector(dim)?),
-                attend.qk_norm.as_ref().map_or(0.0, |norm| norm.eps),
-            )?,
-            None => x.clone(),
+        q: &Array,
+        k: &Array,
+        norm: &backend::QkNorm<'_, MlxBackend>,
+        span: &NormSpan,
+    ) -> Result<(Array, Array), Failure> {
+        let NormSpan::Projection { heads_total, kv_heads_total, head_first, kv_head_first, kv_heads_own } =
+            span
+        else {
+            return Err(Failure("a norm per head".to_owned()));
         };
+        let (heads, kv_heads, dim) = (q.dim(1) as usize, k.dim(1) as usize, q.dim(2));
+        if head_first + heads > *heads_total
+            || kv_head_first + kv_heads > *kv_heads_total
+            || kv_heads_own.end > kv_heads
+        {
+            return Err(Failure(format!("{heads} and {kv_heads} heads for a norm over {span:?}")));
+        }
+        let squares = |x: &Array, own: Range<usize>, before: usize, total: usize| -> Recorded {
+            let x = second(x, own.clone())?.as_dtype(Dtype::Float32)?;
+            let squares = x.square()?.sum_axis(-1, false)?;
+            let after = total - before - own.len();
+            Ok(ops::pad(&squares, &[(0, 0), (int(before), int(after))][..], None, None)?)
+        };
+        // A place for every head of the model; each is told by one rank.
+        let all = ops::concatenate(
+            &[
+                squares(q, 0..heads, *head_first, *heads_total)?,
+                squares(k, kv_heads_own.clone(), kv_head_first + kv_heads_own.start, *kv_heads_total)?,
+            ],
+            -1,
+        )?;
+        let all = self.device.joined(&all)?;
+        let normed = |x: &Array, places: Range<usize>, weight: &MlxWeight| -> Recorded {
+            let count = int(places.len()) * dim;
+            let mean = last(&all, places)?.sum_axis(-1, true)?.divide(Array::from_f32(count as f32))?;
+            let factor = mean.add(Array::from_f32(norm.eps))?.rsqrt()?;
+            let wide = x.as_dtype(Dtype::Float32)?.reshape(&[x.dim(0), -1])?;
+            let rounded = wide.multiply(&factor)?.as_dtype(x.dtype())?;
+            let scale = weight.vector(x.dim(1) as usize * dim as usize)?;
+            Ok(rounded.multiply(scale)?.reshape(x.shape())?)
+        };
+        let end = heads_total + kv_heads_total;
+        Ok((normed(q, 0..*heads_total, norm.q)?, normed(k, *heads_total..end, norm.k)?))
+    }
+
+    /// Rope of heads `[rows, heads, dim]`; the result is in half-split order.
+    pub(crate) fn rotated(&mut self, x: &Array, rope: &Rope, positions: &Array) -> Recorded {
+        let (heads, dim) = (x.dim(1), x.dim(2) as usize);
         let turned = 2 * rope.inv_freq.len();
         if turned == 0 {
-            return Ok(x);
+            return Ok(x.clone());
         }
+        let mut x = x.clone();
         if interleaved(rope) || rope.factor != 1.0 {
             let mut leading = last(&x, 0..turned)?;
             if interleaved(rope) {
@@ -313,4 +366,9 @@ impl MlxStep<'_> {
         }
         Ok(())
     }
+}
+
+/// Norm of every head `[rows, heads, dim]` by itself.
+fn per_head(x: &Array, weight: &MlxWeight, eps: f32) -> Recorded {
+    Ok(fast::rms_norm(x, Some(weight.vector(x.dim(2) as usize)?), eps)?)
 }

@@ -10,10 +10,10 @@ use mlx_rs::{Array, Dtype, fast, ops};
 
 use crate::attend::Attention;
 use crate::device::MlxBackend;
-use crate::graph::{Failure, Recorded, indices, int, last};
+use crate::graph::{Failure, Recorded, indices, int, last, mlx_type};
 use crate::kv::MlxKv;
 use crate::lease::MlxExport;
-use crate::weight::{Kind, MlxWeight};
+use crate::weight::MlxWeight;
 
 /// An activation `[rows, width]` of the step's dtype: a node of the graph.
 #[derive(Debug)]
@@ -78,13 +78,13 @@ impl Step for MlxStep<'_> {
 
     fn embed(&mut self, table: &MlxWeight) -> MlxAct {
         self.record(|step| {
-            let (rows, _, _) = table.matrix()?;
-            let count = rows.dim(0) as usize;
+            let table = table.product()?;
+            let count = table.rows();
             if let Some(id) = step.batch.ids.iter().find(|id| **id as usize >= count) {
                 return Err(Failure(format!("token {id} in an embedding table of {count}")));
             }
             let ids = indices(step.batch.ids.iter().map(|id| *id as usize), &[int(step.batch.ids.len())]);
-            Ok(rows.take_axis(&ids, 0)?)
+            table.take(&ids, mlx_type(step.device.dtype))
         })
     }
 
@@ -97,13 +97,8 @@ impl Step for MlxStep<'_> {
     }
 
     fn linear(&mut self, x: &MlxAct, weight: &MlxWeight) -> MlxAct {
-        self.record(|_| -> Recorded {
-            let (_, turned, bias) = weight.matrix()?;
-            let product = x.0.matmul(turned)?;
-            Ok(match bias {
-                Some(bias) => product.add(bias)?,
-                None => product,
-            })
+        self.record(|step| -> Recorded {
+            Ok(weight.product()?.of(&x.0)?.as_dtype(mlx_type(step.device.dtype))?)
         })
     }
 
@@ -112,14 +107,7 @@ impl Step for MlxStep<'_> {
     }
 
     fn glu(&mut self, x: MlxAct, kind: Glu) -> MlxAct {
-        self.record(|_| -> Recorded {
-            let half = x.width() / 2;
-            let (gate, up) = (last(&x.0, 0..half)?, last(&x.0, half..2 * half)?);
-            let gate = match kind {
-                Glu::Silu => gate.multiply(ops::sigmoid(&gate)?)?,
-            };
-            Ok(gate.multiply(&up)?)
-        })
+        self.record(|_| gated(&x.0, kind))
     }
 
     fn rows(&mut self, x: MlxAct, rows: &[u32]) -> MlxAct {
@@ -134,7 +122,7 @@ impl Step for MlxStep<'_> {
 
     /// A group has one rank: its sum is the sum.
     fn all_reduce(&mut self, x: MlxAct) -> MlxAct {
-        x
+        self.record(|step| -> Recorded { Ok(x.0.as_dtype(mlx_type(step.device.dtype))?) })
     }
 
     fn bias(&mut self, x: MlxAct, bias: &MlxWeight) -> MlxAct {
@@ -145,12 +133,12 @@ impl Step for MlxStep<'_> {
         self.record(|step| step.attention(layer, &qkv, attend))
     }
 
-    fn attend_mla(&mut self, _: usize, _: MlxAct, _: MlxAct, _: &Mla<'_, MlxBackend>) -> MlxAct {
-        self.record(|_| Err(Failure("latent attention is not supported yet".to_owned())))
+    fn attend_mla(&mut self, layer: usize, q: MlxAct, kv: MlxAct, mla: &Mla<'_, MlxBackend>) -> MlxAct {
+        self.record(|step| step.latent_attention(layer, &q, &kv, mla))
     }
 
-    fn moe(&mut self, _: &MlxAct, _: &Moe<'_, MlxBackend>) -> MlxAct {
-        self.record(|_| Err(Failure("experts are not supported yet".to_owned())))
+    fn moe(&mut self, x: &MlxAct, moe: &Moe<'_, MlxBackend>) -> MlxAct {
+        self.record(|_| crate::moe::experts(x, moe))
     }
 
     /// Evaluation of the graph up to here begins.
@@ -183,6 +171,16 @@ impl Step for MlxStep<'_> {
         });
         Box::new(Running(begun.map_err(BackendError::from)))
     }
+}
+
+/// `act(gate) * up` of `[.., gate | up]`.
+pub(crate) fn gated(x: &Array, kind: Glu) -> Recorded {
+    let half = x.dim(-1) as usize / 2;
+    let (gate, up) = (last(x, 0..half)?, last(x, half..2 * half)?);
+    let gate = match kind {
+        Glu::Silu => gate.multiply(ops::sigmoid(&gate)?)?,
+    };
+    Ok(gate.multiply(&up)?)
 }
 
 fn logits(x: &Array) -> Recorded {
@@ -224,25 +222,6 @@ impl Pending<MlxAct> for Running {
                 Ok(logits) => Ok(Output::Logits(logits.to_vec())),
                 Err(error) => Err(BackendError::Device(error.to_string())),
             },
-        }
-    }
-}
-
-impl MlxWeight {
-    /// A scale or bias of `width`.
-    pub(crate) fn vector(&self, width: usize) -> Result<&Array, Failure> {
-        match &self.0 {
-            Kind::Vector(vector) if vector.size() == width => Ok(vector),
-            Kind::Vector(vector) => Err(Failure(format!("a vector of {} for width {width}", vector.size()))),
-            Kind::Matrix { .. } => Err(Failure("a matrix where a vector is needed".to_owned())),
-        }
-    }
-
-    /// Rows, columns and bias of a product or table.
-    fn matrix(&self) -> Result<(&Array, &Array, Option<&Array>), Failure> {
-        match &self.0 {
-            Kind::Matrix { rows, turned, bias } => Ok((rows, turned, bias.as_ref())),
-            Kind::Vector(_) => Err(Failure("a vector where a matrix is needed".to_owned())),
         }
     }
 }

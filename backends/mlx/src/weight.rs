@@ -1,11 +1,21 @@
-//! Weights as MLX arrays. A weight of the step's dtype stays as it is; others are converted once, at load: exactly for an
-//! f32 step, rounded for a 16-bit one (MLX would widen the whole weight at every use instead).
+//! Weights as MLX arrays.
+//!
+//! Plain numbers of the step's dtype stay as they are; others are converted once, at load: exactly for an f32 step, rounded
+//! for a 16-bit one (MLX would widen the whole weight at every use instead). Quantised ones stay quantised where MLX's
+//! affine form can say the same numbers (see `part`); the rest (Q6_K, FP8) are decoded at load and rounded to the step's
+//! dtype. Heads of latent attention are always decoded.
 
-use backend::{BackendError, DType, KSum, Linear, MatrixView, TensorView, WeightSource};
-use mlx_rs::{Array, ops};
+use std::cell::OnceCell;
+
+use backend::{BackendError, DType, Heads, KSum, Linear, MatrixView, TensorView, WeightSource};
+use mlx_rs::{Array, Dtype, ops};
 
 use crate::graph::{Failure, Recorded, int, mlx_type};
 use crate::host::matrix;
+use crate::part::{Part, merged};
+
+/// Outputs of a product whose f32 weight stays f32 in a 16-bit step: that of a router, whose choice hangs on it.
+const ROUTER_ROWS_MAX: usize = 1024;
 
 /// A weight of the MLX backend.
 #[derive(Debug)]
@@ -14,40 +24,145 @@ pub struct MlxWeight(pub(crate) Kind);
 #[derive(Debug)]
 pub(crate) enum Kind {
     /// A product's weight or an embedding table.
-    Matrix {
-        /// `[rows, cols]`.
-        rows: Array,
-        /// The same memory as `[cols, rows]`.
-        turned: Array,
-        /// `[rows]`.
-        bias: Option<Array>,
-    },
+    Product(Product),
+    /// Per expert a product, in parts `[experts, rows, cols]` stacked by rows.
+    Experts { parts: Vec<Part>, experts: usize },
+    /// Per head a product: `[heads, in, out]`.
+    Heads(Array),
     /// A norm's scale or a bias: `[dim]`.
     Vector(Array),
+}
+
+/// `[rows, cols]` in parts stacked by rows.
+#[derive(Debug)]
+pub(crate) struct Product {
+    parts: Vec<Part>,
+    /// `[rows]`.
+    bias: Option<Array>,
+    /// The only part in f32 as `[cols, rows]`, once somebody asked.
+    wide: OnceCell<Array>,
+}
+
+impl Product {
+    /// `x W^T + bias`, `[.., out]` in the type of `x`.
+    pub(crate) fn of(&self, x: &Array) -> Recorded {
+        let mut outs = self.parts.iter().map(|part| part.product(x)).collect::<Result<Vec<_>, _>>()?;
+        let product = match outs.len() {
+            1 => outs.swap_remove(0),
+            _ => ops::concatenate(&outs, -1)?,
+        };
+        Ok(match &self.bias {
+            Some(bias) => product.add(bias)?,
+            None => product,
+        })
+    }
+
+    /// The same with sums that stay f32.
+    pub(crate) fn of_wide(&self, x: &Array) -> Recorded {
+        let x = x.as_dtype(Dtype::Float32)?;
+        let product = match (self.wide.get(), self.parts.as_slice()) {
+            (Some(wide), _) => x.matmul(wide)?,
+            (None, [part @ Part::Plain { .. }]) => {
+                let wide = part.decoded()?.as_dtype(Dtype::Float32)?.swap_axes(-1, -2)?;
+                wide.eval()?;
+                x.matmul(self.wide.get_or_init(|| wide))?
+            }
+            _ => self.of(&x)?,
+        };
+        match &self.bias {
+            Some(bias) if self.wide.get().is_some() => Ok(product.add(bias)?),
+            _ => Ok(product),
+        }
+    }
+
+    /// Rows `ids` of the table, in `dtype`. Errors for an id outside.
+    pub(crate) fn take(&self, ids: &Array, dtype: Dtype) -> Recorded {
+        match self.parts.as_slice() {
+            [part] => part.take(ids, dtype),
+            parts => Err(Failure(format!("a table in {} parts", parts.len()))),
+        }
+    }
+
+    pub(crate) fn rows(&self) -> usize {
+        self.parts.iter().map(Part::rows).sum()
+    }
 }
 
 impl MlxWeight {
     pub(crate) fn load(source: &WeightSource<'_>, dtype: DType) -> Result<Self, BackendError> {
         let kind = match source {
-            WeightSource::Linear(linear) => linear_weight(linear, dtype)?,
-            WeightSource::Embedding(table) => matrix_weight(table.name(), stacked(&[*table], dtype)?, None)?,
+            WeightSource::Linear(linear) => Kind::Product(linear_weight(linear, dtype)?),
+            WeightSource::Embedding(table) => {
+                let parts = vec![part(table, dtype)?];
+                Kind::Product(Product { parts, bias: None, wide: OnceCell::new() })
+            }
             WeightSource::Norm(view) | WeightSource::Bias(view) => Kind::Vector(vector(&[*view], dtype)?),
             WeightSource::Exact(view) => Kind::Vector(vector(&[*view], DType::F32)?),
-            WeightSource::Experts(_) | WeightSource::Heads(_) => {
-                return Err(refused("", "experts and heads are not supported yet".to_owned()));
-            }
+            WeightSource::Experts(experts) => experts_weight(experts, dtype)?,
+            WeightSource::Heads(heads) => Kind::Heads(heads_weight(heads, dtype)?),
         };
         // Evaluated now: the bytes may go, and nothing lazy is left over for the first step.
-        let arrays = match &kind {
-            Kind::Matrix { rows, turned, bias } => [Some(rows), Some(turned), bias.as_ref()],
-            Kind::Vector(vector) => [Some(vector), None, None],
+        let arrays: Vec<&Array> = match &kind {
+            Kind::Product(Product { parts, bias, .. }) => {
+                parts.iter().flat_map(Part::arrays).chain(bias.as_ref()).collect()
+            }
+            Kind::Experts { parts, .. } => parts.iter().flat_map(Part::arrays).collect(),
+            Kind::Heads(array) | Kind::Vector(array) => vec![array],
         };
-        mlx_rs::transforms::eval(arrays.into_iter().flatten()).map_err(Failure::from)?;
+        mlx_rs::transforms::eval(arrays).map_err(Failure::from)?;
         Ok(MlxWeight(kind))
+    }
+
+    /// A scale or bias of `width`.
+    pub(crate) fn vector(&self, width: usize) -> Result<&Array, Failure> {
+        match &self.0 {
+            Kind::Vector(vector) if vector.size() == width => Ok(vector),
+            Kind::Vector(vector) => Err(Failure(format!("a vector of {} for width {width}", vector.size()))),
+            other => Err(Failure(format!("{} where a vector is needed", other.name()))),
+        }
+    }
+
+    /// A product or table.
+    pub(crate) fn product(&self) -> Result<&Product, Failure> {
+        match &self.0 {
+            Kind::Product(product) => Ok(product),
+            other => Err(Failure(format!("{} where a matrix is needed", other.name()))),
+        }
+    }
+
+    /// The products of `experts` experts.
+    pub(crate) fn experts(&self, wanted: usize) -> Result<&[Part], Failure> {
+        match &self.0 {
+            Kind::Experts { parts, experts } if *experts == wanted => Ok(parts),
+            Kind::Experts { experts, .. } => Err(Failure(format!("{experts} experts, {wanted} needed"))),
+            other => Err(Failure(format!("{} where experts are needed", other.name()))),
+        }
+    }
+
+    /// The products of heads, `[heads, input, output]`.
+    pub(crate) fn heads(&self, heads: usize, input: usize, output: usize) -> Result<&Array, Failure> {
+        let wanted = [heads, input, output].map(int);
+        match &self.0 {
+            Kind::Heads(array) if array.shape() == wanted => Ok(array),
+            Kind::Heads(array) => Err(Failure(format!("heads {:?}, {wanted:?} needed", array.shape()))),
+            other => Err(Failure(format!("{} where heads are needed", other.name()))),
+        }
     }
 }
 
-fn linear_weight(linear: &Linear<'_>, dtype: DType) -> Result<Kind, BackendError> {
+impl Kind {
+    fn name(&self) -> &'static str {
+        match self {
+            Kind::Product(_) => "a matrix",
+            Kind::Experts { .. } => "experts",
+            Kind::Heads(_) => "heads",
+            Kind::Vector(_) => "a vector",
+        }
+    }
+}
+
+/// Checks what a linear layer's parts have in common; returns its outputs.
+fn check(linear: &Linear<'_>) -> Result<usize, BackendError> {
     let Some(first) = linear.parts.first() else {
         return Err(refused("", "a linear layer without parts".to_owned()));
     };
@@ -61,43 +176,127 @@ fn linear_weight(linear: &Linear<'_>, dtype: DType) -> Result<Kind, BackendError
     if tree && linear.bias.is_some() {
         return Err(refused(first.name(), "a bias belongs after the join of a tree".to_owned()));
     }
-    let rows: usize = linear.parts.iter().map(MatrixView::rows).sum();
+    if let Some(part) = linear.parts.iter().find(|part| part.cols() != first.cols()) {
+        let reason = format!("{} columns beside {} of {}", part.cols(), first.cols(), first.name());
+        return Err(refused(part.name(), reason));
+    }
+    Ok(linear.parts.iter().map(MatrixView::rows).sum())
+}
+
+fn linear_weight(linear: &Linear<'_>, dtype: DType) -> Result<Product, BackendError> {
+    let rows = check(linear)?;
+    let name = linear.parts[0].name();
     let bias = linear.bias.as_deref().map(|parts| vector(parts, dtype)).transpose()?;
     if let Some(bias) = bias.as_ref().filter(|bias| bias.size() != rows) {
-        return Err(refused(first.name(), format!("{} biases for {rows} outputs", bias.size())));
+        return Err(refused(name, format!("{} biases for {rows} outputs", bias.size())));
     }
-    matrix_weight(first.name(), stacked(&linear.parts, dtype)?, bias)
+    let wide = rows <= ROUTER_ROWS_MAX && linear.parts.iter().all(|part| part.dtype() == Some(DType::F32));
+    let dtype = if wide { DType::F32 } else { dtype };
+    let parts = linear.parts.iter().map(|view| part(view, dtype)).collect::<Result<Vec<_>, _>>()?;
+    let parts = merged(parts).map_err(|failure| refused(name, failure.0))?;
+    Ok(Product { parts, bias, wide: OnceCell::new() })
 }
 
-fn matrix_weight(name: &str, rows: Array, bias: Option<Array>) -> Result<Kind, BackendError> {
-    let turned = named(name, rows.transpose().map_err(Failure::from))?;
-    Ok(Kind::Matrix { rows, turned, bias })
-}
-
-fn plain<'a>(part: &MatrixView<'a>) -> Result<TensorView<'a>, BackendError> {
-    match part {
-        MatrixView::Plain(view) => Ok(*view),
-        MatrixView::Quantised(view) => {
-            Err(refused(view.name, format!("{} is not supported yet", view.format)))
+/// One matrix as MLX multiplies by it.
+fn part(view: &MatrixView<'_>, dtype: DType) -> Result<Part, BackendError> {
+    match view {
+        MatrixView::Plain(view) => Ok(Part::plain(array(view, dtype)?)),
+        MatrixView::Quantised(quant) => {
+            view.check()?;
+            let made = match Part::affine(quant) {
+                Some(part) => part.and_then(|part| part.narrowed(mlx_type(dtype))),
+                None => decoded(view, dtype).map(Part::plain),
+            };
+            made.map_err(|failure| refused(view.name(), failure.0))
         }
     }
 }
 
-/// Parts with equal columns, one below the other.
-fn stacked(parts: &[MatrixView<'_>], dtype: DType) -> Result<Array, BackendError> {
-    let parts: &[TensorView<'_>] = &parts.iter().map(plain).collect::<Result<Vec<_>, _>>()?;
-    let mut arrays = Vec::with_capacity(parts.len());
-    for part in parts {
-        if part.cols != parts[0].cols {
-            let reason = format!("{} columns beside {} of {}", part.cols, parts[0].cols, parts[0].name);
-            return Err(refused(part.name, reason));
+/// The numbers of any matrix, `[rows, cols]` of the step's dtype.
+fn decoded(view: &MatrixView<'_>, dtype: DType) -> Recorded {
+    let (rows, cols) = (view.rows(), view.cols());
+    let mut numbers = vec![0.0; rows * cols];
+    for (row, out) in numbers.chunks_exact_mut(cols).enumerate() {
+        view.decode(row, 0..cols, out);
+    }
+    let wide = Array::from_slice(&numbers, &[int(rows), int(cols)]);
+    Ok(wide.as_dtype(mlx_type(dtype))?)
+}
+
+fn experts_weight(experts: &[Linear<'_>], dtype: DType) -> Result<Kind, BackendError> {
+    let Some(first) = experts.first() else {
+        return Err(refused("", "no experts".to_owned()));
+    };
+    let shape = |linear: &Linear<'_>| -> Vec<(usize, usize)> {
+        linear.parts.iter().map(|part| (part.rows(), part.cols())).collect()
+    };
+    for expert in experts {
+        check(expert)?;
+        let name = expert.parts[0].name();
+        if shape(expert) != shape(first) || expert.sum != first.sum {
+            return Err(refused(name, format!("{:?} beside {:?}", shape(expert), shape(first))));
         }
-        arrays.push(array(part, dtype)?);
+        if expert.bias.is_some() {
+            return Err(refused(name, "an expert with a bias".to_owned()));
+        }
     }
-    match arrays.len() {
-        1 => Ok(arrays.swap_remove(0)),
-        _ => named(parts[0].name, ops::concatenate(&arrays, 0).map_err(Failure::from)),
+    let stack = |at: usize| -> Result<Part, BackendError> {
+        let name = first.parts[at].name();
+        // Experts differ in format, or in whether their scales are exact in 16 bits, so seldom that they may cost then.
+        let uniform = |expert: &Linear<'_>| match (&expert.parts[at], &first.parts[at]) {
+            (MatrixView::Plain(_), MatrixView::Plain(_)) => true,
+            (MatrixView::Quantised(a), MatrixView::Quantised(b)) => a.format == b.format,
+            _ => false,
+        };
+        let alike = experts.iter().all(uniform);
+        let one = |expert: &Linear<'_>| -> Result<Part, BackendError> {
+            let view = &expert.parts[at];
+            let named = |failure: Failure| refused(view.name(), failure.0);
+            let part = match view {
+                MatrixView::Plain(view) => Part::plain(array(view, dtype)?),
+                MatrixView::Quantised(quant) => {
+                    view.check()?;
+                    match Part::affine(quant).filter(|_| alike) {
+                        Some(part) => part.map_err(named)?,
+                        None => Part::plain(decoded(view, dtype).map_err(named)?),
+                    }
+                }
+            };
+            mlx_rs::transforms::eval(part.arrays()).map_err(|error| named(error.into()))?;
+            Ok(part)
+        };
+        let parts = experts.iter().map(one).collect::<Result<Vec<_>, _>>()?;
+        Part::stacked(&parts)
+            .and_then(|part| part.narrowed(mlx_type(dtype)))
+            .map_err(|failure| refused(name, failure.0))
+    };
+    let parts = (0..first.parts.len()).map(stack).collect::<Result<Vec<_>, _>>()?;
+    let parts = merged(parts).map_err(|failure| refused(first.parts[0].name(), failure.0))?;
+    Ok(Kind::Experts { parts, experts: experts.len() })
+}
+
+fn heads_weight(heads: &Heads<'_>, dtype: DType) -> Result<Array, BackendError> {
+    let Some(first) = heads.heads.first() else {
+        return Err(refused("", "no heads".to_owned()));
+    };
+    let shape = |view: &MatrixView<'_>| (view.rows(), view.cols());
+    if let Some(other) = heads.heads.iter().find(|head| shape(head) != shape(first)) {
+        return Err(refused(other.name(), format!("{:?} beside {:?}", shape(other), shape(first))));
     }
+    let one = |view: &MatrixView<'_>| {
+        view.check()?;
+        match view {
+            MatrixView::Plain(view) => array(view, dtype),
+            MatrixView::Quantised(quant) => named(quant.name, decoded(view, dtype)),
+        }
+    };
+    let all = heads.heads.iter().map(one).collect::<Result<Vec<_>, _>>()?;
+    let stacked = || -> Recorded {
+        let stacked = ops::stack(&all, 0)?;
+        // [heads, in, out]
+        Ok(if heads.transposed { stacked } else { stacked.swap_axes(1, 2)?.contiguous()? })
+    };
+    named(first.name(), stacked())
 }
 
 /// Parts of one row each, one after the other.

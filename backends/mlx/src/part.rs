@@ -1,0 +1,230 @@
+//! One matrix, or one per expert, as MLX multiplies by it: plain numbers, or MLX's affine codes. Other formats become
+//! affine at load where that says the same numbers ([`backend::Quant::affine`]): GGUF's blocks but Q6_K, and int4.
+//!
+//! Scales and biases have the step's dtype where that is exact and the device sums in f32 all the same, else f32; the
+//! product is then computed in f32 and rounded once.
+
+use backend::{AffineForm, DType, Quant, QuantView, TensorView};
+use mlx_rs::ops;
+use mlx_rs::{Array, Dtype};
+
+use crate::graph::{Failure, Recorded, int, mlx_type};
+use crate::platform;
+
+/// Columns that share a scale in MLX, widest first.
+const GROUPS: [usize; 3] = [128, 64, 32];
+/// Bits of MLX's codes.
+const BITS: [usize; 6] = [2, 3, 4, 5, 6, 8];
+
+/// `[rows, cols]`, or `[experts, rows, cols]`.
+#[derive(Debug)]
+pub(crate) enum Part {
+    Plain {
+        rows: Array,
+        /// The same memory as `[.., cols, rows]`.
+        turned: Array,
+    },
+    Affine {
+        /// `[.., rows, cols * bits / 32]`.
+        codes: Array,
+        /// `[.., rows, cols / group]`.
+        scales: Array,
+        biases: Array,
+        bits: i32,
+        group: i32,
+    },
+}
+
+impl Part {
+    pub(crate) fn plain(rows: Array) -> Self {
+        // A view: nothing to fail on an array of two axes or more.
+        let turned = rows.swap_axes(-1, -2).unwrap_or_else(|_| rows.clone());
+        Part::Plain { rows, turned }
+    }
+
+    /// The same numbers in MLX's affine form, scales in f32; `None` where there is no such form.
+    pub(crate) fn affine(view: &QuantView<'_>) -> Option<Result<Self, Failure>> {
+        let AffineForm { bits, group: shared } = view.format.affine()?;
+        let group = GROUPS.into_iter().find(|group| shared.is_multiple_of(*group))?;
+        if !BITS.contains(&bits)
+            || view.cols % 32 != 0
+            || [view.rows, view.cols].iter().any(|n| int(*n) == i32::MAX)
+        {
+            return None;
+        }
+        let made = match view.format {
+            Quant::Affine { .. } if group == shared => as_stored(view),
+            _ => repacked(view, bits, shared, group),
+        };
+        Some(made.map(|[codes, scales, biases]| Part::Affine {
+            codes,
+            scales,
+            biases,
+            bits: int(bits),
+            group: int(group),
+        }))
+    }
+
+    pub(crate) fn arrays(&self) -> Vec<&Array> {
+        match self {
+            Part::Plain { rows, turned } => vec![rows, turned],
+            Part::Affine { codes, scales, biases, .. } => vec![codes, scales, biases],
+        }
+    }
+
+    /// Scales and biases in `dtype` if that loses nothing and the device sums in f32 whatever they are.
+    pub(crate) fn narrowed(self, dtype: Dtype) -> Result<Self, Failure> {
+        let Part::Affine { codes, scales, biases, bits, group } = self else { return Ok(self) };
+        let narrow = [scales.as_dtype(dtype)?, biases.as_dtype(dtype)?];
+        let same = |narrow: &Array, wide: &Array| -> Result<bool, Failure> {
+            Ok(narrow.as_dtype(Dtype::Float32)?.eq_exact(wide)?)
+        };
+        let [scales, biases] =
+            if platform::SUMS_ARE_WIDE && same(&narrow[0], &scales)? && same(&narrow[1], &biases)? {
+                narrow
+            } else {
+                [scales, biases]
+            };
+        Ok(Part::Affine { codes, scales, biases, bits, group })
+    }
+
+    /// One per expert, of one kind, as one part.
+    pub(crate) fn stacked(parts: &[Part]) -> Result<Self, Failure> {
+        join(parts, |arrays| Ok(ops::stack(arrays, 0)?))
+    }
+
+    /// Number of rows (outputs).
+    pub(crate) fn rows(&self) -> usize {
+        let array = match self {
+            Part::Plain { rows, .. } => rows,
+            Part::Affine { codes, .. } => codes,
+        };
+        array.dim(-2) as usize
+    }
+
+    /// `x W^T` in the type of `x`.
+    pub(crate) fn product(&self, x: &Array) -> Recorded {
+        let product = match self {
+            Part::Plain { turned, .. } => x.matmul(turned)?,
+            Part::Affine { codes, scales, biases, bits, group } => {
+                let wide = x.as_dtype(scales.dtype())?;
+                ops::quantized_matmul(wide, codes, scales, biases, true, *group, *bits)?
+            }
+        };
+        Ok(product.as_dtype(x.dtype())?)
+    }
+
+    /// `x W^T` with the matrix of expert `experts[i]` for `x[i] = [.., rows, cols]`, in the type of `x`. `sorted`: the
+    /// experts are in ascending order.
+    pub(crate) fn gathered(&self, x: &Array, experts: &Array, sorted: bool) -> Recorded {
+        let product = match self {
+            Part::Plain { turned, .. } => ops::gather_mm(x, turned, None, experts, sorted)?,
+            Part::Affine { codes, scales, biases, bits, group } => {
+                let wide = x.as_dtype(scales.dtype())?;
+                ops::gather_qmm(wide, codes, scales, biases, None, experts, true, *group, *bits, sorted)?
+            }
+        };
+        Ok(product.as_dtype(x.dtype())?)
+    }
+
+    /// Rows `ids` in `dtype`.
+    pub(crate) fn take(&self, ids: &Array, dtype: Dtype) -> Recorded {
+        let rows = match self {
+            Part::Plain { rows, .. } => rows.take_axis(ids, 0)?,
+            Part::Affine { codes, scales, biases, bits, group } => {
+                let [codes, scales, biases] =
+                    [codes.take_axis(ids, 0)?, scales.take_axis(ids, 0)?, biases.take_axis(ids, 0)?];
+                ops::dequantize(codes, scales, &biases, *group, *bits)?
+            }
+        };
+        Ok(rows.as_dtype(dtype)?)
+    }
+
+    /// The numbers.
+    pub(crate) fn decoded(&self) -> Recorded {
+        Ok(match self {
+            Part::Plain { rows, .. } => rows.clone(),
+            Part::Affine { codes, scales, biases, bits, group } => {
+                ops::dequantize(codes, scales, biases, *group, *bits)?
+            }
+        })
+    }
+
+    fn alike(&self, other: &Part) -> bool {
+        match (self, other) {
+            (Part::Plain { rows: a, .. }, Part::Plain { rows: b, .. }) => a.dtype() == b.dtype(),
+            (Part::Affine { bits, group, scales, .. }, Part::Affine { bits: b, group: g, scales: s, .. }) => {
+                bits == b && group == g && scales.dtype() == s.dtype()
+            }
+            _ => false,
+        }
+    }
+}
+
+/// Neighbours of one kind as one part, stacked by rows.
+pub(crate) fn merged(parts: Vec<Part>) -> Result<Vec<Part>, Failure> {
+    let runs: Vec<&[Part]> = parts.chunk_by(Part::alike).collect();
+    if runs.len() == parts.len() {
+        return Ok(parts);
+    }
+    runs.into_iter().map(|run| join(run, |arrays| Ok(ops::concatenate(arrays, -2)?))).collect()
+}
+
+/// Joins parts of one kind, array by array.
+fn join(parts: &[Part], join: impl Fn(&[&Array]) -> Recorded) -> Result<Part, Failure> {
+    let column = |at: usize| -> Recorded {
+        let arrays: Vec<&Array> = parts.iter().filter_map(|part| part.arrays().get(at).copied()).collect();
+        join(&arrays)
+    };
+    match parts.first() {
+        Some(Part::Plain { .. }) => Ok(Part::plain(column(0)?)),
+        Some(Part::Affine { bits, group, .. }) => Ok(Part::Affine {
+            codes: column(0)?,
+            scales: column(1)?,
+            biases: column(2)?,
+            bits: *bits,
+            group: *group,
+        }),
+        None => Err(Failure("no parts".to_owned())),
+    }
+}
+
+/// MLX's own codes, as the checkpoint has them.
+fn as_stored(view: &QuantView<'_>) -> Result<[Array; 3], Failure> {
+    let row_bytes = view.format.code_bytes(view.cols);
+    let bytes: Vec<u8> = (0..view.rows).flat_map(|row| view.codes(row)).copied().collect();
+    let codes = Array::from_slice(&bytes, &[int(view.rows), int(row_bytes)]).view_dtype(Dtype::Uint32)?;
+    let numbers = |numbers: Option<TensorView<'_>>| -> Recorded {
+        let Some(numbers) = numbers else { return Err(Failure("codes without scales".to_owned())) };
+        let bytes: Vec<u8> = (0..numbers.rows).flat_map(|row| numbers.row(row)).copied().collect();
+        let raw = Array::from_slice(&bytes, &[int(numbers.rows), int(numbers.cols * numbers.dtype.bytes())]);
+        Ok(raw.view_dtype(mlx_type(numbers.dtype))?.as_dtype(mlx_type(DType::F32))?)
+    };
+    Ok([codes, numbers(view.scales)?, numbers(view.biases)?])
+}
+
+/// Codes of any affine form, as MLX packs them; a scale that more columns share than MLX's is repeated.
+fn repacked(view: &QuantView<'_>, bits: usize, shared: usize, group: usize) -> Result<[Array; 3], Failure> {
+    let (rows, cols) = (view.rows, view.cols);
+    let groups = cols / group;
+    let mut stream = Vec::with_capacity(rows * cols * bits / 8);
+    let (mut scales, mut biases) = (Vec::with_capacity(rows * groups), Vec::with_capacity(rows * groups));
+    let (mut codes, mut scale, mut bias) =
+        (vec![0; cols], vec![0.0; cols / shared], vec![0.0; cols / shared]);
+    for row in 0..rows {
+        view.affine_row(row, &mut codes, &mut scale, &mut bias);
+        // Eight codes are `bits` bytes.
+        for codes in codes.chunks_exact(8) {
+            let packed =
+                codes.iter().enumerate().fold(0u64, |all, (i, code)| all | u64::from(*code) << (i * bits));
+            stream.extend_from_slice(&packed.to_le_bytes()[..bits]);
+        }
+        for at in 0..groups {
+            scales.push(scale[at * group / shared]);
+            biases.push(bias[at * group / shared]);
+        }
+    }
+    let codes = Array::from_slice(&stream, &[int(rows), int(cols * bits / 8)]).view_dtype(Dtype::Uint32)?;
+    let shape = [int(rows), int(groups)];
+    Ok([codes, Array::from_slice(&scales, &shape), Array::from_slice(&biases, &shape)])
+}
