@@ -1,21 +1,18 @@
-//! A model directory: its numbers and its weights, checked against each other when it is opened. Tensors are read when
-//! a rank asks for its part of them, and only that part.
+//! A model's numbers and weights, checked against each other when they are opened. Tensors are read when a rank asks for
+//! its part of them, and only that part.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::BTreeMap;
 use std::ops::Range;
-use std::path::{Component, Path, PathBuf};
+use std::path::{Path, PathBuf};
 
-use backend::{DType, TensorView};
-use safetensors::Dtype;
-use serde::Deserialize;
+use backend::{DType, RopeStyle};
 
-use crate::data_file::Rows;
-use crate::file::WeightFile;
-use crate::tensors::{Role, tensors, unused};
-use crate::{Config, Generation, ModelError, dummy};
-
-const SINGLE: &str = "model.safetensors";
-const INDEX: &str = "model.safetensors.index.json";
+use crate::config::Group;
+use crate::data_file::DataFile;
+use crate::shard::held;
+use crate::tensors::{Cut, EMBED, Role, Span, TensorSpec, instead, tensors, unused};
+use crate::weights::{Form, Place, Slice, Stored, Weights};
+use crate::{Config, Generation, ModelError, Shard, dummy, huggingface, shards};
 
 /// Numbers and weights of one model.
 pub struct Checkpoint {
@@ -27,35 +24,16 @@ pub struct Checkpoint {
 }
 
 /// One tensor of a checkpoint.
-#[derive(Clone, Debug)]
 pub(crate) struct Tensor {
-    pub(crate) dtype: DType,
-    pub(crate) shape: Vec<usize>,
-    role: Role,
-    /// Index into the files; 0 of a dummy.
-    file: usize,
-    /// Bytes of that file.
-    range: Range<u64>,
+    pub(crate) role: Role,
+    pub(crate) cut: Cut,
+    pub(crate) stored: Stored,
 }
 
 /// Where the bytes are.
 enum Source {
-    Files(Vec<WeightFile>),
+    Files(Vec<DataFile>),
     Dummy { seed: u64 },
-}
-
-/// Rows and columns of a tensor that one rank asked for.
-pub(crate) struct Slice<'a> {
-    name: &'a str,
-    dtype: DType,
-    rows: usize,
-    cols: usize,
-    bytes: Vec<u8>,
-}
-
-#[derive(Deserialize)]
-struct Index {
-    weight_map: HashMap<String, String>,
 }
 
 impl Checkpoint {
@@ -64,34 +42,69 @@ impl Checkpoint {
     pub fn open(dir: &Path) -> Result<Checkpoint, ModelError> {
         let config = Config::read(&dir.join("config.json"))?;
         let generation = Generation::read(dir, &config)?;
-        let (files, found, table) = if dir.join(SINGLE).exists() || !dir.join(INDEX).exists() {
-            let file = single(dir)?;
-            let found = index_of(std::slice::from_ref(&file), |_, _| true);
-            (vec![file], found, dir.join(SINGLE))
-        } else {
-            let (files, found) = sharded(dir)?;
-            (files, found, dir.join(INDEX))
-        };
-        let tensors = check(&config, &files, found, &table.display().to_string())?;
-        Ok(Checkpoint { dir: dir.into(), config, generation, tensors, source: Source::Files(files) })
+        let weights = huggingface::open(dir, config.quantisation.as_ref())?;
+        Checkpoint::assemble(dir, config, generation, weights)
     }
 
     /// Seeded random weights of a sane scale for the `config.json` at `path` (or in the directory `path`). Nothing is
-    /// held: every slice is made when it is asked for, the same for every split.
+    /// held: every slice is made when it is asked for, the same for every split. None is quantised.
     pub fn dummy(path: &Path, seed: u64) -> Result<Checkpoint, ModelError> {
         let file = if path.is_dir() { path.join("config.json") } else { path.into() };
         let dir = file.parent().unwrap_or(Path::new("")).to_path_buf();
         let config = Config::read(&file)?;
         let generation = Generation::read(&dir, &config)?;
         let dtype = config.dtype.unwrap_or(DType::BF16);
-        let place = |spec: crate::TensorSpec| {
+        let make = |spec: TensorSpec| {
             let bytes = spec.shape.iter().product::<usize>() * dtype.bytes();
-            let tensor =
-                Tensor { dtype, shape: spec.shape, role: spec.role, file: 0, range: 0..bytes as u64 };
-            (spec.name, tensor)
+            let place = Place { file: 0, range: 0..bytes as u64 };
+            let stored = Stored { shape: spec.shape, place, form: Form::Plain(dtype) };
+            (spec.name, Tensor { role: spec.role, cut: spec.cut, stored })
         };
-        let tensors = tensors(&config).into_iter().map(place).collect();
+        let tensors = tensors(&config).into_iter().map(make).collect();
         Ok(Checkpoint { dir, config, generation, tensors, source: Source::Dummy { seed } })
+    }
+
+    /// Puts numbers and weights together when each tensor of the architecture is among the weights with its shape, and
+    /// there is no other. `dir` is where the tokenizer's files are.
+    pub(crate) fn assemble(
+        dir: &Path,
+        mut config: Config,
+        generation: Generation,
+        weights: Weights,
+    ) -> Result<Checkpoint, ModelError> {
+        let Weights { files, table, tensors: mut found, interleaved } = weights;
+        match interleaved {
+            Some(true) => config.rope.style = RopeStyle::Interleaved,
+            Some(false) => config.rope.style = RopeStyle::HalfSplit,
+            None => {}
+        }
+        let mut checked = BTreeMap::new();
+        for spec in tensors(&config) {
+            let specs = match instead(&config, &spec) {
+                Some(two) if !found.contains_key(&spec.name) && found.contains_key(&two[0].name) => {
+                    two.to_vec()
+                }
+                _ => vec![spec],
+            };
+            for spec in specs {
+                let Some(stored) = found.remove(&spec.name) else {
+                    return Err(ModelError::Missing {
+                        path: table,
+                        name: spec.name,
+                        model_type: config.model_type.into(),
+                        shape: spec.shape,
+                    });
+                };
+                check(&spec, &stored, &files)?;
+                keep_together(&mut config, &spec, stored.align_cols());
+                checked.insert(spec.name, Tensor { role: spec.role, cut: spec.cut, stored });
+            }
+        }
+        if let Some((name, stored)) = found.into_iter().find(|(name, _)| !unused(&config, name)) {
+            let path = files[stored.place.file].path.clone();
+            return Err(ModelError::Unexpected { path, name, model_type: config.model_type.into() });
+        }
+        Ok(Checkpoint { dir: dir.into(), config, generation, tensors: checked, source: Source::Files(files) })
     }
 
     /// The directory; also of the tokenizer's files.
@@ -111,12 +124,43 @@ impl Checkpoint {
 
     /// Bytes of all weights.
     pub fn weight_bytes(&self) -> u64 {
-        self.tensors.values().map(|tensor| tensor.range.end - tensor.range.start).sum()
+        self.tensors.values().map(|tensor| tensor.stored.len_bytes()).sum()
+    }
+
+    /// The formats of the weights and the bytes of each, most first.
+    pub fn formats(&self) -> Vec<(String, u64)> {
+        let mut bytes = BTreeMap::new();
+        for tensor in self.tensors.values() {
+            *bytes.entry(tensor.stored.format()).or_insert(0) += tensor.stored.len_bytes();
+        }
+        let mut formats: Vec<(String, u64)> = bytes.into_iter().collect();
+        formats.sort_by_key(|(_, bytes)| std::cmp::Reverse(*bytes));
+        formats
+    }
+
+    /// Bytes of the weights that each of `world` ranks holds, as they are stored.
+    pub fn rank_bytes(&self, world: usize) -> Result<Vec<u64>, ModelError> {
+        let of = |shard: &Shard| {
+            let bytes = |tensor: &Tensor, cut: Cut| {
+                let (rows, cols) = held(shard, cut, tensor.stored.extent());
+                tensor.stored.part_bytes(&rows, &cols)
+            };
+            // A tied table serves a rank of several a second time, as its part of the head.
+            let again = self.tensors.get(EMBED).filter(|_| self.config.tied && world > 1);
+            let head = again.map_or(0, |table| bytes(table, Cut::Rows(Span::Vocab)));
+            self.tensors.values().map(|tensor| bytes(tensor, tensor.cut)).sum::<u64>() + head
+        };
+        Ok(shards(&self.config, world)?.iter().map(of).collect())
     }
 
     /// All tensors by name, in order of name.
     pub(crate) fn tensors(&self) -> impl ExactSizeIterator<Item = (&str, &Tensor)> {
         self.tensors.iter().map(|(name, tensor)| (name.as_str(), tensor))
+    }
+
+    /// Whether there is a tensor `name`.
+    pub(crate) fn has(&self, name: &str) -> bool {
+        self.tensors.contains_key(name)
     }
 
     /// The seed of a dummy.
@@ -127,196 +171,81 @@ impl Checkpoint {
         }
     }
 
-    /// Length in bytes of a tensor in its file; 0 of a dummy.
-    pub(crate) fn file_len(&self, tensor: &Tensor) -> u64 {
-        match &self.source {
-            Source::Files(_) => tensor.range.end - tensor.range.start,
-            Source::Dummy { .. } => 0,
-        }
-    }
-
-    /// Bytes `part` of a tensor as they lie in the file, where it has them.
-    pub(crate) fn file_bytes(&self, tensor: &Tensor, part: Range<u64>) -> Result<Vec<u8>, ModelError> {
+    /// Bytes `part` of a place as they lie in its file; none of a dummy.
+    pub(crate) fn file_bytes(&self, place: &Place, part: Range<u64>) -> Result<Vec<u8>, ModelError> {
         match &self.source {
             Source::Files(files) => {
-                let start = tensor.range.start + part.start;
-                files[tensor.file].data.read(start, (part.end - part.start) as usize)
+                files[place.file].read(place.range.start + part.start, (part.end - part.start) as usize)
             }
             Source::Dummy { .. } => Ok(Vec::new()),
         }
     }
 
-    /// Rows and columns of the tensor `name`, read from its file; a vector is one row. Panics when the architecture has
-    /// no such tensor or it is smaller: [`Checkpoint::open`] has checked the whole table.
+    /// What `shard` holds of the tensor `name`. Panics when the architecture has no such tensor: its table was checked
+    /// when it was opened.
+    pub(crate) fn part(&self, name: &str, shard: &Shard) -> Result<Slice<'_>, ModelError> {
+        let tensor = self.tensor(name);
+        let (rows, cols) = held(shard, tensor.cut, tensor.stored.extent());
+        self.slice(name, rows, cols)
+    }
+
+    /// Rows and columns of the tensor `name`; a vector is one row. Panics as [`Checkpoint::part`] does.
     pub(crate) fn slice(
         &self,
         name: &str,
         rows: Range<usize>,
         cols: Range<usize>,
     ) -> Result<Slice<'_>, ModelError> {
-        let Some((name, tensor)) = self.tensors.get_key_value(name) else {
-            panic!("no tensor {name} in the {} architecture", self.config.model_type)
-        };
-        let (height, width) = tensor.extent();
+        let tensor = self.tensor(name);
+        let (height, width) = tensor.stored.extent();
         assert!(rows.end <= height && cols.end <= width, "{name}: {rows:?} x {cols:?} of {height} x {width}");
-        let item = tensor.dtype.bytes();
-        let bytes = match &self.source {
-            Source::Files(files) => {
-                let start = tensor.range.start + ((rows.start * width + cols.start) * item) as u64;
-                let (count, row, stride) = (rows.len(), cols.len() * item, (width * item) as u64);
-                files[tensor.file].data.read_rows(Rows { start, count, row, stride })?
-            }
-            Source::Dummy { seed } => {
+        let name = self.tensors.get_key_value(name).map_or("", |(name, _)| name.as_str());
+        match (&self.source, &tensor.stored.form) {
+            (Source::Files(files), _) => tensor.stored.read(files, name, rows, cols),
+            (Source::Dummy { seed }, form) => {
+                let dtype = if let Form::Plain(dtype) = form { *dtype } else { DType::BF16 };
                 let scale = dummy::Scale::of(tensor.role, width);
-                dummy::bytes(*seed, name, scale, tensor.dtype, width, rows.clone(), cols.clone())
-            }
-        };
-        Ok(Slice { name, dtype: tensor.dtype, rows: rows.len(), cols: cols.len(), bytes })
-    }
-
-    /// All of the tensor `name`.
-    pub(crate) fn whole(&self, name: &str) -> Result<Slice<'_>, ModelError> {
-        let (height, width) = self.tensors.get(name).map_or((0, 0), Tensor::extent);
-        self.slice(name, 0..height, 0..width)
-    }
-}
-
-impl Tensor {
-    /// Rows and columns; a vector is one row.
-    fn extent(&self) -> (usize, usize) {
-        match self.shape[..] {
-            [rows, cols] => (rows, cols),
-            _ => (1, self.shape.iter().product()),
-        }
-    }
-}
-
-impl Slice<'_> {
-    /// As the seam takes it.
-    pub(crate) fn view(&self) -> TensorView<'_> {
-        TensorView {
-            name: self.name,
-            dtype: self.dtype,
-            rows: self.rows,
-            cols: self.cols,
-            row_stride_bytes: self.cols * self.dtype.bytes(),
-            bytes: &self.bytes,
-        }
-    }
-
-    /// Bytes of the part itself.
-    pub(crate) fn len_bytes(&self) -> u64 {
-        (self.rows * self.cols * self.dtype.bytes()) as u64
-    }
-}
-
-/// Where each tensor lies: file, and position in its table.
-type Found = BTreeMap<String, (usize, usize)>;
-
-fn index_of(files: &[WeightFile], keep: impl Fn(&str, usize) -> bool) -> Found {
-    let mut found = Found::new();
-    for (file, weights) in files.iter().enumerate() {
-        for (position, entry) in weights.tensors.iter().enumerate() {
-            if keep(&entry.name, file) {
-                found.insert(entry.name.clone(), (file, position));
+                let bytes = dummy::bytes(*seed, name, scale, dtype, width, rows.clone(), cols.clone());
+                Ok(Slice::made(name, dtype, rows.len(), cols.len(), bytes))
             }
         }
     }
-    found
+
+    fn tensor(&self, name: &str) -> &Tensor {
+        let model_type = self.config.model_type;
+        self.tensors.get(name).unwrap_or_else(|| panic!("no tensor {name} in the {model_type} architecture"))
+    }
 }
 
-fn single(dir: &Path) -> Result<WeightFile, ModelError> {
-    let path = dir.join(SINGLE);
-    if path.exists() {
-        return WeightFile::open(&path);
+/// Compares a tensor with what the architecture has.
+fn check(spec: &TensorSpec, stored: &Stored, files: &[DataFile]) -> Result<(), ModelError> {
+    let path = || files[stored.place.file].path.clone();
+    let name = || spec.name.clone();
+    if stored.shape != spec.shape {
+        return Err(ModelError::Shape {
+            path: path(),
+            name: name(),
+            got: stored.shape.clone(),
+            want: spec.shape.clone(),
+        });
     }
-    let entries = std::fs::read_dir(dir).into_iter().flatten().flatten();
-    let names = entries.map(|entry| entry.file_name().to_string_lossy().into_owned());
-    let other =
-        names.filter(|name| [".gguf", ".bin", ".safetensors"].iter().any(|end| name.ends_with(end))).min();
-    let reason = match other {
-        Some(name) => format!("neither {SINGLE} nor {INDEX} ({name} is there)"),
-        None => format!("neither {SINGLE} nor {INDEX}"),
+    match (&stored.form, spec.role) {
+        (Form::Plain(_), _) | (Form::Quantised { .. }, Role::Matrix) => Ok(()),
+        _ => Err(ModelError::Type { path: path(), name: name(), got: stored.format() }),
+    }
+}
+
+/// Notes the groups of a matrix that is cut by columns.
+fn keep_together(config: &mut Config, spec: &TensorSpec, cols: usize) {
+    let groups = &mut config.groups;
+    let group = match spec.cut {
+        Cut::Cols(Span::Heads(_)) => &mut groups.o,
+        Cut::Cols(Span::Ffn) => &mut groups.down,
+        Cut::Cols(Span::Experts) => &mut groups.experts,
+        Cut::Cols(Span::Shared) => &mut groups.shared,
+        _ => return,
     };
-    Err(ModelError::Format { path: dir.display().to_string(), reason })
-}
-
-fn sharded(dir: &Path) -> Result<(Vec<WeightFile>, Found), ModelError> {
-    let path = dir.join(INDEX);
-    let shown = path.display().to_string();
-    let format = |reason: String| ModelError::Format { path: shown.clone(), reason };
-    let json = std::fs::read(&path).map_err(|reason| ModelError::Io { path: shown.clone(), reason })?;
-    let index: Index = serde_json::from_slice(&json).map_err(|error| format(error.to_string()))?;
-    let mut names: Vec<&String> = index.weight_map.values().collect();
-    names.sort();
-    names.dedup();
-    // An index is a stranger's text: its files are those beside it.
-    if let Some(name) = names.iter().find(|name| !plain_name(name)) {
-        return Err(format(format!("weight file {name:?} is not a plain file name")));
-    }
-    let files: Vec<WeightFile> =
-        names.iter().map(|name| WeightFile::open(&dir.join(name))).collect::<Result<_, _>>()?;
-    let file_of = |name: &str| names.binary_search(&index.weight_map.get(name)?).ok();
-    let found = index_of(&files, |name, file| file_of(name) == Some(file));
-    match index.weight_map.iter().find(|(name, _)| !found.contains_key(*name)) {
-        Some((name, file)) => Err(format(format!("tensor {name} is not in {file}"))),
-        None => Ok((files, found)),
-    }
-}
-
-/// Whether `name` is one normal component: no separator, no `..`, no drive.
-fn plain_name(name: &str) -> bool {
-    let mut parts = Path::new(name).components();
-    matches!((parts.next(), parts.next()), (Some(Component::Normal(part)), None) if part == name)
-        && !name.contains(['/', '\\', ':'])
-}
-
-/// Compares what was found with what the architecture has. `table` is the file that lists the tensors.
-fn check(
-    config: &Config,
-    files: &[WeightFile],
-    mut found: Found,
-    table: &str,
-) -> Result<BTreeMap<String, Tensor>, ModelError> {
-    let mut checked = BTreeMap::new();
-    for spec in tensors(config) {
-        let Some((file, position)) = found.remove(&spec.name) else {
-            return Err(ModelError::Missing {
-                path: table.into(),
-                name: spec.name,
-                model_type: config.model_type.into(),
-                shape: spec.shape,
-            });
-        };
-        let info = &files[file].tensors[position];
-        let path = || files[file].data.path.clone();
-        if info.shape != spec.shape {
-            return Err(ModelError::Shape {
-                path: path(),
-                name: spec.name,
-                got: info.shape.clone(),
-                want: spec.shape,
-            });
-        }
-        let dtype = match info.dtype {
-            Dtype::F32 => DType::F32,
-            Dtype::F16 => DType::F16,
-            Dtype::BF16 => DType::BF16,
-            other => {
-                return Err(ModelError::Type { path: path(), name: spec.name, got: other.to_string() });
-            }
-        };
-        checked.insert(
-            spec.name,
-            Tensor { dtype, shape: spec.shape, role: spec.role, file, range: info.range.clone() },
-        );
-    }
-    match found.into_iter().find(|(name, _)| !unused(config, name)) {
-        Some((name, (file, _))) => Err(ModelError::Unexpected {
-            path: files[file].data.path.clone(),
-            name,
-            model_type: config.model_type.into(),
-        }),
-        None => Ok(checked),
+    if cols > group.cols {
+        *group = Group { cols, tensor: spec.name.clone() };
     }
 }

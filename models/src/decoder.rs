@@ -4,10 +4,15 @@
 
 use std::ops::Range;
 
-use backend::{Attend, Backend, DType, Glu, KvSpec, NormSpan, QkNorm, Rope, Step};
+use backend::{Attend, Backend, DType, Glu, KvSpec, Mla, Moe, NormSpan, QkNorm, Rope, Routing, Step};
 
 use crate::load::{Ends, Loader};
-use crate::{Checkpoint, Config, ModelError, Progress, Shard, kv_specs, shards};
+use crate::{
+    Attention, Checkpoint, Config, Grouped, HeadNorm, Latent, ModelError, Progress, Shard, kv_specs, shards,
+};
+
+/// Epsilon of the norms of latents: fixed, whatever `rms_norm_eps` is.
+const LATENT_NORM_EPS: f32 = 1e-6;
 
 /// One rank's part of a model, on its device.
 pub struct Model<B: Backend> {
@@ -22,17 +27,56 @@ pub struct Model<B: Backend> {
 /// Weights of one layer.
 pub(crate) struct Layer<B: Backend> {
     pub(crate) input_norm: B::Weight,
-    /// Rows q | k | v of this rank's heads.
-    pub(crate) qkv: B::Weight,
-    pub(crate) q_norm: Option<B::Weight>,
-    pub(crate) k_norm: Option<B::Weight>,
+    pub(crate) attention: AttentionWeights<B>,
     pub(crate) o: B::Weight,
     pub(crate) o_bias: Option<B::Weight>,
     pub(crate) post_norm: B::Weight,
-    /// Rows gate | up of this rank's columns.
-    pub(crate) gate_up: B::Weight,
-    pub(crate) down: B::Weight,
-    pub(crate) down_bias: Option<B::Weight>,
+    pub(crate) ffn: FfnWeights<B>,
+}
+
+/// Weights of a layer's attention, but for the output projection.
+pub(crate) enum AttentionWeights<B: Backend> {
+    Grouped {
+        /// Rows q | k | v of this rank's heads.
+        qkv: B::Weight,
+        qk_norm: Option<(B::Weight, B::Weight)>,
+    },
+    Latent {
+        q: QueryWeights<B>,
+        /// Rows latent | rope key.
+        kv: B::Weight,
+        latent_norm: B::Weight,
+        q_to_latent: B::Weight,
+        latent_to_value: B::Weight,
+    },
+}
+
+/// Where latent attention's q comes from.
+pub(crate) enum QueryWeights<B: Backend> {
+    /// The hidden state.
+    Whole(B::Weight),
+    /// A latent of its own, of low rank.
+    Low { down: B::Weight, norm: B::Weight, up: B::Weight },
+}
+
+/// Weights of a layer's MLP or experts.
+pub(crate) enum FfnWeights<B: Backend> {
+    Dense {
+        /// Rows gate | up of this rank's columns.
+        gate_up: B::Weight,
+        down: B::Weight,
+        down_bias: Option<B::Weight>,
+    },
+    Experts {
+        routing: Routing,
+        router: B::Weight,
+        choice_bias: Option<B::Weight>,
+        /// Of every expert, rows gate | up of this rank's columns.
+        gate_up: B::Weight,
+        down: B::Weight,
+        /// Of the expert that every token passes.
+        shared: Option<(B::Weight, B::Weight)>,
+    },
 }
 
 /// Called when the attention of a layer is recorded: from then on the layer's cache can be exported, while its MLP and
@@ -54,10 +98,10 @@ impl<B: Backend> Model<B> {
         let config = checkpoint.config().clone();
         let shard = shards(&config, world)?.swap_remove(rank);
         let spec = kv_specs(&config, dtype, world)?.swap_remove(rank);
-        let mut loader = Loader::new(backend, checkpoint, &shard, progress);
+        let mut loader = Loader::new(backend, checkpoint, &shard, progress)?;
         let ends = loader.ends()?;
         let layers = (0..config.layers).map(|layer| loader.layer(layer)).collect::<Result<_, _>>()?;
-        let rope = config.rope.table(config.head_dim);
+        let rope = config.rope.table();
         Ok(Model { config, shard, spec, rope, ends, layers })
     }
 
@@ -148,7 +192,7 @@ impl<B: Backend> Model<B> {
         self.logits(step, x)
     }
 
-    /// Norm, projections and attention: `[rows, this rank's query heads * head_dim]`. Writes the layer's cache.
+    /// Norm, projections and attention: `[rows, this rank's query heads * width of a value]`. Writes the layer's cache.
     fn attend<'a>(
         &self,
         step: &mut B::Step<'a>,
@@ -156,26 +200,88 @@ impl<B: Backend> Model<B> {
         layer: usize,
         after_attend: AfterAttend<'_, B::Step<'a>>,
     ) -> B::Act {
-        let (config, weights) = (&self.config, &self.layers[layer]);
-        let x = step.norm(x, &weights.input_norm, config.norm_eps);
-        let qkv = step.linear(&x, &weights.qkv);
-        let norms = weights.q_norm.as_ref().zip(weights.k_norm.as_ref());
-        let qk_norm = norms.map(|(q, k)| QkNorm { q, k, eps: config.norm_eps, span: NormSpan::Head });
-        let attend = Attend {
-            heads: self.shard.heads.len(),
-            kv_heads: self.shard.kv_heads.len(),
-            head_dim: config.head_dim,
-            scale: (config.head_dim as f32).powf(-0.5),
-            rope: &self.rope,
-            qk_norm,
-            window: config.windows[layer],
+        let weights = &self.layers[layer];
+        let x = step.norm(x, &weights.input_norm, self.config.norm_eps);
+        let attended = match (&self.config.attention, &weights.attention) {
+            (Attention::Grouped(grouped), AttentionWeights::Grouped { qkv, qk_norm }) => {
+                let qkv = step.linear(&x, qkv);
+                step.attend(layer, qkv, &self.grouped(grouped, layer, qk_norm.as_ref()))
+            }
+            (
+                Attention::Latent(latent),
+                AttentionWeights::Latent { q, kv, latent_norm, q_to_latent, latent_to_value },
+            ) => {
+                let q = match q {
+                    QueryWeights::Whole(q) => step.linear(&x, q),
+                    QueryWeights::Low { down, norm, up } => {
+                        let low = step.linear(&x, down);
+                        let low = step.norm(&low, norm, LATENT_NORM_EPS);
+                        step.linear(&low, up)
+                    }
+                };
+                let kv = step.linear(&x, kv);
+                step.attend_mla(
+                    layer,
+                    q,
+                    kv,
+                    &self.latent(latent, [latent_norm, q_to_latent, latent_to_value]),
+                )
+            }
+            _ => unreachable!("weights are loaded by the configuration's kind of attention"),
         };
-        let attended = step.attend(layer, qkv, &attend);
         after_attend(step, layer);
         attended
     }
 
-    /// Output projection, residual, MLP, residual.
+    fn grouped<'m>(
+        &'m self,
+        grouped: &Grouped,
+        layer: usize,
+        norms: Option<&'m (B::Weight, B::Weight)>,
+    ) -> Attend<'m, B> {
+        let shard = &self.shard;
+        let span = match grouped.qk_norm {
+            Some(HeadNorm::Projection) => NormSpan::Projection {
+                heads_total: self.config.heads,
+                kv_heads_total: grouped.kv_heads,
+                head_first: shard.heads.start,
+                kv_head_first: shard.kv_heads.start,
+                kv_heads_own: shard.kv_heads_own.clone(),
+            },
+            _ => NormSpan::Head,
+        };
+        Attend {
+            heads: shard.heads.len(),
+            kv_heads: shard.kv_heads.len(),
+            head_dim: grouped.head_dim,
+            scale: (grouped.head_dim as f32).powf(-0.5),
+            rope: &self.rope,
+            qk_norm: norms.map(|(q, k)| QkNorm { q, k, eps: self.config.norm_eps, span }),
+            window: grouped.windows[layer],
+        }
+    }
+
+    fn latent<'m>(
+        &'m self,
+        latent: &Latent,
+        [latent_norm, q_to_latent, latent_to_value]: [&'m B::Weight; 3],
+    ) -> Mla<'m, B> {
+        Mla {
+            heads: self.shard.heads.len(),
+            nope_dim: latent.nope_dim,
+            rope_dim: latent.rope_dim,
+            value_dim: latent.value_dim,
+            latent_dim: latent.latent_dim,
+            scale: latent.scale,
+            rope: &self.rope,
+            latent_norm,
+            norm_eps: LATENT_NORM_EPS,
+            q_to_latent,
+            latent_to_value,
+        }
+    }
+
+    /// Output projection, residual, MLP or experts, residual.
     fn after_attention<'a>(
         &self,
         step: &mut B::Step<'a>,
@@ -187,10 +293,27 @@ impl<B: Backend> Model<B> {
         let attended = self.row_parallel(step, &attended, &weights.o, weights.o_bias.as_ref());
         let x = step.add(x, attended);
         let normed = step.norm(&x, &weights.post_norm, self.config.norm_eps);
-        let gate_up = step.linear(&normed, &weights.gate_up);
-        let gated = step.glu(gate_up, Glu::Silu);
-        let mlp = self.row_parallel(step, &gated, &weights.down, weights.down_bias.as_ref());
-        step.add(x, mlp)
+        let out = match &weights.ffn {
+            FfnWeights::Dense { gate_up, down, down_bias } => {
+                let gate_up = step.linear(&normed, gate_up);
+                let gated = step.glu(gate_up, Glu::Silu);
+                self.row_parallel(step, &gated, down, down_bias.as_ref())
+            }
+            FfnWeights::Experts { routing, router, choice_bias, gate_up, down, shared } => {
+                let moe = Moe {
+                    router,
+                    routing,
+                    choice_bias: choice_bias.as_ref(),
+                    gate_up,
+                    down,
+                    shared: shared.as_ref().map(|(gate_up, down)| (gate_up, down)),
+                    glu: Glu::Silu,
+                };
+                let partial = step.moe(&normed, &moe);
+                step.all_reduce(partial)
+            }
+        };
+        step.add(x, out)
     }
 
     /// A product whose inputs are spread over the ranks.

@@ -103,10 +103,24 @@ pub enum ModelError {
     /// The model cannot be split over this many ranks.
     #[error("cannot split {what} over {world} tensor-parallel ranks: there are {count}")]
     Split {
-        /// `query heads of a KV head`, `ffn columns`, `vocabulary entries`.
+        /// `query heads`, `kv heads`, `ffn columns`, `vocabulary entries`.
         what: &'static str,
         /// Of them.
         count: usize,
+        /// Ranks.
+        world: usize,
+    },
+    /// Columns that share a quantisation scale would lie on two ranks.
+    #[error(
+        "cannot split {name} over {world} tensor-parallel ranks: its {cols} columns stay together in groups of {group}"
+    )]
+    Groups {
+        /// Tensor.
+        name: String,
+        /// Its columns.
+        cols: usize,
+        /// Columns that stay together.
+        group: usize,
         /// Ranks.
         world: usize,
     },

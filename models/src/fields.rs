@@ -14,6 +14,7 @@ const SIZE_MAX: u64 = 1 << 31;
 const HARMLESS: &[&str] = &[
     "architectures",
     "attention_dropout",
+    "aux_loss_alpha",
     "attn_implementation",
     "attn_pdrop",
     "auto_map",
@@ -30,6 +31,7 @@ const HARMLESS: &[&str] = &[
     "embd_pdrop",
     "encoder_no_repeat_ngram_size",
     "eos_token_id",
+    "ep_size",
     "exponential_decay_length_penalty",
     "finetuning_task",
     "forced_bos_token_id",
@@ -50,9 +52,11 @@ const HARMLESS: &[&str] = &[
     "no_repeat_ngram_size",
     "num_beam_groups",
     "num_beams",
+    "num_nextn_predict_layers",
     "num_return_sequences",
     "output_attentions",
     "output_hidden_states",
+    "output_router_logits",
     "output_scores",
     "pad_token_id",
     "prefix",
@@ -63,7 +67,10 @@ const HARMLESS: &[&str] = &[
     "resid_pdrop",
     "return_dict",
     "return_dict_in_generate",
+    "router_aux_loss_coef",
+    "router_jitter_noise",
     "sep_token_id",
+    "seq_aux",
     "suppress_tokens",
     "task_specific_params",
     "temperature",
@@ -86,6 +93,9 @@ const HARMLESS: &[&str] = &[
 const FACTORS: &[&str] = &[
     "attention_multiplier",
     "embedding_multiplier",
+    "layernorm_full_attention_beta",
+    "layernorm_linear_attention_beta",
+    "layernorm_mlp_beta",
     "logit_scale",
     "logits_scaling",
     "partial_rotary_factor",
@@ -186,7 +196,40 @@ impl Fields {
 
     /// `true` or `false`.
     pub(crate) fn flag(&mut self, field: &'static str, default: bool) -> Result<bool, ModelError> {
-        Ok(self.typed(field, "true or false", Value::as_bool)?.unwrap_or(default))
+        Ok(self.opt_flag(field)?.unwrap_or(default))
+    }
+
+    /// `true` or `false`, where given.
+    pub(crate) fn opt_flag(&mut self, field: &'static str) -> Result<Option<bool>, ModelError> {
+        self.typed(field, "true or false", Value::as_bool)
+    }
+
+    /// A string that is one of `known`, or absent.
+    pub(crate) fn one_of(&mut self, field: &'static str, known: &[&str]) -> Result<(), ModelError> {
+        match self.opt_text(field)? {
+            Some(text) if !known.contains(&text.as_str()) => {
+                let known = known.join(", ");
+                Err(self.error(field, format!("{text:?} is not supported (known: {known})")))
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// Fields that do not touch the forward pass of this family.
+    pub(crate) fn harmless(&mut self, names: &[&'static str]) {
+        self.read.extend(names);
+    }
+
+    /// The fields that nobody read, in order of name.
+    pub(crate) fn unread(&self) -> Vec<(String, Value)> {
+        let unread = self.map.iter().filter(|(name, _)| !self.read.contains(name.as_str()));
+        unread.map(|(name, value)| (name.clone(), value.clone())).collect()
+    }
+
+    /// The fields of an object that is the value of `field`.
+    pub(crate) fn nested(&self, field: &str, map: Map<String, Value>) -> Fields {
+        let prefix = format!("{}{field}.", self.prefix);
+        Fields { path: self.path.clone(), prefix, map, read: BTreeSet::new() }
     }
 
     /// A string.
@@ -207,8 +250,7 @@ impl Fields {
     /// A nested object.
     pub(crate) fn opt_object(&mut self, field: &'static str) -> Result<Option<Fields>, ModelError> {
         let map = self.typed(field, "an object", |value| value.as_object().cloned())?;
-        let prefix = format!("{}{field}.", self.prefix);
-        Ok(map.map(|map| Fields { path: self.path.clone(), prefix, map, read: BTreeSet::new() }))
+        Ok(map.map(|map| self.nested(field, map)))
     }
 
     /// Ends the reading: the first field that nobody read and that may change the computation is an error. Fields

@@ -6,7 +6,7 @@ use std::fmt::Write;
 use sha2::{Digest, Sha256};
 use vocab::Vocab;
 
-use crate::{Checkpoint, Config, ModelError};
+use crate::{Attention, Checkpoint, Config, HeadNorm, ModelError};
 
 /// Pages of a tensor that the identity of weights reads at most, and of all tensors together.
 const PAGES_PER_TENSOR: usize = 16;
@@ -36,56 +36,100 @@ impl Identity {
 }
 
 /// Hash of the numbers that decide what is computed, however a file writes them. What only concerns serving (context
-/// length, end tokens) or storage (tied tables, element types) is left out.
+/// length, end tokens) or storage (tied tables, element types, quantisation, which rows pair for the rotation) is left
+/// out.
 pub fn graph(config: &Config) -> String {
     let c = config;
-    let rope = c.rope.table(c.head_dim);
+    // Some families give a width that no layer has.
+    let ffn = if c.has_dense_layers() { c.ffn } else { 0 };
     let mut text = format!(
-        "decoder 1 vocab {} hidden {} layers {} heads {} kv_heads {} head_dim {} ffn {} silu eps {:.4e} \
-         qkv_bias {} o_bias {} mlp_bias {} qk_norm {} rope {:?} {:.4e}",
-        c.vocab_size,
-        c.hidden,
-        c.layers,
-        c.heads,
-        c.kv_heads,
-        c.head_dim,
-        c.ffn,
-        c.norm_eps,
-        c.qkv_bias,
-        c.o_bias,
-        c.mlp_bias,
-        c.qk_norm,
-        rope.style,
-        rope.factor,
+        "decoder 2 vocab {} hidden {} layers {} heads {} ffn {} silu bias {} eps {:.4e}",
+        c.vocab_size, c.hidden, c.layers, c.heads, ffn, c.mlp_bias, c.norm_eps,
     );
+    let rope = c.rope.table();
+    let _ = write!(text, " rope {:.4e}", rope.factor);
     // The table rather than its recipe: formats name the recipes differently, or store the table.
     for freq in rope.inv_freq.iter() {
         let _ = write!(text, " {freq:.4e}");
     }
-    for window in &c.windows {
-        let _ = write!(text, " {}", window.map_or(0, |window| window));
+    match &c.attention {
+        Attention::Grouped(g) => {
+            let norm = g.qk_norm.map_or("no", |norm| match norm {
+                HeadNorm::Head => "head",
+                HeadNorm::Projection => "projection",
+            });
+            let _ = write!(
+                text,
+                " grouped {} of {} qkv_bias {} o_bias {} norm {norm} windows",
+                g.kv_heads, g.head_dim, g.qkv_bias, g.o_bias
+            );
+            for window in &g.windows {
+                let _ = write!(text, " {}", window.unwrap_or(0));
+            }
+        }
+        Attention::Latent(l) => {
+            let _ = write!(
+                text,
+                " latent {} from {} nope {} rope {} value {} bias {} scale {:.4e}",
+                l.latent_dim,
+                l.q_rank.unwrap_or(0),
+                l.nope_dim,
+                l.rope_dim,
+                l.value_dim,
+                l.bias,
+                l.scale
+            );
+        }
+    }
+    if let Some(e) = &c.experts {
+        let r = &e.routing;
+        let (groups, used) = r.groups.unwrap_or((1, 1));
+        let _ = write!(
+            text,
+            " experts {} of {} width {} shared {} {:?} bias {} groups {used} of {groups} normalise {} {:.4e} \
+             scale {:.4e} layers",
+            r.top_k,
+            r.experts,
+            e.width,
+            e.shared_width,
+            r.score,
+            e.choice_bias,
+            r.normalise,
+            r.normalise_eps,
+            r.scale
+        );
+        for sparse in &e.layers {
+            text.push_str(if *sparse { " e" } else { " d" });
+        }
     }
     hex(Sha256::digest(text))
 }
 
-/// Hash of the tensor table (names, types, shapes; not which file holds what) and of a sample of every tensor: all
+/// Hash of the tensor table (names, formats, shapes; not which file holds what) and of a sample of every tensor: all
 /// of a tensor of up to 16 pages of 4 KiB, else its first page, its last, and others evenly between. With very many tensors the
-/// pages of each are fewer, at least one. Another training, quantisation or merge changes every page and is always seen; a
-/// flipped bit on a page between the sampled ones is not. 64 MiB of a 140 GB checkpoint are read.
+/// pages of each are fewer, and with more tensors than pages some have none. Another training, quantisation or merge changes
+/// every page and is always seen; a flipped bit on a page between the sampled ones is not. 64 MiB of a 140 GB checkpoint are read.
 pub fn weights(checkpoint: &Checkpoint) -> Result<String, ModelError> {
     let tensors = checkpoint.tensors();
-    let pages = (PAGES_TOTAL / tensors.len().max(1)).clamp(1, PAGES_PER_TENSOR);
+    let count = tensors.len().max(1);
+    let pages = (PAGES_TOTAL / count).clamp(1, PAGES_PER_TENSOR);
+    // Every layer repeats its kinds of tensors: a step that shares no factor with their number meets all of them.
+    let every = (count.div_ceil(PAGES_TOTAL)..).find(|step| step % 2 == 1 && (step % 3 != 0)).unwrap_or(1);
     let mut hash = Sha256::new();
-    hash.update(b"weights 1\n");
+    hash.update(b"weights 2\n");
     if let Some(seed) = checkpoint.seed() {
         hash.update(format!("dummy {seed}\n"));
     }
-    for (name, tensor) in tensors {
-        hash.update(format!("{name} {} {:?}\n", tensor.dtype, tensor.shape));
-        let len = checkpoint.file_len(tensor);
-        for start in sample(len as usize, pages) {
-            let start = start as u64;
-            hash.update(checkpoint.file_bytes(tensor, start..len.min(start + PAGE_BYTES as u64))?);
+    for (number, (name, tensor)) in tensors.enumerate() {
+        hash.update(format!("{name} {} {:?}\n", tensor.stored.format(), tensor.stored.shape));
+        if checkpoint.seed().is_some() || number % every != 0 {
+            continue;
+        }
+        for place in tensor.stored.places() {
+            for start in sample(place.len() as usize, pages) {
+                let start = start as u64;
+                hash.update(checkpoint.file_bytes(place, start..place.len().min(start + PAGE_BYTES as u64))?);
+            }
         }
     }
     Ok(hex(hash.finalize()))

@@ -3,30 +3,38 @@
 //! never sees it. No sockets, no scheduling.
 
 mod arch;
+mod attention;
 mod checkpoint;
 mod config;
 mod data_file;
 mod decoder;
 mod dummy;
 mod error;
+mod experts;
 mod fields;
 mod file;
 mod generation;
+mod huggingface;
 pub mod identity;
 mod load;
+mod quantisation;
 pub mod replay;
 mod rope;
 mod shard;
 mod tensors;
+mod weights;
 
+pub use attention::{Attention, Grouped, HeadNorm, Latent};
 pub use checkpoint::Checkpoint;
-pub use config::Config;
+pub use config::{Config, Group, Groups, Parameters};
 pub use decoder::{AfterAttend, Model};
 pub use error::ModelError;
+pub use experts::{ExpertNames, Experts};
 pub use file::{Entry, table as safetensors_table};
 pub use generation::Generation;
 pub use identity::Identity;
 pub use load::Progress;
+pub use quantisation::{Affine, Quantisation};
 pub use rope::{RopeConfig, Scaling};
 pub use shard::{Shard, kv_specs, shards};
-pub use tensors::{Role, TensorSpec, tensors};
+pub use tensors::{Cut, Role, Span, TensorSpec, tensors};

@@ -1,27 +1,25 @@
 //! Puts one rank's part of a checkpoint on its device, weight by weight.
 
-use std::ops::Range;
+use backend::{Backend, Heads, KSum, Linear, WeightSource};
 
-use backend::{Backend, KSum, Linear, WeightSource};
-
-use crate::checkpoint::{Checkpoint, Slice};
-use crate::decoder::Layer;
-use crate::tensors::{EMBED, HEAD, NORM, in_layer};
-use crate::{ModelError, Shard};
+use crate::checkpoint::Checkpoint;
+use crate::decoder::{AttentionWeights, FfnWeights, Layer, QueryWeights};
+use crate::tensors::{EMBED, EMBED_Q, HEAD, KV_B, NORM, UNEMBED_OUT, in_layer};
+use crate::weights::Slice;
+use crate::{Attention, Experts, Latent, ModelError, Shard};
 
 /// How far a load is.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Progress {
-    /// Weights on the device.
-    pub weights: usize,
-    /// Weights that this rank loads in all.
-    pub weights_total: usize,
+    /// Layers on the device.
+    pub layers: usize,
+    /// Layers of the model.
+    pub layers_total: usize,
     /// Bytes read from the checkpoint.
     pub bytes: u64,
+    /// Bytes that this rank reads in all.
+    pub bytes_total: u64,
 }
-
-/// Weights of the layers, in the order of [`Layer`].
-const PER_LAYER: usize = 6;
 
 /// A load under way.
 pub(crate) struct Loader<'l, B: Backend> {
@@ -46,131 +44,240 @@ impl<'l, B: Backend> Loader<'l, B> {
         checkpoint: &'l Checkpoint,
         shard: &'l Shard,
         report: &'l mut dyn FnMut(Progress),
-    ) -> Self {
-        let config = checkpoint.config();
-        let biases = if config.o_bias { 1 } else { 0 } + if config.mlp_bias { 1 } else { 0 };
-        let norms = if config.qk_norm { 2 } else { 0 };
-        let head = usize::from(!Self::shared(checkpoint, shard));
-        let weights_total = 2 + head + config.layers * (PER_LAYER + biases + norms);
-        let progress = Progress { weights: 0, weights_total, bytes: 0 };
+    ) -> Result<Self, ModelError> {
+        let bytes_total = checkpoint.rank_bytes(shard.world)?[shard.rank];
+        let layers_total = checkpoint.config().layers;
+        let progress = Progress { layers: 0, layers_total, bytes: 0, bytes_total };
         report(progress);
-        Loader { backend, checkpoint, shard, report, progress }
-    }
-
-    /// Whether one table serves as embedding and head: a rank of several has all of the first, and a part of the
-    /// second.
-    fn shared(checkpoint: &Checkpoint, shard: &Shard) -> bool {
-        checkpoint.config().tied && shard.world == 1
+        Ok(Loader { backend, checkpoint, shard, report, progress })
     }
 
     pub(crate) fn ends(&mut self) -> Result<Ends<B>, ModelError> {
-        let (vocab, hidden) = (self.checkpoint.config().vocab_size, self.checkpoint.config().hidden);
-        let shared = Self::shared(self.checkpoint, self.shard);
-        let embed = if shared {
-            self.linear(&[(EMBED, 0..vocab)], 0..hidden, false, KSum::Ascending)?
-        } else {
-            let table = self.checkpoint.whole(EMBED)?;
-            self.load(&WeightSource::Embedding(table.view().into()), table.len_bytes())?
+        let config = self.checkpoint.config();
+        // One table serves as embedding and head; but a rank of several has all of the first, a part of the second.
+        if config.tied && self.shard.world == 1 {
+            let embed = self.linear(&[EMBED.into()], false, KSum::Ascending)?;
+            return Ok(Ends { embed, norm: self.norm(NORM)?, head: None });
+        }
+        let table = self.checkpoint.part(EMBED, self.shard)?;
+        let embed = self.load(&WeightSource::Embedding(table.view()))?;
+        drop(table);
+        let head = match config.tied {
+            true => self.checkpoint.slice(EMBED, self.shard.vocab.clone(), 0..config.hidden)?,
+            false => self.checkpoint.part(HEAD, self.shard)?,
         };
-        let norm = self.norm(NORM)?;
-        let head = if self.checkpoint.config().tied { EMBED } else { HEAD };
-        let head = match shared {
-            true => None,
-            false => {
-                Some(self.linear(&[(head, self.shard.vocab.clone())], 0..hidden, false, KSum::Ascending)?)
-            }
-        };
-        Ok(Ends { embed, norm, head })
+        let head = Linear { parts: vec![head.view()], bias: None, sum: KSum::Ascending };
+        let head = self.load(&WeightSource::Linear(head))?;
+        Ok(Ends { embed, norm: self.norm(NORM)?, head: Some(head) })
     }
 
     pub(crate) fn layer(&mut self, layer: usize) -> Result<Layer<B>, ModelError> {
         let config = self.checkpoint.config();
-        let shard = self.shard;
         let name = |part: &str| in_layer(layer, part);
-        let elements = |heads: &Range<usize>| heads.start * config.head_dim..heads.end * config.head_dim;
-        let (q, kv) = (elements(&shard.heads), elements(&shard.kv_heads));
-        let hidden = 0..config.hidden;
-        let [q_proj, k_proj, v_proj] =
-            ["q", "k", "v"].map(|part| name(&format!("self_attn.{part}_proj.weight")));
-        let o_proj = name("self_attn.o_proj.weight");
-        let [gate, up, down] = ["gate", "up", "down"].map(|part| name(&format!("mlp.{part}_proj.weight")));
-        Ok(Layer {
+        let loaded = Layer {
             input_norm: self.norm(&name("input_layernorm.weight"))?,
-            qkv: self.linear(
-                &[(&q_proj, q.clone()), (&k_proj, kv.clone()), (&v_proj, kv)],
-                hidden.clone(),
-                config.qkv_bias,
-                KSum::Ascending,
-            )?,
-            q_norm: self.optional(config.qk_norm, &name("self_attn.q_norm.weight"), Self::norm)?,
-            k_norm: self.optional(config.qk_norm, &name("self_attn.k_norm.weight"), Self::norm)?,
-            o: self.linear(&[(&o_proj, hidden.clone())], q, false, shard.o_sum)?,
-            o_bias: self.optional(config.o_bias, &name("self_attn.o_proj.bias"), Self::bias)?,
+            attention: match &config.attention {
+                Attention::Grouped(grouped) => AttentionWeights::Grouped {
+                    qkv: self.linear(
+                        &["q", "k", "v"].map(|part| name(&format!("self_attn.{part}_proj.weight"))),
+                        grouped.qkv_bias,
+                        KSum::Ascending,
+                    )?,
+                    qk_norm: match grouped.qk_norm {
+                        Some(_) => Some((
+                            self.norm(&name("self_attn.q_norm.weight"))?,
+                            self.norm(&name("self_attn.k_norm.weight"))?,
+                        )),
+                        None => None,
+                    },
+                },
+                Attention::Latent(latent) => self.latent(latent, &name)?,
+            },
+            o: self.linear(&[name("self_attn.o_proj.weight")], false, self.shard.o_sum)?,
+            o_bias: self.bias(config.attention.o_bias(), &name("self_attn.o_proj.bias"))?,
             post_norm: self.norm(&name("post_attention_layernorm.weight"))?,
-            gate_up: self.linear(
-                &[(&gate, shard.ffn.clone()), (&up, shard.ffn.clone())],
-                hidden.clone(),
-                config.mlp_bias,
+            ffn: match config.experts(layer) {
+                Some(experts) => self.experts(experts, &name)?,
+                None => FfnWeights::Dense {
+                    gate_up: self.linear(
+                        &["gate", "up"].map(|part| name(&format!("mlp.{part}_proj.weight"))),
+                        config.mlp_bias,
+                        KSum::Ascending,
+                    )?,
+                    down: self.linear(&[name("mlp.down_proj.weight")], false, self.shard.down_sum)?,
+                    down_bias: self.bias(config.mlp_bias, &name("mlp.down_proj.bias"))?,
+                },
+            },
+        };
+        self.progress.layers += 1;
+        (self.report)(self.progress);
+        Ok(loaded)
+    }
+
+    fn latent(
+        &mut self,
+        latent: &Latent,
+        name: &impl Fn(&str) -> String,
+    ) -> Result<AttentionWeights<B>, ModelError> {
+        let q = match latent.q_rank {
+            Some(_) => QueryWeights::Low {
+                down: self.linear(&[name("self_attn.q_a_proj.weight")], latent.bias, KSum::Ascending)?,
+                norm: self.norm(&name("self_attn.q_a_layernorm.weight"))?,
+                up: self.linear(&[name("self_attn.q_b_proj.weight")], false, KSum::Ascending)?,
+            },
+            None => QueryWeights::Whole(self.linear(
+                &[name("self_attn.q_proj.weight")],
+                false,
                 KSum::Ascending,
-            )?,
-            down: self.linear(&[(&down, hidden)], shard.ffn.clone(), false, shard.down_sum)?,
-            down_bias: self.optional(config.mlp_bias, &name("mlp.down_proj.bias"), Self::bias)?,
+            )?),
+        };
+        let kv = name("self_attn.kv_a_proj_with_mqa.weight");
+        let (keys, values) = self.heads(latent, name)?;
+        Ok(AttentionWeights::Latent {
+            q,
+            kv: self.linear(&[kv], latent.bias, KSum::Ascending)?,
+            latent_norm: self.norm(&name("self_attn.kv_a_layernorm.weight"))?,
+            q_to_latent: self.load(&keys.source())?,
+            latent_to_value: self.load(&values.source())?,
         })
     }
 
-    /// Rows of several matrices stacked, all with the same columns; with the biases of those rows where `bias`.
-    fn linear(
+    /// Each head's matrices between latent and keys, and latent and values: from one matrix whose rows are keys and
+    /// values head by head, or from two.
+    fn heads(
+        &self,
+        latent: &Latent,
+        name: &impl Fn(&str) -> String,
+    ) -> Result<(HeadSlices<'l>, HeadSlices<'l>), ModelError> {
+        let checkpoint: &'l Checkpoint = self.checkpoint;
+        let Latent { latent_dim, nope_dim, value_dim, .. } = *latent;
+        // Rows `skip..skip + rows` of every head's `each` in the tensor `part`.
+        let slices = |part: &str, each: usize, skip: usize, rows: usize, cols: usize, transposed: bool| {
+            let part = name(part);
+            let heads = self.shard.heads.clone().map(|head| {
+                let first = head * each + skip;
+                checkpoint.slice(&part, first..first + rows, 0..cols)
+            });
+            Ok::<_, ModelError>(HeadSlices { slices: heads.collect::<Result<_, _>>()?, transposed })
+        };
+        if checkpoint.has(&name(KV_B)) {
+            let each = nope_dim + value_dim;
+            let keys = slices(KV_B, each, 0, nope_dim, latent_dim, true)?;
+            return Ok((keys, slices(KV_B, each, nope_dim, value_dim, latent_dim, false)?));
+        }
+        let keys = slices(EMBED_Q, latent_dim, 0, latent_dim, nope_dim, false)?;
+        Ok((keys, slices(UNEMBED_OUT, value_dim, 0, value_dim, latent_dim, false)?))
+    }
+
+    fn experts(
         &mut self,
-        parts: &[(&str, Range<usize>)],
-        cols: Range<usize>,
-        bias: bool,
-        sum: KSum,
-    ) -> Result<B::Weight, ModelError> {
-        let checkpoint = self.checkpoint;
-        let slices: Vec<Slice<'_>> = parts
-            .iter()
-            .map(|(name, rows)| checkpoint.slice(name, rows.clone(), cols.clone()))
-            .collect::<Result<_, _>>()?;
-        let biases: Vec<Slice<'_>> = parts
-            .iter()
-            .filter(|_| bias)
-            // A bias is one row: the matrix's rows are its columns.
-            .map(|(name, rows)| checkpoint.slice(&bias_of(name), 0..1, rows.clone()))
-            .collect::<Result<_, _>>()?;
-        let bytes = slices.iter().chain(&biases).map(Slice::len_bytes).sum();
+        experts: &Experts,
+        name: &impl Fn(&str) -> String,
+    ) -> Result<FfnWeights<B>, ModelError> {
+        let (checkpoint, shard) = (self.checkpoint, self.shard);
+        let (names, sum) = (experts.names, shard.experts_sum);
+        let block = name(names.block());
+        let [gate, up, down] = names.projections();
+        let router = self.linear(&[format!("{block}.gate.weight")], false, KSum::Ascending)?;
+        let choice_bias = match experts.choice_bias {
+            true => {
+                let bias = checkpoint.part(&format!("{block}.{}", names.choice_bias()), shard)?;
+                Some(self.load(&WeightSource::Exact(bias.numbers()))?)
+            }
+            false => None,
+        };
+        let mut stack = |parts: &[&str], sum: KSum| {
+            let slices: Vec<Vec<Slice<'_>>> = (0..experts.routing.experts)
+                .map(|expert| {
+                    let part = |part: &&str| {
+                        checkpoint.part(&format!("{block}.experts.{expert}.{part}.weight"), shard)
+                    };
+                    parts.iter().map(part).collect::<Result<_, _>>()
+                })
+                .collect::<Result<_, ModelError>>()?;
+            let linear = |parts| Linear { parts, bias: None, sum };
+            let parts = slices.iter().map(|slices| slices.iter().map(Slice::view).collect());
+            self.load(&WeightSource::Experts(parts.map(linear).collect()))
+        };
+        let gate_up = stack(&[gate, up], KSum::Ascending)?;
+        let down_stack = stack(&[down], sum)?;
+        let shared = match experts.shared_width {
+            0 => None,
+            _ => {
+                let of = |part: &str| format!("{block}.shared_experts.{part}.weight");
+                Some((
+                    self.linear(&[of(gate), of(up)], false, KSum::Ascending)?,
+                    self.linear(&[of(down)], false, sum)?,
+                ))
+            }
+        };
+        let routing = experts.routing.clone();
+        Ok(FfnWeights::Experts { routing, router, choice_bias, gate_up, down: down_stack, shared })
+    }
+
+    /// This rank's part of several matrices stacked by rows, with their biases where `bias`.
+    fn linear(&mut self, names: &[String], bias: bool, sum: KSum) -> Result<B::Weight, ModelError> {
+        let (checkpoint, shard) = (self.checkpoint, self.shard);
+        let part = |name: &String| checkpoint.part(name, shard);
+        let slices: Vec<Slice<'_>> = names.iter().map(part).collect::<Result<_, _>>()?;
+        let biases: Vec<Slice<'_>> =
+            names.iter().filter(|_| bias).map(|name| part(&bias_of(name))).collect::<Result<_, _>>()?;
         let source = WeightSource::Linear(Linear {
-            parts: slices.iter().map(|slice| slice.view().into()).collect(),
-            bias: bias.then(|| biases.iter().map(Slice::view).collect()),
+            parts: slices.iter().map(Slice::view).collect(),
+            bias: bias.then(|| biases.iter().map(Slice::numbers).collect()),
             sum,
         });
-        self.load(&source, bytes)
+        self.load(&source)
     }
 
     fn norm(&mut self, name: &str) -> Result<B::Weight, ModelError> {
-        let slice = self.checkpoint.whole(name)?;
-        self.load(&WeightSource::Norm(slice.view()), slice.len_bytes())
+        let slice = self.checkpoint.part(name, self.shard)?;
+        self.load(&WeightSource::Norm(slice.numbers()))
     }
 
-    fn bias(&mut self, name: &str) -> Result<B::Weight, ModelError> {
-        let slice = self.checkpoint.whole(name)?;
-        self.load(&WeightSource::Bias(slice.view()), slice.len_bytes())
+    fn bias(&mut self, wanted: bool, name: &str) -> Result<Option<B::Weight>, ModelError> {
+        if !wanted {
+            return Ok(None);
+        }
+        let slice = self.checkpoint.part(name, self.shard)?;
+        self.load(&WeightSource::Bias(slice.numbers())).map(Some)
     }
 
-    fn optional(
-        &mut self,
-        wanted: bool,
-        name: &str,
-        load: impl FnOnce(&mut Self, &str) -> Result<B::Weight, ModelError>,
-    ) -> Result<Option<B::Weight>, ModelError> {
-        wanted.then(|| load(self, name)).transpose()
-    }
-
-    fn load(&mut self, source: &WeightSource<'_>, bytes: u64) -> Result<B::Weight, ModelError> {
+    fn load(&mut self, source: &WeightSource<'_>) -> Result<B::Weight, ModelError> {
         let weight = self.backend.load(source)?;
-        self.progress.weights += 1;
-        self.progress.bytes += bytes;
+        self.progress.bytes += bytes_of(source);
         (self.report)(self.progress);
         Ok(weight)
+    }
+}
+
+/// One matrix per head of this rank.
+struct HeadSlices<'c> {
+    slices: Vec<Slice<'c>>,
+    transposed: bool,
+}
+
+impl HeadSlices<'_> {
+    fn source(&self) -> WeightSource<'_> {
+        let heads = self.slices.iter().map(Slice::view).collect();
+        WeightSource::Heads(Heads { heads, transposed: self.transposed })
+    }
+}
+
+/// Bytes that were read for a weight.
+fn bytes_of(source: &WeightSource<'_>) -> u64 {
+    let linear = |linear: &Linear<'_>| {
+        let biases = linear.bias.iter().flatten().map(|bias| (bias.cols * bias.dtype.bytes()) as u64);
+        linear.parts.iter().map(|part| part.len_bytes()).chain(biases).sum::<u64>()
+    };
+    match source {
+        WeightSource::Linear(one) => linear(one),
+        WeightSource::Experts(all) => all.iter().map(linear).sum(),
+        WeightSource::Heads(heads) => heads.heads.iter().map(|head| head.len_bytes()).sum(),
+        WeightSource::Embedding(table) => table.len_bytes(),
+        WeightSource::Norm(view) | WeightSource::Bias(view) | WeightSource::Exact(view) => {
+            (view.rows * view.cols * view.dtype.bytes()) as u64
+        }
     }
 }
 

@@ -14,6 +14,10 @@ const THETA: f64 = 10_000.0;
 /// A rotary embedding as a configuration gives it.
 #[derive(Clone, Debug, PartialEq)]
 pub struct RopeConfig {
+    /// Elements of a head that are rotated, its first ones; even.
+    pub dim: usize,
+    /// Which of them form a pair in the checkpoint's projections.
+    pub style: RopeStyle,
     /// Base of the frequencies (`rope_theta`).
     pub theta: f64,
     /// How the frequencies are stretched for long contexts.
@@ -55,13 +59,27 @@ pub enum Scaling {
         truncate: bool,
         /// Factor on cos and sin.
         attention: f64,
+        /// `mscale_all_dim`, by which latent attention scales its scores.
+        mscale_all: Option<f64>,
     },
 }
 
+/// How much of a head a family rotates.
+pub(crate) enum Rotary {
+    /// All of these elements.
+    Whole(usize),
+    /// A part of these elements: `partial_rotary_factor`, or `rotary_dim`, or this part.
+    Part(usize, f64),
+}
+
 impl RopeConfig {
-    /// Reads `rope_theta` and `rope_scaling` or `rope_parameters` of a family that rotates whole heads.
-    /// `positions` is `max_position_embeddings`.
-    pub(crate) fn read(fields: &mut Fields, positions: usize) -> Result<RopeConfig, ModelError> {
+    /// Reads `rope_theta` and `rope_scaling` or `rope_parameters`. `positions` is `max_position_embeddings`.
+    pub(crate) fn read(
+        fields: &mut Fields,
+        positions: usize,
+        rotary: Rotary,
+    ) -> Result<RopeConfig, ModelError> {
+        let style = RopeStyle::HalfSplit;
         let theta = fields.opt_positive("rope_theta")?;
         // Some configurations give the context of the pre-training beside the object; then that one counts.
         let original = fields.opt_positive("original_max_position_embeddings")?;
@@ -70,8 +88,10 @@ impl RopeConfig {
         if scaling.is_some() && parameters.is_some() {
             return Err(fields.error("rope_scaling", "given beside rope_parameters: which one counts?"));
         }
-        let Some(mut rope) = scaling.or(parameters) else {
-            return Ok(RopeConfig { theta: theta.unwrap_or(THETA), scaling: Scaling::Default });
+        let mut nested = scaling.or(parameters);
+        let dim = rotary.dim(fields, nested.as_mut())?;
+        let Some(mut rope) = nested else {
+            return Ok(RopeConfig { dim, style, theta: theta.unwrap_or(THETA), scaling: Scaling::Default });
         };
         let theta = rope.opt_positive("rope_theta")?.or(theta).unwrap_or(THETA);
         let old_kind = rope.opt_text("type")?;
@@ -107,6 +127,7 @@ impl RopeConfig {
                     beta_slow: rope.opt_positive("beta_slow")?.unwrap_or(1.0),
                     truncate: rope.flag("truncate", true)?,
                     attention,
+                    mscale_all,
                 }
             }
             other => {
@@ -115,13 +136,21 @@ impl RopeConfig {
             }
         };
         rope.finish()?;
-        Ok(RopeConfig { theta, scaling })
+        Ok(RopeConfig { dim, style, theta, scaling })
     }
 
-    /// The frequencies of a head of `head_dim` elements, all of them rotated.
-    pub fn table(&self, head_dim: usize) -> Rope {
-        let count = head_dim / 2;
-        let plain = |i: usize| self.theta.powf(-((2 * i) as f64) / head_dim as f64);
+    /// What latent attention multiplies its scores with besides the root of the head's width: `mscale` squared.
+    pub(crate) fn score_factor(&self) -> f64 {
+        match self.scaling {
+            Scaling::Yarn { factor, mscale_all: Some(mscale), .. } => yarn_mscale(factor, mscale).powi(2),
+            _ => 1.0,
+        }
+    }
+
+    /// The frequencies, one per two rotated elements.
+    pub fn table(&self) -> Rope {
+        let count = self.dim / 2;
+        let plain = |i: usize| self.theta.powf(-((2 * i) as f64) / self.dim as f64);
         let mut attention = 1.0;
         let inv_freq: Vec<f64> = match &self.scaling {
             Scaling::Default => (0..count).map(plain).collect(),
@@ -140,9 +169,9 @@ impl RopeConfig {
                     }
                 })
                 .collect(),
-            Scaling::Yarn { factor, original, beta_fast, beta_slow, truncate, attention: given } => {
+            Scaling::Yarn { factor, original, beta_fast, beta_slow, truncate, attention: given, .. } => {
                 attention = *given;
-                let dim = head_dim as f64;
+                let dim = self.dim as f64;
                 // The dimension that rotates `rotations` times within the pre-training context.
                 let dimension =
                     |rotations: f64| dim * (original / (rotations * 2.0 * PI)).ln() / (2.0 * self.theta.ln());
@@ -166,7 +195,7 @@ impl RopeConfig {
         Rope {
             inv_freq: inv_freq.into_iter().map(|freq| freq as f32).collect(),
             factor: attention as f32,
-            style: RopeStyle::HalfSplit,
+            style: self.style,
         }
     }
 
@@ -177,6 +206,31 @@ impl RopeConfig {
             // Such configurations keep the length from before the stretching.
             Scaling::Linear { factor } => (positions as f64 * factor) as usize,
             Scaling::Yarn { factor, original, .. } => positions.max((original * factor) as usize),
+        }
+    }
+}
+
+impl Rotary {
+    /// Elements that are rotated. Errors when the configuration names two numbers of them.
+    fn dim(self, fields: &mut Fields, nested: Option<&mut Fields>) -> Result<usize, ModelError> {
+        let (head, default) = match self {
+            Rotary::Whole(dim) => return Ok(dim),
+            Rotary::Part(head, default) => (head, default),
+        };
+        let of = |factor: f64| (head as f64 * factor) as usize;
+        let mut given = vec![fields.opt_size("rotary_dim")?];
+        given.push(fields.opt_positive("partial_rotary_factor")?.map(of));
+        if let Some(nested) = nested {
+            given.push(nested.opt_positive("partial_rotary_factor")?.map(of));
+        }
+        let given: Vec<usize> = given.into_iter().flatten().collect();
+        let dim = given.first().copied().unwrap_or(of(default));
+        match given.iter().find(|other| **other != dim) {
+            Some(other) => Err(fields.error("partial_rotary_factor", format!("{dim} or {other} elements?"))),
+            None if dim == 0 || dim % 2 != 0 || dim > head => {
+                Err(fields.error("partial_rotary_factor", format!("{dim} of {head} elements")))
+            }
+            None => Ok(dim),
         }
     }
 }
@@ -202,7 +256,7 @@ mod tests {
     /// Expected numbers are those of transformers 5.23 (`ROPE_INIT_FUNCTIONS`), which computes in f32.
     fn check(fields: &str, factor: f64, context: usize, expected: [f64; 8]) {
         let config = config(fields).unwrap();
-        let rope = config.rope.table(config.head_dim);
+        let rope = config.rope.table();
         assert_eq!(rope.inv_freq.len(), 8, "{fields}");
         for (i, (got, want)) in rope.inv_freq.iter().zip(expected).enumerate() {
             assert!((f64::from(*got) / want - 1.0).abs() < 1e-6, "{fields}: {i}: {got} {want}");

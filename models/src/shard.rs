@@ -1,10 +1,14 @@
 //! Which part of the model each tensor-parallel rank holds: explicit ranges, so that nothing else divides by the number
-//! of ranks. Ranges are equal where they can be, else the first ranks hold more.
+//! of ranks. Ranges are equal where they can be, else the first ranks hold more. Columns that share a quantisation scale
+//! stay together.
 
 use std::ops::Range;
 
 use backend::{DType, KSum, KvSpec};
 
+use crate::attention::Attention;
+use crate::config::Group;
+use crate::tensors::{Cut, Span};
 use crate::{Config, ModelError};
 
 /// Partial sums of a row-parallel product over the whole model.
@@ -22,67 +26,144 @@ pub struct Shard {
     pub world: usize,
     /// Query heads.
     pub heads: Range<usize>,
-    /// KV heads that they need; held by several ranks where there are more ranks than KV heads.
+    /// KV heads that they need; held by several ranks where there are more ranks than KV heads. Latent attention has
+    /// none: every rank holds the latent.
     pub kv_heads: Range<usize>,
-    /// MLP columns.
+    /// Of the KV heads, those that no lower rank holds, counted from this rank's first.
+    pub kv_heads_own: Range<usize>,
+    /// MLP columns, in layers without experts.
     pub ffn: Range<usize>,
+    /// Columns of every expert.
+    pub experts: Range<usize>,
+    /// Columns of the shared expert.
+    pub shared: Range<usize>,
     /// Rows of the head (logits).
     pub vocab: Range<usize>,
     /// Sum order of the attention's output projection.
     pub o_sum: KSum,
     /// Sum order of the MLP's down projection.
     pub down_sum: KSum,
+    /// Sum order of the experts' down projections, the shared one's too.
+    pub experts_sum: KSum,
 }
 
-/// The parts of all `world` ranks. Errors when a rank would be left without any.
+/// The parts of all `world` ranks. Errors when a rank would be left without any, or a quantised group would be cut.
 pub fn shards(config: &Config, world: usize) -> Result<Vec<Shard>, ModelError> {
     let heads = head_ranges(config, world)?;
-    let ffn = split("ffn columns", config.ffn, world, FFN_ALIGN)?;
-    let vocab = split("vocabulary entries", config.vocab_size, world, 1)?;
+    let groups = &config.groups;
+    let none = || vec![0..0; world];
+    let ffn = match config.has_dense_layers() {
+        true => split("ffn columns", config.ffn, world, FFN_ALIGN, &groups.down)?,
+        false => none(),
+    };
+    let (mut experts, mut shared) = (none(), none());
+    // Experts and the shared one are added up range by range, so they have one sum order.
+    let mut experts_sum = KSum::Tree { ranges: 1 };
+    if let Some(numbers) = &config.experts {
+        experts = split("columns of an expert", numbers.width, world, FFN_ALIGN, &groups.experts)?;
+        experts_sum = ksum(numbers.width, &experts);
+        if numbers.shared_width > 0 {
+            shared = split(
+                "columns of the shared expert",
+                numbers.shared_width,
+                world,
+                FFN_ALIGN,
+                &groups.shared,
+            )?;
+            if ksum(numbers.shared_width, &shared) != experts_sum {
+                experts_sum = KSum::Tree { ranges: 1 };
+            }
+        }
+    }
+    let vocab = split("vocabulary entries", config.vocab_size, world, 1, &Group::default())?;
+    let value_dim = config.attention.value_dim();
     let columns: Vec<Range<usize>> =
-        heads.iter().map(|(heads, _)| heads.start * config.head_dim..heads.end * config.head_dim).collect();
-    let (o_sum, down_sum) = (ksum(config.heads * config.head_dim, &columns), ksum(config.ffn, &ffn));
+        heads.iter().map(|(heads, _)| heads.start * value_dim..heads.end * value_dim).collect();
+    let (o_sum, down_sum) = (ksum(config.attended(), &columns), ksum(config.ffn, &ffn));
+    let mut told = 0;
     Ok(heads
         .into_iter()
-        .zip(ffn.into_iter().zip(vocab))
         .enumerate()
-        .map(|(rank, ((heads, kv_heads), (ffn, vocab)))| Shard {
-            rank,
-            world,
-            heads,
-            kv_heads,
-            ffn,
-            vocab,
-            o_sum,
-            down_sum,
+        .map(|(rank, (heads, kv_heads))| {
+            let own = told.max(kv_heads.start)..kv_heads.end.max(told);
+            told = own.end;
+            Shard {
+                rank,
+                world,
+                kv_heads_own: own.start - kv_heads.start..own.end - kv_heads.start,
+                heads,
+                kv_heads,
+                ffn: ffn[rank].clone(),
+                experts: experts[rank].clone(),
+                shared: shared[rank].clone(),
+                vocab: vocab[rank].clone(),
+                o_sum,
+                down_sum,
+                experts_sum,
+            }
         })
         .collect())
 }
 
 /// What each of `world` ranks caches per token, in elements of `dtype`.
 pub fn kv_specs(config: &Config, dtype: DType, world: usize) -> Result<Vec<KvSpec>, ModelError> {
-    let spec =
-        |shard: Shard| KvSpec::gqa(config.layers, config.kv_heads, shard.kv_heads, config.head_dim, dtype);
+    let layers = config.layers;
+    let spec = |shard: Shard| match &config.attention {
+        Attention::Grouped(grouped) => {
+            KvSpec::gqa(layers, grouped.kv_heads, shard.kv_heads, grouped.head_dim, dtype)
+        }
+        Attention::Latent(latent) => KvSpec::mla(layers, latent.latent_dim, latent.rope_dim, dtype),
+    };
     Ok(shards(config, world)?.into_iter().map(spec).collect())
 }
 
-/// `total` in `world` consecutive ranges, unequal by one unit at most; a unit is `align` where that divides `total`
-/// and leaves every rank one.
+/// Rows and columns that `shard` holds of a tensor of `rows` x `cols` (a vector is one row).
+pub(crate) fn held(shard: &Shard, cut: Cut, (rows, cols): (usize, usize)) -> (Range<usize>, Range<usize>) {
+    let elements = |span: Span| {
+        let times = |range: &Range<usize>, unit: usize| range.start * unit..range.end * unit;
+        match span {
+            Span::Heads(unit) => times(&shard.heads, unit),
+            Span::KvHeads(unit) => times(&shard.kv_heads, unit),
+            Span::Ffn => shard.ffn.clone(),
+            Span::Experts => shard.experts.clone(),
+            Span::Shared => shard.shared.clone(),
+            Span::Vocab => shard.vocab.clone(),
+        }
+    };
+    match cut {
+        Cut::Whole => (0..rows, 0..cols),
+        Cut::Rows(span) if rows == 1 => (0..1, elements(span)),
+        Cut::Rows(span) => (elements(span), 0..cols),
+        Cut::Cols(span) => (0..rows, elements(span)),
+    }
+}
+
+/// `total` in `world` consecutive ranges, unequal by one unit at most; a unit is a multiple of `group` where ranges are
+/// not equal anyway, and of `align` where that divides `total` and leaves every rank one.
 fn split(
     what: &'static str,
     total: usize,
     world: usize,
     align: usize,
+    group: &Group,
 ) -> Result<Vec<Range<usize>>, ModelError> {
     if world == 0 || total < world {
         return Err(ModelError::Split { what, count: total, world });
     }
+    let fits = |unit: usize| total.is_multiple_of(unit) && total / unit >= world;
     // Equal ranges need no alignment.
-    let aligned = !total.is_multiple_of(world) && total.is_multiple_of(align) && total / align >= world;
-    let unit = if aligned { align } else { 1 };
+    let equal = total.is_multiple_of(world) && (total / world).is_multiple_of(group.cols);
+    let units = [if equal { total / world } else { align.max(group.cols) }, group.cols];
+    let Some(unit) = units.into_iter().find(|unit| unit.is_multiple_of(group.cols) && fits(*unit)) else {
+        return Err(cut_group(group, total, world));
+    };
     let (each, more) = (total / unit / world, total / unit % world);
     let start = |rank: usize| (rank * each + rank.min(more)) * unit;
     Ok((0..world).map(|rank| start(rank)..start(rank + 1)).collect())
+}
+
+fn cut_group(group: &Group, cols: usize, world: usize) -> ModelError {
+    ModelError::Groups { name: group.tensor.clone(), cols, group: group.cols, world }
 }
 
 /// Query heads and the KV heads that they need.
@@ -90,19 +171,52 @@ type Heads = (Range<usize>, Range<usize>);
 
 /// The heads of each rank. A rank's query heads are whole groups of KV heads, or lie within one group.
 fn head_ranges(config: &Config, world: usize) -> Result<Vec<Heads>, ModelError> {
-    let group = config.heads / config.kv_heads;
-    if world <= config.kv_heads {
-        let kv = split("kv heads", config.kv_heads, world, 1)?;
-        return Ok(kv.into_iter().map(|kv| (kv.start * group..kv.end * group, kv)).collect());
+    let group = &config.groups.o;
+    let value_dim = config.attention.value_dim();
+    // Heads whose columns of the output projection fill whole quantisation groups.
+    let together = group.cols / gcd(group.cols, value_dim);
+    // `total` heads in pieces of `unit`; an error tells of all `count` heads of the model.
+    let pieces = |what, count, total: usize, world: usize, unit: usize| {
+        if total >= world && (!total.is_multiple_of(unit) || total / unit < world) {
+            return Err(cut_group(group, config.attended(), world));
+        }
+        let ranges = split(what, total / unit, world, 1, &Group::default());
+        let ranges = ranges.map_err(|_| ModelError::Split { what, count, world })?;
+        Ok(ranges.into_iter().map(|range| range.start * unit..range.end * unit).collect::<Vec<_>>())
+    };
+    let Attention::Grouped(grouped) = &config.attention else {
+        let heads = pieces("query heads", config.heads, config.heads, world, together)?;
+        return Ok(heads.into_iter().map(|heads| (heads, 0..0)).collect());
+    };
+    let each = config.heads / grouped.kv_heads;
+    if world <= grouped.kv_heads {
+        let kv =
+            pieces("kv heads", grouped.kv_heads, grouped.kv_heads, world, together / gcd(together, each))?;
+        return Ok(kv.into_iter().map(|kv| (kv.start * each..kv.end * each, kv)).collect());
     }
     // More ranks than KV heads: consecutive ranks share one, and split its query heads.
     let mut ranges = Vec::with_capacity(world);
-    for (kv, ranks) in split("kv heads", world, config.kv_heads, 1)?.into_iter().enumerate() {
-        let heads = split("query heads of a kv head", group, ranks.len(), 1)
-            .map_err(|_| ModelError::Split { what: "query heads", count: config.heads, world })?;
-        ranges.extend(heads.into_iter().map(|h| (kv * group + h.start..kv * group + h.end, kv..kv + 1)));
+    for (kv, ranks) in
+        split("kv heads", world, grouped.kv_heads, 1, &Group::default())?.into_iter().enumerate()
+    {
+        // One rank of a KV head has all its query heads, be they aligned: their boundaries are the model's too.
+        let heads =
+            pieces("query heads", config.heads, each, ranks.len(), together).map_err(
+                |error| match error {
+                    ModelError::Split { what, count, .. } => ModelError::Split { what, count, world },
+                    ModelError::Groups { name, cols, group, .. } => {
+                        ModelError::Groups { name, cols, group, world }
+                    }
+                    error => error,
+                },
+            )?;
+        ranges.extend(heads.into_iter().map(|h| (kv * each + h.start..kv * each + h.end, kv..kv + 1)));
     }
     Ok(ranges)
+}
+
+fn gcd(a: usize, b: usize) -> usize {
+    if b == 0 { a } else { gcd(b, a % b) }
 }
 
 /// The sum order of a row-parallel product over `total` columns: the same tree for every split where the ranks' parts
@@ -174,7 +288,7 @@ mod tests {
         /// Ranks differ by one unit at most.
         #[test]
         fn splits_are_fair(total in 1usize..2000, world in 1usize..17) {
-            if let Ok(ranges) = split("x", total, world, FFN_ALIGN) {
+            if let Ok(ranges) = split("x", total, world, FFN_ALIGN, &Group::default()) {
                 let lens: Vec<usize> = ranges.iter().map(Range::len).collect();
                 let (least, most) = (lens.iter().min().unwrap(), lens.iter().max().unwrap());
                 prop_assert!(most - least <= FFN_ALIGN, "{lens:?}");

@@ -181,11 +181,13 @@ fn progress(model: String) -> impl FnMut(Progress) {
     move |progress| {
         if Instant::now() >= next {
             next = Instant::now() + PROGRESS_EVERY;
-            let gib = progress.bytes as f64 / f64::from(1 << 30);
+            let gib = |bytes: u64| bytes as f64 / f64::from(1 << 30);
             tracing::info!(
-                "loading {model}: {} of {} weights, {gib:.1} GiB",
-                progress.weights,
-                progress.weights_total
+                "loading {model}: {} of {} layers, {:.1} of {:.1} GiB",
+                progress.layers,
+                progress.layers_total,
+                gib(progress.bytes),
+                gib(progress.bytes_total)
             );
         }
     }

@@ -1,10 +1,15 @@
 //! The families, one file each: which fields of `config.json` they have and what their layers are made of. The layers
 //! themselves are written once, in `decoder`; the tensor names in `tensors`.
 
+mod deepseek_v3;
+mod glm4_moe;
+mod kimi_k2;
 mod llama;
+mod minimax_m2;
 mod mistral;
 mod qwen2;
 mod qwen3;
+mod qwen3_moe;
 
 use crate::fields::Fields;
 use crate::{Config, ModelError};
@@ -13,8 +18,17 @@ use crate::{Config, ModelError};
 type Read = fn(&mut Fields) -> Result<Config, ModelError>;
 
 /// By `model_type`.
-const FAMILIES: &[(&str, Read)] =
-    &[("llama", llama::read), ("mistral", mistral::read), ("qwen2", qwen2::read), ("qwen3", qwen3::read)];
+const FAMILIES: &[(&str, Read)] = &[
+    ("deepseek_v3", deepseek_v3::read),
+    ("glm4_moe", glm4_moe::read),
+    ("kimi_k2", kimi_k2::read),
+    ("llama", llama::read),
+    ("minimax_m2", minimax_m2::read),
+    ("mistral", mistral::read),
+    ("qwen2", qwen2::read),
+    ("qwen3", qwen3::read),
+    ("qwen3_moe", qwen3_moe::read),
+];
 
 /// Reads the configuration of the family `model_type`.
 pub(crate) fn read(model_type: &str, fields: &mut Fields) -> Result<Config, ModelError> {

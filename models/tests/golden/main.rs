@@ -123,7 +123,7 @@ fn cache_and_hidden_states(case: &str) {
             // The reference is [head][token][dim], of the last tokens only where a window slides.
             let (want, shape) = fixture.reference(&format!("p1.kv.{layer}.{name}"));
             let first = len - shape[1] as u32;
-            for head in 0..config.kv_heads {
+            for head in 0..rank.model.kv_spec().planes[plane].heads_total {
                 let mut bytes = Vec::new();
                 let piece = Piece { layer, plane, heads: head..head + 1, tokens: first..len };
                 export.read(&piece, &mut bytes).unwrap();

@@ -1,0 +1,120 @@
+//! Mixtures of experts in numbers: how many, how a token's are chosen, which layers have them, what their tensors are
+//! called.
+
+use backend::{Routing, Score};
+
+use crate::ModelError;
+use crate::fields::Fields;
+
+/// The experts of the layers that have them.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Experts {
+    /// How a token's experts are chosen and weighed.
+    pub routing: Routing,
+    /// Width of an expert.
+    pub width: usize,
+    /// Width of the expert that every token passes; 0: there is none.
+    pub shared_width: usize,
+    /// Whether a bias is added to the scores for the choice.
+    pub choice_bias: bool,
+    /// Per layer, whether it has experts.
+    pub layers: Vec<bool>,
+    /// Names of their tensors.
+    pub names: ExpertNames,
+}
+
+/// What a family calls the tensors of its experts.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ExpertNames {
+    /// `mlp.experts.0.gate_proj`, `mlp.gate.e_score_correction_bias`.
+    Mlp,
+    /// `block_sparse_moe.experts.0.w1`, `block_sparse_moe.e_score_correction_bias`.
+    BlockSparse,
+}
+
+impl ExpertNames {
+    /// The part of a layer that holds router and experts.
+    pub(crate) fn block(self) -> &'static str {
+        match self {
+            ExpertNames::Mlp => "mlp",
+            ExpertNames::BlockSparse => "block_sparse_moe",
+        }
+    }
+
+    /// Gate, up and down projection of an expert.
+    pub(crate) fn projections(self) -> [&'static str; 3] {
+        match self {
+            ExpertNames::Mlp => ["gate_proj", "up_proj", "down_proj"],
+            ExpertNames::BlockSparse => ["w1", "w3", "w2"],
+        }
+    }
+
+    /// The bias for the choice, within the block.
+    pub(crate) fn choice_bias(self) -> &'static str {
+        match self {
+            ExpertNames::Mlp => "gate.e_score_correction_bias",
+            ExpertNames::BlockSparse => "e_score_correction_bias",
+        }
+    }
+}
+
+impl Experts {
+    /// DeepSeek V3's, which GLM 4 MoE has too: sigmoid scores, a bias for the choice, groups, a shared expert, the
+    /// first layers dense.
+    pub(crate) fn deepseek(fields: &mut Fields, layers: usize) -> Result<Experts, ModelError> {
+        fields.one_of("scoring_func", &["sigmoid"])?;
+        fields.one_of("topk_method", &["noaux_tc"])?;
+        let width = fields.size("moe_intermediate_size")?;
+        let (experts, top_k) = chosen(fields, ["n_routed_experts", "num_local_experts"])?;
+        let groups = fields.opt_size("n_group")?.unwrap_or(1);
+        let groups_used = fields.opt_size("topk_group")?.unwrap_or(1);
+        let members = experts.checked_div(groups).unwrap_or(0);
+        if groups == 0 || members * groups != experts || groups > 1 && members < 2 {
+            let reason = format!("{groups} groups of {experts} experts: each needs as many, at least 2");
+            return Err(fields.error("n_group", reason));
+        }
+        if groups_used == 0 || groups_used > groups || top_k > groups_used * members {
+            let reason =
+                format!("{groups_used} of {groups} groups of {members} for {top_k} experts of a token");
+            return Err(fields.error("topk_group", reason));
+        }
+        let shared = fields.opt_size("n_shared_experts")?.unwrap_or(0);
+        let first = fields.opt_size("first_k_dense_replace")?.unwrap_or(0);
+        let every = fields.opt_size("moe_layer_freq")?.unwrap_or(1);
+        if every == 0 {
+            return Err(fields.error("moe_layer_freq", "0 is not a number of layers"));
+        }
+        Ok(Experts {
+            routing: Routing {
+                experts,
+                top_k,
+                score: Score::Sigmoid,
+                groups: (groups > 1).then_some((groups, groups_used)),
+                normalise: fields.flag("norm_topk_prob", true)?,
+                normalise_eps: 1e-20,
+                scale: fields.opt_positive("routed_scaling_factor")?.unwrap_or(1.0) as f32,
+            },
+            width,
+            shared_width: shared * width,
+            choice_bias: true,
+            layers: (0..layers).map(|layer| layer >= first && layer % every == 0).collect(),
+            names: ExpertNames::Mlp,
+        })
+    }
+}
+
+/// The number of experts (under either name), and those of a token.
+pub(crate) fn chosen(
+    fields: &mut Fields,
+    [name, other]: [&'static str; 2],
+) -> Result<(usize, usize), ModelError> {
+    let experts = match fields.opt_size(other)? {
+        Some(experts) if !fields.has(name) => experts,
+        _ => fields.size(name)?,
+    };
+    let top_k = fields.size("num_experts_per_tok")?;
+    if top_k > experts {
+        return Err(fields.error("num_experts_per_tok", format!("{top_k} of {experts} experts")));
+    }
+    Ok((experts, top_k))
+}

@@ -1,0 +1,253 @@
+//! Opens a directory of safetensors files, whole or sharded by an index, and finds the model's tensors in it: plain ones,
+//! MLX's quantised and stacked ones, DeepSeek's FP8, compressed-tensors' packed INT4. Names become those of Hugging Face.
+
+use std::collections::{BTreeMap, HashMap};
+use std::path::{Component, Path};
+
+use backend::{DType, Quant};
+use safetensors::Dtype;
+use serde::Deserialize;
+
+use crate::experts::ExpertNames;
+use crate::file::{Entry, WeightFile};
+use crate::weights::{Form, Place, Scales, Stored, Weights};
+use crate::{ModelError, Quantisation};
+
+const SINGLE: &str = "model.safetensors";
+const INDEX: &str = "model.safetensors.index.json";
+
+#[derive(Deserialize)]
+struct Index {
+    weight_map: HashMap<String, String>,
+}
+
+/// The tensors of the directory `dir`, of a model whose configuration names `quantisation`.
+pub(crate) fn open(dir: &Path, quantisation: Option<&Quantisation>) -> Result<Weights, ModelError> {
+    let (files, found, table) = if dir.join(SINGLE).exists() || !dir.join(INDEX).exists() {
+        let file = single(dir)?;
+        let found = file.tensors.iter().map(|entry| (entry.name.clone(), (0, entry.clone()))).collect();
+        (vec![file], found, dir.join(SINGLE))
+    } else {
+        let (files, found) = sharded(dir)?;
+        (files, found, dir.join(INDEX))
+    };
+    let reader = Reader { files: &files, found: &found, quantisation };
+    let mut tensors = BTreeMap::new();
+    for (name, (file, entry)) in &found {
+        if let Some((name, stored)) = reader.tensor(name, *file, entry)? {
+            unstack(name, stored, &mut tensors);
+        }
+    }
+    let files = files.into_iter().map(|file| file.data).collect();
+    Ok(Weights { files, table: table.display().to_string(), tensors, interleaved: None })
+}
+
+/// Where each tensor lies, by its name in the file.
+type Found = BTreeMap<String, (usize, Entry)>;
+
+struct Reader<'r> {
+    files: &'r [WeightFile],
+    found: &'r Found,
+    quantisation: Option<&'r Quantisation>,
+}
+
+impl Reader<'_> {
+    /// The tensor that `entry` begins, and its name; `None` where it is a part of another. Stacked matrices have three
+    /// dimensions.
+    fn tensor(&self, name: &str, file: usize, entry: &Entry) -> Result<Option<(String, Stored)>, ModelError> {
+        let has = |base: &str, end: &str| self.found.contains_key(&format!("{base}.{end}"));
+        let place = Place { file, range: entry.range.clone() };
+        let path = || self.files[file].data.path.clone();
+        let format =
+            |reason: String| ModelError::Format { path: path(), reason: format!("tensor {name}: {reason}") };
+        if let Some(base) = name.strip_suffix(".weight_packed") {
+            let Some(Quantisation::Int4 { group }) = self.quantisation else {
+                return Err(format("packed, but config.json names no such format".into()));
+            };
+            let scales = self.scales(base, "weight_scale")?;
+            let [rows, words] = entry.shape[..] else {
+                return Err(format(format!("shape {:?} is no matrix", entry.shape)));
+            };
+            if entry.dtype != Dtype::I32 || (scales.rows, scales.cols * group) != (rows, words * 8) {
+                let (dtype, shape) = (entry.dtype, &entry.shape);
+                return Err(format(format!(
+                    "{dtype} {shape:?} with scales [{}, {}] in groups of {group}",
+                    scales.rows, scales.cols
+                )));
+            }
+            let form =
+                Form::Quantised { format: Quant::Int4 { group: *group }, scales: Some(scales), biases: None };
+            let stored = Stored { shape: vec![rows, words * 8], place, form };
+            return Ok(Some((format!("{base}.weight"), stored)));
+        }
+        let part = |end: &str, of: &str| name.strip_suffix(end).is_some_and(|base| has(base, of));
+        if part(".scales", "weight")
+            || part(".biases", "scales")
+            || part(".weight_scale_inv", "weight")
+            || part(".weight_scale", "weight_packed")
+            || part(".weight_shape", "weight_packed")
+        {
+            return Ok(None);
+        }
+        let base = name.strip_suffix(".weight").unwrap_or(name);
+        if has(base, "scales") {
+            return self.affine(name, base, entry, place).map(Some);
+        }
+        let fp8 = entry.dtype == Dtype::F8_E4M3 && has(base, "weight_scale_inv");
+        if let (true, Some(Quantisation::Fp8 { rows, cols })) = (fp8, self.quantisation) {
+            let scales = self.scales(base, "weight_scale_inv")?;
+            let blocks = match entry.shape[..] {
+                [height, width] => (height.div_ceil(*rows), width.div_ceil(*cols)),
+                _ => (0, 0),
+            };
+            if (scales.rows, scales.cols) != blocks {
+                let (shape, down, across) = (&entry.shape, scales.rows, scales.cols);
+                return Err(format(format!(
+                    "{shape:?} with scales [{down}, {across}] in blocks of {rows} x {cols}"
+                )));
+            }
+            let format = Quant::Fp8 { rows: *rows, cols: *cols };
+            let form = Form::Quantised { format, scales: Some(scales), biases: None };
+            return Ok(Some((name.into(), Stored { shape: entry.shape.clone(), place, form })));
+        }
+        let form = plain(entry.dtype).map_or_else(|| Form::Foreign(entry.dtype.to_string()), Form::Plain);
+        Ok(Some((name.into(), Stored { shape: entry.shape.clone(), place, form })))
+    }
+
+    /// A matrix or stack of MLX's affine format.
+    fn affine(
+        &self,
+        name: &str,
+        base: &str,
+        entry: &Entry,
+        place: Place,
+    ) -> Result<(String, Stored), ModelError> {
+        let path = self.files[place.file].data.path.clone();
+        let error = |reason: String| ModelError::Format {
+            path: path.clone(),
+            reason: format!("tensor {name}: {reason}"),
+        };
+        let Some(affine) = self.quantisation.and_then(|quantisation| quantisation.affine(base)) else {
+            return Err(error("has scales, but config.json gives it no quantization".into()));
+        };
+        let (scales, biases) = (self.scales(base, "scales")?, self.scales(base, "biases")?);
+        let bits = affine.bits;
+        let (rows, words) =
+            entry.shape.split_last().map_or((0, 0), |(last, rest)| (rest.iter().product(), *last));
+        let cols = words * 32 / bits;
+        let fits = |scales: &Scales| (scales.rows, scales.cols * affine.group) == (rows, cols);
+        if entry.dtype != Dtype::U32 || words * 32 != cols * bits || !fits(&scales) || !fits(&biases) {
+            let (dtype, shape) = (entry.dtype, &entry.shape);
+            return Err(error(format!(
+                "{dtype} {shape:?} with scales [{}, {}] of {bits} bits in groups of {}",
+                scales.rows, scales.cols, affine.group
+            )));
+        }
+        let mut shape = entry.shape.clone();
+        shape.pop();
+        shape.push(cols);
+        let format = Quant::Affine { bits, group: affine.group };
+        let form = Form::Quantised { format, scales: Some(scales), biases: Some(biases) };
+        Ok((name.into(), Stored { shape, place, form }))
+    }
+
+    /// Scales or biases of `base`; a stack's are one matrix.
+    fn scales(&self, base: &str, end: &str) -> Result<Scales, ModelError> {
+        let name = format!("{base}.{end}");
+        let Some((file, entry)) = self.found.get(&name) else {
+            let reason = format!("tensor {base} is quantised, and has no {name}");
+            return Err(ModelError::Format { path: self.files[0].data.path.clone(), reason });
+        };
+        let Some(dtype) = plain(entry.dtype) else {
+            let path = self.files[*file].data.path.clone();
+            return Err(ModelError::Type { path, name, got: entry.dtype.to_string() });
+        };
+        let (cols, rows) =
+            entry.shape.split_last().map_or((1, 1), |(last, rest)| (*last, rest.iter().product()));
+        Ok(Scales { dtype, rows, cols, place: Place { file: *file, range: entry.range.clone() } })
+    }
+}
+
+fn plain(dtype: Dtype) -> Option<DType> {
+    match dtype {
+        Dtype::F32 => Some(DType::F32),
+        Dtype::F16 => Some(DType::F16),
+        Dtype::BF16 => Some(DType::BF16),
+        _ => None,
+    }
+}
+
+/// Puts the tensor, or the matrices that it stacks, into `tensors` by their Hugging Face names.
+fn unstack(name: String, stored: Stored, tensors: &mut BTreeMap<String, Stored>) {
+    let [count, rows, cols] = stored.shape[..] else {
+        tensors.insert(name, stored);
+        return;
+    };
+    // One matrix under the other.
+    let stacked = Stored { shape: vec![count * rows, cols], ..stored };
+    let Some((block, rest)) = name.split_once(".switch_mlp.") else {
+        tensors.insert(name, stacked);
+        return;
+    };
+    let names = [ExpertNames::Mlp, ExpertNames::BlockSparse];
+    let names = names.into_iter().find(|names| block.ends_with(names.block())).unwrap_or(ExpertNames::Mlp);
+    // MLX calls the projections the same in every family.
+    let projections = ExpertNames::Mlp.projections().into_iter().zip(names.projections());
+    let rest = match projections.into_iter().find(|(mlx, _)| rest.strip_prefix(mlx) == Some(".weight")) {
+        Some((_, projection)) => format!("{projection}.weight"),
+        None => rest.to_owned(),
+    };
+    for expert in 0..count {
+        tensors.insert(format!("{block}.experts.{expert}.{rest}"), stacked.part(expert, count));
+    }
+}
+
+fn single(dir: &Path) -> Result<WeightFile, ModelError> {
+    let path = dir.join(SINGLE);
+    if path.exists() {
+        return WeightFile::open(&path);
+    }
+    let entries = std::fs::read_dir(dir).into_iter().flatten().flatten();
+    let names = entries.map(|entry| entry.file_name().to_string_lossy().into_owned());
+    let other =
+        names.filter(|name| [".gguf", ".bin", ".safetensors"].iter().any(|end| name.ends_with(end))).min();
+    let reason = match other {
+        Some(name) => format!("neither {SINGLE} nor {INDEX} ({name} is there)"),
+        None => format!("neither {SINGLE} nor {INDEX}"),
+    };
+    Err(ModelError::Format { path: dir.display().to_string(), reason })
+}
+
+fn sharded(dir: &Path) -> Result<(Vec<WeightFile>, Found), ModelError> {
+    let path = dir.join(INDEX);
+    let shown = path.display().to_string();
+    let format = |reason: String| ModelError::Format { path: shown.clone(), reason };
+    let json = std::fs::read(&path).map_err(|reason| ModelError::Io { path: shown.clone(), reason })?;
+    let index: Index = serde_json::from_slice(&json).map_err(|error| format(error.to_string()))?;
+    let mut names: Vec<&String> = index.weight_map.values().collect();
+    names.sort();
+    names.dedup();
+    // An index is a stranger's text: its files are those beside it.
+    if let Some(name) = names.iter().find(|name| !plain_name(name)) {
+        return Err(format(format!("weight file {name:?} is not a plain file name")));
+    }
+    let files: Vec<WeightFile> =
+        names.iter().map(|name| WeightFile::open(&dir.join(name))).collect::<Result<_, _>>()?;
+    let file_of = |name: &str| names.binary_search(&index.weight_map.get(name)?).ok();
+    let mut found = Found::new();
+    for (number, file) in files.iter().enumerate() {
+        let listed = file.tensors.iter().filter(|entry| file_of(&entry.name) == Some(number));
+        found.extend(listed.map(|entry| (entry.name.clone(), (number, entry.clone()))));
+    }
+    match index.weight_map.iter().find(|(name, _)| !found.contains_key(*name)) {
+        Some((name, file)) => Err(format(format!("tensor {name} is not in {file}"))),
+        None => Ok((files, found)),
+    }
+}
+
+/// Whether `name` is one normal component: no separator, no `..`, no drive.
+fn plain_name(name: &str) -> bool {
+    let mut parts = Path::new(name).components();
+    matches!((parts.next(), parts.next()), (Some(Component::Normal(part)), None) if part == name)
+        && !name.contains(['/', '\\', ':'])
+}

@@ -1,0 +1,279 @@
+//! A model's tensors as they lie in files, whatever the format: by their Hugging Face names, numbers or codes with
+//! scales. A format's reader (`huggingface`) makes the table; everything else asks it for rows and columns, and only
+//! those bytes are read.
+
+use std::collections::BTreeMap;
+use std::ops::Range;
+
+use backend::{DType, MatrixView, Quant, QuantView, TensorView};
+
+use crate::ModelError;
+use crate::data_file::{DataFile, Rows};
+
+/// All tensors of a model.
+pub(crate) struct Weights {
+    /// The files that the tensors lie in.
+    pub(crate) files: Vec<DataFile>,
+    /// The file that lists the tensors, for messages.
+    pub(crate) table: String,
+    /// By Hugging Face name; experts one by one.
+    pub(crate) tensors: BTreeMap<String, Stored>,
+    /// Whether the rows of q and k pair for the rotation as `(2 i, 2 i + 1)`, where the format says so itself.
+    pub(crate) interleaved: Option<bool>,
+}
+
+/// Bytes of a file.
+#[derive(Clone, Debug)]
+pub(crate) struct Place {
+    /// Index into [`Weights::files`].
+    pub(crate) file: usize,
+    /// Bytes of it.
+    pub(crate) range: Range<u64>,
+}
+
+/// One tensor.
+#[derive(Clone, Debug)]
+pub(crate) struct Stored {
+    /// `[rows, cols]`, or `[dim]`, which is one row.
+    pub(crate) shape: Vec<usize>,
+    /// Numbers or codes, row-major.
+    pub(crate) place: Place,
+    pub(crate) form: Form,
+}
+
+/// What the bytes of a tensor are.
+#[derive(Clone, Debug)]
+pub(crate) enum Form {
+    Plain(DType),
+    Quantised {
+        format: Quant,
+        scales: Option<Scales>,
+        /// As many as scales.
+        biases: Option<Scales>,
+    },
+    /// A type that no backend takes, by its name in the file.
+    Foreign(String),
+}
+
+/// Scales or biases of a quantised tensor, `[rows, cols]`.
+#[derive(Clone, Debug)]
+pub(crate) struct Scales {
+    pub(crate) dtype: DType,
+    pub(crate) rows: usize,
+    pub(crate) cols: usize,
+    pub(crate) place: Place,
+}
+
+impl Place {
+    pub(crate) fn len(&self) -> u64 {
+        self.range.end - self.range.start
+    }
+
+    /// Part `index` of `count` equal ones.
+    fn part(&self, index: usize, count: usize) -> Place {
+        let each = self.len() / count as u64;
+        let start = self.range.start + each * index as u64;
+        Place { file: self.file, range: start..start + each }
+    }
+}
+
+impl Stored {
+    /// Rows and columns; a vector is one row.
+    pub(crate) fn extent(&self) -> (usize, usize) {
+        match self.shape[..] {
+            [rows, cols] => (rows, cols),
+            _ => (1, self.shape.iter().product()),
+        }
+    }
+
+    /// Columns can be cut at multiples of this only.
+    pub(crate) fn align_cols(&self) -> usize {
+        match &self.form {
+            Form::Quantised { format, .. } => format.align_cols(),
+            _ => 1,
+        }
+    }
+
+    /// Matrix `index` of the `count` that are stacked by rows in this one.
+    pub(crate) fn part(&self, index: usize, count: usize) -> Stored {
+        let (rows, cols) = self.extent();
+        let scales = |scales: &Option<Scales>| {
+            scales.as_ref().map(|scales| Scales {
+                rows: scales.rows / count,
+                place: scales.place.part(index, count),
+                ..scales.clone()
+            })
+        };
+        let form = match &self.form {
+            Form::Quantised { format, scales: s, biases } => {
+                Form::Quantised { format: *format, scales: scales(s), biases: scales(biases) }
+            }
+            form => form.clone(),
+        };
+        Stored { shape: vec![rows / count, cols], place: self.place.part(index, count), form }
+    }
+
+    /// The bytes that make it, in order: numbers or codes, scales, biases.
+    pub(crate) fn places(&self) -> impl Iterator<Item = &Place> {
+        let (scales, biases) = match &self.form {
+            Form::Quantised { scales, biases, .. } => (scales.as_ref(), biases.as_ref()),
+            _ => (None, None),
+        };
+        std::iter::once(&self.place).chain([scales, biases].into_iter().flatten().map(|scales| &scales.place))
+    }
+
+    /// Bytes of all of it.
+    pub(crate) fn len_bytes(&self) -> u64 {
+        self.places().map(Place::len).sum()
+    }
+
+    /// Bytes that rows and columns of it take, scales included.
+    pub(crate) fn part_bytes(&self, rows: &Range<usize>, cols: &Range<usize>) -> u64 {
+        match &self.form {
+            Form::Plain(dtype) => (rows.len() * cols.len() * dtype.bytes()) as u64,
+            Form::Foreign(_) => 0,
+            Form::Quantised { format, scales, biases } => {
+                let (down, across, _) = scale_ranges(*format, rows, cols);
+                let both = [scales, biases].into_iter().flatten();
+                let scales: usize = both.map(|s| down.len() * across.len() * s.dtype.bytes()).sum();
+                (rows.len() * format.code_bytes(cols.len()) + scales) as u64
+            }
+        }
+    }
+
+    /// What it is in words.
+    pub(crate) fn format(&self) -> String {
+        match &self.form {
+            Form::Plain(dtype) => dtype.to_string(),
+            Form::Quantised { format, .. } => format.to_string(),
+            Form::Foreign(name) => name.clone(),
+        }
+    }
+
+    /// Reads rows and columns, which lie within it, at multiples of [`Stored::align_cols`]. `name` is for messages.
+    pub(crate) fn read<'n>(
+        &self,
+        files: &[DataFile],
+        name: &'n str,
+        rows: Range<usize>,
+        cols: Range<usize>,
+    ) -> Result<Slice<'n>, ModelError> {
+        let (_, width) = self.extent();
+        let fetch = |place: &Place, row_bytes: usize, rows: &Range<usize>, part: Range<usize>| {
+            let stride = row_bytes as u64;
+            let start = place.range.start + rows.start as u64 * stride + part.start as u64;
+            files[place.file].read_rows(Rows { start, count: rows.len(), row: part.len(), stride })
+        };
+        let form = match &self.form {
+            Form::Plain(dtype) => Held::Plain(*dtype),
+            Form::Foreign(got) => {
+                let path = files[self.place.file].path.clone();
+                return Err(ModelError::Type { path, name: name.into(), got: got.clone() });
+            }
+            Form::Quantised { format, scales, biases } => {
+                let (down, across, origin) = scale_ranges(*format, &rows, &cols);
+                let held = |scales: &Option<Scales>| {
+                    let Some(scales) = scales else { return Ok::<_, ModelError>(None) };
+                    let item = scales.dtype.bytes();
+                    let part = across.start * item..across.end * item;
+                    let bytes = fetch(&scales.place, scales.cols * item, &down, part)?;
+                    Ok(Some(Plain { dtype: scales.dtype, rows: down.len(), cols: across.len(), bytes }))
+                };
+                Held::Quantised { format: *format, scales: held(scales)?, biases: held(biases)?, origin }
+            }
+        };
+        let bytes_of = |cols: usize| match &form {
+            Held::Plain(dtype) => cols * dtype.bytes(),
+            Held::Quantised { format, .. } => format.code_bytes(cols),
+        };
+        let part = bytes_of(cols.start)..bytes_of(cols.end);
+        let bytes = fetch(&self.place, bytes_of(width), &rows, part)?;
+        Ok(Slice { name, rows: rows.len(), cols: cols.len(), bytes, form })
+    }
+}
+
+/// Rows and columns of the scales of a part, and where the part begins within its first block.
+fn scale_ranges(
+    format: Quant,
+    rows: &Range<usize>,
+    cols: &Range<usize>,
+) -> (Range<usize>, Range<usize>, (usize, usize)) {
+    match format {
+        Quant::Affine { group, .. } | Quant::Int4 { group } => {
+            (rows.clone(), cols.start / group..cols.end / group, (0, 0))
+        }
+        Quant::Fp8 { rows: high, cols: wide } => (
+            rows.start / high..rows.end.div_ceil(high),
+            cols.start / wide..cols.end.div_ceil(wide),
+            (rows.start % high, cols.start % wide),
+        ),
+        Quant::Gguf(_) => (0..0, 0..0, (0, 0)),
+    }
+}
+
+/// Rows and columns of a tensor, in memory.
+pub(crate) struct Slice<'n> {
+    name: &'n str,
+    rows: usize,
+    cols: usize,
+    bytes: Vec<u8>,
+    form: Held,
+}
+
+enum Held {
+    Plain(DType),
+    Quantised { format: Quant, scales: Option<Plain>, biases: Option<Plain>, origin: (usize, usize) },
+}
+
+struct Plain {
+    dtype: DType,
+    rows: usize,
+    cols: usize,
+    bytes: Vec<u8>,
+}
+
+impl Plain {
+    fn view<'s>(&'s self, name: &'s str) -> TensorView<'s> {
+        let row_stride_bytes = self.cols * self.dtype.bytes();
+        let (dtype, rows, cols) = (self.dtype, self.rows, self.cols);
+        TensorView { name, dtype, rows, cols, row_stride_bytes, bytes: &self.bytes }
+    }
+}
+
+impl<'n> Slice<'n> {
+    /// Numbers that were made, not read.
+    pub(crate) fn made(name: &'n str, dtype: DType, rows: usize, cols: usize, bytes: Vec<u8>) -> Slice<'n> {
+        Slice { name, rows, cols, bytes, form: Held::Plain(dtype) }
+    }
+
+    /// As the seam takes it.
+    pub(crate) fn view(&self) -> MatrixView<'_> {
+        let (name, rows, cols) = (self.name, self.rows, self.cols);
+        match &self.form {
+            Held::Plain(dtype) => {
+                let row_stride_bytes = cols * dtype.bytes();
+                TensorView { name, dtype: *dtype, rows, cols, row_stride_bytes, bytes: &self.bytes }.into()
+            }
+            Held::Quantised { format, scales, biases, origin } => QuantView {
+                name,
+                format: *format,
+                rows,
+                cols,
+                row_stride_bytes: format.code_bytes(cols),
+                bytes: &self.bytes,
+                scales: scales.as_ref().map(|scales| scales.view(name)),
+                biases: biases.as_ref().map(|biases| biases.view(name)),
+                origin: *origin,
+            }
+            .into(),
+        }
+    }
+
+    /// As the seam takes numbers that are not multiplied. Panics on codes: the checkpoint has refused those.
+    pub(crate) fn numbers(&self) -> TensorView<'_> {
+        match self.view() {
+            MatrixView::Plain(view) => view,
+            MatrixView::Quantised(view) => panic!("{} is quantised", view.name),
+        }
+    }
+}
