@@ -81,7 +81,7 @@ impl<'r, B: Backend> Executor<'r, B> {
             Some((op, reason)) => Err(EngineError::Store { step: plan.step, op, reason }),
             None => Ok(match output {
                 Output::Logits(logits) => logits,
-                Output::Nothing | Output::Hidden(_) => Vec::new(),
+                Output::Nothing | Output::Drawn(_) | Output::Hidden(_) => Vec::new(),
             }),
         }
     }

@@ -1,20 +1,17 @@
 //! Draws the next token of a sequence. Pure: the same (seed, position, logits, tokens so far) give the same token on
-//! every node and attempt, which is what lets a stream go on elsewhere. Called by the runner on the leader.
+//! every node and attempt, which is what lets a stream go on elsewhere. Called by the runner on the leader, for what the
+//! device does not draw itself; both draw by [`backend::draw`].
 //!
 //! The order of adjustments is vLLM's: bias, stop ids below `min_tokens`, repetition, frequency and presence penalties,
 //! temperature, min-p, top-k, top-p. Log probabilities are those of the logits as the model gave them.
 
 use std::borrow::Cow;
-use std::cmp::Ordering;
 use std::collections::{HashMap, HashSet};
 
-use crate::request::Request;
+use backend::Rule;
+use backend::draw::{draw, greatest, not_finite};
 
-/// Below this temperature the most likely id is taken.
-const TEMPERATURE_MIN: f32 = 1e-5;
-
-/// First guess of how many ids hold the nucleus; grown eightfold until they do.
-const NUCLEUS_GUESS: usize = 256;
+use crate::request::{Request, Sampling};
 
 /// A drawn token.
 #[derive(Clone, Debug, PartialEq)]
@@ -57,25 +54,22 @@ pub fn sample(logits: &[f32], request: &Request) -> Result<Sampled, SampleError>
         return Err(SampleError::NotFinite { id, position, value });
     }
     let adjusted = adjust(logits, request);
-    let id = if request.sampling.temperature < TEMPERATURE_MIN {
-        most_likely(&adjusted)
-    } else {
-        draw(&adjusted, request, uniform(request.sampling.seed, position as u64))
-    };
+    let id = draw(&adjusted, &rule(&request.sampling, position));
     let id = id.ok_or(SampleError::Masked { vocabulary: logits.len(), position })?;
     let (logprob, top) = report(logits, id, request);
     Ok(Sampled { id, logprob, top })
 }
 
-/// A number in [0, 1) that depends on seed and position alone (the finaliser of SplitMix64, twice).
-pub fn uniform(seed: u64, position: u64) -> f64 {
-    fn mix(mut x: u64) -> u64 {
-        x = (x ^ (x >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        x = (x ^ (x >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-        x ^ (x >> 31)
+/// How the token at `position` is drawn, on the host or on the device.
+pub fn rule(sampling: &Sampling, position: usize) -> Rule {
+    Rule {
+        temperature: sampling.temperature,
+        top_k: sampling.top_k,
+        top_p: sampling.top_p,
+        min_p: sampling.min_p,
+        seed: sampling.seed,
+        position: position as u64,
     }
-    let counter = position.wrapping_add(1).wrapping_mul(0x9e37_79b9_7f4a_7c15);
-    (mix(mix(seed ^ 0x6261_746f_6e00_0001).wrapping_add(counter)) >> 11) as f64 / (1u64 << 53) as f64
 }
 
 /// Logits after bias, masks and penalties; borrowed when there are none.
@@ -120,108 +114,6 @@ fn adjust<'a>(logits: &'a [f32], request: &Request) -> Cow<'a, [f32]> {
     out
 }
 
-/// The first logit that is no finite number.
-fn not_finite(logits: &[f32]) -> Option<(usize, f32)> {
-    /// All bits of the exponent: infinities and NaN.
-    const EXPONENT: u32 = 0x7f80_0000;
-    // The greatest exponent of all first: without an early end the loop runs many at a time.
-    let greatest = logits.iter().fold(0, |greatest, x| (x.to_bits() & EXPONENT).max(greatest));
-    if greatest < EXPONENT {
-        return None;
-    }
-    logits.iter().copied().enumerate().find(|(_, x)| !x.is_finite())
-}
-
-/// The greatest logit. In lanes, so that many are compared at a time.
-fn greatest(logits: &[f32]) -> f32 {
-    let mut lanes = [f32::NEG_INFINITY; 16];
-    let chunks = logits.chunks_exact(lanes.len());
-    let rest = chunks.remainder();
-    for chunk in chunks {
-        for (lane, &x) in lanes.iter_mut().zip(chunk) {
-            *lane = if x > *lane { x } else { *lane };
-        }
-    }
-    lanes.iter().chain(rest).copied().fold(f32::NEG_INFINITY, f32::max)
-}
-
-/// The id of the greatest logit, the lowest on ties.
-fn most_likely(logits: &[f32]) -> Option<u32> {
-    let max = greatest(logits);
-    if max == f32::NEG_INFINITY {
-        return None;
-    }
-    logits.iter().position(|&x| x == max).map(|id| id as u32)
-}
-
-/// One id of the kept ones, where `u` in [0, 1) falls when their masses lie side by side in order of id. (By id, not
-/// by mass: two ids of almost equal mass may then swap places without changing what is drawn.)
-fn draw(logits: &[f32], request: &Request, u: f64) -> Option<u32> {
-    let sampling = &request.sampling;
-    let (max, temperature) = (f64::from(greatest(logits)), f64::from(sampling.temperature));
-    if max == f64::NEG_INFINITY {
-        return None;
-    }
-    // Relative to the most likely id, whose mass is 1: exp((x - max) / temperature) >= min_p.
-    let least = max + temperature * f64::from(sampling.min_p).ln();
-    let mut kept: Vec<(u32, f64)> =
-        (0..).zip(logits.iter().map(|&x| f64::from(x))).filter(|&(_, x)| x >= least).collect();
-    let top_k = sampling.top_k as usize;
-    if top_k > 0 && top_k < kept.len() {
-        kept.select_nth_unstable_by(top_k, by_mass);
-        kept.truncate(top_k);
-    }
-    for (_, x) in &mut kept {
-        *x = ((*x - max) / temperature).exp();
-    }
-    if sampling.top_p < 1.0 {
-        keep_nucleus(&mut kept, f64::from(sampling.top_p));
-    }
-    kept.sort_unstable_by_key(|&(id, _)| id);
-    let target = u * kept.iter().map(|&(_, m)| m).sum::<f64>();
-    let mut sum = 0.0;
-    for &(id, m) in &kept {
-        sum += m;
-        if target < sum {
-            return Some(id);
-        }
-    }
-    // Rounding may leave the target at the very end.
-    kept.iter().rev().find(|(_, m)| *m > 0.0).map(|&(id, _)| id)
-}
-
-/// Keeps the most likely ids up to and including the one that brings their share to `top_p`.
-fn keep_nucleus(kept: &mut Vec<(u32, f64)>, top_p: f64) {
-    let target = top_p * kept.iter().map(|&(_, m)| m).sum::<f64>();
-    let mut head = NUCLEUS_GUESS;
-    loop {
-        let all = head >= kept.len();
-        if !all {
-            kept.select_nth_unstable_by(head, by_mass);
-        }
-        let end = head.min(kept.len());
-        kept[..end].sort_unstable_by(by_mass);
-        let mut sum = 0.0;
-        let nucleus = kept[..end].iter().position(|&(_, m)| {
-            sum += m;
-            sum >= target
-        });
-        if let Some(last) = nucleus {
-            kept.truncate(last + 1);
-            return;
-        }
-        if all {
-            return;
-        }
-        head *= 8;
-    }
-}
-
-/// Greatest mass (or logit) first, then lowest id.
-fn by_mass(a: &(u32, f64), b: &(u32, f64)) -> Ordering {
-    b.1.total_cmp(&a.1).then(a.0.cmp(&b.0))
-}
-
 /// Log probabilities that the request asks for.
 fn report(logits: &[f32], id: u32, request: &Request) -> (Option<f32>, Vec<(u32, f32)>) {
     let sampling = &request.sampling;
@@ -246,8 +138,6 @@ fn report(logits: &[f32], id: u32, request: &Request) -> (Option<f32>, Vec<(u32,
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::request::Sampling;
-    use proptest::prelude::*;
 
     fn request(sampling: Sampling) -> Request {
         Request { tokens: vec![0], output_start: 1, max_tokens: 8, sampling, ..Request::default() }
@@ -255,11 +145,6 @@ mod tests {
 
     fn drawn(logits: &[f32], sampling: Sampling) -> u32 {
         sample(logits, &request(sampling)).expect("a token").id
-    }
-
-    #[test]
-    fn greedy_takes_the_lowest_id_of_the_greatest() {
-        assert_eq!(drawn(&[1.0, 3.0, 3.0, 2.0], Sampling::default()), 1);
     }
 
     #[test]
@@ -322,79 +207,5 @@ mod tests {
         let top: Vec<u32> = sampled.top.iter().map(|t| t.0).collect();
         assert_eq!(top, [2, 1]);
         assert!((f64::from(sampled.top[0].1) - (3.0 - norm)).abs() < 1e-6);
-    }
-
-    #[test]
-    fn draws_follow_the_probabilities() {
-        // softmax([ln 1, ln 2, ln 7]) = [0.1, 0.2, 0.7]; the error of 20,000 draws is below 0.02 by five sigma.
-        let logits = [1f32.ln(), 2f32.ln(), 7f32.ln()];
-        let mut counts = [0u32; 3];
-        for seed in 0..20_000 {
-            counts[drawn(&logits, Sampling { temperature: 1.0, seed, ..Sampling::default() }) as usize] += 1;
-        }
-        for (count, p) in counts.iter().zip([0.1, 0.2, 0.7]) {
-            assert!((f64::from(*count) / 20_000.0 - p).abs() < 0.02, "{counts:?}");
-        }
-    }
-
-    #[test]
-    fn long_rows_are_searched_whole() {
-        let mut logits: Vec<f32> = (0..1003).map(|i| -(i as f32)).collect();
-        for id in [0, 15, 16, 17, 999, 1002] {
-            logits[id] = 5.0 + id as f32;
-            assert_eq!(most_likely(&logits), Some(id as u32));
-            assert_eq!(not_finite(&logits), None);
-        }
-        logits[1001] = f32::NEG_INFINITY;
-        assert_eq!(not_finite(&logits), Some((1001, f32::NEG_INFINITY)));
-        assert_eq!(most_likely(&[f32::NEG_INFINITY; 40]), None);
-    }
-
-    #[test]
-    fn filters_keep_what_they_say() {
-        let logits = [1f32.ln(), 2f32.ln(), 3f32.ln(), 4f32.ln()];
-        let support = |sampling: Sampling| {
-            let mut ids: Vec<u32> = (0..500)
-                .map(|seed| drawn(&logits, Sampling { temperature: 1.0, seed, ..sampling.clone() }))
-                .collect();
-            ids.sort_unstable();
-            ids.dedup();
-            ids
-        };
-        assert_eq!(support(Sampling { top_k: 2, ..Sampling::default() }), [2, 3]);
-        // 0.4 < 0.45 <= 0.4 + 0.3
-        assert_eq!(support(Sampling { top_p: 0.45, ..Sampling::default() }), [2, 3]);
-        assert_eq!(support(Sampling { top_p: 0.39, ..Sampling::default() }), [3]);
-        assert_eq!(support(Sampling { min_p: 0.45, ..Sampling::default() }), [1, 2, 3]);
-        assert_eq!(support(Sampling::default()), [0, 1, 2, 3]);
-    }
-
-    proptest! {
-        // The partial selection finds the same nucleus as sorting everything.
-        #[test]
-        fn nucleus_is_the_smallest_that_reaches_its_share(
-            masses in prop::collection::vec(1e-6f64..1.0, 1..3000),
-            top_p in 0.01f64..0.999,
-        ) {
-            let mut kept: Vec<(u32, f64)> = (0..).zip(masses.iter().copied()).collect();
-            let mut sorted = kept.clone();
-            sorted.sort_by(by_mass);
-            let target = top_p * masses.iter().sum::<f64>();
-            let mut sum = 0.0;
-            let end = sorted.iter().position(|&(_, m)| { sum += m; sum >= target }).unwrap_or(sorted.len() - 1);
-            sorted.truncate(end + 1);
-            keep_nucleus(&mut kept, top_p);
-            prop_assert_eq!(kept, sorted);
-        }
-
-        // What is drawn depends on seed and position alone, never on what was drawn before.
-        #[test]
-        fn uniform_is_a_function_in_the_unit_interval(seed: u64, position: u64) {
-            let u = uniform(seed, position);
-            prop_assert!((0.0..1.0).contains(&u));
-            prop_assert_eq!(u, uniform(seed, position));
-            prop_assert_ne!(u, uniform(seed, position.wrapping_add(1)));
-            prop_assert_ne!(u, uniform(seed.wrapping_add(1), position));
-        }
     }
 }

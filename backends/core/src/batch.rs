@@ -24,13 +24,23 @@ pub struct Run {
     pub len: u32,
 }
 
+/// The token of a row.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Input {
+    /// Its id.
+    Id(u32),
+    /// Still in flight: what this row of the step submitted last drew ([`crate::Out::Draw`]). The device takes it from
+    /// there, on every rank the id that rank 0 drew; the host may not know it yet.
+    Drawn(u32),
+}
+
 /// The rows of one step, in the order of `runs`. At most one run per sequence.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Batch {
     /// Consecutive rows per sequence.
     pub runs: Vec<Run>,
-    /// Token ids of all rows: `ids.len()` is the sum of `runs[..].len`.
-    pub ids: Vec<u32>,
+    /// Tokens of all rows: `ids.len()` is the sum of `runs[..].len`.
+    pub ids: Vec<Input>,
 }
 
 impl Batch {
@@ -43,7 +53,31 @@ impl Batch {
     pub fn push(&mut self, seq: SeqId, start: u32, ids: &[u32]) {
         assert!(!ids.is_empty(), "an empty run of sequence {seq}");
         self.runs.push(Run { seq, start, len: ids.len() as u32 });
-        self.ids.extend_from_slice(ids);
+        self.ids.extend(ids.iter().copied().map(Input::Id));
+    }
+
+    /// Appends the token that row `row` of the step before draws as a run of `seq` at position `start`.
+    pub fn push_drawn(&mut self, seq: SeqId, start: u32, row: u32) {
+        self.runs.push(Run { seq, start, len: 1 });
+        self.ids.push(Input::Drawn(row));
+    }
+
+    /// Whether a row's token is in flight.
+    pub fn in_flight(&self) -> bool {
+        self.ids.iter().any(|id| matches!(id, Input::Drawn(_)))
+    }
+
+    /// The ids of all rows, where `drawn` is what each row of the step before drew. Errors name a row that drew nothing.
+    pub fn resolve(&self, drawn: &[Option<u32>]) -> Result<Vec<u32>, String> {
+        let id = |input: &Input| match *input {
+            Input::Id(id) => Ok(id),
+            Input::Drawn(row) => drawn
+                .get(row as usize)
+                .copied()
+                .flatten()
+                .ok_or_else(|| format!("row {row} of the step before drew no token")),
+        };
+        self.ids.iter().map(id).collect()
     }
 
     /// The last row of each run: where logits are usually wanted.

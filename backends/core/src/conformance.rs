@@ -6,6 +6,7 @@
 
 mod attention;
 mod cache;
+mod draws;
 mod exact;
 mod latent;
 mod operations;
@@ -71,6 +72,7 @@ impl<'a, B: Backend> Suite<'a, B> {
     pub fn cases(&self) -> Vec<Case<'a, B>> {
         [
             operations::cases(),
+            draws::cases(),
             attention::cases(),
             projection::cases(),
             latent::cases(),

@@ -9,6 +9,7 @@
 pub mod affine;
 pub mod batch;
 pub mod conformance;
+pub mod draw;
 pub mod dtype;
 pub mod error;
 pub mod extents;
@@ -21,7 +22,8 @@ pub mod spec;
 pub mod weight;
 
 pub use affine::AffineForm;
-pub use batch::{Batch, Run, SeqId};
+pub use batch::{Batch, Input, Run, SeqId};
+pub use draw::{Draw, Drawn, Noise, Rule};
 pub use dtype::DType;
 pub use error::{BackendError, KvError};
 pub use group::{Group, Links};

@@ -6,7 +6,9 @@ use std::fmt::Debug;
 use std::ops::Range;
 use std::sync::Arc;
 
-use crate::{BackendError, Batch, DType, Group, KvError, KvExport, KvLanding, KvSpec, SeqId, WeightSource};
+use crate::{
+    BackendError, Batch, DType, Draw, Drawn, Group, KvError, KvExport, KvLanding, KvSpec, SeqId, WeightSource,
+};
 
 /// One device, or one tensor-parallel rank of several, on its owner thread.
 pub trait Backend: Sized + 'static {
@@ -81,7 +83,8 @@ pub trait Step {
     /// The backend this step runs on.
     type Backend: Backend;
 
-    /// Rows of `table` at the batch's token ids: `[rows, hidden]`.
+    /// Rows of `table` at the batch's token ids: `[rows, hidden]`. Ids in flight ([`crate::Input::Drawn`]) are taken from
+    /// the step before; in a group this is where ranks that did not draw them learn them.
     fn embed(&mut self, table: &Weight<Self>) -> Act<Self>;
 
     /// A kept activation, back in this step.
@@ -141,7 +144,8 @@ pub trait Step {
     fn export(&mut self, seq: SeqId, layer: usize, tokens: Range<u32>) -> Result<Export<Self>, KvError>;
 
     /// Ends the step and returns at once where the device can; the next step may be begun before
-    /// [`Pending::wait`].
+    /// [`Pending::wait`], and so may operations of the [`KvStore`]: they take effect in the order of calls, as if every
+    /// step had ended when it was submitted.
     fn submit(self, out: Out<Act<Self>>) -> Box<dyn Pending<Hidden<Self>>>;
 }
 
@@ -311,6 +315,8 @@ pub enum Out<A> {
     Nothing,
     /// Logits `[rows, vocabulary of this rank]`; ranks hold consecutive ranges, rank 0 receives the whole.
     Logits(A),
+    /// Logits as above, and what becomes of each row: the device draws a token, or rank 0's host gets the logits.
+    Draw(A, Vec<Draw>),
     /// An activation kept for [`Step::resume`].
     Hidden(A),
 }
@@ -321,12 +327,18 @@ pub enum Output<H> {
     Nothing,
     /// Row-major `[rows, vocabulary]`.
     Logits(Vec<f32>),
+    /// Of each row of [`Out::Draw`], on rank 0. The other ranks may get nothing: the ids are rank 0's.
+    Drawn(Vec<Drawn>),
     /// A kept activation.
     Hidden(H),
 }
 
 /// A submitted step.
 pub trait Pending<H> {
+    /// Whether [`Pending::wait`] would return at once: always on devices that compute while operations are called. Then
+    /// nothing is gained by beginning the next step first.
+    fn ready(&self) -> bool;
+
     /// Blocks until the step is done; the first error of any of its operations comes out here.
     fn wait(self: Box<Self>) -> Result<Output<H>, BackendError>;
 }
@@ -405,6 +417,7 @@ impl<A: Debug> Debug for Out<A> {
         match self {
             Out::Nothing => f.write_str("Nothing"),
             Out::Logits(act) => f.debug_tuple("Logits").field(act).finish(),
+            Out::Draw(act, draws) => f.debug_tuple("Draw").field(act).field(draws).finish(),
             Out::Hidden(act) => f.debug_tuple("Hidden").field(act).finish(),
         }
     }

@@ -1,12 +1,16 @@
-//! Where a step meets the other ranks: sums joined over the group, logits gathered on rank 0.
+//! Where a step meets the other ranks: sums joined over the group, logits gathered on rank 0, drawn ids told by it.
 
-use backend::{BackendError, Output};
+use backend::draw::drawn;
+use backend::{BackendError, Draw, Drawn, Output};
 
 use crate::memory::Floats;
 use crate::step::{CpuAct, CpuStep, Raw};
 
 /// Logits per row that one rank may announce: more than any model's, so a broken peer cannot ask for all memory.
 const VOCABULARY_MAX: usize = 1 << 24;
+
+/// In place of an id where a row drew none.
+const NO_ID: u32 = u32::MAX;
 
 impl CpuStep<'_> {
     /// Joins partial sums over the group, rank by rank as a tree.
@@ -47,17 +51,69 @@ impl CpuStep<'_> {
         Ok(())
     }
 
-    /// All ranks' logits side by side, on rank 0.
-    pub(crate) fn gather(&mut self, x: CpuAct) -> Result<Output<CpuAct>, BackendError> {
+    /// The batch's token ids. Those in flight are known on rank 0, which tells them when a step first asks: steps whose
+    /// ids are known to everybody, which is all where nobody runs ahead, cost nothing.
+    pub(crate) fn ids(&mut self) -> Result<Vec<u32>, BackendError> {
+        let peers = &mut self.device.peers;
+        if self.batch.in_flight() && peers.world() > 1 {
+            let mut bytes: Vec<u8> =
+                self.device.drawn.iter().flat_map(|id| id.unwrap_or(NO_ID).to_le_bytes()).collect();
+            if peers.rank() == 0 {
+                peers.tell(&bytes)?;
+            } else {
+                peers.hear(&mut bytes)?;
+                let (ids, _) = bytes.as_chunks();
+                let ids = ids.iter().map(|id| Some(u32::from_le_bytes(*id)).filter(|id| *id != NO_ID));
+                self.device.drawn = ids.collect();
+            }
+        }
+        self.batch.resolve(&self.device.drawn).map_err(BackendError::Device)
+    }
+
+    /// What becomes of each row of logits, on rank 0.
+    pub(crate) fn draw(&mut self, x: CpuAct, draws: &[Draw]) -> Result<Output<CpuAct>, BackendError> {
+        if draws.len() != x.rows {
+            let reason = format!("{} draws for {} rows of logits", draws.len(), x.rows);
+            self.device.peers.leave(&reason);
+            return Err(BackendError::Device(reason));
+        }
+        self.device.drawn = vec![None; draws.len()];
+        let alone = self.device.peers.world() == 1;
+        let gathered;
+        let logits = if alone {
+            x.floats.as_slice()
+        } else {
+            match self.gather(x)? {
+                Some(logits) => gathered = logits,
+                None => return Ok(Output::Nothing),
+            }
+            &gathered
+        };
+        let width = (logits.len() / draws.len().max(1)).max(1);
+        let rows: Vec<Drawn> =
+            logits.chunks_exact(width).zip(draws).map(|(row, draw)| drawn(row, draw)).collect();
+        self.device.drawn = rows
+            .iter()
+            .map(|row| match row {
+                Drawn::Token(id) => Some(*id),
+                Drawn::NotFinite { .. } => Some(0),
+                Drawn::Logits(_) => None,
+            })
+            .collect();
+        Ok(Output::Drawn(rows))
+    }
+
+    /// All ranks' logits side by side, on rank 0; nothing on the others.
+    pub(crate) fn gather(&mut self, x: CpuAct) -> Result<Option<Vec<f32>>, BackendError> {
         let peers = &mut self.device.peers;
         let world = peers.world();
         if world == 1 {
-            return Ok(Output::Logits(x.floats.as_slice().to_vec()));
+            return Ok(Some(x.floats.as_slice().to_vec()));
         }
         if peers.rank() != 0 {
             peers.give(&(x.width as u64).to_le_bytes())?;
             peers.give(x.floats.as_bytes())?;
-            return Ok(Output::Nothing);
+            return Ok(None);
         }
         let mut widths = vec![[0u8; 8]; world];
         peers.take(
@@ -83,6 +139,6 @@ impl CpuStep<'_> {
                 logits.extend_from_slice(&floats.as_slice()[row * width..(row + 1) * width]);
             }
         }
-        Ok(Output::Logits(logits))
+        Ok(Some(logits))
     }
 }

@@ -21,6 +21,8 @@ pub struct CpuBackend {
     pub(crate) pool: Pool,
     pub(crate) arena: Arena,
     pub(crate) peers: Peers,
+    /// What each row of the step before drew; on ranks but the first, as many places.
+    pub(crate) drawn: Vec<Option<u32>>,
 }
 
 impl CpuBackend {
@@ -42,6 +44,7 @@ impl CpuBackend {
             pool: Pool::new(options.threads),
             arena: Arena::default(),
             peers: Peers::new(group)?,
+            drawn: Vec::new(),
         })
     }
 
@@ -91,6 +94,7 @@ impl Backend for CpuBackend {
             return Err(BackendError::Unavailable { backend: "cpu", reason });
         }
         self.peers = Peers::new(group)?;
+        self.drawn.clear();
         Ok(())
     }
 }

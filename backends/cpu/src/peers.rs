@@ -92,6 +92,16 @@ impl Peers {
         self.run(Vec::new(), theirs)
     }
 
+    /// Sends `mine` from rank 0 to all others, who call [`Peers::hear`].
+    pub(crate) fn tell(&mut self, mine: &[u8]) -> Result<(), BackendError> {
+        self.run((1..self.world).map(|peer| (peer, mine)).collect(), Vec::new())
+    }
+
+    /// Receives what rank 0 tells.
+    pub(crate) fn hear(&mut self, theirs: &mut [u8]) -> Result<(), BackendError> {
+        self.run(Vec::new(), vec![(0, theirs)])
+    }
+
     /// Tells the other ranks, by closed links, that this one cannot go on.
     pub(crate) fn leave(&mut self, reason: &str) {
         let rank = self.rank;

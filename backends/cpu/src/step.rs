@@ -304,11 +304,18 @@ impl Step for CpuStep<'_> {
                 return self.refuse("this weight is not an embedding table".to_owned(), rows, 1);
             }
         };
-        if let Some(id) = self.batch.ids.iter().find(|id| **id as usize >= count) {
+        let ids = match self.ids() {
+            Ok(ids) => ids,
+            Err(error) => {
+                self.fail(error);
+                return self.blank(rows, width);
+            }
+        };
+        if let Some(id) = ids.iter().find(|id| **id as usize >= count) {
             return self.refuse(format!("token {id} in an embedding table of {count}"), rows, width);
         }
         let mut out = self.act(rows, width);
-        for (id, row) in self.batch.ids.iter().zip(out.floats.as_mut_slice().chunks_exact_mut(width)) {
+        for (id, row) in ids.iter().zip(out.floats.as_mut_slice().chunks_exact_mut(width)) {
             match &table.0 {
                 Kind::Product(packed) => packed.output(*id as usize, row),
                 Kind::Table(table) => table.row(*id as usize, row),
@@ -616,6 +623,7 @@ impl Step for CpuStep<'_> {
 
     fn submit(mut self, out: Out<CpuAct>) -> Box<dyn Pending<CpuAct>> {
         let grouped = self.device.peers.world() > 1;
+        self.device.drawn.clear();
         if let Some(fault) = self.fault.take() {
             if grouped {
                 self.device.peers.leave(&fault.to_string());
@@ -625,7 +633,8 @@ impl Step for CpuStep<'_> {
         Box::new(Done(match out {
             Out::Nothing => Ok(Output::Nothing),
             Out::Hidden(act) => Ok(Output::Hidden(act)),
-            Out::Logits(act) => self.gather(act),
+            Out::Logits(act) => self.gather(act).map(|all| all.map_or(Output::Nothing, Output::Logits)),
+            Out::Draw(act, draws) => self.draw(act, &draws),
         }))
     }
 }
@@ -661,6 +670,10 @@ fn check(batch: &Batch) -> Result<(), String> {
 struct Done(Result<Output<CpuAct>, BackendError>);
 
 impl Pending<CpuAct> for Done {
+    fn ready(&self) -> bool {
+        true
+    }
+
     fn wait(self: Box<Self>) -> Result<Output<CpuAct>, BackendError> {
         self.0
     }

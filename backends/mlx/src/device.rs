@@ -7,6 +7,7 @@ use backend::{
 };
 use mlx_rs::Array;
 
+use crate::draw::Flight;
 use crate::graph::{Recorded, int};
 use crate::kv::MlxKv;
 use crate::platform;
@@ -19,6 +20,8 @@ pub struct MlxBackend {
     pub(crate) dtype: DType,
     block_tokens: u32,
     ropes: Vec<RopeTable>,
+    /// What the step before draws.
+    pub(crate) flight: Option<Flight>,
 }
 
 /// A rotary embedding as MLX takes it.
@@ -77,7 +80,12 @@ impl Backend for MlxBackend {
             let reason = format!("a group of {} ranks: tensor parallelism is not there yet", group.world);
             return Err(BackendError::Unavailable { backend: "mlx", reason });
         }
-        Ok(MlxBackend { dtype: options.dtype, block_tokens: options.block_tokens, ropes: Vec::new() })
+        Ok(MlxBackend {
+            dtype: options.dtype,
+            block_tokens: options.block_tokens,
+            ropes: Vec::new(),
+            flight: None,
+        })
     }
 
     fn caps(&self) -> Caps {

@@ -52,6 +52,14 @@ pub(crate) fn int(size: usize) -> i32 {
     i32::try_from(size).unwrap_or(i32::MAX)
 }
 
+/// Whether `x` is computed. False where MLX does not say.
+pub(crate) fn available(x: &Array) -> bool {
+    let mut available = false;
+    // SAFETY: both live during the call.
+    let status = unsafe { mlx_sys::_mlx_array_is_available(&mut available, x.as_ptr()) };
+    status == 0 && available
+}
+
 /// Indices as an array of `shape`.
 pub(crate) fn indices(values: impl IntoIterator<Item = usize>, shape: &[i32]) -> Array {
     let values: Vec<i32> = values.into_iter().map(int).collect();

@@ -6,11 +6,12 @@ use std::ops::Range;
 use backend::{
     Attend, BackendError, Batch, Glu, KvError, KvStore, Mla, Moe, Out, Output, Pending, SeqId, Step,
 };
-use mlx_rs::{Array, Dtype, fast, ops};
+use mlx_rs::{Array, Dtype, fast, ops, transforms};
 
 use crate::attend::Attention;
 use crate::device::MlxBackend;
-use crate::graph::{Failure, Recorded, indices, int, last, mlx_type};
+use crate::draw::Draws;
+use crate::graph::{Failure, Recorded, available, indices, int, last, mlx_type};
 use crate::kv::MlxKv;
 use crate::lease::MlxExport;
 use crate::weight::MlxWeight;
@@ -79,11 +80,7 @@ impl Step for MlxStep<'_> {
     fn embed(&mut self, table: &MlxWeight) -> MlxAct {
         self.record(|step| {
             let table = table.product()?;
-            let count = table.rows();
-            if let Some(id) = step.batch.ids.iter().find(|id| **id as usize >= count) {
-                return Err(Failure(format!("token {id} in an embedding table of {count}")));
-            }
-            let ids = indices(step.batch.ids.iter().map(|id| *id as usize), &[int(step.batch.ids.len())]);
+            let ids = step.ids(table.rows())?;
             table.take(&ids, mlx_type(step.device.dtype))
         })
     }
@@ -149,6 +146,7 @@ impl Step for MlxStep<'_> {
 
     fn submit(mut self, out: Out<MlxAct>) -> Box<dyn Pending<MlxAct>> {
         self.calm();
+        self.device.flight = None;
         // The cache is evaluated whatever happens, or its graph would grow from step to step.
         if let Some(fault) = self.fault.take() {
             let _ = self.kv.start(&[]);
@@ -157,15 +155,19 @@ impl Step for MlxStep<'_> {
         let asked = match out {
             Out::Nothing => Ok(Asked::Nothing(None)),
             Out::Logits(act) => logits(&act.0).map(Asked::Logits),
+            Out::Draw(act, draws) => Draws::record(&act.0, &draws).map(Asked::Draws),
             Out::Hidden(act) => Ok(Asked::Hidden(act.0)),
         };
+        if let Ok(Asked::Draws(draws)) = &asked {
+            self.device.flight = Some(draws.flight());
+        }
         let begun = asked.and_then(|asked| match asked {
             Asked::Nothing(_) => {
                 self.kv.start(&[])?;
                 Ok(Asked::Nothing(self.kv.running()))
             }
-            Asked::Logits(ref array) | Asked::Hidden(ref array) => {
-                self.kv.start(std::slice::from_ref(array))?;
+            asked => {
+                self.kv.start(&asked.arrays())?;
                 Ok(asked)
             }
         });
@@ -192,14 +194,16 @@ enum Asked {
     /// Only to be done, which this array tells.
     Nothing(Option<Array>),
     Logits(Array),
+    Draws(Draws),
     Hidden(Array),
 }
 
 impl Asked {
-    fn array(&self) -> Option<&Array> {
+    fn arrays(&self) -> Vec<Array> {
         match self {
-            Asked::Nothing(array) => array.as_ref(),
-            Asked::Logits(array) | Asked::Hidden(array) => Some(array),
+            Asked::Nothing(array) => array.iter().cloned().collect(),
+            Asked::Logits(array) | Asked::Hidden(array) => vec![array.clone()],
+            Asked::Draws(draws) => draws.arrays(),
         }
     }
 }
@@ -208,14 +212,17 @@ impl Asked {
 struct Running(Result<Asked, BackendError>);
 
 impl Pending<MlxAct> for Running {
+    fn ready(&self) -> bool {
+        self.0.as_ref().map_or(true, |asked| asked.arrays().iter().all(available))
+    }
+
     fn wait(self: Box<Self>) -> Result<Output<MlxAct>, BackendError> {
         let asked = self.0?;
-        if let Some(array) = asked.array() {
-            array.eval().map_err(Failure::from)?;
-        }
+        transforms::eval(&asked.arrays()).map_err(Failure::from)?;
         match asked {
             Asked::Nothing(_) => Ok(Output::Nothing),
             Asked::Hidden(array) => Ok(Output::Hidden(MlxAct(array))),
+            Asked::Draws(draws) => Ok(Output::Drawn(draws.read()?)),
             // No rows, no data.
             Asked::Logits(array) if array.size() == 0 => Ok(Output::Logits(Vec::new())),
             Asked::Logits(array) => match array.try_as_slice::<f32>() {

@@ -155,7 +155,10 @@ impl Sim {
             assert_eq!(tokens.len(), run.start as usize, "sequence {} has a gap", run.seq);
             pages.writable(run.seq, 0..1, run.start..run.start + run.len).expect("rows of its own");
             pages.fill(run.seq, 0..1, run.start..run.start + run.len).expect("room");
-            tokens.extend(ids.by_ref().take(run.len as usize));
+            tokens.extend(ids.by_ref().take(run.len as usize).map(|input| match input {
+                backend::Input::Id(id) => *id,
+                backend::Input::Drawn(row) => panic!("row {row} of a step that is done"),
+            }));
             row += run.len;
             if plan.rows.contains(&(row - 1)) {
                 let mut one = vec![0.0; VOCABULARY];

@@ -4,7 +4,7 @@
 use std::ops::Range;
 use std::time::Duration;
 
-use backend::{Batch, Run, SeqId};
+use backend::{Batch, Input, Run, SeqId};
 use kvtransfer::{Close, SessionId, Ticket};
 
 use super::wire::{Reader, WireError, Writer};
@@ -137,7 +137,10 @@ impl Plan {
             w.u32(run.start);
             w.u32(run.len);
         });
-        w.list(&self.batch.ids, |w, id| w.u32(*id));
+        w.list(&self.batch.ids, |w, input| match *input {
+            Input::Id(id) => numbers32(w, 0, id),
+            Input::Drawn(row) => numbers32(w, 1, row),
+        });
         w.list(&self.rows, |w, row| w.u32(*row));
         w.list(&self.exports, |w, export| {
             w.u64(export.lease.0);
@@ -155,7 +158,14 @@ impl Plan {
             ops: r.list(Op::decode)?,
             batch: Batch {
                 runs: r.list(|r| Ok(Run { seq: SeqId(r.u64()?), start: r.u32()?, len: r.u32()? }))?,
-                ids: r.list(Reader::u32)?,
+                ids: r.list(|r| {
+                    let (kind, number) = (r.u8()?, r.u32()?);
+                    match kind {
+                        0 => Ok(Input::Id(number)),
+                        1 => Ok(Input::Drawn(number)),
+                        _ => Err(WireError::Unknown { what: "input", value: kind.to_string() }),
+                    }
+                })?,
             },
             rows: r.list(Reader::u32)?,
             exports: r.list(|r| {
@@ -274,6 +284,11 @@ fn numbers(w: &mut Writer, kind: u8, first: u64, second: u32) {
     w.u8(kind);
     w.u64(first);
     w.u32(second);
+}
+
+fn numbers32(w: &mut Writer, kind: u8, number: u32) {
+    w.u8(kind);
+    w.u32(number);
 }
 
 fn number(r: &mut Reader<'_>) -> Result<Number, WireError> {
@@ -418,6 +433,7 @@ mod tests {
         let mut batch = Batch::default();
         batch.push(SeqId(1), 7, &[1, 2, 3]);
         batch.push(SeqId(2), 0, &[u32::MAX]);
+        batch.push_drawn(SeqId(3), 9, 2);
         let (lease, seq) = (LeaseId(5), SeqId(6));
         Plan {
             step: 17,
