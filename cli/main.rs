@@ -5,6 +5,7 @@ mod bundled;
 mod chat;
 mod config;
 mod dirs;
+mod inspect;
 mod logits;
 mod meter;
 mod model;
@@ -47,6 +48,8 @@ enum Command {
     Status(status::Args),
     /// Fetch models from the Hugging Face hub into its cache
     Pull(pull::Args),
+    /// Show what a model is, what it takes, and whether it fits
+    Inspect(inspect::Args),
     /// Write a model's logits for comparison with another implementation
     Logits(logits::LogitsArgs),
     /// Show settings
@@ -85,6 +88,7 @@ fn run(command: Command) -> Result<ExitCode> {
             Command::Chat(args) => chat::run(args).await?,
             Command::Status(args) => status::run(args).await?,
             Command::Pull(args) => pull::run(args).await?,
+            Command::Inspect(args) => return inspect::run(args).await,
             Command::Logits(args) => logits::run(&args)?,
             Command::Config(ConfigCommand::Show { role }) => {
                 let (text, wrong) = config::show(role)?;

@@ -1,4 +1,4 @@
-//! The few system calls that the standard library lacks. Called by `up`, `supervised` and `dirs`.
+//! The few system calls that the standard library lacks. Called by `up`, `supervised`, `dirs` and `inspect`.
 
 /// What a process can be told.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -44,4 +44,11 @@ pub fn host_name() -> String {
     let ok = unsafe { libc::gethostname(name.as_mut_ptr().cast(), name.len()) } == 0;
     let end = name.iter().position(|&byte| byte == 0).unwrap_or(name.len());
     if ok { String::from_utf8_lossy(&name[..end]).into_owned() } else { "unnamed".into() }
+}
+
+/// All memory of this machine, in bytes, where the system tells.
+pub fn memory_bytes() -> Option<u64> {
+    // SAFETY: takes a number, touches no memory of ours.
+    let (pages, page) = unsafe { (libc::sysconf(libc::_SC_PHYS_PAGES), libc::sysconf(libc::_SC_PAGESIZE)) };
+    u64::try_from(pages).ok()?.checked_mul(u64::try_from(page).ok()?).filter(|bytes| *bytes > 0)
 }

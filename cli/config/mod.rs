@@ -31,7 +31,7 @@ pub use setting::{Settings, Value};
 pub use show::{ShowRole, show};
 pub use status::StatusSettings;
 pub use up::UpSettings;
-pub use value::Secret;
+pub use value::{Memory, Secret};
 
 /// What a settings file may hold.
 fn sections() -> [(&'static str, &'static [Setting]); 5] {

@@ -34,6 +34,19 @@ impl FromStr for Size {
     }
 }
 
+/// The memory of a machine: as [`Size`], a plain number is GB.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Memory(pub u64);
+
+impl FromStr for Memory {
+    type Err = &'static str;
+    fn from_str(text: &str) -> Result<Self, &'static str> {
+        let gigabytes = text.parse::<f64>().is_ok().then(|| format!("{text}GB"));
+        let size = gigabytes.as_deref().unwrap_or(text).parse::<Size>();
+        size.map(|Size(bytes)| Memory(bytes)).map_err(|()| "expected a size such as 64, 64GB or 48GiB")
+    }
+}
+
 /// A duration in seconds: `10` or `0.5`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Seconds(pub Duration);
@@ -155,6 +168,14 @@ mod tests {
         for text in ["", "GiB", "-1", "2gib", "2TiB", "nan", "1e30"] {
             assert_eq!(text.parse::<Size>(), Err(()), "{text}");
         }
+    }
+
+    #[test]
+    fn memory_is_in_gigabytes_unless_told() {
+        for (text, bytes) in [("64", 64_000_000_000), ("0.5", 500_000_000), ("2GiB", 2 << 30), ("7B", 7)] {
+            assert_eq!(text.parse(), Ok(Memory(bytes)), "{text}");
+        }
+        assert!("lots".parse::<Memory>().is_err());
     }
 
     /// A secret can be logged with the struct that holds it without being shown.

@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::time::Instant;
 
-use serde_json::json;
+use serde_json::{Value, json};
 use sha2::{Digest, Sha256};
 
 use crate::harness::{Cluster, LOOK, PATIENCE, baton, folder, free_port, model, output};
@@ -95,6 +95,58 @@ async fn pulled_killed_pulled_and_served() {
 fn server_is_idle(server: &Server) -> bool {
     std::thread::sleep(LOOK * 5);
     server.take_requests().is_empty()
+}
+
+/// A model on the hub is described from its headers, the same as from its files; nothing of it is kept. What does not fit is
+/// said with its sums, and by the exit status.
+#[test]
+fn inspected_without_being_fetched() {
+    let (server, home) = (hub(), folder("hub-inspect"));
+    let here = model().display().to_string();
+    let inspect = |what: &str, more: &[&str]| {
+        let arguments = [&["inspect", what, "--json", "--context=512"], more].concat();
+        let (ok, stdout, stderr) = output(with_hub(&mut baton(&arguments), &server, &home));
+        let facts: Value =
+            serde_json::from_str(&stdout).unwrap_or_else(|error| panic!("{error}: {stdout}{stderr}"));
+        (ok, facts)
+    };
+    let (ok, mut local) = inspect(&here, &["--ranks=2", "--memory=1"]);
+    let (_, mut remote) = inspect("org/demo", &["--ranks=2", "--memory=1"]);
+    assert!(ok, "{local}");
+    assert_eq!(local["fetched"], true);
+    assert_eq!((remote["fetched"].clone(), remote["commit"].clone()), (json!(false), json!(server::COMMIT)));
+    // Every piece of content was asked for by range.
+    let content = |request: &server::Request| request.method == "GET" && request.path.starts_with("/cdn/");
+    assert!(
+        server
+            .take_requests()
+            .iter()
+            .filter(|request| content(request))
+            .all(|request| request.range.is_some())
+    );
+    for facts in [&mut local, &mut remote] {
+        let facts = facts.as_object_mut().expect("an object");
+        for key in ["model", "commit", "fetched"] {
+            facts.remove(key);
+        }
+    }
+    assert_eq!(local, remote);
+    assert!(fs::read_dir(&home).expect("a folder").next().is_none(), "something was kept");
+
+    let weights = fs::metadata(model().join("model.safetensors")).expect("weights").len();
+    let (total, kv) =
+        (local["weight_bytes"].as_u64().expect("bytes"), local["kv"]["token_bytes"].as_u64().expect("bytes"));
+    assert!(total < weights && total > weights * 9 / 10, "{total} of {weights}");
+    for rank in local["ranks"].as_array().expect("ranks") {
+        assert_eq!(rank["kv_bytes"], kv / 2 * 512);
+        let bytes = rank["weight_bytes"].as_u64().expect("bytes");
+        assert!(bytes > total / 2 && bytes < total, "{bytes} of {total}");
+    }
+    let (ok, small) = inspect(&here, &["--memory=5MB"]);
+    assert!(!ok && small["fits"] == false && small["ranks"][0]["fits"] == false, "{small}");
+    let (ok, stdout, _) = output(&mut baton(&["inspect", &here, "--memory=5MB"]));
+    assert!(!ok && stdout.contains("does not fit: "), "{stdout}");
+    fs::remove_dir_all(home).expect("cleans up");
 }
 
 /// What cannot be had is said in one line, by every command that takes a name.
