@@ -38,7 +38,7 @@ settings! {
         /// Who computes prompts: always (prefill nodes), auto (whoever is estimated to be sooner) or never
         disaggregation: Disaggregation ["MODE"] = "always";
         /// Log filter of the processes
-        log: String ["FILTER"] = "warn";
+        log: String ["FILTER"] = "warn,loading=info";
     }
 }
 

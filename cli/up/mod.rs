@@ -20,6 +20,8 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, bail};
 use cluster::ClusterToken;
 use hub::Want;
+use models::Checkpoint;
+use node::memory::{self, Need};
 use tokio::signal::unix::{Signal as SignalStream, SignalKind, signal};
 use tokio::sync::mpsc;
 
@@ -37,6 +39,8 @@ pub use supervisor::STOP_GRACE;
 pub async fn run(settings: UpSettings) -> Result<ExitCode> {
     require_free(settings.port)?;
     let (model, served_name) = model(&settings).await?;
+    let planned = (settings.clone(), model.clone());
+    tokio::task::spawn_blocking(move || require_room(&planned.0, &planned.1)).await??;
     let mut internal = ports::free(1 + settings.decode)?;
     let ports = Ports { leaders: internal.split_off(1), cluster: internal[0] };
     let cores = available_parallelism().map_or(1, usize::from);
@@ -57,6 +61,31 @@ fn require_free(port: u16) -> Result<()> {
             bail!("port {port} is taken by another process: choose one with --port")
         }
         Err(error) => Err(error).with_context(|| format!("cannot listen on port {port}")),
+    }
+}
+
+/// Refuses what this machine cannot hold, all processes together, before any of them is started. A model that cannot be
+/// opened is left to them: they say what is wrong with it.
+fn require_room(settings: &UpSettings, path: &Path) -> Result<()> {
+    let Ok(checkpoint) = Checkpoint::open(path) else { return Ok(()) };
+    let kv = settings.kv_memory.0;
+    let sum = |ranks: Vec<u64>| {
+        let need = |weights| Need { weights, kv };
+        ranks.into_iter().map(need).fold(Need::default(), Need::with)
+    };
+    let prefill = sum(checkpoint.rank_bytes(1)?);
+    let decode = sum(checkpoint.rank_bytes(settings.tp)?);
+    let copies = |need, count| (0..count).fold(Need::default(), |all: Need, _| all.with(need));
+    let all = copies(prefill, settings.prefill).with(copies(decode, settings.decode));
+    match memory::available().and_then(|available| all.beyond(available)) {
+        None => Ok(()),
+        Some(reason) => bail!(
+            "{} does not fit: prefill nodes: {}, decode groups: {} of {} ranks: {reason}",
+            path.display(),
+            settings.prefill,
+            settings.decode,
+            settings.tp
+        ),
     }
 }
 

@@ -13,6 +13,18 @@ pub enum NodeError {
         /// What is wrong with it.
         reason: Box<models::ModelError>,
     },
+    /// The machine is too small for it.
+    #[error("model {model} does not fit: rank {rank} of {world}: {reason}")]
+    Memory {
+        /// Path as given.
+        model: String,
+        /// This rank.
+        rank: usize,
+        /// Ranks that share the model.
+        world: usize,
+        /// The arithmetic.
+        reason: crate::memory::TooMuch,
+    },
     /// A context longer than the model's.
     #[error("context of {asked} tokens: the model was made for {most}")]
     Context {

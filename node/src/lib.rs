@@ -4,6 +4,8 @@
 pub mod config;
 pub mod convert;
 mod error;
+pub mod loading;
+pub mod memory;
 mod rank;
 mod report;
 mod run;

@@ -2,19 +2,18 @@
 
 use std::net::TcpListener;
 use std::thread;
-use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+use std::time::{Instant, SystemTime, UNIX_EPOCH};
 
 use backend::{Backend, DeviceOptions, KvSpec};
 use backend_cpu::CpuBackend;
 use engine::{Commands, EngineOptions, Place, Runner, Terms};
-use models::{Checkpoint, Identity, Model, Progress};
+use models::{Checkpoint, Identity, Model};
 use tokio::sync::oneshot;
 
 use crate::config::{BackendKind, GroupConfig, LoadFormat, NodeConfig};
 use crate::error::NodeError;
-
-/// Between two lines of loading progress.
-const PROGRESS_EVERY: Duration = Duration::from_secs(2);
+use crate::loading;
+use crate::memory::{self, Need};
 
 /// A model's files and numbers, before any weight is read.
 pub struct Opened {
@@ -44,6 +43,16 @@ pub fn open(config: &NodeConfig) -> Result<Opened, NodeError> {
         LoadFormat::Dummy { seed } => Checkpoint::dummy(&config.model, seed),
     }
     .map_err(named)?;
+    let held = checkpoint.rank_bytes(config.group.world).map_err(named)?;
+    let need = Need { weights: held.get(config.group.rank).copied().unwrap_or(0), kv: config.kv_bytes };
+    if let Some(reason) = memory::available().and_then(|available| need.beyond(available)) {
+        return Err(NodeError::Memory {
+            model: config.model.display().to_string(),
+            rank: config.group.rank,
+            world: config.group.world,
+            reason,
+        });
+    }
     let identity = Identity::read(&checkpoint).map_err(named)?;
     let most = checkpoint.config().context;
     let context_tokens = match config.context_tokens {
@@ -136,7 +145,7 @@ fn serve<B: Backend>(
         rank,
         world,
         config.dtype,
-        &mut progress(config.model.display().to_string()),
+        &mut loading::progress(config.model.display().to_string()),
     )
     .map_err(|reason| NodeError::Model {
         model: config.model.display().to_string(),
@@ -173,22 +182,4 @@ fn serve<B: Backend>(
 /// Greater than any epoch of an earlier process: milliseconds since 1970.
 fn first_epoch() -> u64 {
     SystemTime::now().duration_since(UNIX_EPOCH).map_or(1, |since| since.as_millis() as u64)
-}
-
-/// Logs how far a long load is.
-fn progress(model: String) -> impl FnMut(Progress) {
-    let mut next = Instant::now() + PROGRESS_EVERY;
-    move |progress| {
-        if Instant::now() >= next {
-            next = Instant::now() + PROGRESS_EVERY;
-            let gib = |bytes: u64| bytes as f64 / f64::from(1 << 30);
-            tracing::info!(
-                "loading {model}: {} of {} layers, {:.1} of {:.1} GiB",
-                progress.layers,
-                progress.layers_total,
-                gib(progress.bytes),
-                gib(progress.bytes_total)
-            );
-        }
-    }
 }

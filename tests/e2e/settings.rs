@@ -2,7 +2,7 @@
 
 use std::fs;
 
-use crate::harness::{baton, folder, output};
+use crate::harness::{baton, folder, free_port, model, output};
 
 /// A failing command writes one line, which contains all of `parts`.
 fn refused(arguments: &[&str], parts: &[&str]) {
@@ -90,4 +90,23 @@ fn help() {
         let (ok, stdout, _) = output(&mut baton(&[command, "--help"]));
         assert!(ok && stdout.contains(flag), "{stdout}");
     }
+}
+
+/// What does not fit is refused before it is loaded, with the arithmetic: by a node for its rank, by `up` for all together.
+#[test]
+fn too_large_models_are_refused() {
+    let model = format!("--model={}", model().display());
+    let token = format!("--token={}", "5e".repeat(32));
+    let sums =
+        ["does not fit", " MiB of weights and 9313.2 GiB of KV cache are 9313.2 GiB, this machine has "];
+    let large = "--kv-memory=10000GB";
+    let mut parts = sums.to_vec();
+    parts.push("rank 0 of 1");
+    refused(&["prefill", &model, &token, large], &parts);
+    parts[2] = "prefill nodes: 1, decode groups: 1 of 2 ranks";
+    let port = format!("--port={}", free_port());
+    refused(
+        &["up", &model, "--kv-memory=3333.3333GB", &port],
+        &["does not fit", parts[2], " of KV cache are 9313.2 GiB"],
+    );
 }
