@@ -10,8 +10,10 @@ use std::thread;
 use std::time::Duration;
 
 use anyhow::{Context, Result, anyhow, bail, ensure};
-use backend::{Backend, BackendError, DType, DeviceOptions, Group, KvStore, SeqId};
-use kvtransfer::{Close, Expect, Landed, Limits, PushSpec, Receiver, Sender, SessionId, TargetSpec, Ticket};
+use backend::{Backend, BackendError, DType, DeviceOptions, Group, KvSpec, KvStore, SeqId};
+use kvtransfer::{
+    Close, Expect, Landed, Limits, Peers, PushSpec, Receiver, Sender, SessionId, TargetSpec, Ticket,
+};
 use models::replay::Rank;
 use models::{Checkpoint, ModelError};
 use safetensors::tensor::{Dtype, TensorView};
@@ -225,13 +227,24 @@ fn handed_over<B: Backend>(work: &Work<'_>, world: usize) -> Result<Rows> {
     let signals: Vec<_> =
         started.into_iter().map(|started| Mutex::new(Some((started, ready.clone())))).collect();
     drop(ready);
+    let bind = || Receiver::bind(SocketAddr::from((Ipv4Addr::LOCALHOST, 0)), Limits::default());
+    let receivers = (0..world).map(|_| bind()).collect::<Result<Vec<_>, _>>()?;
+    let specs = models::kv_specs(work.checkpoint.config(), work.options.dtype, world)?;
+    let target = |(rank, (receiver, spec)): (usize, (&Receiver, KvSpec))| TargetSpec {
+        rank,
+        addresses: vec![receiver.local_addr().to_string()],
+        spec,
+    };
+    let all: Vec<TargetSpec> = receivers.iter().zip(specs).enumerate().map(target).collect();
     thread::scope(|scope| {
         let prefill = scope.spawn(|| prefill::<B>(work, &sessions, go, targets));
         let decoded = ranks(world, |group| {
             // Owned here, so that a rank that ends in whatever way releases the prefill rank.
             let signals = signals[group.rank].lock().map(|mut signals| signals.take());
             let (started, ready) = signals.ok().flatten().context("a rank ran twice")?;
-            decode::<B>(work, &sessions, group, started, ready)
+            let peers =
+                Peers { rank: group.rank, targets: all.clone(), sender: Sender::new(Limits::default()) };
+            decode::<B>(work, &sessions, group, receivers[peers.rank].clone(), peers, started, ready)
         });
         let prompts = prefill.join().unwrap_or_else(|_| Err(anyhow!("the prefill rank panicked")));
         match (prompts, decoded) {
@@ -297,11 +310,11 @@ fn decode<B: Backend>(
     work: &Work<'_>,
     sessions: &[(SessionId, Ticket)],
     group: Group,
+    receiver: Receiver,
+    peers: Peers,
     started: mpsc::Receiver<()>,
     ready: Ready,
 ) -> Result<Rows> {
-    let receiver = Receiver::bind(SocketAddr::from((Ipv4Addr::LOCALHOST, 0)), Limits::default())?;
-    let number = group.rank;
     let mut rank: Rank<B> = work.open(group)?;
     let spec = rank.model.kv_spec().clone();
     let mut all = Rows::new();
@@ -318,14 +331,14 @@ fn decode<B: Backend>(
             spec: spec.clone(),
             tokens: tokens.clone(),
             deadline: SILENCE,
+            peers: Some(peers.clone()),
         };
         let (done, landed) = mpsc::channel();
         let landing = rank.kv.land(SEQ, tokens)?;
         receiver
             .expect(expect, landing, move |landed| drop(done.send(landed)))
             .map_err(|refused| anyhow!("{refused}"))?;
-        let address = receiver.local_addr().to_string();
-        ready.send(TargetSpec { rank: number, addresses: vec![address], spec: spec.clone() })?;
+        ready.send(peers.targets[peers.rank].clone())?;
         let Landed { landing, result, .. } = landed.recv().context("the session ended without a result")?;
         result?;
         rank.kv.commit(landing)?;

@@ -6,7 +6,7 @@ use std::sync::mpsc::{RecvTimeoutError, TryRecvError};
 use std::time::{Duration, Instant};
 
 use backend::{Backend, KvSpec, KvStore};
-use kvtransfer::{Receiver, Sender};
+use kvtransfer::{Receiver, Sender, TargetSpec};
 use models::Model;
 
 use crate::error::EngineError;
@@ -181,13 +181,18 @@ impl<B: Backend> Runner<B> {
     }
 
     fn executor(&mut self, group: &Group, notify: Notify) -> Executor<'_, B> {
-        let specs = group.targets.iter().map(|target| target.spec.clone()).collect();
+        let target = |target: &Target| TargetSpec {
+            rank: target.rank,
+            addresses: target.addresses.clone(),
+            spec: target.spec.clone(),
+        };
+        let targets = group.targets.iter().map(target).collect();
         let transfers = Transfers::new(
             self.receiver.clone(),
             self.sender.clone(),
             notify.clone(),
             group.epoch,
-            specs,
+            targets,
             group.rank,
         );
         Executor::new(&mut self.backend, &self.model, &mut self.kv, transfers, notify)

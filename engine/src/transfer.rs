@@ -6,8 +6,8 @@ use std::ops::Range;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use backend::{KvSpec, KvStore};
-use kvtransfer::{Close, Expect, Landed, Push, PushSpec, Receiver, Sender, SessionId, TargetSpec};
+use backend::KvStore;
+use kvtransfer::{Close, Expect, Landed, Peers, Push, PushSpec, Receiver, Sender, SessionId, TargetSpec};
 
 use crate::error::EngineError;
 use crate::ledger::LeaseId;
@@ -29,8 +29,8 @@ pub(crate) struct Transfers<K: KvStore> {
     pushes: HashMap<LeaseId, Push>,
     notify: Notify,
     epoch: u64,
-    /// Every rank's cache, and this rank's index.
-    specs: Vec<KvSpec>,
+    /// Every rank's cache and KV addresses, and this rank's index.
+    targets: Vec<TargetSpec>,
     rank: usize,
 }
 
@@ -40,7 +40,7 @@ impl<K: KvStore> Transfers<K> {
         sender: Sender,
         notify: Notify,
         epoch: u64,
-        specs: Vec<KvSpec>,
+        targets: Vec<TargetSpec>,
         rank: usize,
     ) -> Self {
         Transfers {
@@ -51,7 +51,7 @@ impl<K: KvStore> Transfers<K> {
             pushes: HashMap::new(),
             notify,
             epoch,
-            specs,
+            targets,
             rank,
         }
     }
@@ -64,9 +64,14 @@ impl<K: KvStore> Transfers<K> {
             request: land.request.clone(),
             attempt: land.attempt,
             epoch: self.epoch,
-            spec: self.specs[self.rank].clone(),
+            spec: self.targets[self.rank].spec.clone(),
             tokens: land.tokens.clone(),
             deadline: land.deadline,
+            peers: Some(Peers {
+                rank: self.rank,
+                targets: self.targets.clone(),
+                sender: self.sender.clone(),
+            }),
         };
         let lease = land.lease;
         lock(&self.landings).insert(lease, None);
@@ -80,7 +85,9 @@ impl<K: KvStore> Transfers<K> {
                     if let Some(place) = lock(&landings).get_mut(&lease) {
                         *place = Some(landed.landing);
                     }
-                    Ok(Arrived { bytes: summary.bytes, close: summary.close })
+                    // What crossed the link: the ranks of the group passed the rest on to each other.
+                    let bytes = summary.bytes - summary.gathered_bytes;
+                    Ok(Arrived { bytes, close: summary.close })
                 }
                 Err(error) => {
                     lock(&landings).remove(&lease);
@@ -113,7 +120,7 @@ impl<K: KvStore> Transfers<K> {
             request: op.request.clone(),
             attempt: op.attempt,
             epoch: handoff.epoch,
-            from: self.specs.clone(),
+            from: self.targets.iter().map(|target| target.spec.clone()).collect(),
             from_rank: self.rank,
             to: handoff
                 .targets

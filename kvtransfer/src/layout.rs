@@ -2,8 +2,8 @@
 //! sides' specs, computed once per session; both ends of the wire and the tests use it.
 //!
 //! Heads that several senders hold are sent by the lowest rank that does; heads that several receivers hold are sent to
-//! each. A replicated plane is sent whole to every receiver, receiver `r` from sender `r % senders`. (Later: 1/N of its
-//! tokens to each receiver, gathered over the group's own fabric; that changes `Part` by a token range and nothing else.)
+//! each. A replicated plane crosses the link once: each of N receivers gets every N-th stripe of its tokens, receiver `r`
+//! from sender `r % senders`, and passes it on to the others ([`relay`]).
 
 use std::ops::Range;
 
@@ -24,6 +24,45 @@ pub struct Part {
     pub heads: Range<usize>,
     /// Bytes of one token of these heads.
     pub token_bytes: usize,
+    /// Which tokens.
+    pub share: Share,
+}
+
+/// Tokens of a stripe of a replicated plane: few enough that a chunk feeds every rank, enough for frames of some size.
+pub const STRIPE_TOKENS: u32 = 128;
+
+/// Every `count`-th stripe of [`STRIPE_TOKENS`] absolute positions, from the `index`-th on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Share {
+    /// Below `count`.
+    pub index: u32,
+    /// Not 0; 1: all tokens.
+    pub count: u32,
+}
+
+impl Share {
+    /// All tokens.
+    pub const WHOLE: Share = Share { index: 0, count: 1 };
+
+    /// The parts of `tokens` that are in the share, ascending, none empty.
+    pub fn within(self, tokens: &Range<u32>) -> impl Iterator<Item = Range<u32>> + use<> {
+        let Range { start, end } = *tokens;
+        let whole = self.count == 1 && start < end;
+        let stripes = if self.count == 1 { 0..0 } else { start / STRIPE_TOKENS..end.div_ceil(STRIPE_TOKENS) };
+        let within = stripes
+            .filter(move |stripe| stripe % self.count == self.index)
+            .map(move |stripe| {
+                let first = stripe * STRIPE_TOKENS;
+                first.max(start)..first.saturating_add(STRIPE_TOKENS).min(end)
+            })
+            .filter(|part| !part.is_empty());
+        whole.then_some(start..end).into_iter().chain(within)
+    }
+
+    /// How many of `tokens` are in the share.
+    pub fn count_within(self, tokens: &Range<u32>) -> u64 {
+        self.within(tokens).map(|part| part.len() as u64).sum()
+    }
 }
 
 /// All parts of a session.
@@ -118,16 +157,51 @@ pub fn plan(from: &[KvSpec], to: &[KvSpec]) -> Result<Plan, PlanError> {
     let mut parts = Vec::new();
     for (receiver, spec) in to.iter().enumerate() {
         for (index, plane) in spec.planes.iter().enumerate() {
+            let share = share(plane, receiver, to.len());
             for (sender, heads) in sources(from, receiver, index, plane)? {
                 let token_bytes = heads.len() * plane.head_bytes();
                 if token_bytes > PAYLOAD_BYTES_MAX {
                     return Err(PlanError::Row { plane: index, bytes: token_bytes });
                 }
-                parts.push(Part { sender, receiver, plane: index, heads, token_bytes });
+                parts.push(Part { sender, receiver, plane: index, heads, token_bytes, share });
             }
         }
     }
     Ok(Plan { parts, layers: first.layers, senders: from.len(), receivers: to.len() })
+}
+
+fn share(plane: &Plane, receiver: usize, receivers: usize) -> Share {
+    match plane.sharding {
+        Sharding::Replicated => Share { index: receiver as u32, count: receivers as u32 },
+        Sharding::Heads(_) => Share::WHOLE,
+    }
+}
+
+/// What rank `from` of a group with caches `ranks` passes on to the others: its shares of the replicated planes. Sender
+/// and receiver are both ranks of the group. Empty where nothing is replicated or there is nobody else.
+pub fn relay(ranks: &[KvSpec], from: usize) -> Vec<Part> {
+    let Some(spec) = ranks.get(from) else { return Vec::new() };
+    let replicated = |plane: &&(usize, &Plane)| plane.1.sharding == Sharding::Replicated;
+    let planes: Vec<_> = spec.planes.iter().enumerate().collect();
+    (0..ranks.len())
+        .filter(|receiver| *receiver != from)
+        .flat_map(|receiver| planes.iter().filter(replicated).map(move |plane| (receiver, plane)))
+        .filter(|(_, (_, plane))| !plane.heads().is_empty())
+        .map(|(receiver, (index, plane))| Part {
+            sender: from,
+            receiver,
+            plane: *index,
+            heads: plane.heads(),
+            token_bytes: plane.token_bytes(),
+            share: share(plane, from, ranks.len()),
+        })
+        .collect()
+}
+
+/// Payload bytes of `tokens` of `parts` over `layers`.
+pub fn bytes(parts: &[Part], layers: usize, tokens: &Range<u32>) -> u64 {
+    parts.iter().map(|part| part.token_bytes as u64 * part.share.count_within(tokens)).sum::<u64>()
+        * layers as u64
 }
 
 impl Plan {
@@ -160,16 +234,16 @@ impl Plan {
     }
 
     /// Payload bytes of `tokens` from `sender` to `receiver` over all layers.
-    pub fn bytes(&self, sender: usize, receiver: usize, tokens: u64) -> u64 {
-        let row: usize = self.between(sender, receiver).iter().map(|part| part.token_bytes).sum();
-        row as u64 * tokens * self.layers as u64
+    pub fn bytes(&self, sender: usize, receiver: usize, tokens: &Range<u32>) -> u64 {
+        bytes(&self.between(sender, receiver), self.layers, tokens)
     }
 }
 
 impl Part {
-    /// The rectangle of this part in one layer.
-    pub fn piece(&self, layer: usize, tokens: Range<u32>) -> Piece {
-        Piece { layer, plane: self.plane, heads: self.heads.clone(), tokens }
+    /// The rectangles of this part in one layer of `tokens`.
+    pub fn pieces(&self, layer: usize, tokens: &Range<u32>) -> impl Iterator<Item = Piece> + use<> {
+        let (plane, heads) = (self.plane, self.heads.clone());
+        self.share.within(tokens).map(move |tokens| Piece { layer, plane, heads: heads.clone(), tokens })
     }
 }
 

@@ -25,7 +25,7 @@ pub use error::{FailCode, SessionError};
 pub use id::{SessionId, Ticket};
 pub use layout::PlanError;
 pub use limits::Limits;
-pub use receiver::{Expect, Landed, Receiver, Refused, Summary};
+pub use receiver::{Expect, Landed, Peers, Receiver, Refused, Summary};
 pub use sender::{LinkStat, Push, PushSpec, Pushed, Sender, TargetSpec};
 
 /// How the prompt's computation ended: travels with the end of a session.

@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 /// Version of frames, messages and their order. Compared at join and in every Hello.
-pub const WIRE_VERSION: u8 = 1;
+pub const WIRE_VERSION: u8 = 2;
 
 /// Bytes of the fixed head of a frame.
 pub const HEADER_BYTES: usize = 64;
@@ -26,6 +26,12 @@ pub const CONTROL_BYTES_MAX: usize = 576;
 /// Sender ranks of one session.
 pub const RANKS_MAX: usize = 64;
 
+/// Ranks of the receiving group that pass their share of replicated planes on are senders from this number on.
+pub const PEER_BASE: u32 = 1 << 16;
+
+/// Bytes that a rank holds for the other ranks of its group before it reads on from the prefill node.
+pub const RELAY_BACKLOG_BYTES_MAX: u64 = 32 << 20;
+
 /// The router's id of a request.
 pub const REQUEST_BYTES_MAX: usize = 256;
 
@@ -38,8 +44,9 @@ pub const REASON_BYTES_MAX: usize = 512;
 /// What a connection may send before it has proved its ticket.
 pub const UNPROVEN_BYTES_MAX: usize = 4096;
 
-/// Token intervals per layer, plane and head that a receiver keeps: more means frames arrive scattered on purpose.
-pub const INTERVALS_MAX: usize = 4096;
+/// Token intervals per layer, plane and head that a receiver keeps: more means frames arrive scattered on purpose. Every
+/// other stripe of a million tokens of a replicated plane are 4096.
+pub const INTERVALS_MAX: usize = 8192;
 
 /// Ended sessions that a receiver remembers, so that a late sender hears so at once.
 pub const ENDED_MAX: usize = 1024;

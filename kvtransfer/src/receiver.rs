@@ -4,6 +4,7 @@
 
 mod conn;
 mod registry;
+mod relay;
 mod slot;
 
 use std::fmt;
@@ -23,7 +24,7 @@ use crate::session::Receiving;
 use crate::sync::lock;
 use crate::transport::tcp;
 use crate::wire::Wire;
-use crate::{Close, Limits, SessionError, SessionId, Ticket};
+use crate::{Close, Limits, Sender, SessionError, SessionId, TargetSpec, Ticket};
 
 /// Pause after a failed accept (out of file descriptors, say), so that it is not tried at once again.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
@@ -58,6 +59,33 @@ pub struct Expect {
     pub tokens: Range<u32>,
     /// Longest silence: until the first sender has proved itself, and then of every sender.
     pub deadline: Duration,
+    /// The group of several ranks that this one is of: they pass replicated planes on to each other.
+    pub peers: Option<Peers>,
+}
+
+/// All ranks of a receiving group, as each of them sees it. A replicated plane crosses the link to the group once: every
+/// rank gets its share of the tokens and sends it to the other ranks' KV ports, in the same session.
+#[derive(Clone)]
+pub struct Peers {
+    /// This rank, an index into `targets`.
+    pub rank: usize,
+    /// Every rank, in order.
+    pub targets: Vec<TargetSpec>,
+    /// What this rank sends with.
+    pub sender: Sender,
+}
+
+impl Peers {
+    /// Every rank's cache.
+    pub(crate) fn specs(&self) -> Vec<KvSpec> {
+        self.targets.iter().map(|target| target.spec.clone()).collect()
+    }
+}
+
+impl fmt::Debug for Peers {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "Peers(rank {} of {})", self.rank, self.targets.len())
+    }
 }
 
 /// The end of an expected session. The landing is back; nobody writes to it any more.
@@ -76,6 +104,8 @@ pub struct Landed<L> {
 pub struct Summary {
     /// Payload bytes.
     pub bytes: u64,
+    /// Of them, those that came from other ranks of the own group.
+    pub gathered_bytes: u64,
     /// Data frames.
     pub frames: u64,
     /// How the prompt's computation ended.
@@ -155,9 +185,9 @@ impl Receiver {
         }
         let session = expect.session;
         let registry = &self.0.registry;
-        let receiving = Receiving::new(expect, &registry.limits, Instant::now());
+        let receiving = Receiving::new(expect.clone(), &registry.limits, Instant::now());
         let weak = Arc::downgrade(registry);
-        let slot = Arc::new(LandingSlot::new(session, receiving, landing, Box::new(done), weak));
+        let slot = LandingSlot::new(expect, receiving, landing, Box::new(done), weak);
         registry.insert(session, slot).map_err(|(error, slot)| {
             let landing = Arc::into_inner(slot).and_then(LandingSlot::into_landing);
             Refused { error, landing: landing.expect("nobody else has seen the slot") }
@@ -190,6 +220,11 @@ impl Expect {
                 "request id of {} bytes, at most {REQUEST_BYTES_MAX}",
                 self.request.len()
             ));
+        }
+        if let Some(peers) = &self.peers
+            && peers.targets.get(peers.rank).is_none_or(|own| own.spec != self.spec)
+        {
+            return invalid(format!("{peers:?} holds another cache"));
         }
         let spec_bytes = describe(&self.spec).len();
         if spec_bytes > SPEC_BYTES_MAX {

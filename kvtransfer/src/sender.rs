@@ -13,10 +13,11 @@ use std::time::{Duration, Instant};
 
 use backend::KvSpec;
 
+use crate::receiver::Peers;
 use crate::sender::pool::Pool;
 use crate::transport::Dialer;
 use crate::transport::tcp::TcpDialer;
-use crate::{Limits, SessionError, SessionId, Ticket};
+use crate::{Expect, Limits, SessionError, SessionId, Ticket};
 
 pub use push::Push;
 
@@ -100,6 +101,16 @@ impl Sender {
         done: impl FnOnce(Result<Pushed, SessionError>) + Send + 'static,
     ) -> Push {
         Push::open(&self.0, push, Box::new(done))
+    }
+
+    /// Begins to pass a rank's share of replicated planes on to the other ranks of its group.
+    pub(crate) fn relay(
+        &self,
+        expect: &Expect,
+        peers: &Peers,
+        done: impl FnOnce(Result<Pushed, SessionError>) + Send + 'static,
+    ) -> Push {
+        Push::relay(&self.0, expect, peers, Box::new(done))
     }
 
     /// What was measured per peer, by name.

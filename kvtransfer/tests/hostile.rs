@@ -123,7 +123,7 @@ fn the_rules_kept_the_session_lands_and_is_acknowledged() {
     assert_eq!(test.land(0, &test.head(2, 1, 0..8)), []);
     assert_eq!(test.land(0, &test.head(3, 0, 0..8)), []);
     assert_eq!(test.say(0, 4, Message::Ping), [Action::Send(0, Message::Pong { received_bytes: TOTAL })]);
-    let summary = Summary { bytes: TOTAL, frames: 2, close: CLOSE };
+    let summary = Summary { bytes: TOTAL, gathered_bytes: 0, frames: 2, close: CLOSE };
     let ack = Action::Send(0, Message::Ack { bytes: TOTAL });
     assert_eq!(test.done(0, 5, 2, TOTAL, CLOSE), [Action::End(Ok(summary)), ack]);
     assert_eq!(test.receiving.lost(0, "closed"), [], "a session that is over stays so");

@@ -8,7 +8,7 @@ use std::ops::Range;
 use backend::{DType, KvSpec, Plane, Sharding};
 use common::sim::{Fault, Setup, run};
 use common::{Case, gqa_ranks, mla};
-use kvtransfer::layout::{PlanError, plan};
+use kvtransfer::layout::{PlanError, plan, relay};
 use kvtransfer::session::Outcome;
 use proptest::collection::vec;
 use proptest::prelude::*;
@@ -72,8 +72,14 @@ proptest! {
                     }
                 }
             }
-            let planned: u64 = (0..from.len()).map(|sender| plan.bytes(sender, receiver, 5)).sum();
-            prop_assert_eq!(planned, spec.token_bytes() as u64 * 5);
+            let tokens = 100..700;
+            let planned: u64 = (0..from.len()).map(|sender| plan.bytes(sender, receiver, &tokens)).sum();
+            let passed: u64 = (0..to.len())
+                .flat_map(|rank| relay(&to_specs, rank))
+                .filter(|part| part.receiver == receiver)
+                .map(|part| part.token_bytes as u64 * part.share.count_within(&tokens) * 2)
+                .sum();
+            prop_assert_eq!(planned + passed, spec.token_bytes() as u64 * 600);
             prop_assert!(!plan.senders_of(receiver).is_empty());
         }
     }
@@ -99,6 +105,7 @@ proptest! {
             case, seed, fault: Fault::None, fault_at: 0, window_bytes, frame_bytes, chunk, block_tokens, lie: |_| {},
         };
         let report = run(&setup);
+        prop_assert!(report.receivers.iter().all(Result::is_ok), "{:?}\n{:?}", report.receivers, report.senders);
         for (result, wanted) in report.receivers.iter().zip(wanted) {
             let summary = result.as_ref().unwrap();
             prop_assert_eq!((summary.bytes, summary.close), (wanted, common::CLOSE));

@@ -69,10 +69,53 @@ fn sessions_of_all_shapes_land_the_right_bytes() {
                 assert_eq!(summary.bytes, case.to[rank].token_bytes() as u64 * tokens.len() as u64);
                 assert_eq!(summary.close, CLOSE);
                 assert!(landed.landing.cache.is_right(), "rank {rank} of {tokens:?}");
-                landed_bytes += summary.bytes;
+                landed_bytes += summary.bytes - summary.gathered_bytes;
             }
             assert_eq!(sent, landed_bytes);
         }
+    }
+}
+
+/// Protects: a latent cache goes over the link to a group once, whatever the number of ranks, and every rank has all of it.
+#[test]
+fn a_replicated_plane_crosses_the_link_once() {
+    let tokens = 100..1500;
+    for ranks in [1, 2, 4] {
+        let case = Case::new(vec![mla(3)], vec![mla(3); ranks], tokens.clone());
+        let receivers = receivers(ranks, &Limits::default());
+        let ends = expect_all(&case, &receivers, 16, true);
+        let (push, end) = open(&case, 0, &Sender::new(Limits::default()), &addresses(&receivers));
+        push_all(&case, 0, &push, 256, 64, true);
+        push.close(CLOSE);
+        let whole = mla(3).token_bytes() as u64 * tokens.len() as u64;
+        assert_eq!(end.recv().unwrap().unwrap().bytes, whole, "to {ranks} ranks");
+        let mut over_link = 0;
+        for (rank, landed) in ends.iter().take(ranks) {
+            let summary = landed.result.unwrap();
+            assert_eq!(summary.bytes, whole);
+            assert!(landed.landing.cache.is_right(), "rank {rank} of {ranks}");
+            over_link += whole - summary.gathered_bytes;
+        }
+        assert_eq!(over_link, whole, "to {ranks} ranks");
+    }
+}
+
+/// Protects: a rank that is lost while the group gathers fails every rank's session, none is left waiting.
+#[test]
+fn a_group_that_loses_a_rank_fails_together() {
+    let case = Case::new(vec![mla(3)], vec![mla(3); 3], 0..900);
+    let mut receivers = receivers(3, &Limits::default());
+    let ends = expect_all(&case, &receivers, 16, true);
+    let (push, end) = open(&case, 0, &Sender::new(Limits::default()), &addresses(&receivers));
+    push_all(&case, 0, &push, 256, 64, true);
+    while push.backlog_bytes() > 0 {
+        std::thread::yield_now();
+    }
+    receivers.pop().unwrap().stop();
+    push.close(CLOSE);
+    assert!(end.recv().unwrap().is_err());
+    for (rank, landed) in ends.iter().take(3) {
+        assert!(landed.result.is_err(), "rank {rank}");
     }
 }
 

@@ -8,15 +8,16 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::{Arc, Mutex, Weak};
 use std::time::Instant;
 
-use backend::{KvLanding, Piece};
+use backend::{KvLanding, Piece, Sharding};
 
 use crate::frame::Head;
 use crate::message::Message;
 use crate::receiver::registry::Registry;
+use crate::receiver::relay::Relay;
 use crate::session::{Action, ConnId, Handshake, Receiving};
 use crate::sync::lock;
 use crate::wire::{Control, FrameSink, FrameSource, WireError};
-use crate::{Landed, SessionError, SessionId, Summary, Ticket};
+use crate::{Expect, Landed, SessionError, SessionId, Summary, Ticket};
 
 /// One connection, as every thread may use it.
 pub(super) struct Conn {
@@ -63,6 +64,8 @@ type Done<L> = Box<dyn FnOnce(Landed<L>) + Send>;
 
 pub(super) struct LandingSlot<L> {
     session: SessionId,
+    expect: Expect,
+    own: Weak<Self>,
     registry: Weak<Registry>,
     core: Mutex<Core<L>>,
     /// `None` once handed back.
@@ -74,6 +77,10 @@ struct Core<L> {
     conns: BTreeMap<ConnId, Arc<Conn>>,
     /// Threads between the head of a data frame and the end of its payload.
     touching: usize,
+    /// Passes this rank's share of replicated planes on; from the first proven sender to the last Done.
+    relay: Option<Arc<Relay>>,
+    /// Once, even if it has ended since.
+    relay_opened: bool,
     /// Set when the session ends, taken by who hands the landing back.
     result: Option<Result<Summary, SessionError>>,
     done: Option<Done<L>>,
@@ -81,15 +88,30 @@ struct Core<L> {
 
 impl<L: KvLanding + 'static> LandingSlot<L> {
     pub fn new(
-        session: SessionId,
+        expect: Expect,
         receive: Receiving,
         landing: L,
         done: Done<L>,
         registry: Weak<Registry>,
-    ) -> Self {
+    ) -> Arc<Self> {
         let conns = BTreeMap::new();
-        let core = Core { receive, conns, touching: 0, result: None, done: Some(done) };
-        LandingSlot { session, registry, core: Mutex::new(core), landing: Mutex::new(Some(landing)) }
+        let core = Core {
+            receive,
+            conns,
+            touching: 0,
+            relay: None,
+            relay_opened: false,
+            result: None,
+            done: Some(done),
+        };
+        Arc::new_cyclic(|own| LandingSlot {
+            session: expect.session,
+            expect,
+            own: own.clone(),
+            registry,
+            core: Mutex::new(core),
+            landing: Mutex::new(Some(landing)),
+        })
     }
 
     /// The landing of a session that was never registered.
@@ -100,9 +122,11 @@ impl<L: KvLanding + 'static> LandingSlot<L> {
     /// Changes the session and does what follows from it. `by`: the connection whose thread this is.
     fn step(&self, by: Option<&Conn>, change: impl FnOnce(&mut Core<L>) -> Vec<Action>) {
         let mut sends = Vec::new();
+        let mut relayed = None;
         let mut core = lock(&self.core);
         for action in change(&mut core) {
             match action {
+                Action::Relayed(close) => relayed = core.relay.take().zip(Some(close)),
                 Action::Send(id, message) => {
                     sends.extend(core.conns.get(&id).map(|conn| (conn.clone(), message)))
                 }
@@ -120,7 +144,14 @@ impl<L: KvLanding + 'static> LandingSlot<L> {
         let ends = core.touching == 0 && core.result.is_some();
         let ended = if ends { core.result.take().zip(core.done.take()) } else { None };
         let last_frame = core.receive.last_frame();
+        let failed = if core.receive.over() { core.relay.take() } else { None };
         drop(core);
+        if let Some((relay, close)) = relayed {
+            relay.close(close);
+        }
+        if let Some(relay) = failed {
+            relay.cancel();
+        }
         if let Some((result, done)) = ended {
             if let Some(registry) = self.registry.upgrade() {
                 registry.ended(&self.session);
@@ -145,6 +176,7 @@ impl<L: KvLanding + 'static> LandingSlot<L> {
         piece: &Piece,
         head: &Head,
         in_place: bool,
+        relay: Option<&Relay>,
         source: &mut dyn FrameSource,
         staging: &mut Vec<u8>,
     ) -> Result<(), Interrupted> {
@@ -162,8 +194,26 @@ impl<L: KvLanding + 'static> LandingSlot<L> {
         let crc = source.payload(&mut [IoSliceMut::new(staging)], None)?;
         head.check_payload(crc).map_err(SessionError::from)?;
         match lock(&self.landing).as_mut() {
-            Some(landing) => Ok(landing.write(piece, staging).map_err(SessionError::from)?),
-            None => Err(Interrupted::Session(SessionError::Unknown(self.session))),
+            Some(landing) => landing.write(piece, staging).map_err(SessionError::from)?,
+            None => return Err(Interrupted::Session(SessionError::Unknown(self.session))),
+        }
+        if let Some(relay) = relay {
+            relay.pass(piece, std::mem::take(staging));
+        }
+        Ok(())
+    }
+
+    /// Begins to pass replicated planes on, when there is to whom and the session's own senders have begun.
+    fn open_relay(&self, core: &mut Core<L>) {
+        let Some(peers) = self.expect.peers.as_ref().filter(|_| core.receive.relays()) else { return };
+        if !core.relay_opened && core.receive.begun() && !core.receive.over() {
+            core.relay_opened = true;
+            let own = self.own.clone();
+            core.relay = Some(Arc::new(Relay::open(&self.expect, peers, move |error| {
+                if let Some(slot) = own.upgrade() {
+                    slot.fail(None, error);
+                }
+            })));
         }
     }
 }
@@ -196,6 +246,7 @@ impl<L: KvLanding + 'static> Slot for LandingSlot<L> {
         self.step(Some(conn), |core| match core.receive.prove(conn.id, handshake, proof, Instant::now()) {
             Ok(actions) => {
                 core.conns.insert(conn.id, conn.clone());
+                self.open_relay(core);
                 actions
             }
             Err(error) => {
@@ -211,20 +262,24 @@ impl<L: KvLanding + 'static> Slot for LandingSlot<L> {
         self.step(Some(conn), |core| match core.receive.data(conn.id, head, Instant::now()) {
             Ok(piece) => {
                 core.touching += 1;
-                place = Some((piece, core.receive.single()));
+                let replicated = self.expect.spec.planes[piece.plane].sharding == Sharding::Replicated;
+                let relay = core.relay.clone().filter(|_| replicated && !core.receive.is_peer(conn.id));
+                place = Some((piece, core.receive.single(), relay));
                 Vec::new()
             }
             Err(actions) => actions,
         });
-        let Some((piece, in_place)) = place else {
+        let Some((piece, in_place, relay)) = place else {
             // Too late for this frame: the session's end may have come from elsewhere.
             lock(&conn.fate)
                 .get_or_insert_with(|| self.verdict().unwrap_or(SessionError::Unknown(self.session)));
             return;
         };
         // A store that panics must not keep the session open for ever.
-        let landed = catch_unwind(AssertUnwindSafe(|| self.land(&piece, head, in_place, source, staging)))
-            .unwrap_or_else(|_| Err(SessionError::Device("the store panicked while landing".into()).into()));
+        let landed = catch_unwind(AssertUnwindSafe(|| {
+            self.land(&piece, head, in_place, relay.as_deref(), source, staging)
+        }))
+        .unwrap_or_else(|_| Err(SessionError::Device("the store panicked while landing".into()).into()));
         self.step(Some(conn), |core| {
             core.touching -= 1;
             let receive = &mut core.receive;
@@ -238,6 +293,10 @@ impl<L: KvLanding + 'static> Slot for LandingSlot<L> {
             };
             receive.payload(conn.id, u64::from(head.payload_bytes), result, Instant::now())
         });
+        // A slow rank of the group slows the sender down, and nothing grows.
+        if let Some(relay) = relay {
+            relay.wait_room();
+        }
     }
 
     fn message(&self, conn: &Conn, head: &Head, message: Message) {

@@ -135,6 +135,14 @@ impl Pair {
         lock(&self.state).backlog_bytes
     }
 
+    /// Waits until at most `bytes` are queued, or the pair has ended.
+    pub fn wait_room(&self, bytes: u64) {
+        let mut state = lock(&self.state);
+        while state.backlog_bytes > bytes && !state.ended && state.abort.is_none() {
+            state = self.changed.wait(state).unwrap_or_else(PoisonError::into_inner);
+        }
+    }
+
     /// Waits until `until` or until it is given up.
     pub fn pause(&self, until: Instant) {
         let mut state = lock(&self.state);
@@ -154,6 +162,7 @@ impl Pair {
             let mut state = lock(&self.state);
             state.ended = true;
             state.backlog_bytes = 0;
+            self.changed.notify_all();
             (std::mem::take(&mut state.queue), state.live.take())
         };
         drop(queue);

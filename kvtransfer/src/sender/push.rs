@@ -1,22 +1,25 @@
 //! One session at one sender rank: hands rectangles to its pairs, one per receiver, and tells when all have ended.
 
+use std::collections::VecDeque;
 use std::ops::Range;
 use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 use std::thread;
 use std::time::Instant;
 
-use backend::KvExport;
+use backend::{KvExport, Piece};
 
 use crate::coverage::{CoverageError, Intervals};
-use crate::layout::{Plan, describe, plan};
-use crate::limits::{PAYLOAD_BYTES_MAX, RANKS_MAX, REQUEST_BYTES_MAX, SPEC_BYTES_MAX};
+use crate::layout::{self, Part, Plan, describe, plan};
+use crate::limits::{PAYLOAD_BYTES_MAX, PEER_BASE, RANKS_MAX, REQUEST_BYTES_MAX, SPEC_BYTES_MAX};
+use crate::receiver::Peers;
 use crate::sender::pair::{Job, Pair};
 use crate::sender::pool::{Admission, Pool};
 use crate::sender::{PushSpec, Pushed};
 use crate::session::PairSpec;
 use crate::sync::lock;
-use crate::{Close, SessionError};
+use crate::{Close, Expect, SessionError, TargetSpec};
 
 type Done = Box<dyn FnOnce(Result<Pushed, SessionError>) + Send>;
 
@@ -26,7 +29,7 @@ pub struct Push {
     tokens: Range<u32>,
     /// Tokens pushed, per layer.
     pushed: Mutex<Vec<Intervals>>,
-    closed: bool,
+    closed: AtomicBool,
 }
 
 struct Shared {
@@ -46,8 +49,23 @@ struct End {
 
 impl Push {
     pub(super) fn open(pool: &Arc<Pool>, spec: PushSpec, done: Done) -> Push {
-        let opened = Instant::now();
-        let prepared = prepare(pool, &spec, opened).and_then(|(layers, pairs)| {
+        let prepared = prepare(pool, &spec, Instant::now());
+        Push::start(pool, spec.tokens, prepared, done)
+    }
+
+    /// A push to the other ranks of the own group, whose rectangles come by [`Push::piece`].
+    pub(super) fn relay(pool: &Arc<Pool>, expect: &Expect, peers: &Peers, done: Done) -> Push {
+        let prepared = prepare_relay(pool, expect, peers, Instant::now());
+        Push::start(pool, expect.tokens.clone(), prepared.map(|pairs| (0, pairs)), done)
+    }
+
+    fn start(
+        pool: &Arc<Pool>,
+        tokens: Range<u32>,
+        prepared: Result<(usize, Vec<Arc<Pair>>), SessionError>,
+        done: Done,
+    ) -> Push {
+        let prepared = prepared.and_then(|(layers, pairs)| {
             let admission = pool.enter(pairs.len())?;
             Ok((layers, pairs, admission))
         });
@@ -64,7 +82,42 @@ impl Push {
             shared.spawn(&admission);
         }
         let pushed = Mutex::new(vec![Intervals::default(); layers]);
-        Push { shared, tokens: spec.tokens, pushed, closed: false }
+        Push { shared, tokens, pushed, closed: AtomicBool::new(false) }
+    }
+
+    /// Queues one rectangle for every receiver, from a lease of its own each.
+    pub(crate) fn piece<E: KvExport + 'static>(
+        &self,
+        piece: &Piece,
+        token_bytes: usize,
+        export: impl Fn() -> E,
+    ) {
+        for pair in &self.shared.pairs {
+            let export: Box<dyn KvExport> = Box::new(export());
+            let rects = [(piece.clone(), token_bytes)].into();
+            pair.push(Job::new(Arc::new(Mutex::new(export)), rects));
+        }
+    }
+
+    /// Waits until no receiver has more than `bytes` queued, or has ended.
+    pub(crate) fn wait_room(&self, bytes: u64) {
+        self.shared.pairs.iter().for_each(|pair| pair.wait_room(bytes));
+    }
+
+    /// As [`Push::close`], of a shared handle.
+    pub(crate) fn finish(&self, close: Close) {
+        self.closed.store(true, Ordering::Release);
+        self.shared.pairs.iter().for_each(|pair| pair.close(close));
+        if self.shared.pairs.is_empty() {
+            // A rank without a share: nothing was to be sent, and all of that was.
+            self.shared.finish_alone(Ok(Pushed { bytes: 0, acknowledged: Instant::now() }));
+        }
+    }
+
+    /// Gives the session up, here and at the receivers, with this reason.
+    pub(crate) fn give_up(&self, error: SessionError) {
+        self.closed.store(true, Ordering::Release);
+        self.shared.give_up(error);
     }
 
     /// Queues what `export` covers of the session's positions and layers, in any order of (layer, tokens), each once.
@@ -91,23 +144,25 @@ impl Push {
         let export: Box<dyn KvExport> = Box::new(export);
         let export = Arc::new(Mutex::new(export));
         for pair in self.shared.pairs.iter().filter(|pair| !pair.parts.is_empty()) {
-            let rects = layers
+            let of = |part: &Part, layer| {
+                let token_bytes = part.token_bytes;
+                part.pieces(layer, &tokens).map(move |piece| (piece, token_bytes))
+            };
+            let rects: VecDeque<_> = layers
                 .clone()
                 .flat_map(|layer| pair.parts.iter().map(move |part| (part, layer)))
-                .map(|(part, layer)| (part.piece(layer, tokens.clone()), part.token_bytes))
+                .flat_map(|(part, layer)| of(part, layer))
                 .collect();
-            pair.push(Job::new(export.clone(), rects));
+            // A chunk may hold nothing of a receiver's share.
+            if !rects.is_empty() {
+                pair.push(Job::new(export.clone(), rects));
+            }
         }
     }
 
     /// Ends the session after everything that is queued.
-    pub fn close(mut self, close: Close) {
-        self.closed = true;
-        self.shared.pairs.iter().for_each(|pair| pair.close(close));
-        if self.shared.pairs.is_empty() {
-            // A rank without a share: nothing was to be sent, and all of that was.
-            self.shared.finish_alone(Ok(Pushed { bytes: 0, acknowledged: Instant::now() }));
-        }
+    pub fn close(self, close: Close) {
+        self.finish(close);
     }
 
     /// Payload bytes queued and not yet on their way, over all receivers.
@@ -116,15 +171,14 @@ impl Push {
     }
 
     /// Gives the session up, here and at the receivers.
-    pub fn cancel(mut self) {
-        self.closed = true;
-        self.shared.give_up(SessionError::Cancelled);
+    pub fn cancel(self) {
+        self.give_up(SessionError::Cancelled);
     }
 }
 
 impl Drop for Push {
     fn drop(&mut self) {
-        if !self.closed {
+        if !self.closed.load(Ordering::Acquire) {
             self.shared.give_up(SessionError::Dropped);
         }
     }
@@ -243,6 +297,48 @@ fn prepare(pool: &Pool, spec: &PushSpec, opened: Instant) -> Result<(usize, Vec<
     Ok((plan.layers, pairs))
 }
 
+/// The pairs of a rank's share with the other ranks of its group.
+fn prepare_relay(
+    pool: &Pool,
+    expect: &Expect,
+    peers: &Peers,
+    opened: Instant,
+) -> Result<Vec<Arc<Pair>>, SessionError> {
+    let parts = layout::relay(&peers.specs(), peers.rank);
+    let sender = PEER_BASE + peers.rank as u32;
+    let others = peers.targets.iter().enumerate().filter(|(rank, _)| *rank != peers.rank);
+    others
+        .map(|(rank, target)| {
+            let parts: Vec<Part> = parts.iter().filter(|part| part.receiver == rank).cloned().collect();
+            let pair = PairSpec {
+                session: expect.session,
+                ticket: expect.ticket.clone(),
+                request: expect.request.clone(),
+                attempt: expect.attempt,
+                epoch: expect.epoch,
+                sender,
+                senders: vec![sender],
+                tokens: expect.tokens.clone(),
+                bytes: layout::bytes(&parts, expect.spec.layers, &expect.tokens),
+                spec: described(target)?,
+                deadline: expect.deadline,
+                frame_bytes: pool.limits.frame_bytes.clamp(1, PAYLOAD_BYTES_MAX),
+            };
+            // Every receiver gets leases of its own, so each is written from where it lies.
+            Ok(Arc::new(Pair::new(pair, target.addresses.clone(), parts, true, opened)))
+        })
+        .collect()
+}
+
+fn described(target: &TargetSpec) -> Result<String, SessionError> {
+    let described = describe(&target.spec);
+    if described.len() > SPEC_BYTES_MAX {
+        let bytes = described.len();
+        return Err(SessionError::Invalid(format!("spec of {bytes} bytes, at most {SPEC_BYTES_MAX}")));
+    }
+    Ok(described)
+}
+
 fn pair(
     pool: &Pool,
     spec: &PushSpec,
@@ -252,11 +348,6 @@ fn pair(
     opened: Instant,
 ) -> Result<Pair, SessionError> {
     let target = &spec.to[receiver];
-    let described = describe(&target.spec);
-    if described.len() > SPEC_BYTES_MAX {
-        let bytes = described.len();
-        return Err(SessionError::Invalid(format!("spec of {bytes} bytes, at most {SPEC_BYTES_MAX}")));
-    }
     let pair = PairSpec {
         session: spec.session,
         ticket: spec.ticket.clone(),
@@ -266,8 +357,8 @@ fn pair(
         sender: spec.from_rank as u32,
         senders: plan.senders_of(receiver).into_iter().map(|sender| sender as u32).collect(),
         tokens: spec.tokens.clone(),
-        bytes: plan.bytes(spec.from_rank, receiver, spec.tokens.len() as u64),
-        spec: described,
+        bytes: plan.bytes(spec.from_rank, receiver, &spec.tokens),
+        spec: described(target)?,
         deadline: spec.deadline,
         frame_bytes: pool.limits.frame_bytes.clamp(1, PAYLOAD_BYTES_MAX),
     };

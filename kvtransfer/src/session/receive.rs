@@ -7,8 +7,8 @@ use backend::Piece;
 
 use crate::coverage::Coverage;
 use crate::frame::Head;
-use crate::layout::describe;
-use crate::limits::PAYLOAD_BYTES_MAX;
+use crate::layout::{describe, relay};
+use crate::limits::{PAYLOAD_BYTES_MAX, PEER_BASE};
 use crate::message::{Hello, Message};
 use crate::session::handshake::Handshake;
 use crate::session::millis;
@@ -24,6 +24,8 @@ pub enum Action {
     Send(ConnId, Message),
     /// Tell that connection's sender why, then close it.
     Close(ConnId, SessionError),
+    /// All of this rank's own senders are done: its share of the replicated planes is whole, tell the other ranks.
+    Relayed(Close),
     /// The session is over. Comes once.
     End(Result<Summary, SessionError>),
 }
@@ -43,6 +45,8 @@ pub struct Receiving {
     state: State,
     /// Senders that connect, as the first one said; empty before.
     senders: Vec<u32>,
+    /// Ranks of the own group that pass replicated planes on, as sender ranks.
+    peers: Vec<u32>,
     /// Proven senders.
     pairs: BTreeMap<u32, Pair>,
     began: Instant,
@@ -83,7 +87,15 @@ impl Receiving {
     pub fn new(expect: Expect, limits: &Limits, now: Instant) -> Self {
         let row = expect.spec.planes.iter().map(|plane| plane.token_bytes() as u64).max().unwrap_or(0);
         let window_bytes = limits.window_bytes.max(4 * row);
+        let peers = match &expect.peers {
+            Some(peers) if !relay(&peers.specs(), peers.rank).is_empty() => (0..peers.targets.len())
+                .filter(|rank| *rank != peers.rank)
+                .map(|rank| PEER_BASE + rank as u32)
+                .collect(),
+            _ => Vec::new(),
+        };
         Receiving {
+            peers,
             coverage: Coverage::new(&expect.spec, expect.tokens.clone()),
             window_bytes,
             // Half a window, so that the next frame is under way while one is landing.
@@ -120,7 +132,22 @@ impl Receiving {
 
     /// Whether one sender sends everything (then payloads may be read straight into the landing).
     pub fn single(&self) -> bool {
-        self.senders.len() == 1
+        self.senders.len() == 1 && self.peers.is_empty()
+    }
+
+    /// Whether this rank passes replicated planes on to others of its group.
+    pub fn relays(&self) -> bool {
+        !self.peers.is_empty()
+    }
+
+    /// Whether the session's own senders have begun.
+    pub fn begun(&self) -> bool {
+        !self.senders.is_empty()
+    }
+
+    /// Whether `conn` is another rank of the own group.
+    pub fn is_peer(&self, conn: ConnId) -> bool {
+        self.pairs.iter().any(|(rank, pair)| pair.conn == conn && *rank >= PEER_BASE)
     }
 
     /// A connection presents its proof. An error concerns the connection alone, not the session.
@@ -149,7 +176,9 @@ impl Receiving {
             return Err(stale("number of bytes", got, self.coverage.wanted_bytes().to_string()));
         }
         self.state = State::Receiving;
-        self.senders = hello.senders.clone();
+        if hello.sender < PEER_BASE {
+            self.senders = hello.senders.clone();
+        }
         self.first_pair.get_or_insert(now);
         let mut pair = Pair {
             conn,
@@ -184,8 +213,13 @@ impl Receiving {
                 return Err(stale(what, got, want));
             }
         }
+        if hello.sender >= PEER_BASE && hello.senders == [hello.sender] && self.peers.contains(&hello.sender)
+        {
+            return Ok(());
+        }
         let ascending = hello.senders.windows(2).all(|pair| pair[0] < pair[1]);
-        if !ascending || !hello.senders.contains(&hello.sender) {
+        let strange = hello.senders.last().is_none_or(|last| *last >= PEER_BASE);
+        if !ascending || strange || !hello.senders.contains(&hello.sender) {
             return Err(SessionError::Protocol(format!(
                 "sender rank {} of {:?}",
                 hello.sender, hello.senders
@@ -313,7 +347,13 @@ impl Receiving {
                 }
                 pair.close = Some(close);
                 self.last_frame = now;
-                self.finish(close)
+                let own = rank < PEER_BASE && self.done(&self.senders);
+                let mut actions = Vec::new();
+                if own && self.relays() {
+                    actions.push(Action::Relayed(close));
+                }
+                actions.extend(self.finish(close)?);
+                Ok(actions)
             }
             other => Err(SessionError::Protocol(format!("{:?} of sender rank {rank}", other.kind()))),
         }
@@ -326,9 +366,7 @@ impl Receiving {
                 "senders disagree on the first token: {other:?}, {close:?}"
             )));
         }
-        let done =
-            self.senders.iter().all(|rank| self.pairs.get(rank).is_some_and(|pair| pair.close.is_some()));
-        if !done {
+        if !self.done(&self.senders) || !self.done(&self.peers) || self.senders.is_empty() {
             return Ok(Vec::new());
         }
         let received: u64 = self.pairs.values().map(|pair| pair.received_bytes).sum();
@@ -338,13 +376,18 @@ impl Receiving {
         }
         self.state = State::Landed;
         let frames = self.pairs.values().map(|pair| pair.frames).sum();
-        let mut actions = vec![Action::End(Ok(Summary { bytes: received, frames, close }))];
+        let gathered_bytes = self.pairs.range(PEER_BASE..).map(|(_, pair)| pair.received_bytes).sum();
+        let mut actions = vec![Action::End(Ok(Summary { bytes: received, gathered_bytes, frames, close }))];
         actions.extend(
             self.pairs
                 .values()
                 .map(|pair| Action::Send(pair.conn, Message::Ack { bytes: pair.received_bytes })),
         );
         Ok(actions)
+    }
+
+    fn done(&self, ranks: &[u32]) -> bool {
+        ranks.iter().all(|rank| self.pairs.get(rank).is_some_and(|pair| pair.close.is_some()))
     }
 
     /// A connection ended.
@@ -386,7 +429,7 @@ impl Receiving {
         let deadline = self.expect.deadline;
         let expired = |what: String| SessionError::Expired { what, ms: millis(deadline) };
         let silent = self.pairs.iter().find(|(_, pair)| now >= pair.heard + deadline);
-        let missing = self.senders.iter().find(|rank| !self.pairs.contains_key(rank));
+        let missing = self.missing();
         self.fail(match (silent, missing) {
             (Some((rank, _)), _) => expired(format!("nothing came from sender rank {rank}")),
             (None, Some(rank)) => expired(format!("sender rank {rank} did not connect")),
@@ -399,8 +442,13 @@ impl Receiving {
         let deadline = self.expect.deadline;
         let Some(first) = self.first_pair else { return self.began + deadline };
         let heard = self.pairs.values().map(|pair| pair.heard);
-        let missing = (self.pairs.len() < self.senders.len()).then_some(first);
+        let missing = (self.senders.is_empty() || self.missing().is_some()).then_some(first);
         heard.chain(missing).min().unwrap_or(first) + deadline
+    }
+
+    /// A sender that has not connected, of those that are known.
+    fn missing(&self) -> Option<&u32> {
+        self.senders.iter().chain(&self.peers).find(|rank| !self.pairs.contains_key(rank))
     }
 
     /// What an unproven connection says concerns it alone.

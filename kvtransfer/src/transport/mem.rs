@@ -15,7 +15,8 @@ use crate::sync::lock;
 use crate::transport::Dialer;
 use crate::wire::{Control, ReadTimeout, Wire, WriteTimeout, split};
 use crate::{
-    Close, Expect, Landed, Limits, PushSpec, Receiver, Sender, SessionError, SessionId, TargetSpec, Ticket,
+    Close, Expect, Landed, Limits, Peers, PushSpec, Receiver, Sender, SessionError, SessionId, TargetSpec,
+    Ticket,
 };
 
 /// What a pipe holds before its writer waits: like a socket's buffers.
@@ -70,33 +71,42 @@ pub fn transfer<E: KvExport + 'static, L: KvLanding + 'static>(
     let dialer = MemDialer::default();
     let limits = Limits::default();
     let specs: Vec<KvSpec> = from.iter().map(|(spec, _)| spec.clone()).collect();
-    let mut targets = Vec::new();
+    let targets: Vec<TargetSpec> = to
+        .iter()
+        .enumerate()
+        .map(|(rank, (spec, _))| TargetSpec {
+            rank,
+            addresses: vec![format!("rank {rank}")],
+            spec: spec.clone(),
+        })
+        .collect();
+    // Kept until the sessions have ended: a pool that is gone takes its connections along.
+    let mut senders = Vec::new();
     let mut receivers = Vec::new();
     let (landed, landings) = mpsc::channel();
     for (rank, (spec, landing)) in to.into_iter().enumerate() {
         let receiver = Receiver::detached(limits.clone());
-        let address = format!("rank {rank}");
-        dialer.insert(&address, receiver.clone());
+        dialer.insert(&targets[rank].addresses[0], receiver.clone());
+        let sender = Sender::with_dialer(limits.clone(), Box::new(dialer.clone()));
+        senders.push(sender.clone());
         let expect = Expect {
             session,
             ticket: ticket.clone(),
             request: String::new(),
             attempt: 0,
             epoch: 0,
-            spec: spec.clone(),
+            spec,
             tokens: tokens.clone(),
             deadline: TRANSFER_DEADLINE,
+            peers: Some(Peers { rank, targets: targets.clone(), sender }),
         };
         let landed = landed.clone();
         receiver
             .expect(expect, landing, move |end| drop(landed.send((rank, end))))
             .map_err(|refused| refused.error)?;
-        targets.push(TargetSpec { rank, addresses: vec![address], spec });
         receivers.push(receiver);
     }
     drop(landed);
-    // Kept until the sessions have ended: a pool that is gone takes its connections along.
-    let mut senders = Vec::new();
     for (from_rank, (_, exports)) in from.into_iter().enumerate() {
         let sender = Sender::with_dialer(limits.clone(), Box::new(dialer.clone()));
         let push = PushSpec {

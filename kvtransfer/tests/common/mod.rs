@@ -10,7 +10,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use backend::{DType, KvError, KvExport, KvLanding, KvSpec, Piece, Plane, Sharding};
-use kvtransfer::{Close, Expect, PushSpec, SessionId, TargetSpec, Ticket};
+use kvtransfer::{Close, Expect, Peers, PushSpec, Sender, SessionId, TargetSpec, Ticket};
 
 /// Blocks of `block_tokens` per layer and plane: `[token][head of this rank][dim]`.
 #[derive(Clone)]
@@ -62,6 +62,13 @@ impl Cache {
         self.blocks == Cache::full(&self.spec, self.tokens.clone(), self.block_tokens).blocks
     }
 
+    /// Appends the bytes of a piece in wire order.
+    pub fn read(&self, piece: &Piece, out: &mut Vec<u8>) {
+        for (block, start, end) in self.ranges(piece) {
+            out.extend_from_slice(&self.blocks[block][start..end]);
+        }
+    }
+
     /// Index of the block, and the row within it.
     fn place(&self, layer: usize, plane: usize, token: u32) -> (usize, usize) {
         let count = self.tokens.len().div_ceil(self.block_tokens as usize);
@@ -108,9 +115,7 @@ impl KvExport for MemExport {
     }
 
     fn read(&self, piece: &Piece, out: &mut Vec<u8>) -> Result<(), KvError> {
-        for (block, start, end) in self.cache.ranges(piece) {
-            out.extend_from_slice(&self.cache.blocks[block][start..end]);
-        }
+        self.cache.read(piece, out);
         Ok(())
     }
 
@@ -234,7 +239,14 @@ impl Case {
             spec: self.to[rank].clone(),
             tokens: self.tokens.clone(),
             deadline: self.deadline,
+            peers: None,
         }
+    }
+
+    /// As [`Case::expect`], within a group whose ranks are at `addresses`.
+    pub fn expect_in(&self, rank: usize, addresses: &[Vec<String>], sender: &Sender) -> Expect {
+        let targets = self.push(0, addresses).to;
+        Expect { peers: Some(Peers { rank, targets, sender: sender.clone() }), ..self.expect(rank) }
     }
 
     /// `addresses`: one list per receiver.

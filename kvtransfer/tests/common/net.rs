@@ -29,11 +29,15 @@ pub fn expect_all(
     direct: bool,
 ) -> Results<(usize, Landed<MemLanding>)> {
     let (landed, ends) = channel();
+    let sender = Sender::new(Limits::default());
+    let addresses = addresses(receivers);
     for (rank, receiver) in receivers.iter().enumerate() {
         let landing = MemLanding::new(&case.to[rank], case.tokens.clone(), block_tokens, direct);
         let landed = landed.clone();
         receiver
-            .expect(case.expect(rank), landing, move |end| drop(landed.send((rank, end))))
+            .expect(case.expect_in(rank, &addresses, &sender), landing, move |end| {
+                drop(landed.send((rank, end)))
+            })
             .expect("a new session");
     }
     ends

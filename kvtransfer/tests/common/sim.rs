@@ -5,12 +5,13 @@ use std::collections::VecDeque;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use backend::{KvExport, KvLanding, Piece};
+use backend::{KvExport, KvLanding, Piece, Sharding};
 use kvtransfer::frame::{Head, Kind};
-use kvtransfer::layout::{Plan, cut, describe, plan};
+use kvtransfer::layout::{Plan, bytes, cut, describe, plan, relay};
+use kvtransfer::limits::PEER_BASE;
 use kvtransfer::message::Message;
 use kvtransfer::session::{Action, Handshake, Outcome, PairSpec, Receiving, Sending, parse};
-use kvtransfer::{Limits, SessionError, Summary};
+use kvtransfer::{Close, Limits, SessionError, Summary};
 
 use super::{CLOSE, Cache, Case, MemExport, MemLanding, Rng};
 
@@ -78,13 +79,25 @@ struct Link {
     receiver: usize,
     sending: Sending,
     rects: VecDeque<(Piece, usize)>,
-    export: MemExport,
+    source: Source,
+    /// Everything to send is queued.
+    close: Option<Close>,
+    /// Not yet said, of a rank that passes planes on.
+    hello: Option<PairSpec>,
     handshake: Option<Handshake>,
     up: VecDeque<Vec<u8>>,
     down: VecDeque<Vec<u8>>,
     up_closed: bool,
     down_closed: bool,
     hung: bool,
+}
+
+/// Where a link's bytes come from.
+enum Source {
+    /// A prefill rank's cache.
+    Export(MemExport),
+    /// What this receiver has landed: it passes its share on to the others of its group.
+    Landed(usize),
 }
 
 /// How a receiver's session ended.
@@ -132,7 +145,9 @@ impl Sim {
             .map(|rank| {
                 let landing =
                     MemLanding::new(&case.to[rank], case.tokens.clone(), setup.block_tokens[1], true);
-                (Receiving::new(case.expect(rank), &limits, now), landing, None)
+                let nowhere = vec![Vec::new(); case.to.len()];
+                let expect = case.expect_in(rank, &nowhere, &kvtransfer::Sender::new(Limits::default()));
+                (Receiving::new(expect, &limits, now), landing, None)
             })
             .collect();
         let mut rng = Rng::new(setup.seed);
@@ -143,11 +158,30 @@ impl Sim {
                 links.push(link(setup, &plan, sender, receiver, cache.clone(), &mut rng, now));
             }
         }
+        for rank in 0..case.to.len() {
+            let parts = relay(&case.to, rank);
+            for receiver in (0..case.to.len()).filter(|other| *other != rank && !parts.is_empty()) {
+                let parts: Vec<_> = parts.iter().filter(|part| part.receiver == receiver).cloned().collect();
+                let sender = PEER_BASE + rank as u32;
+                let spec = PairSpec {
+                    bytes: bytes(&parts, plan.layers, &case.tokens),
+                    ..pair_spec(setup, sender, vec![sender], receiver)
+                };
+                let (sending, _) = Sending::new(spec.clone(), "receiver", [rank as u8; 32], now);
+                let (rects, source) = (VecDeque::new(), Source::Landed(rank));
+                let hello = Some(spec);
+                links.push(Link { close: None, hello, ..Link::new(receiver, sending, rects, source) });
+            }
+        }
         Sim { links, receivers, now, rng }
     }
 
     fn over(&self) -> bool {
-        self.links.iter().all(|link| link.sending.outcome().is_some())
+        let unopened = |link: &Link| match link.source {
+            Source::Landed(rank) => link.hello.is_some() && matches!(self.receivers[rank].2, Some(Err(_))),
+            Source::Export(_) => false,
+        };
+        self.links.iter().all(|link| link.sending.outcome().is_some() || unopened(link))
             && self.receivers.iter().all(|(_, _, end)| end.is_some())
     }
 
@@ -168,7 +202,7 @@ impl Sim {
         }
         Report {
             receivers: self.receivers.into_iter().map(|(_, _, end)| end.expect("ended")).collect(),
-            senders: self.links.iter().map(|link| link.sending.outcome().cloned().expect("ended")).collect(),
+            senders: self.links.iter().filter_map(|link| link.sending.outcome().cloned()).collect(),
             steps,
         }
     }
@@ -195,12 +229,23 @@ impl Sim {
     /// The sender's next data frame, or its Done.
     fn send(&mut self, index: usize) -> bool {
         let link = &mut self.links[index];
+        if let (Source::Landed(rank), true) = (&link.source, link.hello.is_some()) {
+            let (receiving, _, end) = &self.receivers[*rank];
+            if !receiving.begun() || matches!(end, Some(Err(_))) {
+                return false;
+            }
+            let spec = link.hello.take().expect("not said");
+            let (sending, hello) = Sending::new(spec, "receiver", [*rank as u8; 32], self.now);
+            link.sending = sending;
+            link.say(&hello);
+            return true;
+        }
         if link.hung || link.sending.outcome().is_some() {
             return false;
         }
         let Some(frame_bytes) = link.sending.frame_bytes() else { return false };
         let Some((rect, token_bytes)) = link.rects.front_mut() else {
-            let Some(message) = link.sending.done(CLOSE) else { return false };
+            let Some(message) = link.close.and_then(|close| link.sending.done(close)) else { return false };
             link.say(&message);
             return true;
         };
@@ -215,7 +260,10 @@ impl Sim {
             link.rects.pop_front();
         }
         let mut payload = Vec::new();
-        link.export.read(&piece, &mut payload).expect("readable");
+        match &link.source {
+            Source::Export(export) => export.read(&piece, &mut payload).expect("readable"),
+            Source::Landed(rank) => self.receivers[*rank].1.cache.read(&piece, &mut payload),
+        }
         let head = link.sending.data(&piece, bytes, crc32c::crc32c(&payload));
         link.up.push_back([&head.encode()[..], &payload].concat());
         true
@@ -262,12 +310,18 @@ impl Sim {
         }
         let crc = crc32c::crc32c(payload);
         if head.kind == Kind::Data {
+            let mut passed = None;
             return Ok(match receiving.data(conn, &head, self.now) {
                 // In place, before the checksum is known: what a socket read does.
                 Ok(piece) => {
                     landing.write(&piece, payload).expect("a place");
                     let result = head.check_payload(crc).map_err(SessionError::from);
-                    receiving.payload(conn, payload.len() as u64, result, self.now)
+                    if result.is_ok() && receiving.relays() && !receiving.is_peer(conn) {
+                        passed = Some(piece.clone());
+                    }
+                    let actions = receiving.payload(conn, payload.len() as u64, result, self.now);
+                    self.pass(index, passed);
+                    actions
                 }
                 Err(actions) => actions,
             });
@@ -289,6 +343,18 @@ impl Sim {
         }
     }
 
+    /// Queues what the receiver of link `index` has landed for the other ranks, if it is theirs to pass on.
+    fn pass(&mut self, index: usize, piece: Option<Piece>) {
+        let Some(piece) = piece else { return };
+        let from = self.links[index].receiver;
+        let plane = self.receivers[from].1.cache.spec.planes[piece.plane].clone();
+        if plane.sharding == Sharding::Replicated {
+            for link in self.links.iter_mut().filter(|link| link.relays(from)) {
+                link.rects.push_back((piece.clone(), plane.token_bytes()));
+            }
+        }
+    }
+
     fn act(&mut self, index: usize, actions: Vec<Action>) {
         let receiver = self.links[index].receiver;
         self.act_for(receiver, actions);
@@ -305,7 +371,21 @@ impl Sim {
                         link.down_closed = true;
                     }
                 }
+                Action::Relayed(close) => {
+                    self.links
+                        .iter_mut()
+                        .filter(|link| link.relays(receiver))
+                        .for_each(|link| link.close = Some(close));
+                }
                 Action::End(result) => {
+                    if result.is_err() {
+                        for link in self.links.iter_mut().filter(|link| link.relays(receiver)) {
+                            let message = link.sending.fail(SessionError::Cancelled);
+                            if link.hello.is_none() {
+                                link.reply(message);
+                            }
+                        }
+                    }
                     let end = &mut self.receivers[receiver].2;
                     assert!(end.is_none(), "ended twice");
                     *end = Some(result);
@@ -345,11 +425,24 @@ impl Sim {
     }
 
     fn tick(&mut self) {
-        for link in &mut self.links {
+        for link in self.links.iter_mut().filter(|link| link.hello.is_none()) {
             let message = link.sending.tick(self.now);
             if !link.hung {
                 link.reply(message);
             }
+        }
+        // A rank whose share does not get through has failed.
+        let failed: Vec<(usize, SessionError)> = self
+            .links
+            .iter()
+            .filter_map(|link| match (&link.source, link.sending.outcome()) {
+                (Source::Landed(rank), Some(Outcome::Failed(error))) => Some((*rank, error.clone())),
+                _ => None,
+            })
+            .collect();
+        for (rank, error) in failed {
+            let actions = self.receivers[rank].0.fail(error);
+            self.act_for(rank, actions);
         }
         for receiver in 0..self.receivers.len() {
             let actions = self.receivers[receiver].0.tick(self.now);
@@ -416,6 +509,28 @@ impl FailIf for Receiving {
 }
 
 impl Link {
+    fn new(receiver: usize, sending: Sending, rects: VecDeque<(Piece, usize)>, source: Source) -> Self {
+        Link {
+            receiver,
+            sending,
+            rects,
+            source,
+            close: Some(CLOSE),
+            hello: None,
+            handshake: None,
+            up: VecDeque::new(),
+            down: VecDeque::new(),
+            up_closed: false,
+            down_closed: false,
+            hung: false,
+        }
+    }
+
+    /// Whether it carries what `rank` passes on.
+    fn relays(&self, rank: usize) -> bool {
+        matches!(self.source, Source::Landed(from) if from == rank)
+    }
+
     fn say(&mut self, message: &Message) {
         let payload = message.encode();
         let head = self.sending.head(message, &payload);
@@ -451,19 +566,10 @@ fn link(
     now: Instant,
 ) -> Link {
     let case = &setup.case;
+    let senders = plan.senders_of(receiver).into_iter().map(|sender| sender as u32).collect();
     let mut spec = PairSpec {
-        session: case.session,
-        ticket: case.ticket.clone(),
-        request: case.request.clone(),
-        attempt: case.attempt,
-        epoch: case.epoch,
-        sender: sender as u32,
-        senders: plan.senders_of(receiver).into_iter().map(|sender| sender as u32).collect(),
-        tokens: case.tokens.clone(),
-        bytes: plan.bytes(sender, receiver, case.tokens.len() as u64),
-        spec: describe(&case.to[receiver]),
-        deadline: case.deadline,
-        frame_bytes: setup.frame_bytes,
+        bytes: plan.bytes(sender, receiver, &case.tokens),
+        ..pair_spec(setup, sender as u32, senders, receiver)
     };
     (setup.lie)(&mut spec);
     // Chunks of all layers in any order, as an engine with several steps in flight may push them.
@@ -472,7 +578,9 @@ fn link(
         .flat_map(|layer| case.tokens.clone().step_by(setup.chunk as usize).map(move |start| (layer, start)))
         .flat_map(|(layer, start)| {
             let tokens = start..(start + setup.chunk).min(case.tokens.end);
-            parts.iter().map(move |part| (part.piece(layer, tokens.clone()), part.token_bytes))
+            parts.iter().flat_map(move |part| {
+                part.pieces(layer, &tokens).map(|piece| (piece, part.token_bytes)).collect::<Vec<_>>()
+            })
         })
         .collect();
     for last in (1..rects.len()).rev() {
@@ -481,20 +589,28 @@ fn link(
     let mut nonce = [0; 32];
     nonce[..8].copy_from_slice(&rng.next().to_le_bytes());
     let (sending, hello) = Sending::new(spec, "receiver", nonce, now);
-    let mut link = Link {
-        receiver,
-        sending,
-        rects: rects.into(),
-        export: MemExport { layers: 0..plan.layers, tokens: case.tokens.clone(), direct: false, cache },
-        handshake: None,
-        up: VecDeque::new(),
-        down: VecDeque::new(),
-        up_closed: false,
-        down_closed: false,
-        hung: false,
-    };
+    let export = MemExport { layers: 0..plan.layers, tokens: case.tokens.clone(), direct: false, cache };
+    let mut link = Link::new(receiver, sending, rects.into(), Source::Export(export));
     link.say(&hello);
     link
+}
+
+fn pair_spec(setup: &Setup, sender: u32, senders: Vec<u32>, receiver: usize) -> PairSpec {
+    let case = &setup.case;
+    PairSpec {
+        session: case.session,
+        ticket: case.ticket.clone(),
+        request: case.request.clone(),
+        attempt: case.attempt,
+        epoch: case.epoch,
+        sender,
+        senders,
+        tokens: case.tokens.clone(),
+        bytes: 0,
+        spec: describe(&case.to[receiver]),
+        deadline: case.deadline,
+        frame_bytes: setup.frame_bytes,
+    }
 }
 
 /// A deadline that no event alone exceeds.

@@ -91,6 +91,8 @@ impl Pair {
                     Some(job) => {
                         if let Some((piece, bytes)) = job.cut(frame_bytes, &mut live.sending) {
                             *backlog_bytes -= bytes as u64;
+                            // Who waits for room looks again.
+                            self.changed.notify_all();
                             return Step::Data(job.export.clone(), piece, bytes);
                         }
                     }
