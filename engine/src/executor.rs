@@ -1,10 +1,10 @@
 //! Carries out plans on one rank's device, store and transfers. The leader and every follower run this very code on the
-//! same plans; only the leader's logits are whole.
+//! same plans; only the leader learns what its rows drew.
 
 use std::collections::HashSet;
 use std::time::{Duration, Instant};
 
-use backend::{Backend, Fork, KvError, KvStore, Out, Output, SeqId, Step};
+use backend::{Backend, Drawn, Fork, KvError, KvStore, Out, Output, Pending, SeqId, Step};
 use models::Model;
 
 use crate::error::EngineError;
@@ -36,15 +36,15 @@ impl<'r, B: Backend> Executor<'r, B> {
         Executor { backend, model, kv, transfers, notify, open: HashSet::new() }
     }
 
-    /// Carries out `plan`; the logits of its rows (on the leader), row-major.
-    pub fn execute(&mut self, plan: &Plan) -> Result<Vec<f32>, EngineError> {
+    /// Carries out `plan`. Its rows are under way then; they are done where the device computes at once.
+    pub fn execute(&mut self, plan: &Plan) -> Result<Submitted<B>, EngineError> {
         for op in &plan.ops {
             self.apply(plan.step, op)?;
         }
         if plan.batch.runs.is_empty() {
-            return Ok(Vec::new());
+            return Ok(Submitted { pending: None, refused: None });
         }
-        self.compute(plan)
+        Ok(self.compute(plan))
     }
 
     /// Ends all transfers and sequences: the store is empty once transfers have let go.
@@ -57,7 +57,7 @@ impl<'r, B: Backend> Executor<'r, B> {
         }
     }
 
-    fn compute(&mut self, plan: &Plan) -> Result<Vec<f32>, EngineError> {
+    fn compute(&mut self, plan: &Plan) -> Submitted<B> {
         let mut step = self.backend.step(self.kv, &plan.batch);
         let transfers = &self.transfers;
         let mut refused = None;
@@ -73,17 +73,12 @@ impl<'r, B: Backend> Executor<'r, B> {
             self.model.fill(&mut step, &mut after);
             step.submit(Out::Nothing)
         } else {
-            let logits = self.model.forward(&mut step, &plan.rows, &mut after);
-            step.submit(Out::Logits(logits))
+            let rows: Vec<u32> = plan.rows.iter().map(|wanted| wanted.row).collect();
+            let logits = self.model.forward(&mut step, &rows, &mut after);
+            step.submit(Out::Draw(logits, plan.rows.iter().map(|wanted| wanted.draw).collect()))
         };
-        let output = pending.wait()?;
-        match refused {
-            Some((op, reason)) => Err(EngineError::Store { step: plan.step, op, reason }),
-            None => Ok(match output {
-                Output::Logits(logits) => logits,
-                Output::Nothing | Output::Drawn(_) | Output::Hidden(_) => Vec::new(),
-            }),
-        }
+        let refused = refused.map(|(op, reason)| EngineError::Store { step: plan.step, op, reason });
+        Submitted { pending: Some(pending), refused }
     }
 
     fn apply(&mut self, step: u64, op: &Op) -> Result<(), EngineError> {
@@ -151,5 +146,30 @@ impl<'r, B: Backend> Executor<'r, B> {
         let disagreement =
             (!agrees).then(|| format!("{usage:?}, the leader's book holds {held} of {total} blocks"));
         (self.notify)(Notice::Audited { disagreement });
+    }
+}
+
+/// A plan that was carried out, whose rows may still be computed.
+pub(crate) struct Submitted<B: Backend> {
+    /// `None`: it has no rows.
+    pending: Option<Box<dyn Pending<B::Hidden>>>,
+    /// The first export that was not given.
+    refused: Option<EngineError>,
+}
+
+impl<B: Backend> Submitted<B> {
+    /// Whether [`Submitted::wait`] would return at once.
+    pub fn ready(&self) -> bool {
+        self.pending.as_ref().is_none_or(|pending| pending.ready())
+    }
+
+    /// What the plan's rows drew (on the leader), once they are computed.
+    pub fn wait(self) -> Result<Vec<Drawn>, EngineError> {
+        let output = self.pending.map(Pending::wait).transpose()?;
+        match (self.refused, output) {
+            (Some(error), _) => Err(error),
+            (None, Some(Output::Drawn(drawn))) => Ok(drawn),
+            (None, _) => Ok(Vec::new()),
+        }
     }
 }

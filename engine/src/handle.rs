@@ -96,24 +96,34 @@ impl Engine {
     /// Hands a job to the runner. What can only be decided there (room, validity) comes as the first event:
     /// [`Event::Failed`] with [`JobError::Refused`].
     pub fn submit(&self, job: Job) -> Result<Events, Refusal> {
-        let stopped = || Refusal::Unavailable("engine stopped".into());
-        if self.shared.stopping.load(Ordering::SeqCst) {
-            return Err(stopped());
-        }
-        if self.shared.draining.load(Ordering::SeqCst) {
-            return Err(Refusal::Unavailable("draining".into()));
-        }
-        if let Gate::Shut(reason) = &*lock(&self.shared.gate) {
-            return Err(Refusal::Unavailable(reason.clone()));
-        }
-        let id = self.shared.next_job.fetch_add(1, Ordering::Relaxed);
         // As many events as the answer has tokens, and a few: the request bounds the channel.
         let (events, receiver) = channel::unbounded_channel();
-        let submit = Command::Submit { id, job: Box::new(job), events, arrived: Instant::now() };
+        let id = self.shared.next_job.fetch_add(1, Ordering::Relaxed);
+        // Counted before anything is asked: whoever drains and then sees no jobs has this one refused below.
         self.shared.jobs.fetch_add(1, Ordering::SeqCst);
-        let heard = Events { receiver, job: id, ended: false, shared: self.shared.clone() };
-        self.shared.commands.send(submit).map_err(|_| stopped())?;
+        let mut heard = Events { receiver, job: id, ended: true, shared: self.shared.clone() };
+        let unavailable = |reason: &str| Err(Refusal::Unavailable(reason.into()));
+        if self.shared.stopping.load(Ordering::SeqCst) {
+            return unavailable("engine stopped");
+        }
+        if self.shared.draining.load(Ordering::SeqCst) {
+            return unavailable("draining");
+        }
+        let submit = Command::Submit { id, job: Box::new(job), events, arrived: Instant::now() };
+        self.send(submit)?;
+        heard.ended = false;
         Ok(heard)
+    }
+
+    /// Sends what the runner has to answer, while it takes jobs. Under the gate's lock, so that nothing comes after the
+    /// runner has shut it and refused what had come.
+    fn send(&self, command: Command) -> Result<(), Refusal> {
+        let gate = lock(&self.shared.gate);
+        if let Gate::Shut(reason) = &*gate {
+            return Err(Refusal::Unavailable(reason.clone()));
+        }
+        let stopped = |_| Refusal::Unavailable("engine stopped".into());
+        self.shared.commands.send(command).map_err(stopped)
     }
 
     /// Jobs whose [`Events`] are still held: those under way, exactly, and answers that are not yet read to their end.
@@ -128,12 +138,9 @@ impl Engine {
 
     /// Time of a real step on a scratch sequence.
     pub async fn probe(&self) -> Result<Duration, JobError> {
-        if let Gate::Shut(reason) = &*lock(&self.shared.gate) {
-            return Err(JobError::Refused(Refusal::Unavailable(reason.clone())));
-        }
         let (reply, answer) = oneshot::channel();
+        self.send(Command::Probe(reply))?;
         let stopped = || JobError::Engine("engine stopped".into());
-        self.shared.commands.send(Command::Probe(reply)).map_err(|_| stopped())?;
         answer.await.unwrap_or_else(|_| Err(stopped()))
     }
 
@@ -222,6 +229,14 @@ impl Commands {
         }
     }
 
+    /// Refuses what came before the gate was shut and was not taken on. Notices and frames among it belong to the epoch
+    /// that has ended.
+    pub(crate) fn refuse_all(&self, reason: &str) {
+        while let Ok(command) = self.receiver.try_recv() {
+            self.refuse(command, reason);
+        }
+    }
+
     /// Answers a command that this runner cannot carry out.
     pub(crate) fn refuse(&self, command: Command, reason: &str) {
         let error = JobError::Refused(Refusal::Unavailable(reason.into()));
@@ -260,5 +275,42 @@ mod tests {
         drop(commands);
         assert!(engine.submit(Job::Generate(request)).is_err());
         assert_eq!(engine.jobs(), 0);
+    }
+
+    /// Protects: whoever drains and then sees no jobs may stop: a job of the same instant is refused or counted.
+    #[test]
+    fn a_job_in_the_instant_of_a_drain_is_refused_or_counted() {
+        for _ in 0..200 {
+            let (engine, commands) = engine();
+            commands.open();
+            let other = engine.clone();
+            let request = Request { tokens: vec![1], output_start: 1, max_tokens: 1, ..Request::default() };
+            let submitted = std::thread::spawn(move || other.submit(Job::Generate(request)));
+            engine.drain();
+            let seen = engine.jobs();
+            let submitted = submitted.join().expect("no panic");
+            match submitted {
+                Ok(_events) => assert_eq!(seen, 1),
+                Err(refusal) => assert_eq!(refusal, Refusal::Unavailable("draining".into())),
+            }
+            assert_eq!(engine.jobs(), 0);
+        }
+    }
+
+    /// Protects: a job that came just before the gate was shut, too late to be taken on, is answered.
+    #[test]
+    fn what_comes_before_the_gate_is_shut_is_refused() {
+        let (engine, commands) = engine();
+        commands.open();
+        let request = Request { tokens: vec![1], output_start: 1, max_tokens: 1, ..Request::default() };
+        let mut events = engine.submit(Job::Generate(request.clone())).expect("taken on");
+        commands.shut("lost");
+        commands.refuse_all("lost");
+        let refused = Refusal::Unavailable("lost".into());
+        let Some(Event::Failed(JobError::Refused(told))) = events.blocking_recv() else {
+            panic!("no answer")
+        };
+        assert_eq!(told, refused);
+        assert_eq!(engine.submit(Job::Generate(request)).err(), Some(refused));
     }
 }

@@ -1,6 +1,10 @@
 //! One thread owns the device, the model and the KV store of a rank, through all epochs of its group: it leads (takes
-//! jobs, decides, samples) or follows (does what the leader says). Called by [`crate::serve`].
+//! jobs, decides) or follows (does what the leader says). Called by [`crate::serve`].
+//!
+//! On a device that computes by itself the next plan is made, told and submitted while a step runs; results are taken in
+//! the order of steps. On one that computes as it is called a step is done when it is submitted, and none runs ahead.
 
+use std::collections::VecDeque;
 use std::sync::Arc;
 use std::sync::mpsc::{RecvTimeoutError, TryRecvError};
 use std::time::{Duration, Instant};
@@ -10,9 +14,9 @@ use kvtransfer::{Receiver, Sender, TargetSpec};
 use models::Model;
 
 use crate::error::EngineError;
-use crate::executor::Executor;
+use crate::executor::{Executor, Submitted};
 use crate::handle::{Command, Commands};
-use crate::leader::{Core, Setup, Totals};
+use crate::leader::{Core, Setup, Step, Totals};
 use crate::options::EngineOptions;
 use crate::request::{JobError, Target};
 use crate::tp::plan::{Notice, Plan};
@@ -21,6 +25,9 @@ use crate::transfer::{Notify, Transfers};
 
 /// How old a published report may become while steps run.
 const REPORT_EVERY: Duration = Duration::from_millis(50);
+
+/// A follower with a step under way to which no plan comes for so long looks how that step ended.
+const PLAN_WAIT: Duration = Duration::from_millis(50);
 
 /// Longest wait for transfers of an ended epoch to let go of the store.
 const QUIET_WAIT: Duration = Duration::from_secs(5);
@@ -133,7 +140,8 @@ impl<B: Backend> Runner<B> {
         let mut core = Core::new(setup, std::mem::take(&mut self.totals));
         let sender = self.sender.clone();
         let mut executor = self.executor(&group, notify);
-        let mut lead = Lead { core: &mut core, group: &mut group, commands, sender, reported: None };
+        let mut lead =
+            Lead { core: &mut core, group: &mut group, commands, sender, reported: None, ended: None };
         lead.report(&mut executor);
         commands.open();
         let ended = lead.run(&mut executor);
@@ -142,6 +150,7 @@ impl<B: Backend> Runner<B> {
             Err(error) => error.to_string(),
         };
         commands.shut(&reason);
+        commands.refuse_all(&reason);
         group.end(&reason);
         executor.clear();
         let usage = self.kv.usage();
@@ -208,11 +217,23 @@ fn follow<B: Backend>(
 ) -> Result<(), EngineError> {
     let lost = |reason| EngineError::Group(TpError::Lost { rank: 0, reason });
     let mut steps = 0;
+    let mut running = VecDeque::new();
     loop {
         if commands.stopping() {
             return Ok(());
         }
-        let Ok(command) = commands.receiver.recv() else { return Ok(()) };
+        let command = match running.is_empty() {
+            true => commands.receiver.recv().map_err(RecvTimeoutError::from),
+            false => commands.receiver.recv_timeout(PLAN_WAIT),
+        };
+        let command = match command {
+            Ok(command) => command,
+            Err(RecvTimeoutError::Timeout) => {
+                running.pop_front().map(Submitted::wait).transpose()?;
+                continue;
+            }
+            Err(RecvTimeoutError::Disconnected) => return Ok(()),
+        };
         let frame = match command {
             Command::Frame { epoch: of, frame, .. } if of == epoch => frame,
             other => {
@@ -227,8 +248,11 @@ fn follow<B: Backend>(
                 if plan.step != steps {
                     return Err(EngineError::Plan(format!("step {} came as number {steps}", plan.step)));
                 }
-                executor.execute(&plan)?;
+                running.push_back(executor.execute(&plan)?);
                 (executor.notify)(Notice::Executed { step: plan.step });
+                while running.len() > 1 || running.front().is_some_and(Submitted::ready) {
+                    running.pop_front().map(Submitted::wait).transpose()?;
+                }
             }
             Ok(Frame::End(reason)) => return Err(lost(format!("ended the group: {reason}"))),
             Ok(other) => return Err(lost(format!("sent {other:?}"))),
@@ -244,11 +268,21 @@ struct Lead<'l> {
     commands: &'l Commands,
     sender: Sender,
     reported: Option<Instant>,
+    /// When the latest step that is done ended.
+    ended: Option<Instant>,
+}
+
+/// A step of the leader under way.
+struct Running<B: Backend> {
+    step: Step,
+    submitted: Submitted<B>,
+    at: Instant,
 }
 
 impl Lead<'_> {
     /// Until somebody stops the engine, or something fails.
     fn run<B: Backend>(&mut self, executor: &mut Executor<'_, B>) -> Result<(), EngineError> {
+        let mut running = VecDeque::<Running<B>>::new();
         loop {
             loop {
                 match self.commands.receiver.try_recv() {
@@ -264,7 +298,18 @@ impl Lead<'_> {
             if let Some(fault) = self.core.fault() {
                 return Err(EngineError::Plan(fault.to_owned()));
             }
-            let Some(step) = step else {
+            if let Some(step) = step {
+                self.group.tell(&step.plan)?;
+                let at = Instant::now();
+                let submitted = executor.execute(&step.plan)?;
+                self.core.notice(Instant::now(), 0, Notice::Executed { step: step.plan.step });
+                running.push_back(Running { step, submitted, at });
+                while running.front().is_some_and(|first| first.submitted.ready()) {
+                    self.finish(executor, running.pop_front())?;
+                }
+            } else if let Some(first) = running.pop_front() {
+                self.finish(executor, Some(first))?;
+            } else {
                 // A transfer drops its last lease a moment after it has told of its end: seen by looking again.
                 let command = match self.report(executor) {
                     0 => self.commands.receiver.recv().map_err(RecvTimeoutError::from),
@@ -275,22 +320,30 @@ impl Lead<'_> {
                     Err(RecvTimeoutError::Timeout) => {}
                     Err(RecvTimeoutError::Disconnected) => return Ok(()),
                 }
-                continue;
-            };
-            self.group.tell(&step.plan)?;
-            let started = Instant::now();
-            let number = step.plan.step;
-            let logits = executor.execute(&step.plan)?;
-            let ended = Instant::now();
-            self.core.done(step, started, ended, &logits);
-            self.core.notice(ended, 0, Notice::Executed { step: number });
-            let due = self.reported.is_none_or(|at| ended.saturating_duration_since(at) >= REPORT_EVERY);
-            if due || self.core.has_probed() {
-                self.report(executor);
             }
-            // Whoever hears of the probe finds what came before it in the report.
-            self.core.answer_probes();
         }
+    }
+
+    /// Waits for a step and takes in what it drew.
+    fn finish<B: Backend>(
+        &mut self,
+        executor: &mut Executor<'_, B>,
+        running: Option<Running<B>>,
+    ) -> Result<(), EngineError> {
+        let Some(Running { step, submitted, at }) = running else { return Ok(()) };
+        let drawn = submitted.wait()?;
+        let ended = Instant::now();
+        // A step submitted while the one before ran began when that one ended.
+        let began = self.ended.map_or(at, |before| before.max(at));
+        self.ended = Some(ended);
+        self.core.done(step, began, ended, drawn);
+        let due = self.reported.is_none_or(|at| ended.saturating_duration_since(at) >= REPORT_EVERY);
+        if due || self.core.has_probed() {
+            self.report(executor);
+        }
+        // Whoever hears of the probe finds what came before it in the report.
+        self.core.answer_probes();
+        Ok(())
     }
 
     fn take(&mut self, command: Command) -> Result<(), EngineError> {

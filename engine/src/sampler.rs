@@ -61,7 +61,7 @@ pub fn sample(logits: &[f32], request: &Request) -> Result<Sampled, SampleError>
 }
 
 /// How the token at `position` is drawn, on the host or on the device.
-pub fn rule(sampling: &Sampling, position: usize) -> Rule {
+fn rule(sampling: &Sampling, position: usize) -> Rule {
     Rule {
         temperature: sampling.temperature,
         top_k: sampling.top_k,
@@ -70,6 +70,42 @@ pub fn rule(sampling: &Sampling, position: usize) -> Rule {
         seed: sampling.seed,
         position: position as u64,
     }
+}
+
+/// How the device draws the token at `position`, which may lie beyond what is known of the answer. `None`: the host has
+/// to, for it needs more than the logits, or tells more than the token.
+pub fn on_device(request: &Request, position: usize) -> Option<Rule> {
+    // All fields by name: whoever adds one decides here.
+    let Request {
+        id: _,
+        attempt: _,
+        tokens: _,
+        output_start,
+        max_tokens: _,
+        min_tokens,
+        stop_ids,
+        ignore_eos: _,
+        sampling,
+        cache_salt: _,
+        priority: _,
+    } = request;
+    let Sampling {
+        temperature: _,
+        top_p: _,
+        top_k: _,
+        min_p: _,
+        presence_penalty,
+        frequency_penalty,
+        repetition_penalty,
+        seed: _,
+        logit_bias,
+        logprobs,
+        top_logprobs: _,
+    } = sampling;
+    let masked = position - output_start < *min_tokens && !stop_ids.is_empty();
+    let penalised = *presence_penalty != 0.0 || *frequency_penalty != 0.0 || *repetition_penalty != 1.0;
+    let plain = !masked && !penalised && logit_bias.is_empty() && !logprobs;
+    plain.then(|| rule(sampling, position))
 }
 
 /// Logits after bias, masks and penalties; borrowed when there are none.
@@ -145,6 +181,27 @@ mod tests {
 
     fn drawn(logits: &[f32], sampling: Sampling) -> u32 {
         sample(logits, &request(sampling)).expect("a token").id
+    }
+
+    /// Protects: the device draws only what it draws like the host.
+    #[test]
+    fn what_needs_more_than_logits_is_drawn_on_the_host() {
+        let plain =
+            Sampling { temperature: 0.5, top_k: 3, top_p: 0.9, min_p: 0.1, seed: 4, ..Sampling::default() };
+        let asked = Request { min_tokens: 3, stop_ids: vec![1], ..request(plain.clone()) };
+        // Output begins at 1: positions 1, 2 and 3 are masked.
+        assert_eq!((on_device(&asked, 3), on_device(&asked, 4)), (None, Some(rule(&plain, 4))));
+        assert_eq!(on_device(&Request { stop_ids: vec![], ..asked }, 3), Some(rule(&plain, 3)));
+        let hosts = [
+            Sampling { presence_penalty: 0.1, ..plain.clone() },
+            Sampling { frequency_penalty: 0.1, ..plain.clone() },
+            Sampling { repetition_penalty: 1.1, ..plain.clone() },
+            Sampling { logit_bias: [(1, 1.0)].into(), ..plain.clone() },
+            Sampling { logprobs: true, ..plain },
+        ];
+        for sampling in hosts {
+            assert_eq!(on_device(&request(sampling.clone()), 1), None, "{sampling:?}");
+        }
     }
 
     #[test]

@@ -33,6 +33,17 @@ pub(crate) enum Stage {
     Pushing,
 }
 
+/// A token that a step under way draws.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Flight {
+    /// The plan of that step.
+    pub step: u64,
+    /// Its place among the rows that something is drawn from.
+    pub row: u32,
+    /// The device draws it, so that the next step can take it from there.
+    pub on_device: bool,
+}
+
 /// One job.
 pub(crate) struct Sequence {
     pub job: u64,
@@ -43,8 +54,10 @@ pub(crate) struct Sequence {
     pub stage: Stage,
     /// In the store from admission to retirement.
     pub seq: SeqId,
-    /// Positions `[0, computed)` are in the cache.
+    /// Positions `[0, computed)` are in the cache once the steps under way are done.
     pub computed: u32,
+    /// Tokens that come after `request.tokens`, of the steps under way, in order.
+    pub flights: Vec<Flight>,
     /// Landing or push.
     pub lease: Option<LeaseId>,
     pub events: UnboundedSender<Event>,
@@ -56,9 +69,29 @@ pub(crate) struct Sequence {
 }
 
 impl Sequence {
-    /// Rows that could be computed now.
+    /// Tokens once the steps under way are done.
+    pub fn len(&self) -> usize {
+        self.request.tokens.len() + self.flights.len()
+    }
+
+    /// Rows that no step computes yet.
     pub fn remaining(&self) -> usize {
-        self.request.tokens.len() - self.computed as usize
+        self.len() - self.computed as usize
+    }
+
+    /// Whether the next step can have rows of it. A token in flight serves while the step that draws it is `latest`, the
+    /// one before the next, and only if the answer cannot end with it for its length.
+    pub fn runnable(&self, latest: u64, context_tokens: u32) -> bool {
+        let goes_on = |flight: &Flight| {
+            let generates = !matches!(self.kind, Kind::Prefill(_));
+            flight.on_device && flight.step == latest && generates && !self.full(self.len(), context_tokens)
+        };
+        self.stage == Stage::Running && self.flights.last().is_none_or(goes_on)
+    }
+
+    /// The host draws a token that later rows need.
+    pub fn needs_host(&self) -> bool {
+        !matches!(self.kind, Kind::Prefill(_)) && self.flights.last().is_some_and(|flight| !flight.on_device)
     }
 
     /// One row per step, each giving a token.
@@ -91,8 +124,12 @@ impl Sequence {
         if stopped && !request.ignore_eos {
             return Some(Finish::Stop);
         }
-        let full = request.tokens.len() >= context_tokens as usize;
-        (full || self.output_tokens() >= request.max_tokens).then_some(Finish::Length)
+        self.full(request.tokens.len(), context_tokens).then_some(Finish::Length)
+    }
+
+    /// Whether an answer of `len` tokens, prompt included, is as long as it may be.
+    fn full(&self, len: usize, context_tokens: u32) -> bool {
+        len >= context_tokens as usize || len - self.request.output_start >= self.request.max_tokens
     }
 }
 

@@ -215,7 +215,7 @@ fn round(x: &Array) -> Recorded {
     for (step, shift) in Noise::SHIFTS.into_iter().enumerate() {
         x = xor(&x, &shifted(&x, &word(shift))?)?;
         if let Some(factor) = Noise::FACTORS.get(step) {
-            x = x.multiply(&word(*factor))?;
+            x = x.multiply(word(*factor))?;
         }
     }
     Ok(x)

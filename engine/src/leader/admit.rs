@@ -38,6 +38,7 @@ impl Core {
             stage: Stage::Waiting,
             seq: SeqId(0),
             computed: 0,
+            flights: Vec::new(),
             lease: None,
             events,
             arrived,

@@ -1,5 +1,11 @@
 //! The leader's decisions: which jobs are admitted, what every rank does in the next step, what jobs are told. Pure but
-//! for the jobs' event channels: commands, notices and logits go in, plans come out. Called by [`crate::runner`].
+//! for the jobs' event channels: commands, notices and what steps drew go in, plans come out. Called by [`crate::runner`].
+//!
+//! A step is planned while the one before it runs. Of a token that is still being drawn the plan says from which row it
+//! comes; everything else about it is known: its position, its room, and whether the answer can end with it for its
+//! length. When a stop id ends the answer after all, or its client leaves, the row that was planned too many is dropped
+//! when its step is done, and its place in the store goes with the sequence: no prefix ends behind what was kept. What
+//! needs the tokens themselves waits for them: a draw on the host, and a sequence given up for room.
 
 mod admit;
 mod lease;
@@ -7,6 +13,8 @@ mod retire;
 mod step;
 #[cfg(test)]
 mod tests;
+
+pub(crate) use step::Step;
 
 use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
@@ -63,12 +71,18 @@ pub(crate) struct Core {
     ops: Vec<Op>,
     /// Number of the next plan.
     step: u64,
+    /// The latest plan with rows.
+    latest: u64,
+    /// Steps with rows that are not done.
+    under_way: usize,
     /// Plans that each rank has carried out.
     executed: Vec<u64>,
     /// (plan, job, event): told when every rank has carried out the plan.
     announcements: Vec<(u64, u64, Event)>,
     probes: Vec<oneshot::Sender<Result<Duration, JobError>>>,
-    /// Time of the probes' step, until they are answered.
+    /// Probes that a step under way serves, or one that is done.
+    probing: Vec<oneshot::Sender<Result<Duration, JobError>>>,
+    /// Time of their step, until they are answered.
     probed: Option<Duration>,
     /// Something happened since the last audit.
     unaudited: bool,
@@ -87,9 +101,12 @@ impl Core {
             leases: BTreeMap::new(),
             ops: Vec::new(),
             step: 1,
+            latest: 0,
+            under_way: 0,
             executed: vec![0; setup.targets.len()],
             announcements: Vec::new(),
             probes: Vec::new(),
+            probing: Vec::new(),
             probed: None,
             unaudited: false,
             fault: None,
@@ -107,7 +124,7 @@ impl Core {
         for sequence in self.sequences.values() {
             sequence.tell(Event::Failed(error.clone()));
         }
-        for reply in self.probes.drain(..) {
+        for reply in self.probes.drain(..).chain(self.probing.drain(..)) {
             // One who has left needs no answer.
             let _ = reply.send(Err(error.clone()));
         }
@@ -121,7 +138,10 @@ impl Core {
 
     /// Nothing runs, waits or is in flight.
     pub fn idle(&self) -> bool {
-        self.sequences.is_empty() && self.leases.is_empty() && self.probes.is_empty()
+        self.sequences.is_empty()
+            && self.leases.is_empty()
+            && self.probes.is_empty()
+            && self.probing.is_empty()
     }
 
     /// State now; `usage` is the leader's store.

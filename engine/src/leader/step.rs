@@ -1,16 +1,16 @@
-//! What every rank does next, and what its logits become.
+//! What every rank does next, and what becomes of the tokens that it draws.
 
 use std::cmp::Reverse;
 use std::time::{Duration, Instant};
 
-use backend::{Batch, SeqId};
+use backend::{Draw, Drawn, Rule, SeqId};
 
 use super::{Core, since};
 use crate::request::{Event, JobError, Token};
 use crate::sampler::{self, Sampled};
 use crate::scheduler::{self, Limits, Share, Want};
-use crate::sequence::{Kind, Sequence, Stage, finish_code};
-use crate::tp::plan::{Export, Op, Plan};
+use crate::sequence::{Flight, Kind, Sequence, Stage, finish_code};
+use crate::tp::plan::{Export, Op, Plan, Wanted};
 use kvtransfer::Close;
 
 /// Prompt rows beside generation while the prefill rate is unknown.
@@ -19,27 +19,43 @@ const ROWS_BESIDE_UNKNOWN: usize = 64;
 /// Prompt rows beside generation on the slowest machine: prompts must go on.
 const ROWS_BESIDE_MIN: usize = 16;
 
+/// Steps that are planned before the first of them is done: one runs, the next is ready when it ends.
+const UNDER_WAY_MAX: usize = 2;
+
 /// A plan and whose rows it computes.
 pub(crate) struct Step {
     pub plan: Plan,
-    shares: Vec<Share>,
+    parts: Vec<Part>,
     /// The last run of the batch is a probe's.
     scratch: Option<SeqId>,
 }
 
+/// Rows of a job in a step.
+struct Part {
+    job: u64,
+    /// Its positions `[start, end)`.
+    start: u32,
+    end: u32,
+    /// It generates, rather than reads its prompt.
+    generating: bool,
+    /// Its last row gives a token.
+    draws: bool,
+}
+
 impl Core {
-    /// The next step; `None`: nothing to do until something arrives.
+    /// The next step. `None`: nothing to do until a step under way is done, or, when there is none, something arrives.
     pub fn plan(&mut self, now: Instant) -> Option<Step> {
-        self.make_room_to_generate();
+        let needs_host = self.sequences.values().any(Sequence::needs_host);
+        // Sequences that generate stay together: a step without those that wait for the host would cost as much.
+        if self.under_way >= UNDER_WAY_MAX || needs_host || !self.make_room_to_generate() {
+            return None;
+        }
         self.admit_waiting(now);
         let wants: Vec<_> = self.runnable().map(Sequence::want).collect();
         let shares = scheduler::next(self.limits(&wants), &wants);
         let mut plan = Plan { step: self.step, ..Plan::default() };
-        for share in &shares {
-            self.add_run(&mut plan, *share);
-        }
-        let scratch = self.add_probe(&mut plan.batch);
-        plan.rows.extend(scratch.map(|_| plan.batch.rows() as u32 - 1));
+        let parts = shares.iter().filter_map(|share| self.add_run(&mut plan, *share)).collect();
+        let scratch = self.add_probe(&mut plan);
         if self.idle() && self.unaudited && self.ops.is_empty() {
             self.unaudited = false;
             self.emit(Op::Audit { held: self.ledger.held(), total: self.ledger.total() });
@@ -48,36 +64,43 @@ impl Core {
             return None;
         }
         plan.ops = std::mem::take(&mut self.ops);
+        if !plan.batch.runs.is_empty() {
+            self.latest = self.step;
+            self.under_way += 1;
+        }
         self.step += 1;
-        Some(Step { plan, shares, scratch })
+        Some(Step { plan, parts, scratch })
     }
 
-    /// Takes in what the leader computed for `step`, between `started` and `ended`. `logits`: one row of vocabulary
-    /// width for each of the plan's rows.
-    pub fn done(&mut self, step: Step, started: Instant, ended: Instant, logits: &[f32]) {
-        let took = since(ended, started);
+    /// Takes in what the leader computed for `step`, between `began` and `ended`; steps in order. `drawn`: one for each of
+    /// the plan's rows.
+    pub fn done(&mut self, step: Step, began: Instant, ended: Instant, drawn: Vec<Drawn>) {
+        if step.plan.batch.runs.is_empty() {
+            return;
+        }
+        self.under_way -= 1;
+        let took = since(ended, began);
         self.measure(&step, took);
-        let width = logits.len() / step.plan.rows.len().max(1);
-        let mut rows = logits.chunks_exact(width.max(1));
-        for share in &step.shares {
-            let Some(sequence) = self.sequences.get_mut(&share.job) else { continue };
-            if sequence.generating() && sequence.first_step.is_none() {
+        let mut drawn = drawn.into_iter();
+        for part in &step.parts {
+            let drawn = part.draws.then(|| drawn.next());
+            // Its answer has ended meanwhile: this part was planned in advance, and too many.
+            let Some(sequence) = self.sequences.get_mut(&part.job) else { continue };
+            sequence.flights.retain(|flight| flight.step != step.plan.step);
+            if part.generating && sequence.first_step.is_none() {
                 sequence.first_step =
-                    Some((sequence.usable.map_or(Duration::ZERO, |u| since(started, u)), took));
+                    Some((sequence.usable.map_or(Duration::ZERO, |u| since(began, u)), took));
             }
-            let before = sequence.computed;
-            sequence.computed += share.rows as u32;
             let block = self.setup.block_tokens;
-            if self.setup.options.prefix_cache && sequence.computed / block > before / block {
-                let computed = &sequence.request.tokens[..sequence.computed as usize];
+            if self.setup.options.prefix_cache && part.end / block > part.start / block {
+                // All rows before were drawn by steps that are done.
+                let computed = &sequence.request.tokens[..part.end as usize];
                 self.prefix.extend(sequence.seq, &sequence.request.cache_salt, computed);
             }
-            if sequence.remaining() == 0 {
-                let row = rows.next().unwrap_or_default();
-                match sampler::sample(row, &sequence.request) {
-                    Ok(sampled) => self.draw(share.job, sampled, ended),
-                    Err(error) => self.fail(share.job, JobError::Engine(error.to_string())),
-                }
+            let Some(drawn) = drawn else { continue };
+            match sampled(drawn, sequence) {
+                Ok(sampled) => self.draw(part.job, sampled, ended),
+                Err(reason) => self.fail(part.job, JobError::Engine(reason)),
             }
         }
         if let Some(seq) = step.scratch {
@@ -94,7 +117,7 @@ impl Core {
     /// Answers probes whose step is done.
     pub fn answer_probes(&mut self) {
         let Some(took) = self.probed.take() else { return };
-        for reply in self.probes.drain(..) {
+        for reply in self.probing.drain(..) {
             // One who has left needs no answer.
             let _ = reply.send(Ok(took));
         }
@@ -114,39 +137,55 @@ impl Core {
 
     /// Sequences whose rows can be computed.
     pub(super) fn runnable(&self) -> impl Iterator<Item = &Sequence> {
-        self.sequences.values().filter(|s| s.stage == Stage::Running)
+        let context = self.setup.options.context_tokens;
+        self.sequences.values().filter(move |s| s.runnable(self.latest, context))
     }
 
-    fn add_run(&mut self, plan: &mut Plan, share: Share) {
-        let Some(sequence) = self.sequences.get(&share.job) else { return };
+    fn add_run(&mut self, plan: &mut Plan, share: Share) -> Option<Part> {
+        let sequence = self.sequences.get_mut(&share.job)?;
         let (start, end) = (sequence.computed, sequence.computed + share.rows as u32);
-        plan.batch.push(sequence.seq, start, &sequence.request.tokens[start as usize..end as usize]);
-        if end as usize == sequence.request.tokens.len() {
-            plan.rows.push(plan.batch.rows() as u32 - 1);
+        let generating = sequence.generating();
+        let known = &sequence.request.tokens;
+        match sequence.flights.last() {
+            // Its one row.
+            Some(flight) => plan.batch.push_drawn(sequence.seq, start, flight.row),
+            None => plan.batch.push(sequence.seq, start, &known[start as usize..end as usize]),
         }
-        let Kind::Prefill(Some(handoff)) = &sequence.kind else { return };
+        let draws = end as usize == sequence.len();
+        if draws {
+            let rule = sampler::on_device(&sequence.request, end as usize);
+            let row = plan.rows.len() as u32;
+            sequence.flights.push(Flight { step: plan.step, row, on_device: rule.is_some() });
+            plan.rows.push(wanted(plan, rule));
+        }
+        sequence.computed = end;
+        let part = Part { job: share.job, start, end, generating, draws };
+        let Kind::Prefill(Some(handoff)) = &sequence.kind else { return Some(part) };
         let tokens = start.max(handoff.tokens.start)..end.min(handoff.tokens.end);
         if let Some(lease) = sequence.lease
             && !tokens.is_empty()
         {
             plan.exports.push(Export { lease, seq: sequence.seq, tokens });
         }
+        Some(part)
     }
 
     /// A row of a scratch sequence when somebody asked for a probe and there is a block for it.
-    fn add_probe(&mut self, batch: &mut Batch) -> Option<SeqId> {
-        if self.probes.is_empty() || !self.evict(1, None) {
+    fn add_probe(&mut self, plan: &mut Plan) -> Option<SeqId> {
+        if self.probes.is_empty() || !self.probing.is_empty() || !self.evict(1, None) {
             return None;
         }
+        self.probing = std::mem::take(&mut self.probes);
         let seq = SeqId(self.next_id());
         self.emit(Op::Open { seq, tokens: 1 });
-        batch.push(seq, 0, &[0]);
+        plan.batch.push(seq, 0, &[0]);
+        plan.rows.push(wanted(plan, Some(Rule::GREEDY)));
         Some(seq)
     }
 
     /// Gives every generating sequence room for its next row: from the prefix cache, then by preempting the youngest
-    /// of the lowest priority.
-    fn make_room_to_generate(&mut self) {
+    /// of the lowest priority. False: that has to wait, for a step under way draws tokens that belong to its answer.
+    fn make_room_to_generate(&mut self) -> bool {
         let mut order: Vec<(Reverse<i32>, u64)> = self
             .runnable()
             .filter(|s| s.generating())
@@ -155,13 +194,16 @@ impl Core {
         order.sort_unstable();
         for (_, job) in order {
             while let Some(sequence) = self.sequences.get(&job) {
-                let (seq, tokens) = (sequence.seq, sequence.request.tokens.len() as u32);
+                let (seq, tokens) = (sequence.seq, sequence.len() as u32);
                 if self.ledger.capacity(seq) >= tokens {
                     break;
                 }
                 if self.evict(1, None) {
                     self.emit(Op::Grow { seq, tokens });
                     break;
+                }
+                if self.under_way > 0 {
+                    return false;
                 }
                 let generates = |s: &&Sequence| !matches!(s.kind, Kind::Prefill(_));
                 let victim =
@@ -170,6 +212,7 @@ impl Core {
                 self.preempt(victim);
             }
         }
+        true
     }
 
     /// A drawn token: told, appended, and the end of the answer if it ends it.
@@ -207,14 +250,32 @@ impl Core {
     }
 
     fn measure(&mut self, step: &Step, took: Duration) {
-        let (mut prompt, mut generated) = (0, 0);
-        for share in &step.shares {
-            match self.sequences.get(&share.job).is_some_and(Sequence::generating) {
-                true => generated += share.rows,
-                false => prompt += share.rows,
-            }
-        }
+        let rows = |generating: bool| -> usize {
+            let parts = step.parts.iter().filter(|part| part.generating == generating);
+            parts.map(|part| (part.end - part.start) as usize).sum()
+        };
+        let (prompt, generated) = (rows(false), rows(true));
         self.totals.counters.prompt_tokens += prompt as u64;
         self.totals.rates.step(prompt, generated, took);
+    }
+}
+
+/// The plan's last row so far, for the device to draw from by `rule`, or for the host.
+fn wanted(plan: &Plan, rule: Option<Rule>) -> Wanted {
+    Wanted { row: plan.batch.rows() as u32 - 1, draw: rule.map_or(Draw::Logits, Draw::Token) }
+}
+
+/// The next token of `sequence`. Errors say why there is none.
+fn sampled(drawn: Option<Drawn>, sequence: &Sequence) -> Result<Sampled, String> {
+    match drawn {
+        Some(Drawn::Token(id)) => Ok(Sampled { id, logprob: None, top: Vec::new() }),
+        Some(Drawn::Logits(logits)) => {
+            sampler::sample(&logits, &sequence.request).map_err(|error| error.to_string())
+        }
+        Some(Drawn::NotFinite { id }) => {
+            let position = sequence.request.tokens.len();
+            Err(format!("logit of id {id} at position {position} is not finite"))
+        }
+        None => Err("the step drew no token".into()),
     }
 }

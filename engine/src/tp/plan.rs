@@ -4,7 +4,7 @@
 use std::ops::Range;
 use std::time::Duration;
 
-use backend::{Batch, Input, Run, SeqId};
+use backend::{Batch, Draw, Input, Rule, Run, SeqId};
 use kvtransfer::{Close, SessionId, Ticket};
 
 use super::wire::{Reader, WireError, Writer};
@@ -20,10 +20,19 @@ pub struct Plan {
     pub ops: Vec<Op>,
     /// Rows to compute; may be none.
     pub batch: Batch,
-    /// Rows whose logits are wanted, ascending.
-    pub rows: Vec<u32>,
+    /// Rows whose logits are wanted, ascending; a later plan's [`Input::Drawn`] counts these.
+    pub rows: Vec<Wanted>,
     /// What leaves after every layer.
     pub exports: Vec<Export>,
+}
+
+/// A row that something is drawn from.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Wanted {
+    /// Row of the batch.
+    pub row: u32,
+    /// What becomes of its logits.
+    pub draw: Draw,
 }
 
 /// Newly computed positions that a push takes after every layer.
@@ -141,7 +150,7 @@ impl Plan {
             Input::Id(id) => numbers32(w, 0, id),
             Input::Drawn(row) => numbers32(w, 1, row),
         });
-        w.list(&self.rows, |w, row| w.u32(*row));
+        w.list(&self.rows, |w, wanted| wanted.encode(w));
         w.list(&self.exports, |w, export| {
             w.u64(export.lease.0);
             w.u64(export.seq.0);
@@ -167,13 +176,48 @@ impl Plan {
                     }
                 })?,
             },
-            rows: r.list(Reader::u32)?,
+            rows: r.list(Wanted::decode)?,
             exports: r.list(|r| {
                 Ok(Export { lease: LeaseId(r.u64()?), seq: SeqId(r.u64()?), tokens: r.range()? })
             })?,
         };
         r.end()?;
         Ok(plan)
+    }
+}
+
+impl Wanted {
+    fn encode(&self, w: &mut Writer) {
+        w.u32(self.row);
+        match &self.draw {
+            Draw::Logits => w.u8(0),
+            Draw::Token(rule) => {
+                w.u8(1);
+                w.u32(rule.temperature.to_bits());
+                w.u32(rule.top_k);
+                w.u32(rule.top_p.to_bits());
+                w.u32(rule.min_p.to_bits());
+                w.u64(rule.seed);
+                w.u64(rule.position);
+            }
+        }
+    }
+
+    fn decode(r: &mut Reader<'_>) -> Result<Self, WireError> {
+        let row = r.u32()?;
+        let draw = match r.u8()? {
+            0 => Draw::Logits,
+            1 => Draw::Token(Rule {
+                temperature: f32::from_bits(r.u32()?),
+                top_k: r.u32()?,
+                top_p: f32::from_bits(r.u32()?),
+                min_p: f32::from_bits(r.u32()?),
+                seed: r.u64()?,
+                position: r.u64()?,
+            }),
+            kind => return Err(WireError::Unknown { what: "draw", value: kind.to_string() }),
+        };
+        Ok(Wanted { row, draw })
     }
 }
 
@@ -467,7 +511,20 @@ mod tests {
                 Op::Audit { held: 4, total: 9 },
             ],
             batch,
-            rows: vec![2, 3],
+            rows: vec![
+                Wanted { row: 2, draw: Draw::Logits },
+                Wanted {
+                    row: 4,
+                    draw: Draw::Token(Rule {
+                        temperature: 0.7,
+                        top_k: 20,
+                        top_p: 0.95,
+                        min_p: 0.01,
+                        seed: u64::MAX,
+                        position: 10,
+                    }),
+                },
+            ],
             exports: vec![Export { lease, seq, tokens: 7..10 }],
         }
     }

@@ -190,9 +190,23 @@ fn ask_proof(mut stream: TcpStream, secret: &[u8]) -> Result<Halves, TpError> {
     let mine = nonce()?;
     stream.write_all(&mine)?;
     stream.write_all(&proof(secret, &[b"baton group leader", &theirs, &mine]))?;
-    stream.read_exact(&mut answer)?;
+    match stream.read_exact(&mut answer) {
+        Err(error) if left(&error) => return Err(TpError::Protocol(UNPROVED.into())),
+        read => read?,
+    }
     check(&answer, &proof(secret, &[b"baton group rank", &theirs, &mine]))?;
     keys(stream, secret, &theirs, &mine, true)
+}
+
+/// A rank that finds that the leader has another secret than itself leaves without a word.
+const UNPROVED: &str = "left instead of proving itself: it may hold another token than this leader";
+
+/// Whether the other end is gone.
+fn left(error: &std::io::Error) -> bool {
+    matches!(
+        error.kind(),
+        ErrorKind::UnexpectedEof | ErrorKind::ConnectionReset | ErrorKind::ConnectionAborted
+    )
 }
 
 fn keys(
@@ -461,6 +475,20 @@ mod tests {
             refused(|m| m.target.rank = 2),
             "refused by the leader: rank 2 does not follow in a group of 2"
         );
+    }
+
+    /// Protects: the leader's operator reads why a rank did not join.
+    #[test]
+    fn a_rank_that_does_not_prove_itself_is_said_to() {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let address = listener.local_addr().unwrap();
+        let rank = std::thread::spawn(move || {
+            let stream = TcpStream::connect(address).unwrap();
+            prove(stream, b"t", &|| false).map(|_| ()).map_err(|error| error.to_string())
+        });
+        let asked = ask_proof(listener.accept().unwrap().0, b"s").map(|_| ());
+        assert_eq!(asked.unwrap_err().to_string(), format!("tensor-parallel link: {UNPROVED}"));
+        assert!(rank.join().unwrap().is_err());
     }
 
     #[test]

@@ -7,7 +7,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use backend::{Backend, DType, DeviceOptions, Group, SeqId};
+use backend::{DType, DeviceOptions, Group, SeqId};
 use backend_cpu::CpuBackend;
 use engine::sampler;
 use engine::{
@@ -15,6 +15,8 @@ use engine::{
     Request, Runner, Sampling, Terms, Token,
 };
 use models::{Checkpoint, Model};
+
+use crate::late::{Calls, Late};
 
 pub const VOCABULARY: u32 = 96;
 const CONTEXT: u32 = 1024;
@@ -44,6 +46,8 @@ pub struct Spec {
     pub block_tokens: u32,
     pub blocks: u64,
     pub options: EngineOptions,
+    /// Results of steps come when they are waited for, so that the engine runs ahead.
+    pub late: bool,
 }
 
 impl Default for Spec {
@@ -60,6 +64,7 @@ impl Default for Spec {
                 chunk_tokens: 40,
                 ..EngineOptions::default()
             },
+            late: crate::LATE,
         }
     }
 }
@@ -87,9 +92,9 @@ impl Spec {
         }
     }
 
-    fn open(&self, rank: usize) -> Runner<CpuBackend> {
+    fn open(&self, rank: usize, calls: Calls) -> Runner<Late> {
         let group = engine::tp::unmet(rank, self.world).expect("loopback sockets");
-        let mut backend = CpuBackend::open(&self.device(), group).expect("the CPU");
+        let mut backend = Late::open(&self.device(), group, self.late, calls).expect("the CPU");
         let model = Model::load(&mut backend, checkpoint(), rank, self.world, self.dtype, &mut |_| {})
             .expect("a model");
         let token_bytes = model.kv_spec().token_bytes() as u64;
@@ -110,7 +115,7 @@ fn terms() -> Terms {
 }
 
 /// What a rank leaves behind, and how it ended.
-type Ended = (Runner<CpuBackend>, Result<(), EngineError>);
+type Ended = (Runner<Late>, Result<(), EngineError>);
 
 /// One rank on its thread.
 pub struct RankThread {
@@ -119,7 +124,7 @@ pub struct RankThread {
 }
 
 impl RankThread {
-    fn start(mut runner: Runner<CpuBackend>, place: Place) -> Self {
+    fn start(mut runner: Runner<Late>, place: Place) -> Self {
         let (engine, commands): (Engine, Commands) = engine::engine();
         let thread = std::thread::spawn(move || {
             let ended = engine::serve(&mut runner, &place, &terms(), &commands);
@@ -132,7 +137,7 @@ impl RankThread {
     }
 
     /// Ends the rank as a killed process would: its sockets close.
-    pub fn stop(&mut self) -> Option<Runner<CpuBackend>> {
+    pub fn stop(&mut self) -> Option<Runner<Late>> {
         self.engine.stop();
         let (runner, ended) = self.thread.take()?.join().expect("no panic");
         ended.expect("a rank that could go on");
@@ -144,6 +149,8 @@ impl RankThread {
 pub struct Node {
     pub engine: Engine,
     pub ranks: Vec<RankThread>,
+    /// What each rank's device was asked.
+    pub calls: Vec<Calls>,
     leader: String,
 }
 
@@ -156,18 +163,19 @@ impl Node {
             1 => Place::Alone,
             world => Place::Lead { listener, world },
         };
-        let mut ranks = vec![RankThread::start(spec.open(0), place)];
-        for rank in 1..spec.world {
+        let calls: Vec<Calls> = (0..spec.world).map(|_| Calls::default()).collect();
+        let mut ranks = vec![RankThread::start(spec.open(0, calls[0].clone()), place)];
+        for (rank, calls) in calls.iter().enumerate().skip(1) {
             let place = Place::Follow { leader: leader.clone(), rank };
-            ranks.push(RankThread::start(spec.open(rank), place));
+            ranks.push(RankThread::start(spec.open(rank, calls.clone()), place));
         }
-        let node = Node { engine: ranks[0].engine.clone(), ranks, leader };
+        let node = Node { engine: ranks[0].engine.clone(), ranks, calls, leader };
         until("the node serves", || node.engine.ready());
         node
     }
 
     /// Starts a stopped rank anew with what it had loaded.
-    pub fn restart(&mut self, rank: usize, runner: Runner<CpuBackend>) {
+    pub fn restart(&mut self, rank: usize, runner: Runner<Late>) {
         let place = Place::Follow { leader: self.leader.clone(), rank };
         self.ranks[rank] = RankThread::start(runner, place);
     }
