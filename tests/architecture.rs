@@ -12,9 +12,10 @@ const MAY_USE: &[(&str, &[&str])] = &[
     ("backend-mlx", &["backend"]),
     ("proto", &[]),
     ("vocab", &[]),
+    ("grammar", &["vocab"]),
     ("kvtransfer", &["backend"]),
     ("models", &["backend", "vocab"]),
-    ("engine", &["backend", "kvtransfer", "models"]),
+    ("engine", &["backend", "grammar", "kvtransfer", "models"]),
     ("cluster", &["proto"]),
     (
         "node",
@@ -24,6 +25,7 @@ const MAY_USE: &[(&str, &[&str])] = &[
             "backend-mlx",
             "cluster",
             "engine",
+            "grammar",
             "kvtransfer",
             "models",
             "proto",
@@ -32,7 +34,7 @@ const MAY_USE: &[(&str, &[&str])] = &[
     ),
     ("prefill-node", &["cluster", "engine", "kvtransfer", "node", "proto"]),
     ("decode-node", &["cluster", "engine", "kvtransfer", "node", "proto"]),
-    ("router", &["cluster", "proto", "vocab"]),
+    ("router", &["cluster", "grammar", "proto", "vocab"]),
     ("hub", &[]),
 ];
 
@@ -43,10 +45,10 @@ const TOPS: [&str; 2] = ["baton", "benches"];
 const SOCKETS: [&str; 8] = ["axum", "hyper", "mio", "reqwest", "socket2", "tokio", "tonic", "tungstenite"];
 
 /// Rooms where none of these may be: their code runs on the owner thread of a device.
-const BLOCKING: [&str; 5] = ["backend", "backend-cpu", "backend-mlx", "models", "vocab"];
+const BLOCKING: [&str; 6] = ["backend", "backend-cpu", "backend-mlx", "grammar", "models", "vocab"];
 
 /// Rooms that know no network at all. (Backends do: ranks join their sums.)
-const WITHOUT_NETWORK: [&str; 2] = ["models", "vocab"];
+const WITHOUT_NETWORK: [&str; 3] = ["grammar", "models", "vocab"];
 
 fn root() -> &'static Path {
     Path::new(env!("CARGO_MANIFEST_DIR"))

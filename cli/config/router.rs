@@ -3,10 +3,11 @@
 use std::net::{IpAddr, SocketAddr};
 use std::path::PathBuf;
 
-use anyhow::{Result, ensure};
+use anyhow::{Result, bail, ensure};
 use cluster::ClusterToken;
 use cluster::process::LogFormat;
 use router::placement::Disaggregation;
+use router::text::answer::Family;
 
 use super::setting::settings;
 use super::value::{Seconds, Secret, choice};
@@ -30,6 +31,10 @@ settings! {
         token_file: Option<PathBuf> ["FILE"];
         /// Keys that clients must show; none: no key is asked for
         api_key: Vec<Secret> ["KEY,..."];
+        /// Form of the model's tool calls: auto (as its chat template says), none, hermes, llama3, deepseek, kimi_k2, minimax_m2, glm45 or qwen3_coder
+        tool_parser: String ["NAME"] = "auto";
+        /// Whether what the model writes between <think> tags is told apart: auto (as its chat template says), on or off
+        reasoning_parser: String ["MODE"] = "auto";
         /// Who computes prompts: auto (whoever is estimated to be sooner), always (prefill nodes) or never
         disaggregation: Disaggregation ["MODE"] = "auto";
         /// Longest prompt and answer together [default: the model's]
@@ -55,6 +60,10 @@ choice!(LogFormat {
     "json" => LogFormat::Json,
 });
 
+fn family_names() -> String {
+    Family::ALL.map(Family::name).join(", ")
+}
+
 impl RouterSettings {
     fn check(&self) -> Result<()> {
         ensure!(self.queue_max > 0, "queue-max is 0: no request could ever be served");
@@ -64,7 +73,29 @@ impl RouterSettings {
             self.host,
             self.port
         );
+        self.tool_family()?;
+        self.reasons()?;
         Ok(())
+    }
+
+    /// The form of tool calls; `None`: as the chat template says; `Some(None)`: there are none.
+    pub fn tool_family(&self) -> Result<Option<Option<Family>>> {
+        match (self.tool_parser.as_str(), Family::named(&self.tool_parser)) {
+            ("auto", _) => Ok(None),
+            ("none", _) => Ok(Some(None)),
+            (_, Some(family)) => Ok(Some(Some(family))),
+            (name, None) => bail!("tool-parser is {name:?}: auto, none or one of {}", family_names()),
+        }
+    }
+
+    /// Whether reasoning is told apart; `None`: as the chat template says.
+    pub fn reasons(&self) -> Result<Option<bool>> {
+        match self.reasoning_parser.as_str() {
+            "auto" => Ok(None),
+            "on" => Ok(Some(true)),
+            "off" => Ok(Some(false)),
+            mode => bail!("reasoning-parser is {mode:?}: auto, on or off"),
+        }
     }
 
     /// The token, read from where it is.

@@ -90,6 +90,8 @@ fn gateway(settings: &RouterSettings, located: &Located) -> Result<GatewayConfig
     };
     let mut gateway = GatewayConfig::new(&located.path, model, context);
     gateway.keys = settings.api_key.iter().map(|Secret(key)| key.clone()).collect();
+    gateway.tool_parser = settings.tool_family()?;
+    gateway.reasoning_parser = settings.reasons()?;
     gateway.limits.drain = settings.drain.0;
     Ok(gateway)
 }

@@ -7,6 +7,7 @@ use std::time::SystemTime;
 
 use proptest::prelude::*;
 use proptest::test_runner::TestRunner;
+use router::text::answer::Family;
 use router::text::{Beginning, Conversation, Detokenizer, ModelText};
 use serde::Deserialize;
 use serde_json::{Map, Value};
@@ -107,7 +108,14 @@ fn increments_equal_the_whole() {
 }
 
 #[test]
-fn tool_calls_are_read_only_in_the_form_that_is_known() {
-    let reads: Vec<bool> = FAMILIES.iter().map(|family| load(family).0.reads_tool_calls()).collect();
-    assert_eq!(reads, [false, true, false, false]);
+fn templates_tell_the_form_of_calls_and_who_reasons() {
+    for (name, family, reasons) in [
+        ("llama", Family::Llama, false),
+        ("qwen3", Family::Hermes, true),
+        ("deepseek_v3", Family::DeepSeek, true),
+        ("minimax_m2", Family::MiniMax, true),
+    ] {
+        let text = load(name).0;
+        assert_eq!((text.tool_family(), text.reasons()), (Some(family), reasons), "{name}");
+    }
 }

@@ -36,6 +36,15 @@ pub struct Usage {
     pub total_tokens: u32,
     /// What of the prompts was not computed.
     pub prompt_tokens_details: PromptDetails,
+    /// What of the choices was reasoning.
+    pub completion_tokens_details: CompletionDetails,
+}
+
+/// Part of `Usage`.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize)]
+pub struct CompletionDetails {
+    /// Between the marks of reasoning.
+    pub reasoning_tokens: u32,
 }
 
 /// Part of `Usage`.
@@ -176,6 +185,9 @@ impl Answer {
             prompt_tokens,
             completion_tokens,
             total_tokens: prompt_tokens + completion_tokens,
+            completion_tokens_details: CompletionDetails {
+                reasoning_tokens: self.running.iter().map(|r| r.lane.choice.reasoning_tokens()).sum(),
+            },
             prompt_tokens_details: PromptDetails { cached_tokens: per_prompt().map(cached).sum() },
         }
     }

@@ -10,7 +10,7 @@ use super::choice::{Delta, End, TokenLogprob};
 use super::head::Head;
 use super::logprobs::{finite, token_text};
 use super::reply::{Events, Format, Whole};
-use crate::text::ToolCall;
+use crate::text::answer::Part;
 use crate::text::pieces::Pieces;
 
 /// Writes chats.
@@ -27,7 +27,7 @@ impl ChatFormat {
         Self { head, pieces, include_usage }
     }
 
-    fn chunk(&self, choices: &[ChunkChoice<'_>], usage: Option<Usage>, out: &mut Events) {
+    fn chunk(&self, choices: &[ChunkChoice], usage: Option<Usage>, out: &mut Events) {
         out.push(&Chunk {
             id: &self.head.id,
             object: "chat.completion.chunk",
@@ -38,12 +38,9 @@ impl ChatFormat {
         });
     }
 
-    fn call(&self, choice: usize, number: usize, call: &ToolCall) -> Value {
-        json!({
-            "id": format!("call_{}_{choice}_{number}", self.head.suffix()),
-            "type": "function",
-            "function": {"name": call.name, "arguments": call.arguments},
-        })
+    /// The id of a call: the model's own, or one of ours.
+    fn call_id(&self, choice: usize, number: usize, id: Option<&str>) -> String {
+        id.map_or_else(|| format!("call_{}_{choice}_{number}", self.head.suffix()), String::from)
     }
 
     fn logprobs(&self, entries: &[TokenLogprob]) -> Option<Value> {
@@ -71,21 +68,54 @@ impl ChatFormat {
     }
 }
 
+impl ChatFormat {
+    /// A complete message.
+    fn message(&self, index: usize, delta: &Delta) -> Value {
+        let (mut text, mut reasoning, mut calls) = (String::new(), String::new(), Vec::new());
+        let mut arguments: Vec<String> = Vec::new();
+        for part in &delta.parts {
+            match part {
+                Part::Text(new) => text.push_str(new),
+                Part::Reasoning(new) => reasoning.push_str(new),
+                Part::Call { id, name } => {
+                    calls.push((self.call_id(index, calls.len(), id.as_deref()), name));
+                    arguments.push(String::new());
+                }
+                Part::Arguments(new) => arguments.last_mut().into_iter().for_each(|all| all.push_str(new)),
+                Part::CallEnd => {}
+            }
+        }
+        let nothing = text.is_empty() && !(calls.is_empty() && reasoning.is_empty());
+        let content = if nothing { Value::Null } else { text.into() };
+        let mut message = json!({"role": "assistant", "content": content, "refusal": null});
+        if !reasoning.is_empty() {
+            message["reasoning_content"] = reasoning.into();
+        }
+        if !calls.is_empty() {
+            let calls = calls.into_iter().zip(arguments).map(|((id, name), arguments)| {
+                json!({"id": id, "type": "function", "function": {"name": name, "arguments": arguments}})
+            });
+            message["tool_calls"] = calls.collect();
+        }
+        message
+    }
+}
+
 #[derive(Serialize)]
 struct Chunk<'a> {
     id: &'a str,
     object: &'static str,
     created: u64,
     model: &'a str,
-    choices: &'a [ChunkChoice<'a>],
+    choices: &'a [ChunkChoice],
     #[serde(skip_serializing_if = "Option::is_none")]
     usage: Option<Option<Usage>>,
 }
 
 #[derive(Serialize)]
-struct ChunkChoice<'a> {
+struct ChunkChoice {
     index: usize,
-    delta: ChunkDelta<'a>,
+    delta: ChunkDelta,
     logprobs: Option<Value>,
     finish_reason: Option<&'static str>,
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -95,38 +125,69 @@ struct ChunkChoice<'a> {
 }
 
 #[derive(Serialize, Default)]
-struct ChunkDelta<'a> {
+struct ChunkDelta {
     #[serde(skip_serializing_if = "Option::is_none")]
     role: Option<&'static str>,
     #[serde(skip_serializing_if = "Option::is_none")]
-    content: Option<&'a str>,
+    content: Option<String>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    reasoning_content: Option<String>,
     #[serde(skip_serializing_if = "Vec::is_empty")]
     tool_calls: Vec<Value>,
 }
 
-impl<'a> ChunkChoice<'a> {
-    fn new(index: usize, delta: ChunkDelta<'a>) -> Self {
+impl ChunkChoice {
+    fn new(index: usize, delta: ChunkDelta) -> Self {
         Self { index, delta, logprobs: None, finish_reason: None, stop_reason: None, baton: None }
     }
 }
 
 impl Format for ChatFormat {
     fn open(&mut self, index: usize, out: &mut Events) {
-        let delta = ChunkDelta { role: Some("assistant"), content: Some(""), ..ChunkDelta::default() };
+        let delta =
+            ChunkDelta { role: Some("assistant"), content: Some(String::new()), ..ChunkDelta::default() };
         self.chunk(&[ChunkChoice::new(index, delta)], None, out);
     }
 
     fn delta(&mut self, index: usize, delta: &Delta, out: &mut Events) {
-        let calls = delta.calls.iter().enumerate().map(|(i, call)| {
-            let number = delta.calls_before + i;
-            let mut value = self.call(index, number, call);
-            value["index"] = number.into();
-            value
-        });
-        let calls: Vec<Value> = calls.collect();
-        let has_text = !delta.text.is_empty() || calls.is_empty();
-        let new = ChunkDelta { role: None, content: has_text.then_some(&delta.text), tool_calls: calls };
-        let choice = ChunkChoice { logprobs: self.logprobs(&delta.logprobs), ..ChunkChoice::new(index, new) };
+        let mut new = ChunkDelta::default();
+        let mut number = delta.calls_before;
+        for part in &delta.parts {
+            match part {
+                Part::Text(text) => new.content.get_or_insert_default().push_str(text),
+                Part::Reasoning(text) => new.reasoning_content.get_or_insert_default().push_str(text),
+                Part::Call { id, name } => {
+                    let id = self.call_id(index, number, id.as_deref());
+                    let function = json!({"name": name, "arguments": ""});
+                    new.tool_calls
+                        .push(json!({"index": number, "id": id, "type": "function", "function": function}));
+                    number += 1;
+                }
+                Part::Arguments(text) => {
+                    let last = number.saturating_sub(1);
+                    match new.tool_calls.last_mut().filter(|call| call["index"] == last) {
+                        Some(call) => {
+                            let old = call["function"]["arguments"].as_str().unwrap_or_default();
+                            call["function"]["arguments"] = format!("{old}{text}").into();
+                        }
+                        None => {
+                            new.tool_calls.push(json!({"index": last, "function": {"arguments": text}}));
+                        }
+                    }
+                }
+                Part::CallEnd => {}
+            }
+        }
+        let logprobs = self.logprobs(&delta.logprobs);
+        let says_nothing =
+            new.content.is_none() && new.reasoning_content.is_none() && new.tool_calls.is_empty();
+        if says_nothing {
+            if logprobs.is_none() {
+                return;
+            }
+            new.content = Some(String::new());
+        }
+        let choice = ChunkChoice { logprobs, ..ChunkChoice::new(index, new) };
         self.chunk(&[choice], None, out);
     }
 
@@ -140,20 +201,16 @@ impl Format for ChatFormat {
         self.chunk(&[choice], None, out);
     }
 
-    fn usage(&mut self, usage: Usage, out: &mut Events) {
-        self.chunk(&[], Some(usage), out);
+    fn close(&mut self, usage: Usage, out: &mut Events) {
+        if self.include_usage {
+            self.chunk(&[], Some(usage), out);
+        }
+        out.done();
     }
 
     fn whole(self, choices: Vec<Whole>, usage: Usage) -> Value {
         let choices = choices.into_iter().enumerate().map(|(index, whole)| {
-            let calls: Vec<Value> =
-                whole.delta.calls.iter().enumerate().map(|(i, call)| self.call(index, i, call)).collect();
-            let only_calls = !calls.is_empty() && whole.delta.text.is_empty();
-            let content = if only_calls { Value::Null } else { whole.delta.text.into() };
-            let mut message = json!({"role": "assistant", "content": content, "refusal": null});
-            if !calls.is_empty() {
-                message["tool_calls"] = calls.into();
-            }
+            let message = self.message(index, &whole.delta);
             let mut choice = json!({
                 "index": index,
                 "message": message,

@@ -1,49 +1,47 @@
-//! One answer in the making: tokens go in, text, tool calls and log probabilities come out. Detokenizes, watches for stop
-//! strings, separates tool calls. Pure; `answer` drives it, `reply` reads what it gives out.
+//! One answer in the making: tokens go in, text, reasoning, tool calls and log probabilities come out. Detokenizes, watches
+//! for stop strings, reads markup. Pure; `answer` drives it, `reply` reads what it gives out.
 
 use std::sync::Arc;
 
 use super::params::Params;
+use super::run::Reading;
 use crate::inference::{FinishReason, Token};
+use crate::text::answer::{AnswerReader, Part, append};
 use crate::text::pieces::Pieces;
-use crate::text::{Beginning, Detokenizer, StopMatcher, StopStrings, ToolCall, ToolParser};
-
-/// How tool calls are read.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum ToolMode {
-    /// There are no tools: all is text.
-    Off,
-    /// Any number of calls.
-    Parallel,
-    /// The first call ends the answer.
-    Single,
-}
+use crate::text::{Detokenizer, StopMatcher, StopStrings};
 
 /// What is new since the last look.
 #[derive(Debug, Default, Clone, PartialEq)]
 pub struct Delta {
-    /// Text.
-    pub text: String,
-    /// Complete calls.
-    pub calls: Vec<ToolCall>,
+    /// Words, reasoning and calls, in order.
+    pub parts: Vec<Part>,
     /// One entry per token, if asked for.
     pub logprobs: Vec<TokenLogprob>,
-    /// Calls before those in `calls`.
+    /// Calls that began before those in `parts`.
     pub calls_before: usize,
 }
 
 impl Delta {
     /// Nothing to tell.
     pub fn is_empty(&self) -> bool {
-        self.text.is_empty() && self.calls.is_empty() && self.logprobs.is_empty()
+        self.parts.is_empty() && self.logprobs.is_empty()
     }
 
     /// Told. Keeps the allocations.
     pub fn clear(&mut self) {
-        self.text.clear();
-        self.calls_before += self.calls.len();
-        self.calls.clear();
+        self.calls_before += self.calls();
+        self.parts.clear();
         self.logprobs.clear();
+    }
+
+    /// All words for the user.
+    pub fn text(&self) -> String {
+        let text = |part: &Part| if let Part::Text(text) = part { Some(text.clone()) } else { None };
+        self.parts.iter().filter_map(text).collect()
+    }
+
+    fn calls(&self) -> usize {
+        self.parts.iter().filter(|part| matches!(part, Part::Call { .. })).count()
     }
 }
 
@@ -90,14 +88,16 @@ pub struct Choice {
     detokenizer: Detokenizer,
     strings: StopStrings,
     stop: StopMatcher,
-    tools: Option<ToolParser>,
+    reader: Option<AnswerReader>,
     single_call: bool,
+    hide_reasoning: bool,
     include_stop: bool,
     logprobs: bool,
     min_tokens: u32,
     stop_ids: Arc<[u32]>,
     stop_ids_given: Arc<[u32]>,
     tokens: u32,
+    reasoning_tokens: u32,
     ended_by: Option<u32>,
     /// Text of one token, before the stop strings and after.
     raw: String,
@@ -106,26 +106,23 @@ pub struct Choice {
 }
 
 impl Choice {
-    /// `beginning`: a chat's answer is a text of its own, a completion goes on after its prompt.
-    pub fn new(
-        params: &Params,
-        pieces: Arc<Pieces>,
-        beginning: Beginning,
-        tools: ToolMode,
-        logprobs: bool,
-    ) -> Self {
+    /// `reading`: how the request wants its answers read.
+    pub fn new(params: &Params, pieces: Arc<Pieces>, reading: &Reading) -> Self {
+        let detokenizer = Detokenizer::new(pieces, params.skip_special, reading.beginning);
         Self {
-            detokenizer: Detokenizer::new(pieces, params.skip_special, beginning),
+            detokenizer: detokenizer.keeping(Arc::clone(&reading.marks)),
             strings: params.stop.clone(),
             stop: StopMatcher::new(params.stop.clone(), params.include_stop),
-            tools: (tools != ToolMode::Off).then(ToolParser::default),
-            single_call: tools == ToolMode::Single,
+            reader: reading.answer.reader(),
+            single_call: reading.single_call,
+            hide_reasoning: reading.hide_reasoning,
             include_stop: params.include_stop,
-            logprobs,
+            logprobs: reading.logprobs.is_some(),
             min_tokens: params.min_tokens,
             stop_ids: params.stop_ids.as_slice().into(),
             stop_ids_given: params.stop_ids_given.as_slice().into(),
             tokens: 0,
+            reasoning_tokens: 0,
             ended_by: None,
             raw: String::new(),
             clean: String::new(),
@@ -138,6 +135,11 @@ impl Choice {
         self.tokens
     }
 
+    /// Of those, tokens of reasoning.
+    pub fn reasoning_tokens(&self) -> u32 {
+        self.reasoning_tokens
+    }
+
     /// What is new.
     pub fn delta(&mut self) -> &mut Delta {
         &mut self.delta
@@ -146,6 +148,17 @@ impl Choice {
     /// Takes the next token. `Some`: the answer is at its end here, whatever else the cluster would send.
     pub fn token(&mut self, token: Token) -> Option<End> {
         self.tokens += 1;
+        let reasoned = self.is_reasoning();
+        let end = self.take(token);
+        self.reasoning_tokens += u32::from(reasoned || self.is_reasoning());
+        end
+    }
+
+    fn is_reasoning(&self) -> bool {
+        self.reader.as_ref().is_some_and(AnswerReader::is_reasoning)
+    }
+
+    fn take(&mut self, token: Token) -> Option<End> {
         if self.logprobs {
             let logprob = token.logprob.unwrap_or(f32::NEG_INFINITY);
             self.delta.logprobs.push(TokenLogprob { id: token.id, logprob, top: token.top });
@@ -171,7 +184,7 @@ impl Choice {
         self.take_clean(end.is_some());
         match end {
             Some(index) => Some(self.stop_end(index)),
-            None if self.single_call && !self.delta.calls.is_empty() => Some(End::ToolCalls),
+            None if self.single_call && self.delta.parts.contains(&Part::CallEnd) => Some(End::ToolCalls),
             None => None,
         }
     }
@@ -195,28 +208,30 @@ impl Choice {
     }
 
     fn called(&self) -> bool {
-        self.delta.calls_before + self.delta.calls.len() > 0
+        self.delta.calls_before + self.delta.calls() > 0
     }
 
     fn stop_end(&self, index: usize) -> End {
         if self.called() { End::ToolCalls } else { End::StopString(self.strings.get(index).to_string()) }
     }
 
-    /// Moves clean text into the delta, through the tool parser if there is one.
+    /// Moves clean text into the delta, through the reader if there is one.
     fn take_clean(&mut self, last: bool) {
-        match &mut self.tools {
-            None => self.delta.text.push_str(&self.clean),
-            Some(parser) => {
-                parser.push(&self.clean, &mut self.delta.text, &mut self.delta.calls);
-                if last {
-                    parser.finish(&mut self.delta.text, &mut self.delta.calls);
-                }
-                if self.single_call {
-                    self.delta.calls.truncate(1);
-                }
-            }
+        let clean = std::mem::take(&mut self.clean);
+        let parts = &mut self.delta.parts;
+        let Some(reader) = &mut self.reader else { return append(parts, Part::Text(clean)) };
+        reader.push(&clean, parts);
+        if last {
+            reader.finish(parts);
         }
-        self.clean.clear();
+        if self.single_call
+            && let Some(end) = parts.iter().position(|part| *part == Part::CallEnd)
+        {
+            parts.truncate(end + 1);
+        }
+        if self.hide_reasoning {
+            parts.retain(|part| !matches!(part, Part::Reasoning(_)));
+        }
     }
 }
 
@@ -226,8 +241,16 @@ mod tests {
     use crate::api::config::Limits;
     use crate::api::fields::Fields;
     use crate::api::params::Rules;
-    use crate::text::Defaults;
+    use crate::text::answer::{Family, Opening, Types};
+    use crate::text::{Beginning, Defaults, answer};
     use serde_json::json;
+
+    #[derive(PartialEq)]
+    enum ToolMode {
+        Off,
+        Parallel,
+        Single,
+    }
 
     /// Ids: 0 is the special end of text, the others are these texts.
     const TEXTS: [&str; 8] = ["<end>", "Hi", " the", "re", "\n", "User", "<tool_call>", "</tool_call>"];
@@ -243,7 +266,13 @@ mod tests {
         let rules = Rules { defaults: &defaults, vocab: 9, limits: &limits };
         let mut fields = Fields::parse(params.as_bytes()).expect("an object");
         let params = Params::read(&mut fields, &rules, &["max_tokens"]).expect("valid");
-        Choice::new(&params, pieces, Beginning::Text, tools, true)
+        let family = (tools != ToolMode::Off).then_some((Family::Hermes, Types::default()));
+        let reading = Reading {
+            answer: answer::Reading { tools: family, ..Default::default() },
+            single_call: tools == ToolMode::Single,
+            ..Reading::plain(Beginning::Text, Some(0))
+        };
+        Choice::new(&params, pieces, &reading)
     }
 
     fn token(id: u32) -> Token {
@@ -254,7 +283,7 @@ mod tests {
     fn run(choice: &mut Choice, ids: &[u32], reason: FinishReason) -> (String, End) {
         let early = ids.iter().find_map(|&id| choice.token(token(id)));
         let end = early.unwrap_or_else(|| choice.finish(reason));
-        (choice.delta().text.clone(), end)
+        (choice.delta().text(), end)
     }
 
     #[test]
@@ -305,14 +334,38 @@ mod tests {
         let ids = [1, 4, 6, 8, 7, 4, 6, 8, 7, 0];
         let mut c = choice("{}", ToolMode::Parallel);
         assert_eq!(run(&mut c, &ids, FinishReason::Stop), ("Hi".into(), End::ToolCalls));
-        assert_eq!(c.delta().calls.len(), 2);
+        assert_eq!(c.delta().calls(), 2);
         let mut c = choice("{}", ToolMode::Single);
         assert_eq!(run(&mut c, &ids, FinishReason::Stop), ("Hi".into(), End::ToolCalls));
-        assert_eq!((c.delta().calls.len(), c.tokens()), (1, 5));
+        assert_eq!((c.delta().calls(), c.tokens()), (1, 5));
         let mut c = choice("{}", ToolMode::Off);
         assert_eq!(
             run(&mut c, &ids[..5], FinishReason::Length).0,
             "Hi\n<tool_call>{\"name\":\"f\"}</tool_call>"
         );
+    }
+
+    #[test]
+    fn reasoning_is_counted_and_can_be_hidden() {
+        let run = |hide_reasoning: bool| {
+            let reading = Reading {
+                answer: answer::Reading { reasoning: Some(Opening::Open), ..Default::default() },
+                hide_reasoning,
+                ..Reading::plain(Beginning::Text, None)
+            };
+            let names: Vec<_> = ["a", "</think>", "b"].map(|text| Some((text.to_string(), false))).into();
+            let decoder = json!({"type": "ByteLevel"});
+            let pieces = Arc::new(Pieces::new(&names, &decoder).expect("supported"));
+            let limits = Limits::for_context(100);
+            let rules = Rules { defaults: &Defaults::default(), vocab: 3, limits: &limits };
+            let params =
+                Params::read(&mut Fields::parse(b"{}").expect("an object"), &rules, &[]).expect("valid");
+            let mut c = Choice::new(&params, pieces, &reading);
+            (0..3).for_each(|id| _ = c.token(token(id)));
+            (c.reasoning_tokens(), c.delta().parts.clone())
+        };
+        let both = vec![Part::Reasoning("a".into()), Part::Text("b".into())];
+        assert_eq!(run(false), (2, both.clone()));
+        assert_eq!(run(true), (2, both[1..].to_vec()));
     }
 }

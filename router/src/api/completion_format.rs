@@ -105,7 +105,7 @@ impl Format for CompletionFormat {
 
     fn delta(&mut self, index: usize, delta: &Delta, out: &mut Events) {
         let logprobs = self.logprobs(index, &delta.logprobs);
-        self.chunk(&[ChunkChoice { logprobs, ..ChunkChoice::new(index, &delta.text) }], None, out);
+        self.chunk(&[ChunkChoice { logprobs, ..ChunkChoice::new(index, &delta.text()) }], None, out);
     }
 
     fn end(&mut self, index: usize, end: &End, timings: Option<Value>, out: &mut Events) {
@@ -118,16 +118,19 @@ impl Format for CompletionFormat {
         self.chunk(&[choice], None, out);
     }
 
-    fn usage(&mut self, usage: Usage, out: &mut Events) {
-        self.chunk(&[], Some(usage), out);
+    fn close(&mut self, usage: Usage, out: &mut Events) {
+        if self.include_usage {
+            self.chunk(&[], Some(usage), out);
+        }
+        out.done();
     }
 
     fn whole(mut self, choices: Vec<Whole>, usage: Usage) -> Value {
         let mut values = Vec::with_capacity(choices.len());
         for (index, whole) in choices.into_iter().enumerate() {
             let text = match &self.echo[index] {
-                Some(echo) => format!("{echo}{}", whole.delta.text),
-                None => whole.delta.text,
+                Some(echo) => format!("{echo}{}", whole.delta.text()),
+                None => whole.delta.text(),
             };
             let mut choice = json!({
                 "index": index,

@@ -9,7 +9,6 @@ use serde_json::{Value, json};
 
 use super::Gateway;
 use super::body::read_body;
-use super::choice::ToolMode;
 use super::completion_format::CompletionFormat;
 use super::error::ApiError;
 use super::fields::{Fields, integer};
@@ -54,15 +53,14 @@ pub async fn handle(State(gateway): State<Arc<Gateway>>, request: Request) -> Re
         .await?;
     let params = &request.params;
     let head = Head::new("cmpl", random()?, SystemTime::now(), Arc::clone(&gateway.model));
-    let reading =
-        Reading { beginning: Beginning::Continuation, tools: ToolMode::Off, logprobs: request.logprobs };
-    let mut answer = start(&gateway, params, &prompts, reading, &head, arrived)?;
+    let reading = Reading::plain(Beginning::Continuation, request.logprobs);
+    let mut answer = start(&gateway, params, &prompts, &reading, &head, arrived)?;
     let echo = prompts.iter().flat_map(|prompt| vec![prompt.echo.clone(); params.n]).collect();
     let pieces = Arc::clone(gateway.text.tokenizer.pieces());
     let format = CompletionFormat::new(head, pieces, params.include_usage, echo);
     if params.stream {
         answer.admitted().await?;
-        Ok(reply::stream(answer, format, params.include_usage))
+        Ok(reply::stream(answer, format))
     } else {
         reply::complete(answer, format).await
     }

@@ -4,6 +4,8 @@ use std::fmt;
 use std::path::PathBuf;
 use std::time::Duration;
 
+use crate::text::answer::Family;
+
 /// One gateway, for one model.
 #[derive(Clone)]
 pub struct GatewayConfig {
@@ -22,6 +24,10 @@ pub struct GatewayConfig {
     pub allowed_hosts: Vec<String>,
     /// Origins of web pages that may call (CORS), such as `https://chat.example`; `*`: all. Empty: none.
     pub allowed_origins: Vec<String>,
+    /// The form of the model's tool calls; `None`: as its chat template says; `Some(None)`: it calls no tools.
+    pub tool_parser: Option<Option<Family>>,
+    /// Whether what is between `<think>` tags is told apart; `None`: as the chat template says.
+    pub reasoning_parser: Option<bool>,
     /// Bounds.
     pub limits: Limits,
 }
@@ -37,6 +43,8 @@ impl GatewayConfig {
             keys: Vec::new(),
             allowed_hosts: Vec::new(),
             allowed_origins: Vec::new(),
+            tool_parser: None,
+            reasoning_parser: None,
             limits: Limits::for_context(context_tokens),
         }
     }
@@ -53,6 +61,8 @@ impl fmt::Debug for GatewayConfig {
             .field("keys", &format_args!("{} keys", self.keys.len()))
             .field("allowed_hosts", &self.allowed_hosts)
             .field("allowed_origins", &self.allowed_origins)
+            .field("tool_parser", &self.tool_parser)
+            .field("reasoning_parser", &self.reasoning_parser)
             .field("limits", &self.limits)
             .finish()
     }

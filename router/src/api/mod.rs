@@ -41,6 +41,7 @@ pub use config::{GatewayConfig, Limits};
 
 use crate::inference::Inference;
 use crate::metrics::Metrics;
+use crate::text::answer::Family;
 use crate::text::{ModelText, TextError};
 use error::ApiError;
 use fields::Fields;
@@ -66,7 +67,12 @@ struct Gateway {
     config: GatewayConfig,
     model: Arc<str>,
     text: ModelText,
-    reads_tool_calls: bool,
+    /// The form of the model's calls.
+    tool_family: Option<Family>,
+    /// The model reasons between tags.
+    reasons: bool,
+    /// Special ids that are marks of calls.
+    marks: Arc<[u32]>,
     knows_developer: bool,
     inference: Arc<dyn Inference>,
     metrics: Arc<Metrics>,
@@ -92,9 +98,12 @@ pub async fn serve<I: Inference>(
     let mut registry = Registry::default();
     inference.register(&mut registry);
     let cores = std::thread::available_parallelism().map_or(2, |cores| cores.get().max(2));
+    let tool_family = config.tool_parser.unwrap_or_else(|| text.tool_family());
     let gateway = Gateway {
         model: config.model.as_str().into(),
-        reads_tool_calls: text.reads_tool_calls(),
+        tool_family,
+        reasons: config.reasoning_parser.unwrap_or_else(|| text.reasons()),
+        marks: marks(&text, tool_family),
         knows_developer: text.knows_developer(),
         text,
         inference,
@@ -107,6 +116,11 @@ pub async fn serve<I: Inference>(
     };
     server::run(listener, routes(Arc::new(gateway)), &limits, shutdown).await;
     Ok(())
+}
+
+fn marks(text: &ModelText, family: Option<Family>) -> Arc<[u32]> {
+    let names = family.map(Family::marks).unwrap_or_default();
+    names.iter().filter_map(|name| text.tokenizer.id(name)).collect()
 }
 
 fn check(config: &GatewayConfig) -> Result<(), ServeError> {

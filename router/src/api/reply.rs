@@ -18,6 +18,7 @@ use tokio::time::{Instant, Interval, MissedTickBehavior, interval_at};
 use super::answer::{Answer, Update, Usage};
 use super::choice::{Delta, End};
 use super::error::ApiError;
+use crate::text::answer::append;
 
 /// A comment goes out when nothing else did for this long (twice, at the worst), so that proxies and clients keep the
 /// connection.
@@ -45,8 +46,13 @@ pub trait Format: Send + Unpin + 'static {
     fn delta(&mut self, index: usize, delta: &Delta, out: &mut Events);
     /// The last event of a choice.
     fn end(&mut self, index: usize, end: &End, timings: Option<Value>, out: &mut Events);
-    /// After all choices, if asked for.
-    fn usage(&mut self, usage: Usage, out: &mut Events);
+    /// After all choices.
+    fn close(&mut self, usage: Usage, out: &mut Events);
+    /// Instead of the rest.
+    fn fail(&mut self, error: &ApiError, out: &mut Events) {
+        out.push(&error.envelope());
+        out.done();
+    }
     /// The response without streaming; choices in order.
     fn whole(self, choices: Vec<Whole>, usage: Usage) -> Value;
 }
@@ -64,7 +70,8 @@ impl Events {
         self.0.put_slice(b"\n\n");
     }
 
-    fn done(&mut self) {
+    /// OpenAI's last event.
+    pub fn done(&mut self) {
         self.0.put_slice(b"data: [DONE]\n\n");
     }
 
@@ -87,8 +94,7 @@ pub async fn complete<F: Format>(mut answer: Answer, format: F) -> Result<Respon
             }
         };
         let new = answer.delta(index);
-        parts[index].text.push_str(&new.text);
-        parts[index].calls.extend_from_slice(&new.calls);
+        new.parts.iter().for_each(|part| append(&mut parts[index].parts, part.clone()));
         parts[index].logprobs.append(&mut new.logprobs);
         new.clear();
     }
@@ -102,18 +108,11 @@ pub async fn complete<F: Format>(mut answer: Answer, format: F) -> Result<Respon
 }
 
 /// The answer as events. The request has been admitted.
-pub fn stream<F: Format>(answer: Answer, format: F, include_usage: bool) -> Response {
+pub fn stream<F: Format>(answer: Answer, format: F) -> Response {
     let mut keep_alive = interval_at(Instant::now() + KEEP_ALIVE, KEEP_ALIVE);
     keep_alive.set_missed_tick_behavior(MissedTickBehavior::Delay);
-    let mut body = EventStream {
-        answer,
-        format,
-        include_usage,
-        out: Events::default(),
-        done: false,
-        quiet: false,
-        keep_alive,
-    };
+    let mut body =
+        EventStream { answer, format, out: Events::default(), done: false, quiet: false, keep_alive };
     (0..body.answer.choices()).for_each(|index| body.format.open(index, &mut body.out));
     let mut response = Body::from_stream(body).into_response();
     let headers = response.headers_mut();
@@ -126,7 +125,6 @@ pub fn stream<F: Format>(answer: Answer, format: F, include_usage: bool) -> Resp
 struct EventStream<F> {
     answer: Answer,
     format: F,
-    include_usage: bool,
     out: Events,
     done: bool,
     /// Nothing was sent since the last tick.
@@ -144,15 +142,11 @@ impl<F: Format> EventStream<F> {
                 self.format.end(index, &end, self.answer.timings(index), &mut self.out);
             }
             Some(Update::Failed(error)) => {
-                self.out.push(&error.envelope());
-                self.out.done();
+                self.format.fail(&error, &mut self.out);
                 self.done = true;
             }
             None => {
-                if self.include_usage {
-                    self.format.usage(self.answer.usage(), &mut self.out);
-                }
-                self.out.done();
+                self.format.close(self.answer.usage(), &mut self.out);
                 self.done = true;
             }
         }
@@ -204,11 +198,12 @@ mod tests {
     use super::*;
     use crate::api::answer::Lane;
     use crate::api::chat_format::ChatFormat;
-    use crate::api::choice::{Choice, ToolMode};
+    use crate::api::choice::Choice;
     use crate::api::config::Limits;
     use crate::api::fields::Fields;
     use crate::api::head::Head;
     use crate::api::params::{Params, Rules};
+    use crate::api::run::Reading;
     use crate::metrics::{Metrics, SequenceMeter};
     use crate::text::pieces::Pieces;
     use crate::text::{Beginning, Defaults};
@@ -220,11 +215,11 @@ mod tests {
         let rules = Rules { defaults: &Defaults::default(), vocab: 1, limits: &limits };
         let mut fields = Fields::parse(b"{}").expect("an object");
         let params = Params::read(&mut fields, &rules, &[]).expect("valid");
-        let choice = Choice::new(&params, Arc::clone(&pieces), Beginning::Text, ToolMode::Off, false);
+        let choice = Choice::new(&params, Arc::clone(&pieces), &Reading::plain(Beginning::Text, None));
         let meter = SequenceMeter::new(Metrics::new(Registry::default(), "m"), std::time::Instant::now(), 1);
         let lane = (Lane::new(choice, meter, 1), futures::stream::pending().boxed());
         let head = Head::new("chatcmpl", 0, std::time::UNIX_EPOCH, "m".into());
-        stream(Answer::new(vec![lane], 1, 0.0, false), ChatFormat::new(head, pieces, false), false)
+        stream(Answer::new(vec![lane], 1, 0.0, false), ChatFormat::new(head, pieces, false))
     }
 
     #[tokio::test(start_paused = true)]

@@ -5,13 +5,13 @@ use std::time::Instant;
 
 use super::Gateway;
 use super::answer::{Answer, Lane};
-use super::choice::{Choice, ToolMode};
+use super::choice::Choice;
 use super::error::ApiError;
 use super::head::Head;
 use super::params::Params;
 use crate::inference::GenerateRequest;
 use crate::metrics::SequenceMeter;
-use crate::text::Beginning;
+use crate::text::{Beginning, answer};
 
 /// A tokenized prompt that fits.
 #[derive(Debug, Clone)]
@@ -25,14 +25,34 @@ pub struct Prompt {
 }
 
 /// How answers are read.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Clone)]
 pub struct Reading {
     /// A text of its own, or the rest of the prompt.
     pub beginning: Beginning,
-    /// Of calls.
-    pub tools: ToolMode,
+    /// Reasoning and calls.
+    pub answer: answer::Reading,
+    /// The first call ends the answer.
+    pub single_call: bool,
+    /// Reasoning is not shown.
+    pub hide_reasoning: bool,
+    /// Special ids that are text, because they are marks of calls.
+    pub marks: Arc<[u32]>,
     /// `Some`: with log probabilities, and of this many alternatives.
     pub logprobs: Option<u32>,
+}
+
+impl Reading {
+    /// All is text.
+    pub fn plain(beginning: Beginning, logprobs: Option<u32>) -> Self {
+        Self {
+            beginning,
+            answer: answer::Reading::default(),
+            single_call: false,
+            hide_reasoning: false,
+            marks: Arc::default(),
+            logprobs,
+        }
+    }
 }
 
 /// Starts the sequences of a request that arrived at `arrived`. Nothing runs before the answer is polled.
@@ -40,7 +60,7 @@ pub fn start(
     gateway: &Gateway,
     params: &Params,
     prompts: &[Prompt],
-    reading: Reading,
+    reading: &Reading,
     head: &Head,
     arrived: Instant,
 ) -> Result<Answer, ApiError> {
@@ -71,8 +91,7 @@ pub fn start(
             priority: params.priority,
         };
         let pieces = Arc::clone(gateway.text.tokenizer.pieces());
-        let choice =
-            Choice::new(params, pieces, reading.beginning, reading.tools, reading.logprobs.is_some());
+        let choice = Choice::new(params, pieces, reading);
         let prompt_tokens = prompt.tokens.len() as u32;
         let meter = SequenceMeter::new(Arc::clone(&gateway.metrics), arrived, prompt_tokens);
         (Lane::new(choice, meter, prompt_tokens), gateway.inference.generate(request))

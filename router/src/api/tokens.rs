@@ -32,7 +32,7 @@ pub async fn tokenize(
             None => {
                 let (conversation, _) = read_conversation(gateway, &mut fields)?;
                 fields.finish()?;
-                render(gateway, conversation)?
+                gateway.encode(&render(gateway, conversation)?, false, "messages")?
             }
         };
         let names = with_names.then(|| -> Vec<_> {

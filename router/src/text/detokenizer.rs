@@ -22,6 +22,8 @@ pub enum Beginning {
 pub struct Detokenizer {
     pieces: Arc<Pieces>,
     skip_special: bool,
+    /// Special, and text nevertheless.
+    kept: Arc<[u32]>,
     /// Spaces that may still be dropped.
     leading_spaces: usize,
     /// Bytes of a character that is not complete; at most 3 between calls.
@@ -35,7 +37,12 @@ impl Detokenizer {
             Beginning::Text => pieces.joining().leading_spaces,
             Beginning::Continuation => 0,
         };
-        Self { pieces, skip_special, leading_spaces, pending: Vec::new() }
+        Self { pieces, skip_special, kept: Arc::default(), leading_spaces, pending: Vec::new() }
+    }
+
+    /// With markup that somebody reads behind it: these ids are text.
+    pub fn keeping(self, kept: Arc<[u32]>) -> Self {
+        Self { kept, ..self }
     }
 
     /// Takes the next id; appends the text that is now certain.
@@ -43,7 +50,7 @@ impl Detokenizer {
         let pieces = Arc::clone(&self.pieces);
         let bytes = match pieces.get(id) {
             Piece::None => return,
-            Piece::Special(_) if self.skip_special => return,
+            Piece::Special(_) if self.skip_special && !self.kept.contains(&id) => return,
             Piece::Special(bytes) | Piece::Bytes(bytes) => bytes,
             Piece::Byte(byte) => {
                 self.pending.push(byte);

@@ -1,5 +1,5 @@
 //! JSON as Python's `json.dumps` writes it: what chat templates were trained with. Called by `template` (`tojson`) and by
-//! `tools` (arguments of calls).
+//! `answer` (arguments of calls).
 
 use std::fmt::Write;
 

@@ -1,5 +1,6 @@
-//! Text in and out: templates, tokenizing, detokenizing, stop strings, tool calls. The gateway (`api`) is the only caller.
+//! Text in and out: templates, tokenizing, detokenizing, stop strings, reasoning and tool calls. The gateway (`api`) is the only caller.
 
+pub mod answer;
 pub mod detokenizer;
 pub mod generation;
 pub mod json;
@@ -8,7 +9,6 @@ pub mod stop;
 pub mod strftime;
 pub mod template;
 pub mod tokenizer;
-pub mod tools;
 
 use std::path::{Path, PathBuf};
 
@@ -19,7 +19,6 @@ pub use generation::Defaults;
 pub use stop::{StopMatcher, StopStrings};
 pub use template::{Conversation, TemplateError, Templates};
 pub use tokenizer::Tokenizer;
-pub use tools::{ToolCall, ToolParser};
 
 /// Why a model's text files cannot be used, or a text cannot be encoded.
 #[derive(Debug, thiserror::Error)]
@@ -106,9 +105,19 @@ impl ModelText {
         Ok(Self { tokenizer, templates, defaults })
     }
 
-    /// True if the model's tool calls can be read from its text.
-    pub fn reads_tool_calls(&self) -> bool {
-        self.templates.source(true).is_some_and(tools::template_is_hermes)
+    /// The form of the model's tool calls, if its template teaches one that can be read.
+    pub fn tool_family(&self) -> Option<answer::Family> {
+        self.templates.source(true).and_then(answer::Family::of_template)
+    }
+
+    /// True if the model reasons between tags before it answers.
+    pub fn reasons(&self) -> bool {
+        self.templates.source(false).is_some_and(|source| source.contains("</think>"))
+    }
+
+    /// True if the template asks for this variable.
+    pub fn template_has(&self, variable: &str) -> bool {
+        self.templates.source(false).is_some_and(|source| source.contains(variable))
     }
 
     /// True if the template itself knows the role `developer`; otherwise it is another name for `system`.

@@ -29,7 +29,7 @@ async fn a_chat_is_rendered_tokenized_and_answered() {
     assert_eq!(
         body["usage"],
         json!({"prompt_tokens": prompt.len(), "completion_tokens": output, "total_tokens": prompt.len() + output,
-            "prompt_tokens_details": {"cached_tokens": 8}})
+            "prompt_tokens_details": {"cached_tokens": 8}, "completion_tokens_details": {"reasoning_tokens": 0}})
     );
     assert_eq!((&body["object"], &body["model"]), (&json!("chat.completion"), &json!("tiny")));
     let seen = gateway.last();

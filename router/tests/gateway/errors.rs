@@ -45,7 +45,7 @@ async fn wrong_requests_are_told_what_is_wrong() {
             "unsupported_parameter",
             "response_format",
         ),
-        (json!({"messages": user, "reasoning_effort": "low"}), "unsupported_parameter", "reasoning_effort"),
+        (json!({"messages": user, "reasoning_effort": "extreme"}), "invalid_value", "reasoning_effort"),
         (json!({"messages": user, "functions": []}), "unsupported_parameter", "functions"),
         (json!({"messages": user, "tool_choice": "required"}), "unsupported_parameter", "tool_choice"),
         (json!({"messages": user, "suffix": "x"}), "unsupported_parameter", "suffix"),

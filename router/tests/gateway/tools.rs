@@ -49,12 +49,14 @@ async fn streamed_calls_carry_their_index() {
         .filter_map(|chunk| chunk["choices"][0]["delta"]["tool_calls"].as_array())
         .flatten()
         .collect();
-    let told: Vec<(&Value, &Value)> =
-        calls.iter().map(|call| (&call["index"], &call["function"]["arguments"])).collect();
-    assert_eq!(
-        told,
-        [(&json!(0), &json!("{\"city\": \"Bern\"}")), (&json!(1), &json!("{\"city\": \"Ulm\"}"))]
-    );
+    let told = |index: u64| -> String {
+        let of = calls.iter().filter(|call| call["index"] == index);
+        of.filter_map(|call| call["function"]["arguments"].as_str()).collect()
+    };
+    assert_eq!([told(0), told(1)], ["{\"city\": \"Bern\"}", "{\"city\": \"Ulm\"}"]);
+    assert!(calls.len() > 4, "arguments come piece by piece: {calls:?}");
+    let begun: Vec<&Value> = calls.iter().filter_map(|call| call.get("id")).collect();
+    assert!(begun.len() == 2 && begun[0] != begun[1], "{calls:?}");
     assert_eq!(chunks.last().unwrap()["choices"][0]["finish_reason"], "tool_calls");
 }
 
@@ -99,8 +101,42 @@ async fn a_conversation_with_results_goes_back_to_the_model() {
 #[tokio::test]
 async fn a_model_whose_calls_we_cannot_read_refuses_tools() {
     let mut config = crate::mock::config();
-    config.model_dir = crate::mock::fixture("llama");
+    config.tool_parser = Some(None);
     let gateway = Gateway::with(config, |_| says("x")).await;
     let (status, answer) = gateway.ask(CHAT, &body()).await;
     assert_eq!((status, &answer["error"]["param"]), (400, &json!("tools")));
+}
+
+#[tokio::test]
+async fn reasoning_has_a_place_and_a_count_of_its_own() {
+    let gateway = Gateway::new(|_| says("<think>\nHm, hm.\n</think>\n\nYes.")).await;
+    let mut body = json!({"messages": [{"role": "user", "content": "Really?"}]});
+    let (_, answer) = gateway.ask(CHAT, &body).await;
+    let message = &answer["choices"][0]["message"];
+    assert_eq!((&message["reasoning_content"], &message["content"]), (&json!("Hm, hm."), &json!("Yes.")));
+    let inside = encode("<think>\nHm, hm.\n</think>").len();
+    assert_eq!(answer["usage"]["completion_tokens_details"]["reasoning_tokens"], inside);
+    body["stream"] = true.into();
+    let chunks = gateway.chunks(CHAT, &body).await;
+    let reasoning: String = chunks
+        .iter()
+        .filter_map(|chunk| chunk["choices"][0]["delta"]["reasoning_content"].as_str())
+        .collect();
+    assert_eq!((reasoning.as_str(), content(&chunks).as_str()), ("Hm, hm.", "Yes."));
+    body["stream"] = false.into();
+    body["include_reasoning"] = false.into();
+    let (_, answer) = gateway.ask(CHAT, &body).await;
+    assert_eq!(
+        answer["choices"][0]["message"],
+        json!({"role": "assistant", "content": "Yes.", "refusal": null})
+    );
+}
+
+#[tokio::test]
+async fn the_effort_none_closes_the_thought_in_the_prompt() {
+    let gateway = Gateway::new(|_| says("Yes.")).await;
+    let body = json!({"messages": [{"role": "user", "content": "?"}], "reasoning_effort": "none"});
+    assert_eq!(gateway.ask(CHAT, &body).await.0, 200);
+    let prompt = crate::mock::tokenizer().decode(&gateway.last().tokens, false);
+    assert!(prompt.ends_with("<think>\n\n</think>\n\n"), "{prompt}");
 }
