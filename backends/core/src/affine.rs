@@ -66,7 +66,39 @@ impl QuantView<'_> {
     }
 }
 
+/// The scales among the codes of a block of 256 columns, as they are stored.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct SuperScales {
+    /// Factor of the scales.
+    pub d: f16,
+    /// Factor of the minima; 0 where there are none.
+    pub dmin: f16,
+    /// Scale of each group: unsigned of 6 bits, or (Q6_K) signed of 8.
+    pub scales: [u8; 16],
+    /// Minimum of each group, 6 bits.
+    pub minima: [u8; 16],
+}
+
 impl GgufBlock {
+    /// The scales of one block; `None` for blocks of 32.
+    pub fn super_scales(self, block: &[u8]) -> Option<SuperScales> {
+        let half = |at: usize| f16::from_le_bytes([block[at], block[at + 1]]);
+        let (mut scales, mut minima) = ([0; 16], [0; 16]);
+        match self {
+            Self::Q4K | Self::Q5K => {
+                for sub in 0..8 {
+                    (scales[sub], minima[sub]) = six_bits(&block[4..16], sub);
+                }
+                Some(SuperScales { d: half(0), dmin: half(2), scales, minima })
+            }
+            Self::Q6K => {
+                scales.copy_from_slice(&block[192..208]);
+                Some(SuperScales { d: half(208), dmin: f16::ZERO, scales, minima })
+            }
+            _ => None,
+        }
+    }
+
     /// One block; the numbers are those of its decoder.
     fn affine(self, block: &[u8], codes: &mut [u8], scales: &mut [f32], biases: &mut [f32]) {
         let half = |at: usize| f16::from_le_bytes([block[at], block[at + 1]]).to_f32();

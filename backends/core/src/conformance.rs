@@ -6,12 +6,17 @@
 
 mod attention;
 mod cache;
+mod coded;
 mod draws;
 mod exact;
+mod experts;
 mod latent;
 mod operations;
 mod projection;
+mod quantised;
 mod reference;
+
+pub use coded::QUANTS;
 
 use std::io;
 
@@ -19,7 +24,7 @@ use half::{bf16, f16};
 
 use crate::{
     Backend, BackendError, Batch, DType, DeviceOptions, Group, KSum, KvSpec, KvStore, Linear, Out, Output,
-    SeqId, Step, TensorView, WeightSource,
+    Quant, SeqId, Step, TensorView, WeightSource,
 };
 
 /// Opens a backend as one rank of a group.
@@ -38,6 +43,8 @@ pub struct Suite<'a, B: Backend> {
     pub dtypes: &'a [DType],
     /// Makes the links of a group of so many ranks, in order of rank; `None`: groups are not tested.
     pub group: Option<MakeGroup>,
+    /// Formats of [`QUANTS`] that the backend multiplies by; the others it must refuse.
+    pub quants: &'a [Quant],
 }
 
 /// Largest error of a result, as a part of the largest magnitude in the reference.
@@ -76,6 +83,8 @@ impl<'a, B: Backend> Suite<'a, B> {
             attention::cases(),
             projection::cases(),
             latent::cases(),
+            quantised::cases(),
+            experts::cases(),
             cache::cases(),
             exact::cases(),
         ]

@@ -21,7 +21,7 @@ pub mod seam;
 pub mod spec;
 pub mod weight;
 
-pub use affine::AffineForm;
+pub use affine::{AffineForm, SuperScales};
 pub use batch::{Batch, Input, Run, SeqId};
 pub use draw::{Draw, Drawn, Noise, Rule};
 pub use dtype::DType;

@@ -6,6 +6,7 @@ use crate::kernel::Kernels;
 use crate::kv::CpuKv;
 use crate::level::Level;
 use crate::memory::Arena;
+use crate::moe::Plan;
 use crate::packed::CpuWeight;
 use crate::peers::Peers;
 use crate::pool::Pool;
@@ -21,6 +22,8 @@ pub struct CpuBackend {
     pub(crate) pool: Pool,
     pub(crate) arena: Arena,
     pub(crate) peers: Peers,
+    /// Memory of mixtures of experts.
+    pub(crate) plan: Plan,
     /// What each row of the step before drew; on ranks but the first, as many places.
     pub(crate) drawn: Vec<Option<u32>>,
 }
@@ -44,6 +47,7 @@ impl CpuBackend {
             pool: Pool::new(options.threads),
             arena: Arena::default(),
             peers: Peers::new(group)?,
+            plan: Plan::default(),
             drawn: Vec::new(),
         })
     }

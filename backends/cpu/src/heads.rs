@@ -1,11 +1,12 @@
 //! One small product per head: `[rows, heads, in] -> [rows, heads, out]`, for latent attention.
 
-use backend::{BackendError, DType, Heads, KSum, Linear, MatrixView, TensorView};
+use backend::{BackendError, DType, Heads, MatrixView, TensorView};
 use half::bf16;
 
 use crate::kernel::{Kernels, Sweep};
 use crate::lanes::LANES;
-use crate::packed::{Packed, weight_error};
+use crate::packed::weight_error;
+use crate::plain::Plain;
 use crate::pool::Pool;
 
 /// Rows of one task at most.
@@ -18,7 +19,7 @@ pub(crate) struct PackedHeads {
     pub(crate) inputs: usize,
     pub(crate) outputs: usize,
     /// Heads one below the other, each padded to whole panels.
-    packed: Packed,
+    packed: Plain,
 }
 
 /// One call: where heads' inputs and outputs are.
@@ -79,8 +80,7 @@ impl PackedHeads {
             row_stride_bytes: inputs * stored.bytes(),
             bytes: &bytes,
         };
-        let linear = Linear { parts: vec![view.into()], bias: None, sum: KSum::Ascending };
-        let packed = Packed::pack(&linear, kernels, pool)?;
+        let packed = Plain::pack(&view, kernels, pool)?;
         Ok(PackedHeads { heads: source.heads.len(), inputs, outputs, packed })
     }
 }

@@ -1,10 +1,12 @@
 //! The inner loops, written once over [`Lanes`](crate::lanes::Lanes) and compiled per instruction level. Everything above
 //! works with a table of these functions, so no other file knows about instructions.
 
+mod codes;
 mod rows;
 mod sweep;
 
 use crate::lanes::LANES;
+pub(crate) use codes::{Code, Decode, E4M3_SCALE, Form, Scale, Zero};
 pub(crate) use sweep::{Layout, Sweep};
 
 /// The kernels of one instruction level. Lengths count floats; `bf16` rounds results (and inputs, for which that is no
@@ -14,6 +16,7 @@ pub(crate) use sweep::{Layout, Sweep};
 #[derive(Debug)]
 pub(crate) struct Kernels {
     pub(crate) sweep: unsafe fn(&Sweep),
+    pub(crate) decode: unsafe fn(&Decode<'_>),
     /// `out = x / rms(x) * weight` of `n` floats.
     pub(crate) norm:
         unsafe fn(x: *const f32, weight: *const f32, out: *mut f32, n: usize, eps: f32, bf16: bool),
@@ -44,14 +47,20 @@ pub(crate) struct Kernels {
 macro_rules! level {
     ($level:ident, $lanes:ty $(, $features:literal)?) => {
         pub(crate) mod $level {
-            use super::{Kernels, LANES, Sweep};
+            use super::{Decode, Kernels, LANES, Sweep};
 
-            pub(crate) static KERNELS: Kernels = Kernels { sweep, norm, add, silu, round, rotate, narrow, transpose, softmax, blend, divide, exp };
+            pub(crate) static KERNELS: Kernels = Kernels { sweep, decode, norm, add, silu, round, rotate, narrow, transpose, softmax, blend, divide, exp };
 
             $(#[target_feature(enable = $features)])?
             unsafe fn sweep(s: &Sweep) {
                 // SAFETY: the caller's promise; the instructions are those of this level.
                 unsafe { super::sweep::sweep::<$lanes>(s) }
+            }
+
+            $(#[target_feature(enable = $features)])?
+            unsafe fn decode(d: &Decode<'_>) {
+                // SAFETY: the caller's promise; the instructions are those of this level.
+                unsafe { super::codes::decode::<$lanes>(d) }
             }
 
             $(#[target_feature(enable = $features)])?

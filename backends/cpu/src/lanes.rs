@@ -10,6 +10,9 @@ pub(crate) mod portable;
 /// Floats of a [`Lanes`].
 pub(crate) const LANES: usize = 16;
 
+/// E4M3 in the places of an IEEE half is smaller by this: the exponents' biases differ by 8.
+pub(crate) const E4M3_FACTOR: f32 = 1.0 / 256.0;
+
 /// Sixteen `f32`. Pointers need no alignment.
 ///
 /// # Safety
@@ -32,6 +35,15 @@ pub(crate) trait Lanes: Copy {
     unsafe fn load_bf16_odd(p: *const u16) -> Self;
     /// 16 IEEE halves at `p`.
     unsafe fn load_f16(p: *const u16) -> Self;
+    /// 16 unsigned bytes at `p`, as whole numbers.
+    unsafe fn load_u8(p: *const u8) -> Self;
+    /// 16 signed bytes at `p`, as whole numbers.
+    unsafe fn load_i8(p: *const u8) -> Self;
+    /// 16 E4M3 at `p`, each times [`E4M3_FACTOR`]; not-a-number comes out as a number.
+    unsafe fn load_e4m3(p: *const u8) -> Self;
+    /// Codes of `BITS` (2 to 6) at 8 consecutive inputs, as whole numbers: those of eighth `octet` of the 32 inputs at
+    /// `chunk`, in the planes of [`crate::coded`].
+    unsafe fn codes<const BITS: usize>(chunk: *const u8, octet: usize) -> [Self; 8];
     /// The upper halves to 16 bf16 at `p`: exact for values that are bf16 already.
     unsafe fn store_bf16(self, p: *mut u16);
 

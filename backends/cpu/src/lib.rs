@@ -2,10 +2,12 @@
 //! [`backend`] to the bit.
 //!
 //! [`CpuBackend`] is opened by node start-up. Inside: `kernel` holds the inner loops, written once over `lanes` and
-//! compiled for each instruction [`Level`]; `packed` and `product` are linear layers, `attend` is attention, `kv` and
+//! compiled for each instruction [`Level`]; `packed` (of panels: `plain` and `coded`) and `product` are linear layers, `moe`
+//! and `route` mixtures of experts, `attend` is attention, `kv` and
 //! `lease` the paged cache, `collect` and `peers` the collectives, `pool` the threads.
 
 mod attend;
+mod coded;
 mod collect;
 mod device;
 mod heads;
@@ -15,11 +17,14 @@ mod lanes;
 mod lease;
 mod level;
 mod memory;
+mod moe;
 mod packed;
 mod peers;
+mod plain;
 mod pool;
 mod product;
 mod rope;
+mod route;
 mod step;
 
 pub use device::CpuBackend;

@@ -80,6 +80,35 @@ impl Drop for Memory {
     }
 }
 
+/// A part of a block of memory, shared with the owners of its other parts. The default is nowhere: no byte of it is used.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Place(Option<(Arc<Memory>, usize)>);
+
+impl Place {
+    /// Places of the given sizes in one block.
+    pub(crate) fn cut(sizes: &[usize]) -> Result<Vec<Place>, BackendError> {
+        let mut end = 0;
+        let starts: Vec<usize> = sizes
+            .iter()
+            .map(|bytes| {
+                let start = end;
+                end += bytes.next_multiple_of(LINE_BYTES);
+                start
+            })
+            .collect();
+        let memory = Arc::new(Memory::unwritten(end)?);
+        Ok(starts.into_iter().map(|start| Place(Some((memory.clone(), start)))).collect())
+    }
+
+    /// The address `offset` bytes from the start.
+    pub(crate) fn at(&self, offset: usize) -> *mut u8 {
+        match &self.0 {
+            Some((memory, start)) => memory.at(start + offset),
+            None => std::ptr::dangling_mut(),
+        }
+    }
+}
+
 /// Buffers of past activations, for reuse: a running model allocates nothing.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct Arena(Arc<Mutex<Vec<Memory>>>);

@@ -1,14 +1,18 @@
-//! Weights as the kernels read them: panels of 16 outputs, K-major, packed once at load. bf16 stays bf16 in pairs along
-//! K (the layout of AMX and AVX-512 BF16 tiles too), f16 stays f16, f32 stays f32.
+//! Weights as this backend keeps them, packed once at load. A product is one or several segments of panels, each of one
+//! format: quantised parts stay quantised, parts of different formats lie beside each other.
+
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use backend::weight::widen;
 use backend::{BackendError, DType, KSum, Linear, MatrixView, TensorView, WeightSource};
-use half::{bf16, f16};
+use half::bf16;
 
+use crate::coded::Coded;
 use crate::heads::PackedHeads;
-use crate::kernel::{Kernels, Layout};
+use crate::kernel::Kernels;
 use crate::lanes::LANES;
-use crate::memory::Memory;
+use crate::memory::Place;
+use crate::plain::Plain;
 use crate::pool::Pool;
 
 /// A weight of the CPU backend.
@@ -18,6 +22,8 @@ pub struct CpuWeight(pub(crate) Kind);
 #[derive(Debug)]
 pub(crate) enum Kind {
     Product(Packed),
+    /// A product per expert, all in one block of memory: equal shapes, sums and cuts into segments.
+    Experts(Vec<Packed>),
     Heads(PackedHeads),
     Table(Table),
     /// A norm's scale or a bias, rounded to the step's dtype.
@@ -29,11 +35,25 @@ pub(crate) enum Kind {
 pub(crate) struct Packed {
     pub(crate) outputs: usize,
     pub(crate) inputs: usize,
-    pub(crate) layout: Layout,
     /// Ranges of K that are summed apart: 1, or the tree's.
     pub(crate) ranges: usize,
     pub(crate) bias: Option<Vec<f32>>,
-    memory: Memory,
+    pub(crate) segments: Vec<Segment>,
+}
+
+/// Consecutive outputs in panels of one format.
+#[derive(Debug)]
+pub(crate) struct Segment {
+    /// First output.
+    pub(crate) first: usize,
+    pub(crate) outputs: usize,
+    panels: Panels,
+}
+
+#[derive(Debug)]
+enum Panels {
+    Plain(Plain),
+    Coded(Coded),
 }
 
 /// An embedding table in the checkpoint's type, row by row.
@@ -51,141 +71,214 @@ impl Packed {
         self.inputs / self.ranges
     }
 
+    /// The inputs' weights of one output, as floats.
+    pub(crate) fn output(&self, kernels: &Kernels, output: usize, out: &mut [f32]) {
+        let holds = |segment: &&Segment| output < segment.first + segment.outputs;
+        let Some(segment) = self.segments.iter().find(holds) else { return };
+        match &segment.panels {
+            Panels::Plain(plain) => plain.output(output - segment.first, out),
+            Panels::Coded(coded) => coded.output(kernels, output - segment.first, out),
+        }
+    }
+
+    /// Where segments begin and end: equal for weights whose panels can be walked side by side.
+    pub(crate) fn cuts(&self) -> impl PartialEq + use<> {
+        self.segments.iter().map(|segment| (segment.first, segment.outputs)).collect::<Vec<_>>()
+    }
+
+    fn pack(linear: &Linear<'_>, kernels: &Kernels, pool: &Pool) -> Result<Self, BackendError> {
+        let mut packed = pack(std::slice::from_ref(linear), kernels, pool)?;
+        // One weight for one linear layer.
+        packed.pop().ok_or_else(|| weight_error("", "a linear layer without parts".to_owned()))
+    }
+}
+
+impl Segment {
     /// Panels of 16 outputs; the last may be padded.
     pub(crate) fn panels(&self) -> usize {
         self.outputs.div_ceil(LANES)
     }
 
-    fn element_bytes(&self) -> usize {
-        if self.layout == Layout::F32 { 4 } else { 2 }
+    /// Sums of range `range` of `[0, ranges)` over its inputs: `acc[row][panel * 16 + lane]` for `panels` panels from
+    /// `panel` on. `x` begins at the range's first input.
+    ///
+    /// # Safety
+    /// `x` and `acc` are valid for the rows and panels, `buffer` for [`crate::coded::DECODED_FLOATS`].
+    #[allow(clippy::too_many_arguments)] // the operands of one product, named by its two callers
+    pub(crate) unsafe fn sum(
+        &self,
+        kernels: &Kernels,
+        (range, ranges): (usize, usize),
+        panels: (usize, usize),
+        x: *const f32,
+        x_stride: usize,
+        rows: usize,
+        acc: *mut f32,
+        buffer: *mut f32,
+    ) {
+        // SAFETY: the caller's.
+        unsafe {
+            match &self.panels {
+                Panels::Plain(plain) => plain.sum(kernels, range, panels, x, x_stride, rows, acc),
+                Panels::Coded(coded) => {
+                    let inputs = coded.inputs / ranges;
+                    let inputs = (range * inputs, (range + 1) * inputs);
+                    coded.sum(kernels, inputs, panels, x, x_stride, rows, acc, buffer);
+                }
+            }
+        }
     }
 
-    /// Elements of one range of one panel. An odd range of bf16 is padded to whole pairs.
-    fn range_elements(&self) -> usize {
-        let inputs = self.range_inputs();
-        LANES * if self.layout == Layout::Bf16Pairs { inputs.next_multiple_of(2) } else { inputs }
+    fn bytes(&self) -> usize {
+        match &self.panels {
+            Panels::Plain(plain) => plain.bytes(),
+            Panels::Coded(coded) => coded.bytes(),
+        }
     }
 
-    /// Elements from one panel to the next.
-    pub(crate) fn panel_elements(&self) -> usize {
-        self.ranges * self.range_elements()
+    fn put(&mut self, place: Place) {
+        match &mut self.panels {
+            Panels::Plain(plain) => plain.place = place,
+            Panels::Coded(coded) => coded.place = place,
+        }
     }
+}
 
-    /// Where input `k` (even) of range `range` of `panel` lies.
-    pub(crate) fn at(&self, panel: usize, range: usize, k: usize) -> *const u8 {
-        let elements = panel * self.panel_elements() + range * self.range_elements() + k * LANES;
-        self.memory.at(elements * self.element_bytes())
-    }
+/// A segment and the parts it is made of.
+struct Draft<'a> {
+    segment: Segment,
+    parts: Vec<MatrixView<'a>>,
+}
 
-    /// The inputs' weights of one output, as floats.
-    pub(crate) fn output(&self, output: usize, out: &mut [f32]) {
-        let (panel, lane) = (output / LANES, output % LANES);
-        for (range, out) in out.chunks_exact_mut(self.range_inputs()).enumerate() {
-            let at = self.at(panel, range, 0);
-            for (k, x) in out.iter_mut().enumerate() {
-                // SAFETY: the element of (k, lane) lies within this panel's range, written by `pack`.
-                *x = unsafe {
-                    match self.layout {
-                        Layout::Bf16Pairs => {
-                            let pair = at.cast::<u16>().add((k & !1) * LANES + lane * 2);
-                            bf16::from_bits(*pair.add(k & 1)).to_f32()
-                        }
-                        Layout::F16 => f16::from_bits(*at.cast::<u16>().add(k * LANES + lane)).to_f32(),
-                        Layout::Bf16 | Layout::F32 => *at.cast::<f32>().add(k * LANES + lane),
+impl Draft<'_> {
+    /// Writes all panels. Errors when codes are not numbers.
+    fn fill(&self, kernels: &Kernels, pool: &Pool) -> Result<(), BackendError> {
+        let rows: Vec<(&MatrixView<'_>, usize)> =
+            self.parts.iter().flat_map(|part| (0..part.rows()).map(move |row| (part, row))).collect();
+        let numbers = AtomicBool::new(true);
+        pool.run(self.segment.panels(), usize::MAX, |panel, _| {
+            let rows = &rows[panel * LANES..rows.len().min((panel + 1) * LANES)];
+            match &self.segment.panels {
+                Panels::Plain(plain) => plain.pack_panel(panel, rows, kernels),
+                Panels::Coded(coded) => {
+                    if !coded.pack_panel(panel, rows) {
+                        numbers.store(false, Ordering::Relaxed);
                     }
-                };
+                }
             }
-        }
-    }
-
-    pub(crate) fn pack(linear: &Linear<'_>, kernels: &Kernels, pool: &Pool) -> Result<Self, BackendError> {
-        let Some(first) = linear.parts.first() else {
-            return Err(weight_error("", "a linear layer without parts".to_owned()));
-        };
-        let first = plain(std::slice::from_ref(first))?[0];
-        let parts = plain(&linear.parts)?;
-        for part in &parts {
-            if part.cols != first.cols {
-                let reason = format!("{} columns beside {} of {}", part.cols, first.cols, first.name);
-                return Err(weight_error(part.name, reason));
-            }
-        }
-        let (ranges, tree) = match linear.sum {
-            KSum::Ascending => (1, false),
-            KSum::Tree { ranges } => (ranges, true),
-        };
-        if ![1, 2, 4, 8].contains(&ranges) || first.cols % ranges != 0 {
-            return Err(weight_error(first.name, format!("{} columns in {ranges} ranges", first.cols)));
-        }
-        if tree && linear.bias.is_some() {
-            return Err(weight_error(first.name, "a bias belongs after the join of a tree".to_owned()));
-        }
-        let same = parts.iter().all(|part| part.dtype == first.dtype);
-        let layout = match first.dtype {
-            DType::BF16 if same => Layout::Bf16Pairs,
-            DType::F16 if same => Layout::F16,
-            _ => Layout::F32,
-        };
-        let outputs = parts.iter().map(|part| part.rows).sum();
-        let bias = linear.bias.as_ref().map(|parts| stacked_bias(parts, outputs)).transpose()?;
-        let inputs = first.cols;
-        let mut packed = Packed { outputs, inputs, layout, ranges, bias, memory: Memory::unwritten(0)? };
-        let bytes = packed.panels() * packed.panel_elements() * packed.element_bytes();
-        packed.memory = Memory::unwritten(bytes)?;
-        let rows: Vec<(&TensorView<'_>, usize)> =
-            parts.iter().flat_map(|part| (0..part.rows).map(move |row| (part, row))).collect();
-        pool.run(packed.panels(), usize::MAX, |panel, _| {
-            let end = rows.len().min((panel + 1) * LANES);
-            packed.pack_panel(panel, &rows[panel * LANES..end], kernels);
         });
-        Ok(packed)
-    }
-
-    fn pack_panel(&self, panel: usize, rows: &[(&TensorView<'_>, usize)], kernels: &Kernels) {
-        let inputs = self.range_inputs();
-        let padded = inputs.next_multiple_of(2);
-        for range in 0..self.ranges {
-            let out = self.at(panel, range, 0).cast_mut();
-            // One range of up to 16 rows in this layout's type, then turned K-major. Missing rows are zeros.
-            match self.layout {
-                Layout::Bf16Pairs => {
-                    let mut lines = vec![0u16; LANES * padded];
-                    for (line, (part, row)) in lines.chunks_exact_mut(padded).zip(rows) {
-                        let bytes = &part.row(*row)[range * inputs * 2..][..inputs * 2];
-                        for (x, pair) in line.iter_mut().zip(bytes.as_chunks::<2>().0) {
-                            *x = u16::from_le_bytes(*pair);
-                        }
-                    }
-                    let rows = std::array::from_fn(|row| lines[row * padded..].as_ptr().cast::<u8>());
-                    // SAFETY: each row has padded / 2 words, and `out` room for 16 times as many: this panel's range,
-                    // which no other task writes.
-                    unsafe { (kernels.transpose)(&rows, padded / 2, out.cast()) };
-                }
-                Layout::F16 => {
-                    for (lane, k) in (0..LANES).flat_map(|lane| (0..inputs).map(move |k| (lane, k))) {
-                        let half = rows.get(lane).map_or(0, |(part, row)| {
-                            let at = (range * inputs + k) * 2;
-                            let bytes = part.row(*row);
-                            u16::from_le_bytes([bytes[at], bytes[at + 1]])
-                        });
-                        // SAFETY: [k][lane] of this panel's range, which no other task writes.
-                        unsafe { *out.cast::<u16>().add(k * LANES + lane) = half };
-                    }
-                }
-                Layout::Bf16 | Layout::F32 => {
-                    let mut lines = vec![0f32; LANES * inputs];
-                    for (line, (part, row)) in lines.chunks_exact_mut(inputs).zip(rows) {
-                        let size = part.dtype.bytes();
-                        widen(part.dtype, &part.row(*row)[range * inputs * size..][..inputs * size], line);
-                    }
-                    let rows = std::array::from_fn(|row| lines[row * inputs..].as_ptr().cast::<u8>());
-                    // SAFETY: each row has `inputs` words, and `out` room for 16 times as many: this panel's range,
-                    // which no other task writes.
-                    unsafe { (kernels.transpose)(&rows, inputs, out.cast()) };
-                }
-            }
+        match (numbers.into_inner(), self.parts.first()) {
+            (false, Some(part)) => Err(weight_error(part.name(), "codes that are not numbers".to_owned())),
+            _ => Ok(()),
         }
     }
+}
+
+/// Packs linear layers into one block of memory.
+fn pack(linears: &[Linear<'_>], kernels: &Kernels, pool: &Pool) -> Result<Vec<Packed>, BackendError> {
+    let mut all = linears.iter().map(draft).collect::<Result<Vec<_>, _>>()?;
+    let sizes: Vec<usize> =
+        all.iter().flat_map(|(_, drafts)| drafts).map(|draft| draft.segment.bytes()).collect();
+    let places = Place::cut(&sizes)?;
+    for (draft, place) in all.iter_mut().flat_map(|(_, drafts)| drafts).zip(places) {
+        draft.segment.put(place);
+        draft.fill(kernels, pool)?;
+    }
+    let whole = |(mut packed, drafts): (Packed, Vec<Draft<'_>>)| {
+        packed.segments = drafts.into_iter().map(|draft| draft.segment).collect();
+        packed
+    };
+    Ok(all.into_iter().map(whole).collect())
+}
+
+/// What a linear layer becomes, checked: its numbers and its segments, which have no place yet.
+fn draft<'a>(linear: &Linear<'a>) -> Result<(Packed, Vec<Draft<'a>>), BackendError> {
+    let Some(first) = linear.parts.first() else {
+        return Err(weight_error("", "a linear layer without parts".to_owned()));
+    };
+    let inputs = first.cols();
+    for part in &linear.parts {
+        part.check()?;
+        if part.cols() != inputs {
+            let reason = format!("{} columns beside {inputs} of {}", part.cols(), first.name());
+            return Err(weight_error(part.name(), reason));
+        }
+    }
+    let (ranges, tree) = match linear.sum {
+        KSum::Ascending => (1, false),
+        KSum::Tree { ranges } => (ranges, true),
+    };
+    if ![1, 2, 4, 8].contains(&ranges) || !inputs.is_multiple_of(ranges) {
+        return Err(weight_error(first.name(), format!("{inputs} columns in {ranges} ranges")));
+    }
+    if tree && linear.bias.is_some() {
+        return Err(weight_error(first.name(), "a bias belongs after the join of a tree".to_owned()));
+    }
+    let mut drafts: Vec<Draft<'a>> = Vec::new();
+    let mut outputs = 0;
+    for part in &linear.parts {
+        // Parts of one format share panels.
+        match drafts.last_mut().filter(|draft| draft.takes(part, ranges)) {
+            Some(draft) => {
+                draft.parts.push(*part);
+                draft.segment.outputs += part.rows();
+            }
+            None => {
+                let segment = Segment { first: outputs, outputs: part.rows(), panels: panels(part, ranges) };
+                drafts.push(Draft { segment, parts: vec![*part] });
+            }
+        }
+        outputs += part.rows();
+    }
+    for draft in &mut drafts {
+        match &mut draft.segment.panels {
+            Panels::Plain(plain) => plain.outputs = draft.segment.outputs,
+            Panels::Coded(coded) => coded.outputs = draft.segment.outputs,
+        }
+    }
+    let bias = linear.bias.as_ref().map(|parts| stacked_bias(parts, outputs)).transpose()?;
+    Ok((Packed { outputs, inputs, ranges, bias, segments: Vec::new() }, drafts))
+}
+
+impl Draft<'_> {
+    fn takes(&self, part: &MatrixView<'_>, ranges: usize) -> bool {
+        match (&self.segment.panels, panels(part, ranges)) {
+            (Panels::Plain(own), Panels::Plain(other)) => own.layout == other.layout,
+            (Panels::Coded(own), Panels::Coded(other)) => own.form == other.form,
+            _ => false,
+        }
+    }
+}
+
+/// Panels for `part` alone, without a place.
+fn panels(part: &MatrixView<'_>, ranges: usize) -> Panels {
+    let (outputs, inputs) = (part.rows(), part.cols());
+    match part {
+        MatrixView::Plain(view) => Panels::Plain(Plain::new(outputs, inputs, ranges, view.dtype)),
+        MatrixView::Quantised(view) => match Coded::new(view) {
+            Some(coded) => Panels::Coded(coded),
+            // Scales that change from one input to the next are no smaller than numbers.
+            None => Panels::Plain(Plain::new(outputs, inputs, ranges, DType::F32)),
+        },
+    }
+}
+
+/// Packs the experts of a mixture.
+fn experts(linears: &[Linear<'_>], kernels: &Kernels, pool: &Pool) -> Result<Vec<Packed>, BackendError> {
+    let name = linears.first().and_then(|linear| linear.parts.first()).map_or("", |part| part.name());
+    let packed = pack(linears, kernels, pool)?;
+    let Some(first) = packed.first() else {
+        return Err(weight_error("", "a mixture of no experts".to_owned()));
+    };
+    for (at, expert) in packed.iter().enumerate() {
+        let same = (expert.inputs, expert.ranges) == (first.inputs, first.ranges);
+        if !same || expert.cuts() != first.cuts() || expert.bias.is_some() {
+            let shape = |packed: &Packed| format!("{} x {}", packed.outputs, packed.inputs);
+            let reason = format!("expert {at} of {} beside {}", shape(expert), shape(first));
+            return Err(weight_error(name, reason));
+        }
+    }
+    Ok(packed)
 }
 
 impl Table {
@@ -205,11 +298,16 @@ impl CpuWeight {
     ) -> Result<Self, BackendError> {
         let kind = match source {
             WeightSource::Linear(linear) => Kind::Product(Packed::pack(linear, kernels, pool)?),
-            WeightSource::Embedding(view) => {
-                let view = plain(std::slice::from_ref(view))?[0];
+            WeightSource::Embedding(MatrixView::Plain(view)) => {
+                view.check()?;
                 let mut bytes = Vec::with_capacity(view.rows * view.cols * view.dtype.bytes());
                 (0..view.rows).for_each(|row| bytes.extend_from_slice(view.row(row)));
                 Kind::Table(Table { rows: view.rows, cols: view.cols, dtype: view.dtype, bytes })
+            }
+            // Rows are decoded on use, as those of a tied table are.
+            WeightSource::Embedding(table @ MatrixView::Quantised(_)) => {
+                let linear = Linear { parts: vec![*table], bias: None, sum: KSum::Ascending };
+                Kind::Product(Packed::pack(&linear, kernels, pool)?)
             }
             WeightSource::Norm(view) | WeightSource::Bias(view) | WeightSource::Exact(view) => {
                 view.check()?;
@@ -227,9 +325,7 @@ impl CpuWeight {
                 Kind::Vector(vector)
             }
             WeightSource::Heads(heads) => Kind::Heads(PackedHeads::pack(heads, kernels, pool, dtype)?),
-            WeightSource::Experts(_) => {
-                return Err(weight_error("", "experts are not supported yet".to_owned()));
-            }
+            WeightSource::Experts(linears) => Kind::Experts(experts(linears, kernels, pool)?),
         };
         Ok(CpuWeight(kind))
     }
@@ -248,17 +344,6 @@ fn stacked_bias(parts: &[TensorView<'_>], outputs: usize) -> Result<Vec<f32>, Ba
         return Err(weight_error(name, format!("{} biases for {outputs} outputs", bias.len())));
     }
     Ok(bias)
-}
-
-/// Matrices of numbers, checked.
-fn plain<'a>(parts: &[MatrixView<'a>]) -> Result<Vec<TensorView<'a>>, BackendError> {
-    let one = |part: &MatrixView<'a>| match part {
-        MatrixView::Plain(view) => view.check().map(|()| *view),
-        MatrixView::Quantised(view) => {
-            Err(weight_error(view.name, format!("{} is not supported yet", view.format)))
-        }
-    };
-    parts.iter().map(one).collect()
 }
 
 pub(crate) fn weight_error(name: &str, reason: String) -> BackendError {

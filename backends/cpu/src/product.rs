@@ -1,20 +1,17 @@
 //! `x W^T`: cuts a product into tasks of some panels by some rows, each summing K in order.
 
-use crate::kernel::{Kernels, Sweep};
+use crate::coded::DECODED_FLOATS;
+use crate::kernel::Kernels;
 use crate::lanes::LANES;
-use crate::packed::Packed;
+use crate::packed::{Packed, Segment};
 use crate::pool::{Pool, Scratch};
 
 /// Panels of one task at most: 128 outputs.
 const PANELS_MAX: usize = 8;
 /// Rows of one task at most: their sums (48 KiB) and inputs stay in the second cache.
 const ROWS_MAX: usize = 96;
-/// Inputs summed before the next rows come: two panels of them stay in the first cache.
-const INPUTS_BLOCK: usize = 256;
-/// Up to so many rows are a tile or two, and weights are read about once: long streams are best.
-const ROWS_STREAMING: usize = 12;
 /// Tasks per thread that even out unequal speeds.
-const TASKS_PER_THREAD: usize = 3;
+pub(crate) const TASKS_PER_THREAD: usize = 3;
 /// Sums waiting for their partner in a tree of ranges, by level.
 const TREE_LEVELS: usize = 4;
 
@@ -28,8 +25,20 @@ pub(crate) struct Product<'a> {
     pub(crate) rows: usize,
 }
 
+/// Some panels of a segment by some rows: a task.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Tile {
+    pub(crate) segment: usize,
+    pub(crate) panel: usize,
+    pub(crate) panels: usize,
+    pub(crate) row: usize,
+    pub(crate) rows: usize,
+}
+
 // SAFETY: tasks read `x` and write disjoint tiles of `out`; both outlive the run of the pool.
 unsafe impl Sync for Product<'_> {}
+// SAFETY: as above.
+unsafe impl Send for Product<'_> {}
 
 impl Product<'_> {
     /// Computes all of `out`, unrounded.
@@ -40,57 +49,40 @@ impl Product<'_> {
         if self.rows == 0 {
             return;
         }
-        let panels = self.weight.panels();
         let row_blocks = self.rows.div_ceil(ROWS_MAX);
         let enough = (pool.threads() * TASKS_PER_THREAD).div_ceil(row_blocks);
-        // Whole groups of a power of two keep the widest tiles busy.
-        let mut group = PANELS_MAX;
-        while group > 1 && panels.div_ceil(group) < enough {
-            group /= 2;
-        }
-        // Row blocks of even size, so that the last is not a scrap.
-        let block = self.rows.div_ceil(row_blocks);
+        let tiles = Tiles::new(self.weight, self.rows, enough);
         let work = self.rows * self.weight.inputs * self.weight.outputs;
-        pool.run(panels.div_ceil(group) * row_blocks, work, |task, scratch| {
-            let (panel, row) = (task / row_blocks * group, task % row_blocks * block);
-            // SAFETY: tasks cover disjoint rectangles of `out`.
-            unsafe { self.tile(panel, group.min(panels - panel), row, block.min(self.rows - row), scratch) }
+        pool.run(tiles.count, work, |task, scratch| {
+            if let Some(tile) = tiles.get(task) {
+                // SAFETY: tasks cover disjoint rectangles of `out`.
+                unsafe { self.tile(tile, scratch) }
+            }
         });
     }
 
-    unsafe fn tile(&self, panel: usize, panels: usize, row: usize, rows: usize, scratch: &Scratch<'_>) {
+    /// Computes one tile.
+    ///
+    /// # Safety
+    /// As for [`Product::run`], restricted to this tile.
+    pub(crate) unsafe fn tile(&self, tile: Tile, scratch: &Scratch<'_>) {
         let w = self.weight;
-        let (width, inputs) = (panels * LANES, w.range_inputs());
-        // Level i holds sums of 2^i ranges, [rows][width] each.
+        let segment: &Segment = &w.segments[tile.segment];
+        let (width, inputs) = (tile.panels * LANES, w.range_inputs());
+        let Tile { row, rows, .. } = tile;
+        // Level i holds sums of 2^i ranges, [rows][width] each; then what a segment decodes into.
         let size = rows * width;
-        let sums = scratch.floats(size * TREE_LEVELS);
-        let block = if rows > ROWS_STREAMING { INPUTS_BLOCK } else { inputs };
+        let sums = scratch.floats(size * TREE_LEVELS + DECODED_FLOATS);
         let mut waiting = 0usize;
         for range in 0..w.ranges {
             // SAFETY: bits of `waiting` count ranges, at most 8: the free slot is at most level 3. Weights, x and sums
             // are valid for the panels, rows and inputs named.
             unsafe {
                 let slot = waiting.count_ones() as usize;
-                let acc = sums.add(slot * size);
-                let mut k = 0;
-                while k < inputs {
-                    let count = block.min(inputs - k);
-                    (self.kernels.sweep)(&Sweep {
-                        x: self.x.add(row * w.inputs + range * inputs + k),
-                        x_stride: w.inputs,
-                        rows,
-                        layout: w.layout,
-                        w: w.at(panel, range, k),
-                        panel_stride: w.panel_elements(),
-                        k_stride: LANES,
-                        panels,
-                        k: count,
-                        acc,
-                        acc_stride: width,
-                        fresh: k == 0,
-                    });
-                    k += count;
-                }
+                let (acc, buffer) = (sums.add(slot * size), sums.add(TREE_LEVELS * size));
+                let x = self.x.add(row * w.inputs + range * inputs);
+                let panels = (tile.panel, tile.panels);
+                segment.sum(self.kernels, (range, w.ranges), panels, x, w.inputs, rows, acc, buffer);
                 // As in binary counting: a carry joins two sums of equally many ranges.
                 let (mut carry, mut top) = (1, slot);
                 while waiting & carry != 0 {
@@ -104,15 +96,68 @@ impl Product<'_> {
         }
         // SAFETY: `out` has these rows and columns; level 0 holds the sum of all ranges (a power of two).
         unsafe {
-            let columns = width.min(w.outputs - panel * LANES);
+            let columns = width.min(segment.outputs - tile.panel * LANES);
+            let first = segment.first + tile.panel * LANES;
             for r in 0..rows {
                 let sum = sums.add(r * width);
                 if let Some(bias) = &w.bias {
-                    (self.kernels.add)(sum, bias.as_ptr().add(panel * LANES), columns, false);
+                    (self.kernels.add)(sum, bias.as_ptr().add(first), columns, false);
                 }
-                let out = self.out.add((row + r) * w.outputs + panel * LANES);
+                let out = self.out.add((row + r) * w.outputs + first);
                 std::ptr::copy_nonoverlapping(sum, out, columns);
             }
         }
+    }
+}
+
+/// The tiles of a product: of each segment groups of panels, by blocks of rows.
+#[derive(Debug)]
+pub(crate) struct Tiles<'a> {
+    weight: &'a Packed,
+    rows: usize,
+    /// Panels of a tile.
+    group: usize,
+    row_blocks: usize,
+    /// Rows of a block: of even size, so that the last is not a scrap.
+    block: usize,
+    pub(crate) count: usize,
+}
+
+impl<'a> Tiles<'a> {
+    /// Tiles for `rows` rows, `enough` groups of panels if there are as many.
+    pub(crate) fn new(weight: &'a Packed, rows: usize, enough: usize) -> Self {
+        let groups = |group: usize| -> usize {
+            weight.segments.iter().map(|segment| segment.panels().div_ceil(group)).sum()
+        };
+        // Whole groups of a power of two keep the widest tiles busy.
+        let mut group = PANELS_MAX;
+        while group > 1 && groups(group) < enough {
+            group /= 2;
+        }
+        let row_blocks = rows.div_ceil(ROWS_MAX).max(1);
+        let block = rows.div_ceil(row_blocks);
+        Tiles { weight, rows, group, row_blocks, block, count: groups(group) * row_blocks }
+    }
+
+    /// Panels of a tile.
+    pub(crate) fn group(&self) -> usize {
+        self.group
+    }
+
+    /// Tile `at` of `[0, count)`. Row blocks of the same panels follow each other.
+    pub(crate) fn get(&self, at: usize) -> Option<Tile> {
+        let mut group = at / self.row_blocks;
+        let row = at % self.row_blocks * self.block;
+        for (segment, held) in self.weight.segments.iter().enumerate() {
+            let groups = held.panels().div_ceil(self.group);
+            if group < groups {
+                let panel = group * self.group;
+                let panels = self.group.min(held.panels() - panel);
+                let rows = self.block.min(self.rows.saturating_sub(row));
+                return Some(Tile { segment, panel, panels, row, rows });
+            }
+            group -= groups;
+        }
+        None
     }
 }

@@ -25,7 +25,7 @@ pub struct CpuAct {
     pub(crate) width: usize,
     /// Whether values are those of the step's dtype. A product's are not yet: the next operation rounds as it reads,
     /// and logits stay as they are.
-    rounded: bool,
+    pub(crate) rounded: bool,
 }
 
 /// A step of the CPU backend.
@@ -65,7 +65,7 @@ impl<'a> CpuStep<'a> {
         self.fault.get_or_insert(error.into());
     }
 
-    fn act(&self, rows: usize, width: usize) -> CpuAct {
+    pub(crate) fn act(&self, rows: usize, width: usize) -> CpuAct {
         CpuAct { floats: self.device.arena.floats(rows * width), rows, width, rounded: true }
     }
 
@@ -114,7 +114,33 @@ impl<'a> CpuStep<'a> {
         None
     }
 
-    fn product(&self, x: &CpuAct, weight: &Packed) -> CpuAct {
+    /// `x` rounded to the step's dtype, where it is not yet.
+    fn rounded_copy(&self, x: &CpuAct) -> Option<CpuAct> {
+        if x.rounded {
+            return None;
+        }
+        let mut copy = self.act(x.rows, x.width);
+        copy.floats.as_mut_slice().copy_from_slice(x.floats.as_slice());
+        copy.rounded = false;
+        self.round(&mut copy);
+        Some(copy)
+    }
+
+    /// `silu(gate) * up` of `[rows, gate | up]`.
+    pub(crate) fn silu(&self, x: &CpuAct) -> CpuAct {
+        let (rows, width) = (x.rows, x.width / 2);
+        let mut out = self.act(rows, width);
+        let (kernels, bf16, to) = (self.device.kernels, self.device.bf16(), Raw(out.floats.as_mut_ptr()));
+        let from = x.floats.as_slice();
+        self.each_row(rows, width, |row| {
+            let (gate, up) = from[row * 2 * width..(row + 1) * 2 * width].split_at(width);
+            // SAFETY: the row's floats, of which only this task writes.
+            unsafe { (kernels.silu)(gate.as_ptr(), up.as_ptr(), to.row(row, width), width, bf16) };
+        });
+        out
+    }
+
+    pub(crate) fn product(&self, x: &CpuAct, weight: &Packed) -> CpuAct {
         let mut out = self.act(x.rows, weight.outputs);
         out.rounded = !self.device.bf16();
         let product = Product {
@@ -300,7 +326,7 @@ impl Step for CpuStep<'_> {
         let (count, width) = match &table.0 {
             Kind::Product(packed) => (packed.outputs, packed.inputs),
             Kind::Table(table) => (table.rows, table.cols),
-            Kind::Vector(_) | Kind::Heads(_) => {
+            Kind::Vector(_) | Kind::Heads(_) | Kind::Experts(_) => {
                 return self.refuse("this weight is not an embedding table".to_owned(), rows, 1);
             }
         };
@@ -315,13 +341,16 @@ impl Step for CpuStep<'_> {
             return self.refuse(format!("token {id} in an embedding table of {count}"), rows, width);
         }
         let mut out = self.act(rows, width);
-        for (id, row) in ids.iter().zip(out.floats.as_mut_slice().chunks_exact_mut(width)) {
+        let (kernels, to) = (self.device.kernels, Raw(out.floats.as_mut_ptr()));
+        self.each_row(rows, width, |row| {
+            // SAFETY: the row's floats, which only this task uses.
+            let to = unsafe { std::slice::from_raw_parts_mut(to.row(row, width), width) };
             match &table.0 {
-                Kind::Product(packed) => packed.output(*id as usize, row),
-                Kind::Table(table) => table.row(*id as usize, row),
-                Kind::Vector(_) | Kind::Heads(_) => {}
+                Kind::Product(packed) => packed.output(kernels, ids[row] as usize, to),
+                Kind::Table(table) => table.row(ids[row] as usize, to),
+                Kind::Vector(_) | Kind::Heads(_) | Kind::Experts(_) => {}
             }
-        }
+        });
         out.rounded = false;
         self.round(&mut out);
         out
@@ -357,14 +386,10 @@ impl Step for CpuStep<'_> {
             let reason = format!("a product of {} inputs with width {}", packed.inputs, x.width);
             return self.refuse(reason, x.rows, packed.outputs);
         }
-        if x.rounded {
-            return self.product(x, packed);
+        match self.rounded_copy(x) {
+            None => self.product(x, packed),
+            Some(copy) => self.product(&copy, packed),
         }
-        let mut copy = self.act(x.rows, x.width);
-        copy.floats.as_mut_slice().copy_from_slice(x.floats.as_slice());
-        copy.rounded = false;
-        self.round(&mut copy);
-        self.product(&copy, packed)
     }
 
     fn add(&mut self, mut x: CpuAct, y: CpuAct) -> CpuAct {
@@ -401,15 +426,7 @@ impl Step for CpuStep<'_> {
         if !x.width.is_multiple_of(2) {
             return self.refuse(format!("a gated unit of odd width {}", x.width), rows, width);
         }
-        let mut out = self.act(rows, width);
-        let (kernels, bf16, to) = (self.device.kernels, self.device.bf16(), Raw(out.floats.as_mut_ptr()));
-        let from = x.floats.as_slice();
-        self.each_row(rows, width, |row| {
-            let (gate, up) = from[row * 2 * width..(row + 1) * 2 * width].split_at(width);
-            // SAFETY: the row's floats, of which only this task writes.
-            unsafe { (kernels.silu)(gate.as_ptr(), up.as_ptr(), to.row(row, width), width, bf16) };
-        });
-        out
+        self.silu(&x)
     }
 
     fn rows(&mut self, x: CpuAct, rows: &[u32]) -> CpuAct {
@@ -613,8 +630,12 @@ impl Step for CpuStep<'_> {
         out
     }
 
-    fn moe(&mut self, x: &CpuAct, _moe: &Moe<'_, CpuBackend>) -> CpuAct {
-        self.refuse("experts are not supported yet".to_owned(), x.rows, x.width)
+    fn moe(&mut self, x: &CpuAct, moe: &Moe<'_, CpuBackend>) -> CpuAct {
+        let copy = self.rounded_copy(x);
+        match self.mixture(copy.as_ref().unwrap_or(x), moe) {
+            Ok(out) => out,
+            Err(reason) => self.refuse(reason, x.rows, x.width),
+        }
     }
 
     fn export(&mut self, seq: SeqId, layer: usize, tokens: Range<u32>) -> Result<CpuExport, KvError> {

@@ -1,6 +1,6 @@
 //! The CPU backend keeps the meaning and the arithmetic contract of the seam at every instruction level of this machine.
 
-use backend::conformance::{Suite, TIGHT};
+use backend::conformance::{QUANTS, Suite, TIGHT};
 use backend::{
     Backend, Batch, DType, DeviceOptions, Group, KSum, KvSpec, Linear, Out, Output, SeqId, Step, TensorView,
     WeightSource,
@@ -14,7 +14,7 @@ fn conforms(level: Level) {
     }
     let open = |options: &DeviceOptions, group: Group| CpuBackend::with_level(options, group, level);
     let dtypes = &[DType::F32, DType::BF16];
-    Suite { open: &open, tolerance: TIGHT, dtypes, group: Some(Group::local) }.run();
+    Suite { open: &open, tolerance: TIGHT, dtypes, group: Some(Group::local), quants: QUANTS }.run();
 }
 
 #[test]

@@ -1,7 +1,7 @@
 //! MLX keeps the meaning of the seam, within its tolerance.
 #![cfg(feature = "mlx")]
 
-use backend::conformance::{Suite, Tolerance};
+use backend::conformance::{QUANTS, Suite, Tolerance};
 use backend::{Backend, DType, DeviceOptions, Group};
 use backend_mlx::MlxBackend;
 
@@ -9,5 +9,6 @@ use backend_mlx::MlxBackend;
 fn conforms() {
     let open = |options: &DeviceOptions, group: Group| MlxBackend::open(options, group);
     let tolerance = Tolerance { f32: 1e-5, bf16: 2e-2 };
-    Suite { open: &open, tolerance, dtypes: &[DType::F32, DType::BF16], group: None }.run();
+    let dtypes = &[DType::F32, DType::BF16];
+    Suite { open: &open, tolerance, dtypes, group: None, quants: QUANTS }.run();
 }

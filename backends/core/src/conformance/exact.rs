@@ -21,11 +21,11 @@ pub(super) fn cases<'a, B: Backend>() -> Vec<Case<'a, B>> {
     ]
 }
 
-fn bits(x: &[f32]) -> Vec<u32> {
+pub(super) fn bits(x: &[f32]) -> Vec<u32> {
     x.iter().map(|x| x.to_bits()).collect()
 }
 
-fn is_exact<B: Backend>(suite: &Suite<'_, B>, dtype: DType) -> bool {
+pub(super) fn is_exact<B: Backend>(suite: &Suite<'_, B>, dtype: DType) -> bool {
     (suite.open)(&suite.options(dtype), Group::alone()).is_ok_and(|backend| backend.caps().exact)
 }
 

@@ -62,6 +62,61 @@ impl Lanes for Avx2 {
     }
 
     #[inline(always)]
+    unsafe fn load_u8(p: *const u8) -> Self {
+        // SAFETY: see the impl.
+        unsafe {
+            let (low, high) = (_mm_loadl_epi64(p.cast()), _mm_loadl_epi64(p.add(8).cast()));
+            Avx2(
+                _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(low)),
+                _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(high)),
+            )
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn load_i8(p: *const u8) -> Self {
+        // SAFETY: see the impl.
+        unsafe {
+            let (low, high) = (_mm_loadl_epi64(p.cast()), _mm_loadl_epi64(p.add(8).cast()));
+            Avx2(
+                _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(low)),
+                _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(high)),
+            )
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn load_e4m3(p: *const u8) -> Self {
+        // SAFETY: see the impl. Shifted by 7, a code's exponent and fraction are a half's; the sign was extended.
+        unsafe {
+            let wide = _mm256_slli_epi16::<7>(_mm256_cvtepi8_epi16(_mm_loadu_si128(p.cast())));
+            let halves = _mm256_and_si256(wide, _mm256_set1_epi16(0xbfff_u16 as i16));
+            Avx2(
+                _mm256_cvtph_ps(_mm256_castsi256_si128(halves)),
+                _mm256_cvtph_ps(_mm256_extracti128_si256::<1>(halves)),
+            )
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn codes<const BITS: usize>(chunk: *const u8, octet: usize) -> [Self; 8] {
+        // SAFETY: see the impl; a chunk has BITS lines, and a line two halves of 32 bytes.
+        unsafe {
+            let (low, high) = (octet_codes::<BITS>(chunk, octet), octet_codes::<BITS>(chunk.add(32), octet));
+            [
+                Avx2(low[0], high[0]),
+                Avx2(low[1], high[1]),
+                Avx2(low[2], high[2]),
+                Avx2(low[3], high[3]),
+                Avx2(low[4], high[4]),
+                Avx2(low[5], high[5]),
+                Avx2(low[6], high[6]),
+                Avx2(low[7], high[7]),
+            ]
+        }
+    }
+
+    #[inline(always)]
     unsafe fn store_bf16(self, p: *mut u16) {
         // SAFETY: see the impl.
         unsafe {
@@ -243,6 +298,67 @@ unsafe fn round_bf16(x: __m256) -> __m256 {
         let nan = _mm256_castps_si256(_mm256_cmp_ps::<_CMP_UNORD_Q>(x, x));
         let chosen = _mm256_blendv_epi8(nearest, quiet, nan);
         _mm256_castsi256_ps(_mm256_and_si256(chosen, _mm256_set1_epi32(0xffff_0000_u32 as i32)))
+    }
+}
+
+/// Half of line `n` of a chunk of codes.
+#[inline(always)]
+unsafe fn line(chunk: *const u8, n: usize) -> __m256i {
+    // SAFETY: the caller's chunk has this line.
+    unsafe { _mm256_loadu_si256(chunk.add(n * 64).cast()) }
+}
+
+#[inline(always)]
+unsafe fn right(words: __m256i, by: usize) -> __m256i {
+    // SAFETY: register arithmetic of this level.
+    unsafe { _mm256_srlv_epi32(words, _mm256_set1_epi32(by as i32)) }
+}
+
+/// The codes of 8 consecutive inputs in half of the lanes.
+#[inline(always)]
+unsafe fn octet_codes<const BITS: usize>(chunk: *const u8, octet: usize) -> [__m256; 8] {
+    // SAFETY: the caller's chunk has BITS lines.
+    unsafe {
+        let (low, high) = match BITS {
+            2 => (right(line(chunk, octet / 2), 16 * (octet % 2)), _mm256_setzero_si256()),
+            3 => (right(line(chunk, octet / 2), 16 * (octet % 2)), right(line(chunk, 2), 8 * octet)),
+            4 => (line(chunk, octet), _mm256_setzero_si256()),
+            5 => (line(chunk, octet), right(line(chunk, 4), 8 * octet)),
+            _ => (line(chunk, octet), right(line(chunk, 4 + octet / 2), 16 * (octet % 2))),
+        };
+        [
+            code::<BITS>(low, high, 0),
+            code::<BITS>(low, high, 1),
+            code::<BITS>(low, high, 2),
+            code::<BITS>(low, high, 3),
+            code::<BITS>(low, high, 4),
+            code::<BITS>(low, high, 5),
+            code::<BITS>(low, high, 6),
+            code::<BITS>(low, high, 7),
+        ]
+    }
+}
+
+/// Code `k` of the 8 in each word of the planes `low` and `high`, as a number.
+#[inline(always)]
+unsafe fn code<const BITS: usize>(low: __m256i, high: __m256i, k: usize) -> __m256 {
+    // (bits of the low plane, bits of the high plane)
+    let (own, more) = match BITS {
+        2 => (2, 0),
+        3 => (2, 1),
+        4 => (4, 0),
+        5 => (4, 1),
+        _ => (4, 2),
+    };
+    // SAFETY: register arithmetic of this level.
+    unsafe {
+        let low = _mm256_and_si256(right(low, own * k), _mm256_set1_epi32((1 << own) - 1));
+        if more == 0 {
+            return _mm256_cvtepi32_ps(low);
+        }
+        let high = _mm256_and_si256(right(high, more * k), _mm256_set1_epi32((1 << more) - 1));
+        let shifted = _mm256_sllv_epi32(high, _mm256_set1_epi32(own as i32));
+        _mm256_cvtepi32_ps(_mm256_or_si256(low, shifted))
     }
 }
 

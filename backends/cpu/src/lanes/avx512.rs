@@ -62,6 +62,51 @@ impl Lanes for Avx512 {
     }
 
     #[inline(always)]
+    unsafe fn load_u8(p: *const u8) -> Self {
+        // SAFETY: see the impl.
+        unsafe { Avx512(_mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128(p.cast())))) }
+    }
+
+    #[inline(always)]
+    unsafe fn load_i8(p: *const u8) -> Self {
+        // SAFETY: see the impl.
+        unsafe { Avx512(_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(p.cast())))) }
+    }
+
+    #[inline(always)]
+    unsafe fn load_e4m3(p: *const u8) -> Self {
+        // SAFETY: see the impl. Shifted by 7, a code's exponent and fraction are a half's; the sign was extended.
+        unsafe {
+            let wide = _mm256_slli_epi16::<7>(_mm256_cvtepi8_epi16(_mm_loadu_si128(p.cast())));
+            Avx512(_mm512_cvtph_ps(_mm256_and_si256(wide, _mm256_set1_epi16(0xbfff_u16 as i16))))
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn codes<const BITS: usize>(chunk: *const u8, octet: usize) -> [Self; 8] {
+        // SAFETY: see the impl; a chunk has BITS lines.
+        unsafe {
+            let (low, high) = match BITS {
+                2 => (right(line(chunk, octet / 2), 16 * (octet % 2)), _mm512_setzero_si512()),
+                3 => (right(line(chunk, octet / 2), 16 * (octet % 2)), right(line(chunk, 2), 8 * octet)),
+                4 => (line(chunk, octet), _mm512_setzero_si512()),
+                5 => (line(chunk, octet), right(line(chunk, 4), 8 * octet)),
+                _ => (line(chunk, octet), right(line(chunk, 4 + octet / 2), 16 * (octet % 2))),
+            };
+            [
+                code::<BITS>(low, high, 0),
+                code::<BITS>(low, high, 1),
+                code::<BITS>(low, high, 2),
+                code::<BITS>(low, high, 3),
+                code::<BITS>(low, high, 4),
+                code::<BITS>(low, high, 5),
+                code::<BITS>(low, high, 6),
+                code::<BITS>(low, high, 7),
+            ]
+        }
+    }
+
+    #[inline(always)]
     unsafe fn store_bf16(self, p: *mut u16) {
         // SAFETY: see the impl.
         unsafe {
@@ -210,6 +255,82 @@ impl Lanes for Avx512 {
     unsafe fn store_first(self, p: *mut f32, n: usize) {
         // SAFETY: see the impl; masked lanes are not written.
         unsafe { _mm512_mask_storeu_ps(p, ((1u32 << n.min(LANES)) - 1) as u16, self.0) }
+    }
+}
+
+/// Line `n` of a chunk of codes.
+#[inline(always)]
+unsafe fn line(chunk: *const u8, n: usize) -> __m512i {
+    // SAFETY: the caller's chunk has this line.
+    unsafe { _mm512_loadu_si512(chunk.add(n * 64).cast()) }
+}
+
+#[inline(always)]
+unsafe fn right(words: __m512i, by: usize) -> __m512i {
+    // SAFETY: register arithmetic of this level.
+    unsafe { _mm512_srlv_epi32(words, _mm512_set1_epi32(by as i32)) }
+}
+
+/// The bits from `from` on, moved to `to`.
+#[inline(always)]
+unsafe fn moved(words: __m512i, from: usize, to: usize) -> __m512i {
+    // SAFETY: register arithmetic of this level.
+    unsafe {
+        match from >= to {
+            true => right(words, from - to),
+            false => _mm512_sllv_epi32(words, _mm512_set1_epi32((to - from) as i32)),
+        }
+    }
+}
+
+/// `[first, first + period)` again and again.
+const fn numbers(period: usize, first: usize) -> [f32; LANES] {
+    let mut out = [0.0; LANES];
+    let mut i = 0;
+    while i < LANES {
+        out[i] = (first + i % period) as f32;
+        i += 1;
+    }
+    out
+}
+
+#[inline(always)]
+unsafe fn table(numbers: &'static [f32; LANES]) -> __m512 {
+    // SAFETY: sixteen floats.
+    unsafe { _mm512_loadu_ps(numbers.as_ptr()) }
+}
+
+/// Code `k` of the 8 in each word of the planes `low` and `high`, as a number. A permutation looks at the lowest bits of
+/// its index only, so most codes are looked up without cutting off the others.
+#[inline(always)]
+unsafe fn code<const BITS: usize>(low: __m512i, high: __m512i, k: usize) -> Avx512 {
+    // SAFETY: register arithmetic of this level.
+    unsafe {
+        // Bits of the mask from the first, the others from the second.
+        const SELECT: i32 = 0xca;
+        Avx512(match BITS {
+            2 => _mm512_permutexvar_ps(right(low, 2 * k), table(const { &numbers(4, 0) })),
+            3 => {
+                let (a, b) = (right(low, 2 * k), moved(high, k, 2));
+                let index = _mm512_ternarylogic_epi32::<SELECT>(_mm512_set1_epi32(3), a, b);
+                _mm512_permutexvar_ps(index, table(const { &numbers(8, 0) }))
+            }
+            4 => _mm512_permutexvar_ps(right(low, 4 * k), table(const { &numbers(16, 0) })),
+            5 => {
+                let (a, b) = (right(low, 4 * k), moved(high, k, 4));
+                let index = _mm512_ternarylogic_epi32::<SELECT>(_mm512_set1_epi32(15), a, b);
+                _mm512_permutex2var_ps(
+                    table(const { &numbers(16, 0) }),
+                    index,
+                    table(const { &numbers(16, 16) }),
+                )
+            }
+            _ => {
+                let (a, b) = (right(low, 4 * k), moved(high, 2 * k, 4));
+                let both = _mm512_ternarylogic_epi32::<SELECT>(_mm512_set1_epi32(15), a, b);
+                _mm512_cvtepi32_ps(_mm512_and_si512(both, _mm512_set1_epi32(63)))
+            }
+        })
     }
 }
 

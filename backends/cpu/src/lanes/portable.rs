@@ -100,6 +100,51 @@ impl Lanes for Portable {
     }
 
     #[inline(always)]
+    unsafe fn load_u8(p: *const u8) -> Self {
+        // SAFETY: see the impl.
+        Portable(unsafe { p.cast::<[u8; LANES]>().read() }.map(f32::from))
+    }
+
+    #[inline(always)]
+    unsafe fn load_i8(p: *const u8) -> Self {
+        // SAFETY: see the impl.
+        Portable(unsafe { p.cast::<[i8; LANES]>().read() }.map(f32::from))
+    }
+
+    #[inline(always)]
+    unsafe fn load_e4m3(p: *const u8) -> Self {
+        // SAFETY: see the impl.
+        let codes = unsafe { p.cast::<[u8; LANES]>().read() };
+        Portable(codes.map(|code| widen_f16(u16::from(code & 128) << 8 | u16::from(code & 127) << 7)))
+    }
+
+    #[inline(always)]
+    unsafe fn codes<const BITS: usize>(chunk: *const u8, octet: usize) -> [Self; 8] {
+        // (bits of the low plane, bits of the high plane)
+        let (own, more) = match BITS {
+            2 => (2, 0),
+            3 => (2, 1),
+            4 => (4, 0),
+            5 => (4, 1),
+            _ => (4, 2),
+        };
+        // SAFETY: a chunk has BITS lines of 16 words.
+        let plane = |first: usize, bits: usize| unsafe {
+            let line = chunk.cast::<[u32; LANES]>().add(first + octet * bits / 4).read_unaligned();
+            line.map(|word| word >> (8 * bits * octet % 32))
+        };
+        let low = plane(0, own);
+        let high = if more == 0 { [0; LANES] } else { plane(own, more) };
+        std::array::from_fn(|k| {
+            Portable(std::array::from_fn(|lane| {
+                let low = low[lane] >> (own * k) & ((1 << own) - 1);
+                let high = high[lane] >> (more * k) & ((1 << more) - 1);
+                (low | high << own) as f32
+            }))
+        })
+    }
+
+    #[inline(always)]
     unsafe fn store_bf16(self, p: *mut u16) {
         let halves = self.0.map(|x| (x.to_bits() >> 16) as u16);
         // SAFETY: see the impl.

@@ -1,0 +1,213 @@
+//! From codes to numbers: panels of quantised weights as [`crate::coded`] packs them, decoded to f32 lines of 16 outputs.
+
+use crate::lanes::{E4M3_FACTOR, LANES, Lanes};
+
+/// How a panel's codes are stored.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Code {
+    /// 2 to 6 bits, in planes; see [`crate::coded`].
+    Planes(usize),
+    /// Unsigned bytes.
+    Bytes,
+    /// E4M3 bytes.
+    E4m3,
+}
+
+/// How a group's scale is stored, 16 lanes side by side.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub(crate) enum Scale {
+    /// IEEE halves.
+    F16(Zero),
+    /// bf16.
+    Bf16(Zero),
+    /// f32.
+    F32(Zero),
+    /// Halves `d` and `dmin` for 256 inputs, then a byte of scale and a byte of minimum per group: `d s q - dmin m`.
+    Minima,
+    /// Halves `d` for 256 inputs, then a signed byte of scale per group: `d s (q - 32)`.
+    Signed,
+}
+
+/// What is added to `code * scale`.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub(crate) enum Zero {
+    /// `-zero * scale`: the code of zero.
+    Code(f32),
+    /// A bias, stored behind the scale as the scale is.
+    Bias,
+}
+
+impl Scale {
+    /// Bytes before the first group's.
+    pub(crate) const fn first(self) -> usize {
+        match self {
+            Scale::Minima | Scale::Signed => 64,
+            _ => 0,
+        }
+    }
+
+    /// Bytes of a group.
+    pub(crate) const fn stride(self) -> usize {
+        match self {
+            Scale::F16(Zero::Code(_)) | Scale::Bf16(Zero::Code(_)) | Scale::Minima => 32,
+            Scale::F16(Zero::Bias) | Scale::Bf16(Zero::Bias) | Scale::F32(Zero::Code(_)) => 64,
+            Scale::F32(Zero::Bias) => 128,
+            Scale::Signed => 16,
+        }
+    }
+}
+
+/// The layout of a panel: blocks of `span` inputs, each the scales of its groups and then the codes, 32 inputs after 32.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub(crate) struct Form {
+    pub(crate) code: Code,
+    pub(crate) scale: Scale,
+    /// Inputs that share a scale, a multiple of 8.
+    pub(crate) group: usize,
+    /// Inputs of a block, a multiple of `group` and of 32.
+    pub(crate) span: usize,
+}
+
+impl Form {
+    /// Bytes of the codes of 32 inputs.
+    pub(crate) const fn chunk_bytes(&self) -> usize {
+        match self.code {
+            Code::Planes(bits) => bits * 64,
+            Code::Bytes | Code::E4m3 => 512,
+        }
+    }
+
+    /// Bytes of a block's scales, whole cache lines.
+    pub(crate) const fn scale_bytes(&self) -> usize {
+        (self.scale.first() + self.span / self.group * self.scale.stride()).next_multiple_of(64)
+    }
+
+    /// Bytes of a block.
+    pub(crate) const fn block_bytes(&self) -> usize {
+        self.scale_bytes() + self.span / 32 * self.chunk_bytes()
+    }
+}
+
+/// Inputs `[octets.0 * 8, octets.1 * 8)` of one panel to `out[input][16]`.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Decode<'a> {
+    pub(crate) form: &'a Form,
+    pub(crate) panel: *const u8,
+    pub(crate) octets: (usize, usize),
+    pub(crate) out: *mut f32,
+}
+
+/// [`Code`] as a constant: the bits of planes, or these.
+const BYTES: usize = 8;
+const E4M3: usize = 9;
+
+/// Runs a decode.
+///
+/// # Safety
+/// Pointers are valid for what the fields say, and the level's instructions exist.
+#[inline(always)]
+pub(super) unsafe fn decode<V: Lanes>(d: &Decode<'_>) {
+    // SAFETY: the caller's.
+    unsafe {
+        match d.form.code {
+            Code::Planes(2) => decode_as::<V, 2>(d),
+            Code::Planes(3) => decode_as::<V, 3>(d),
+            Code::Planes(4) => decode_as::<V, 4>(d),
+            Code::Planes(5) => decode_as::<V, 5>(d),
+            Code::Planes(_) => decode_as::<V, 6>(d),
+            Code::Bytes => decode_as::<V, BYTES>(d),
+            Code::E4m3 => decode_as::<V, E4M3>(d),
+        }
+    }
+}
+
+#[inline(always)]
+unsafe fn decode_as<V: Lanes, const CODE: usize>(d: &Decode<'_>) {
+    let (block_octets, group_octets) = (d.form.span / 8, d.form.group / 8);
+    let (mut at, end) = d.octets;
+    let mut out = d.out;
+    while at < end {
+        let (block, within) = (at / block_octets, at % block_octets);
+        let group = within / group_octets;
+        let until = end.min(block * block_octets + (group + 1) * group_octets);
+        // SAFETY: the panel has this block, and the block this group; `out` has room for all octets.
+        unsafe {
+            let base = d.panel.add(block * d.form.block_bytes());
+            let (scale, offset) = scale_of::<V>(d.form, base, group);
+            let codes = base.add(d.form.scale_bytes());
+            for octet in within..within + until - at {
+                let values = octet_of::<V, CODE>(codes.add(octet / 4 * d.form.chunk_bytes()), octet % 4);
+                for (k, value) in values.into_iter().enumerate() {
+                    offset.madd(value, scale).store(out.add(k * LANES));
+                }
+                out = out.add(8 * LANES);
+            }
+        }
+        at = until;
+    }
+}
+
+/// Scale of a group and what is added.
+#[inline(always)]
+unsafe fn scale_of<V: Lanes>(form: &Form, block: *const u8, group: usize) -> (V, V) {
+    // SAFETY: the caller's block has this group.
+    unsafe {
+        let at = block.add(form.scale.first() + group * form.scale.stride());
+        match form.scale {
+            Scale::F16(Zero::Code(zero)) => from_zero(V::load_f16(at.cast()), zero),
+            Scale::Bf16(Zero::Code(zero)) => from_zero(V::load_bf16(at.cast()), zero),
+            Scale::F32(Zero::Code(zero)) => from_zero(V::load(at.cast()), zero),
+            Scale::F16(Zero::Bias) => (V::load_f16(at.cast()), V::load_f16(at.add(32).cast())),
+            Scale::Bf16(Zero::Bias) => (V::load_bf16(at.cast()), V::load_bf16(at.add(32).cast())),
+            Scale::F32(Zero::Bias) => (V::load(at.cast()), V::load(at.add(64).cast())),
+            Scale::Minima => {
+                let (d, least) = (V::load_f16(block.cast()), V::load_f16(block.add(32).cast()));
+                let minimum = least.mul(V::load_u8(at.add(16)));
+                (d.mul(V::load_u8(at)), V::splat(0.0).sub(minimum))
+            }
+            Scale::Signed => from_zero(V::load_f16(block.cast()).mul(V::load_i8(at)), 32.0),
+        }
+    }
+}
+
+/// A scale with `-zero * scale`: exact, as zeros are powers of two.
+#[inline(always)]
+unsafe fn from_zero<V: Lanes>(scale: V, zero: f32) -> (V, V) {
+    // SAFETY: register arithmetic of this level.
+    unsafe { (scale, scale.mul(V::splat(-zero))) }
+}
+
+/// The codes of 8 inputs as numbers.
+#[inline(always)]
+unsafe fn octet_of<V: Lanes, const CODE: usize>(chunk: *const u8, octet: usize) -> [V; 8] {
+    // SAFETY: the caller's chunk is of this code.
+    unsafe {
+        let line = |k: usize| chunk.add((octet * 8 + k) * LANES);
+        match CODE {
+            BYTES => [
+                V::load_u8(line(0)),
+                V::load_u8(line(1)),
+                V::load_u8(line(2)),
+                V::load_u8(line(3)),
+                V::load_u8(line(4)),
+                V::load_u8(line(5)),
+                V::load_u8(line(6)),
+                V::load_u8(line(7)),
+            ],
+            E4M3 => [
+                V::load_e4m3(line(0)),
+                V::load_e4m3(line(1)),
+                V::load_e4m3(line(2)),
+                V::load_e4m3(line(3)),
+                V::load_e4m3(line(4)),
+                V::load_e4m3(line(5)),
+                V::load_e4m3(line(6)),
+                V::load_e4m3(line(7)),
+            ],
+            _ => V::codes::<CODE>(chunk, octet),
+        }
+    }
+}
+
+/// What an E4M3 scale is stored times, so that [`Lanes::load_e4m3`] comes out right.
+pub(crate) const E4M3_SCALE: f32 = 1.0 / E4M3_FACTOR;

@@ -1,0 +1,333 @@
+//! A mixture of experts: rows are brought together by expert, so that a step reads each expert's weights once. Called
+//! by `step`. All threads take part in every product, however few the rows.
+//!
+//! Each of the ranges of K is added up over the experts in ascending order, the shared one last, before the ranges are
+//! joined: so a row's bits depend neither on the other rows nor on how ranks share the columns.
+
+use backend::{Glu, Moe};
+
+use crate::coded::DECODED_FLOATS;
+use crate::device::CpuBackend;
+use crate::lanes::LANES;
+use crate::packed::{Kind, Packed};
+use crate::product::{Product, TASKS_PER_THREAD, Tile, Tiles};
+use crate::route::{self, Choice};
+use crate::step::{CpuAct, CpuStep, Raw};
+
+/// Floats that sums of one task take at most, but for the narrowest tile: they stay in the second cache.
+const SUMS_FLOATS: usize = 64 * 1024;
+
+/// Who computes what in one mixture; kept between steps for its memory.
+#[derive(Debug, Default)]
+pub(crate) struct Plan {
+    /// `[rows, top_k]`.
+    choices: Vec<Choice>,
+    /// Pairs of expert `e` are `[starts[e], starts[e + 1])`.
+    starts: Vec<usize>,
+    /// Row and weight of each pair, by expert, then by row.
+    pairs: Vec<(u32, f32)>,
+    /// Tiles of the first products: of an expert, or (one past the last) the shared one.
+    tiles: Vec<(usize, Tile)>,
+}
+
+impl Plan {
+    /// Sorts `choices`, `top_k` per row, by expert.
+    fn sort(&mut self, experts: usize, top_k: usize) {
+        self.starts.clear();
+        self.starts.resize(experts + 1, 0);
+        for choice in &self.choices {
+            self.starts[choice.expert as usize + 1] += 1;
+        }
+        for expert in 0..experts {
+            self.starts[expert + 1] += self.starts[expert];
+        }
+        self.pairs.clear();
+        self.pairs.resize(self.choices.len(), (0, 0.0));
+        for (at, choice) in self.choices.iter().enumerate() {
+            // The starts move up as their places fill, and are put back below.
+            let place = &mut self.starts[choice.expert as usize];
+            self.pairs[*place] = ((at / top_k) as u32, choice.weight);
+            *place += 1;
+        }
+        self.starts.rotate_right(1);
+        self.starts[0] = 0;
+    }
+}
+
+/// The weights of a mixture, checked against each other.
+struct Weights<'w> {
+    router: &'w Packed,
+    bias: Option<&'w [f32]>,
+    gate_up: &'w [Packed],
+    down: &'w [Packed],
+    shared: Option<(&'w Packed, &'w Packed)>,
+}
+
+impl<'w> Weights<'w> {
+    fn of(moe: &Moe<'w, CpuBackend>, hidden: usize) -> Result<Self, String> {
+        route::check(moe.routing)?;
+        let experts = moe.routing.experts;
+        let product = |weight: &'w crate::CpuWeight, what: &str| match &weight.0 {
+            Kind::Product(packed) => Ok(packed),
+            _ => Err(format!("{what} is not a product")),
+        };
+        let many = |weight: &'w crate::CpuWeight, what: &str| match &weight.0 {
+            Kind::Experts(all) if all.len() == experts => Ok(all.as_slice()),
+            Kind::Experts(all) => Err(format!("{what} of {} experts, {experts} routed to", all.len())),
+            _ => Err(format!("{what} is not of experts")),
+        };
+        let shape = |packed: &Packed| (packed.outputs, packed.inputs);
+        let router = product(moe.router, "the router")?;
+        if shape(router) != (experts, hidden) || router.ranges != 1 {
+            return Err(format!("a router {:?} for {experts} experts of width {hidden}", shape(router)));
+        }
+        let bias = match moe.choice_bias.map(|weight| &weight.0) {
+            None => None,
+            Some(Kind::Vector(vector)) if vector.len() == experts => Some(vector.as_slice()),
+            Some(_) => return Err(format!("a choice bias that is not of {experts} experts")),
+        };
+        let (gate_up, down) = (many(moe.gate_up, "gate and up")?, many(moe.down, "down")?);
+        let shared = match moe.shared {
+            None => None,
+            Some((gate_up, down)) => Some((
+                product(gate_up, "gate and up of the shared expert")?,
+                product(down, "down of the shared expert")?,
+            )),
+        };
+        let first = [(&gate_up[0], &down[0])];
+        for (gate_up, downward) in first.into_iter().chain(shared) {
+            let inner = gate_up.outputs / 2;
+            if gate_up.outputs % 2 != 0
+                || gate_up.inputs != hidden
+                || gate_up.ranges != 1
+                || shape(downward) != (hidden, inner)
+                || downward.bias.is_some()
+            {
+                let shapes = (shape(gate_up), shape(downward));
+                return Err(format!("an expert of {shapes:?} for width {hidden}"));
+            }
+            if downward.ranges != down[0].ranges || downward.cuts() != down[0].cuts() {
+                return Err(format!(
+                    "a shared expert in {} ranges beside {}",
+                    downward.ranges, down[0].ranges
+                ));
+            }
+        }
+        Ok(Weights { router, bias, gate_up, down, shared })
+    }
+}
+
+impl CpuStep<'_> {
+    /// [`backend::Step::moe`] over `x`, rounded already. Errors name the numbers that do not fit.
+    pub(crate) fn mixture(&mut self, x: &CpuAct, moe: &Moe<'_, CpuBackend>) -> Result<CpuAct, String> {
+        let weights = Weights::of(moe, x.width)?;
+        let mut plan = std::mem::take(&mut self.device.plan);
+        self.choose(x, moe, &weights, &mut plan);
+        plan.sort(moe.routing.experts, moe.routing.top_k);
+        let gated = self.gate(x, &weights, moe.glu, &mut plan);
+        let out = self.combine(x, &weights, &gated, &plan);
+        self.device.plan = plan;
+        Ok(out)
+    }
+
+    /// Every row's experts.
+    fn choose(&mut self, x: &CpuAct, moe: &Moe<'_, CpuBackend>, weights: &Weights<'_>, plan: &mut Plan) {
+        let (routing, kernels) = (moe.routing, self.device.kernels);
+        let mut scores = self.product(x, weights.router);
+        let (experts, top_k) = (routing.experts, routing.top_k);
+        plan.choices.clear();
+        plan.choices.resize(x.rows * top_k, Choice::default());
+        let (scores, choices) = (Raw(scores.floats.as_mut_ptr()), Rows(plan.choices.as_mut_ptr()));
+        // An expert of a row takes about as long as this many multiply-adds.
+        let work = x.rows * experts * (16 + 4 * top_k);
+        self.device.pool.run(x.rows, work, |row, scratch| {
+            let room = scratch.floats(experts);
+            // SAFETY: the row's scores and choices, used by this task only, and room of this thread.
+            unsafe {
+                let scores = std::slice::from_raw_parts_mut(scores.row(row, experts), experts);
+                let room = std::slice::from_raw_parts_mut(room, experts);
+                let chosen = std::slice::from_raw_parts_mut(choices.at(row * top_k), top_k);
+                route::route(routing, weights.bias, |x| (kernels.exp)(x), scores, room, chosen);
+            }
+        });
+    }
+
+    /// Gated activations: `[pairs, inner]` of the experts, and `[rows, inner]` of the shared one.
+    fn gate(
+        &mut self,
+        x: &CpuAct,
+        weights: &Weights<'_>,
+        glu: Glu,
+        plan: &mut Plan,
+    ) -> (CpuAct, Option<CpuAct>) {
+        let kernels = self.device.kernels;
+        let mut gathered = self.act(plan.pairs.len(), x.width);
+        let (from, to) = (x.floats.as_slice(), Raw(gathered.floats.as_mut_ptr()));
+        self.each_row(plan.pairs.len(), x.width, |pair| {
+            let row = &from[plan.pairs[pair].0 as usize * x.width..][..x.width];
+            // SAFETY: the pair's floats, written by this task only.
+            unsafe { std::ptr::copy_nonoverlapping(row.as_ptr(), to.row(pair, x.width), x.width) };
+        });
+        let mut own = self.act(plan.pairs.len(), weights.gate_up[0].outputs);
+        let mut shared = weights.shared.map(|(gate_up, _)| self.act(x.rows, gate_up.outputs));
+        let shared_out = shared.as_mut().map(|act| act.floats.as_mut_ptr());
+        let own_out = own.floats.as_mut_ptr();
+        let product = |expert: usize| match (weights.gate_up.get(expert), weights.shared, shared_out) {
+            (Some(weight), _, _) => {
+                let (start, end) = (plan.starts[expert], plan.starts[expert + 1]);
+                Some(Product {
+                    kernels,
+                    weight,
+                    x: gathered.floats.as_ptr().wrapping_add(start * x.width),
+                    out: own_out.wrapping_add(start * weight.outputs),
+                    rows: end - start,
+                })
+            }
+            (None, Some((weight, _)), Some(out)) => {
+                Some(Product { kernels, weight, x: x.floats.as_ptr(), out, rows: x.rows })
+            }
+            _ => None,
+        };
+        let (mut work, mut used) = (0, 0);
+        let all = weights.gate_up.len() + 1;
+        for product in (0..all).filter_map(product).filter(|product| product.rows > 0) {
+            work += product.rows * product.weight.inputs * product.weight.outputs;
+            used += 1;
+        }
+        let enough = (self.device.pool.threads() * TASKS_PER_THREAD).div_ceil(used.max(1));
+        let mut tiles = std::mem::take(&mut plan.tiles);
+        tiles.clear();
+        for expert in 0..all {
+            if let Some(product) = product(expert).filter(|product| product.rows > 0) {
+                let cut = Tiles::new(product.weight, product.rows, enough);
+                tiles.extend((0..cut.count).filter_map(|at| cut.get(at)).map(|tile| (expert, tile)));
+            }
+        }
+        let address = Products(&product);
+        self.device.pool.run(tiles.len(), work, |task, scratch| {
+            let (expert, tile) = tiles[task];
+            if let Some(product) = address.of(expert) {
+                // SAFETY: x and out are valid for the product's shapes; tiles are disjoint parts of the outputs.
+                unsafe { product.tile(tile, scratch) };
+            }
+        });
+        plan.tiles = tiles;
+        let Glu::Silu = glu;
+        (self.silu(&own), shared.map(|shared| self.silu(&shared)))
+    }
+
+    /// The second products, weighed and added up: `[rows, hidden]`.
+    fn combine(
+        &mut self,
+        x: &CpuAct,
+        weights: &Weights<'_>,
+        (own, shared): &(CpuAct, Option<CpuAct>),
+        plan: &Plan,
+    ) -> CpuAct {
+        let (kernels, rows, first) = (self.device.kernels, x.rows, &weights.down[0]);
+        let mut out = self.act(rows, first.outputs);
+        out.rounded = !self.device.bf16();
+        let to = Raw(out.floats.as_mut_ptr());
+        let inner = own.width;
+        let ranges = first.ranges;
+        let most = plan.starts.windows(2).map(|pair| pair[1] - pair[0]).max().unwrap_or(0);
+        let most = if shared.is_some() { rows } else { most };
+        // Sums of every range and one expert's part, [rows][width] each.
+        let sums = |width: usize| (ranges * rows + most) * width;
+        let mut enough = self.device.pool.threads() * TASKS_PER_THREAD;
+        let mut tiles = Tiles::new(first, 1, enough);
+        while sums(tiles.group() * LANES) > SUMS_FLOATS && tiles.group() > 1 {
+            enough = tiles.count + 1;
+            tiles = Tiles::new(first, 1, enough);
+        }
+        let pairs = plan.pairs.len() * inner;
+        let work = (pairs + shared.as_ref().map_or(0, |act| act.floats.len())) * first.outputs;
+        self.device.pool.run(tiles.count, work, |task, scratch| {
+            let Some(Tile { segment, panel, panels, .. }) = tiles.get(task) else { return };
+            let width = panels * LANES;
+            let size = rows * width;
+            let acc = scratch.floats(sums(width) + DECODED_FLOATS);
+            // SAFETY: sums, part and buffer lie in this thread's scratch one behind the other; inputs are those of each
+            // expert's pairs; the columns of `out` are this task's.
+            unsafe {
+                let part = acc.add(ranges * size);
+                let buffer = part.add(most * width);
+                acc.write_bytes(0, ranges * size);
+                for (expert, weight) in weights.down.iter().enumerate() {
+                    let pairs = &plan.pairs[plan.starts[expert]..plan.starts[expert + 1]];
+                    let x = own.floats.as_ptr().add(plan.starts[expert] * inner);
+                    for range in (0..ranges).filter(|_| !pairs.is_empty()) {
+                        weight.segments[segment].sum(
+                            kernels,
+                            (range, ranges),
+                            (panel, panels),
+                            x.add(range * weight.range_inputs()),
+                            inner,
+                            pairs.len(),
+                            part,
+                            buffer,
+                        );
+                        let acc = acc.add(range * size);
+                        for (at, (row, factor)) in pairs.iter().enumerate() {
+                            let (sum, part) = (acc.add(*row as usize * width), part.add(at * width));
+                            (kernels.blend)(sum, part, width, 1.0, *factor);
+                        }
+                    }
+                }
+                if let (Some((_, weight)), Some(act)) = (weights.shared, shared) {
+                    for range in 0..ranges {
+                        weight.segments[segment].sum(
+                            kernels,
+                            (range, ranges),
+                            (panel, panels),
+                            act.floats.as_ptr().add(range * weight.range_inputs()),
+                            act.width,
+                            rows,
+                            part,
+                            buffer,
+                        );
+                        (kernels.add)(acc.add(range * size), part, size, false);
+                    }
+                }
+                let mut apart = 1;
+                while apart < ranges {
+                    for low in (0..ranges).step_by(apart * 2) {
+                        let (to, from) = (acc.add(low * size), acc.add((low + apart) * size));
+                        (kernels.add)(to, from, size, false);
+                    }
+                    apart *= 2;
+                }
+                let column = first.segments[segment].first + panel * LANES;
+                let columns = width.min(first.segments[segment].outputs - panel * LANES);
+                for row in 0..rows {
+                    let to = to.row(row, first.outputs).add(column);
+                    std::ptr::copy_nonoverlapping(acc.add(row * width), to, columns);
+                }
+            }
+        });
+        out
+    }
+}
+
+/// Choices that tasks write disjoint parts of.
+#[derive(Clone, Copy)]
+struct Rows(*mut Choice);
+// SAFETY: every task uses its own row.
+unsafe impl Sync for Rows {}
+
+impl Rows {
+    fn at(self, at: usize) -> *mut Choice {
+        self.0.wrapping_add(at)
+    }
+}
+
+/// The products of a mixture, by expert, for all threads.
+struct Products<'a, F>(&'a F);
+// SAFETY: what it returns may be shared (see [`Product`]), and it holds addresses only.
+unsafe impl<F> Sync for Products<'_, F> {}
+
+impl<'w, F: Fn(usize) -> Option<Product<'w>>> Products<'_, F> {
+    fn of(&self, expert: usize) -> Option<Product<'w>> {
+        (self.0)(expert)
+    }
+}
