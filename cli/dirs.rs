@@ -1,4 +1,4 @@
-//! Where baton keeps files of its own on this machine. Called by `up` (models, run files) and `status` (run files).
+//! Where baton keeps files of its own on this machine. Called by `up` (models, run files), `status` (run files) and `key`.
 
 use std::os::unix::fs::{DirBuilderExt, MetadataExt};
 use std::path::{Path, PathBuf};
@@ -23,6 +23,16 @@ pub fn cache() -> Result<PathBuf> {
     make_private(&dir).with_context(|| format!("cannot make {}", dir.display()))?;
     let owner = fs::metadata(&dir).with_context(|| format!("cannot read {}", dir.display()))?.uid();
     ensure!(owner == me, "{} belongs to another user: set XDG_CACHE_HOME", dir.display());
+    Ok(dir)
+}
+
+/// The user's directory for what must last: keys.
+pub fn data() -> Result<PathBuf> {
+    let named = |name: &str| env::var_os(name).filter(|value| !value.is_empty()).map(PathBuf::from);
+    let home = || Some(named("HOME")?.join(".local/share"));
+    let dir = named("XDG_DATA_HOME").or_else(home).context("neither XDG_DATA_HOME nor HOME is set")?;
+    let dir = dir.join("baton");
+    make_private(&dir).with_context(|| format!("cannot make {}", dir.display()))?;
     Ok(dir)
 }
 

@@ -6,6 +6,7 @@ mod chat;
 mod config;
 mod dirs;
 mod inspect;
+mod key;
 mod logits;
 mod meter;
 mod model;
@@ -48,6 +49,8 @@ enum Command {
     Status(status::Args),
     /// Fetch models from the Hugging Face hub into its cache
     Pull(pull::Args),
+    /// Make, list and revoke API keys
+    Key(key::Args),
     /// Show what a model is, what it takes, and whether it fits
     Inspect(inspect::Args),
     /// Write a model's logits for comparison with another implementation
@@ -88,6 +91,7 @@ fn run(command: Command) -> Result<ExitCode> {
             Command::Chat(args) => chat::run(args).await?,
             Command::Status(args) => status::run(args).await?,
             Command::Pull(args) => pull::run(args).await?,
+            Command::Key(args) => key::run(args)?,
             Command::Inspect(args) => return inspect::run(args).await,
             Command::Logits(args) => logits::run(&args)?,
             Command::Config(ConfigCommand::Show { role }) => {

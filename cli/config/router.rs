@@ -35,6 +35,12 @@ settings! {
         tool_parser: String ["NAME"] = "auto";
         /// Whether what the model writes between <think> tags is told apart: auto (as its chat template says), on or off
         reasoning_parser: String ["MODE"] = "auto";
+        /// File of keys that `baton key` makes, with limits; changes are followed
+        key_file: Option<PathBuf> ["FILE"];
+        /// Names that clients may reach this server by (the Host header) [default: on loopback its own; else any]
+        allowed_host: Vec<String> ["NAME,..."];
+        /// Origins of web pages that may call, such as https://chat.example, or * [default: none]
+        allowed_origin: Vec<String> ["ORIGIN,..."];
         /// Who computes prompts: auto (whoever is estimated to be sooner), always (prefill nodes) or never
         disaggregation: Disaggregation ["MODE"] = "auto";
         /// Longest prompt and answer together [default: the model's]
@@ -68,8 +74,8 @@ impl RouterSettings {
     fn check(&self) -> Result<()> {
         ensure!(self.queue_max > 0, "queue-max is 0: no request could ever be served");
         ensure!(
-            self.insecure || self.host.is_loopback() || !self.api_key.is_empty(),
-            "refusing to serve {}:{} without API keys: give --api-key, bind a loopback address, or name the risk with --insecure",
+            self.insecure || self.host.is_loopback() || !self.api_key.is_empty() || self.key_file.is_some(),
+            "refusing to serve {}:{} without API keys: make one with `baton key create` and give --key-file, bind a loopback address, or name the risk with --insecure",
             self.host,
             self.port
         );
@@ -95,6 +101,16 @@ impl RouterSettings {
             "on" => Ok(Some(true)),
             "off" => Ok(Some(false)),
             mode => bail!("reasoning-parser is {mode:?}: auto, on or off"),
+        }
+    }
+
+    /// Names that are served. A page on the web can give its own name the address of this machine and so reach a server on
+    /// loopback (DNS rebinding): there only the names of loopback are served.
+    pub fn hosts(&self) -> Vec<String> {
+        let own = ["localhost".into(), "127.0.0.1".into(), "[::1]".into(), self.host.to_string()];
+        match self.allowed_host.is_empty() && self.host.is_loopback() {
+            true => own.into(),
+            false => self.allowed_host.clone(),
         }
     }
 

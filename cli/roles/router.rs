@@ -92,6 +92,9 @@ fn gateway(settings: &RouterSettings, located: &Located) -> Result<GatewayConfig
     gateway.keys = settings.api_key.iter().map(|Secret(key)| key.clone()).collect();
     gateway.tool_parser = settings.tool_family()?;
     gateway.reasoning_parser = settings.reasons()?;
+    gateway.key_file.clone_from(&settings.key_file);
+    gateway.allowed_hosts = settings.hosts();
+    gateway.allowed_origins.clone_from(&settings.allowed_origin);
     gateway.limits.drain = settings.drain.0;
     Ok(gateway)
 }

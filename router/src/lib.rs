@@ -5,6 +5,7 @@
 pub mod api;
 pub mod dispatch;
 pub mod inference;
+pub mod key_file;
 pub mod metrics;
 pub mod placement;
 pub mod text;

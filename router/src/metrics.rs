@@ -11,6 +11,7 @@ use prometheus_client::metrics::gauge::Gauge;
 use prometheus_client::metrics::histogram::Histogram;
 use prometheus_client::registry::Registry;
 
+use crate::api::Caller;
 use crate::inference::{Finished, Load, Started};
 
 /// Seconds to the first token; upper bounds of buckets.
@@ -236,13 +237,25 @@ pub struct SequenceMeter {
     prompt_tokens: u32,
     tokens: u32,
     ended: bool,
+    /// Whose tokens they are; `None` where nobody needs a key.
+    caller: Option<Arc<Caller>>,
 }
 
 impl SequenceMeter {
     /// `arrived`: when the request's body was complete.
     pub fn new(metrics: Arc<Metrics>, arrived: Instant, prompt_tokens: u32) -> Self {
         metrics.series.prompt_tokens.inc_by(prompt_tokens.into());
-        Self { metrics, arrived, first: None, last: arrived, prompt_tokens, tokens: 0, ended: false }
+        let (first, last) = (None, arrived);
+        Self { metrics, arrived, first, last, prompt_tokens, tokens: 0, ended: false, caller: None }
+    }
+
+    /// Counts the sequence's tokens as `caller`'s.
+    pub fn of(mut self, caller: Option<Arc<Caller>>) -> Self {
+        if let Some(caller) = &caller {
+            caller.used(self.prompt_tokens, self.arrived);
+        }
+        self.caller = caller;
+        self
     }
 
     /// The sequence is admitted.
@@ -255,6 +268,9 @@ impl SequenceMeter {
     pub fn token(&mut self, now: Instant) {
         self.tokens += 1;
         self.metrics.series.generation_tokens.inc();
+        if let Some(caller) = &self.caller {
+            caller.used(1, now);
+        }
         match self.first {
             None => {
                 self.first = Some(now);

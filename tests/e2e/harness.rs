@@ -40,6 +40,7 @@ pub fn baton(arguments: &[&str]) -> Command {
         .current_dir(empty_folder())
         .env("XDG_CACHE_HOME", cache())
         .env("XDG_CONFIG_HOME", empty_folder())
+        .env("XDG_DATA_HOME", cache().join("data"))
         .stdin(Stdio::null());
     command
 }

@@ -7,6 +7,7 @@ mod faults;
 mod harness;
 mod hub;
 mod joining;
+mod keys;
 mod parity;
 mod parts;
 mod settings;

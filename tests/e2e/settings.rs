@@ -24,7 +24,10 @@ fn wrong_flags_and_values_are_named() {
     refused(&["up", "--tp=0"], &["baton: tp is 0"]);
     refused(&["up", "--dtype=int3"], &["dtype", "expected one of bf16, f32"]);
     refused(&["router"], &["model is not set: give --model, BATON_MODEL, or model in baton.toml"]);
-    refused(&["router", "--model=.", "--host=0.0.0.0"], &["refusing to serve 0.0.0.0:8000 without API keys"]);
+    refused(
+        &["router", "--model=.", "--host=0.0.0.0"],
+        &["refusing to serve 0.0.0.0:8000 without API keys", "baton key create"],
+    );
     refused(&["decode", "--model=.", "--tp=2", "--rank=2"], &["rank 2 is not below tp 2"]);
     refused(&["decode", "--model=.", "--tp=2"], &["tp 2 needs --leader"]);
     refused(&["prefill", "--model=."], &["no cluster token: give --token-file"]);

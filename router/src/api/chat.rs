@@ -15,6 +15,7 @@ use super::fields::Fields;
 use super::head::Head;
 use super::messages::{read_messages, read_tools};
 use super::params::{Params, TOP_LOGPROBS_MAX};
+use super::quota::Caller;
 use super::reply;
 use super::run::{Prompt, Reading, random, start};
 use crate::text::answer::{self, Opening, Types};
@@ -48,13 +49,14 @@ struct ChatRequest {
 
 /// The handler.
 pub async fn handle(State(gateway): State<Arc<Gateway>>, request: Request) -> Result<Response, ApiError> {
+    let caller = request.extensions().get::<Arc<Caller>>().cloned();
     let body = read_body(request, &gateway.config.limits).await?;
     let arrived = Instant::now();
     let (params, prompt, reading) =
         gateway.on_text_thread(move |gateway| prepare(gateway, parse(gateway, &body)?)).await?;
     let params = &params;
     let head = Head::new("chatcmpl", random()?, SystemTime::now(), Arc::clone(&gateway.model));
-    let mut answer = start(&gateway, params, &[prompt], &reading, &head, arrived)?;
+    let mut answer = start(&gateway, params, &[prompt], &reading, &head, arrived, caller.as_ref())?;
     let pieces = Arc::clone(gateway.text.tokenizer.pieces());
     let format = ChatFormat::new(head, pieces, params.include_usage);
     if params.stream {

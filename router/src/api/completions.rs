@@ -14,6 +14,7 @@ use super::error::ApiError;
 use super::fields::{Fields, integer};
 use super::head::Head;
 use super::params::{Params, TOP_LOGPROBS_MAX};
+use super::quota::Caller;
 use super::reply;
 use super::run::{Prompt, Reading, random, start};
 use crate::text::Beginning;
@@ -41,6 +42,7 @@ struct CompletionRequest {
 
 /// The handler.
 pub async fn handle(State(gateway): State<Arc<Gateway>>, request: Request) -> Result<Response, ApiError> {
+    let caller = request.extensions().get::<Arc<Caller>>().cloned();
     let body = read_body(request, &gateway.config.limits).await?;
     let arrived = Instant::now();
     let (request, prompts) = gateway
@@ -54,7 +56,7 @@ pub async fn handle(State(gateway): State<Arc<Gateway>>, request: Request) -> Re
     let params = &request.params;
     let head = Head::new("cmpl", random()?, SystemTime::now(), Arc::clone(&gateway.model));
     let reading = Reading::plain(Beginning::Continuation, request.logprobs);
-    let mut answer = start(&gateway, params, &prompts, &reading, &head, arrived)?;
+    let mut answer = start(&gateway, params, &prompts, &reading, &head, arrived, caller.as_ref())?;
     let echo = prompts.iter().flat_map(|prompt| vec![prompt.echo.clone(); params.n]).collect();
     let pieces = Arc::clone(gateway.text.tokenizer.pieces());
     let format = CompletionFormat::new(head, pieces, params.include_usage, echo);

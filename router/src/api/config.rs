@@ -17,8 +17,10 @@ pub struct GatewayConfig {
     pub aliases: Vec<String>,
     /// Prompt and answer together, in tokens, at the most.
     pub context_tokens: usize,
-    /// API keys. Empty: everybody may ask.
+    /// API keys. Empty, and without a file of them: everybody may ask.
     pub keys: Vec<String>,
+    /// File of keys with names and limits, which is followed.
+    pub key_file: Option<PathBuf>,
     /// Names in `Host` that are served, without port. Empty: all. A list keeps web pages from reaching a gateway on this
     /// machine by a name of their own (DNS rebinding).
     pub allowed_hosts: Vec<String>,
@@ -41,6 +43,7 @@ impl GatewayConfig {
             aliases: Vec::new(),
             context_tokens,
             keys: Vec::new(),
+            key_file: None,
             allowed_hosts: Vec::new(),
             allowed_origins: Vec::new(),
             tool_parser: None,
@@ -59,6 +62,7 @@ impl fmt::Debug for GatewayConfig {
             .field("aliases", &self.aliases)
             .field("context_tokens", &self.context_tokens)
             .field("keys", &format_args!("{} keys", self.keys.len()))
+            .field("key_file", &self.key_file)
             .field("allowed_hosts", &self.allowed_hosts)
             .field("allowed_origins", &self.allowed_origins)
             .field("tool_parser", &self.tool_parser)

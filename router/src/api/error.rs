@@ -6,6 +6,7 @@ use axum::response::{IntoResponse, Response};
 use http::{HeaderValue, StatusCode, header};
 use serde_json::{Value, json};
 
+use super::quota::Exhausted;
 use crate::inference::InferenceError;
 use crate::text::{TemplateError, TextError};
 
@@ -97,6 +98,14 @@ impl ApiError {
     /// 401.
     pub fn unauthorized(message: &str) -> Self {
         Self::new(StatusCode::UNAUTHORIZED, "invalid_request_error", Some("invalid_api_key"), message)
+    }
+
+    /// 429: the caller has used up what they may.
+    pub fn exhausted(exhausted: &Exhausted) -> Self {
+        let message = format!("Rate limit reached: your key allows {} {}.", exhausted.limit, exhausted.what);
+        let kind = "rate_limit_error";
+        let error = Self::new(StatusCode::TOO_MANY_REQUESTS, kind, Some("rate_limit_exceeded"), message);
+        Self { retry_after: Some(exhausted.wait), ..error }
     }
 
     /// 403: not from there.

@@ -2,19 +2,23 @@
 //! it is counted, and a panic becomes a 500.
 
 use std::panic::AssertUnwindSafe;
+use std::pin::Pin;
 use std::sync::Arc;
+use std::task::{Context, Poll};
 use std::time::Instant;
 
+use axum::body::{Body, HttpBody};
 use axum::extract::{MatchedPath, Request, State};
 use axum::middleware::Next;
 use axum::response::{IntoResponse, Response};
+use bytes::Bytes;
 use futures::FutureExt;
-use http::{HeaderMap, HeaderName, HeaderValue, Method, StatusCode, header};
-use sha2::{Digest, Sha256};
-use subtle::{Choice, ConstantTimeEq};
+use http::{HeaderName, HeaderValue, Method, StatusCode, header};
+use hyper::body::{Frame, SizeHint};
 
 use super::Gateway;
 use super::error::ApiError;
+use super::quota::Place;
 use super::run::random;
 
 const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
@@ -27,38 +31,6 @@ const CHECKS: [&str; 2] = ["/health", "/live"];
 
 /// A browser may remember the permission for this long.
 const PREFLIGHT_S: &str = "600";
-
-/// API keys, of which only digests are kept.
-#[derive(Debug)]
-pub struct Keys(Vec<[u8; 32]>);
-
-impl Keys {
-    /// Empty: everybody may ask.
-    pub fn new(keys: &[String]) -> Self {
-        Self(keys.iter().map(|key| Sha256::digest(key).into()).collect())
-    }
-
-    /// Errors with what is wrong with the header. All keys are compared, each in constant time.
-    fn check(&self, headers: &HeaderMap) -> Result<(), ApiError> {
-        if self.0.is_empty() {
-            return Ok(());
-        }
-        let missing = "You didn't provide an API key. Provide it in the header 'Authorization: Bearer KEY'.";
-        let value = headers.get(header::AUTHORIZATION).ok_or_else(|| ApiError::unauthorized(missing))?;
-        let (scheme, key) = split_once(value.as_bytes()).ok_or_else(|| ApiError::unauthorized(missing))?;
-        if !scheme.eq_ignore_ascii_case(b"bearer") {
-            return Err(ApiError::unauthorized(missing));
-        }
-        let digest: [u8; 32] = Sha256::digest(key.trim_ascii()).into();
-        let known = self.0.iter().fold(Choice::from(0), |known, own| known | own.ct_eq(&digest));
-        if bool::from(known) { Ok(()) } else { Err(ApiError::unauthorized("Incorrect API key provided.")) }
-    }
-}
-
-fn split_once(value: &[u8]) -> Option<(&[u8], &[u8])> {
-    let at = value.iter().position(|&byte| byte == b' ')?;
-    Some((&value[..at], &value[at + 1..]))
-}
 
 /// Outermost: gives the request an id, catches panics, counts and logs the answer.
 pub async fn observe(State(gateway): State<Arc<Gateway>>, request: Request, next: Next) -> Response {
@@ -114,6 +86,14 @@ pub async fn host(
     Ok(next.run(request).await)
 }
 
+/// Whether a page at `origin` comes from the server that it calls.
+fn is_own(origin: &HeaderValue, request: &Request) -> bool {
+    let origin = origin.to_str().unwrap_or_default();
+    let host = request.headers().get(header::HOST).and_then(|host| host.to_str().ok());
+    let page = origin.strip_prefix("http://").or_else(|| origin.strip_prefix("https://"));
+    page.zip(host).is_some_and(|(page, host)| page.eq_ignore_ascii_case(host))
+}
+
 fn without_port(host: &str) -> &str {
     match host.rsplit_once(':') {
         // `[::1]` has colons of its own.
@@ -122,13 +102,22 @@ fn without_port(host: &str) -> &str {
     }
 }
 
-/// Lets listed origins call from browsers; does nothing for others.
+/// Lets listed origins call from browsers; refuses others, except pages of this very server.
 pub async fn cors(State(gateway): State<Arc<Gateway>>, request: Request, next: Next) -> Response {
     let allowed = &gateway.config.allowed_origins;
     let origin = request.headers().get(header::ORIGIN).cloned();
     let origin =
         origin.filter(|origin| allowed.iter().any(|a| a == "*" || a.as_bytes() == origin.as_bytes()));
-    let Some(origin) = origin else { return next.run(request).await };
+    let Some(origin) = origin else {
+        // A page of another site: its browser would hide the answer from it, but the work would be done.
+        return match request.headers().get(header::ORIGIN) {
+            Some(origin) if !is_own(origin, &request) => {
+                let origin = String::from_utf8_lossy(origin.as_bytes());
+                ApiError::forbidden(format!("The origin '{origin}' is not allowed here.")).into_response()
+            }
+            _ => next.run(request).await,
+        };
+    };
     let asked = request.headers().get(header::ACCESS_CONTROL_REQUEST_HEADERS).cloned();
     let preflight = request.method() == Method::OPTIONS
         && request.headers().contains_key(header::ACCESS_CONTROL_REQUEST_METHOD);
@@ -146,43 +135,49 @@ pub async fn cors(State(gateway): State<Arc<Gateway>>, request: Request, next: N
     response
 }
 
-/// Asks for a key, if there are keys.
+/// Asks for a key, if there are keys, and holds its owner to what they may use. The answer holds a place until it has been
+/// sent, or nobody wants it any more.
 pub async fn key(
     State(gateway): State<Arc<Gateway>>,
-    request: Request,
+    mut request: Request,
     next: Next,
 ) -> Result<Response, ApiError> {
-    gateway.keys.check(request.headers())?;
-    Ok(next.run(request).await)
+    let Some(caller) = gateway.keys.caller(request.headers())? else { return Ok(next.run(request).await) };
+    let place = caller.enter(Instant::now()).map_err(|exhausted| ApiError::exhausted(&exhausted))?;
+    request.extensions_mut().insert(caller);
+    let response = next.run(request).await;
+    Ok(response.map(|body| Body::new(Held { body, _place: place })))
+}
+
+/// A body that keeps its caller's place until it ends.
+struct Held {
+    body: Body,
+    _place: Place,
+}
+
+impl HttpBody for Held {
+    type Data = Bytes;
+    type Error = axum::Error;
+
+    fn poll_frame(
+        mut self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+    ) -> Poll<Option<Result<Frame<Bytes>, axum::Error>>> {
+        Pin::new(&mut self.body).poll_frame(context)
+    }
+
+    fn is_end_stream(&self) -> bool {
+        self.body.is_end_stream()
+    }
+
+    fn size_hint(&self) -> SizeHint {
+        self.body.size_hint()
+    }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn only_a_whole_key_opens() {
-        let keys = Keys::new(&["sk-one".into(), "sk-two".into()]);
-        let check = |value: &str| {
-            let mut headers = HeaderMap::new();
-            headers.insert(header::AUTHORIZATION, HeaderValue::from_str(value).expect("a header"));
-            keys.check(&headers).is_ok()
-        };
-        assert!(check("Bearer sk-one") && check("bearer  sk-two"));
-        for wrong in [
-            "Bearer sk-on",
-            "Bearer sk-onex",
-            "Bearer ",
-            "Bearer",
-            "sk-one",
-            "Basic sk-one",
-            "Bearer sk-one sk-two",
-        ] {
-            assert!(!check(wrong), "{wrong}");
-        }
-        assert!(keys.check(&HeaderMap::new()).is_err());
-        assert!(Keys::new(&[]).check(&HeaderMap::new()).is_ok());
-    }
 
     #[test]
     fn ports_are_no_part_of_a_host() {

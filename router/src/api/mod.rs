@@ -16,9 +16,11 @@ mod error;
 mod fields;
 mod guard;
 mod head;
+mod keys;
 mod logprobs;
 mod messages;
 mod params;
+mod quota;
 mod reply;
 mod run;
 mod server;
@@ -38,14 +40,16 @@ use tokio::sync::Semaphore;
 use tokio_util::sync::CancellationToken;
 
 pub use config::{GatewayConfig, Limits};
+pub use quota::Caller;
 
 use crate::inference::Inference;
+use crate::key_file::KeyFileError;
 use crate::metrics::Metrics;
 use crate::text::answer::Family;
 use crate::text::{ModelText, TextError};
 use error::ApiError;
 use fields::Fields;
-use guard::Keys;
+use keys::Keys;
 use params::Rules;
 
 /// Why a gateway did not start.
@@ -54,6 +58,9 @@ pub enum ServeError {
     /// The model's folder cannot be used.
     #[error(transparent)]
     Text(#[from] TextError),
+    /// The file of keys cannot be used.
+    #[error(transparent)]
+    Keys(#[from] KeyFileError),
     /// The configuration contradicts itself.
     #[error("{0}")]
     Config(String),
@@ -76,7 +83,7 @@ struct Gateway {
     knows_developer: bool,
     inference: Arc<dyn Inference>,
     metrics: Arc<Metrics>,
-    keys: Keys,
+    keys: Arc<Keys>,
     health: status::Health,
     /// Templates and tokenizers that run at once: one per core, others wait here and not in the pool of threads.
     text_threads: Arc<Semaphore>,
@@ -95,6 +102,8 @@ pub async fn serve<I: Inference>(
     let limits = config.limits.clone();
     let dir = config.model_dir.clone();
     let text = tokio::task::spawn_blocking(move || ModelText::load(&dir)).await??;
+    let keys = Arc::new(Keys::new(&config.keys, config.key_file.clone())?);
+    tokio::spawn(Arc::clone(&keys).watch(shutdown.clone()));
     let mut registry = Registry::default();
     inference.register(&mut registry);
     let cores = std::thread::available_parallelism().map_or(2, |cores| cores.get().max(2));
@@ -108,7 +117,7 @@ pub async fn serve<I: Inference>(
         text,
         inference,
         metrics: Metrics::new(registry, &config.model),
-        keys: Keys::new(&config.keys),
+        keys: Arc::clone(&keys),
         health: status::Health::default(),
         text_threads: Arc::new(Semaphore::new(cores)),
         since: SystemTime::now(),

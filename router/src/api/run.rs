@@ -9,6 +9,7 @@ use super::choice::Choice;
 use super::error::ApiError;
 use super::head::Head;
 use super::params::Params;
+use super::quota::Caller;
 use crate::inference::GenerateRequest;
 use crate::metrics::SequenceMeter;
 use crate::text::{Beginning, answer};
@@ -55,7 +56,7 @@ impl Reading {
     }
 }
 
-/// Starts the sequences of a request that arrived at `arrived`. Nothing runs before the answer is polled.
+/// Starts the sequences of a request of `caller` that arrived at `arrived`. Nothing runs before the answer is polled.
 pub fn start(
     gateway: &Gateway,
     params: &Params,
@@ -63,6 +64,7 @@ pub fn start(
     reading: &Reading,
     head: &Head,
     arrived: Instant,
+    caller: Option<&Arc<Caller>>,
 ) -> Result<Answer, ApiError> {
     let prepare = arrived.elapsed();
     gateway.metrics.prepared(prepare);
@@ -93,7 +95,8 @@ pub fn start(
         let pieces = Arc::clone(gateway.text.tokenizer.pieces());
         let choice = Choice::new(params, pieces, reading);
         let prompt_tokens = prompt.tokens.len() as u32;
-        let meter = SequenceMeter::new(Arc::clone(&gateway.metrics), arrived, prompt_tokens);
+        let meter =
+            SequenceMeter::new(Arc::clone(&gateway.metrics), arrived, prompt_tokens).of(caller.cloned());
         (Lane::new(choice, meter, prompt_tokens), gateway.inference.generate(request))
     });
     Ok(Answer::new(lanes.collect(), params.n, prepare.as_secs_f64(), params.timings))

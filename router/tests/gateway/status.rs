@@ -1,9 +1,10 @@
 //! Health, metrics, models, keys, hosts, origins, and `/tokenize`.
 
 use router::ServeError;
-use serde_json::json;
+use router::key_file::{KeyFile, KeyLimits};
+use serde_json::{Value, json};
 
-use crate::mock::{CONTEXT, Gateway, config, encode, says};
+use crate::mock::{CONTEXT, Gateway, PATIENCE, Step, config, encode, says};
 
 #[tokio::test]
 async fn health_is_the_clusters_and_live_is_ours() {
@@ -76,6 +77,65 @@ async fn keys_guard_what_costs_and_nothing_else() {
     assert_eq!(with("sk-secreT").await.unwrap().status(), 401);
 }
 
+/// Keys of a file have limits: what is used up is refused with 429 and a time, a place is free when its answer has ended or its
+/// client has gone, and other keys do not notice.
+#[tokio::test]
+async fn keys_have_limits() {
+    let folder = std::env::temp_dir().join(format!("baton-gateway-keys-{}", std::process::id()));
+    let path = folder.join("keys.json");
+    let key =
+        |name: &str, limits: KeyLimits| KeyFile::change(&path, |file| file.create(name, limits, 1)).unwrap();
+    let few = key("few", KeyLimits { requests_per_minute: Some(2), ..KeyLimits::default() });
+    let short = key("short", KeyLimits { tokens_per_minute: Some(3), ..KeyLimits::default() });
+    let one = key("one", KeyLimits { concurrent: Some(1), ..KeyLimits::default() });
+    let mut config = config();
+    config.key_file = Some(path);
+    let gateway = Gateway::with(config, |_| {
+        let mut steps = says("x");
+        steps.insert(1, Step::Wait);
+        steps
+    })
+    .await;
+    let url = format!("{}/v1/completions", gateway.url);
+    let ask = async |key: &str, body: Value| {
+        gateway.client.post(&url).bearer_auth(key).json(&body).timeout(PATIENCE).send().await.unwrap()
+    };
+    let refused = async |response: reqwest::Response, what: &str| {
+        assert_eq!(response.status(), 429);
+        let wait: u64 = response.headers()["retry-after"].to_str().unwrap().parse().unwrap();
+        assert!((1..=300).contains(&wait), "{wait}");
+        let body: Value = response.json().await.unwrap();
+        assert_eq!(body["error"]["code"], "rate_limit_exceeded");
+        assert!(body["error"]["message"].as_str().unwrap().contains(what), "{body}");
+    };
+    let body = json!({"prompt": "Hello there"});
+    (0..3).for_each(|_| gateway.go());
+    assert_eq!(ask(&few, body.clone()).await.status(), 200);
+    assert_eq!(ask(&few, body.clone()).await.status(), 200);
+    refused(ask(&few, body.clone()).await, "2 requests per minute").await;
+    // One answer may go beyond its tokens; the next one waits.
+    assert_eq!(ask(&short, body.clone()).await.status(), 200);
+    refused(ask(&short, body.clone()).await, "3 tokens per minute").await;
+
+    let stream = json!({"prompt": "Hello there", "stream": true});
+    let first = ask(&one, stream.clone()).await;
+    assert_eq!(first.status(), 200);
+    refused(ask(&one, stream.clone()).await, "1 requests at once").await;
+    drop(first);
+    // The server notices the loss of its client a moment later.
+    let begun = std::time::Instant::now();
+    loop {
+        let second = ask(&one, stream.clone()).await;
+        if second.status() == 200 {
+            break;
+        }
+        assert!(begun.elapsed() < PATIENCE, "the place is never free");
+        tokio::task::yield_now().await;
+    }
+    assert_eq!(gateway.client.get(format!("{}/v1/models", gateway.url)).send().await.unwrap().status(), 401);
+    std::fs::remove_dir_all(folder).unwrap();
+}
+
 #[tokio::test]
 async fn request_ids_come_back_or_are_made() {
     let gateway = Gateway::new(|_| says("x")).await;
@@ -103,6 +163,10 @@ async fn only_listed_hosts_and_origins_are_served() {
     assert_eq!(allowed.headers()["access-control-allow-origin"], "https://chat.example");
     let other = ask("https://evil.example").await.unwrap();
     assert!(!other.headers().contains_key("access-control-allow-origin"));
+    assert_eq!(other.status(), 403);
+    // A page of this server itself.
+    assert_eq!(ask("http://localhost:1").await.unwrap().status(), 200);
+    assert_eq!(ask("null").await.unwrap().status(), 403);
     let preflight =
         gateway.client.request(reqwest::Method::OPTIONS, format!("{}/v1/chat/completions", gateway.url));
     let preflight = preflight.header("host", "localhost").header("origin", "https://chat.example");
