@@ -1,7 +1,7 @@
 //! How a family's heads get their keys and values: numbers of grouped-query and of multi-head latent attention.
 
 use crate::ModelError;
-use crate::config::Base;
+use crate::config::{Base, opt_head_dim};
 use crate::fields::Fields;
 
 /// Keys and values of all layers' heads.
@@ -95,16 +95,15 @@ impl Grouped {
                 .error("num_key_value_heads", format!("{kv_heads} does not divide {heads} query heads")));
         }
         let hidden = base.hidden;
-        let head_dim = match fields.opt_size("head_dim")?.or(default.head_dim) {
+        let head_dim = match opt_head_dim(fields, "head_dim")?.or(default.head_dim) {
             Some(head_dim) => head_dim,
-            None if hidden.is_multiple_of(heads) => hidden / heads,
+            None if hidden.is_multiple_of(2 * heads) => hidden / heads,
             None => {
-                return Err(fields.error("hidden_size", format!("{hidden} is no multiple of {heads} heads")));
+                let reason =
+                    format!("{hidden} is no multiple of {heads} heads of an even number of elements");
+                return Err(fields.error("hidden_size", reason));
             }
         };
-        if head_dim == 0 || head_dim % 2 != 0 {
-            return Err(fields.error("head_dim", format!("{head_dim} is not a positive even number")));
-        }
         Ok(Grouped {
             kv_heads,
             head_dim,

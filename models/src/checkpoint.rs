@@ -42,7 +42,7 @@ impl Checkpoint {
     pub fn open(dir: &Path) -> Result<Checkpoint, ModelError> {
         let config = Config::read(&dir.join("config.json"))?;
         let generation = Generation::read(dir, &config)?;
-        let weights = huggingface::open(dir, config.quantisation.as_ref())?;
+        let weights = huggingface::open(dir, &config)?;
         Checkpoint::assemble(dir, config, generation, weights)
     }
 

@@ -43,6 +43,9 @@ pub struct Config {
     pub eos_ids: Vec<u32>,
     /// How the file says that weights are quantised.
     pub quantisation: Option<Quantisation>,
+    /// What the names of the tensors begin with in the files, where the model is a part of another; the rest of that one
+    /// is not used.
+    pub names_front: &'static str,
     /// Columns that a split over ranks keeps together. Put here by the checkpoint: the numbers alone know no groups.
     pub groups: Groups,
 }
@@ -121,18 +124,23 @@ impl Config {
 
     /// How many weights the model has.
     pub fn parameters(&self) -> Parameters {
-        let total: u64 = crate::tensors(self)
-            .iter()
-            .map(|spec| spec.shape.iter().map(|n| *n as u64).product::<u64>())
-            .sum();
+        // Files are strangers' text: their numbers may be absurd.
+        let count = |shape: &[usize]| shape.iter().fold(1u64, |all, n| all.saturating_mul(*n as u64));
+        let total =
+            crate::tensors(self).iter().fold(0u64, |all, spec| all.saturating_add(count(&spec.shape)));
         let idle = self.experts.as_ref().map_or(0, |experts| {
             let layers = experts.layers.iter().filter(|sparse| **sparse).count() as u64;
-            let each = 3 * (self.hidden * experts.width) as u64;
-            layers * each * (experts.routing.experts - experts.routing.top_k) as u64
+            let each = 3u64.saturating_mul((self.hidden * experts.width) as u64);
+            let idle = (experts.routing.experts - experts.routing.top_k) as u64;
+            layers.saturating_mul(each).saturating_mul(idle)
         });
-        Parameters { total, active: total - idle }
+        Parameters { total, active: total.saturating_sub(idle) }
     }
 }
+
+/// Most layers of a model, and most elements of a head: tables are made of so many entries.
+const LAYERS_MAX: usize = 1024;
+const HEAD_DIM_MAX: usize = 1 << 16;
 
 /// What all families have; the family's file adds the rest.
 pub(crate) struct Base {
@@ -146,10 +154,11 @@ pub(crate) struct Base {
 
 impl Base {
     pub(crate) fn read(fields: &mut Fields, model_type: &'static str) -> Result<Base, ModelError> {
+        let hidden = fields.size("hidden_size")?;
         Ok(Base {
             model_type,
-            hidden: fields.size("hidden_size")?,
-            layers: fields.size("num_hidden_layers")?,
+            hidden,
+            layers: at_most(fields, "num_hidden_layers", LAYERS_MAX)?,
             heads: fields.size("num_attention_heads")?,
             positions: fields.size("max_position_embeddings")?,
         })
@@ -187,8 +196,27 @@ impl Base {
             dtype: dtype(fields)?,
             eos_ids: eos_ids(fields, vocab_size)?,
             quantisation: Quantisation::read(fields)?,
+            names_front: "",
             groups: Groups::default(),
         })
+    }
+}
+
+/// A size within a bound.
+pub(crate) fn at_most(fields: &mut Fields, field: &'static str, max: usize) -> Result<usize, ModelError> {
+    match fields.size(field)? {
+        size if size > max => Err(fields.error(field, format!("{size} is above {max}"))),
+        size => Ok(size),
+    }
+}
+
+/// Elements of a head, where the file gives them: even and within a bound.
+pub(crate) fn opt_head_dim(fields: &mut Fields, field: &'static str) -> Result<Option<usize>, ModelError> {
+    match fields.opt_size(field)? {
+        Some(dim) if dim == 0 || dim % 2 != 0 || dim > HEAD_DIM_MAX => {
+            Err(fields.error(field, format!("{dim} is not an even number between 2 and {HEAD_DIM_MAX}")))
+        }
+        dim => Ok(dim),
     }
 }
 

@@ -4,7 +4,11 @@
 use backend::{Routing, Score};
 
 use crate::ModelError;
+use crate::config::at_most;
 use crate::fields::Fields;
+
+/// Most experts of a layer: tables are made of so many entries.
+const EXPERTS_MAX: usize = 2048;
 
 /// The experts of the layers that have them.
 #[derive(Clone, Debug, PartialEq)]
@@ -108,10 +112,11 @@ pub(crate) fn chosen(
     fields: &mut Fields,
     [name, other]: [&'static str; 2],
 ) -> Result<(usize, usize), ModelError> {
-    let experts = match fields.opt_size(other)? {
-        Some(experts) if !fields.has(name) => experts,
-        _ => fields.size(name)?,
-    };
+    let name = if fields.has(other) && !fields.has(name) { other } else { name };
+    let experts = at_most(fields, name, EXPERTS_MAX)?;
+    if let Some(again) = fields.opt_size(other)?.filter(|again| *again != experts) {
+        return Err(fields.error(other, format!("{again}, but {name} is {experts}")));
+    }
     let top_k = fields.size("num_experts_per_tok")?;
     if top_k > experts {
         return Err(fields.error("num_experts_per_tok", format!("{top_k} of {experts} experts")));

@@ -107,6 +107,8 @@ pub(crate) struct Fields {
     path: String,
     /// `rope_scaling.` for a nested object.
     prefix: String,
+    /// Whether this is a model's configuration, not an object in one.
+    model: bool,
     map: Map<String, Value>,
     read: BTreeSet<&'static str>,
 }
@@ -116,9 +118,13 @@ impl Fields {
     pub(crate) fn parse(path: &str, json: &[u8]) -> Result<Fields, ModelError> {
         let format = |reason: String| ModelError::Format { path: path.into(), reason };
         match serde_json::from_slice(json) {
-            Ok(Value::Object(map)) => {
-                Ok(Fields { path: path.into(), prefix: String::new(), map, read: BTreeSet::new() })
-            }
+            Ok(Value::Object(map)) => Ok(Fields {
+                path: path.into(),
+                prefix: String::new(),
+                model: true,
+                map,
+                read: BTreeSet::new(),
+            }),
             Ok(_) => Err(format("not a JSON object".into())),
             Err(error) => Err(format(error.to_string())),
         }
@@ -229,12 +235,21 @@ impl Fields {
     /// The fields of an object that is the value of `field`.
     pub(crate) fn nested(&self, field: &str, map: Map<String, Value>) -> Fields {
         let prefix = format!("{}{field}.", self.prefix);
-        Fields { path: self.path.clone(), prefix, map, read: BTreeSet::new() }
+        Fields { path: self.path.clone(), prefix, model: false, map, read: BTreeSet::new() }
     }
 
     /// A string.
     pub(crate) fn opt_text(&mut self, field: &'static str) -> Result<Option<String>, ModelError> {
         self.typed(field, "a string", |value| value.as_str().map(str::to_string))
+    }
+
+    /// A list of whole numbers; none where absent.
+    pub(crate) fn sizes(&mut self, field: &'static str) -> Result<Vec<usize>, ModelError> {
+        let size = |value: &Value| value.as_u64().filter(|n| *n < SIZE_MAX).map(|n| n as usize);
+        let sizes = self.typed(field, "a list of whole numbers", |value| {
+            value.as_array()?.iter().map(size).collect::<Option<Vec<_>>>()
+        })?;
+        Ok(sizes.unwrap_or_default())
     }
 
     /// One token id or a list of them.
@@ -253,13 +268,17 @@ impl Fields {
         Ok(map.map(|map| self.nested(field, map)))
     }
 
+    /// The configuration of a model within another's, as the value of `field`.
+    pub(crate) fn opt_model(&mut self, field: &'static str) -> Result<Option<Fields>, ModelError> {
+        Ok(self.opt_object(field)?.map(|fields| Fields { model: true, ..fields }))
+    }
+
     /// Ends the reading: the first field that nobody read and that may change the computation is an error. Fields
     /// that say "off" (null, false, zero, empty) pass.
     pub(crate) fn finish(self) -> Result<(), ModelError> {
         for (name, value) in &self.map {
-            let top = self.prefix.is_empty();
             let known = self.read.contains(name.as_str())
-                || top && (HARMLESS.contains(&name.as_str()) || name.starts_with('_'))
+                || self.model && (HARMLESS.contains(&name.as_str()) || name.starts_with('_'))
                 || FACTORS.contains(&name.as_str()) && value.as_f64() == Some(1.0);
             if !known && !off(value) {
                 return Err(self.error(

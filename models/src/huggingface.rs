@@ -11,7 +11,7 @@ use serde::Deserialize;
 use crate::experts::ExpertNames;
 use crate::file::{Entry, WeightFile};
 use crate::weights::{Form, Place, Scales, Stored, Weights};
-use crate::{ModelError, Quantisation};
+use crate::{Config, ModelError, Quantisation};
 
 const SINGLE: &str = "model.safetensors";
 const INDEX: &str = "model.safetensors.index.json";
@@ -21,9 +21,9 @@ struct Index {
     weight_map: HashMap<String, String>,
 }
 
-/// The tensors of the directory `dir`, of a model whose configuration names `quantisation`.
-pub(crate) fn open(dir: &Path, quantisation: Option<&Quantisation>) -> Result<Weights, ModelError> {
-    let (files, found, table) = if dir.join(SINGLE).exists() || !dir.join(INDEX).exists() {
+/// The tensors of the model of `config` in the directory `dir`.
+pub(crate) fn open(dir: &Path, config: &Config) -> Result<Weights, ModelError> {
+    let (files, mut found, table): (_, Found, _) = if dir.join(SINGLE).exists() || !dir.join(INDEX).exists() {
         let file = single(dir)?;
         let found = file.tensors.iter().map(|entry| (entry.name.clone(), (0, entry.clone()))).collect();
         (vec![file], found, dir.join(SINGLE))
@@ -31,7 +31,12 @@ pub(crate) fn open(dir: &Path, quantisation: Option<&Quantisation>) -> Result<We
         let (files, found) = sharded(dir)?;
         (files, found, dir.join(INDEX))
     };
-    let reader = Reader { files: &files, found: &found, quantisation };
+    let front = config.names_front;
+    if !front.is_empty() {
+        let own = |(name, place): (String, _)| Some((name.strip_prefix(front)?.to_owned(), place));
+        found = found.into_iter().filter_map(own).collect();
+    }
+    let reader = Reader { files: &files, found: &found, quantisation: config.quantisation.as_ref(), front };
     let mut tensors = BTreeMap::new();
     for (name, (file, entry)) in &found {
         if let Some((name, stored)) = reader.tensor(name, *file, entry)? {
@@ -49,6 +54,8 @@ struct Reader<'r> {
     files: &'r [WeightFile],
     found: &'r Found,
     quantisation: Option<&'r Quantisation>,
+    /// What was cut off the names.
+    front: &'static str,
 }
 
 impl Reader<'_> {
@@ -127,7 +134,9 @@ impl Reader<'_> {
             path: path.clone(),
             reason: format!("tensor {name}: {reason}"),
         };
-        let Some(affine) = self.quantisation.and_then(|quantisation| quantisation.affine(base)) else {
+        let Some(affine) =
+            self.quantisation.and_then(|quantisation| quantisation.affine(&format!("{}{base}", self.front)))
+        else {
             return Err(error("has scales, but config.json gives it no quantization".into()));
         };
         let (scales, biases) = (self.scales(base, "scales")?, self.scales(base, "biases")?);

@@ -192,6 +192,10 @@ mod tests {
                 "\"vocab_size\": 512",
                 "\"vocab_size\": 512, \"tie_word_embeddings\": true, \"eos_token_id\": 3",
             ),
+            (
+                "\"vocab_size\": 512",
+                "\"vocab_size\": 512, \"quantization\": {\"group_size\": 32, \"bits\": 4}",
+            ),
         ];
         for (from, to) in same {
             assert_eq!(of(&json.replace(from, to)), base, "{to}");

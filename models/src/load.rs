@@ -21,6 +21,9 @@ pub struct Progress {
     pub bytes_total: u64,
 }
 
+/// Threads that read the experts of a layer.
+const READERS: usize = 4;
+
 /// A load under way.
 pub(crate) struct Loader<'l, B: Backend> {
     backend: &'l mut B,
@@ -187,14 +190,11 @@ impl<'l, B: Backend> Loader<'l, B> {
             false => None,
         };
         let mut stack = |parts: &[&str], sum: KSum| {
-            let slices: Vec<Vec<Slice<'_>>> = (0..experts.routing.experts)
-                .map(|expert| {
-                    let part = |part: &&str| {
-                        checkpoint.part(&format!("{block}.experts.{expert}.{part}.weight"), shard)
-                    };
-                    parts.iter().map(part).collect::<Result<_, _>>()
-                })
-                .collect::<Result<_, ModelError>>()?;
+            let slices: Vec<Vec<Slice<'_>>> = at_once(experts.routing.experts, |expert| {
+                let part =
+                    |part: &&str| checkpoint.part(&format!("{block}.experts.{expert}.{part}.weight"), shard);
+                parts.iter().map(part).collect()
+            })?;
             let linear = |parts| Linear { parts, bias: None, sum };
             let parts = slices.iter().map(|slices| slices.iter().map(Slice::view).collect());
             self.load(&WeightSource::Experts(parts.map(linear).collect()))
@@ -249,6 +249,32 @@ impl<'l, B: Backend> Loader<'l, B> {
         (self.report)(self.progress);
         Ok(weight)
     }
+}
+
+/// What `each` makes of `0..count`, in order, by several threads: many parts are read sooner so.
+fn at_once<T: Send>(
+    count: usize,
+    each: impl Fn(usize) -> Result<T, ModelError> + Sync,
+) -> Result<Vec<T>, ModelError> {
+    let share = count.div_ceil(READERS).max(1);
+    std::thread::scope(|scope| {
+        let each = &each;
+        let threads: Vec<_> = (0..count)
+            .step_by(share)
+            .map(|first| {
+                let numbers = first..count.min(first + share);
+                scope.spawn(move || numbers.map(each).collect::<Result<Vec<T>, _>>())
+            })
+            .collect();
+        let mut all = Vec::with_capacity(count);
+        for thread in threads {
+            match thread.join() {
+                Ok(made) => all.extend(made?),
+                Err(panic) => std::panic::resume_unwind(panic),
+            }
+        }
+        Ok(all)
+    })
 }
 
 /// One matrix per head of this rank.

@@ -94,15 +94,8 @@ impl Quantisation {
         // Scales that are powers of two are stored as f32 all the same.
         fields.one_of("scale_fmt", &["ue8m0", "float"])?;
         fields.harmless(&["modules_to_not_convert", "ignored_layers", "dequantize"]);
-        let block: Option<Vec<usize>> = fields.value("weight_block_size").and_then(|value| {
-            value
-                .as_array()?
-                .iter()
-                .map(|n| n.as_u64().filter(|n| (1..1 << 20).contains(n)).map(|n| n as usize))
-                .collect()
-        });
-        match block.as_deref() {
-            Some([rows, cols]) => Ok(Quantisation::Fp8 { rows: *rows, cols: *cols }),
+        match fields.sizes("weight_block_size")?[..] {
+            [rows, cols] if rows > 0 && cols > 0 => Ok(Quantisation::Fp8 { rows, cols }),
             _ => Err(fields.error("weight_block_size", "only blocks of [rows, columns] are supported")),
         }
     }

@@ -5,7 +5,7 @@ use std::collections::HashMap;
 use std::fs;
 use std::path::Path;
 
-use models::{Checkpoint, Config, Identity, ModelError, tensors};
+use models::{Checkpoint, Config, Identity, ModelError, shards, tensors};
 use safetensors::tensor::{Dtype, TensorView, serialize_to_file};
 use tempfile::TempDir;
 
@@ -189,6 +189,178 @@ fn shards_open_and_a_broken_index_is_refused() {
     write(&index);
     fs::remove_file(dir.path().join("b.safetensors")).unwrap();
     assert!(error(&dir).starts_with("b.safetensors: "), "{}", error(&dir));
+}
+
+/// A model directory of one weight file and the given configuration.
+fn directory(config: &str, numbers: &Tensors) -> TempDir {
+    let dir = tempfile::tempdir().unwrap();
+    fs::write(dir.path().join("config.json"), config).unwrap();
+    write_file(&dir.path().join("model.safetensors"), numbers);
+    dir
+}
+
+/// [`CONFIG`] with one more field.
+fn with_field(field: &str) -> String {
+    CONFIG.replacen('{', &format!("{{{field}, "), 1)
+}
+
+const UP: &str = "model.layers.0.mlp.up_proj";
+const DOWN: &str = "model.layers.0.mlp.down_proj";
+
+/// Zeros, with the matrix `base` as `parts` (name after the base, type, shape, bytes of an element).
+fn with_parts(base: &str, parts: &[(&str, Dtype, &[usize], usize)]) -> Tensors {
+    let mut tensors = zeros();
+    tensors.remove(&format!("{base}.weight"));
+    for (end, dtype, shape, bytes) in parts {
+        let len = shape.iter().product::<usize>() * bytes;
+        tensors.insert(format!("{base}.{end}"), (*dtype, shape.to_vec(), vec![0; len]));
+    }
+    tensors
+}
+
+#[test]
+fn quantised_tensors_are_found_with_their_scales() {
+    let formats = |config: &str, tensors: &Tensors| {
+        let checkpoint = Checkpoint::open(directory(config, tensors).path()).unwrap();
+        let all = checkpoint.weight_bytes();
+        let formats = checkpoint.formats();
+        assert_eq!(formats.iter().map(|(_, bytes)| bytes).sum::<u64>(), all);
+        assert_eq!(checkpoint.rank_bytes(1).unwrap(), [all]);
+        formats.into_iter().find(|(name, _)| name != "f32").unwrap()
+    };
+    // 24 x 16 in 4 bits with two groups of 8 in a row.
+    let mlx = with_parts(
+        UP,
+        &[
+            ("weight", Dtype::U32, &[24, 2], 4),
+            ("scales", Dtype::BF16, &[24, 2], 2),
+            ("biases", Dtype::BF16, &[24, 2], 2),
+        ],
+    );
+    let config = with_field(r#""quantization": {"group_size": 8, "bits": 4}"#);
+    assert_eq!(formats(&config, &mlx), ("mlx 4-bit, groups of 8".into(), 24 * 8 + 2 * 24 * 2 * 2));
+    let fp8 = with_parts(
+        UP,
+        &[("weight", Dtype::F8_E4M3, &[24, 16], 1), ("weight_scale_inv", Dtype::F32, &[2, 1], 4)],
+    );
+    let config =
+        with_field(r#""quantization_config": {"quant_method": "fp8", "weight_block_size": [16, 16]}"#);
+    assert_eq!(formats(&config, &fp8), ("fp8, blocks of 16 x 16".into(), 24 * 16 + 2 * 4));
+    let int4 = with_parts(
+        UP,
+        &[
+            ("weight_packed", Dtype::I32, &[24, 2], 4),
+            ("weight_scale", Dtype::BF16, &[24, 2], 2),
+            ("weight_shape", Dtype::I64, &[2], 8),
+        ],
+    );
+    let config = with_field(
+        r#""quantization_config": {"quant_method": "compressed-tensors", "format": "pack-quantized",
+            "config_groups": {"a": {"weights": {"num_bits": 4, "type": "int", "strategy": "group", "group_size": 8}}}}"#,
+    );
+    assert_eq!(formats(&config, &int4), ("int4, groups of 8".into(), 24 * 8 + 24 * 2 * 2));
+}
+
+#[test]
+fn quantised_tensors_that_disagree_are_named() {
+    let failed = |config: &str, tensors: &Tensors| error(&directory(config, tensors));
+    let mlx = |words: usize, groups: usize| {
+        with_parts(
+            UP,
+            &[
+                ("weight", Dtype::U32, &[24, words], 4),
+                ("scales", Dtype::BF16, &[24, groups], 2),
+                ("biases", Dtype::BF16, &[24, groups], 2),
+            ],
+        )
+    };
+    assert_eq!(
+        failed(CONFIG, &mlx(2, 2)),
+        format!(
+            "model.safetensors: tensor {UP}.weight: has scales, but config.json gives it no quantization"
+        )
+    );
+    let config = with_field(r#""quantization": {"group_size": 8, "bits": 4}"#);
+    assert_eq!(
+        failed(&config, &mlx(2, 1)),
+        format!(
+            "model.safetensors: tensor {UP}.weight: U32 [24, 2] with scales [24, 1] of 4 bits in groups of 8"
+        )
+    );
+    assert_eq!(
+        failed(&config, &mlx(4, 4)),
+        format!("model.safetensors: tensor {UP}.weight has shape [24, 32], config.json gives [24, 16]")
+    );
+    let mut without = mlx(2, 2);
+    without.remove(&format!("{UP}.biases"));
+    assert_eq!(
+        failed(&config, &without),
+        format!("model.safetensors: tensor {UP} is quantised, and has no {UP}.biases")
+    );
+    // Codes without a scale, or a format that the configuration does not name, are types that nobody takes.
+    let bare = with_parts(UP, &[("weight", Dtype::F8_E4M3, &[24, 16], 1)]);
+    assert_eq!(
+        failed(CONFIG, &bare),
+        format!("model.safetensors: tensor {UP}.weight has dtype F8_E4M3, expected BF16, F16 or F32")
+    );
+    let fp8 = with_parts(
+        UP,
+        &[("weight", Dtype::F8_E4M3, &[24, 16], 1), ("weight_scale_inv", Dtype::F32, &[1, 1], 4)],
+    );
+    let config =
+        with_field(r#""quantization_config": {"quant_method": "fp8", "weight_block_size": [16, 16]}"#);
+    assert_eq!(
+        failed(&config, &fp8),
+        format!("model.safetensors: tensor {UP}.weight: [24, 16] with scales [1, 1] in blocks of 16 x 16")
+    );
+}
+
+#[test]
+fn a_group_of_columns_is_never_on_two_ranks() {
+    // 16 x 24 in 4 bits, groups of 8: three groups for two ranks, none for a fourth.
+    let parts: [(&str, Dtype, &[usize], usize); 3] = [
+        ("weight", Dtype::U32, &[16, 3], 4),
+        ("scales", Dtype::BF16, &[16, 3], 2),
+        ("biases", Dtype::BF16, &[16, 3], 2),
+    ];
+    let config = with_field(r#""quantization": {"group_size": 8, "bits": 4}"#);
+    let config = config.replace("\"num_attention_heads\": 2", "\"num_attention_heads\": 4");
+    let dir = directory(&config, &with_parts(DOWN, &parts));
+    let checkpoint = Checkpoint::open(dir.path()).unwrap();
+    let ffn = |world| {
+        shards(checkpoint.config(), world).map(|all| all.into_iter().map(|s| s.ffn).collect::<Vec<_>>())
+    };
+    assert_eq!(ffn(2).unwrap(), [0..16, 16..24]);
+    assert_eq!(ffn(3).unwrap(), [0..8, 8..16, 16..24]);
+    assert_eq!(
+        ffn(4).unwrap_err().to_string(),
+        format!(
+            "cannot split {DOWN}.weight over 4 tensor-parallel ranks: its 24 columns stay together in groups of 8"
+        )
+    );
+    let bytes = checkpoint.rank_bytes(2).unwrap();
+    assert!(bytes[0] > bytes[1] && bytes[0] < checkpoint.weight_bytes(), "{bytes:?}");
+}
+
+#[test]
+fn a_text_model_within_another_is_opened_alone() {
+    let text = r#""model_type": "kimi_k2", "vocab_size": 32, "hidden_size": 16, "intermediate_size": 24,
+        "num_hidden_layers": 1, "num_attention_heads": 2, "max_position_embeddings": 64, "kv_lora_rank": 8,
+        "qk_nope_head_dim": 4, "qk_rope_head_dim": 4, "v_head_dim": 4, "moe_intermediate_size": 8,
+        "n_routed_experts": 4, "num_experts_per_tok": 2, "dtype": "float32""#;
+    let outer = format!(
+        r#"{{"model_type": "kimi_k25", "text_config": {{{text}}}, "vision_config": {{"depth": 2}}}}"#
+    );
+    let config = Config::parse("c", outer.as_bytes()).unwrap();
+    let zero = |shape: &[usize]| vec![0; shape.iter().product::<usize>() * 4];
+    let mut all: Tensors = tensors(&config)
+        .into_iter()
+        .map(|t| (format!("language_model.{}", t.name), (Dtype::F32, t.shape.clone(), zero(&t.shape))))
+        .collect();
+    let bytes: usize = all.values().map(|(_, _, bytes)| bytes.len()).sum();
+    all.insert("vision_tower.patch.weight".into(), (Dtype::F32, vec![4], vec![0; 16]));
+    let checkpoint = Checkpoint::open(directory(&outer, &all).path()).unwrap();
+    assert_eq!(checkpoint.weight_bytes(), bytes as u64);
 }
 
 #[test]

@@ -5,7 +5,7 @@
 use backend::RopeStyle;
 
 use crate::attention::{Attention, Latent};
-use crate::config::Base;
+use crate::config::{Base, opt_head_dim};
 use crate::experts::Experts;
 use crate::fields::Fields;
 use crate::rope::{RopeConfig, Rotary};
@@ -19,10 +19,10 @@ pub(super) fn read(fields: &mut Fields) -> Result<Config, ModelError> {
 /// Reads the configuration of a family with this graph.
 pub(super) fn family(fields: &mut Fields, model_type: &'static str) -> Result<Config, ModelError> {
     let base = Base::read(fields, model_type)?;
-    let (nope_dim, rope_dim) = (fields.size("qk_nope_head_dim")?, fields.size("qk_rope_head_dim")?);
-    if rope_dim % 2 != 0 {
-        return Err(fields.error("qk_rope_head_dim", format!("{rope_dim} is not even")));
-    }
+    let nope_dim = fields.size("qk_nope_head_dim")?;
+    let Some(rope_dim) = opt_head_dim(fields, "qk_rope_head_dim")? else {
+        return Err(fields.error("qk_rope_head_dim", "missing"));
+    };
     // Numbers that say the same again, in files written by newer libraries.
     let same =
         [("num_key_value_heads", base.heads), ("head_dim", rope_dim), ("qk_head_dim", nope_dim + rope_dim)];

@@ -22,6 +22,7 @@ const FAMILIES: &[(&str, Read)] = &[
     ("deepseek_v3", deepseek_v3::read),
     ("glm4_moe", glm4_moe::read),
     ("kimi_k2", kimi_k2::read),
+    ("kimi_k25", kimi_k2::read_text),
     ("llama", llama::read),
     ("minimax_m2", minimax_m2::read),
     ("mistral", mistral::read),

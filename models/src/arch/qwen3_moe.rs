@@ -39,7 +39,7 @@ fn experts(fields: &mut Fields, layers: usize) -> Result<Experts, ModelError> {
     if every == 0 {
         return Err(fields.error("decoder_sparse_step", "0 is not a number of layers"));
     }
-    let dense = fields.ids("mlp_only_layers")?;
+    let dense = fields.sizes("mlp_only_layers")?;
     Ok(Experts {
         routing: Routing {
             experts,
@@ -54,7 +54,7 @@ fn experts(fields: &mut Fields, layers: usize) -> Result<Experts, ModelError> {
         shared_width: 0,
         choice_bias: false,
         layers: (0..layers)
-            .map(|layer| !dense.contains(&(layer as u32)) && (layer + 1).is_multiple_of(every))
+            .map(|layer| !dense.contains(&layer) && (layer + 1).is_multiple_of(every))
             .collect(),
         names: ExpertNames::Mlp,
     })

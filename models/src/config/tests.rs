@@ -105,6 +105,20 @@ fn a_part_of_a_head_may_be_rotated() {
 }
 
 #[test]
+fn a_text_model_is_found_within_another() {
+    let inner = DEEPSEEK.replace("\"topk_group\": 2", "\"topk_group\": 4");
+    let inner =
+        format!(r#"{{"model_type": "kimi_k2", {SIZES} {inner}, "use_cache": true, "eos_token_id": 5}}"#);
+    let outer =
+        format!(r#"{{"model_type": "kimi_k25", "text_config": {inner}, "vision_config": {{"depth": 2}}}}"#);
+    let config = Config::parse("c", outer.as_bytes()).unwrap();
+    assert_eq!((config.names_front, config.hidden, &config.eos_ids[..]), ("language_model.", 64, &[5][..]));
+    let odd = outer.replace("use_cache", "attn_softcap");
+    let error = Config::parse("c", odd.as_bytes()).unwrap_err().to_string();
+    assert_eq!(error, "c: text_config.attn_softcap: true is not supported: it may change the computation");
+}
+
+#[test]
 fn parameters_are_counted_with_and_without_idle_experts() {
     let llama = config("llama", r#", "tie_word_embeddings": true"#).unwrap().parameters();
     let layer = 4 * 64 * 64 + 3 * 64 * 160 + 2 * 64;
@@ -148,7 +162,7 @@ fn what_changes_the_math_and_is_not_supported_is_named() {
     let error = |model_type, more: &str| config(model_type, more).unwrap_err();
     assert_eq!(
         error("gemma3", ""),
-        "c: not supported yet: model_type \"gemma3\" (supported: deepseek_v3, glm4_moe, kimi_k2, llama, minimax_m2, \
+        "c: not supported yet: model_type \"gemma3\" (supported: deepseek_v3, glm4_moe, kimi_k2, kimi_k25, llama, minimax_m2, \
          mistral, qwen2, qwen3, qwen3_moe)"
     );
     let deepseek = |from: &str, to: &str| error("deepseek_v3", &DEEPSEEK.replace(from, to));
@@ -186,7 +200,32 @@ fn what_changes_the_math_and_is_not_supported_is_named() {
         error("llama", r#", "num_key_value_heads": 3"#),
         "c: num_key_value_heads: 3 does not divide 4 query heads"
     );
-    assert_eq!(error("llama", r#", "head_dim": 15"#), "c: head_dim: 15 is not a positive even number");
+    assert_eq!(
+        error("llama", r#", "head_dim": 15"#),
+        "c: head_dim: 15 is not an even number between 2 and 65536"
+    );
+}
+
+#[test]
+fn absurd_numbers_are_refused_before_anything_is_made_of_them() {
+    let error = |model_type, more: &str, from: &str, to: &str| {
+        let json = format!(r#"{{"model_type": "{model_type}", {SIZES} {more}}}"#).replace(from, to);
+        Config::parse("c", json.as_bytes()).unwrap_err().to_string()
+    };
+    let many = "\"num_hidden_layers\": 2000000000";
+    assert_eq!(
+        error("llama", "", "\"num_hidden_layers\": 3", many),
+        "c: num_hidden_layers: 2000000000 is above 1024"
+    );
+    assert_eq!(
+        error("deepseek_v3", DEEPSEEK, "\"n_routed_experts\": 16", "\"n_routed_experts\": 4096, \"x\": 0"),
+        "c: n_routed_experts: 4096 is above 2048"
+    );
+    let wide = config("llama", r#", "num_key_value_heads": 1, "head_dim": 65536"#).unwrap();
+    let huge = Config { vocab_size: 1 << 30, hidden: 1 << 30, heads: 1 << 30, ..wide };
+    assert!(huge.parameters().total > 1 << 60);
+    let absurd = Config { heads: 1 << 46, ..huge };
+    assert_eq!(absurd.parameters().total, u64::MAX);
 }
 
 #[test]
