@@ -2,6 +2,7 @@
 
 mod api;
 mod bundled;
+mod certificate;
 mod chat;
 mod config;
 mod dirs;

@@ -37,6 +37,12 @@ settings! {
         reasoning_parser: String ["MODE"] = "auto";
         /// File of keys that `baton key` makes, with limits; changes are followed
         key_file: Option<PathBuf> ["FILE"];
+        /// Certificate chain for HTTPS, in PEM; read again when it changes
+        tls_cert: Option<PathBuf> ["FILE"];
+        /// Private key of the certificate
+        tls_key: Option<PathBuf> ["FILE"];
+        /// HTTPS with a certificate of its own, made at the first start and kept in the user's data directory
+        tls_self_signed: bool [""];
         /// Names that clients may reach this server by (the Host header) [default: on loopback its own; else any]
         allowed_host: Vec<String> ["NAME,..."];
         /// Origins of web pages that may call, such as https://chat.example, or * [default: none]
@@ -81,6 +87,18 @@ impl RouterSettings {
         );
         self.tool_family()?;
         self.reasons()?;
+        let files = (self.tls_cert.is_some(), self.tls_key.is_some());
+        ensure!(files.0 == files.1, "tls-cert and tls-key belong together: give both");
+        ensure!(
+            !(files.0 && self.tls_self_signed),
+            "tls-cert and tls-self-signed are both set: give one of them"
+        );
+        ensure!(
+            self.insecure || self.host.is_loopback() || files.0 || self.tls_self_signed,
+            "refusing to serve {}:{} in clear: give --tls-cert and --tls-key, or --tls-self-signed, or name the risk with --insecure",
+            self.host,
+            self.port
+        );
         Ok(())
     }
 

@@ -9,12 +9,13 @@ use cluster::{ClusterService, Members, MembershipConfig, Shutdown, require_loopb
 use hub::Want;
 use router::dispatch::{Dispatch, DispatchConfig};
 use router::inference::Inference;
-use router::{GatewayConfig, serve};
+use router::{GatewayConfig, TlsFiles, serve};
 use tonic::service::Routes;
 use vocab::Vocab;
 
 use crate::config::{RouterSettings, Secret};
 use crate::model::Located;
+use crate::{certificate, dirs};
 
 /// At the end, nodes and `status` have this long to take their last answer.
 const CLUSTER_DRAIN: Duration = Duration::from_secs(1);
@@ -92,11 +93,21 @@ fn gateway(settings: &RouterSettings, located: &Located) -> Result<GatewayConfig
     gateway.keys = settings.api_key.iter().map(|Secret(key)| key.clone()).collect();
     gateway.tool_parser = settings.tool_family()?;
     gateway.reasoning_parser = settings.reasons()?;
+    gateway.tls = certificate(settings)?;
     gateway.key_file.clone_from(&settings.key_file);
     gateway.allowed_hosts = settings.hosts();
     gateway.allowed_origins.clone_from(&settings.allowed_origin);
     gateway.limits.drain = settings.drain.0;
     Ok(gateway)
+}
+
+/// The certificate for HTTPS, made if it is to be our own.
+fn certificate(settings: &RouterSettings) -> Result<Option<TlsFiles>> {
+    if settings.tls_self_signed {
+        return Ok(Some(certificate::own(&dirs::data()?, settings.host)?));
+    }
+    let files = settings.tls_cert.clone().zip(settings.tls_key.clone());
+    Ok(files.map(|(cert, key)| TlsFiles { cert, key }))
 }
 
 /// Longest sequence that the model was made for.

@@ -10,4 +10,4 @@ pub mod metrics;
 pub mod placement;
 pub mod text;
 
-pub use api::{GatewayConfig, Limits, ServeError, serve};
+pub use api::{GatewayConfig, Limits, ServeError, TlsFiles, serve};

@@ -28,6 +28,11 @@ fn wrong_flags_and_values_are_named() {
         &["router", "--model=.", "--host=0.0.0.0"],
         &["refusing to serve 0.0.0.0:8000 without API keys", "baton key create"],
     );
+    refused(
+        &["router", "--model=.", "--host=0.0.0.0", "--api-key=k"],
+        &["refusing to serve 0.0.0.0:8000 in clear", "--tls-self-signed", "--insecure"],
+    );
+    refused(&["router", "--model=.", "--tls-cert=x"], &["tls-cert and tls-key belong together"]);
     refused(&["decode", "--model=.", "--tp=2", "--rank=2"], &["rank 2 is not below tp 2"]);
     refused(&["decode", "--model=.", "--tp=2"], &["tp 2 needs --leader"]);
     refused(&["prefill", "--model=."], &["no cluster token: give --token-file"]);

@@ -4,6 +4,8 @@ use std::fmt;
 use std::path::PathBuf;
 use std::time::Duration;
 
+use super::tls::TlsFiles;
+
 use crate::text::answer::Family;
 
 /// One gateway, for one model.
@@ -19,6 +21,8 @@ pub struct GatewayConfig {
     pub context_tokens: usize,
     /// API keys. Empty, and without a file of them: everybody may ask.
     pub keys: Vec<String>,
+    /// Certificate for HTTPS; `None`: HTTP.
+    pub tls: Option<TlsFiles>,
     /// File of keys with names and limits, which is followed.
     pub key_file: Option<PathBuf>,
     /// Names in `Host` that are served, without port. Empty: all. A list keeps web pages from reaching a gateway on this
@@ -43,6 +47,7 @@ impl GatewayConfig {
             aliases: Vec::new(),
             context_tokens,
             keys: Vec::new(),
+            tls: None,
             key_file: None,
             allowed_hosts: Vec::new(),
             allowed_origins: Vec::new(),
@@ -62,6 +67,7 @@ impl fmt::Debug for GatewayConfig {
             .field("aliases", &self.aliases)
             .field("context_tokens", &self.context_tokens)
             .field("keys", &format_args!("{} keys", self.keys.len()))
+            .field("tls", &self.tls)
             .field("key_file", &self.key_file)
             .field("allowed_hosts", &self.allowed_hosts)
             .field("allowed_origins", &self.allowed_origins)

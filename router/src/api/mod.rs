@@ -25,6 +25,7 @@ mod reply;
 mod run;
 mod server;
 mod status;
+mod tls;
 mod tokens;
 
 use std::sync::Arc;
@@ -41,6 +42,7 @@ use tokio_util::sync::CancellationToken;
 
 pub use config::{GatewayConfig, Limits};
 pub use quota::Caller;
+pub use tls::{TlsError, TlsFiles};
 
 use crate::inference::Inference;
 use crate::key_file::KeyFileError;
@@ -61,6 +63,9 @@ pub enum ServeError {
     /// The file of keys cannot be used.
     #[error(transparent)]
     Keys(#[from] KeyFileError),
+    /// The certificate cannot be used.
+    #[error(transparent)]
+    Tls(#[from] TlsError),
     /// The configuration contradicts itself.
     #[error("{0}")]
     Config(String),
@@ -104,6 +109,11 @@ pub async fn serve<I: Inference>(
     let text = tokio::task::spawn_blocking(move || ModelText::load(&dir)).await??;
     let keys = Arc::new(Keys::new(&config.keys, config.key_file.clone())?);
     tokio::spawn(Arc::clone(&keys).watch(shutdown.clone()));
+    let certificate = config.tls.clone().map(tls::Certificate::read).transpose()?;
+    let acceptor = certificate.as_ref().map(tls::Certificate::acceptor).transpose()?;
+    if let Some(certificate) = certificate {
+        tokio::spawn(certificate.watch(shutdown.clone()));
+    }
     let mut registry = Registry::default();
     inference.register(&mut registry);
     let cores = std::thread::available_parallelism().map_or(2, |cores| cores.get().max(2));
@@ -123,7 +133,7 @@ pub async fn serve<I: Inference>(
         since: SystemTime::now(),
         config,
     };
-    server::run(listener, routes(Arc::new(gateway)), &limits, shutdown).await;
+    server::run(listener, acceptor, routes(Arc::new(gateway)), &limits, shutdown).await;
     Ok(())
 }
 

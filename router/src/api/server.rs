@@ -8,8 +8,11 @@ use axum::Router;
 use hyper::server::conn::http1;
 use hyper_util::rt::{TokioIo, TokioTimer};
 use hyper_util::service::TowerToHyperService;
+use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::Semaphore;
+use tokio::time::timeout;
+use tokio_rustls::TlsAcceptor;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
@@ -19,7 +22,14 @@ use super::config::Limits;
 const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
 
 /// Serves until `shutdown`, then waits for running requests, `limits.drain` at the longest; what runs still is cut off.
-pub async fn run(listener: TcpListener, app: Router, limits: &Limits, shutdown: CancellationToken) {
+/// With `tls`, HTTPS.
+pub async fn run(
+    listener: TcpListener,
+    tls: Option<TlsAcceptor>,
+    app: Router,
+    limits: &Limits,
+    shutdown: CancellationToken,
+) {
     let places = Arc::new(Semaphore::new(limits.connections));
     let connections = TaskTracker::new();
     let cut_off = CancellationToken::new();
@@ -39,29 +49,16 @@ pub async fn run(listener: TcpListener, app: Router, limits: &Limits, shutdown: 
         };
         // Tokens are small and must not wait for each other.
         _ = stream.set_nodelay(true);
-        let connection = http1::Builder::new()
-            .timer(TokioTimer::new())
-            .header_read_timeout(limits.head_read)
-            .max_buf_size(limits.head_bytes)
-            .max_header_size(limits.head_bytes)
-            .max_headers(limits.headers)
-            .serve_connection(TokioIo::new(stream), TowerToHyperService::new(app.clone()));
-        let (shutdown, cut_off) = (shutdown.clone(), cut_off.clone());
+        let ends = Ends { shutdown: shutdown.clone(), cut_off: cut_off.clone() };
+        let (tls, app, limits) = (tls.clone(), app.clone(), limits.clone());
         connections.spawn(async move {
             let _place = place;
-            let mut connection = std::pin::pin!(connection);
-            let result = tokio::select! {
-                result = &mut connection => result,
-                () = shutdown.cancelled() => {
-                    connection.as_mut().graceful_shutdown();
-                    tokio::select! {
-                        result = connection => result,
-                        () = cut_off.cancelled() => Ok(()),
-                    }
-                }
-            };
-            if let Err(error) = result {
-                tracing::debug!("connection: {error}");
+            let Some(tls) = tls else { return serve(stream, app, &limits, ends).await };
+            // Whoever takes a place and says nothing loses it, as with a request's head.
+            match timeout(limits.head_read, tls.accept(stream)).await {
+                Ok(Ok(stream)) => serve(stream, app, &limits, ends).await,
+                Ok(Err(error)) => tracing::debug!("no TLS: {error}"),
+                Err(_) => tracing::debug!("no TLS in time"),
             }
         });
     }
@@ -74,6 +71,38 @@ pub async fn run(listener: TcpListener, app: Router, limits: &Limits, shutdown: 
         );
         cut_off.cancel();
         connections.wait().await;
+    }
+}
+
+/// When a connection ends.
+struct Ends {
+    /// After the request that runs.
+    shutdown: CancellationToken,
+    /// At once.
+    cut_off: CancellationToken,
+}
+
+async fn serve(stream: impl AsyncRead + AsyncWrite + Unpin, app: Router, limits: &Limits, ends: Ends) {
+    let connection = http1::Builder::new()
+        .timer(TokioTimer::new())
+        .header_read_timeout(limits.head_read)
+        .max_buf_size(limits.head_bytes)
+        .max_header_size(limits.head_bytes)
+        .max_headers(limits.headers)
+        .serve_connection(TokioIo::new(stream), TowerToHyperService::new(app));
+    let mut connection = std::pin::pin!(connection);
+    let result = tokio::select! {
+        result = &mut connection => result,
+        () = ends.shutdown.cancelled() => {
+            connection.as_mut().graceful_shutdown();
+            tokio::select! {
+                result = connection => result,
+                () = ends.cut_off.cancelled() => Ok(()),
+            }
+        }
+    };
+    if let Err(error) = result {
+        tracing::debug!("connection: {error}");
     }
 }
 

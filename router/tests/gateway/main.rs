@@ -6,4 +6,5 @@ mod errors;
 mod latency;
 mod mock;
 mod status;
+mod tls;
 mod tools;
