@@ -200,8 +200,7 @@ fn noise(rules: &[Rule], vocabulary: i32) -> Recorded {
         let words: Vec<u32> = keys.iter().map(|keys| keys[word]).collect();
         Array::from_slice(&words, &[int(words.len()), 1])
     };
-    let ids: Vec<u32> = (0..vocabulary.unsigned_abs()).collect();
-    let ids = Array::from_slice(&ids, &[1, vocabulary]);
+    let ids = Array::arange::<i32, u32>(None, vocabulary, None)?.reshape(&[1, vocabulary])?;
     let bits = round(&round(&xor(&ids, &key(0))?)?.add(&key(1))?)?;
     let w = bits.as_dtype(Dtype::Float32)?.add(Array::from_f32(0.5))?;
     let w = ops::minimum(&w.multiply(Array::from_f32(1.0 / 4_294_967_296.0))?, Array::from_f32(BELOW_ONE))?;

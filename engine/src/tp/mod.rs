@@ -1,6 +1,7 @@
 //! The ranks of a tensor-parallel group in lock-step: how they meet ([`rendezvous`]), what the leader tells them and
 //! what they answer ([`plan`]), over which links ([`link`]).
 
+mod codec;
 mod group;
 mod link;
 mod mesh;
