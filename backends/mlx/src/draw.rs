@@ -78,7 +78,7 @@ impl Draws {
         let logits = match drew.iter().filter(|drew| !**drew).count() {
             0 => None,
             all if all == rows => Some(x.contiguous()?),
-            count => Some(x.take_axis(&indices(shown, &[int(count)]), 0)?),
+            count => Some(x.take_axis(indices(shown, &[int(count)]), 0)?),
         };
         let rules: Vec<Rule> = draws
             .iter()
@@ -139,7 +139,7 @@ fn ids(x: &Array, rules: &[Rule]) -> Recorded {
     if !rules.iter().all(Rule::is_greedy) {
         let warm: Vec<bool> = rules.iter().map(|rule| !rule.is_greedy()).collect();
         let drawn = warm_ids(&sound.subtract(&max)?, rules)?;
-        ids = ops::select(&Array::from_slice(&warm, &[int(warm.len()), 1]), &drawn, &top)?;
+        ids = ops::select(Array::from_slice(&warm, &[int(warm.len()), 1]), &drawn, &top)?;
     }
     let none = Array::from_int(-1).subtract(&top)?;
     Ok(ops::select(&finite, &ids, &none)?.reshape(&[int(rules.len())])?)
@@ -148,7 +148,7 @@ fn ids(x: &Array, rules: &[Rule]) -> Recorded {
 /// `[rows, 1]` int32 of rows drawn by noise; rows of greedy rules give anything. `x`: logits less the greatest of the row.
 fn warm_ids(x: &Array, rules: &[Rule]) -> Recorded {
     let temperature = |rule: &Rule| if rule.is_greedy() { 1.0 } else { rule.temperature };
-    let z = x.divide(&column(rules, temperature))?;
+    let z = x.divide(column(rules, temperature))?;
     let score = z.add(&noise(rules, x.dim(-1))?)?;
     let score = match edges(&z, rules)? {
         Some(edges) => ops::select(&z.ge(&edges)?, &score, Array::from_f32(f32::NEG_INFINITY))?,
@@ -201,7 +201,7 @@ fn noise(rules: &[Rule], vocabulary: i32) -> Recorded {
         Array::from_slice(&words, &[int(words.len()), 1])
     };
     let ids = Array::arange::<i32, u32>(None, vocabulary, None)?.reshape(&[1, vocabulary])?;
-    let bits = round(&round(&xor(&ids, &key(0))?)?.add(&key(1))?)?;
+    let bits = round(&round(&xor(&ids, &key(0))?)?.add(key(1))?)?;
     let w = bits.as_dtype(Dtype::Float32)?.add(Array::from_f32(0.5))?;
     let w = ops::minimum(&w.multiply(Array::from_f32(1.0 / 4_294_967_296.0))?, Array::from_f32(BELOW_ONE))?;
     Ok(w.negative()?.log1p()?.negative()?.log()?.negative()?)

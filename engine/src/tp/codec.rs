@@ -1,7 +1,5 @@
 //! Plans and notices as bytes, for the frames between the leader and its followers. Pure.
 
-use std::time::Duration;
-
 use backend::{Batch, Draw, Input, Rule, Run, SeqId};
 use kvtransfer::{Close, SessionId, Ticket};
 
@@ -327,6 +325,7 @@ mod tests {
     use super::*;
     use backend::{DType, KvSpec, Plane, Sharding};
     use proptest::prelude::*;
+    use std::time::Duration;
 
     fn handoff() -> Handoff {
         let latent = Plane {
