@@ -272,13 +272,15 @@ fn prefill<B: Backend>(
         let len = case.prompt.len() as u32;
         rank.begin(SEQ, case.prompt.len())?;
         let row = rank.feed(SEQ, 0, &case.prompt, work.chunk)?.context("no logits")?;
-        let mut to = Vec::new();
+        let mut to: Vec<TargetSpec> = Vec::new();
         for go in &go {
             go.send(()).context("a decode rank ended")?;
         }
         for _ in &go {
             to.push(targets.recv().context("a decode rank ended")?);
         }
+        // They answer in any order; what each gets of a replicated plane goes by its number.
+        to.sort_by_key(|target| target.rank);
         let (done, pushed) = mpsc::channel();
         let push = PushSpec {
             session: *session,
