@@ -110,7 +110,7 @@ pub enum ModelError {
         /// Ranks.
         world: usize,
     },
-    /// Columns that share a quantisation scale would lie on two ranks.
+    /// There are fewer columns than ranks can share: quantised ones are cut at multiples of 8.
     #[error(
         "cannot split {name} over {world} tensor-parallel ranks: its {cols} columns stay together in groups of {group}"
     )]

@@ -18,6 +18,7 @@ mod huggingface;
 pub mod identity;
 mod load;
 mod quantisation;
+mod regroup;
 pub mod replay;
 mod rope;
 mod shard;

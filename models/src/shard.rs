@@ -1,6 +1,6 @@
 //! Which part of the model each tensor-parallel rank holds: explicit ranges, so that nothing else divides by the number
 //! of ranks. Ranges are equal where they can be, else the first ranks hold more. Columns that share a quantisation scale
-//! stay together.
+//! stay together where there are enough of such groups.
 
 use std::ops::Range;
 
@@ -8,6 +8,7 @@ use backend::{DType, KSum, KvSpec};
 
 use crate::attention::Attention;
 use crate::config::Group;
+use crate::regroup::CUT_COLS;
 use crate::tensors::{Cut, Span};
 use crate::{Config, ModelError};
 
@@ -47,29 +48,23 @@ pub struct Shard {
     pub experts_sum: KSum,
 }
 
-/// The parts of all `world` ranks. Errors when a rank would be left without any, or a quantised group would be cut.
+/// The parts of all `world` ranks. Errors when a rank would be left without any.
 pub fn shards(config: &Config, world: usize) -> Result<Vec<Shard>, ModelError> {
-    let heads = head_ranges(config, world)?;
+    let heads = within_groups(&config.groups.o, |group| head_ranges(config, world, group))?;
     let groups = &config.groups;
     let none = || vec![0..0; world];
     let ffn = match config.has_dense_layers() {
-        true => split("ffn columns", config.ffn, world, FFN_ALIGN, &groups.down)?,
+        true => columns("ffn columns", config.ffn, world, &groups.down)?,
         false => none(),
     };
     let (mut experts, mut shared) = (none(), none());
     // Experts and the shared one are added up range by range, so they have one sum order.
     let mut experts_sum = KSum::Tree { ranges: 1 };
     if let Some(numbers) = &config.experts {
-        experts = split("columns of an expert", numbers.width, world, FFN_ALIGN, &groups.experts)?;
+        experts = columns("columns of an expert", numbers.width, world, &groups.experts)?;
         experts_sum = ksum(numbers.width, &experts);
         if numbers.shared_width > 0 {
-            shared = split(
-                "columns of the shared expert",
-                numbers.shared_width,
-                world,
-                FFN_ALIGN,
-                &groups.shared,
-            )?;
+            shared = columns("columns of the shared expert", numbers.shared_width, world, &groups.shared)?;
             if ksum(numbers.shared_width, &shared) != experts_sum {
                 experts_sum = KSum::Tree { ranges: 1 };
             }
@@ -138,6 +133,25 @@ pub(crate) fn held(shard: &Shard, cut: Cut, (rows, cols): (usize, usize)) -> (Ra
     }
 }
 
+/// What `split` gives with whole quantisation groups; where those are too few, with parts of them.
+fn within_groups<T>(group: &Group, split: impl Fn(&Group) -> Result<T, ModelError>) -> Result<T, ModelError> {
+    match split(group) {
+        Err(ModelError::Groups { .. }) if group.cols > CUT_COLS => {
+            split(&Group { cols: CUT_COLS, tensor: group.tensor.clone() })
+        }
+        result => result,
+    }
+}
+
+fn columns(
+    what: &'static str,
+    total: usize,
+    world: usize,
+    group: &Group,
+) -> Result<Vec<Range<usize>>, ModelError> {
+    within_groups(group, |group| split(what, total, world, FFN_ALIGN, group))
+}
+
 /// `total` in `world` consecutive ranges, unequal by one unit at most; a unit is a multiple of `group` where ranges are
 /// not equal anyway, and of `align` where that divides `total` and leaves every rank one.
 fn split(
@@ -170,8 +184,7 @@ fn cut_group(group: &Group, cols: usize, world: usize) -> ModelError {
 type Heads = (Range<usize>, Range<usize>);
 
 /// The heads of each rank. A rank's query heads are whole groups of KV heads, or lie within one group.
-fn head_ranges(config: &Config, world: usize) -> Result<Vec<Heads>, ModelError> {
-    let group = &config.groups.o;
+fn head_ranges(config: &Config, world: usize, group: &Group) -> Result<Vec<Heads>, ModelError> {
     let value_dim = config.attention.value_dim();
     // Heads whose columns of the output projection fill whole quantisation groups.
     let together = group.cols / gcd(group.cols, value_dim);

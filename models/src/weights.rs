@@ -7,8 +7,8 @@ use std::ops::Range;
 
 use backend::{DType, MatrixView, Quant, QuantView, TensorView};
 
-use crate::ModelError;
 use crate::data_file::{DataFile, Rows};
+use crate::{ModelError, regroup};
 
 /// All tensors of a model.
 pub(crate) struct Weights {
@@ -86,7 +86,7 @@ impl Stored {
         }
     }
 
-    /// Columns can be cut at multiples of this only.
+    /// Columns are better cut at multiples of this.
     pub(crate) fn align_cols(&self) -> usize {
         match &self.form {
             Form::Quantised { format, .. } => format.align_cols(),
@@ -132,6 +132,12 @@ impl Stored {
         match &self.form {
             Form::Plain(dtype) => (rows.len() * cols.len() * dtype.bytes()) as u64,
             Form::Foreign(_) => 0,
+            Form::Quantised { format, scales, .. }
+                if let Some((bits, group)) = regroup::form(*format, cols) =>
+            {
+                let item = scales.as_ref().map_or(DType::F32, |scales| scales.dtype).bytes();
+                (rows.len() * (cols.len() * bits / 8 + 2 * cols.len() / group * item)) as u64
+            }
             Form::Quantised { format, scales, biases } => {
                 let (down, across, _) = scale_ranges(*format, rows, cols);
                 let both = [scales, biases].into_iter().flatten();
@@ -150,7 +156,7 @@ impl Stored {
         }
     }
 
-    /// Reads rows and columns, which lie within it, at multiples of [`Stored::align_cols`]. `name` is for messages.
+    /// Reads rows and columns, which lie within it; columns that cut a group, in smaller groups. `name` is for messages.
     pub(crate) fn read<'n>(
         &self,
         files: &[DataFile],
@@ -159,6 +165,14 @@ impl Stored {
         cols: Range<usize>,
     ) -> Result<Slice<'n>, ModelError> {
         let (_, width) = self.extent();
+        if let Form::Quantised { format, .. } = self.form
+            && let Some(smaller) = regroup::form(format, &cols)
+        {
+            let align = format.align_cols();
+            let (first, last) = (cols.start / align * align, cols.end.next_multiple_of(align));
+            let whole = self.read(files, name, rows, first..last)?;
+            return Ok(whole.regroup(cols.start - first..cols.end - first, smaller));
+        }
         let fetch = |place: &Place, row_bytes: usize, rows: &Range<usize>, part: Range<usize>| {
             let stride = row_bytes as u64;
             let start = place.range.start + rows.start as u64 * stride + part.start as u64;
@@ -244,6 +258,17 @@ impl<'n> Slice<'n> {
     /// Numbers that were made, not read.
     pub(crate) fn made(name: &'n str, dtype: DType, rows: usize, cols: usize, bytes: Vec<u8>) -> Slice<'n> {
         Slice { name, rows, cols, bytes, form: Held::Plain(dtype) }
+    }
+
+    /// Columns of it that cut groups, in groups of the form `smaller`.
+    fn regroup(self, cols: Range<usize>, smaller: (usize, usize)) -> Slice<'n> {
+        let MatrixView::Quantised(view) = self.view() else { return self };
+        let made = regroup::regroup(&view, cols.clone(), smaller);
+        let groups = cols.len() / smaller.1;
+        let numbers = |bytes| Some(Plain { dtype: made.dtype, rows: self.rows, cols: groups, bytes });
+        let (scales, biases) = (numbers(made.scales), numbers(made.biases));
+        let form = Held::Quantised { format: made.format, scales, biases, origin: (0, 0) };
+        Slice { name: self.name, rows: self.rows, cols: cols.len(), bytes: made.codes, form }
     }
 
     /// As the seam takes it.

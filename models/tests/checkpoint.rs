@@ -316,7 +316,7 @@ fn quantised_tensors_that_disagree_are_named() {
 }
 
 #[test]
-fn a_group_of_columns_is_never_on_two_ranks() {
+fn columns_are_cut_between_groups_of_eight_at_least() {
     // 16 x 24 in 4 bits, groups of 8: three groups for two ranks, none for a fourth.
     let parts: [(&str, Dtype, &[usize], usize); 3] = [
         ("weight", Dtype::U32, &[16, 3], 4),
