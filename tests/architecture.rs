@@ -11,10 +11,11 @@ const MAY_USE: &[(&str, &[&str])] = &[
     ("backend-cpu", &["backend"]),
     ("backend-mlx", &["backend"]),
     ("proto", &[]),
-    ("vocab", &[]),
+    ("gguf", &[]),
+    ("vocab", &["gguf"]),
     ("grammar", &["vocab"]),
     ("kvtransfer", &["backend"]),
-    ("models", &["backend", "vocab"]),
+    ("models", &["backend", "gguf", "vocab"]),
     ("engine", &["backend", "grammar", "kvtransfer", "models"]),
     ("cluster", &["proto"]),
     (
@@ -34,7 +35,7 @@ const MAY_USE: &[(&str, &[&str])] = &[
     ),
     ("prefill-node", &["cluster", "engine", "kvtransfer", "node", "proto"]),
     ("decode-node", &["cluster", "engine", "kvtransfer", "node", "proto"]),
-    ("router", &["cluster", "grammar", "proto", "vocab"]),
+    ("router", &["cluster", "gguf", "grammar", "proto", "vocab"]),
     ("hub", &[]),
 ];
 
@@ -45,10 +46,10 @@ const TOPS: [&str; 2] = ["baton", "benches"];
 const SOCKETS: [&str; 8] = ["axum", "hyper", "mio", "reqwest", "socket2", "tokio", "tonic", "tungstenite"];
 
 /// Rooms where none of these may be: their code runs on the owner thread of a device.
-const BLOCKING: [&str; 6] = ["backend", "backend-cpu", "backend-mlx", "grammar", "models", "vocab"];
+const BLOCKING: [&str; 7] = ["backend", "backend-cpu", "backend-mlx", "gguf", "grammar", "models", "vocab"];
 
 /// Rooms that know no network at all. (Backends do: ranks join their sums.)
-const WITHOUT_NETWORK: [&str; 3] = ["grammar", "models", "vocab"];
+const WITHOUT_NETWORK: [&str; 4] = ["gguf", "grammar", "models", "vocab"];
 
 fn root() -> &'static Path {
     Path::new(env!("CARGO_MANIFEST_DIR"))
