@@ -1,15 +1,22 @@
 //! What token ids mean: their bytes, the special ids, and the identity that router and nodes compare at join.
-//! The router turns ids into text with it; nodes only compare [`Vocab::identity`]. Sources of a [`Vocab`] are one file
-//! each (`tokenizer_json` so far; tiktoken and GGUF give the same [`Token`]s).
+//! The router turns ids into text with it; nodes only compare [`Vocab::identity`]. Every source of a vocabulary becomes a
+//! [`TokenizerJson`] first, one file each (`gguf_file`, `tiktoken`), so that all give the same [`Token`]s.
 
+mod gguf_file;
 mod pieces;
+mod split;
+mod tiktoken;
+mod tokenizer;
 mod tokenizer_json;
 
 use std::collections::BTreeMap;
 use std::collections::btree_map::Entry;
 use std::path::Path;
 
+use gguf::GgufError;
 use sha2::{Digest, Sha256};
+
+pub use tokenizer::TokenizerJson;
 
 /// Ids are below this, so that one absurd id in a file cannot ask for gigabytes (largest known vocabulary: 262,144).
 pub const MAX_IDS: u32 = 1 << 24;
@@ -55,15 +62,20 @@ pub enum VocabError {
         /// What disagreed.
         reason: String,
     },
+    /// The same, of a GGUF file.
+    #[error(transparent)]
+    Gguf(#[from] GgufError),
 }
 
 impl Vocab {
-    /// Reads `tokenizer.json` of the model directory `dir`.
-    pub fn read(dir: &Path) -> Result<Vocab, VocabError> {
-        let file = dir.join("tokenizer.json");
-        let path = file.display().to_string();
-        let json = std::fs::read(&file).map_err(|reason| VocabError::Io { path: path.clone(), reason })?;
-        Vocab::from_tokenizer_json(&json).map_err(|reason| VocabError::Format { path, reason })
+    /// Reads the vocabulary of the model at `path`, a directory or a GGUF file; see [`TokenizerJson::read`].
+    pub fn read(path: &Path) -> Result<Vocab, VocabError> {
+        let Some(TokenizerJson { path, json }) = TokenizerJson::read(path)? else {
+            let path = path.join("tokenizer.json").display().to_string();
+            return Err(VocabError::Io { path, reason: std::io::ErrorKind::NotFound.into() });
+        };
+        let format = |reason| VocabError::Format { path: path.display().to_string(), reason };
+        Vocab::from_tokenizer_json(&json).map_err(format)
     }
 
     /// Parses a Hugging Face `tokenizer.json`: byte-level BPE, or a SentencePiece conversion (BPE or Unigram). The
@@ -141,19 +153,27 @@ impl Vocab {
         (0..self.len() as u32).find(|id| self.bytes(*id) == Some(text.as_bytes()))
     }
 
-    /// SHA-256 over ids, bytes and special flags, in hex: equal for equal vocabularies, whatever file they came from.
+    /// SHA-256 over ids, bytes and special flags, in hex: equal for equal vocabularies, whatever file they came from. A name
+    /// such as `<|x|>` counts as special: writers of GGUF files flag it so, whatever the original says.
     pub fn identity(&self) -> String {
         let mut hash = Sha256::new();
         hash.update(b"vocab 1\n");
         for id in 0..self.len() as u32 {
             let Some(bytes) = self.bytes(id) else { continue };
             hash.update(id.to_le_bytes());
-            hash.update([u8::from(self.is_special(id))]);
+            hash.update([u8::from(self.is_special(id) || looks_special(bytes))]);
             hash.update((bytes.len() as u32).to_le_bytes());
             hash.update(bytes);
         }
         hash.finalize().iter().map(|byte| format!("{byte:02x}")).collect()
     }
+}
+
+/// Whether a token's name is that of a control token. Source: `does_token_look_special` of llama.cpp's converter.
+fn looks_special(name: &[u8]) -> bool {
+    let within =
+        |front: &str, back: &str| name.starts_with(front.as_bytes()) && name.ends_with(back.as_bytes());
+    within("<|", "|>") || within("<｜", "｜>") || within("<unused", ">")
 }
 
 #[cfg(test)]
@@ -188,6 +208,8 @@ mod tests {
         assert_ne!(identity(vec![token(0, "a", false), token(2, "bc", false)]), same);
         assert_ne!(identity(vec![token(0, "ab", false), token(1, "c", false)]), same);
         assert_ne!(identity(vec![token(0, "a", true), token(1, "bc", false)]), same);
+        let flagged = |special| identity(vec![token(0, "<|a|>", special)]);
+        assert_eq!(flagged(true), flagged(false));
     }
 
     #[test]

@@ -40,6 +40,17 @@ fn byte_level(c: char) -> Option<u8> {
     }
 }
 
+/// The character that byte-level BPE writes for a byte.
+pub(crate) fn byte_char(byte: u8) -> char {
+    let code = match byte {
+        0x21..=0x7e | 0xa1..=0xac | 0xae..=0xff => u32::from(byte),
+        0x00..=0x20 => u32::from(byte) + 0x100,
+        0x7f..=0xa0 => u32::from(byte) - 0x7f + 0x121,
+        0xad => 0x143,
+    };
+    char::from_u32(code).unwrap_or_default()
+}
+
 /// `<0x0A>`: the byte 10.
 fn byte_token(piece: &str) -> Option<u8> {
     let digits = piece.strip_prefix("<0x")?.strip_suffix('>')?;
@@ -55,6 +66,7 @@ mod tests {
         let mut seen = [0; 256];
         (0..=0x200).filter_map(char::from_u32).filter_map(byte_level).for_each(|b| seen[b as usize] += 1);
         assert!(seen.iter().all(|count| *count == 1), "{seen:?}");
+        assert!((0..=255).all(|byte| byte_level(byte_char(byte)) == Some(byte)));
     }
 
     #[test]
