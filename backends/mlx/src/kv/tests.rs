@@ -1,8 +1,8 @@
 //! Steps write the cache where it lies.
 
 use backend::{
-    Attend, Backend, Batch, DType, DeviceOptions, Group, Out, Pending, Rope, RopeStyle, Step, TensorView,
-    WeightSource,
+    Attend, Backend, Batch, DType, DeviceOptions, Draw, Group, Out, Pending, Rope, RopeStyle, Rule, Step,
+    TensorView, WeightSource,
 };
 
 use super::*;
@@ -37,9 +37,10 @@ impl Rig {
         let spec = KvSpec::gqa(1, 2, 0..2, 64, DType::F32);
         let kv = backend.kv(&spec, 8192 * spec.token_bytes() as u64).unwrap();
         // Rows of q | k | v: 2 + 2 + 2 heads.
+        // As many rows as a step's result is wide: any id drawn from it has one.
         let bytes: Vec<u8> =
-            (0..8 * 384).flat_map(|i: u32| ((i % 101) as f32 / 50.0).to_le_bytes()).collect();
-        let table = backend.load(&WeightSource::Embedding(view(&bytes, 8, 384).into())).unwrap();
+            (0..128 * 384).flat_map(|i: u32| ((i % 101) as f32 / 50.0).to_le_bytes()).collect();
+        let table = backend.load(&WeightSource::Embedding(view(&bytes, 128, 384).into())).unwrap();
         let zeros = vec![0u8; WIDE * 384 * 4];
         let mixer = [(WIDE, 384), (384, WIDE)].map(|(rows, cols)| {
             backend.load(&WeightSource::Embedding(view(&zeros, rows, cols).into())).unwrap()
@@ -50,6 +51,14 @@ impl Rig {
     }
 
     fn step(&mut self, batch: &Batch) -> Box<dyn Pending<crate::MlxAct>> {
+        self.step_for(batch, Out::Logits)
+    }
+
+    fn step_for(
+        &mut self,
+        batch: &Batch,
+        out: impl FnOnce(crate::MlxAct) -> Out<crate::MlxAct>,
+    ) -> Box<dyn Pending<crate::MlxAct>> {
         let attend = Attend {
             heads: 2,
             kv_heads: 2,
@@ -66,8 +75,8 @@ impl Rig {
                 qkv = step.linear(&qkv, weight);
             }
         }
-        let out = step.attend(0, qkv, &attend);
-        step.submit(Out::Logits(out))
+        let attended = step.attend(0, qkv, &attend);
+        step.submit(out(attended))
     }
 
     /// Where the planes of the first bank lie. They have been evaluated.
@@ -126,4 +135,25 @@ fn overlapping_steps_write_in_place() {
         second.wait().unwrap();
         assert_eq!(rig.addresses(), before, "moved at position {position}");
     }
+}
+
+/// And when each step takes the tokens that the one before is still drawing.
+#[test]
+fn steps_on_tokens_in_flight_write_in_place() {
+    let mut rig = Rig::new();
+    rig.kv.open(A, 250).unwrap();
+    rig.kv.open(B, 250).unwrap();
+    let draw = |act| Out::Draw(act, vec![Draw::Token(Rule { temperature: 1.0, ..Rule::GREEDY }); 2]);
+    let mut running = rig.step_for(&tokens(0), draw);
+    let before = rig.addresses();
+    rig.slow = true;
+    for position in 1..9 {
+        let mut batch = Batch::default();
+        batch.push_drawn(A, position, 0);
+        batch.push_drawn(B, position, 1);
+        let next = rig.step_for(&batch, draw);
+        std::mem::replace(&mut running, next).wait().unwrap();
+    }
+    running.wait().unwrap();
+    assert_eq!(rig.addresses(), before);
 }
