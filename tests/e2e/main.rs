@@ -3,6 +3,7 @@
 mod chat;
 mod client;
 mod errors;
+mod families;
 mod faults;
 mod harness;
 mod hub;

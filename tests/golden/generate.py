@@ -348,6 +348,27 @@ def reference(c, means, seed):
     return cases, blob
 
 
+# ---------------------------------------------------------------- a vocabulary, so that a case can be served
+def tokenizer(out):
+    """Ids 4 and up are single bytes, in the alphabet of byte-level vocabularies; not all bytes have one."""
+    plain = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = {b: 256 + i for i, b in enumerate(b for b in range(256) if b not in plain)}
+    letters = [chr(b) for b in plain[:94]] + [chr(others[b]) for b in (32, 10)] + [chr(b) for b in plain[94:]]
+    special = ["<pad>", "<s>", "<unk>", "</s>"]
+    added = [dict(id=i, content=t, single_word=False, lstrip=False, rstrip=False, normalized=False, special=True)
+             for i, t in enumerate(special)]
+    bytes_ = dict(type="ByteLevel", add_prefix_space=False, trim_offsets=True, use_regex=True)
+    model = dict(type="BPE", dropout=None, unk_token=None, continuing_subword_prefix=None, end_of_word_suffix=None,
+                 fuse_unk=False, byte_fallback=False, ignore_merges=False, merges=[],
+                 vocab={t: i for i, t in enumerate(special + letters[: VOCAB - len(special)])})
+    (out / "tokenizer.json").write_text(json.dumps(dict(
+        version="1.0", truncation=None, padding=None, added_tokens=added, normalizer=None, pre_tokenizer=bytes_,
+        post_processor=None, decoder=bytes_, model=model)) + "\n")
+    (out / "tokenizer_config.json").write_text(json.dumps(dict(
+        bos_token="<s>", eos_token="</s>", tokenizer_class="PreTrainedTokenizerFast",
+        chat_template="{% for message in messages %}{{ message['content'] }}\n{% endfor %}")) + "\n")
+
+
 def main():
     args = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     args.add_argument("--out", type=Path, required=True)
@@ -369,6 +390,7 @@ def main():
         form = "mlx" if "quantization" in c else "pt"
         save_file({n: w.contiguous() for n, w in files.items()}, out / "model.safetensors", metadata={"format": form})
         save_file(blob, out / "golden.safetensors")
+        tokenizer(out)
         meta = dict(seed=args.seed, torch=torch.__version__, transformers=transformers.__version__, steps=STEPS)
         (out / "golden.json").write_text(json.dumps(dict(meta, cases=cases)) + "\n")
         size = sum(f.stat().st_size for f in out.iterdir())

@@ -253,19 +253,33 @@ fn layer_by_layer_is_the_whole_model() {
     assert_eq!(order, [0, 1, 2]);
 }
 
-/// Random weights of any configuration load on any split, give the same bits, and sane logits.
+/// Random weights of every family load on any split, give the same bits, and sane logits.
 #[test]
 fn dummy_weights_run() {
-    let dir = fixture::root().join("qwen3-base-s1");
-    let checkpoint = Checkpoint::dummy(&dir, 7).unwrap();
-    let prompt = fixture::Prompt { prompt: vec![1, 2, 3], greedy: vec![4, 5], bf16_kl_median: 0.0 };
-    let plain = Run::new(DType::BF16).logits(&checkpoint, &prompt);
-    assert!(plain == Run { world: 2, ..Run::new(DType::BF16) }.logits(&checkpoint, &prompt));
-    let row = &plain[..checkpoint.config().vocab_size];
-    let deviation = compare::deviation(row);
-    assert!((0.3..3.0).contains(&deviation), "deviation {deviation}");
-    let other = Checkpoint::dummy(&dir, 8).unwrap();
-    assert!(plain != Run::new(DType::BF16).logits(&other, &prompt));
+    let families = [
+        "llama-base-s1",
+        "mistral-swa-s1",
+        "qwen2-yarn-s1",
+        "qwen3-base-s1",
+        "qwen3_moe-mixed",
+        "deepseek_v3-mscale",
+        "kimi_k2-int4",
+        "minimax_m2-fp8",
+        "glm4_moe-base",
+    ];
+    for case in families {
+        let dir = fixture::root().join(case);
+        let checkpoint = Checkpoint::dummy(&dir, 7).unwrap();
+        let prompt = fixture::Prompt { prompt: vec![1, 2, 3], greedy: vec![4, 5], bf16_kl_median: 0.0 };
+        let plain = Run::new(DType::BF16).logits(&checkpoint, &prompt);
+        let split = Run { world: 2, ..Run::new(DType::BF16) }.logits(&checkpoint, &prompt);
+        assert!(plain == split, "{case}: tp 2 gives other bits");
+        let row = &plain[..checkpoint.config().vocab_size];
+        let deviation = compare::deviation(row);
+        assert!((0.3..3.0).contains(&deviation), "{case}: deviation {deviation}");
+        let other = Checkpoint::dummy(&dir, 8).unwrap();
+        assert!(plain != Run::new(DType::BF16).logits(&other, &prompt), "{case}: the seed does nothing");
+    }
 }
 
 /// Nodes compare these when they meet: same numbers, same ids, same weights, each seen apart from the others.

@@ -1,0 +1,70 @@
+//! Promise: a handoff changes nothing, whatever the family and whatever the format of its weights: a prompt that one
+//! process computes and two others go on from gives the tokens and log probabilities of a process that does it all.
+
+use serde_json::{Value, json};
+
+use crate::parts::Parts;
+
+/// Ids of the golden cases are below this.
+const VOCAB: u32 = 160;
+
+#[tokio::test]
+async fn dense_models_go_on_after_a_handoff() {
+    handoffs(&["llama-mqa_bias-s1", "mistral-swa-s1", "qwen2-yarn-s1", "qwen3-tied_sharded-s1"]).await;
+}
+
+#[tokio::test]
+async fn experts_go_on_after_a_handoff() {
+    handoffs(&["qwen3_moe-mixed", "minimax_m2-base", "glm4_moe-base", "glm4_moe-plain"]).await;
+}
+
+#[tokio::test]
+async fn latents_go_on_after_a_handoff() {
+    handoffs(&["deepseek_v3-mscale", "deepseek_v3-no_q_lora", "kimi_k2-base"]).await;
+}
+
+#[tokio::test]
+async fn quantised_models_go_on_after_a_handoff() {
+    handoffs(&["llama-mlx_widths", "qwen3_moe-mlx", "minimax_m2-fp8", "deepseek_v3-mlx", "kimi_k2-int4"])
+        .await;
+}
+
+async fn handoffs(cases: &[&str]) {
+    for case in cases {
+        let model = format!("--model={}/tests/golden/{case}", env!("CARGO_MANIFEST_DIR"));
+        let mut one = Parts::router(&["--disaggregation=never", &model]);
+        one.decode("one", 1, &[&model]);
+        one.wait_until_ready(&["one.0"]).await;
+        let wanted = answers(&one).await;
+        drop(one);
+
+        let mut cut = Parts::router(&["--disaggregation=always", &model]);
+        cut.prefill("p", 1, &[&model, "--chunk-tokens=37", "--block-tokens=16"]);
+        cut.decode("d", 2, &[&model, "--block-tokens=32"]);
+        cut.wait_until_ready(&["p.0", "d.0"]).await;
+        assert_eq!(answers(&cut).await, wanted, "{case}");
+        let nodes = cut.wait_until_idle().await;
+        let group = nodes.iter().find(|node| node["name"] == "d.0").expect("the group");
+        assert_eq!(group["counters"]["prompt_tokens"], 0, "{case}: the group computed prompts");
+        assert!(group["counters"]["kv_bytes"].as_u64() > Some(0), "{case}: nothing travelled");
+    }
+}
+
+/// What a cluster says to prompts of several lengths, greedy and sampled.
+async fn answers(parts: &Parts) -> Vec<Value> {
+    let mut answers = Vec::new();
+    for (len, sampling) in [
+        (1, json!({ "temperature": 0 })),
+        (17, json!({ "temperature": 0 })),
+        (150, json!({ "temperature": 1.0, "seed": 3 })),
+    ] {
+        let prompt: Vec<u32> = (0..len).map(|i: u32| 4 + (i * i * 7 + len) % (VOCAB - 4)).collect();
+        let mut body = sampling;
+        body["prompt"] = json!(prompt);
+        body["max_tokens"] = json!(16);
+        body["ignore_eos"] = json!(true);
+        body["logprobs"] = json!(5);
+        answers.push(parts.complete(&body).await);
+    }
+    answers
+}
