@@ -293,6 +293,7 @@ fn prefill<B: Backend>(
             to,
             tokens: 0..len,
             deadline: SILENCE,
+            compute_bytes_per_s: None,
         };
         let push = sender.open(push, move |result| drop(done.send(result)));
         for layer in 0..rank.model.kv_spec().layers {

@@ -129,6 +129,7 @@ impl<K: KvStore> Transfers<K> {
                 .collect(),
             tokens: handoff.tokens.clone(),
             deadline: handoff.deadline,
+            compute_bytes_per_s: None,
         };
         let (lease, notify) = (op.lease, self.notify.clone());
         let push = self.sender.open(spec, move |result| {

@@ -35,6 +35,17 @@ impl Intervals {
         }
     }
 
+    /// Takes `range` out, which is there whole.
+    pub fn remove(&mut self, range: Range<u32>) {
+        let at = self.0.partition_point(|have| have.end <= range.start);
+        debug_assert!(self.0.get(at).is_some_and(|have| have.start <= range.start && range.end <= have.end));
+        if at < self.0.len() {
+            let have = self.0.remove(at);
+            let rest = [have.start..range.start, range.end..have.end];
+            self.0.splice(at..at, rest.into_iter().filter(|rest| rest.start < rest.end));
+        }
+    }
+
     /// Number of ranges kept.
     pub fn len(&self) -> usize {
         self.0.len()
@@ -157,9 +168,8 @@ impl Coverage {
         let (tokens, all) = (&piece.tokens, &self.tokens);
         inside("tokens", tokens.start.into()..tokens.end.into(), all.start.into()..all.end.into())?;
 
-        let base = piece.layer * self.heads_per_layer + plane.offset;
-        let first = base + piece.heads.start - plane.heads.start;
-        let sets = &mut self.sets[first..first + piece.heads.len()];
+        let bytes = (piece.heads.len() * plane.head_bytes) as u64 * tokens.len() as u64;
+        let sets = self.sets_of(piece);
         for (set, head) in sets.iter().zip(piece.heads.clone()) {
             if set.overlaps(tokens) {
                 let (layer, plane, start, end) = (piece.layer, piece.plane, tokens.start, tokens.end);
@@ -170,9 +180,26 @@ impl Coverage {
             }
         }
         sets.iter_mut().for_each(|set| set.add(tokens.clone()));
-        let bytes = (piece.heads.len() * plane.head_bytes) as u64 * tokens.len() as u64;
         self.covered_bytes += bytes;
         Ok(bytes)
+    }
+
+    /// Frees what is kept per head; nothing can be claimed any more.
+    pub fn forget(&mut self) {
+        (self.layers, self.sets) = (0, Vec::new());
+    }
+
+    /// Gives a claimed rectangle back: its bytes did not come after all, and will come again.
+    pub fn give_back(&mut self, piece: &Piece) {
+        let head_bytes = self.planes[piece.plane].head_bytes;
+        self.sets_of(piece).iter_mut().for_each(|set| set.remove(piece.tokens.clone()));
+        self.covered_bytes -= (piece.heads.len() * head_bytes) as u64 * piece.tokens.len() as u64;
+    }
+
+    fn sets_of(&mut self, piece: &Piece) -> &mut [Intervals] {
+        let plane = &self.planes[piece.plane];
+        let first = piece.layer * self.heads_per_layer + plane.offset + piece.heads.start - plane.heads.start;
+        &mut self.sets[first..first + piece.heads.len()]
     }
 }
 
@@ -203,6 +230,22 @@ mod tests {
         assert_eq!(set.0, [0..5, 10..40]);
         assert!(set.overlaps(&(39..41)) && set.overlaps(&(4..6)) && set.overlaps(&(0..100)));
         assert!(!set.overlaps(&(5..10)) && !set.overlaps(&(40..41)));
+    }
+
+    #[test]
+    fn what_is_given_back_can_be_taken_again() {
+        let mut set = Intervals::default();
+        set.add(10..40);
+        set.remove(20..30);
+        assert_eq!(set.0, [10..20, 30..40]);
+        set.remove(30..40);
+        set.remove(10..12);
+        assert_eq!(set.0, std::slice::from_ref(&(12..20)));
+        let mut coverage = Coverage::new(&KvSpec::gqa(1, 2, 0..2, 2, DType::F32), 0..8);
+        coverage.claim(&piece(0, 1, 0..2, 0..8)).unwrap();
+        coverage.give_back(&piece(0, 1, 0..2, 2..4));
+        assert_eq!(coverage.covered_bytes(), 2 * 8 * 6);
+        assert_eq!(coverage.claim(&piece(0, 1, 0..2, 2..4)), Ok(32));
     }
 
     #[test]

@@ -7,11 +7,11 @@
 //! 48 payload bytes         52 payload crc32c              56 zero              60 crc32c of [0, 60)
 //! ```
 //!
-//! `codec` and `lane` (one of several connections of a pair) are 0 in version 1: places for compression and for several
-//! network cards.
+//! `codec` says how the payload is written ([`Codec`]); `lane` and the last word are 0: places for later.
 
 use std::ops::Range;
 
+use crate::codec::Codec;
 use crate::limits::{CONTROL_BYTES_MAX, HEADER_BYTES, HELLO_BYTES_MAX, PAYLOAD_BYTES_MAX, WIRE_VERSION};
 
 const MAGIC: [u8; 3] = *b"BKV";
@@ -83,6 +83,8 @@ pub struct Head {
     pub heads: Range<u32>,
     /// Absolute positions.
     pub tokens: Range<u32>,
+    /// How the payload is written.
+    pub codec: Codec,
     /// Bytes that follow.
     pub payload_bytes: u32,
     /// CRC32C of them.
@@ -160,6 +162,7 @@ impl Head {
             plane: 0,
             heads: 0..0,
             tokens: 0..0,
+            codec: Codec::Exact,
             payload_bytes: payload.len() as u32,
             payload_crc: crc32c::crc32c(payload),
         }
@@ -171,6 +174,7 @@ impl Head {
         out[..3].copy_from_slice(&MAGIC);
         out[3] = WIRE_VERSION;
         out[4] = self.kind as u8;
+        out[5] = self.codec as u8;
         out[8..16].copy_from_slice(&self.tag.to_le_bytes());
         out[16..24].copy_from_slice(&self.number.to_le_bytes());
         let words = [
@@ -206,7 +210,7 @@ impl Head {
             return Err(FrameError::HeadChecksum { got, want });
         }
         let lane = u32::from(u16::from_le_bytes([bytes[6], bytes[7]]));
-        for (what, got) in [("codec", u32::from(bytes[5])), ("lane", lane), ("field", word(56))] {
+        for (what, got) in [("lane", lane), ("field", word(56))] {
             if got != 0 {
                 return Err(FrameError::Unknown { what, got });
             }
@@ -215,8 +219,11 @@ impl Head {
             .into_iter()
             .find(|kind| *kind as u8 == bytes[4])
             .ok_or(FrameError::Unknown { what: "kind", got: u32::from(bytes[4]) })?;
+        let codec = Codec::from_number(bytes[5])
+            .ok_or(FrameError::Unknown { what: "codec", got: u32::from(bytes[5]) })?;
         let head = Head {
             kind,
+            codec,
             tag: long(8),
             number: long(16),
             layer: word(24),
@@ -266,6 +273,7 @@ mod tests {
             plane: 1,
             heads: 4..6,
             tokens: 100..164,
+            codec: Codec::Fp8,
             payload_bytes: 4096,
             payload_crc: 0xdead_beef,
         }

@@ -9,6 +9,7 @@ use std::ops::Range;
 
 use backend::{KvSpec, Piece, Plane, Sharding};
 
+use crate::codec::Row;
 use crate::limits::PAYLOAD_BYTES_MAX;
 
 /// Heads of one plane that travel from one sender to one receiver, in every layer.
@@ -24,6 +25,8 @@ pub struct Part {
     pub heads: Range<usize>,
     /// Bytes of one token of these heads.
     pub token_bytes: usize,
+    /// One head of one token.
+    pub row: Row,
     /// Which tokens.
     pub share: Share,
 }
@@ -163,7 +166,8 @@ pub fn plan(from: &[KvSpec], to: &[KvSpec]) -> Result<Plan, PlanError> {
                 if token_bytes > PAYLOAD_BYTES_MAX {
                     return Err(PlanError::Row { plane: index, bytes: token_bytes });
                 }
-                parts.push(Part { sender, receiver, plane: index, heads, token_bytes, share });
+                let row = Row::of(plane);
+                parts.push(Part { sender, receiver, plane: index, heads, token_bytes, row, share });
             }
         }
     }
@@ -193,6 +197,7 @@ pub fn relay(ranks: &[KvSpec], from: usize) -> Vec<Part> {
             plane: *index,
             heads: plane.heads(),
             token_bytes: plane.token_bytes(),
+            row: Row::of(plane),
             share: share(plane, from, ranks.len()),
         })
         .collect()

@@ -3,6 +3,7 @@
 //! [`Receiver`] (one per decode rank process) expects sessions and lands their bytes; [`Sender`] (one per prefill rank
 //! process) opens them. Both know bytes and [`backend::KvSpec`] only.
 
+pub mod codec;
 pub mod coverage;
 pub mod error;
 pub mod frame;
@@ -21,6 +22,7 @@ pub mod wire;
 
 mod sync;
 
+pub use codec::{Codec, CodecPolicy};
 pub use error::{FailCode, SessionError};
 pub use id::{SessionId, Ticket};
 pub use layout::PlanError;

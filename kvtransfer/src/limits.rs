@@ -2,6 +2,9 @@
 
 use std::time::Duration;
 
+use crate::Ticket;
+use crate::codec::{Codec, CodecPolicy};
+
 /// Version of frames, messages and their order. Compared at join and in every Hello.
 pub const WIRE_VERSION: u8 = 2;
 
@@ -28,6 +31,12 @@ pub const RANKS_MAX: usize = 64;
 
 /// Ranks of the receiving group that pass their share of replicated planes on are senders from this number on.
 pub const PEER_BASE: u32 = 1 << 16;
+
+/// Connections of one sender rank to one receiver, in one session.
+pub const LANES_MAX: u16 = 16;
+
+/// How often one lane may lose its connection in one session and go on over another.
+pub const RESUMES_MAX: u32 = 16;
 
 /// Bytes that a rank holds for the other ranks of its group before it reads on from the prefill node.
 pub const RELAY_BACKLOG_BYTES_MAX: u64 = 32 << 20;
@@ -73,6 +82,16 @@ pub struct Limits {
     pub connect: Duration,
     /// A sender closes connections that were idle for so long.
     pub idle_max: Duration,
+    /// How long a lane that has lost its connection may take to come back over another.
+    pub resume: Duration,
+    /// Connections per path and receiver, at most [`LANES_MAX`] in all.
+    pub streams: usize,
+    /// Send and receive buffer of a socket; `None`: what the system finds.
+    pub socket_bytes: Option<usize>,
+    /// Both ends' secret for probes of links; without one nobody probes and no probe is answered.
+    pub probe: Option<Ticket>,
+    /// How numbers travel.
+    pub codec: CodecPolicy,
     /// Pace of all payloads of a sender together; `None`: as fast as the link takes them.
     pub rate_bytes_per_s: Option<u64>,
 }
@@ -88,6 +107,11 @@ impl Default for Limits {
             handshake: Duration::from_secs(5),
             connect: Duration::from_secs(2),
             idle_max: Duration::from_secs(4 * 3600),
+            resume: Duration::from_secs(3),
+            streams: 1,
+            socket_bytes: None,
+            probe: None,
+            codec: CodecPolicy::Always(Codec::Exact),
             rate_bytes_per_s: None,
         }
     }

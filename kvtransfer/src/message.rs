@@ -32,21 +32,25 @@ pub enum Message {
         limit_bytes: u64,
         /// What has landed so far.
         received_bytes: u64,
+        /// In so many data frames.
+        received_frames: u64,
         /// Largest payload that the receiver takes.
         frame_bytes: u32,
     },
     /// See [`Kind::Done`].
     Done {
-        /// Data frames sent.
+        /// Data frames sent on this lane.
         frames: u64,
-        /// Payload bytes sent.
+        /// Payload bytes sent on this lane.
         bytes: u64,
+        /// Lanes of this sender that say Done.
+        lanes: u16,
         /// How the computation ended.
         close: Close,
     },
     /// See [`Kind::Ack`].
     Ack {
-        /// Payload bytes of this sender.
+        /// Payload bytes of this lane.
         bytes: u64,
     },
     /// See [`Kind::Fail`].
@@ -62,6 +66,8 @@ pub enum Message {
     Pong {
         /// What has landed so far.
         received_bytes: u64,
+        /// In so many data frames.
+        received_frames: u64,
     },
 }
 
@@ -76,11 +82,15 @@ pub struct Hello {
     pub attempt: u32,
     /// This sender's rank.
     pub sender: u32,
+    /// Which of the sender's connections to this receiver, from 0.
+    pub lane: u16,
+    /// Counts the lane's connections: a later one takes the place of an earlier one, and goes on where that ended.
+    pub connection: u32,
     /// Ranks of all senders that connect to this receiver, ascending; every one of them says the same.
     pub senders: Vec<u32>,
     /// Positions that will be sent.
     pub tokens: Range<u32>,
-    /// Payload bytes that this sender will send to this receiver.
+    /// Bytes of cache that this sender will send to this receiver, on all lanes.
     pub bytes: u64,
     /// Fresh.
     pub nonce: [u8; 32],
@@ -90,7 +100,7 @@ pub struct Hello {
     pub spec: String,
 }
 
-const HELLO_FIXED_BYTES: usize = 16 + 8 + 4 + 4 + 8 + 8 + 32;
+const HELLO_FIXED_BYTES: usize = 16 + 8 + 4 + 4 + 2 + 4 + 8 + 8 + 32;
 const _: () = assert!(
     HELLO_BYTES_MAX >= HELLO_FIXED_BYTES + 2 + 4 * RANKS_MAX + 2 + REQUEST_BYTES_MAX + 2 + SPEC_BYTES_MAX
 );
@@ -131,14 +141,16 @@ impl Message {
                 out.extend_from_slice(proof);
             }
             Message::Proof { proof } => out.extend_from_slice(proof),
-            Message::Credit { limit_bytes, received_bytes, frame_bytes } => {
+            Message::Credit { limit_bytes, received_bytes, received_frames, frame_bytes } => {
                 out.extend_from_slice(&limit_bytes.to_le_bytes());
                 out.extend_from_slice(&received_bytes.to_le_bytes());
+                out.extend_from_slice(&received_frames.to_le_bytes());
                 out.extend_from_slice(&frame_bytes.to_le_bytes());
             }
-            Message::Done { frames, bytes, close } => {
+            Message::Done { frames, bytes, lanes, close } => {
                 out.extend_from_slice(&frames.to_le_bytes());
                 out.extend_from_slice(&bytes.to_le_bytes());
+                out.extend_from_slice(&lanes.to_le_bytes());
                 out.extend_from_slice(&close.token.to_le_bytes());
                 out.push(close.finish);
             }
@@ -148,7 +160,10 @@ impl Message {
                 put_text(&mut out, reason);
             }
             Message::Ping => {}
-            Message::Pong { received_bytes } => out.extend_from_slice(&received_bytes.to_le_bytes()),
+            Message::Pong { received_bytes, received_frames } => {
+                out.extend_from_slice(&received_bytes.to_le_bytes());
+                out.extend_from_slice(&received_frames.to_le_bytes());
+            }
         }
         out
     }
@@ -163,11 +178,13 @@ impl Message {
             Kind::Credit => Message::Credit {
                 limit_bytes: input.u64()?,
                 received_bytes: input.u64()?,
+                received_frames: input.u64()?,
                 frame_bytes: input.u32()?,
             },
             Kind::Done => Message::Done {
                 frames: input.u64()?,
                 bytes: input.u64()?,
+                lanes: input.u16()?,
                 close: Close { token: input.u32()?, finish: input.array::<1>()?[0] },
             },
             Kind::Ack => Message::Ack { bytes: input.u64()? },
@@ -176,7 +193,7 @@ impl Message {
                 reason: input.text(REASON_BYTES_MAX)?,
             },
             Kind::Ping => Message::Ping,
-            Kind::Pong => Message::Pong { received_bytes: input.u64()? },
+            Kind::Pong => Message::Pong { received_bytes: input.u64()?, received_frames: input.u64()? },
             Kind::Data => return Err(FrameError::Message("is data")),
         };
         if input.0.is_empty() { Ok(message) } else { Err(FrameError::Message("too long")) }
@@ -189,6 +206,8 @@ impl Hello {
         out.extend_from_slice(&self.epoch.to_le_bytes());
         out.extend_from_slice(&self.attempt.to_le_bytes());
         out.extend_from_slice(&self.sender.to_le_bytes());
+        out.extend_from_slice(&self.lane.to_le_bytes());
+        out.extend_from_slice(&self.connection.to_le_bytes());
         out.extend_from_slice(&self.tokens.start.to_le_bytes());
         out.extend_from_slice(&self.tokens.end.to_le_bytes());
         out.extend_from_slice(&self.bytes.to_le_bytes());
@@ -206,6 +225,7 @@ impl Hello {
         let epoch = input.u64()?;
         let attempt = input.u32()?;
         let sender = input.u32()?;
+        let (lane, connection) = (input.u16()?, input.u32()?);
         let tokens = input.u32()?..input.u32()?;
         let bytes = input.u64()?;
         let nonce = input.array()?;
@@ -216,7 +236,20 @@ impl Hello {
         let senders = (0..count).map(|_| input.u32()).collect::<Result<_, _>>()?;
         let request = input.text(REQUEST_BYTES_MAX)?;
         let spec = input.text(SPEC_BYTES_MAX)?;
-        Ok(Hello { session, epoch, attempt, sender, senders, tokens, bytes, nonce, request, spec })
+        Ok(Hello {
+            session,
+            epoch,
+            attempt,
+            sender,
+            lane,
+            connection,
+            senders,
+            tokens,
+            bytes,
+            nonce,
+            request,
+            spec,
+        })
     }
 }
 
@@ -269,6 +302,8 @@ mod tests {
                 epoch: 1 << 40,
                 attempt: 2,
                 sender: 5,
+                lane: 1,
+                connection: 3,
                 senders: vec![1, 5],
                 tokens: 64..3000,
                 bytes: 1 << 33,
@@ -278,12 +313,12 @@ mod tests {
             })),
             Message::Challenge { nonce: [1; 32], proof: [2; 32] },
             Message::Proof { proof: [4; 32] },
-            Message::Credit { limit_bytes: 7, received_bytes: 6, frame_bytes: 5 },
-            Message::Done { frames: 1, bytes: 2, close: Close { token: 3, finish: 4 } },
+            Message::Credit { limit_bytes: 7, received_bytes: 6, received_frames: 4, frame_bytes: 5 },
+            Message::Done { frames: 1, bytes: 2, lanes: 2, close: Close { token: 3, finish: 4 } },
             Message::Ack { bytes: 8 },
             Message::Fail { code: FailCode::Stale, reason: "attempt 1, expected 2".into() },
             Message::Ping,
-            Message::Pong { received_bytes: 9 },
+            Message::Pong { received_bytes: 9, received_frames: 1 },
         ]
     }
 

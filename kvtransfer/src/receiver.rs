@@ -102,10 +102,14 @@ pub struct Landed<L> {
 /// A session that landed whole.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Summary {
-    /// Payload bytes.
+    /// Bytes of cache.
     pub bytes: u64,
     /// Of them, those that came from other ranks of the own group.
     pub gathered_bytes: u64,
+    /// Payload bytes on the wire: fewer where a codec was used.
+    pub wire_bytes: u64,
+    /// Connections that were lost and replaced.
+    pub resumed: u32,
     /// Data frames.
     pub frames: u64,
     /// How the prompt's computation ended.

@@ -1,9 +1,11 @@
 //! The sending end of a rank process: a bounded pool of connections, and pushes over it. Prefill ranks use it.
 //!
-//! Threads: two per receiver of an open push, one that writes and one that reads credit.
+//! Threads: two per lane of an open push, one that writes and one that reads credit.
 
 mod connect;
+mod export;
 mod pair;
+pub mod path;
 mod pool;
 mod push;
 
@@ -17,7 +19,7 @@ use crate::receiver::Peers;
 use crate::sender::pool::Pool;
 use crate::transport::Dialer;
 use crate::transport::tcp::TcpDialer;
-use crate::{Expect, Limits, SessionError, SessionId, Ticket};
+use crate::{Codec, Expect, Limits, SessionError, SessionId, Ticket};
 
 pub use push::Push;
 
@@ -49,6 +51,8 @@ pub struct PushSpec {
     pub tokens: Range<u32>,
     /// Longest silence of a receiver; also the time to connect.
     pub deadline: Duration,
+    /// At which rate the prompt's computation makes bytes of cache, where that is known: the codec policy needs it.
+    pub compute_bytes_per_s: Option<f64>,
 }
 
 /// One receiver.
@@ -65,8 +69,12 @@ pub struct TargetSpec {
 /// A session that every receiver has acknowledged.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Pushed {
-    /// Payload bytes that this rank sent.
+    /// Bytes of cache that this rank sent.
     pub bytes: u64,
+    /// Connections that were lost and replaced.
+    pub resumed: u32,
+    /// How the numbers travelled.
+    pub codec: Codec,
     /// When the last acknowledgement came.
     pub acknowledged: Instant,
 }
@@ -111,6 +119,11 @@ impl Sender {
         done: impl FnOnce(Result<Pushed, SessionError>) + Send + 'static,
     ) -> Push {
         Push::relay(&self.0, expect, peers, Box::new(done))
+    }
+
+    /// Connections of all pushes so far that were lost and replaced.
+    pub fn resumed(&self) -> u64 {
+        self.0.resumed.load(std::sync::atomic::Ordering::Relaxed)
     }
 
     /// What was measured per peer, by name.

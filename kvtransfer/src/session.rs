@@ -12,9 +12,13 @@
 //!                            <-  Ack; the connection is free for another Hello
 //! ```
 //!
-//! Either end may send Fail at any time; a lost connection, a silence or a bad frame ends the session the same way.
+//! Either end may send Fail at any time; a silence or a bad frame ends the session the same way. A sender may have several
+//! connections with a receiver, its lanes. One that is lost is replaced by another, which hears with its first Credit what
+//! has landed and goes on behind it; only when none comes in time is the session lost too.
 
 pub mod handshake;
+mod lane;
+pub mod outbox;
 pub mod receive;
 pub mod send;
 
@@ -24,8 +28,9 @@ use crate::frame::{FrameError, Head};
 use crate::message::Message;
 
 pub use handshake::Handshake;
-pub use receive::{Action, ConnId, Receiving};
-pub use send::{Outcome, PairSpec, Sending};
+pub use outbox::Outbox;
+pub use receive::{Action, ConnId, Receiving, Rejected};
+pub use send::{LaneStart, Outcome, PairSpec, Sending};
 
 /// Checks a control payload and parses it: what both shells do with every frame that is not data.
 pub fn parse(head: &Head, payload: &[u8], crc: u32) -> Result<Message, FrameError> {

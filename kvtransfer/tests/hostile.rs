@@ -13,7 +13,7 @@ use kvtransfer::layout::describe;
 use kvtransfer::message::{Hello, Message};
 use kvtransfer::proof::{End, prove};
 use kvtransfer::session::{Action, Handshake, Receiving};
-use kvtransfer::{Close, Limits, SessionError, Summary, Ticket};
+use kvtransfer::{Close, Codec, Limits, SessionError, Summary, Ticket};
 
 /// One layer, one head of 4 f32 in two planes: 16 bytes per token and plane, 8 tokens, 256 bytes in all.
 const TOKENS: u32 = 8;
@@ -43,6 +43,8 @@ impl Test {
             epoch: self.case.epoch,
             attempt: self.case.attempt,
             sender,
+            lane: 0,
+            connection: 0,
             senders: senders.to_vec(),
             tokens: self.case.tokens.clone(),
             bytes,
@@ -56,7 +58,8 @@ impl Test {
         let bytes = Message::Hello(Box::new(hello.clone())).encode();
         let (handshake, challenge) = Handshake::begin(hello, &self.case.ticket, [2; 32]);
         let Message::Challenge { nonce, .. } = challenge else { panic!("{challenge:?}") };
-        self.receiving.prove(conn, &handshake, &prove(ticket, End::Sender, &bytes, &nonce), self.now)
+        let proof = prove(ticket, End::Sender, &bytes, &nonce);
+        self.receiving.prove(conn, &handshake, &proof, self.now).map_err(|rejected| rejected.error)
     }
 
     /// The only sender, on connection 0.
@@ -75,6 +78,7 @@ impl Test {
             plane,
             heads: 0..1,
             tokens,
+            codec: Codec::Exact,
             payload_bytes,
             payload_crc: 0,
         }
@@ -83,7 +87,7 @@ impl Test {
     /// A frame that lands, and what follows.
     fn land(&mut self, conn: u64, head: &Head) -> Vec<Action> {
         self.receiving.data(conn, head, self.now).expect("a place");
-        self.receiving.payload(conn, u64::from(head.payload_bytes), Ok(()), self.now)
+        self.receiving.payload(conn, Ok(()), self.now)
     }
 
     fn say(&mut self, conn: u64, number: u64, message: Message) -> Vec<Action> {
@@ -92,7 +96,7 @@ impl Test {
     }
 
     fn done(&mut self, conn: u64, number: u64, frames: u64, bytes: u64, close: Close) -> Vec<Action> {
-        self.say(conn, number, Message::Done { frames, bytes, close })
+        self.say(conn, number, Message::Done { frames, bytes, lanes: 1, close })
     }
 }
 
@@ -118,15 +122,20 @@ fn protocol(actions: &[Action]) -> String {
 #[test]
 fn the_rules_kept_the_session_lands_and_is_acknowledged() {
     let mut test = test(1 << 20);
-    let credit = Message::Credit { limit_bytes: TOTAL, received_bytes: 0, frame_bytes: 1 << 19 };
+    let credit =
+        Message::Credit { limit_bytes: TOTAL, received_bytes: 0, received_frames: 0, frame_bytes: 1 << 19 };
     assert_eq!(test.connect_whole(), [Action::Send(0, credit)]);
     assert_eq!(test.land(0, &test.head(2, 1, 0..8)), []);
     assert_eq!(test.land(0, &test.head(3, 0, 0..8)), []);
-    assert_eq!(test.say(0, 4, Message::Ping), [Action::Send(0, Message::Pong { received_bytes: TOTAL })]);
-    let summary = Summary { bytes: TOTAL, gathered_bytes: 0, frames: 2, close: CLOSE };
+    assert_eq!(
+        test.say(0, 4, Message::Ping),
+        [Action::Send(0, Message::Pong { received_bytes: TOTAL, received_frames: 2 })]
+    );
+    let summary =
+        Summary { bytes: TOTAL, gathered_bytes: 0, wire_bytes: TOTAL, frames: 2, resumed: 0, close: CLOSE };
     let ack = Action::Send(0, Message::Ack { bytes: TOTAL });
     assert_eq!(test.done(0, 5, 2, TOTAL, CLOSE), [Action::End(Ok(summary)), ack]);
-    assert_eq!(test.receiving.lost(0, "closed"), [], "a session that is over stays so");
+    assert_eq!(test.receiving.lost(0, "closed", test.now), [], "a session that is over stays so");
     assert_eq!(test.receiving.tick(test.now + Duration::from_secs(3600)), []);
 }
 
@@ -204,16 +213,19 @@ fn no_place_is_written_twice() {
 fn credit_bounds_what_is_sent() {
     // The least window is four rows of 16 bytes.
     let mut test = test(1);
-    let credit = |limit_bytes, received_bytes| {
-        Action::Send(0, Message::Credit { limit_bytes, received_bytes, frame_bytes: 32 })
+    let credit = |limit_bytes, received_bytes, received_frames| {
+        Action::Send(0, Message::Credit { limit_bytes, received_bytes, received_frames, frame_bytes: 32 })
     };
-    assert_eq!(test.connect_whole(), [credit(64, 0)]);
-    test.receiving.data(0, &test.head(2, 0, 0..2), test.now).unwrap();
-    test.receiving.data(0, &test.head(3, 0, 2..4), test.now).unwrap();
-    assert_eq!(test.receiving.payload(0, 32, Ok(()), test.now), [credit(96, 32)]);
-    test.receiving.data(0, &test.head(4, 0, 4..6), test.now).unwrap();
-    let beyond = test.receiving.data(0, &test.head(5, 0, 6..7), test.now).unwrap_err();
-    assert_eq!(protocol(&beyond), "frame of 16 bytes (at most 32) to 112 of 96 bytes of credit");
+    assert_eq!(test.connect_whole(), [credit(64, 0, 0)]);
+    assert_eq!(test.land(0, &test.head(2, 0, 0..2)), [credit(96, 32, 1)]);
+    test.land(0, &test.head(3, 0, 2..3));
+    // Credit to 112, which is not told before it is a quarter window.
+    assert_eq!(test.land(0, &test.head(4, 0, 3..4)), [credit(128, 64, 3)]);
+    for (number, token) in (5..).zip(4..8) {
+        test.receiving.data(0, &test.head(number, 0, token..token + 1), test.now).unwrap();
+    }
+    let beyond = test.receiving.data(0, &test.head(9, 1, 0..1), test.now).unwrap_err();
+    assert_eq!(protocol(&beyond), "frame of 16 bytes (at most 32) to 144 of 128 bytes of credit");
 
     let mut test = self::test(1);
     test.connect_whole();

@@ -6,7 +6,7 @@ mod common;
 use std::ops::Range;
 
 use backend::{DType, KvSpec, Plane, Sharding};
-use common::sim::{Fault, Setup, run};
+use common::sim::{Setup, run};
 use common::{Case, gqa_ranks, mla};
 use kvtransfer::layout::{PlanError, plan, relay};
 use kvtransfer::session::Outcome;
@@ -95,6 +95,7 @@ proptest! {
         block_tokens in [1..9u32, 1..9u32],
         frame_bytes in 1..300usize,
         window_bytes in 1..2000u64,
+        lanes in 1..4usize,
     ) {
         let case = Case {
             deadline: common::sim::DEADLINE,
@@ -102,7 +103,7 @@ proptest! {
         };
         let wanted: Vec<u64> = case.to.iter().map(|spec| spec.token_bytes() as u64 * u64::from(tokens)).collect();
         let setup = Setup {
-            case, seed, fault: Fault::None, fault_at: 0, window_bytes, frame_bytes, chunk, block_tokens, lie: |_| {},
+            case, seed, faults: Vec::new(), window_bytes, frame_bytes, chunk, block_tokens, lanes, lie: |_| {},
         };
         let report = run(&setup);
         prop_assert!(report.receivers.iter().all(Result::is_ok), "{:?}\n{:?}", report.receivers, report.senders);

@@ -12,7 +12,8 @@ use std::time::{Duration, Instant};
 use backend::{DType, KvError, KvLanding, KvSpec, Piece};
 use common::net::{Harm, LOCAL, Proxy, addresses, expect_all, open, push_all, receivers, session};
 use common::{CLOSE, Cache, Case, MemExport, MemLanding, even, gqa_ranks, mla};
-use kvtransfer::{FailCode, Limits, Receiver, Sender, SessionError, Ticket};
+use kvtransfer::codec::Row;
+use kvtransfer::{Codec, CodecPolicy, FailCode, Limits, Receiver, Sender, SessionError, Ticket};
 
 /// 4 layers of 8 heads of 64 bf16: 8 KiB per token.
 fn whole(tokens: u32) -> Case {
@@ -144,7 +145,7 @@ fn a_connection_that_dies_at_any_byte_ends_both_ends_and_the_next_session_works(
     let limits = Limits { frame_bytes: 64 << 10, ..Limits::default() };
     let (receiver, address) = one_receiver(&limits);
     // 200 tokens are 1.6 MB. Within the Hello the sender may try again, until its deadline.
-    for up in [10, 64, 200, 500, 1000, 70_000, 1_000_000, 1_638_000] {
+    for up in [10, 64, 200, 500, 1000, 70_000] {
         let proxy = Proxy::new(receiver.local_addr(), Harm::CutAfter(up), Harm::None);
         let case = Case { deadline: Duration::from_millis(400), ..whole(200) };
         let (pushed, landed) = session(&case, &Sender::new(limits.clone()), &receiver, &proxy.address);
@@ -158,6 +159,67 @@ fn a_connection_that_dies_at_any_byte_ends_both_ends_and_the_next_session_works(
         assert!(landed.result.is_err() || landed.landing.cache.is_right());
     }
     assert_lands(&whole(200), &Sender::new(limits), &receiver, &address);
+}
+
+/// Protects: a connection that is lost in mid-transfer is replaced, over another path where there is one, and only what had
+/// not landed is sent again.
+#[test]
+fn a_connection_that_dies_in_mid_transfer_is_replaced() {
+    let limits = Limits { frame_bytes: 64 << 10, ..Limits::default() };
+    let (receiver, address) = one_receiver(&limits);
+    for up in [70_000, 1_000_000, 1_638_000] {
+        let proxy = Proxy::new(receiver.local_addr(), Harm::CutAfter(up), Harm::None);
+        let case = whole(200);
+        let ends = expect_all(&case, std::slice::from_ref(&receiver), 16, true);
+        let sender = Sender::new(limits.clone());
+        let (push, end) = open(&case, 0, &sender, &[vec![proxy.address.clone(), address.clone()]]);
+        push_all(&case, 0, &push, 32, 16, true);
+        push.close(CLOSE);
+        let pushed = end.recv().unwrap().unwrap();
+        let landed = ends.recv().unwrap().1;
+        let summary = landed.result.unwrap();
+        assert_eq!((pushed.resumed, summary.resumed, sender.resumed()), (1, 1, 1), "cut after {up}");
+        assert_eq!((pushed.bytes, summary.wire_bytes), (200 * 8192, 200 * 8192));
+        assert_eq!(proxy.connections.load(Ordering::SeqCst), 1, "the other path is used");
+        assert!(landed.landing.cache.is_right());
+    }
+}
+
+/// Protects: several connections carry one session, and what they bring is put together right.
+#[test]
+fn several_streams_carry_one_session() {
+    for streams in [2, 5] {
+        let limits = Limits { frame_bytes: 16 << 10, streams, ..Limits::default() };
+        let (receiver, address) = one_receiver(&limits);
+        let proxy = Proxy::new(address.parse().unwrap(), Harm::None, Harm::None);
+        let sender = Sender::new(limits);
+        for _ in 0..3 {
+            assert_lands(&whole(300), &sender, &receiver, &proxy.address);
+        }
+        assert!(proxy.connections.load(Ordering::SeqCst) <= 3 * streams);
+    }
+}
+
+/// Protects: compressed sessions land what the codec makes of the cache, and say how few bytes crossed the link.
+#[test]
+fn a_codec_is_applied_on_the_way() {
+    for codec in Codec::ALL {
+        let limits = Limits { codec: CodecPolicy::Always(codec), frame_bytes: 16 << 10, ..Limits::default() };
+        let (receiver, address) = one_receiver(&limits);
+        let case = whole(100);
+        let (pushed, landed) = session(&case, &Sender::new(limits), &receiver, &address);
+        let (pushed, summary) = (pushed.unwrap(), landed.result.unwrap());
+        let row = Row { dim: 64, dtype: DType::BF16 };
+        assert_eq!(summary.wire_bytes, codec.wire_bytes(row, 4 * 2 * 8 * 100) as u64);
+        assert_eq!((summary.bytes, pushed.codec), (100 * 8192, codec));
+        let piece = Piece { layer: 2, plane: 1, heads: 0..8, tokens: 40..60 };
+        let (mut want, mut wire, mut exact, mut got) = (Vec::new(), Vec::new(), Vec::new(), Vec::new());
+        Cache::full(&case.from[0], 0..100, 16).read(&piece, &mut exact);
+        codec.encode(row, &exact, &mut wire);
+        assert!(codec.decode(row, 160, &wire, &mut want));
+        landed.landing.cache.read(&piece, &mut got);
+        assert_eq!(got, want, "{codec}");
+    }
 }
 
 #[test]

@@ -1,6 +1,6 @@
 //! What all threads of one receiver share: expected sessions, sessions that were, connections, and their bounds.
 
-use std::collections::{HashMap, HashSet, VecDeque};
+use std::collections::{HashMap, VecDeque};
 use std::net::Shutdown;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
@@ -32,7 +32,8 @@ pub(super) struct Registry {
 #[derive(Default)]
 struct Sessions {
     expected: HashMap<SessionId, Arc<dyn Slot>>,
-    ended: HashSet<SessionId>,
+    /// Those that landed still answer a sender that has not heard so.
+    ended: HashMap<SessionId, Option<Arc<dyn Slot>>>,
     ended_order: VecDeque<SessionId>,
     /// Counts arrivals: who looked before one looks again instead of waiting.
     arrivals: u64,
@@ -92,7 +93,7 @@ impl Registry {
         let mut sessions = lock(&self.sessions);
         let error = if self.stopping() {
             SessionError::Stopped
-        } else if sessions.expected.contains_key(&session) || sessions.ended.contains(&session) {
+        } else if sessions.expected.contains_key(&session) || sessions.ended.contains_key(&session) {
             SessionError::Known(session)
         } else if sessions.expected.len() >= self.limits.sessions_max {
             SessionError::Busy { what: "expected sessions", max: self.limits.sessions_max }
@@ -112,8 +113,11 @@ impl Registry {
             if let Some(slot) = sessions.expected.get(session) {
                 return Ok(slot.clone());
             }
+            if let Some(Some(slot)) = sessions.ended.get(session) {
+                return Ok(slot.clone());
+            }
             let left = until.saturating_duration_since(Instant::now());
-            if sessions.ended.contains(session) || left.is_zero() {
+            if sessions.ended.contains_key(session) || left.is_zero() {
                 return Err(SessionError::Unknown(*session));
             }
             if self.stopping() {
@@ -123,15 +127,21 @@ impl Registry {
         }
     }
 
+    /// Makes the thread of the deadlines look anew: one may have come closer.
+    pub fn look(&self) {
+        lock(&self.sessions).arrivals += 1;
+        self.changed.notify_all();
+    }
+
     pub fn get(&self, session: &SessionId) -> Option<Arc<dyn Slot>> {
         lock(&self.sessions).expected.get(session).cloned()
     }
 
-    /// Forgets a session, but not that it was.
+    /// Forgets a session, but not that it was, nor that it landed.
     pub fn ended(&self, session: &SessionId) {
         let mut sessions = lock(&self.sessions);
-        sessions.expected.remove(session);
-        if sessions.ended.insert(*session) {
+        let landed = sessions.expected.remove(session).filter(|slot| slot.landed());
+        if sessions.ended.insert(*session, landed).is_none() {
             sessions.ended_order.push_back(*session);
         }
         if sessions.ended_order.len() > ENDED_MAX

@@ -10,11 +10,13 @@ use std::time::Instant;
 
 use backend::{KvLanding, Piece, Sharding};
 
+use crate::codec::{Codec, Row};
 use crate::frame::Head;
 use crate::message::Message;
+use crate::receiver::Peers;
 use crate::receiver::registry::Registry;
 use crate::receiver::relay::Relay;
-use crate::session::{Action, ConnId, Handshake, Receiving};
+use crate::session::{Action, ConnId, Handshake, Receiving, Rejected};
 use crate::sync::lock;
 use crate::wire::{Control, FrameSink, FrameSource, WireError};
 use crate::{Expect, Landed, SessionError, SessionId, Summary, Ticket};
@@ -65,6 +67,8 @@ type Done<L> = Box<dyn FnOnce(Landed<L>) + Send>;
 pub(super) struct LandingSlot<L> {
     session: SessionId,
     expect: Expect,
+    /// Until the relay is opened.
+    peers: Mutex<Option<Peers>>,
     own: Weak<Self>,
     registry: Weak<Registry>,
     core: Mutex<Core<L>>,
@@ -79,8 +83,6 @@ struct Core<L> {
     touching: usize,
     /// Passes this rank's share of replicated planes on; from the first proven sender to the last Done.
     relay: Option<Arc<Relay>>,
-    /// Once, even if it has ended since.
-    relay_opened: bool,
     /// Set when the session ends, taken by who hands the landing back.
     result: Option<Result<Summary, SessionError>>,
     done: Option<Done<L>>,
@@ -95,18 +97,12 @@ impl<L: KvLanding + 'static> LandingSlot<L> {
         registry: Weak<Registry>,
     ) -> Arc<Self> {
         let conns = BTreeMap::new();
-        let core = Core {
-            receive,
-            conns,
-            touching: 0,
-            relay: None,
-            relay_opened: false,
-            result: None,
-            done: Some(done),
-        };
+        let core = Core { receive, conns, touching: 0, relay: None, result: None, done: Some(done) };
+        let peers = Mutex::new(expect.peers.clone());
         Arc::new_cyclic(|own| LandingSlot {
             session: expect.session,
-            expect,
+            expect: Expect { peers: None, ..expect },
+            peers,
             own: own.clone(),
             registry,
             core: Mutex::new(core),
@@ -136,6 +132,11 @@ impl<L: KvLanding + 'static> LandingSlot<L> {
                     // Wakes the connection's own thread, which says farewell.
                     if by.is_none_or(|by| by.id != id) {
                         conn.control.close(Shutdown::Read);
+                    }
+                }
+                Action::Drop(id) => {
+                    if let Some(conn) = core.conns.get(&id) {
+                        conn.control.close(Shutdown::Both);
                     }
                 }
                 Action::End(result) => core.result = Some(result),
@@ -181,7 +182,7 @@ impl<L: KvLanding + 'static> LandingSlot<L> {
         staging: &mut Vec<u8>,
     ) -> Result<(), Interrupted> {
         let bytes = head.payload_bytes as usize;
-        if in_place {
+        if in_place && head.codec == Codec::Exact {
             let mut landing = lock(&self.landing);
             if let Some(mut slices) = landing.as_mut().and_then(|landing| landing.slices(piece))
                 && slices.iter().map(|slice| slice.len()).sum::<usize>() == bytes
@@ -193,6 +194,13 @@ impl<L: KvLanding + 'static> LandingSlot<L> {
         staging.resize(bytes, 0);
         let crc = source.payload(&mut [IoSliceMut::new(staging)], None)?;
         head.check_payload(crc).map_err(SessionError::from)?;
+        if head.codec != Codec::Exact {
+            let row = Row::of(&self.expect.spec.planes[piece.plane]);
+            let mut exact = Vec::new();
+            // Its length was checked when the place was taken.
+            head.codec.decode(row, piece.heads.len() * piece.tokens.len(), staging, &mut exact);
+            *staging = exact;
+        }
         match lock(&self.landing).as_mut() {
             Some(landing) => landing.write(piece, staging).map_err(SessionError::from)?,
             None => return Err(Interrupted::Session(SessionError::Unknown(self.session))),
@@ -205,11 +213,12 @@ impl<L: KvLanding + 'static> LandingSlot<L> {
 
     /// Begins to pass replicated planes on, when there is to whom and the session's own senders have begun.
     fn open_relay(&self, core: &mut Core<L>) {
-        let Some(peers) = self.expect.peers.as_ref().filter(|_| core.receive.relays()) else { return };
-        if !core.relay_opened && core.receive.begun() && !core.receive.over() {
-            core.relay_opened = true;
+        if !core.receive.relays() || !core.receive.begun() || core.receive.over() {
+            return;
+        }
+        if let Some(peers) = lock(&self.peers).take() {
             let own = self.own.clone();
-            core.relay = Some(Arc::new(Relay::open(&self.expect, peers, move |error| {
+            core.relay = Some(Arc::new(Relay::open(&self.expect, &peers, move |error| {
                 if let Some(slot) = own.upgrade() {
                     slot.fail(None, error);
                 }
@@ -249,9 +258,9 @@ impl<L: KvLanding + 'static> Slot for LandingSlot<L> {
                 self.open_relay(core);
                 actions
             }
-            Err(error) => {
+            Err(Rejected { error, actions }) => {
                 outcome = Err(error);
-                Vec::new()
+                actions
             }
         });
         outcome
@@ -288,10 +297,11 @@ impl<L: KvLanding + 'static> Slot for LandingSlot<L> {
                 Err(Interrupted::Session(error)) => Err(error),
                 Err(Interrupted::Wire(WireError::Frame(error))) => Err(error.into()),
                 Err(Interrupted::Wire(WireError::Io(error))) => {
-                    return receive.lost(conn.id, &error.to_string());
+                    core.conns.remove(&conn.id);
+                    return receive.lost(conn.id, &error.to_string(), Instant::now());
                 }
             };
-            receive.payload(conn.id, u64::from(head.payload_bytes), result, Instant::now())
+            receive.payload(conn.id, result, Instant::now())
         });
         // A slow rank of the group slows the sender down, and nothing grows.
         if let Some(relay) = relay {
@@ -304,7 +314,14 @@ impl<L: KvLanding + 'static> Slot for LandingSlot<L> {
     }
 
     fn lost(&self, conn: &Conn, reason: &str) {
-        self.step(Some(conn), |core| core.receive.lost(conn.id, reason));
+        self.step(Some(conn), |core| {
+            core.conns.remove(&conn.id);
+            core.receive.lost(conn.id, reason, Instant::now())
+        });
+        // The lane's time to come back runs from now.
+        if let Some(registry) = self.registry.upgrade() {
+            registry.look();
+        }
     }
 
     fn fail(&self, by: Option<&Conn>, error: SessionError) {

@@ -25,15 +25,20 @@ pub(super) struct Connected {
     pub sending: Sending,
 }
 
-/// Connects a pair. A push that was given up meanwhile is not waited for, but one round is made: its receiver should
-/// hear of it, and not hold its reservation until the deadline.
-pub(super) fn connect(pair: &Pair, pool: &Pool) -> Result<Connected, SessionError> {
-    let until = pair.opened + pair.spec.deadline;
+/// Connects a lane of a pair. A push that was given up meanwhile is not waited for, but one round is made by the first
+/// lane: its receiver should hear of it, and not hold its reservation until the deadline.
+pub(super) fn connect(
+    pair: &Pair,
+    index: usize,
+    pool: &Pool,
+    until: Instant,
+) -> Result<Connected, SessionError> {
+    let path = &pair.paths[index];
     let mut backoff = BACKOFF_MIN;
     loop {
         // Idle connections may have died unnoticed; each is tried once.
-        while let Some((address, wire)) = pool.take_idle(&pair.addresses) {
-            match greet(pair, &pool.limits, wire, until) {
+        while let Some((address, wire)) = pool.take_idle(&pair.addresses, path) {
+            match greet(pair, index, &pool.limits, wire, until) {
                 Ok((wire, sending)) => return Ok(Connected { address, wire, sending }),
                 Err(error) if retryable(&error) => {
                     tracing::debug!(address, %error, "idle kv connection was gone")
@@ -43,15 +48,15 @@ pub(super) fn connect(pair: &Pair, pool: &Pool) -> Result<Connected, SessionErro
         }
         let mut last = SessionError::Connect { peer: pair.addresses.join(", "), reason: "no address".into() };
         let mut again = false;
-        for address in pool.order(&pair.addresses) {
+        for address in pool.order(&pair.addresses, path) {
             let left = until.saturating_duration_since(Instant::now());
-            if left.is_zero() {
+            if left.is_zero() || (index > 0 && pair.over()) {
                 break;
             }
             let dialed = pool.dialer.dial(&address, pool.limits.connect.min(left));
             let greeted = dialed
                 .map_err(|error| SessionError::Connect { peer: address.clone(), reason: error.to_string() })
-                .and_then(|wire| greet(pair, &pool.limits, wire, until));
+                .and_then(|wire| greet(pair, index, &pool.limits, wire, until));
             pool.note(&address, greeted.is_ok());
             match greeted {
                 Ok((wire, sending)) => return Ok(Connected { address, wire, sending }),
@@ -63,13 +68,13 @@ pub(super) fn connect(pair: &Pair, pool: &Pool) -> Result<Connected, SessionErro
             }
         }
         let pause = jitter(backoff);
-        if !again || pair.aborted().is_some() || Instant::now() + pause >= until {
+        if !again || pair.over() || Instant::now() + pause >= until {
             return Err(pair.aborted().unwrap_or(last));
         }
         tracing::debug!(error = %last, ?pause, "kv receiver not reached");
         pair.pause(Instant::now() + pause);
-        if let Some(error) = pair.aborted() {
-            return Err(error);
+        if pair.over() {
+            return Err(pair.aborted().unwrap_or(last));
         }
         backoff = (backoff * 2).min(BACKOFF_MAX);
     }
@@ -78,6 +83,7 @@ pub(super) fn connect(pair: &Pair, pool: &Pool) -> Result<Connected, SessionErro
 /// Hello, challenge, proof, first credit.
 fn greet(
     pair: &Pair,
+    index: usize,
     limits: &Limits,
     mut wire: Wire,
     until: Instant,
@@ -90,7 +96,8 @@ fn greet(
     wire.sink.set_stall(limits.handshake).map_err(io)?;
     let mut nonce = [0; 32];
     fill_random(&mut nonce);
-    let (mut sending, hello) = Sending::new(pair.spec.clone(), &peer, nonce, Instant::now());
+    let (mut sending, hello) =
+        Sending::new(pair.spec.clone(), pair.start(index), &peer, nonce, Instant::now());
     let mut say = Some(hello);
     loop {
         if let Some(message) = say.take() {

@@ -1,6 +1,9 @@
-//! One receiver of a push: what is queued for it, and the thread that sends it. The thread connects and proves itself
-//! ([`super::connect`]), then writes while a second one reads credit; both step the same [`Sending`] machine.
+//! One receiver of a push: what is queued for it, and the lanes that send it. Every lane is a connection with a thread of its
+//! own, which connects and proves itself ([`super::connect`]), then writes while a second one reads credit; both step the
+//! same [`Sending`] machine. All lanes take from one queue, so a faster path carries more. A lane that loses its connection
+//! comes back over another, on whichever path is left, and sends again what had not landed.
 
+mod lane;
 mod read;
 mod write;
 
@@ -9,33 +12,42 @@ use std::io;
 use std::net::Shutdown;
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::thread;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
-use backend::{KvExport, Piece};
+use backend::Piece;
 
 use crate::layout::Part;
+use crate::limits::RESUMES_MAX;
 use crate::sender::connect::{Connected, connect};
+use crate::sender::export::SharedExport;
 use crate::sender::pool::{Admission, Pool};
-use crate::session::{Outcome, PairSpec, Sending};
+use crate::session::{LaneStart, Outcome, PairSpec};
 use crate::sync::lock;
-use crate::wire::Control;
-use crate::{Close, SessionError};
+use crate::{Close, Codec, SessionError};
 
-/// An export that several pairs send from.
-pub(super) type SharedExport = Arc<Mutex<Box<dyn KvExport>>>;
+use lane::{Lane, Live};
 
 /// Rectangles of one export for one receiver.
 pub(super) struct Job {
-    export: SharedExport,
+    export: Arc<SharedExport>,
     /// With the bytes of one token.
     rects: VecDeque<(Piece, usize)>,
-    /// The device has produced the bytes.
-    ready: bool,
+    progress: Progress,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq)]
+enum Progress {
+    /// Nobody has asked the device yet.
+    New,
+    /// A lane waits for the device.
+    Waited,
+    /// The bytes are there.
+    Ready,
 }
 
 impl Job {
-    pub fn new(export: SharedExport, rects: VecDeque<(Piece, usize)>) -> Self {
-        Job { export, rects, ready: false }
+    pub fn new(export: Arc<SharedExport>, rects: VecDeque<(Piece, usize)>) -> Self {
+        Job { export, rects, progress: Progress::New }
     }
 
     fn bytes(&self) -> u64 {
@@ -45,10 +57,12 @@ impl Job {
 
 pub(super) struct Pair {
     pub spec: PairSpec,
+    /// Every address of the receiver.
     pub addresses: Vec<String>,
+    /// The address that each lane tries first.
+    pub paths: Vec<String>,
     pub parts: Vec<Part>,
-    /// The push has this receiver only: its exports need not be shared, and may be written from where they lie.
-    pub alone: bool,
+    pub codec: Codec,
     pub opened: Instant,
     state: Mutex<State>,
     changed: Condvar,
@@ -58,37 +72,33 @@ pub(super) struct Pair {
 struct State {
     queue: VecDeque<Job>,
     backlog_bytes: u64,
+    /// Cache taken off the queue by all lanes.
+    taken_bytes: u64,
     close: Option<Close>,
     abort: Option<SessionError>,
-    /// Once connected.
-    live: Option<Live>,
-    /// The thread is done: what comes now is dropped at once.
+    lanes: Vec<Lane>,
+    /// Lanes that say Done, once the first one has.
+    closing: Option<u16>,
+    /// The pair has ended: what comes now is dropped at once.
     ended: bool,
+    resumed: u32,
 }
 
-struct Live {
-    sending: Sending,
-    address: String,
-    control: Arc<dyn Control>,
-    /// A frame is being written: the connection has to go if the push is given up now.
-    writing: bool,
-    /// The front job's export is waited for.
-    waiting: bool,
-    /// Data was sent after the last ping.
-    unprobed: bool,
-    /// The link's meter counts this pair as busy.
-    busy: bool,
-}
+/// How a pair ended: bytes of cache, and when they were acknowledged.
+pub(super) type Ended = Result<(u64, Instant), SessionError>;
 
 impl Pair {
     pub fn new(
         spec: PairSpec,
         addresses: Vec<String>,
+        paths: Vec<String>,
         parts: Vec<Part>,
-        alone: bool,
+        codec: Codec,
         opened: Instant,
     ) -> Self {
-        Pair { spec, addresses, parts, alone, opened, state: Mutex::default(), changed: Condvar::new() }
+        let lanes = paths.iter().map(|_| Lane::default()).collect();
+        let state = Mutex::new(State { lanes, ..State::default() });
+        Pair { spec, addresses, paths, parts, codec, opened, state, changed: Condvar::new() }
     }
 
     /// Queues rectangles; dropped at once when the pair has ended.
@@ -115,7 +125,7 @@ impl Pair {
                 return;
             }
             state.abort = Some(error);
-            if let Some(live) = state.live.as_ref().filter(|live| live.writing) {
+            for live in state.lanes.iter().filter_map(|lane| lane.live.as_ref()).filter(|live| live.writing) {
                 live.control.close(Shutdown::Both);
             }
             state.backlog_bytes = 0;
@@ -125,14 +135,33 @@ impl Pair {
         drop(queue);
     }
 
+    /// Ends it from outside a lane.
+    pub fn fail(&self, error: SessionError) -> Ended {
+        self.abort(error.clone());
+        lock(&self.state).ended = true;
+        self.changed.notify_all();
+        Err(error)
+    }
+
     /// Why it was given up, if it was.
     pub fn aborted(&self) -> Option<SessionError> {
         lock(&self.state).abort.clone()
     }
 
+    /// Whether lanes need not connect any more.
+    pub fn over(&self) -> bool {
+        let state = lock(&self.state);
+        state.ended || state.abort.is_some()
+    }
+
     /// Bytes queued and not yet on their way.
     pub fn backlog_bytes(&self) -> u64 {
         lock(&self.state).backlog_bytes
+    }
+
+    /// Lanes that lost a connection and went on over another.
+    pub fn resumed(&self) -> u32 {
+        lock(&self.state).resumed
     }
 
     /// Waits until at most `bytes` are queued, or the pair has ended.
@@ -143,10 +172,10 @@ impl Pair {
         }
     }
 
-    /// Waits until `until` or until it is given up.
+    /// Waits until `until` or until it is over.
     pub fn pause(&self, until: Instant) {
         let mut state = lock(&self.state);
-        while state.abort.is_none() {
+        while state.abort.is_none() && !state.ended {
             let left = until.saturating_duration_since(Instant::now());
             if left.is_zero() {
                 return;
@@ -155,49 +184,96 @@ impl Pair {
         }
     }
 
-    /// The whole life of the pair: bytes sent and when they were acknowledged.
-    pub fn run(&self, pool: &Pool, admission: &Admission) -> Result<(u64, Instant), SessionError> {
-        let result = self.live(pool, admission);
-        let (queue, live) = {
-            let mut state = lock(&self.state);
+    /// The whole life of a lane. The first lane that knows how the pair ended returns it; the others return nothing.
+    pub fn run(&self, index: usize, pool: &Pool, admission: &Admission) -> Option<Ended> {
+        let result = self.live(index, pool, admission);
+        let mut state = lock(&self.state);
+        let lane = &mut state.lanes[index];
+        let (live, sent) = (lane.live.take(), lane.outbox.clear());
+        let first = !state.ended && !matches!(result, Ok(None));
+        let mut queue = VecDeque::new();
+        if first {
             state.ended = true;
             state.backlog_bytes = 0;
-            self.changed.notify_all();
-            (std::mem::take(&mut state.queue), state.live.take())
-        };
-        drop(queue);
+            queue = std::mem::take(&mut state.queue);
+        }
+        drop(state);
+        self.changed.notify_all();
+        drop((sent, queue));
         if let Some(live) = live.filter(|live| live.busy) {
             pool.measure(&live.address, |meter| meter.end(Instant::now()));
         }
-        result
+        match result {
+            Ok(at) if first => Some(Ok((self.spec.bytes, at?))),
+            Err(error) if first => Some(Err(error)),
+            _ => None,
+        }
     }
 
-    fn live(&self, pool: &Pool, admission: &Admission) -> Result<(u64, Instant), SessionError> {
-        let until = self.opened + self.spec.deadline;
-        if !pool.wait_turn(admission, until, || self.aborted().is_some()) {
+    /// Connects, sends, and comes back where the connection was lost. `None`: a lane that was not needed.
+    fn live(
+        &self,
+        index: usize,
+        pool: &Pool,
+        admission: &Admission,
+    ) -> Result<Option<Instant>, SessionError> {
+        let opened = self.opened + self.spec.deadline;
+        if !pool.wait_turn(admission, opened, || self.over()) {
             let max = pool.limits.connections_max;
             return Err(self.aborted().unwrap_or(SessionError::Busy { what: "connections", max }));
         }
-        let Connected { address, mut wire, sending } = connect(self, pool)?;
+        let mut until = opened;
+        for turn in 0..=RESUMES_MAX {
+            let connected = match connect(self, index, pool, until) {
+                Ok(connected) => connected,
+                // The other lanes carry everything, or have done so.
+                Err(_) if turn == 0 && (index > 0 || self.accepted()) => return Ok(None),
+                Err(error) => return Err(self.aborted().unwrap_or(error)),
+            };
+            let address = connected.address.clone();
+            match self.converse(index, pool, connected) {
+                Outcome::Acknowledged(at) => return Ok(Some(at)),
+                Outcome::Failed(error) => {
+                    if let Some(aborted) = self.aborted() {
+                        // A connection that was closed because the push was given up is not the reason.
+                        return Err(aborted);
+                    }
+                    if !matches!(error, SessionError::Lost { .. }) || turn == RESUMES_MAX {
+                        return Err(error);
+                    }
+                    tracing::debug!(address, %error, "kv lane lost its connection");
+                    pool.note(&address, false);
+                }
+            }
+            if self.over() {
+                return Ok(None);
+            }
+            until = Instant::now() + pool.limits.resume.min(self.spec.deadline);
+        }
+        Ok(None)
+    }
+
+    /// Whether the receiver has accepted any lane.
+    fn accepted(&self) -> bool {
+        lock(&self.state).lanes.iter().any(|lane| lane.accepted)
+    }
+
+    /// One connection, from its acceptance to its end.
+    fn converse(&self, index: usize, pool: &Pool, connected: Connected) -> Outcome {
+        let Connected { address, mut wire, sending } = connected;
         // The receiver's silence is bounded by the deadline, its slowness by what one write may take.
-        wire.sink.set_stall(self.spec.deadline).map_err(|error| self.io(&error))?;
-        lock(&self.state).live = Some(Live {
-            sending,
-            address: address.clone(),
-            control: wire.control.clone(),
-            writing: false,
-            waiting: false,
-            unprobed: false,
-            busy: false,
-        });
+        if let Err(error) = wire.sink.set_stall(self.spec.deadline) {
+            return Outcome::Failed(self.io(&error));
+        }
+        self.attach(index, Live::new(sending, address.clone(), wire.control.clone()));
         let sink = Mutex::new(wire.sink);
         let (source, control) = (&mut *wire.source, &wire.control);
         let outcome = thread::scope(|scope| {
             let reader = thread::Builder::new()
                 .name("kv-credit".into())
-                .spawn_scoped(scope, || self.read(pool, source, &sink, &**control));
+                .spawn_scoped(scope, || self.read(index, pool, source, &sink, &**control));
             let outcome = match reader {
-                Ok(_) => self.write(pool, &sink),
+                Ok(_) => self.write(index, pool, &sink),
                 Err(error) => Outcome::Failed(self.io(&error)),
             };
             if outcome.failed() {
@@ -205,15 +281,33 @@ impl Pair {
             }
             outcome
         });
-        match outcome {
-            Outcome::Acknowledged(at) => {
-                wire.sink = sink.into_inner().unwrap_or_else(PoisonError::into_inner);
-                let sent = lock(&self.state).live.as_ref().map_or(0, |live| live.sending.sent_bytes());
-                pool.put_idle(address, wire);
-                Ok((sent, at))
-            }
-            // A connection that was closed because the push was given up is not the reason.
-            Outcome::Failed(error) => Err(self.aborted().unwrap_or(error)),
+        self.detach(index, pool);
+        if let Outcome::Acknowledged(_) = outcome {
+            wire.sink = sink.into_inner().unwrap_or_else(PoisonError::into_inner);
+            pool.put_idle(address, wire);
+        }
+        outcome
+    }
+
+    /// What the next connection of a lane begins with.
+    pub fn start(&self, index: usize) -> LaneStart {
+        let mut state = lock(&self.state);
+        state.lanes[index].outbox.start(index as u16)
+    }
+
+    /// A lane has a connection: what the receiver has not had of the last one will be sent again.
+    fn attach(&self, index: usize, live: Live) {
+        let mut state = lock(&self.state);
+        let late = state.closing.is_some();
+        let lane = &mut state.lanes[index];
+        let again = lane.attach(live, late);
+        state.resumed += u32::from(again);
+    }
+
+    fn detach(&self, index: usize, pool: &Pool) {
+        let live = lock(&self.state).lanes[index].live.take();
+        if let Some(live) = live.filter(|live| live.busy) {
+            pool.measure(&live.address, |meter| meter.end(Instant::now()));
         }
     }
 
@@ -221,9 +315,9 @@ impl Pair {
         SessionError::Lost { peer: self.addresses.join(", "), reason: error.to_string() }
     }
 
-    /// Changes the session, which is live while this is called.
-    fn step<T>(&self, change: impl FnOnce(&mut Live) -> T) -> Option<T> {
-        lock(&self.state).live.as_mut().map(change)
+    /// Changes the session of a lane that is connected.
+    fn step<T>(&self, index: usize, change: impl FnOnce(&mut Live) -> T) -> Option<T> {
+        lock(&self.state).lanes[index].live.as_mut().map(change)
     }
 }
 
@@ -232,3 +326,6 @@ impl Outcome {
         matches!(self, Outcome::Failed(_))
     }
 }
+
+/// Longest wait for a receiver's reason after a failed write.
+const REASON_WAIT: Duration = Duration::from_secs(1);

@@ -1,25 +1,30 @@
 //! What all pushes of one sender share: the bound on connections, idle connections, links as measured, the pace.
 
-use std::collections::{BTreeMap, HashMap, HashSet, VecDeque};
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::collections::{BTreeMap, HashMap, VecDeque};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::time::Instant;
 
+use crate::limits::LANES_MAX;
 use crate::meter::Meter;
 use crate::pace::Pace;
+use crate::sender::path::Paths;
 use crate::sync::lock;
 use crate::transport::Dialer;
 use crate::wire::Wire;
 use crate::{Limits, LinkStat, SessionError};
 
-/// Peers whose reachability is remembered.
-const REACHED_MAX: usize = 4096;
+/// Peers whose links are measured.
+const METERS_MAX: usize = 4096;
 
 pub(super) struct Pool {
     pub limits: Limits,
     pub dialer: Box<dyn Dialer>,
     pub pace: Option<Mutex<Pace>>,
     meters: Mutex<BTreeMap<String, Meter>>,
+    pub paths: Mutex<Paths>,
+    /// Lanes that lost a connection and went on over another, of all pushes.
+    pub resumed: AtomicU64,
     conns: Mutex<Conns>,
     turn: Condvar,
 }
@@ -31,29 +36,37 @@ struct Conns {
     /// pushes wait for each other.
     waiting: VecDeque<Arc<Admission>>,
     idle: HashMap<String, Vec<(Wire, Instant)>>,
-    reached: HashSet<String>,
 }
 
 /// A push's share of the bound on connections.
 pub(super) struct Admission {
-    /// Pairs of the push that have not left.
-    pairs: Mutex<usize>,
+    /// Lanes of the push that have not left.
+    lanes: Mutex<usize>,
     granted: AtomicBool,
 }
 
 impl Pool {
     pub fn new(limits: Limits, dialer: Box<dyn Dialer>) -> Self {
         let pace = limits.rate_bytes_per_s.map(|rate| Mutex::new(Pace::new(rate)));
-        Pool { limits, dialer, pace, meters: Mutex::default(), conns: Mutex::default(), turn: Condvar::new() }
+        Pool {
+            limits,
+            dialer,
+            pace,
+            meters: Mutex::default(),
+            paths: Mutex::default(),
+            resumed: AtomicU64::new(0),
+            conns: Mutex::default(),
+            turn: Condvar::new(),
+        }
     }
 
-    /// Queues a push with `pairs` connections.
-    pub fn enter(&self, pairs: usize) -> Result<Arc<Admission>, SessionError> {
+    /// Queues a push with `lanes` connections.
+    pub fn enter(&self, lanes: usize) -> Result<Arc<Admission>, SessionError> {
         let max = self.limits.connections_max;
-        if pairs > max {
+        if lanes > max {
             return Err(SessionError::Busy { what: "connections of one push", max });
         }
-        let admission = Arc::new(Admission { pairs: Mutex::new(pairs), granted: AtomicBool::new(false) });
+        let admission = Arc::new(Admission { lanes: Mutex::new(lanes), granted: AtomicBool::new(false) });
         let mut conns = lock(&self.conns);
         conns.waiting.push_back(admission.clone());
         self.grant(&mut conns);
@@ -79,10 +92,10 @@ impl Pool {
         self.turn.notify_all();
     }
 
-    /// One pair of the push has ended.
+    /// One lane of the push has ended.
     pub fn leave(&self, admission: &Admission) {
         let mut conns = lock(&self.conns);
-        *lock(&admission.pairs) -= 1;
+        *lock(&admission.lanes) -= 1;
         if admission.granted.load(Ordering::Acquire) {
             conns.in_use -= 1;
         }
@@ -92,12 +105,12 @@ impl Pool {
     fn grant(&self, conns: &mut Conns) {
         let max = self.limits.connections_max;
         while let Some(first) = conns.waiting.front() {
-            let pairs = *lock(&first.pairs);
-            if conns.in_use + pairs > max {
+            let lanes = *lock(&first.lanes);
+            if conns.in_use + lanes > max {
                 return;
             }
             first.granted.store(true, Ordering::Release);
-            conns.in_use += pairs;
+            conns.in_use += lanes;
             conns.waiting.pop_front();
             self.turn.notify_all();
         }
@@ -105,10 +118,11 @@ impl Pool {
         conns.evict(room);
     }
 
-    /// An idle connection to one of `addresses` that is still there.
-    pub fn take_idle(&self, addresses: &[String]) -> Option<(String, Wire)> {
+    /// An idle connection to one of `addresses` that is still there, rather to `path` than to another.
+    pub fn take_idle(&self, addresses: &[String], path: &String) -> Option<(String, Wire)> {
         let mut conns = lock(&self.conns);
-        for address in addresses {
+        let others = addresses.iter().filter(|address| *address != path);
+        for address in std::iter::once(path).chain(others) {
             let Some(idle) = conns.idle.get_mut(address) else { continue };
             // The youngest first: the others may fall out of use.
             while let Some((wire, since)) = idle.pop() {
@@ -129,32 +143,38 @@ impl Pool {
         conns.evict(room);
     }
 
-    /// `addresses` with those first that were reached before.
-    pub fn order(&self, addresses: &[String]) -> Vec<String> {
-        let conns = lock(&self.conns);
-        let (mut reached, others): (Vec<_>, Vec<_>) =
-            addresses.iter().cloned().partition(|address| conns.reached.contains(address));
-        reached.extend(others);
-        reached
+    /// `addresses` with `path` first, then the best of the others. A path that has just failed comes last.
+    pub fn order(&self, addresses: &[String], path: &String) -> Vec<String> {
+        lock(&self.paths).order(addresses, path, Instant::now())
+    }
+
+    /// The address that each lane to a receiver tries first: one lane, or as many as there are paths that add up.
+    pub fn lanes(&self, addresses: &[String]) -> Vec<String> {
+        let best = lock(&self.paths).stripe(addresses, Instant::now());
+        let streams = self.limits.streams.max(1);
+        let lanes = (0..streams).flat_map(|_| best.iter().cloned());
+        lanes.take(LANES_MAX.into()).collect()
     }
 
     /// Notes whether `address` led to the session's receiver.
     pub fn note(&self, address: &str, reached: bool) {
-        let mut conns = lock(&self.conns);
-        if !reached {
-            conns.reached.remove(address);
-        } else if conns.reached.len() < REACHED_MAX {
-            conns.reached.insert(address.to_owned());
-        }
+        lock(&self.paths).note(address, reached, Instant::now());
     }
 
     /// Changes the meter of the link to `address`.
     pub fn measure(&self, address: &str, change: impl FnOnce(&mut Meter)) {
         let mut meters = lock(&self.meters);
-        if !meters.contains_key(address) && meters.len() >= REACHED_MAX {
+        if !meters.contains_key(address) && meters.len() >= METERS_MAX {
             meters.pop_first();
         }
         change(meters.entry(address.to_owned()).or_default());
+    }
+
+    /// What pushes to the receiver at `addresses` were measured to get, all its paths together.
+    pub fn bytes_per_s(&self, addresses: &[String]) -> Option<f64> {
+        let meters = lock(&self.meters);
+        let rates = addresses.iter().filter_map(|address| meters.get(address)?.bytes_per_s());
+        rates.reduce(|a, b| a + b)
     }
 
     pub fn links(&self) -> Vec<LinkStat> {

@@ -14,12 +14,13 @@ use crate::coverage::{CoverageError, Intervals};
 use crate::layout::{self, Part, Plan, describe, plan};
 use crate::limits::{PAYLOAD_BYTES_MAX, PEER_BASE, RANKS_MAX, REQUEST_BYTES_MAX, SPEC_BYTES_MAX};
 use crate::receiver::Peers;
-use crate::sender::pair::{Job, Pair};
+use crate::sender::export::SharedExport;
+use crate::sender::pair::{Ended, Job, Pair};
 use crate::sender::pool::{Admission, Pool};
 use crate::sender::{PushSpec, Pushed};
 use crate::session::PairSpec;
 use crate::sync::lock;
-use crate::{Close, Expect, SessionError, TargetSpec};
+use crate::{Close, Codec, Expect, SessionError, TargetSpec};
 
 type Done = Box<dyn FnOnce(Result<Pushed, SessionError>) + Send>;
 
@@ -42,6 +43,8 @@ struct End {
     /// Pairs that have not ended; the push itself, until closed, where it has none.
     left: usize,
     bytes: u64,
+    resumed: u32,
+    codec: Codec,
     acknowledged: Option<Instant>,
     error: Option<SessionError>,
     done: Option<Done>,
@@ -66,14 +69,23 @@ impl Push {
         done: Done,
     ) -> Push {
         let prepared = prepared.and_then(|(layers, pairs)| {
-            let admission = pool.enter(pairs.len())?;
+            let admission = pool.enter(pairs.iter().map(|pair| pair.paths.len()).sum())?;
             Ok((layers, pairs, admission))
         });
         let (layers, pairs, admission, error) = match prepared {
             Ok((layers, pairs, admission)) => (layers, pairs, Some(admission), None),
             Err(error) => (0, Vec::new(), None, Some(error)),
         };
-        let end = End { left: pairs.len(), bytes: 0, acknowledged: None, error: None, done: Some(done) };
+        let codec = pairs.first().map_or(Codec::Exact, |pair| pair.codec);
+        let end = End {
+            left: pairs.len(),
+            bytes: 0,
+            resumed: 0,
+            codec,
+            acknowledged: None,
+            error: None,
+            done: Some(done),
+        };
         let shared = Arc::new(Shared { pool: pool.clone(), pairs, end: Mutex::new(end) });
         if let Some(error) = error {
             shared.finish_alone(Err(error));
@@ -93,9 +105,8 @@ impl Push {
         export: impl Fn() -> E,
     ) {
         for pair in &self.shared.pairs {
-            let export: Box<dyn KvExport> = Box::new(export());
-            let rects = [(piece.clone(), token_bytes)].into();
-            pair.push(Job::new(Arc::new(Mutex::new(export)), rects));
+            let export = Arc::new(SharedExport::new(Box::new(export())));
+            pair.push(Job::new(export, [(piece.clone(), token_bytes)].into()));
         }
     }
 
@@ -110,7 +121,12 @@ impl Push {
         self.shared.pairs.iter().for_each(|pair| pair.close(close));
         if self.shared.pairs.is_empty() {
             // A rank without a share: nothing was to be sent, and all of that was.
-            self.shared.finish_alone(Ok(Pushed { bytes: 0, acknowledged: Instant::now() }));
+            self.shared.finish_alone(Ok(Pushed {
+                bytes: 0,
+                resumed: 0,
+                codec: Codec::Exact,
+                acknowledged: Instant::now(),
+            }));
         }
     }
 
@@ -141,8 +157,7 @@ impl Push {
             pushed[layer].add(tokens.clone());
         }
         drop(pushed);
-        let export: Box<dyn KvExport> = Box::new(export);
-        let export = Arc::new(Mutex::new(export));
+        let export = Arc::new(SharedExport::new(Box::new(export)));
         for pair in self.shared.pairs.iter().filter(|pair| !pair.parts.is_empty()) {
             let of = |part: &Part, layer| {
                 let token_bytes = part.token_bytes;
@@ -185,28 +200,40 @@ impl Drop for Push {
 }
 
 impl Shared {
-    /// One thread per pair.
+    /// One thread per lane.
     fn spawn(self: &Arc<Self>, admission: &Arc<Admission>) {
         for pair in &self.pairs {
-            let (shared, own, own_admission) = (self.clone(), pair.clone(), admission.clone());
-            let spawned = thread::Builder::new().name("kv-push".into()).spawn(move || {
-                // A lease or device that panics must not keep the session open for ever.
-                let result = catch_unwind(AssertUnwindSafe(|| own.run(&shared.pool, &own_admission)))
-                    .unwrap_or_else(|_| Err(SessionError::Device("the export panicked".into())));
-                shared.pool.leave(&own_admission);
-                shared.ended(result);
-            });
-            if let Err(error) = spawned {
-                self.pool.leave(admission);
-                self.ended(Err(SessionError::Invalid(format!("no thread for a push: {error}"))));
+            for lane in 0..pair.paths.len() {
+                let (shared, own, own_admission) = (self.clone(), pair.clone(), admission.clone());
+                let spawned = thread::Builder::new().name("kv-push".into()).spawn(move || {
+                    // A lease or device that panics must not keep the session open for ever.
+                    let run = catch_unwind(AssertUnwindSafe(|| own.run(lane, &shared.pool, &own_admission)));
+                    shared.pool.leave(&own_admission);
+                    let result = run.unwrap_or_else(|_| {
+                        Some(own.fail(SessionError::Device("the export panicked".into())))
+                    });
+                    if let Some(result) = result {
+                        shared.ended(&own, result);
+                    }
+                });
+                if let Err(error) = spawned {
+                    self.pool.leave(admission);
+                    if lane == 0 {
+                        let error = SessionError::Invalid(format!("no thread for a push: {error}"));
+                        self.ended(pair, pair.fail(error));
+                    }
+                }
             }
         }
     }
 
     /// A pair has ended; the first failure takes the others along.
-    fn ended(&self, result: Result<(u64, Instant), SessionError>) {
+    fn ended(&self, pair: &Pair, result: Ended) {
         let failed = result.as_ref().err().cloned();
+        let resumed = pair.resumed();
+        self.pool.resumed.fetch_add(resumed.into(), Ordering::Relaxed);
         let mut end = lock(&self.end);
+        end.resumed += resumed;
         match result {
             Ok((bytes, at)) => {
                 end.bytes += bytes;
@@ -263,7 +290,7 @@ impl End {
             Some(error) => Err(error),
             None => {
                 let acknowledged = self.acknowledged.unwrap_or_else(Instant::now);
-                Ok(Pushed { bytes: self.bytes, acknowledged })
+                Ok(Pushed { bytes: self.bytes, resumed: self.resumed, codec: self.codec, acknowledged })
             }
         };
         Some((done, result))
@@ -289,10 +316,10 @@ fn prepare(pool: &Pool, spec: &PushSpec, opened: Instant) -> Result<(usize, Vec<
     let specs: Vec<_> = spec.to.iter().map(|target| target.spec.clone()).collect();
     let plan = plan(&spec.from, &specs)?;
     let receivers = plan.receivers_of(spec.from_rank);
-    let alone = receivers.len() == 1;
+    let codec = codec(pool, spec);
     let pairs = receivers
         .into_iter()
-        .map(|receiver| Ok(Arc::new(pair(pool, spec, &plan, receiver, alone, opened)?)))
+        .map(|receiver| Ok(Arc::new(pair(pool, spec, &plan, receiver, codec, opened)?)))
         .collect::<Result<_, SessionError>>()?;
     Ok((plan.layers, pairs))
 }
@@ -324,8 +351,8 @@ fn prepare_relay(
                 deadline: expect.deadline,
                 frame_bytes: pool.limits.frame_bytes.clamp(1, PAYLOAD_BYTES_MAX),
             };
-            // Every receiver gets leases of its own, so each is written from where it lies.
-            Ok(Arc::new(Pair::new(pair, target.addresses.clone(), parts, true, opened)))
+            let paths = pool.lanes(&target.addresses);
+            Ok(Arc::new(Pair::new(pair, target.addresses.clone(), paths, parts, Codec::Exact, opened)))
         })
         .collect()
 }
@@ -339,12 +366,19 @@ fn described(target: &TargetSpec) -> Result<String, SessionError> {
     Ok(described)
 }
 
+/// How this push's numbers travel: the slowest receiver's link decides for all.
+fn codec(pool: &Pool, spec: &PushSpec) -> Codec {
+    let rates = spec.to.iter().map(|target| pool.bytes_per_s(&target.addresses));
+    let link = rates.collect::<Option<Vec<f64>>>().and_then(|rates| rates.into_iter().reduce(f64::min));
+    pool.limits.codec.choose(spec.compute_bytes_per_s, link)
+}
+
 fn pair(
     pool: &Pool,
     spec: &PushSpec,
     plan: &Plan,
     receiver: usize,
-    alone: bool,
+    codec: Codec,
     opened: Instant,
 ) -> Result<Pair, SessionError> {
     let target = &spec.to[receiver];
@@ -362,5 +396,6 @@ fn pair(
         deadline: spec.deadline,
         frame_bytes: pool.limits.frame_bytes.clamp(1, PAYLOAD_BYTES_MAX),
     };
-    Ok(Pair::new(pair, target.addresses.clone(), plan.between(spec.from_rank, receiver), alone, opened))
+    let (addresses, paths) = (target.addresses.clone(), pool.lanes(&target.addresses));
+    Ok(Pair::new(pair, addresses, paths, plan.between(spec.from_rank, receiver), codec, opened))
 }

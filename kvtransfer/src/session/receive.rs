@@ -1,16 +1,18 @@
 //! The receiving session: all senders of one landing. Pure; driven by the slots of [`crate::Receiver`].
 
 use std::collections::BTreeMap;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use backend::Piece;
 
+use crate::codec::Row;
 use crate::coverage::Coverage;
 use crate::frame::Head;
 use crate::layout::{describe, relay};
-use crate::limits::{PAYLOAD_BYTES_MAX, PEER_BASE};
+use crate::limits::{LANES_MAX, PAYLOAD_BYTES_MAX, PEER_BASE};
 use crate::message::{Hello, Message};
 use crate::session::handshake::Handshake;
+use crate::session::lane::Lane;
 use crate::session::millis;
 use crate::{Close, Expect, Limits, SessionError, Summary, Ticket};
 
@@ -24,14 +26,13 @@ pub enum Action {
     Send(ConnId, Message),
     /// Tell that connection's sender why, then close it.
     Close(ConnId, SessionError),
+    /// Close the connection without a word: another one takes its place once its thread has let go.
+    Drop(ConnId),
     /// All of this rank's own senders are done: its share of the replicated planes is whole, tell the other ranks.
     Relayed(Close),
     /// The session is over. Comes once.
     End(Result<Summary, SessionError>),
 }
-
-/// Frames that a sender has used when it is proven: Hello and Proof.
-const HANDSHAKE_FRAMES: u64 = 2;
 
 /// A session at its receiver.
 #[derive(Debug)]
@@ -49,6 +50,10 @@ pub struct Receiving {
     peers: Vec<u32>,
     /// Proven senders.
     pairs: BTreeMap<u32, Pair>,
+    /// How long a lane may be without a connection.
+    resume: Duration,
+    /// Connections that took the place of others.
+    resumed: u32,
     began: Instant,
     first_pair: Option<Instant>,
     last_frame: Instant,
@@ -69,17 +74,24 @@ enum State {
 /// One proven sender.
 #[derive(Debug)]
 struct Pair {
-    conn: ConnId,
-    heard: Instant,
-    next_number: u64,
+    /// Cache that it sends.
     total_bytes: u64,
-    granted_bytes: u64,
-    /// Announced by heads of frames.
-    claimed_bytes: u64,
-    /// Landed with a right checksum.
-    received_bytes: u64,
-    frames: u64,
-    close: Option<Close>,
+    lanes: BTreeMap<u16, Lane>,
+}
+
+/// A connection that is not let into the session: why, and what to do about it.
+#[derive(Debug)]
+pub struct Rejected {
+    /// Concerns the connection alone.
+    pub error: SessionError,
+    /// See [`Action`].
+    pub actions: Vec<Action>,
+}
+
+impl From<SessionError> for Rejected {
+    fn from(error: SessionError) -> Self {
+        Rejected { error, actions: Vec::new() }
+    }
 }
 
 impl Receiving {
@@ -101,12 +113,14 @@ impl Receiving {
             // Half a window, so that the next frame is under way while one is landing.
             frame_bytes: (window_bytes / 2).min(PAYLOAD_BYTES_MAX as u64),
             state: State::Expecting,
+            resume: limits.resume.min(expect.deadline),
+            resumed: 0,
             senders: Vec::new(),
             pairs: BTreeMap::new(),
             began: now,
             first_pair: None,
             last_frame: now,
-            expect,
+            expect: Expect { peers: None, ..expect },
         }
     }
 
@@ -130,9 +144,16 @@ impl Receiving {
         matches!(self.state, State::Landed | State::Failed(_))
     }
 
-    /// Whether one sender sends everything (then payloads may be read straight into the landing).
+    /// Whether one connection brings everything (then payloads may be read straight into the landing).
     pub fn single(&self) -> bool {
-        self.senders.len() == 1 && self.peers.is_empty()
+        self.peers.is_empty()
+            && self.senders.len() == 1
+            && self.pairs.values().all(|pair| pair.lanes.len() == 1)
+    }
+
+    /// Whether `conn` has proved itself and not been lost since.
+    pub fn has(&self, conn: ConnId) -> bool {
+        self.lanes().any(|lane| lane.conn == Some(conn))
     }
 
     /// Whether this rank passes replicated planes on to others of its group.
@@ -147,7 +168,7 @@ impl Receiving {
 
     /// Whether `conn` is another rank of the own group.
     pub fn is_peer(&self, conn: ConnId) -> bool {
-        self.pairs.iter().any(|(rank, pair)| pair.conn == conn && *rank >= PEER_BASE)
+        self.pairs.range(PEER_BASE..).any(|(_, pair)| pair.lanes.values().any(|lane| lane.conn == Some(conn)))
     }
 
     /// A connection presents its proof. An error concerns the connection alone, not the session.
@@ -157,44 +178,76 @@ impl Receiving {
         handshake: &Handshake,
         proof: &[u8; 32],
         now: Instant,
-    ) -> Result<Vec<Action>, SessionError> {
+    ) -> Result<Vec<Action>, Rejected> {
         let hello = &handshake.hello;
+        let name = || format!("sender rank {}", hello.sender);
         if !handshake.proves(&self.expect.ticket, proof) {
-            return Err(SessionError::Proof(format!("sender rank {}", hello.sender)));
+            return Err(SessionError::Proof(name()).into());
         }
-        if self.over() {
-            return Err(SessionError::Unknown(self.expect.session));
+        if let State::Failed(_) = self.state {
+            return Err(SessionError::Unknown(self.expect.session).into());
         }
         self.same(hello)?;
-        if self.pairs.contains_key(&hello.sender) {
-            return Err(SessionError::Protocol(format!("sender rank {} is connected already", hello.sender)));
+        if self.landed() {
+            return self.repeat(conn, hello);
         }
-        let announced =
-            self.pairs.values().map(|pair| pair.total_bytes).fold(hello.bytes, u64::saturating_add);
-        if announced > self.coverage.wanted_bytes() {
-            let got = announced.to_string();
-            return Err(stale("number of bytes", got, self.coverage.wanted_bytes().to_string()));
+        if hello.lane >= LANES_MAX {
+            return Err(SessionError::Busy { what: "lanes", max: LANES_MAX.into() }.into());
+        }
+        if let Some(pair) = self.pairs.get(&hello.sender) {
+            if hello.bytes != pair.total_bytes {
+                return Err(
+                    stale("number of bytes", hello.bytes.to_string(), pair.total_bytes.to_string()).into()
+                );
+            }
+            if let Some(lane) = pair.lanes.get(&hello.lane) {
+                if hello.connection <= lane.connection {
+                    return Err(SessionError::Protocol(format!("{} is connected already", name())).into());
+                }
+                if let Some(old) = lane.conn {
+                    // Its thread may be reading into the landing: the new one comes back when it has let go.
+                    let error = SessionError::Busy { what: "connections of a lane", max: 1 };
+                    return Err(Rejected { error, actions: vec![Action::Drop(old)] });
+                }
+            }
+        } else {
+            let announced =
+                self.pairs.values().map(|pair| pair.total_bytes).fold(hello.bytes, u64::saturating_add);
+            if announced > self.coverage.wanted_bytes() {
+                let got = announced.to_string();
+                return Err(stale("number of bytes", got, self.coverage.wanted_bytes().to_string()).into());
+            }
         }
         self.state = State::Receiving;
         if hello.sender < PEER_BASE {
             self.senders = hello.senders.clone();
         }
         self.first_pair.get_or_insert(now);
-        let mut pair = Pair {
-            conn,
-            heard: now,
-            next_number: HANDSHAKE_FRAMES,
-            total_bytes: hello.bytes,
-            granted_bytes: 0,
-            claimed_bytes: 0,
-            received_bytes: 0,
-            frames: 0,
-            close: None,
-        };
-        pair.granted_bytes = pair.total_bytes.min(self.window_bytes);
-        let credit = pair.credit(self.frame_bytes);
-        self.pairs.insert(hello.sender, pair);
-        Ok(vec![Action::Send(conn, credit)])
+        let pair = self
+            .pairs
+            .entry(hello.sender)
+            .or_insert_with(|| Pair { total_bytes: hello.bytes, lanes: BTreeMap::new() });
+        if let Some(lane) = pair.lanes.get_mut(&hello.lane) {
+            lane.resume(conn, hello.connection, now);
+            self.resumed += 1;
+        }
+        let lane = pair.lanes.entry(hello.lane).or_insert_with(|| Lane::new(conn, hello.connection, now));
+        lane.grant(self.window_bytes, pair.total_bytes);
+        Ok(vec![Action::Send(conn, lane.credit(self.frame_bytes))])
+    }
+
+    /// A sender whose connection was lost before it had heard the acknowledgement hears it again.
+    fn repeat(&mut self, conn: ConnId, hello: &Hello) -> Result<Vec<Action>, Rejected> {
+        let frame_bytes = self.frame_bytes;
+        let pair = self.pairs.get_mut(&hello.sender);
+        match pair.and_then(|pair| pair.lanes.get_mut(&hello.lane)) {
+            Some(lane) if hello.connection > lane.connection => {
+                (lane.conn, lane.connection) = (Some(conn), hello.connection);
+                let ack = Message::Ack { bytes: lane.received_bytes };
+                Ok(vec![Action::Send(conn, lane.credit(frame_bytes)), Action::Send(conn, ack)])
+            }
+            _ => Err(SessionError::Unknown(self.expect.session).into()),
+        }
     }
 
     /// Whether the sender means this very session.
@@ -244,18 +297,19 @@ impl Receiving {
 
     fn claim(&mut self, conn: ConnId, head: &Head, now: Instant) -> Result<Piece, SessionError> {
         let frame_bytes = self.frame_bytes;
-        let (rank, pair) = self.heard(conn, head, now)?;
-        if pair.close.is_some() {
+        let (rank, lane) = self.heard(conn, head, now)?;
+        if lane.done.is_some() {
             return Err(SessionError::Protocol(format!("data of sender rank {rank} after its done")));
         }
         let payload_bytes = u64::from(head.payload_bytes);
-        pair.claimed_bytes += payload_bytes;
-        if payload_bytes > frame_bytes || pair.claimed_bytes > pair.granted_bytes {
+        let claimed_bytes = lane.claimed_bytes + payload_bytes;
+        if payload_bytes > frame_bytes || claimed_bytes > lane.granted_bytes {
             return Err(SessionError::Protocol(format!(
-                "frame of {payload_bytes} bytes (at most {frame_bytes}) to {} of {} bytes of credit",
-                pair.claimed_bytes, pair.granted_bytes
+                "frame of {payload_bytes} bytes (at most {frame_bytes}) to {claimed_bytes} of {} bytes of credit",
+                lane.granted_bytes
             )));
         }
+        lane.claimed_bytes = claimed_bytes;
         let piece = Piece {
             layer: head.layer as usize,
             plane: head.plane as usize,
@@ -263,23 +317,23 @@ impl Receiving {
             tokens: head.tokens.clone(),
         };
         let bytes = self.coverage.claim(&piece)?;
-        if bytes != payload_bytes {
+        let row = Row::of(&self.expect.spec.planes[piece.plane]);
+        let rows = piece.heads.len() * piece.tokens.len();
+        let wire_bytes = head.codec.wire_bytes(row, rows) as u64;
+        if wire_bytes != payload_bytes {
             return Err(SessionError::Protocol(format!(
-                "payload of {payload_bytes} bytes for a place of {bytes}"
+                "payload of {payload_bytes} bytes for a place of {wire_bytes}"
             )));
+        }
+        if let Some((_, lane)) = self.lane(conn) {
+            lane.under_way = Some((piece.clone(), bytes, payload_bytes));
         }
         self.last_frame = now;
         Ok(piece)
     }
 
     /// The payload of the last data frame of `conn` is in its place, or could not be put there.
-    pub fn payload(
-        &mut self,
-        conn: ConnId,
-        bytes: u64,
-        result: Result<(), SessionError>,
-        now: Instant,
-    ) -> Vec<Action> {
+    pub fn payload(&mut self, conn: ConnId, result: Result<(), SessionError>, now: Instant) -> Vec<Action> {
         if self.over() {
             return Vec::new();
         }
@@ -288,21 +342,18 @@ impl Receiving {
         }
         let (window_bytes, frame_bytes) = (self.window_bytes, self.frame_bytes);
         self.last_frame = now;
-        let Some((_, pair)) = self.pair(conn) else { return Vec::new() };
-        pair.heard = now;
-        pair.received_bytes += bytes;
-        pair.frames += 1;
-        // A quarter window at a time: what is left unasked for is always room for one more frame.
-        let limit = (pair.received_bytes + window_bytes).min(pair.total_bytes);
-        let last = limit == pair.total_bytes && pair.granted_bytes < limit;
-        if !last && limit - pair.granted_bytes < window_bytes / 4 {
+        let Some((rank, lane)) = self.lane(conn) else { return Vec::new() };
+        let Some((_, bytes, payload_bytes)) = lane.under_way.take() else { return Vec::new() };
+        lane.heard = now;
+        lane.received_bytes += payload_bytes;
+        lane.landed_bytes += bytes;
+        lane.frames += 1;
+        let total_bytes = self.pairs.get(&rank).map_or(0, |pair| pair.total_bytes);
+        let Some((_, lane)) = self.lane(conn) else { return Vec::new() };
+        if !lane.grant(window_bytes, total_bytes) {
             return Vec::new();
         }
-        if limit == pair.granted_bytes {
-            return Vec::new();
-        }
-        pair.granted_bytes = limit;
-        vec![Action::Send(conn, pair.credit(frame_bytes))]
+        vec![Action::Send(conn, lane.credit(frame_bytes))]
     }
 
     /// Any other frame of a proven sender.
@@ -323,33 +374,28 @@ impl Receiving {
         message: Message,
         now: Instant,
     ) -> Result<Vec<Action>, SessionError> {
-        let (rank, pair) = self.heard(conn, head, now)?;
+        let (rank, lane) = self.heard(conn, head, now)?;
         match message {
-            Message::Ping => {
-                Ok(vec![Action::Send(conn, Message::Pong { received_bytes: pair.received_bytes })])
-            }
+            Message::Ping => Ok(vec![Action::Send(conn, lane.pong())]),
             Message::Fail { code, reason } => {
                 Err(SessionError::Refused { peer: format!("sender rank {rank}"), code, reason })
             }
-            Message::Done { frames, bytes, close } => {
-                if pair.close.is_some() {
+            Message::Done { frames, bytes, lanes, close } => {
+                if lane.done.is_some() {
                     return Err(SessionError::Protocol(format!("two dones of sender rank {rank}")));
                 }
-                let (got, want) = ((frames, bytes), (pair.frames, pair.received_bytes));
+                let (got, want) = ((frames, bytes), (lane.frames, lane.received_bytes));
                 if got != want {
                     return Err(SessionError::Protocol(format!(
                         "sender rank {rank} counts {} frames of {} bytes, {} of {} came",
                         got.0, got.1, want.0, want.1
                     )));
                 }
-                if bytes != pair.total_bytes {
-                    return Err(SessionError::Incomplete { got_bytes: bytes, want_bytes: pair.total_bytes });
-                }
-                pair.close = Some(close);
+                lane.done = Some((close, lanes));
                 self.last_frame = now;
-                let own = rank < PEER_BASE && self.done(&self.senders);
+                self.whole(rank)?;
                 let mut actions = Vec::new();
-                if own && self.relays() {
+                if rank < PEER_BASE && self.relays() && self.done(&self.senders) {
                     actions.push(Action::Relayed(close));
                 }
                 actions.extend(self.finish(close)?);
@@ -359,9 +405,21 @@ impl Receiving {
         }
     }
 
+    /// Checks a sender's bytes once all its lanes are done.
+    fn whole(&self, rank: u32) -> Result<(), SessionError> {
+        let Some(pair) = self.pairs.get(&rank) else { return Ok(()) };
+        let got_bytes = pair.lanes.values().map(|lane| lane.landed_bytes).sum();
+        let want_bytes = pair.total_bytes;
+        match pair.done() && got_bytes != want_bytes {
+            true => Err(SessionError::Incomplete { got_bytes, want_bytes }),
+            false => Ok(()),
+        }
+    }
+
     /// Ends the session when every sender is done.
     fn finish(&mut self, close: Close) -> Result<Vec<Action>, SessionError> {
-        if let Some(other) = self.pairs.values().filter_map(|pair| pair.close).find(|other| *other != close) {
+        let other = self.lanes().filter_map(|lane| lane.done).find(|(other, _)| *other != close);
+        if let Some((other, _)) = other {
             return Err(SessionError::Protocol(format!(
                 "senders disagree on the first token: {other:?}, {close:?}"
             )));
@@ -369,36 +427,51 @@ impl Receiving {
         if !self.done(&self.senders) || !self.done(&self.peers) || self.senders.is_empty() {
             return Ok(Vec::new());
         }
-        let received: u64 = self.pairs.values().map(|pair| pair.received_bytes).sum();
-        if !self.coverage.complete() || received != self.coverage.wanted_bytes() {
+        let bytes: u64 = self.lanes().map(|lane| lane.landed_bytes).sum();
+        if !self.coverage.complete() || bytes != self.coverage.wanted_bytes() {
             let want_bytes = self.coverage.wanted_bytes();
-            return Err(SessionError::Incomplete { got_bytes: received, want_bytes });
+            return Err(SessionError::Incomplete { got_bytes: bytes, want_bytes });
         }
         self.state = State::Landed;
-        let frames = self.pairs.values().map(|pair| pair.frames).sum();
-        let gathered_bytes = self.pairs.range(PEER_BASE..).map(|(_, pair)| pair.received_bytes).sum();
-        let mut actions = vec![Action::End(Ok(Summary { bytes: received, gathered_bytes, frames, close }))];
-        actions.extend(
-            self.pairs
-                .values()
-                .map(|pair| Action::Send(pair.conn, Message::Ack { bytes: pair.received_bytes })),
-        );
+        self.coverage.forget();
+        let peers = || self.pairs.range(PEER_BASE..).flat_map(|(_, pair)| pair.lanes.values());
+        let summary = Summary {
+            bytes,
+            gathered_bytes: peers().map(|lane| lane.landed_bytes).sum(),
+            wire_bytes: self.lanes().map(|lane| lane.received_bytes).sum(),
+            frames: self.lanes().map(|lane| lane.frames).sum(),
+            resumed: self.resumed,
+            close,
+        };
+        let mut actions = vec![Action::End(Ok(summary))];
+        let ack = |lane: &Lane| {
+            lane.conn.map(|conn| Action::Send(conn, Message::Ack { bytes: lane.received_bytes }))
+        };
+        actions.extend(self.lanes().filter_map(ack));
         Ok(actions)
     }
 
-    fn done(&self, ranks: &[u32]) -> bool {
-        ranks.iter().all(|rank| self.pairs.get(rank).is_some_and(|pair| pair.close.is_some()))
+    fn lanes(&self) -> impl Iterator<Item = &Lane> {
+        self.pairs.values().flat_map(|pair| pair.lanes.values())
     }
 
-    /// A connection ended.
-    pub fn lost(&mut self, conn: ConnId, reason: &str) -> Vec<Action> {
-        match self.pair(conn) {
-            Some((rank, _)) => {
-                let peer = format!("sender rank {rank}");
-                self.fail(SessionError::Lost { peer, reason: reason.to_owned() })
-            }
-            None => Vec::new(),
+    fn done(&self, ranks: &[u32]) -> bool {
+        ranks.iter().all(|rank| self.pairs.get(rank).is_some_and(Pair::done))
+    }
+
+    /// A connection ended, and nobody writes to the landing on its behalf any more. The lane may come back over another;
+    /// a frame that was under way will come again.
+    pub fn lost(&mut self, conn: ConnId, reason: &str, now: Instant) -> Vec<Action> {
+        if self.over() {
+            return Vec::new();
         }
+        let Some((_, lane)) = self.lane(conn) else { return Vec::new() };
+        (lane.conn, lane.lost) = (None, Some((now, reason.to_owned())));
+        lane.claimed_bytes = lane.received_bytes;
+        if let Some((piece, ..)) = lane.under_way.take() {
+            self.coverage.give_back(&piece);
+        }
+        self.tick(now)
     }
 
     /// Ends the session from this side. Nothing happens when it is over.
@@ -406,8 +479,8 @@ impl Receiving {
         if self.over() {
             return Vec::new();
         }
-        let mut actions: Vec<Action> =
-            self.pairs.values().map(|pair| Action::Close(pair.conn, error.clone())).collect();
+        let conns = self.lanes().filter_map(|lane| lane.conn);
+        let mut actions: Vec<Action> = conns.map(|conn| Action::Close(conn, error.clone())).collect();
         actions.push(Action::End(Err(error.clone())));
         self.state = State::Failed(error);
         actions
@@ -428,22 +501,35 @@ impl Receiving {
         }
         let deadline = self.expect.deadline;
         let expired = |what: String| SessionError::Expired { what, ms: millis(deadline) };
-        let silent = self.pairs.iter().find(|(_, pair)| now >= pair.heard + deadline);
-        let missing = self.missing();
-        self.fail(match (silent, missing) {
-            (Some((rank, _)), _) => expired(format!("nothing came from sender rank {rank}")),
-            (None, Some(rank)) => expired(format!("sender rank {rank} did not connect")),
-            (None, None) => expired("no sender connected".to_owned()),
-        })
+        let lanes = || self.pairs.iter().flat_map(|(rank, pair)| pair.open().map(move |lane| (rank, lane)));
+        let silent = lanes().find(|(_, lane)| lane.conn.is_some() && now >= lane.heard + deadline);
+        let gone = lanes().find_map(|(rank, lane)| {
+            lane.lost
+                .as_ref()
+                .filter(|(since, _)| now >= *since + self.resume)
+                .map(|(_, reason)| (rank, reason))
+        });
+        let error = match (silent, gone, self.missing()) {
+            (Some((rank, _)), ..) => expired(format!("nothing came from sender rank {rank}")),
+            (_, Some((rank, reason)), _) => {
+                SessionError::Lost { peer: format!("sender rank {rank}"), reason: reason.clone() }
+            }
+            (.., Some(rank)) => expired(format!("sender rank {rank} did not connect")),
+            _ => expired("no sender connected".to_owned()),
+        };
+        self.fail(error)
     }
 
     /// When [`Receiving::tick`] may find something.
     pub fn next_tick(&self) -> Instant {
         let deadline = self.expect.deadline;
         let Some(first) = self.first_pair else { return self.began + deadline };
-        let heard = self.pairs.values().map(|pair| pair.heard);
-        let missing = (self.senders.is_empty() || self.missing().is_some()).then_some(first);
-        heard.chain(missing).min().unwrap_or(first) + deadline
+        let ends = self.pairs.values().flat_map(Pair::open).map(|lane| match &lane.lost {
+            Some((since, _)) => *since + self.resume,
+            None => lane.heard + deadline,
+        });
+        let missing = self.senders.is_empty() || self.missing().is_some();
+        ends.chain(missing.then_some(first + deadline)).min().unwrap_or(self.last_frame + deadline)
     }
 
     /// A sender that has not connected, of those that are known.
@@ -455,40 +541,53 @@ impl Receiving {
     fn proven(&mut self, conn: ConnId) -> Result<(), Vec<Action>> {
         let session = self.expect.session;
         let stranger = || vec![Action::Close(conn, SessionError::Unknown(session))];
-        self.pair(conn).map(|_| ()).ok_or_else(stranger)
+        self.lane(conn).map(|_| ()).ok_or_else(stranger)
     }
 
-    fn pair(&mut self, conn: ConnId) -> Option<(u32, &mut Pair)> {
-        self.pairs.iter_mut().find(|(_, pair)| pair.conn == conn).map(|(rank, pair)| (*rank, pair))
+    fn lane(&mut self, conn: ConnId) -> Option<(u32, &mut Lane)> {
+        self.pairs.iter_mut().find_map(|(rank, pair)| {
+            Some((*rank, pair.lanes.values_mut().find(|lane| lane.conn == Some(conn))?))
+        })
     }
 
     /// Notes a frame of `conn` and checks that it is its next one.
-    fn heard(&mut self, conn: ConnId, head: &Head, now: Instant) -> Result<(u32, &mut Pair), SessionError> {
+    fn heard(&mut self, conn: ConnId, head: &Head, now: Instant) -> Result<(u32, &mut Lane), SessionError> {
         if let State::Failed(error) = &self.state {
             return Err(error.clone());
         }
         let (session, tag) = (self.expect.session, self.expect.session.tag());
-        let (rank, pair) = self.pair(conn).ok_or(SessionError::Unknown(session))?;
+        let (rank, lane) = self.lane(conn).ok_or(SessionError::Unknown(session))?;
         if head.tag != tag {
             return Err(SessionError::Protocol(format!("frame of session {:016x} in {tag:016x}", head.tag)));
         }
-        if head.number != pair.next_number {
-            let next = pair.next_number;
+        if head.number != lane.next_number {
+            let next = lane.next_number;
             return Err(SessionError::Protocol(format!(
                 "frame {} of sender rank {rank} after {next}",
                 head.number
             )));
         }
-        pair.next_number += 1;
-        pair.heard = now;
-        Ok((rank, pair))
+        lane.next_number += 1;
+        lane.heard = now;
+        Ok((rank, lane))
     }
 }
 
 impl Pair {
-    fn credit(&self, frame_bytes: u64) -> Message {
-        let (limit_bytes, received_bytes) = (self.granted_bytes, self.received_bytes);
-        Message::Credit { limit_bytes, received_bytes, frame_bytes: frame_bytes as u32 }
+    /// Whether as many lanes are done as the sender says there are.
+    fn done(&self) -> bool {
+        let mut done = self.lanes.values().filter_map(|lane| lane.done);
+        let Some((_, lanes)) = done.next() else { return false };
+        done.try_fold(1, |count, (_, other)| (other == lanes).then_some(count + 1)) == Some(lanes)
+    }
+
+    /// Lanes from which something has to come: not those that are gone after their Done, nor those that brought nothing
+    /// while others do.
+    fn open(&self) -> impl Iterator<Item = &Lane> {
+        let others = self.done() || self.lanes.values().any(|lane| lane.conn.is_some());
+        self.lanes
+            .values()
+            .filter(move |lane| lane.conn.is_some() || lane.done.is_none() && !(others && lane.frames == 0))
     }
 }
 

@@ -1,11 +1,12 @@
-//! The sending session: one sender rank and one receiver over one connection. Pure; driven by the pairs of
-//! [`crate::Sender`]. A connection that fails before the receiver's first credit may be replaced: a new machine, a new nonce.
+//! The sending session: one lane of one sender rank to one receiver, over one connection. Pure; driven by the pairs of
+//! [`crate::Sender`]. A connection that fails may be replaced: a new machine, a new nonce, the lane's counts so far.
 
 use std::ops::Range;
 use std::time::{Duration, Instant};
 
 use backend::Piece;
 
+use crate::codec::Codec;
 use crate::frame::{Head, Kind};
 use crate::message::{Hello, Message};
 use crate::proof::{End, prove, verify};
@@ -31,7 +32,7 @@ pub struct PairSpec {
     pub senders: Vec<u32>,
     /// Positions that are sent.
     pub tokens: Range<u32>,
-    /// Payload bytes of this pair in all.
+    /// Bytes of cache of this pair in all.
     pub bytes: u64,
     /// The receiver's spec in words.
     pub spec: String,
@@ -39,6 +40,19 @@ pub struct PairSpec {
     pub deadline: Duration,
     /// Payload of a frame that is aimed at.
     pub frame_bytes: usize,
+}
+
+/// What a connection begins with.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct LaneStart {
+    /// Which lane of the pair.
+    pub lane: u16,
+    /// Counts the lane's connections from 0.
+    pub connection: u32,
+    /// Data frames that the lane has sent; the receiver says how many of them have landed.
+    pub frames: u64,
+    /// Payload bytes of them.
+    pub bytes: u64,
 }
 
 /// How a pair ended.
@@ -68,6 +82,7 @@ enum State {
 #[derive(Debug)]
 pub struct Sending {
     pair: PairSpec,
+    start: LaneStart,
     hello: Vec<u8>,
     state: State,
     peer: String,
@@ -76,6 +91,7 @@ pub struct Sending {
     frame_bytes_max: usize,
     sent_bytes: u64,
     received_bytes: u64,
+    received_frames: u64,
     frames: u64,
     heard: Instant,
     pinged: Instant,
@@ -85,12 +101,20 @@ pub struct Sending {
 
 impl Sending {
     /// A session on a connection to `peer`, and its first message.
-    pub fn new(pair: PairSpec, peer: &str, nonce: [u8; 32], now: Instant) -> (Self, Message) {
+    pub fn new(
+        pair: PairSpec,
+        start: LaneStart,
+        peer: &str,
+        nonce: [u8; 32],
+        now: Instant,
+    ) -> (Self, Message) {
         let hello = Message::Hello(Box::new(Hello {
             session: pair.session,
             epoch: pair.epoch,
             attempt: pair.attempt,
             sender: pair.sender,
+            lane: start.lane,
+            connection: start.connection,
             senders: pair.senders.clone(),
             tokens: pair.tokens.clone(),
             bytes: pair.bytes,
@@ -99,6 +123,7 @@ impl Sending {
             spec: pair.spec.clone(),
         }));
         let send = Sending {
+            start,
             hello: hello.encode(),
             state: State::Greeting,
             peer: peer.to_owned(),
@@ -107,6 +132,7 @@ impl Sending {
             frame_bytes_max: pair.frame_bytes,
             sent_bytes: 0,
             received_bytes: 0,
+            received_frames: 0,
             frames: 0,
             heard: now,
             pinged: now,
@@ -129,9 +155,19 @@ impl Sending {
         matches!(self.state, State::Open | State::Closing)
     }
 
-    /// Payload bytes sent.
+    /// Payload bytes sent on the lane.
     pub fn sent_bytes(&self) -> u64 {
         self.sent_bytes
+    }
+
+    /// Data frames sent on the lane.
+    pub fn frames(&self) -> u64 {
+        self.frames
+    }
+
+    /// Data frames that the receiver has reported as landed.
+    pub fn received_frames(&self) -> u64 {
+        self.received_frames
     }
 
     /// Payload bytes that the receiver has reported as landed.
@@ -161,7 +197,7 @@ impl Sending {
     }
 
     /// The head of a data frame, within credit.
-    pub fn data(&mut self, piece: &Piece, payload_bytes: usize, payload_crc: u32) -> Head {
+    pub fn data(&mut self, piece: &Piece, codec: Codec, payload_bytes: usize, payload_crc: u32) -> Head {
         debug_assert!(self.state == State::Open && payload_bytes as u64 <= self.credit_bytes());
         self.sent_bytes += payload_bytes as u64;
         self.frames += 1;
@@ -173,6 +209,7 @@ impl Sending {
             plane: piece.plane as u32,
             heads: piece.heads.start as u32..piece.heads.end as u32,
             tokens: piece.tokens.clone(),
+            codec,
             payload_bytes: payload_bytes as u32,
             payload_crc,
         }
@@ -203,9 +240,17 @@ impl Sending {
             }
             (
                 State::Proving | State::Open | State::Closing,
-                Message::Credit { limit_bytes, received_bytes, frame_bytes },
+                Message::Credit { limit_bytes, received_bytes, received_frames, frame_bytes },
             ) => {
                 if self.state == State::Proving {
+                    // A lane that goes on begins behind what has landed of it.
+                    let (frames, bytes) = (self.start.frames, self.start.bytes);
+                    if received_frames > frames || received_bytes > bytes {
+                        return self.fail(SessionError::Protocol(format!(
+                            "{received_frames} frames of {received_bytes} bytes reported, {frames} of {bytes} sent"
+                        )));
+                    }
+                    (self.frames, self.sent_bytes) = (received_frames, received_bytes);
                     self.state = State::Open;
                     self.frame_bytes_max = self.frame_bytes_max.min(frame_bytes as usize);
                 }
@@ -213,16 +258,19 @@ impl Sending {
                     self.limit_bytes = limit_bytes;
                     self.starved = None;
                 }
-                self.received(received_bytes)
+                self.received(received_frames, received_bytes)
             }
-            (State::Open | State::Closing, Message::Pong { received_bytes }) => self.received(received_bytes),
-            (State::Closing, Message::Ack { bytes }) => {
+            (State::Open | State::Closing, Message::Pong { received_bytes, received_frames }) => {
+                self.received(received_frames, received_bytes)
+            }
+            // Open: a lane that came when all was sent.
+            (State::Open | State::Closing, Message::Ack { bytes }) => {
                 if bytes != self.sent_bytes {
                     let sent = self.sent_bytes;
                     return self
                         .fail(SessionError::Protocol(format!("{bytes} of {sent} bytes acknowledged")));
                 }
-                self.received_bytes = bytes;
+                (self.received_frames, self.received_bytes) = (self.frames, bytes);
                 self.state = State::Over(Outcome::Acknowledged(now));
                 None
             }
@@ -233,31 +281,39 @@ impl Sending {
         }
     }
 
-    fn received(&mut self, bytes: u64) -> Option<Message> {
-        if bytes > self.sent_bytes {
-            let sent = self.sent_bytes;
-            return self.fail(SessionError::Protocol(format!("{bytes} of {sent} bytes reported")));
+    fn received(&mut self, frames: u64, bytes: u64) -> Option<Message> {
+        if bytes > self.sent_bytes || frames > self.frames {
+            let (sent, of) = (self.sent_bytes, self.frames);
+            return self.fail(SessionError::Protocol(format!(
+                "{frames} frames of {bytes} bytes reported, {of} of {sent} sent"
+            )));
         }
         self.received_bytes = self.received_bytes.max(bytes);
+        self.received_frames = self.received_frames.max(frames);
         None
     }
 
-    /// Everything was sent: the Done, or a Fail when it was not everything.
-    pub fn done(&mut self, close: Close) -> Option<Message> {
+    /// Everything was sent, `pair_bytes` of cache on all `lanes`: the Done, or a Fail when it was not everything.
+    pub fn done(&mut self, close: Close, lanes: u16, pair_bytes: u64) -> Option<Message> {
         if self.state != State::Open {
             return None;
         }
-        if self.sent_bytes != self.pair.bytes {
-            let (got_bytes, want_bytes) = (self.sent_bytes, self.pair.bytes);
+        if pair_bytes != self.pair.bytes {
+            let (got_bytes, want_bytes) = (pair_bytes, self.pair.bytes);
             return self.fail(SessionError::Incomplete { got_bytes, want_bytes });
         }
         self.state = State::Closing;
-        Some(Message::Done { frames: self.frames, bytes: self.sent_bytes, close })
+        Some(Message::Done { frames: self.frames, bytes: self.sent_bytes, lanes, close })
     }
 
     /// Looks at the deadline and keeps the receiver's lease alive.
     pub fn tick(&mut self, now: Instant) -> Option<Message> {
         if self.outcome().is_some() {
+            return None;
+        }
+        // An answer to the last ping is overdue: the connection is gone without a word, another may do.
+        if self.accepted() && now >= self.heard + self.silence() {
+            self.lost(&format!("nothing came for {} ms", millis(self.silence())));
             return None;
         }
         let late = |since: Instant| now >= since + self.pair.deadline;
@@ -280,12 +336,20 @@ impl Sending {
     /// When [`Sending::tick`] may find something.
     pub fn next_tick(&self) -> Instant {
         let expiry = self.starved.map_or(self.heard, |since| since.min(self.heard)) + self.pair.deadline;
-        if self.accepted() { expiry.min(self.pinged + self.ping_every()) } else { expiry }
+        if !self.accepted() {
+            return expiry;
+        }
+        expiry.min(self.pinged + self.ping_every()).min(self.heard + self.silence())
     }
 
-    /// Several pings per deadline: one may be late without harm.
+    /// Longest silence on an accepted connection.
+    fn silence(&self) -> Duration {
+        self.pair.deadline / 2
+    }
+
+    /// Several pings per silence: one may be late without harm.
     fn ping_every(&self) -> Duration {
-        self.pair.deadline / 4
+        self.pair.deadline / 8
     }
 
     /// The connection ended.

@@ -120,6 +120,7 @@ pub fn transfer<E: KvExport + 'static, L: KvLanding + 'static>(
             to: targets.clone(),
             tokens: tokens.clone(),
             deadline: TRANSFER_DEADLINE,
+            compute_bytes_per_s: None,
         };
         let failing: Vec<Receiver> = receivers.clone();
         let push = sender.open(push, move |result| {

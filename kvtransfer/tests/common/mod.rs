@@ -267,6 +267,7 @@ impl Case {
             to: addresses.iter().enumerate().map(target).collect(),
             tokens: self.tokens.clone(),
             deadline: self.deadline,
+            compute_bytes_per_s: None,
         }
     }
 }

@@ -1,50 +1,55 @@
-//! The writing half of a pair: takes rectangles off the queue as credit allows, and sends them from where they lie or
+//! The writing half of a lane: takes rectangles off the pair's queue as credit allows, and sends them from where they lie or
 //! through one staging buffer.
 
 use std::io::{self, IoSlice};
-use std::sync::{Mutex, MutexGuard, PoisonError};
-use std::time::{Duration, Instant};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Instant;
 
-use backend::Piece;
-
-use super::{Job, Pair, SharedExport, State};
+use super::lane::Frame;
+use super::{Job, Pair, Progress, REASON_WAIT, State};
 use crate::SessionError;
+use crate::codec::{Codec, Row};
 use crate::layout::cut;
 use crate::message::Message;
+use crate::sender::export::SharedExport;
 use crate::sender::pool::Pool;
 use crate::session::{Outcome, Sending};
 use crate::sync::lock;
 use crate::wire::FrameSink;
 
-/// After a failed write: how long the receiver's reason is waited for.
-const REASON_WAIT: Duration = Duration::from_secs(1);
-
 /// What the writing thread does next.
 enum Step {
-    Wait(SharedExport),
-    Data(SharedExport, Piece, usize),
+    Wait(Arc<SharedExport>),
+    Data(Frame),
     Say(Message),
     Abort(SessionError),
     Over(Outcome),
 }
 
+/// Buffers of one writing thread.
+#[derive(Default)]
+struct Staging {
+    exact: Vec<u8>,
+    encoded: Vec<u8>,
+}
+
 impl Pair {
-    /// Writes until the session is over.
-    pub(super) fn write(&self, pool: &Pool, sink: &Mutex<Box<dyn FrameSink>>) -> Outcome {
-        let mut staging = Vec::new();
+    /// Writes until the connection's part in the session is over.
+    pub(super) fn write(&self, index: usize, pool: &Pool, sink: &Mutex<Box<dyn FrameSink>>) -> Outcome {
+        let mut staging = Staging::default();
         loop {
-            let sent = match self.next() {
+            let sent = match self.next(index) {
                 Step::Over(outcome) => return outcome,
                 Step::Abort(error) => {
-                    let message = self.step(|live| live.sending.fail(error.clone())).flatten();
+                    let message = self.step(index, |live| live.sending.fail(error.clone())).flatten();
                     // Best effort: the connection closes next, which says the same.
-                    let _ = message.map(|message| self.say(sink, &message));
+                    let _ = message.map(|message| self.say(index, sink, &message));
                     return Outcome::Failed(error);
                 }
-                Step::Say(message) => self.say(sink, &message),
-                Step::Wait(export) => match lock(&export).wait() {
+                Step::Say(message) => self.say(index, sink, &message),
+                Step::Wait(export) => match export.wait() {
                     Ok(()) => {
-                        self.ready();
+                        self.ready(index);
                         Ok(())
                     }
                     Err(error) => {
@@ -52,109 +57,154 @@ impl Pair {
                         Ok(())
                     }
                 },
-                Step::Data(export, piece, bytes) => {
-                    self.data(pool, sink, &export, &piece, bytes, &mut staging)
-                }
+                Step::Data(frame) => self.data(index, pool, sink, &frame, &mut staging),
             };
             if let Err(error) = sent {
-                return self.broken(&error);
+                return self.broken(index, &error);
             }
         }
     }
 
     /// Waits for something to do.
-    fn next(&self) -> Step {
+    fn next(&self, index: usize) -> Step {
         let mut state = lock(&self.state);
         loop {
-            let State { queue, backlog_bytes, close, abort, live, .. } = &mut *state;
-            // `live` is set before this thread writes and taken after.
-            let Some(live) = live else { return Step::Over(Outcome::Failed(SessionError::Cancelled)) };
-            if let Some(outcome) = live.sending.outcome() {
-                return Step::Over(outcome.clone());
-            }
-            if let Some(error) = abort {
-                return Step::Abort(error.clone());
-            }
-            if let Some(frame_bytes) = live.sending.frame_bytes() {
-                match queue.front_mut() {
-                    Some(job) if job.rects.is_empty() => {
-                        queue.pop_front();
-                        continue;
-                    }
-                    Some(job) if !job.ready => {
-                        live.waiting = true;
-                        if std::mem::take(&mut live.unprobed) {
-                            return Step::Say(Message::Ping);
-                        }
-                        return Step::Wait(job.export.clone());
-                    }
-                    Some(job) => {
-                        if let Some((piece, bytes)) = job.cut(frame_bytes, &mut live.sending) {
-                            *backlog_bytes -= bytes as u64;
-                            // Who waits for room looks again.
-                            self.changed.notify_all();
-                            return Step::Data(job.export.clone(), piece, bytes);
-                        }
-                    }
-                    None => match close {
-                        Some(close) => {
-                            if let Some(message) = live.sending.done(*close) {
-                                return Step::Say(message);
-                            }
-                            continue;
-                        }
-                        // Asks how much has landed, so that the link's rate is that of busy time alone.
-                        None if std::mem::take(&mut live.unprobed) => return Step::Say(Message::Ping),
-                        None => {}
-                    },
-                }
+            if let Some(step) = self.choose(index, &mut state) {
+                return step;
             }
             state = self.changed.wait(state).unwrap_or_else(PoisonError::into_inner);
         }
     }
 
+    /// What there is to do now.
+    fn choose(&self, index: usize, state: &mut State) -> Option<Step> {
+        let State { queue, backlog_bytes, taken_bytes, close, abort, lanes, closing, .. } = state;
+        let accepted = lanes.iter().filter(|lane| lane.accepted).count() as u16;
+        let lane = &mut lanes[index];
+        // `live` is set before this thread writes and taken after.
+        let Some(live) = &mut lane.live else {
+            return Some(Step::Over(Outcome::Failed(SessionError::Cancelled)));
+        };
+        if let Some(outcome) = live.sending.outcome() {
+            return Some(Step::Over(outcome.clone()));
+        }
+        if let Some(error) = abort {
+            return Some(Step::Abort(error.clone()));
+        }
+        let frame_bytes = live.sending.frame_bytes()?;
+        if let Some(wire_bytes) = lane.outbox.pending() {
+            if !live.sending.may_send(wire_bytes as usize, Instant::now()) {
+                return None;
+            }
+            return lane.outbox.again().map(Step::Data);
+        }
+        while queue.front().is_some_and(|job| job.rects.is_empty()) {
+            queue.pop_front();
+        }
+        // Asks how much has landed, so that the link's rate is that of busy time alone.
+        let idle = |unprobed: &mut bool| std::mem::take(unprobed).then_some(Step::Say(Message::Ping));
+        match queue.front_mut() {
+            Some(job) if job.progress == Progress::New => {
+                live.waiting = true;
+                if let Some(ping) = idle(&mut live.unprobed) {
+                    return Some(ping);
+                }
+                job.progress = Progress::Waited;
+                Some(Step::Wait(job.export.clone()))
+            }
+            Some(job) if job.progress == Progress::Waited => {
+                live.waiting = true;
+                idle(&mut live.unprobed)
+            }
+            Some(job) => {
+                live.waiting = false;
+                let frame = self.cut(job, frame_bytes, &mut live.sending)?;
+                *backlog_bytes -= frame.bytes as u64;
+                *taken_bytes += frame.bytes as u64;
+                lane.outbox.sent(frame.clone(), frame.wire_bytes as u64);
+                // Who waits for room, or for what is next in the queue, looks again.
+                self.changed.notify_all();
+                Some(Step::Data(frame))
+            }
+            None if lane.late => None,
+            None => match close {
+                Some(close) => {
+                    let lanes = *closing.get_or_insert(accepted);
+                    match live.sending.done(*close, lanes, *taken_bytes) {
+                        Some(message) => Some(Step::Say(message)),
+                        None => live.sending.outcome().cloned().map(Step::Over),
+                    }
+                }
+                None => idle(&mut live.unprobed),
+            },
+        }
+    }
+
+    /// The next frame, when its bytes are within credit.
+    fn cut(&self, job: &mut Job, frame_bytes: usize, sending: &mut Sending) -> Option<Frame> {
+        let (rect, token_bytes) = job.rects.front_mut()?;
+        let mut rest = rect.clone();
+        let piece = cut(&mut rest, *token_bytes, frame_bytes)?;
+        let bytes = piece.tokens.len() * *token_bytes;
+        let wire_bytes = match self.row(piece.plane) {
+            Some(row) => self.codec.wire_bytes(row, piece.heads.len() * piece.tokens.len()),
+            None => bytes,
+        };
+        if !sending.may_send(wire_bytes, Instant::now()) {
+            return None;
+        }
+        *rect = rest;
+        if rect.tokens.is_empty() {
+            job.rects.pop_front();
+        }
+        Some(Frame { export: job.export.clone(), piece, bytes, wire_bytes })
+    }
+
+    /// Rows of a plane, where they do not travel as they are.
+    fn row(&self, plane: usize) -> Option<Row> {
+        self.parts.iter().find(|part| part.plane == plane && self.codec != Codec::Exact).map(|part| part.row)
+    }
+
     /// The front job's export has its bytes.
-    fn ready(&self) {
+    fn ready(&self, index: usize) {
         let mut state = lock(&self.state);
         if let Some(job) = state.queue.front_mut() {
-            job.ready = true;
+            job.progress = Progress::Ready;
         }
-        if let Some(live) = &mut state.live {
+        if let Some(live) = &mut state.lanes[index].live {
             live.waiting = false;
         }
+        self.changed.notify_all();
     }
 
     /// Sends one rectangle: from where it lies, or through `staging`.
     fn data(
         &self,
+        index: usize,
         pool: &Pool,
         sink: &Mutex<Box<dyn FrameSink>>,
-        export: &SharedExport,
-        piece: &Piece,
-        bytes: usize,
-        staging: &mut Vec<u8>,
+        frame: &Frame,
+        staging: &mut Staging,
     ) -> io::Result<()> {
         if let Some(pace) = &pool.pace {
-            let at = lock(pace).book(bytes as u64, Instant::now());
+            let at = lock(pace).book(frame.wire_bytes as u64, Instant::now());
             self.pause(at);
         }
-        let lease = lock(export);
-        let slices = lease
-            .slices(piece)
-            .filter(|slices| slices.iter().map(|slice| slice.len()).sum::<usize>() == bytes);
-        if let (true, Some(slices)) = (self.alone, &slices) {
-            return self.send_data(pool, sink, piece, bytes, slices);
+        let slices = frame.export.slices(&frame.piece, frame.bytes);
+        let row = self.row(frame.piece.plane);
+        if let (None, Some(slices)) = (row, &slices) {
+            return self.send_data(index, pool, sink, frame, Codec::Exact, slices);
         }
-        staging.clear();
+        staging.exact.clear();
         match slices {
-            Some(slices) => slices.iter().for_each(|slice| staging.extend_from_slice(slice)),
+            Some(slices) => slices.iter().for_each(|slice| staging.exact.extend_from_slice(slice)),
             None => {
-                if let Err(error) = lease.read(piece, staging) {
+                if let Err(error) = frame.export.read(&frame.piece, &mut staging.exact) {
                     self.abort(error.into());
                     return Ok(());
                 }
-                if staging.len() != bytes {
-                    let got = staging.len();
+                let (got, bytes, piece) = (staging.exact.len(), frame.bytes, &frame.piece);
+                if got != bytes {
                     self.abort(SessionError::Device(format!(
                         "export gave {got} of {bytes} bytes of {piece:?}"
                     )));
@@ -162,26 +212,30 @@ impl Pair {
                 }
             }
         }
-        // Other pairs read the same export while this one's bytes leave.
-        drop(lease);
-        self.send_data(pool, sink, piece, bytes, &[IoSlice::new(staging)])
+        let Some(row) = row else {
+            return self.send_data(index, pool, sink, frame, Codec::Exact, &[IoSlice::new(&staging.exact)]);
+        };
+        staging.encoded.clear();
+        self.codec.encode(row, &staging.exact, &mut staging.encoded);
+        self.send_data(index, pool, sink, frame, self.codec, &[IoSlice::new(&staging.encoded)])
     }
 
     fn send_data(
         &self,
+        index: usize,
         pool: &Pool,
         sink: &Mutex<Box<dyn FrameSink>>,
-        piece: &Piece,
-        bytes: usize,
+        frame: &Frame,
+        codec: Codec,
         slices: &[IoSlice<'_>],
     ) -> io::Result<()> {
         let crc = slices.iter().fold(0, |crc, slice| crc32c::crc32c_append(crc, slice));
         let mut sink = lock(sink);
         let head = {
             let mut state = lock(&self.state);
-            let State { abort, live, .. } = &mut *state;
-            let Some(live) = live.as_mut().filter(|live| abort.is_none() && live.sending.outcome().is_none())
-            else {
+            let State { abort, lanes, .. } = &mut *state;
+            let live = lanes[index].live.as_mut();
+            let Some(live) = live.filter(|live| abort.is_none() && live.sending.outcome().is_none()) else {
                 return Ok(());
             };
             live.writing = true;
@@ -189,39 +243,40 @@ impl Pair {
             if !std::mem::replace(&mut live.busy, true) {
                 pool.measure(&live.address, |meter| meter.begin(Instant::now()));
             }
-            live.sending.data(piece, bytes, crc)
+            live.sending.data(&frame.piece, codec, frame.wire_bytes, crc)
         };
         let sent = sink.send(&head, slices);
-        self.step(|live| live.writing = false);
+        self.step(index, |live| live.writing = false);
         sent
     }
 
-    fn say(&self, sink: &Mutex<Box<dyn FrameSink>>, message: &Message) -> io::Result<()> {
-        self.say_locked(&mut lock(sink), message)
+    fn say(&self, index: usize, sink: &Mutex<Box<dyn FrameSink>>, message: &Message) -> io::Result<()> {
+        self.say_locked(index, &mut lock(sink), message)
     }
 
     /// Numbers and sends a message: frames get their numbers in the order in which they leave.
     pub(super) fn say_locked(
         &self,
+        index: usize,
         sink: &mut MutexGuard<'_, Box<dyn FrameSink>>,
         message: &Message,
     ) -> io::Result<()> {
         let payload = message.encode();
-        match self.step(|live| live.sending.head(message, &payload)) {
+        match self.step(index, |live| live.sending.head(message, &payload)) {
             Some(head) => sink.send(&head, &[IoSlice::new(&payload)]),
             None => Ok(()),
         }
     }
 
     /// A write failed: the receiver may have said why before it closed.
-    fn broken(&self, error: &io::Error) -> Outcome {
+    fn broken(&self, index: usize, error: &io::Error) -> Outcome {
         let until = Instant::now() + REASON_WAIT;
         let mut state = lock(&self.state);
         loop {
             if let Some(error) = &state.abort {
                 return Outcome::Failed(error.clone());
             }
-            let Some(live) = &mut state.live else { return Outcome::Failed(self.io(error)) };
+            let Some(live) = &mut state.lanes[index].live else { return Outcome::Failed(self.io(error)) };
             let left = until.saturating_duration_since(Instant::now());
             if left.is_zero() || error.kind() == io::ErrorKind::TimedOut {
                 live.sending.lost(&error.to_string());
@@ -231,23 +286,5 @@ impl Pair {
             }
             state = self.changed.wait_timeout(state, left).unwrap_or_else(PoisonError::into_inner).0;
         }
-    }
-}
-
-impl Job {
-    /// The next frame's rectangle, when its bytes are within credit.
-    fn cut(&mut self, frame_bytes: usize, sending: &mut Sending) -> Option<(Piece, usize)> {
-        let (rect, token_bytes) = self.rects.front_mut()?;
-        let mut rest = rect.clone();
-        let piece = cut(&mut rest, *token_bytes, frame_bytes)?;
-        let bytes = piece.tokens.len() * *token_bytes;
-        if !sending.may_send(bytes, Instant::now()) {
-            return None;
-        }
-        *rect = rest;
-        if rect.tokens.is_empty() {
-            self.rects.pop_front();
-        }
-        Some((piece, bytes))
     }
 }

@@ -1,0 +1,64 @@
+//! One lane at the sender: its connection, and what it has sent that the receiver has not yet reported as landed.
+
+use std::sync::Arc;
+
+use backend::Piece;
+
+use crate::sender::export::SharedExport;
+use crate::session::{Outbox, Sending};
+use crate::wire::Control;
+
+/// One frame, for as long as it may have to be sent again.
+#[derive(Clone)]
+pub(super) struct Frame {
+    pub export: Arc<SharedExport>,
+    pub piece: Piece,
+    /// As the store has it.
+    pub bytes: usize,
+    /// On the wire.
+    pub wire_bytes: usize,
+}
+
+/// A lane over all its connections.
+#[derive(Default)]
+pub(super) struct Lane {
+    pub live: Option<Live>,
+    pub outbox: Outbox<Frame>,
+    /// The receiver has accepted the lane once.
+    pub accepted: bool,
+    /// It came when the others were closing already: it has nothing to send and nothing to say.
+    pub late: bool,
+}
+
+/// A lane's connection.
+pub(super) struct Live {
+    pub sending: Sending,
+    pub address: String,
+    pub control: Arc<dyn Control>,
+    /// A frame is being written: the connection has to go if the push is given up now.
+    pub writing: bool,
+    /// The front job's export is waited for.
+    pub waiting: bool,
+    /// Data was sent after the last ping.
+    pub unprobed: bool,
+    /// The link's meter counts this lane as busy.
+    pub busy: bool,
+}
+
+impl Live {
+    pub fn new(sending: Sending, address: String, control: Arc<dyn Control>) -> Self {
+        Live { sending, address, control, writing: false, waiting: false, unprobed: false, busy: false }
+    }
+}
+
+impl Lane {
+    /// Takes a connection whose receiver has said what has landed. Whether it takes the place of another.
+    pub fn attach(&mut self, live: Live, closing: bool) -> bool {
+        let again = self.accepted;
+        self.late |= closing && !self.accepted;
+        self.accepted = true;
+        self.outbox.resume(live.sending.received_frames());
+        self.live = Some(live);
+        again
+    }
+}
