@@ -1,0 +1,289 @@
+// Causal attention over the cache. `attend_*` is flash attention on tensor cores: a block takes some rows of one sequence
+// and some heads that share K and V, so that a tile of queries reads each K and V once; keys may be split over blocks,
+// whose sums `combine` joins. `attend_plain_*` takes any size and type, one warp a row and head.
+#include "device.cuh"
+
+// Rows of one sequence.
+struct Tile {
+    u32 run, row, rows, position;  // row: the first in the batch; position: of that row
+};
+
+struct AttendArgs {
+    u64 q, out;            // [rows, heads, key_dim] T with strides, [rows, heads, value_dim] T
+    u64 k, v;              // tokens with strides
+    u64 tables, firsts;    // [runs, blocks_max] u32 page; or 0, and [runs] u32 token of position 0
+    u64 tiles;             // [gridDim.x] Tile
+    u64 partial;           // sums of splits, or 0
+    u32 q_row, q_head, k_token, k_head, v_token, v_head;  // strides in elements
+    u32 heads, group, pack;  // query heads; those that share a KV head; those of one tile
+    u32 key_dim, value_dim, blocks_max, block_tokens, window, splits;
+    float scale;
+};
+
+__device__ __forceinline__ u64 token_at(const AttendArgs& a, u32 run, u32 position) {
+    if (!a.tables) return (u64)((const u32*)a.firsts)[run] + position;
+    u32 page = ((const u32*)a.tables)[(u64)run * a.blocks_max + position / a.block_tokens];
+    return (u64)page * a.block_tokens + position % a.block_tokens;
+}
+
+// Tiles of BN positions of K or V into shared memory, padded rows; zeros where there is nothing.
+template <int D, int BN, int THREADS>
+__device__ __forceinline__ void load_tile(bf16* to, const bf16* base, u32 stride, u32 dim, const AttendArgs& a, u32 run,
+                                          u32 first, u32 end) {
+    for (int i = threadIdx.x; i < BN * D / 8; i += THREADS) {
+        int at = i / (D / 8), c = i % (D / 8) * 8;
+        bool there = first + at < end && c < (int)dim;
+        u64 token = token_at(a, run, there ? first + at : first);
+        copy_async(to + at * (D + 8) + c, base + token * stride + (there ? c : 0), there);
+    }
+}
+
+template <int DK, int DV, int WARPS, int MT, int BN>
+__device__ void attend(const AttendArgs& a) {
+    const int BM = WARPS * MT * 16, QS = DK + 8, VS = DV + 8, THREADS = WARPS * 32, NT = BN / 8;
+    DYNAMIC_SHARED(bf16, shared);
+    bf16 *sq = shared, *sk = sq + BM * QS, *sv = sk + BN * QS;
+    const Tile tile = ((const Tile*)a.tiles)[blockIdx.x];
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+    const u32 head_first = blockIdx.y * a.pack, kv_head = head_first / a.group;
+    const int queries = tile.rows * a.pack;
+    const bf16* k_base = (const bf16*)a.k + (u64)kv_head * a.k_head;
+    const bf16* v_base = (const bf16*)a.v + (u64)kv_head * a.v_head;
+
+    // Positions [first, end), in tiles [from, to) of this split.
+    const u32 end = tile.position + tile.rows;
+    const u32 first = a.window && tile.position + 1 > a.window ? tile.position + 1 - a.window : 0;
+    u32 from = first / BN, to = (end + BN - 1) / BN;
+    const u32 each = (to - from + a.splits - 1) / a.splits;
+    from += blockIdx.z * each;
+    to = to < from + each ? to : from + each;
+
+    for (int i = threadIdx.x; i < BM * DK / 8; i += THREADS) {
+        int m = i / (DK / 8), c = i % (DK / 8) * 8;
+        bool there = m < queries && c < (int)a.key_dim;
+        u32 row = tile.row + (there ? m / a.pack : 0), head = head_first + (there ? m % a.pack : 0);
+        copy_async(sq + m * QS + c, (const bf16*)a.q + (u64)row * a.q_row + (u64)head * a.q_head + (there ? c : 0), there);
+    }
+
+    float o[MT][DV / 8][4], peak[MT][2], total[MT][2];
+    for (int t = 0; t < MT; ++t) {
+        for (int n = 0; n < DV / 8; ++n)
+            for (int i = 0; i < 4; ++i) o[t][n][i] = 0.0f;
+        for (int h = 0; h < 2; ++h) peak[t][h] = MINUS_INFINITY, total[t][h] = 0.0f;
+    }
+    const float scale = a.scale * 1.4426950408889634f;  // exponents to base 2
+
+    if (from < to) load_tile<DK, BN, THREADS>(sk, k_base, a.k_token, a.key_dim, a, tile.run, from * BN, end);
+    copies_commit();
+    for (u32 j = from; j < to; ++j) {
+        copies_wait<0>();
+        __syncthreads();  // K is there, and V of the last tile is no longer read
+        load_tile<DV, BN, THREADS>(sv, v_base, a.v_token, a.value_dim, a, tile.run, j * BN, end);
+        copies_commit();
+
+        float s[MT][NT][4];
+        for (int t = 0; t < MT; ++t)
+            for (int n = 0; n < NT; ++n)
+                for (int i = 0; i < 4; ++i) s[t][n][i] = 0.0f;
+#pragma unroll
+        for (int k = 0; k < DK; k += 16) {
+            u32 qf[MT][4];
+#pragma unroll
+            for (int t = 0; t < MT; ++t)
+                load_matrices(qf[t], sq + ((warp * MT + t) * 16 + lane / 8 % 2 * 8 + lane % 8) * QS + k + lane / 16 * 8);
+#pragma unroll
+            for (int n = 0; n < NT; n += 2) {
+                u32 kf[4];
+                load_matrices(kf, sk + (n * 8 + lane / 16 * 8 + lane % 8) * QS + k + lane / 8 % 2 * 8);
+                u32 low[2] = {kf[0], kf[1]}, high[2] = {kf[2], kf[3]};
+#pragma unroll
+                for (int t = 0; t < MT; ++t) {
+                    tile_product(s[t][n], qf[t], low);
+                    tile_product(s[t][n + 1], qf[t], high);
+                }
+            }
+        }
+
+        // Whether a mask passes through this tile.
+        const bool cut = (j + 1) * BN > tile.position + 1 || (a.window && j * BN + a.window < end);
+#pragma unroll
+        for (int t = 0; t < MT; ++t) {
+#pragma unroll
+            for (int h = 0; h < 2; ++h) {
+                const int m = (warp * MT + t) * 16 + lane / 4 + h * 8;
+                const u32 position = tile.position + m / a.pack;
+                float highest = MINUS_INFINITY;
+#pragma unroll
+                for (int n = 0; n < NT; ++n)
+                    for (int i = 0; i < 2; ++i) {
+                        float& x = s[t][n][h * 2 + i];
+                        const u32 p = j * BN + n * 8 + lane % 4 * 2 + i;
+                        if (cut && (p > position || (a.window && p + a.window <= position))) x = MINUS_INFINITY;
+                        highest = fmaxf(highest, x);
+                    }
+                highest = fmaxf(highest, lane_xor(highest, 1));
+                highest = fmaxf(highest, lane_xor(highest, 2));
+                const float before = peak[t][h], now = fmaxf(before, highest);
+                // A row that has seen nothing yet keeps zeros.
+                const float base = now == MINUS_INFINITY ? 0.0f : now * scale;
+                const float keep = before == MINUS_INFINITY ? 0.0f : exp2f(before * scale - base);
+                peak[t][h] = now;
+                float sum = 0.0f;
+#pragma unroll
+                for (int n = 0; n < NT; ++n)
+                    for (int i = 0; i < 2; ++i) {
+                        float& x = s[t][n][h * 2 + i];
+                        x = exp2f(x * scale - base);
+                        sum += x;
+                    }
+                sum += lane_xor(sum, 1);
+                sum += lane_xor(sum, 2);
+                total[t][h] = total[t][h] * keep + sum;
+#pragma unroll
+                for (int n = 0; n < DV / 8; ++n)
+                    for (int i = 0; i < 2; ++i) o[t][n][h * 2 + i] *= keep;
+            }
+        }
+
+        copies_wait<0>();
+        __syncthreads();  // V is there, and K is no longer read
+        if (j + 1 < to)
+            load_tile<DK, BN, THREADS>(sk, k_base, a.k_token, a.key_dim, a, tile.run, (j + 1) * BN, end);
+        copies_commit();
+#pragma unroll
+        for (int k = 0; k < BN; k += 16) {
+            u32 pf[MT][4];
+#pragma unroll
+            for (int t = 0; t < MT; ++t) {
+                const float(&left)[4] = s[t][k / 8], (&right)[4] = s[t][k / 8 + 1];
+                pf[t][0] = pair_bits(left[0], left[1]);
+                pf[t][1] = pair_bits(left[2], left[3]);
+                pf[t][2] = pair_bits(right[0], right[1]);
+                pf[t][3] = pair_bits(right[2], right[3]);
+            }
+#pragma unroll
+            for (int n = 0; n < DV / 8; n += 2) {
+                u32 vf[4];
+                load_matrices_turned(vf, sv + (k + lane / 8 % 2 * 8 + lane % 8) * VS + n * 8 + lane / 16 * 8);
+                u32 low[2] = {vf[0], vf[1]}, high[2] = {vf[2], vf[3]};
+#pragma unroll
+                for (int t = 0; t < MT; ++t) {
+                    tile_product(o[t][n], pf[t], low);
+                    tile_product(o[t][n + 1], pf[t], high);
+                }
+            }
+        }
+    }
+    copies_wait<0>();
+
+    for (int t = 0; t < MT; ++t)
+        for (int h = 0; h < 2; ++h) {
+            const int m = (warp * MT + t) * 16 + lane / 4 + h * 8;
+            if (m >= queries) continue;
+            if (a.partial) {
+                // [tile][pack group][split][query]: peak, total, value
+                u64 at = (((u64)blockIdx.x * gridDim.y + blockIdx.y) * a.splits + blockIdx.z) * BM + m;
+                float* sums = (float*)a.partial + at * (a.value_dim + 2);
+                if (lane % 4 == 0) sums[0] = peak[t][h], sums[1] = total[t][h];
+                for (int n = 0; n < DV / 8; ++n)
+                    for (int i = 0; i < 2; ++i) {
+                        u32 d = n * 8 + lane % 4 * 2 + i;
+                        if (d < a.value_dim) sums[2 + d] = o[t][n][h * 2 + i];
+                    }
+                continue;
+            }
+            const u64 row = tile.row + m / a.pack, head = head_first + m % a.pack;
+            bf16* out = (bf16*)a.out + (row * a.heads + head) * a.value_dim;
+            const float factor = 1.0f / total[t][h];
+            for (int n = 0; n < DV / 8; ++n) {
+                u32 d = n * 8 + lane % 4 * 2;
+                if (d < a.value_dim) *(u32*)(out + d) = pair_bits(o[t][n][h * 2] * factor, o[t][n][h * 2 + 1] * factor);
+            }
+        }
+}
+
+// Prompts: 128 queries a block. Generation: 16 queries, keys split over blocks.
+KERNEL(attend_64, AttendArgs) { attend<64, 64, 4, 2, 64>(a); }
+KERNEL(attend_128, AttendArgs) { attend<128, 128, 4, 2, 64>(a); }
+KERNEL(attend_192, AttendArgs) { attend<192, 128, 4, 1, 64>(a); }
+KERNEL(attend_256, AttendArgs) { attend<256, 256, 4, 1, 32>(a); }
+KERNEL(attend_few_64, AttendArgs) { attend<64, 64, 1, 1, 64>(a); }
+KERNEL(attend_few_128, AttendArgs) { attend<128, 128, 1, 1, 64>(a); }
+KERNEL(attend_few_192, AttendArgs) { attend<192, 128, 1, 1, 64>(a); }
+KERNEL(attend_few_256, AttendArgs) { attend<256, 256, 1, 1, 32>(a); }
+
+struct CombineArgs {
+    u64 partial, tiles, out;  // as in AttendArgs; queries of a block [queries_max]
+    u32 heads, pack, value_dim, splits, queries_max;
+    float scale;
+};
+
+// One warp a query; grid (tiles, groups of heads).
+KERNEL(combine, CombineArgs) {
+    const Tile tile = ((const Tile*)a.tiles)[blockIdx.x];
+    u32 lane = threadIdx.x % 32, width = a.value_dim + 2;
+    for (u32 m = threadIdx.x / 32; m < tile.rows * a.pack; m += blockDim.x / 32) {
+        const float* sums =
+            (const float*)a.partial +
+            (((u64)blockIdx.x * gridDim.y + blockIdx.y) * a.splits * a.queries_max + m) * width;
+        u64 stride = (u64)a.queries_max * width;
+        float peak = MINUS_INFINITY, total = 0.0f;
+        for (u32 s = 0; s < a.splits; ++s) peak = fmaxf(peak, sums[s * stride]);
+        for (u32 s = 0; s < a.splits; ++s)
+            if (sums[s * stride + 1] > 0.0f) total += sums[s * stride + 1] * expf((sums[s * stride] - peak) * a.scale);
+        u64 row = tile.row + m / a.pack, head = blockIdx.y * a.pack + m % a.pack;
+        for (u32 d = lane; d < a.value_dim; d += 32) {
+            float value = 0.0f;
+            for (u32 s = 0; s < a.splits; ++s)
+                if (sums[s * stride + 1] > 0.0f)
+                    value += sums[s * stride + 2 + d] * expf((sums[s * stride] - peak) * a.scale);
+            ((bf16*)a.out)[(row * a.heads + head) * a.value_dim + d] = down<bf16>(value / total);
+        }
+    }
+}
+
+const int VALUES_MAX = 16;  // of a lane: values of at most 512 elements
+
+// One warp a row and head; a tile is one row. q is held in shared memory.
+template <typename T>
+__device__ void attend_plain(const AttendArgs& a) {
+    DYNAMIC_SHARED(float, held);
+    const Tile tile = ((const Tile*)a.tiles)[blockIdx.x];
+    u32 warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    float* q = held + warp * a.key_dim;
+    for (u32 head = warp; head < a.heads; head += blockDim.x / 32) {
+        const T* from = (const T*)a.q + (u64)tile.row * a.q_row + (u64)head * a.q_head;
+        for (u32 i = lane; i < a.key_dim; i += 32) q[i] = up(from[i]);
+        warp_sync();
+        const T *k = (const T*)a.k + (u64)(head / a.group) * a.k_head, *v = (const T*)a.v + (u64)(head / a.group) * a.v_head;
+        u32 end = tile.position + 1, first = a.window && end > a.window ? end - a.window : 0;
+        float value[VALUES_MAX], peak = MINUS_INFINITY, total = 0.0f;
+        for (int i = 0; i < VALUES_MAX; ++i) value[i] = 0.0f;
+        for (u32 base = first; base < end; base += 32) {
+            u32 p = base + lane;
+            float score = MINUS_INFINITY;
+            if (p < end) {
+                const T* key = k + token_at(a, tile.run, p) * a.k_token;
+                float sum = 0.0f;
+                for (u32 i = 0; i < a.key_dim; ++i) sum += q[i] * up(key[i]);
+                score = sum * a.scale;
+            }
+            float now = fmaxf(peak, warp_max(score)), keep = peak == MINUS_INFINITY ? 0.0f : expf(peak - now);
+            float weight = p < end ? expf(score - now) : 0.0f;
+            peak = now;
+            total = total * keep + warp_sum(weight);
+            for (int i = 0; i < VALUES_MAX; ++i) value[i] *= keep;
+            for (u32 other = 0; other < 32 && base + other < end; ++other) {
+                float w = lane_get(weight, other);
+                const T* row = v + token_at(a, tile.run, base + other) * a.v_token;
+                for (u32 i = lane, at = 0; i < a.value_dim; i += 32, ++at) value[at] += w * up(row[i]);
+            }
+        }
+        T* out = (T*)a.out + ((u64)tile.row * a.heads + head) * a.value_dim;
+        for (u32 i = lane, at = 0; i < a.value_dim; i += 32, ++at) out[i] = down<T>(value[at] / total);
+        warp_sync();
+    }
+}
+
+KERNEL(attend_plain_f32, AttendArgs) { attend_plain<float>(a); }
+KERNEL(attend_plain_bf16, AttendArgs) { attend_plain<bf16>(a); }

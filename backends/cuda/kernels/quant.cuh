@@ -1,0 +1,109 @@
+// Eight consecutive numbers of a quantised matrix, whatever its format. The formats are those of backends/core/src/quant.rs.
+#pragma once
+#include "device.cuh"
+
+enum Format { AFFINE, INT4, FP8, Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, Q4_K, Q5_K, Q6_K };
+enum ScaleType { SCALE_F32, SCALE_F16, SCALE_BF16 };
+
+struct Quant {
+    u64 codes, scales, biases;  // [rows, row_bytes] u8, [.., scale_cols] of scale_type
+    u32 format, bits, group;    // group: columns that share a scale
+    u32 group_rows;             // rows that share one (FP8), else 1
+    u32 origin_row, origin_col; // of [0, 0] within its scale's block (FP8)
+    u32 scale_type, scale_cols, row_bytes;
+};
+
+__device__ __forceinline__ float scale_at(u64 base, u64 index, u32 type) {
+    if (type == SCALE_F32) return ((const float*)base)[index];
+    u16 bits = ((const u16*)base)[index];
+    return type == SCALE_F16 ? half_to_float(bits) : bits_float((u32)bits << 16);
+}
+
+__device__ __forceinline__ float e4m3(u8 code) {
+    // Exponent and fraction moved to their places in a float, and the biases' difference multiplied in: subnormals too.
+    float x = bits_float((u32)(code & 127) << 20) * 1.329227995784916e36f;  // 2^120
+    return code & 128 ? -x : x;
+}
+
+__device__ __forceinline__ float half_at(const u8* at) {
+    return half_to_float((u16)at[0] | (u16)at[1] << 8);
+}
+
+// Columns [k, k + 8) of row `row`; k is a multiple of 8.
+__device__ __forceinline__ void decode8(const Quant& q, u32 row, u32 k, float (&out)[8]) {
+    const u8* codes = (const u8*)q.codes + (u64)row * q.row_bytes;
+    if (q.format == AFFINE || q.format == INT4) {
+        const u8* at = codes + (u64)k * q.bits / 8;
+        u64 word = 0;
+        for (u32 i = 0; i < q.bits; ++i) word |= (u64)at[i] << (8 * i);
+        u64 group = (u64)row * q.scale_cols + k / q.group;
+        float scale = scale_at(q.scales, group, q.scale_type);
+        float bias = q.format == AFFINE ? scale_at(q.biases, group, q.scale_type) : -8.0f * scale;
+        u32 mask = (1u << q.bits) - 1;
+        for (int i = 0; i < 8; ++i) out[i] = (float)((u32)(word >> (i * q.bits)) & mask) * scale + bias;
+        return;
+    }
+    if (q.format == FP8) {
+        u64 line = (u64)((q.origin_row + row) / q.group_rows) * q.scale_cols;
+        for (int i = 0; i < 8; ++i)
+            out[i] = e4m3(codes[k + i]) * scale_at(q.scales, line + (q.origin_col + k + i) / q.group, q.scale_type);
+        return;
+    }
+    if (q.format == Q8_0) {
+        const u8* block = codes + k / 32 * 34;
+        float d = half_at(block);
+        for (int i = 0; i < 8; ++i) out[i] = (float)(i8)block[2 + k % 32 + i] * d;
+        return;
+    }
+    if (q.format <= Q5_1) {
+        bool has_min = q.format == Q4_1 || q.format == Q5_1, fifth = q.format >= Q5_0;
+        u32 head = 2 + (has_min ? 2 : 0), size = head + (fifth ? 4 : 0) + 16;
+        const u8* block = codes + k / 32 * size;
+        float d = half_at(block), m = has_min ? half_at(block + 2) : 0.0f;
+        u32 high = 0;
+        if (fifth) high = (u32)block[head] | (u32)block[head + 1] << 8 | (u32)block[head + 2] << 16 | (u32)block[head + 3] << 24;
+        const u8* at = block + size - 16;
+        int zero = fifth ? 16 : 8;
+        for (int i = 0; i < 8; ++i) {
+            u32 place = k % 32 + i;
+            u32 four = place < 16 ? at[place] & 15 : at[place - 16] >> 4;
+            int code = (int)(four | (high >> place & 1) << 4);
+            out[i] = has_min ? (float)code * d + m : (float)(code - zero) * d;
+        }
+        return;
+    }
+    if (q.format == Q6_K) {
+        const u8* block = codes + k / 256 * 210;
+        float d = half_at(block + 208);
+        for (int i = 0; i < 8; ++i) {
+            u32 at = k % 256 + i, part = at / 128, quarter = at / 32 % 4, l = at % 32;
+            u32 low = block[part * 64 + quarter % 2 * 32 + l];
+            low = quarter < 2 ? low & 15 : low >> 4;
+            u32 high = block[128 + part * 32 + l] >> (quarter * 2) & 3;
+            float scale = (float)(i8)block[192 + part * 8 + quarter * 2 + l / 16];
+            out[i] = d * scale * ((float)(low | high << 4) - 32.0f);
+        }
+        return;
+    }
+    // Q4_K, Q5_K
+    bool fifth = q.format == Q5_K;
+    const u8* block = codes + k / 256 * (fifth ? 176 : 144);
+    u32 sub = k % 256 / 32;
+    const u8* packed = block + 4;
+    u32 scale, min;
+    if (sub < 4) {
+        scale = packed[sub] & 63;
+        min = packed[sub + 4] & 63;
+    } else {
+        scale = (packed[sub + 4] & 15) | packed[sub - 4] >> 6 << 4;
+        min = packed[sub + 4] >> 4 | packed[sub] >> 6 << 4;
+    }
+    float d = half_at(block) * (float)scale, m = half_at(block + 2) * (float)min;
+    const u8 *bits = block + 16, *low = block + (fifth ? 48 : 16) + sub / 2 * 32;
+    for (int i = 0; i < 8; ++i) {
+        u32 l = k % 32 + i;
+        u32 code = sub % 2 == 0 ? low[l] & 15 : low[l] >> 4;
+        if (fifth) code |= (bits[l] >> sub & 1) << 4;
+        out[i] = d * (float)code - m;
+    }
+}

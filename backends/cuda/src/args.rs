@@ -1,0 +1,80 @@
+//! Arguments of the kernels: the structs of `kernels/*.cu`, field by field. Pointers are device addresses.
+
+/// A struct that is copied to a kernel as it lies in memory.
+///
+/// # Safety
+/// `repr(C)`, of numbers only, equal to the kernel's struct.
+pub(crate) unsafe trait Args: Copy {}
+
+macro_rules! args {
+    ($($(#[$doc:meta])* $name:ident { $($field:ident: $type:ty,)* })*) => {
+        $(
+            $(#[$doc])*
+            #[repr(C)]
+            #[derive(Clone, Copy, Debug, Default)]
+            pub(crate) struct $name { $(pub(crate) $field: $type,)* }
+            // SAFETY: plain numbers in C layout; the kernels have the same fields in the same order.
+            unsafe impl Args for $name {}
+        )*
+    };
+}
+
+args! {
+    GatherArgs { table: u64, rows: u64, out: u64, width: u32, count: u32, }
+    NormArgs { x: u64, weight: u64, out: u64, width: u32, eps: f32, }
+    AddArgs { x: u64, y: u64, out: u64, count: u64, width: u32, broadcast: u32, }
+    GluArgs { x: u64, out: u64, count: u64, width: u32, }
+    WidenArgs { x: u64, out: u64, count: u64, }
+    AnglesArgs { positions: u64, inv_freq: u64, cosines: u64, sines: u64, rows: u32, n: u32, factor: f32, }
+    /// Where the rows of the batch lie in the cache.
+    Places { positions: u64, runs: u64, tables: u64, blocks_max: u32, block_tokens: u32, }
+    PrepareArgs {
+        places: Places, qkv: u64, q_norm: u64, k_norm: u64, squares: u64, cosines: u64, sines: u64, k_plane: u64,
+        v_plane: u64, heads: u32, kv_heads: u32, dim: u32, n: u32, interleaved: u32, projection: u32,
+        heads_total: u32, kv_heads_total: u32, eps: f32,
+    }
+    SquaresArgs {
+        qkv: u64, squares: u64, heads: u32, kv_heads: u32, dim: u32, heads_total: u32, kv_heads_total: u32,
+        head_first: u32, kv_head_first: u32, kv_own_from: u32, kv_own_to: u32,
+    }
+    PrepareLatentArgs {
+        places: Places, q: u64, kv: u64, norm: u64, cosines: u64, sines: u64, latent_plane: u64, rope_plane: u64,
+        heads: u32, nope: u32, rope: u32, latent: u32, interleaved: u32, eps: f32,
+    }
+    /// Rows of one sequence that one block attends for.
+    Tile { run: u32, row: u32, rows: u32, position: u32, }
+    AttendArgs {
+        q: u64, out: u64, k: u64, v: u64, tables: u64, firsts: u64, tiles: u64, partial: u64, q_row: u32,
+        q_head: u32, k_token: u32, k_head: u32, v_token: u32, v_head: u32, heads: u32, group: u32, pack: u32,
+        key_dim: u32, value_dim: u32, blocks_max: u32, block_tokens: u32, window: u32, splits: u32, scale: f32,
+    }
+    CombineArgs {
+        partial: u64, tiles: u64, out: u64, heads: u32, pack: u32, value_dim: u32, splits: u32, queries_max: u32,
+        scale: f32,
+    }
+    MoveArgs {
+        pages: u64, dense: u64, table: u64, width: u32, first: u32, count: u32, block_tokens: u32, out: u32,
+    }
+    ExpandArgs { nope: u64, rope: u64, out: u64, heads: u32, nope_dim: u32, rope_dim: u32, }
+    /// A quantised matrix on the device, see `kernels/quant.cuh`.
+    QuantArgs {
+        codes: u64, scales: u64, biases: u64, format: u32, bits: u32, group: u32, group_rows: u32,
+        origin_row: u32, origin_col: u32, scale_type: u32, scale_cols: u32, row_bytes: u32,
+    }
+    ProductArgs {
+        quant: QuantArgs, w: u64, x: u64, out: u64, bias: u64, rows: u64, tiles: u64, codes_expert: u64,
+        scales_expert: u64, m: u32, n: u32, k: u32, out_stride: u32, out_f32: u32,
+    }
+    DecodeArgs { quant: QuantArgs, rows: u64, out: u64, cols: u32, }
+    RouteArgs {
+        scores: u64, bias: u64, experts: u64, weights: u64, count: u32, top_k: u32, sigmoid: u32, groups: u32,
+        groups_used: u32, normalise: u32, normalise_eps: f32, scale: f32,
+    }
+    RoutesArgs {
+        experts: u64, slots: u64, sources: u64, tiles: u64, rows: u32, top_k: u32, count: u32, tile: u32,
+        tiles_max: u32,
+    }
+    GatherSumArgs {
+        parts: u64, slots: u64, weights: u64, shared: u64, out: u64, top_k: u32, width: u32, out_f32: u32,
+    }
+}

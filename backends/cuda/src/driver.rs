@@ -1,0 +1,85 @@
+//! What this backend asks of a device: memory, two ordered lanes of work, kernels by name, dense products. Implemented by
+//! [`crate::nvidia`] and, for tests without a GPU, by the emulator.
+
+use backend::{BackendError, DType};
+
+use crate::args::Args;
+
+/// An ordered queue of work; the two run beside each other.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Lane {
+    /// Steps.
+    Compute,
+    /// Cache on its way to the host.
+    Copy,
+}
+
+/// How a kernel is started.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Launch {
+    /// As in `kernels/*.cu`.
+    pub(crate) kernel: &'static str,
+    pub(crate) grid: [u32; 3],
+    pub(crate) threads: u32,
+    /// Dynamic shared memory.
+    pub(crate) shared_bytes: u32,
+}
+
+/// A dense product `out = x W^T` of elements of `dtype`, without bias: x `[m, k]`, W `[n, k]`, out `[m, n]` with rows
+/// `out_stride` elements apart, of `dtype` or f32. Sums are f32.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Dense {
+    pub(crate) dtype: DType,
+    pub(crate) x: u64,
+    pub(crate) w: u64,
+    pub(crate) out: u64,
+    pub(crate) out_f32: bool,
+    pub(crate) m: usize,
+    pub(crate) n: usize,
+    pub(crate) k: usize,
+    pub(crate) out_stride: usize,
+}
+
+/// A device on its owner thread. Work is queued; failures of queued work come out of a later call.
+pub(crate) trait Driver: Clone + 'static {
+    /// Device memory, freed when dropped.
+    type Memory: 'static;
+    /// Pinned host memory.
+    type Host: AsRef<[u8]> + AsMut<[u8]> + Send + Sync + 'static;
+    /// A place in a lane.
+    type Event: Send + Sync + 'static;
+
+    /// The device in words.
+    fn describe(&self) -> String;
+    /// Free device memory in bytes.
+    fn free_bytes(&self) -> u64;
+    /// Blocks that keep the device busy.
+    fn blocks_busy(&self) -> u32;
+    fn alloc(&self, bytes: usize) -> Result<Self::Memory, BackendError>;
+    fn address(&self, memory: &Self::Memory) -> u64;
+    fn host(&self, bytes: usize) -> Result<Self::Host, BackendError>;
+    /// Copies to the device and returns when done.
+    fn upload(&self, to: u64, bytes: &[u8]) -> Result<(), BackendError>;
+    /// Zeroes device memory.
+    fn clear(&self, at: u64, bytes: usize) -> Result<(), BackendError>;
+    /// Queues a copy of `bytes` to `host[at..]`, which must live until an event behind it.
+    fn to_host(&self, lane: Lane, host: &mut Self::Host, at: usize, from: u64, bytes: usize) -> Result<(), BackendError>;
+    /// Queues a copy of `bytes` from `host[at..]`, which must live until an event behind it.
+    fn to_device(&self, lane: Lane, to: u64, host: &Self::Host, at: usize, bytes: usize) -> Result<(), BackendError>;
+    /// Queues a kernel in [`Lane::Compute`].
+    fn launch<A: Args>(&self, launch: Launch, args: &A) -> Result<(), BackendError>;
+    /// Queues a dense product in [`Lane::Compute`]; `false`: this device has no library for it.
+    fn dense(&self, product: &Dense) -> Result<bool, BackendError>;
+    fn record(&self, lane: Lane) -> Result<Self::Event, BackendError>;
+    /// Work queued in `lane` from now on waits for `event`.
+    fn after(&self, lane: Lane, event: &Self::Event) -> Result<(), BackendError>;
+    /// Whether `event` has come.
+    fn passed(&self, event: &Self::Event) -> bool;
+    /// Blocks until `event` has come; on any thread.
+    fn wait(event: &Self::Event) -> Result<(), BackendError>;
+}
+
+/// A failure of the device.
+pub(crate) fn fault(what: &str, reason: impl std::fmt::Debug) -> BackendError {
+    BackendError::Device(format!("cuda: {what}: {reason:?}"))
+}

@@ -1,0 +1,96 @@
+//! Device memory of steps. Buffers go back to a pool when dropped and are handed out again at once: all work that uses
+//! them is in one lane, so a later use runs after an earlier one.
+
+use std::cell::RefCell;
+use std::collections::BTreeMap;
+use std::rc::Rc;
+
+use backend::BackendError;
+
+use crate::driver::{Driver, Lane};
+
+/// Free memory by size, and host memory that queued copies still read.
+pub(crate) struct Pool<D: Driver> {
+    pub(crate) driver: D,
+    free: RefCell<BTreeMap<usize, Vec<D::Memory>>>,
+    sent: RefCell<Vec<(D::Event, D::Host)>>,
+}
+
+/// Some device memory.
+pub(crate) struct Buffer<D: Driver> {
+    pool: Rc<Pool<D>>,
+    size: usize,
+    memory: Option<D::Memory>,
+    pub(crate) address: u64,
+}
+
+/// Sizes are rounded up to a quarter of a power of two, so that few kinds of sizes are kept.
+fn size_class(bytes: usize) -> usize {
+    let step = (bytes.next_power_of_two() / 8).max(256);
+    bytes.max(1).next_multiple_of(step)
+}
+
+impl<D: Driver> Pool<D> {
+    pub(crate) fn new(driver: D) -> Rc<Self> {
+        Rc::new(Pool { driver, free: RefCell::default(), sent: RefCell::default() })
+    }
+
+    /// At least `bytes`, contents arbitrary.
+    pub(crate) fn take(self: &Rc<Self>, bytes: usize) -> Result<Buffer<D>, BackendError> {
+        let size = size_class(bytes);
+        let free = self.free.borrow_mut().get_mut(&size).and_then(Vec::pop);
+        let memory = match free {
+            Some(memory) => memory,
+            None => match self.driver.alloc(size) {
+                Ok(memory) => memory,
+                // What is kept for other sizes may be enough.
+                Err(_) if !self.free.borrow().is_empty() => {
+                    self.free.borrow_mut().clear();
+                    self.driver.alloc(size)?
+                }
+                Err(error) => return Err(error),
+            },
+        };
+        let address = self.driver.address(&memory);
+        Ok(Buffer { pool: self.clone(), size, memory: Some(memory), address })
+    }
+
+    /// `words` on the device; the copy is queued.
+    pub(crate) fn send(self: &Rc<Self>, words: &[u32]) -> Result<Buffer<D>, BackendError> {
+        let bytes = size_of_val(words);
+        let buffer = self.take(bytes)?;
+        self.sent.borrow_mut().retain(|(event, _)| !self.driver.passed(event));
+        let mut host = self.driver.host(bytes.max(4))?;
+        for (to, word) in host.as_mut().chunks_exact_mut(4).zip(words) {
+            to.copy_from_slice(&word.to_le_bytes());
+        }
+        self.driver.to_device(Lane::Compute, buffer.address, &host, 0, bytes)?;
+        let event = self.driver.record(Lane::Compute)?;
+        self.sent.borrow_mut().push((event, host));
+        Ok(buffer)
+    }
+
+    /// Keeps `host` until the copies that were queued in [`Lane::Compute`] so far have read it.
+    pub(crate) fn keep(&self, host: D::Host) -> Result<(), BackendError> {
+        let event = self.driver.record(Lane::Compute)?;
+        self.sent.borrow_mut().push((event, host));
+        Ok(())
+    }
+}
+
+impl<D: Driver> Drop for Buffer<D> {
+    fn drop(&mut self) {
+        if let Some(memory) = self.memory.take() {
+            self.pool.free.borrow_mut().entry(self.size).or_default().push(memory);
+        }
+    }
+}
+
+impl<D: Driver> Drop for Pool<D> {
+    fn drop(&mut self) {
+        for (event, _) in self.sent.get_mut().drain(..) {
+            // The host memory goes after the copies; a device that failed copies nothing more.
+            let _ = D::wait(&event);
+        }
+    }
+}
