@@ -1,5 +1,6 @@
 // The emulated device: runs a kernel's blocks one after the other, and a block's threads as fibers in turn.
 #include "../kernels/device.cuh"
+#include <setjmp.h>
 #include <algorithm>
 
 Dim3 threadIdx, blockIdx, blockDim, gridDim;
@@ -8,10 +9,12 @@ u8* dynamic_shared_memory;
 namespace {
 const size_t STACK_BYTES = 64 * 1024;
 
+// Entered by its context, afterwards by jumps: these make no system call.
 struct Fiber {
     ucontext_t context;
+    jmp_buf place;
     std::vector<u8> stack = std::vector<u8>(STACK_BYTES);
-    bool ended = false;
+    bool begun = false, ended = false;
 };
 
 // Arrivals at a barrier; a thread that has ended no longer counts.
@@ -25,7 +28,7 @@ std::unordered_map<std::string, Kernel>& kernels() {
 }
 
 std::vector<Fiber*> fibers;
-ucontext_t scheduler;
+jmp_buf scheduler;
 u32 current, threads;
 Barrier block;
 std::vector<Barrier> warps;
@@ -53,7 +56,18 @@ void wait_at(Barrier& barrier, u32 from, u32 to) {
 void fiber_main() {
     running(arguments);
     fibers[current]->ended = true;
-    swapcontext(&fibers[current]->context, &scheduler);
+    _longjmp(scheduler, 1);
+}
+
+// Lets fiber `i` run until it gives way or ends.
+void resume(u32 i) {
+    current = i;
+    threadIdx = {i, 0, 0};
+    if (_setjmp(scheduler)) return;
+    Fiber& fiber = *fibers[i];
+    if (fiber.begun) _longjmp(fiber.place, 1);
+    fiber.begun = true;
+    setcontext(&fiber.context);
 }
 }  // namespace
 
@@ -62,7 +76,7 @@ Registered::Registered(const char* name, Kernel kernel) {
 }
 
 void give_way() {
-    swapcontext(&fibers[current]->context, &scheduler);
+    if (!_setjmp(fibers[current]->place)) _longjmp(scheduler, 1);
 }
 
 void block_barrier() {
@@ -101,11 +115,11 @@ extern "C" int emulator_launch(const char* name, const u32* grid, u32 count, u32
                 warps.assign((count + 31) / 32, Barrier());
                 for (u32 i = 0; i < count; ++i) {
                     Fiber& fiber = *fibers[i];
-                    fiber.ended = false;
+                    fiber.begun = fiber.ended = false;
                     getcontext(&fiber.context);
                     fiber.context.uc_stack.ss_sp = fiber.stack.data();
                     fiber.context.uc_stack.ss_size = fiber.stack.size();
-                    fiber.context.uc_link = &scheduler;
+                    fiber.context.uc_link = nullptr;
                     makecontext(&fiber.context, fiber_main, 0);
                 }
                 for (bool left = true; left;) {
@@ -113,9 +127,7 @@ extern "C" int emulator_launch(const char* name, const u32* grid, u32 count, u32
                     for (u32 i = 0; i < count; ++i) {
                         if (fibers[i]->ended) continue;
                         left = true;
-                        current = i;
-                        threadIdx = {i, 0, 0};
-                        swapcontext(&scheduler, &fibers[i]->context);
+                        resume(i);
                     }
                 }
             }

@@ -4,7 +4,7 @@
 ///
 /// # Safety
 /// `repr(C)`, of numbers only, equal to the kernel's struct.
-pub(crate) unsafe trait Args: Copy {}
+pub unsafe trait Args: Copy {}
 
 macro_rules! args {
     ($($(#[$doc:meta])* $name:ident { $($field:ident: $type:ty,)* })*) => {
@@ -74,6 +74,8 @@ args! {
         experts: u64, slots: u64, sources: u64, tiles: u64, rows: u32, top_k: u32, count: u32, tile: u32,
         tiles_max: u32,
     }
+    DrawArgs { logits: u64, rules: u64, out: u64, width: u32, }
+    ResolveArgs { inputs: u64, drawn: u64, out: u64, count: u32, }
     GatherSumArgs {
         parts: u64, slots: u64, weights: u64, shared: u64, out: u64, top_k: u32, width: u32, out_f32: u32,
     }

@@ -8,7 +8,8 @@ use crate::args::Args;
 use crate::driver::{Driver, Launch};
 use crate::kv::CudaKv;
 use crate::memory::{Buffer, Pool};
-use crate::step::{CudaAct, CudaStep};
+use crate::act::CudaAct;
+use crate::step::CudaStep;
 use crate::weight::CudaWeight;
 
 /// Threads of a block of the simple kernels.
@@ -19,6 +20,8 @@ pub struct Device<D: Driver> {
     pub(crate) pool: Rc<Pool<D>>,
     pub(crate) dtype: DType,
     pub(crate) block_tokens: u32,
+    /// What the step before drew: which rows did, and the choices on the device.
+    pub(crate) drawn: Option<(Vec<bool>, Rc<Buffer<D>>)>,
 }
 
 impl<D: Driver> Device<D> {
@@ -34,7 +37,7 @@ impl<D: Driver> Device<D> {
         if !options.block_tokens.is_power_of_two() {
             return refused(format!("{} tokens per KV block is not a power of two", options.block_tokens));
         }
-        Ok(Device { pool: Pool::new(driver), dtype: options.dtype, block_tokens: options.block_tokens })
+        Ok(Device { pool: Pool::new(driver), dtype: options.dtype, block_tokens: options.block_tokens, drawn: None })
     }
 
     pub(crate) fn driver(&self) -> &D {
@@ -110,6 +113,6 @@ impl<D: Driver + Open> Backend for Device<D> {
 }
 
 /// A driver that finds its device by number.
-pub(crate) trait Open: Sized {
+pub trait Open: Sized {
     fn open(device: usize) -> Result<Self, BackendError>;
 }

@@ -7,7 +7,7 @@ use crate::args::Args;
 
 /// An ordered queue of work; the two run beside each other.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Lane {
+pub enum Lane {
     /// Steps.
     Compute,
     /// Cache on its way to the host.
@@ -16,7 +16,7 @@ pub(crate) enum Lane {
 
 /// How a kernel is started.
 #[derive(Clone, Copy, Debug)]
-pub(crate) struct Launch {
+pub struct Launch {
     /// As in `kernels/*.cu`.
     pub(crate) kernel: &'static str,
     pub(crate) grid: [u32; 3],
@@ -28,7 +28,7 @@ pub(crate) struct Launch {
 /// A dense product `out = x W^T` of elements of `dtype`, without bias: x `[m, k]`, W `[n, k]`, out `[m, n]` with rows
 /// `out_stride` elements apart, of `dtype` or f32. Sums are f32.
 #[derive(Clone, Copy, Debug)]
-pub(crate) struct Dense {
+pub struct Dense {
     pub(crate) dtype: DType,
     pub(crate) x: u64,
     pub(crate) w: u64,
@@ -41,7 +41,7 @@ pub(crate) struct Dense {
 }
 
 /// A device on its owner thread. Work is queued; failures of queued work come out of a later call.
-pub(crate) trait Driver: Clone + 'static {
+pub trait Driver: Clone + 'static {
     /// Device memory, freed when dropped.
     type Memory: 'static;
     /// Pinned host memory.

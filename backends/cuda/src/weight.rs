@@ -262,7 +262,7 @@ fn quantised<D: Driver>(driver: &D, experts: &[Linear<'_>], at: usize) -> Result
     let row_bytes = first.format.code_bytes(first.cols);
     let mut codes = Vec::with_capacity(views.len() * first.rows * row_bytes);
     views.iter().for_each(|view| (0..view.rows).for_each(|row| codes.extend_from_slice(view.codes(row))));
-    let dense = |of: fn(&QuantView<'_>) -> Option<TensorView<'_>>| -> Vec<u8> {
+    let dense = |of: for<'v> fn(&QuantView<'v>) -> Option<TensorView<'v>>| -> Vec<u8> {
         let all = views.iter().filter_map(|view| of(view));
         all.flat_map(|view| (0..view.rows).flat_map(move |row| view.row(row).to_vec())).collect()
     };

@@ -1,0 +1,69 @@
+//! Activations of a step: device memory, or a product that waits until somebody needs it: logits are then computed in f32
+//! where an ordinary result is rounded to the step's dtype.
+
+use std::rc::Rc;
+
+use backend::BackendError;
+
+use crate::device::Device;
+use crate::driver::Driver;
+use crate::memory::Buffer;
+use crate::weight::Kind;
+
+/// An activation `[rows, width]`.
+pub struct CudaAct<D: Driver> {
+    pub(crate) rows: usize,
+    pub(crate) width: usize,
+    pub(crate) state: State<D>,
+}
+
+pub(crate) enum State<D: Driver> {
+    /// Elements of the step's dtype.
+    Ready(Rc<Buffer<D>>),
+    /// `x W^T` with the weight, a [`Kind::Product`], of this many inputs.
+    Product { x: Rc<Buffer<D>>, weight: Rc<Kind<D>> },
+    /// Stands in for the result of an operation that failed.
+    Blank,
+}
+
+impl<D: Driver> CudaAct<D> {
+    pub(crate) fn ready(rows: usize, width: usize, buffer: Buffer<D>) -> Self {
+        CudaAct { rows, width, state: State::Ready(Rc::new(buffer)) }
+    }
+
+    pub(crate) fn blank(rows: usize, width: usize) -> Self {
+        CudaAct { rows, width, state: State::Blank }
+    }
+
+    /// In the step's dtype.
+    pub(crate) fn buffer(&self, device: &Device<D>) -> Result<Rc<Buffer<D>>, BackendError> {
+        match &self.state {
+            State::Ready(buffer) => Ok(buffer.clone()),
+            State::Product { x, weight } => {
+                let out = device.elements(self.rows * self.width)?;
+                if let Kind::Product(matrix) = &**weight {
+                    device.product(matrix, x.address, self.rows, out.address, false)?;
+                }
+                Ok(Rc::new(out))
+            }
+            State::Blank => Err(BackendError::Device("an operation on the result of one that failed".to_owned())),
+        }
+    }
+
+    /// In f32.
+    pub(crate) fn floats(&self, device: &Device<D>) -> Result<Rc<Buffer<D>>, BackendError> {
+        if !device.bf16() {
+            return self.buffer(device);
+        }
+        let out = device.pool.take(self.rows * self.width * 4)?;
+        match &self.state {
+            State::Product { x, weight } => {
+                if let Kind::Product(matrix) = &**weight {
+                    device.product(matrix, x.address, self.rows, out.address, true)?;
+                }
+            }
+            _ => device.widen(self.buffer(device)?.address, out.address, self.rows * self.width)?,
+        }
+        Ok(Rc::new(out))
+    }
+}

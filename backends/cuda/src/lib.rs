@@ -1,0 +1,29 @@
+//! The CUDA backend: the seam's operations as kernels that NVRTC compiles when first used, dense products through
+//! cuBLASLt. Nothing of CUDA is linked: driver and libraries are found at run time.
+
+mod act;
+mod args;
+mod attend;
+mod device;
+mod driver;
+mod kv;
+mod lease;
+mod memory;
+mod moe;
+mod product;
+mod step;
+mod weight;
+
+#[cfg(feature = "emulator")]
+mod emulator;
+
+pub use act::CudaAct;
+pub use device::Device;
+pub use kv::CudaKv;
+pub use lease::{CudaExport, CudaLanding};
+pub use step::CudaStep;
+pub use weight::CudaWeight;
+
+/// The backend on the emulated device.
+#[cfg(feature = "emulator")]
+pub type EmulatedBackend = Device<emulator::Emulated>;

@@ -1,0 +1,144 @@
+//! Mixtures of experts on the device: routing, the places of rows by expert, the products, and the sum.
+
+use std::rc::Rc;
+
+use backend::{BackendError, Moe, Score};
+
+use crate::act::CudaAct;
+use crate::args::{GatherSumArgs, RouteArgs, RoutesArgs};
+use crate::device::{Device, Open, THREADS};
+use crate::driver::Driver;
+use crate::memory::Buffer;
+use crate::product::Routed;
+use crate::step::CudaStep;
+use crate::weight::{CudaWeight, Kind, Matrix};
+
+/// As in `kernels/moe.cu`.
+const EXPERTS_MAX: usize = 512;
+/// Threads of the block that sorts rows by expert.
+const ROUTES_THREADS: u32 = 1024;
+
+fn refused<T>(reason: String) -> Result<T, BackendError> {
+    Err(BackendError::Device(reason))
+}
+
+impl<D: Driver + Open> CudaStep<'_, D> {
+    pub(crate) fn experts(&mut self, x: &CudaAct<D>, moe: &Moe<'_, Device<D>>) -> Result<Buffer<D>, BackendError> {
+        let (gate_up, down) = (matrix(moe.gate_up, true)?, matrix(moe.down, true)?);
+        let router = matrix(moe.router, false)?;
+        let routing = moe.routing;
+        let (count, top_k, ffn) = (routing.experts, routing.top_k, down.inputs);
+        let fits = (router.outputs, router.inputs, gate_up.experts, down.experts) == (count, x.width, count, count)
+            && (gate_up.inputs, gate_up.outputs, down.outputs) == (x.width, 2 * ffn, x.width);
+        if !fits || count > EXPERTS_MAX || top_k == 0 || top_k > count {
+            return refused(format!("{count} experts of {ffn}, {top_k} a row, for width {}", x.width));
+        }
+        if let Some((groups, used)) = routing.groups
+            && (groups == 0 || count % groups != 0 || used == 0 || used > groups || top_k > count / groups * used)
+        {
+            return refused(format!("{used} of {groups} groups of {count} experts, {top_k} a row"));
+        }
+        let device = &*self.device;
+        let bias = match moe.choice_bias.map(|bias| &*bias.0) {
+            None => 0,
+            Some(Kind::Exact(memory, len)) if *len == count => memory.address,
+            Some(_) => return refused(format!("a choice bias that is not of {count} experts")),
+        };
+        let rows = x.rows;
+        let places = rows * top_k;
+        let x = x.buffer(device)?;
+        let scores = device.pool.take(rows * count * 4)?;
+        device.product(router, x.address, rows, scores.address, true)?;
+        let (experts, weights) = (device.pool.take(places * 4)?, device.pool.take(places * 4)?);
+        let (groups, groups_used) = routing.groups.unwrap_or((1, 1));
+        let route = RouteArgs {
+            scores: scores.address,
+            bias,
+            experts: experts.address,
+            weights: weights.address,
+            count: count as u32,
+            top_k: top_k as u32,
+            sigmoid: u32::from(routing.score == Score::Sigmoid),
+            groups: groups as u32,
+            groups_used: groups_used as u32,
+            normalise: u32::from(routing.normalise),
+            normalise_eps: routing.normalise_eps,
+            scale: routing.scale,
+        };
+        device.launch("route", [rows as u32, 1, 1], 32, 0, &route)?;
+
+        let tiling = device.tiling(places.div_ceil(count), if x_aligned(gate_up, down) { 8 } else { 1 });
+        let tiles_max = places.div_ceil(tiling.rows) + count.min(places);
+        let (slots, sources) = (device.pool.take(places * 4)?, device.pool.take(places * 4)?);
+        let tiles = device.pool.take(tiles_max * 12)?;
+        let routes = RoutesArgs {
+            experts: experts.address,
+            slots: slots.address,
+            sources: sources.address,
+            tiles: tiles.address,
+            rows: rows as u32,
+            top_k: top_k as u32,
+            count: count as u32,
+            tile: tiling.rows as u32,
+            tiles_max: tiles_max as u32,
+        };
+        device.launch("routes", [1, 1, 1], ROUTES_THREADS, 0, &routes)?;
+
+        let mut routed = Routed { tiling, tiles: tiles.address, tiles_max, rows: sources.address, places };
+        let both = device.elements(places * 2 * ffn)?;
+        device.experts(gate_up, &routed, x.address, both.address, false)?;
+        let gated = device.glu(both.address, places, ffn)?;
+        let parts = device.pool.take(places * down.outputs * 4)?;
+        routed.rows = 0;
+        device.experts(down, &routed, gated.address, parts.address, true)?;
+        let shared = moe.shared.map(|(gate_up, down)| self.shared(&x, rows, gate_up, down)).transpose()?;
+        let device = &*self.device;
+        let out = device.elements(rows * down.outputs)?;
+        let sum = GatherSumArgs {
+            parts: parts.address,
+            slots: slots.address,
+            weights: weights.address,
+            shared: shared.as_ref().map_or(0, |shared| shared.address),
+            out: out.address,
+            top_k: top_k as u32,
+            width: down.outputs as u32,
+            out_f32: 0,
+        };
+        let kernel = device.of_type("gather_sum_f32", "gather_sum_bf16");
+        device.launch(kernel, [rows as u32, 1, 1], THREADS, 0, &sum)?;
+        Ok(out)
+    }
+
+    /// The expert that every row passes, in f32.
+    fn shared(
+        &self,
+        x: &Rc<Buffer<D>>,
+        rows: usize,
+        gate_up: &CudaWeight<D>,
+        down: &CudaWeight<D>,
+    ) -> Result<Buffer<D>, BackendError> {
+        let (gate_up, down) = (matrix(gate_up, false)?, matrix(down, false)?);
+        if gate_up.outputs != 2 * down.inputs {
+            return refused(format!("a shared expert of {} into {}", gate_up.outputs, down.inputs));
+        }
+        let both = self.device.elements(rows * gate_up.outputs)?;
+        self.device.product(gate_up, x.address, rows, both.address, false)?;
+        let gated = self.device.glu(both.address, rows, down.inputs)?;
+        let out = self.device.pool.take(rows * down.outputs * 4)?;
+        self.device.product(down, gated.address, rows, out.address, true)?;
+        Ok(out)
+    }
+}
+
+/// Whether both products of the experts have inputs in whole eights.
+fn x_aligned<D: Driver>(gate_up: &Matrix<D>, down: &Matrix<D>) -> bool {
+    gate_up.inputs.is_multiple_of(8) && down.inputs.is_multiple_of(8)
+}
+
+fn matrix<D: Driver>(weight: &CudaWeight<D>, experts: bool) -> Result<&Matrix<D>, BackendError> {
+    match &*weight.0 {
+        Kind::Product(matrix) if !experts => Ok(matrix),
+        Kind::Experts(matrix) if experts => Ok(matrix),
+        _ => refused("a weight of another kind than its place in a mixture of experts".to_owned()),
+    }
+}

@@ -1,0 +1,182 @@
+//! Which kernel computes a product: by rows, widths, format and type.
+
+use backend::BackendError;
+
+use crate::args::{DecodeArgs, ProductArgs, QuantArgs, WidenArgs};
+use crate::device::{Device, THREADS};
+use crate::driver::{Dense, Driver};
+use crate::weight::{Data, Matrix, Part};
+
+/// A kernel of `product.cu`.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Tiling {
+    kernel: &'static str,
+    /// Rows of a block.
+    pub(crate) rows: usize,
+    /// Outputs of a block.
+    outputs: usize,
+    threads: u32,
+    shared_bytes: usize,
+}
+
+/// Stages of shared memory for `rows` by 128 outputs, 40 padded inputs each.
+const fn stages(rows: usize) -> usize {
+    3 * (rows + 128) * 40 * 2
+}
+
+const MANY: Tiling =
+    Tiling { kernel: "product_many", rows: 128, outputs: 128, threads: 256, shared_bytes: stages(128) };
+const SOME: Tiling =
+    Tiling { kernel: "product_some", rows: 32, outputs: 128, threads: 128, shared_bytes: stages(32) };
+const FEW: Tiling = Tiling { kernel: "product_few", rows: 8, outputs: 8, threads: 256, shared_bytes: 0 };
+const PLAIN_F32: Tiling =
+    Tiling { kernel: "product_plain_f32", rows: 32, outputs: 32, threads: 256, shared_bytes: 0 };
+const PLAIN_BF16: Tiling = Tiling { kernel: "product_plain_bf16", ..PLAIN_F32 };
+
+/// From so many rows on a quantised matrix is decoded once and given to the library.
+const ROWS_DECODED: usize = 256;
+
+/// Rows that meet the experts of a layer, as `routes` has placed them.
+pub(crate) struct Routed {
+    pub(crate) tiling: Tiling,
+    pub(crate) tiles: u64,
+    pub(crate) tiles_max: usize,
+    /// Source row of every place, or 0: inputs lie in order of place.
+    pub(crate) rows: u64,
+    pub(crate) places: usize,
+}
+
+impl<D: Driver> Device<D> {
+    /// The kernel for `rows` rows of `inputs`.
+    pub(crate) fn tiling(&self, rows: usize, inputs: usize) -> Tiling {
+        if !self.bf16() {
+            return PLAIN_F32;
+        }
+        match rows {
+            _ if !inputs.is_multiple_of(8) => PLAIN_BF16,
+            0..=8 => FEW,
+            9..=64 => SOME,
+            _ => MANY,
+        }
+    }
+
+    /// `x W^T + bias` of `rows` rows, dense, in the step's dtype or f32.
+    pub(crate) fn product(
+        &self,
+        matrix: &Matrix<D>,
+        x: u64,
+        rows: usize,
+        out: u64,
+        out_f32: bool,
+    ) -> Result<(), BackendError> {
+        let item = if out_f32 { 4 } else { self.dtype.bytes() };
+        for part in &matrix.parts {
+            let at = out + (part.first * item) as u64;
+            let bias = matrix.bias.as_ref().map_or(0, |bias| bias.address + (part.first * self.dtype.bytes()) as u64);
+            if bias == 0 && rows > FEW.rows && self.dense_part(matrix, part, x, rows, at, out_f32)? {
+                continue;
+            }
+            let tiling = self.tiling(rows, matrix.inputs);
+            let args = ProductArgs { x, out: at, bias, m: rows as u32, out_f32: u32::from(out_f32), ..of(matrix, part) };
+            self.run(tiling, rows.div_ceil(tiling.rows), part.outputs, &args)?;
+        }
+        Ok(())
+    }
+
+    /// Through the device's library, where it has one.
+    fn dense_part(
+        &self,
+        matrix: &Matrix<D>,
+        part: &Part<D>,
+        x: u64,
+        rows: usize,
+        out: u64,
+        out_f32: bool,
+    ) -> Result<bool, BackendError> {
+        let dense = |w| Dense {
+            dtype: self.dtype,
+            x,
+            w,
+            out,
+            out_f32: out_f32 || !self.bf16(),
+            m: rows,
+            n: part.outputs,
+            k: matrix.inputs,
+            out_stride: matrix.outputs,
+        };
+        match &part.data {
+            Data::Plain(memory) => self.driver().dense(&dense(memory.address)),
+            Data::Quantised { args, .. } if rows >= ROWS_DECODED && self.bf16() => {
+                let decoded = self.elements(part.outputs * matrix.inputs)?;
+                self.decode(*args, 0, part.outputs, matrix.inputs, decoded.address)?;
+                self.driver().dense(&dense(decoded.address))
+            }
+            Data::Quantised { .. } => Ok(false),
+        }
+    }
+
+    /// The product of every place with the matrix of its expert.
+    pub(crate) fn experts(
+        &self,
+        matrix: &Matrix<D>,
+        routed: &Routed,
+        x: u64,
+        out: u64,
+        out_f32: bool,
+    ) -> Result<(), BackendError> {
+        let item = if out_f32 { 4 } else { self.dtype.bytes() };
+        for part in &matrix.parts {
+            let args = ProductArgs {
+                x,
+                out: out + (part.first * item) as u64,
+                rows: routed.rows,
+                tiles: routed.tiles,
+                m: routed.places as u32,
+                out_f32: u32::from(out_f32),
+                ..of(matrix, part)
+            };
+            self.run(routed.tiling, routed.tiles_max, part.outputs, &args)?;
+        }
+        Ok(())
+    }
+
+    fn run(&self, tiling: Tiling, tiles: usize, outputs: usize, args: &ProductArgs) -> Result<(), BackendError> {
+        let grid = [outputs.div_ceil(tiling.outputs) as u32, tiles as u32, 1];
+        self.launch(tiling.kernel, grid, tiling.threads, tiling.shared_bytes, args)
+    }
+
+    /// Rows of a quantised matrix as elements of the step's dtype; `rows`: which, or 0 for the first `count`.
+    pub(crate) fn decode(
+        &self,
+        quant: QuantArgs,
+        rows: u64,
+        count: usize,
+        cols: usize,
+        out: u64,
+    ) -> Result<(), BackendError> {
+        let args = DecodeArgs { quant, rows, out, cols: cols as u32 };
+        self.launch(self.of_type("decode_rows_f32", "decode_rows_bf16"), [count as u32, 1, 1], THREADS, 0, &args)
+    }
+
+    /// bf16 to f32.
+    pub(crate) fn widen(&self, x: u64, out: u64, count: usize) -> Result<(), BackendError> {
+        self.over_all("widen", count, &WidenArgs { x, out, count: count as u64 })
+    }
+}
+
+/// What a part of a matrix brings to a product.
+fn of<D: Driver>(matrix: &Matrix<D>, part: &Part<D>) -> ProductArgs {
+    let (n, k, out_stride) = (part.outputs as u32, matrix.inputs as u32, matrix.outputs as u32);
+    match &part.data {
+        Data::Plain(memory) => ProductArgs { w: memory.address, n, k, out_stride, ..ProductArgs::default() },
+        Data::Quantised { args, strides, .. } => ProductArgs {
+            quant: *args,
+            codes_expert: strides.0,
+            scales_expert: strides.1,
+            n,
+            k,
+            out_stride,
+            ..ProductArgs::default()
+        },
+    }
+}

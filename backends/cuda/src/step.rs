@@ -1,0 +1,484 @@
+//! A step on the GPU: operations queue kernels in order and return at once. The first failure comes out of
+//! [`Pending::wait`].
+
+use std::ops::Range;
+use std::rc::Rc;
+
+use backend::draw::{Noise, drawn};
+use backend::{
+    Attend, Batch, BackendError, Draw, Drawn, Glu, Input, KvError, KvStore, Mla, Moe, Out, Output, Pending, SeqId, Step,
+};
+
+use crate::act::{CudaAct, State};
+use crate::args::{AddArgs, DrawArgs, GatherArgs, GluArgs, NormArgs, ResolveArgs};
+use crate::attend::Rows;
+use crate::device::{Device, Open, THREADS};
+use crate::driver::{Driver, Lane};
+use crate::kv::CudaKv;
+use crate::lease::CudaExport;
+use crate::memory::Buffer;
+use crate::weight::{CudaWeight, Data, Kind};
+
+/// Marks an id in flight, as `resolve` in `kernels/draw.cu` reads it.
+const IN_FLIGHT: u32 = 1 << 31;
+/// Words of a rule and of a choice in `kernels/draw.cu`.
+const RULE_WORDS: usize = 4;
+const CHOICE_WORDS: usize = 2;
+/// Threads of a block that draws.
+const DRAW_THREADS: u32 = 1024;
+
+/// A step of the CUDA backend.
+pub struct CudaStep<'a, D: Driver> {
+    pub(crate) device: &'a mut Device<D>,
+    pub(crate) kv: &'a mut CudaKv<D>,
+    pub(crate) batch: &'a Batch,
+    /// Where the batch's rows lie in the cache; made when first asked for.
+    pub(crate) rows: Option<Rc<Rows<D>>>,
+    fault: Option<BackendError>,
+}
+
+impl<'a, D: Driver> CudaStep<'a, D> {
+    pub(crate) fn new(device: &'a mut Device<D>, kv: &'a mut CudaKv<D>, batch: &'a Batch) -> Self {
+        let rows: usize = batch.runs.iter().map(|run| run.len as usize).sum();
+        let mut sequences: Vec<SeqId> = batch.runs.iter().map(|run| run.seq).collect();
+        sequences.sort_unstable();
+        let fault = if rows != batch.ids.len() {
+            Some(format!("{} token ids for {rows} rows", batch.ids.len()))
+        } else {
+            let twice = sequences.windows(2).find(|pair| pair[0] == pair[1]);
+            twice.map(|pair| format!("two runs of sequence {} in one step", pair[0]))
+        };
+        CudaStep { device, kv, batch, rows: None, fault: fault.map(BackendError::Device) }
+    }
+
+    /// Queues an operation that gives `[rows, width]`; after a fault nothing is queued any more.
+    pub(crate) fn queue(
+        &mut self,
+        rows: usize,
+        width: usize,
+        operation: impl FnOnce(&mut Self) -> Result<Buffer<D>, BackendError>,
+    ) -> CudaAct<D> {
+        if self.fault.is_none() {
+            match operation(self) {
+                Ok(buffer) => return CudaAct::ready(rows, width, buffer),
+                Err(error) => self.fault = Some(error),
+            }
+        }
+        CudaAct::blank(rows, width)
+    }
+
+    pub(crate) fn vector(&self, weight: &CudaWeight<D>, width: usize, what: &str) -> Result<u64, BackendError> {
+        match &*weight.0 {
+            Kind::Vector(memory, len) if *len == width => Ok(memory.address),
+            Kind::Vector(_, len) => Err(BackendError::Device(format!("{what} of {len} for width {width}"))),
+            _ => Err(BackendError::Device(format!("{what} is not a vector"))),
+        }
+    }
+
+    /// The batch's token ids on the device.
+    fn ids(&self, count: usize) -> Result<Buffer<D>, BackendError> {
+        let mut words = Vec::with_capacity(self.batch.ids.len());
+        for input in &self.batch.ids {
+            words.push(match *input {
+                Input::Id(id) if (id as usize) < count => id,
+                Input::Id(id) => {
+                    return Err(BackendError::Device(format!("token {id} in an embedding table of {count}")));
+                }
+                Input::Drawn(row) => match &self.device.drawn {
+                    Some((drew, _)) if drew.get(row as usize) == Some(&true) => row | IN_FLIGHT,
+                    _ => {
+                        let reason = format!("row {row} of the step before drew no token");
+                        return Err(BackendError::Device(reason));
+                    }
+                },
+            });
+        }
+        let inputs = self.device.pool.send(&words)?;
+        let Some((_, drawn)) = self.device.drawn.as_ref().filter(|_| self.batch.in_flight()) else {
+            return Ok(inputs);
+        };
+        let out = self.device.pool.take(words.len() * 4)?;
+        let args = ResolveArgs {
+            inputs: inputs.address,
+            drawn: drawn.address,
+            out: out.address,
+            count: words.len() as u32,
+        };
+        self.device.each("resolve", 1, &args)?;
+        Ok(out)
+    }
+
+    /// Queues the drawing of rows of logits. Rows with filters are drawn on the host, which waits for them here.
+    fn draw(&mut self, act: &CudaAct<D>, draws: &[Draw]) -> Result<Drawing<D>, BackendError> {
+        if draws.len() != act.rows {
+            return Err(BackendError::Device(format!("{} draws for {} rows of logits", draws.len(), act.rows)));
+        }
+        let logits = act.floats(self.device)?;
+        let mut words = Vec::with_capacity(draws.len() * RULE_WORDS);
+        for draw in draws {
+            match draw {
+                Draw::Token(rule) if rule.is_greedy() => words.extend([1, 0, 0, 0]),
+                Draw::Token(rule) if !rule.filters() => {
+                    let [low, high] = Noise::new(rule.seed, rule.position).keys;
+                    words.extend([2, low, high, rule.temperature.to_bits()]);
+                }
+                _ => words.extend([0; RULE_WORDS]),
+            }
+        }
+        let rules = self.device.pool.send(&words)?;
+        let choices = self.device.pool.take(draws.len() * CHOICE_WORDS * 4)?;
+        let args = DrawArgs {
+            logits: logits.address,
+            rules: rules.address,
+            out: choices.address,
+            width: act.width as u32,
+        };
+        self.device.launch("draw_rows", [draws.len() as u32, 1, 1], DRAW_THREADS, 0, &args)?;
+        let on_host = |draw: &Draw| match draw {
+            Draw::Logits => true,
+            Draw::Token(rule) => !rule.is_greedy() && rule.filters(),
+        };
+        let rows = if draws.iter().any(on_host) {
+            let bytes = act.rows * act.width * 4;
+            let fetched = Fetched::of(self.device, &logits, bytes)?;
+            Some(fetched)
+        } else {
+            None
+        };
+        let mut drawing = Drawing { draws: draws.to_vec(), width: act.width, logits: rows, choices: None };
+        if draws.iter().any(|draw| on_host(draw) && matches!(draw, Draw::Token(_))) {
+            // The next step may want these ids: they are drawn now and sent.
+            drawing.choices = Some(Fetched::of(self.device, &Rc::new(choices), draws.len() * CHOICE_WORDS * 4)?);
+            let rows = drawing.finish_ref()?;
+            let words: Vec<u32> = rows
+                .iter()
+                .flat_map(|row| match row {
+                    Drawn::Token(id) => [*id, u32::MAX],
+                    _ => [0, 0],
+                })
+                .collect();
+            let sent = self.device.pool.send(&words)?;
+            self.device.drawn = Some((drew(draws), Rc::new(sent)));
+            return Ok(drawing);
+        }
+        let choices = Rc::new(choices);
+        drawing.choices = Some(Fetched::of(self.device, &choices, draws.len() * CHOICE_WORDS * 4)?);
+        self.device.drawn = Some((drew(draws), choices));
+        Ok(drawing)
+    }
+}
+
+/// Which rows drew an id.
+fn drew(draws: &[Draw]) -> Vec<bool> {
+    draws.iter().map(|draw| matches!(draw, Draw::Token(_))).collect()
+}
+
+/// Bytes on their way to the host.
+pub(crate) struct Fetched<D: Driver> {
+    host: D::Host,
+    bytes: usize,
+    arrived: D::Event,
+}
+
+impl<D: Driver> Fetched<D> {
+    /// Queued behind all work so far; `from` may be reused by what is queued later.
+    pub(crate) fn of(device: &Device<D>, from: &Rc<Buffer<D>>, bytes: usize) -> Result<Self, BackendError> {
+        let driver = device.driver();
+        let mut host = driver.host(bytes.max(4))?;
+        driver.to_host(Lane::Compute, &mut host, 0, from.address, bytes)?;
+        Ok(Fetched { host, bytes, arrived: driver.record(Lane::Compute)? })
+    }
+
+    fn words(&self) -> Result<impl Iterator<Item = u32>, BackendError> {
+        D::wait(&self.arrived)?;
+        let (words, _) = self.host.as_ref()[..self.bytes].as_chunks();
+        Ok(words.iter().map(|word| u32::from_le_bytes(*word)))
+    }
+}
+
+impl<D: Driver> Drop for Fetched<D> {
+    fn drop(&mut self) {
+        // The copy writes to this memory until then; a device that failed writes no more.
+        let _ = D::wait(&self.arrived);
+    }
+}
+
+/// Rows that are being drawn.
+struct Drawing<D: Driver> {
+    draws: Vec<Draw>,
+    width: usize,
+    logits: Option<Fetched<D>>,
+    choices: Option<Fetched<D>>,
+}
+
+impl<D: Driver> Drawing<D> {
+    fn finish_ref(&self) -> Result<Vec<Drawn>, BackendError> {
+        let choices: Vec<u32> = match &self.choices {
+            Some(choices) => choices.words()?.collect(),
+            None => Vec::new(),
+        };
+        let logits: Vec<f32> = match &self.logits {
+            Some(logits) => logits.words()?.map(f32::from_bits).collect(),
+            None => Vec::new(),
+        };
+        let row = |(at, draw): (usize, &Draw)| match draw {
+            Draw::Token(rule) if rule.is_greedy() || !rule.filters() => {
+                match choices[at * CHOICE_WORDS..(at + 1) * CHOICE_WORDS] {
+                    [id, u32::MAX] => Drawn::Token(id),
+                    [_, id] => Drawn::NotFinite { id },
+                    _ => Drawn::NotFinite { id: 0 },
+                }
+            }
+            _ => drawn(&logits[at * self.width..(at + 1) * self.width], draw),
+        };
+        Ok(self.draws.iter().enumerate().map(row).collect())
+    }
+}
+
+impl<D: Driver + Open> Step for CudaStep<'_, D> {
+    type Backend = Device<D>;
+
+    fn embed(&mut self, table: &CudaWeight<D>) -> CudaAct<D> {
+        let rows = self.batch.rows();
+        let width = match &*table.0 {
+            Kind::Product(matrix) => matrix.inputs,
+            _ => 1,
+        };
+        self.queue(rows, width, |step| {
+            let Kind::Product(matrix) = &*table.0 else {
+                return Err(BackendError::Device("this weight is not an embedding table".to_owned()));
+            };
+            let ids = step.ids(matrix.outputs)?;
+            let [part] = &matrix.parts[..] else {
+                return Err(BackendError::Device("an embedding table in several parts".to_owned()));
+            };
+            let out = step.device.elements(rows * width)?;
+            match &part.data {
+                Data::Plain(memory) => step.device.gather(memory.address, ids.address, rows, width, out.address)?,
+                Data::Quantised { args, .. } => {
+                    step.device.decode(*args, ids.address, rows, width, out.address)?;
+                }
+            }
+            Ok(out)
+        })
+    }
+
+    fn resume(&mut self, hidden: CudaAct<D>) -> CudaAct<D> {
+        hidden
+    }
+
+    fn norm(&mut self, x: &CudaAct<D>, weight: &CudaWeight<D>, eps: f32) -> CudaAct<D> {
+        self.queue(x.rows, x.width, |step| {
+            let weight = step.vector(weight, x.width, "a norm's scale")?;
+            let from = x.buffer(step.device)?;
+            let out = step.device.elements(x.rows * x.width)?;
+            let args = NormArgs { x: from.address, weight, out: out.address, width: x.width as u32, eps };
+            step.device.each(step.device.of_type("norm_f32", "norm_bf16"), x.rows, &args)?;
+            Ok(out)
+        })
+    }
+
+    fn linear(&mut self, x: &CudaAct<D>, weight: &CudaWeight<D>) -> CudaAct<D> {
+        let outputs = match &*weight.0 {
+            Kind::Product(matrix) => matrix.outputs,
+            _ => 1,
+        };
+        if self.fault.is_some() {
+            return CudaAct::blank(x.rows, outputs);
+        }
+        let checked = match &*weight.0 {
+            Kind::Product(matrix) if matrix.inputs == x.width => x.buffer(self.device),
+            Kind::Product(matrix) => {
+                let reason = format!("a product of {} inputs with width {}", matrix.inputs, x.width);
+                Err(BackendError::Device(reason))
+            }
+            _ => Err(BackendError::Device("a product with a weight that is not one".to_owned())),
+        };
+        match checked {
+            Ok(buffer) => CudaAct {
+                rows: x.rows,
+                width: outputs,
+                state: State::Product { x: buffer, weight: weight.0.clone() },
+            },
+            Err(error) => {
+                self.fault = Some(error);
+                CudaAct::blank(x.rows, outputs)
+            }
+        }
+    }
+
+    fn add(&mut self, x: CudaAct<D>, y: CudaAct<D>) -> CudaAct<D> {
+        self.queue(x.rows, x.width, |step| {
+            if (x.rows, x.width) != (y.rows, y.width) {
+                let reason = format!("a sum of {} x {} and {} x {}", x.rows, x.width, y.rows, y.width);
+                return Err(BackendError::Device(reason));
+            }
+            let (left, right) = (x.buffer(step.device)?, y.buffer(step.device)?);
+            step.device.add(left.address, right.address, x.rows, x.width, false)
+        })
+    }
+
+    fn glu(&mut self, x: CudaAct<D>, kind: Glu) -> CudaAct<D> {
+        let Glu::Silu = kind;
+        self.queue(x.rows, x.width / 2, |step| {
+            if !x.width.is_multiple_of(2) {
+                return Err(BackendError::Device(format!("a gated unit of odd width {}", x.width)));
+            }
+            let from = x.buffer(step.device)?;
+            step.device.glu(from.address, x.rows, x.width / 2)
+        })
+    }
+
+    fn rows(&mut self, x: CudaAct<D>, rows: &[u32]) -> CudaAct<D> {
+        if let Some(row) = rows.iter().find(|row| **row as usize >= x.rows) {
+            let reason = format!("row {row} of {}", x.rows);
+            self.fault.get_or_insert(BackendError::Device(reason));
+        }
+        self.queue(rows.len(), x.width, |step| {
+            let from = x.buffer(step.device)?;
+            let which = step.device.pool.send(rows)?;
+            let out = step.device.elements(rows.len() * x.width)?;
+            step.device.gather(from.address, which.address, rows.len(), x.width, out.address)?;
+            Ok(out)
+        })
+    }
+
+    /// A group has one rank: its sum is the sum.
+    fn all_reduce(&mut self, x: CudaAct<D>) -> CudaAct<D> {
+        x
+    }
+
+    fn bias(&mut self, x: CudaAct<D>, bias: &CudaWeight<D>) -> CudaAct<D> {
+        self.queue(x.rows, x.width, |step| {
+            let bias = step.vector(bias, x.width, "a bias")?;
+            let from = x.buffer(step.device)?;
+            step.device.add(from.address, bias, x.rows, x.width, true)
+        })
+    }
+
+    fn attend(&mut self, layer: usize, qkv: CudaAct<D>, attend: &Attend<'_, Device<D>>) -> CudaAct<D> {
+        self.queue(qkv.rows, attend.heads * attend.head_dim, |step| step.attention(layer, &qkv, attend))
+    }
+
+    /// Keys and values of all heads are made from the latents of the whole context.
+    fn attend_mla(
+        &mut self,
+        layer: usize,
+        q: CudaAct<D>,
+        kv: CudaAct<D>,
+        mla: &Mla<'_, Device<D>>,
+    ) -> CudaAct<D> {
+        self.queue(q.rows, mla.heads * mla.value_dim, |step| step.latent_attention(layer, &q, &kv, mla))
+    }
+
+    fn moe(&mut self, x: &CudaAct<D>, moe: &Moe<'_, Device<D>>) -> CudaAct<D> {
+        self.queue(x.rows, x.width, |step| step.experts(x, moe))
+    }
+
+    fn export(&mut self, seq: SeqId, layer: usize, tokens: Range<u32>) -> Result<CudaExport<D>, KvError> {
+        self.kv.export(seq, layer, tokens)
+    }
+
+    fn submit(mut self, out: Out<CudaAct<D>>) -> Box<dyn Pending<CudaAct<D>>> {
+        if self.fault.is_some() {
+            self.device.drawn = None;
+        }
+        let outcome = match (self.fault.take(), out) {
+            (Some(fault), _) => Outcome::Failed(fault),
+            (None, out) => self.ending(out).unwrap_or_else(Outcome::Failed),
+        };
+        let ended = self.device.driver().record(Lane::Compute);
+        match ended {
+            Ok(ended) => Box::new(Running { outcome, ended, driver: self.device.driver().clone() }),
+            Err(error) => Box::new(Failed(error)),
+        }
+    }
+}
+
+impl<D: Driver + Open> CudaStep<'_, D> {
+    fn ending(&mut self, out: Out<CudaAct<D>>) -> Result<Outcome<D>, BackendError> {
+        if !matches!(out, Out::Draw(..)) {
+            self.device.drawn = None;
+        }
+        Ok(match out {
+            Out::Nothing => Outcome::Nothing,
+            Out::Hidden(act) => {
+                let buffer = act.buffer(self.device)?;
+                Outcome::Hidden(CudaAct { rows: act.rows, width: act.width, state: State::Ready(buffer) })
+            }
+            Out::Logits(act) => {
+                let logits = act.floats(self.device)?;
+                Outcome::Logits(Fetched::of(self.device, &logits, act.rows * act.width * 4)?)
+            }
+            Out::Draw(act, draws) => Outcome::Drawing(self.draw(&act, &draws)?),
+        })
+    }
+}
+
+enum Outcome<D: Driver> {
+    Nothing,
+    Hidden(CudaAct<D>),
+    Logits(Fetched<D>),
+    Drawing(Drawing<D>),
+    Failed(BackendError),
+}
+
+/// A step that is queued.
+struct Running<D: Driver> {
+    outcome: Outcome<D>,
+    ended: D::Event,
+    driver: D,
+}
+
+impl<D: Driver> Pending<CudaAct<D>> for Running<D> {
+    fn ready(&self) -> bool {
+        self.driver.passed(&self.ended)
+    }
+
+    fn wait(self: Box<Self>) -> Result<Output<CudaAct<D>>, BackendError> {
+        D::wait(&self.ended)?;
+        match self.outcome {
+            Outcome::Nothing => Ok(Output::Nothing),
+            Outcome::Hidden(act) => Ok(Output::Hidden(act)),
+            Outcome::Logits(fetched) => Ok(Output::Logits(fetched.words()?.map(f32::from_bits).collect())),
+            Outcome::Drawing(drawing) => Ok(Output::Drawn(drawing.finish_ref()?)),
+            Outcome::Failed(error) => Err(error),
+        }
+    }
+}
+
+/// A step whose end could not even be queued.
+struct Failed(BackendError);
+
+impl<H> Pending<H> for Failed {
+    fn ready(&self) -> bool {
+        true
+    }
+
+    fn wait(self: Box<Self>) -> Result<Output<H>, BackendError> {
+        Err(self.0)
+    }
+}
+
+impl<D: Driver> Device<D> {
+    fn gather(&self, table: u64, rows: u64, count: usize, width: usize, out: u64) -> Result<(), BackendError> {
+        let args = GatherArgs { table, rows, out, width: width as u32, count: count as u32 };
+        self.launch(self.of_type("gather_f32", "gather_bf16"), [count as u32, 1, 1], THREADS, 0, &args)
+    }
+
+    fn add(&self, x: u64, y: u64, rows: usize, width: usize, broadcast: bool) -> Result<Buffer<D>, BackendError> {
+        let out = self.elements(rows * width)?;
+        let count = (rows * width) as u64;
+        let args = AddArgs { x, y, out: out.address, count, width: width as u32, broadcast: u32::from(broadcast) };
+        self.over_all(self.of_type("add_f32", "add_bf16"), rows * width, &args)?;
+        Ok(out)
+    }
+
+    /// `silu(gate) * up`, `[rows, width]`.
+    pub(crate) fn glu(&self, x: u64, rows: usize, width: usize) -> Result<Buffer<D>, BackendError> {
+        let out = self.elements(rows * width)?;
+        let args = GluArgs { x, out: out.address, count: (rows * width) as u64, width: width as u32 };
+        self.over_all(self.of_type("glu_f32", "glu_bf16"), rows * width, &args)?;
+        Ok(out)
+    }
+}
