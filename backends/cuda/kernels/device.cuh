@@ -96,7 +96,7 @@ __device__ __forceinline__ float bits_float(u32 x) {
 }
 #endif
 
-const float MINUS_INFINITY = -__builtin_huge_valf();
+#define MINUS_INFINITY bits_float(0xff800000u)
 
 __device__ __forceinline__ float up(float x) {
     return x;

@@ -55,7 +55,7 @@ KERNEL(draw_rows, DrawArgs) {
         peak = fmaxf(peak, peaks[w]);
         fault = faults[w] < fault ? faults[w] : fault;
     }
-    double best = -__builtin_huge_val();
+    double best = -1.7976931348623157e308;
     u32 id = 0xffffffffu;
     for (u32 i = threadIdx.x; i < a.width; i += blockDim.x) {
         double score = logits[i];

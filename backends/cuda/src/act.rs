@@ -46,7 +46,9 @@ impl<D: Driver> CudaAct<D> {
                 }
                 Ok(Rc::new(out))
             }
-            State::Blank => Err(BackendError::Device("an operation on the result of one that failed".to_owned())),
+            State::Blank => {
+                Err(BackendError::Device("an operation on the result of one that failed".to_owned()))
+            }
         }
     }
 

@@ -6,7 +6,8 @@ use backend::{Attend, BackendError, KvStore, Mla, NormSpan, QkNorm, Rope, RopeSt
 
 use crate::act::CudaAct;
 use crate::args::{
-    AnglesArgs, AttendArgs, CombineArgs, ExpandArgs, Places, PrepareArgs, PrepareLatentArgs, SquaresArgs, Tile,
+    AnglesArgs, AttendArgs, CombineArgs, ExpandArgs, Places, PrepareArgs, PrepareLatentArgs, SquaresArgs,
+    Tile,
 };
 use crate::device::{Device, THREADS};
 use crate::driver::Driver;
@@ -166,10 +167,14 @@ impl<D: Driver> CudaStep<'_, D> {
             return refused(format!("heads of {dim} with {} rotary pairs", rope.inv_freq.len()));
         }
         if (qkv.rows, qkv.width) != (self.batch.rows(), (heads + 2 * kv_heads) * dim) {
-            return refused(format!("qkv of {} x {} for {heads} + 2 * {kv_heads} heads of {dim}", qkv.rows, qkv.width));
+            return refused(format!(
+                "qkv of {} x {} for {heads} + 2 * {kv_heads} heads of {dim}",
+                qkv.rows, qkv.width
+            ));
         }
         let planes = &self.kv.spec().planes;
-        if planes.len() != 2 || planes.iter().any(|plane| plane.heads().len() != kv_heads || plane.dim != dim) {
+        if planes.len() != 2 || planes.iter().any(|plane| plane.heads().len() != kv_heads || plane.dim != dim)
+        {
             return refused(format!("a cache whose planes are not {kv_heads} heads of {dim}"));
         }
         self.enter(layer, window)?;
@@ -237,7 +242,8 @@ impl<D: Driver> CudaStep<'_, D> {
     {
         let (heads, kv_heads, dim) = (args.heads as usize, args.kv_heads as usize, args.dim as usize);
         args.eps = norm.eps;
-        let NormSpan::Projection { heads_total, kv_heads_total, head_first, kv_head_first, kv_heads_own } = &norm.span
+        let NormSpan::Projection { heads_total, kv_heads_total, head_first, kv_head_first, kv_heads_own } =
+            &norm.span
         else {
             args.q_norm = self.vector(norm.q, dim, "a head norm's scale")?;
             args.k_norm = self.vector(norm.k, dim, "a head norm's scale")?;
@@ -246,7 +252,9 @@ impl<D: Driver> CudaStep<'_, D> {
         args.q_norm = self.vector(norm.q, heads * dim, "the scale of q's norm")?;
         args.k_norm = self.vector(norm.k, kv_heads * dim, "the scale of k's norm")?;
         if head_first + heads > *heads_total || kv_head_first + kv_heads > *kv_heads_total {
-            return refused(format!("heads {head_first} and {kv_head_first} on of {heads_total} and {kv_heads_total}"));
+            return refused(format!(
+                "heads {head_first} and {kv_head_first} on of {heads_total} and {kv_heads_total}"
+            ));
         }
         let squares = self.device.pool.take(rows * (heads_total + kv_heads_total) * 4)?;
         let of_heads = SquaresArgs {
@@ -323,7 +331,13 @@ impl<D: Driver> CudaStep<'_, D> {
             };
             let threads = if few { 32 } else { 128 };
             let grid = [tiles.len() as u32, groups, splits as u32];
-            self.device.launch(flash.kernels[usize::from(few)], grid, threads, flash.shared_bytes(queries), &args)?;
+            self.device.launch(
+                flash.kernels[usize::from(few)],
+                grid,
+                threads,
+                flash.shared_bytes(queries),
+                &args,
+            )?;
             if let Some(partial) = &partial {
                 let combine = CombineArgs {
                     partial: partial.address,
@@ -377,9 +391,13 @@ impl<D: Driver> CudaStep<'_, D> {
         let count = self.batch.rows();
         let planes: Vec<usize> = self.kv.spec().planes.iter().map(|plane| plane.dim).collect();
         if heads == 0 || rope.inv_freq.len() * 2 != rope_dim || planes != [latent_dim, rope_dim] {
-            return refused(format!("{heads} heads over a cache of {planes:?} for {latent_dim} + {rope_dim}"));
+            return refused(format!(
+                "{heads} heads over a cache of {planes:?} for {latent_dim} + {rope_dim}"
+            ));
         }
-        if (q.rows, q.width, kv.rows, kv.width) != (count, heads * (nope + rope_dim), count, latent_dim + rope_dim) {
+        if (q.rows, q.width, kv.rows, kv.width)
+            != (count, heads * (nope + rope_dim), count, latent_dim + rope_dim)
+        {
             return refused(format!("q of {} x {}, kv of {} x {}", q.rows, q.width, kv.rows, kv.width));
         }
         let keys = heads_of(mla.q_to_latent, heads, latent_dim, nope)?;
@@ -409,7 +427,13 @@ impl<D: Driver> CudaStep<'_, D> {
             eps: norm_eps,
         };
         let kernel = self.device.of_type("prepare_latent_f32", "prepare_latent_bf16");
-        self.device.launch(kernel, [count as u32, 1, 1], THREADS, THREADS as usize / 32 * rope_dim * 4, &prepare)?;
+        self.device.launch(
+            kernel,
+            [count as u32, 1, 1],
+            THREADS,
+            THREADS as usize / 32 * rope_dim * 4,
+            &prepare,
+        )?;
 
         // Latents and rope keys of all sequences' contexts, side by side.
         let mut firsts = Vec::new();

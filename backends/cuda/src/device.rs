@@ -2,13 +2,13 @@
 
 use std::rc::Rc;
 
-use backend::{BackendError, Backend, Batch, Caps, DType, DeviceOptions, Group, KvSpec, Links, WeightSource};
+use backend::{Backend, BackendError, Batch, Caps, DType, DeviceOptions, Group, KvSpec, Links, WeightSource};
 
+use crate::act::CudaAct;
 use crate::args::Args;
 use crate::driver::{Driver, Launch};
 use crate::kv::CudaKv;
 use crate::memory::{Buffer, Pool};
-use crate::act::CudaAct;
 use crate::step::CudaStep;
 use crate::weight::CudaWeight;
 
@@ -37,7 +37,12 @@ impl<D: Driver> Device<D> {
         if !options.block_tokens.is_power_of_two() {
             return refused(format!("{} tokens per KV block is not a power of two", options.block_tokens));
         }
-        Ok(Device { pool: Pool::new(driver), dtype: options.dtype, block_tokens: options.block_tokens, drawn: None })
+        Ok(Device {
+            pool: Pool::new(driver),
+            dtype: options.dtype,
+            block_tokens: options.block_tokens,
+            drawn: None,
+        })
     }
 
     pub(crate) fn driver(&self) -> &D {
@@ -59,12 +64,22 @@ impl<D: Driver> Device<D> {
     }
 
     /// A kernel with a block of [`THREADS`] for each of `blocks`.
-    pub(crate) fn each<A: Args>(&self, kernel: &'static str, blocks: usize, args: &A) -> Result<(), BackendError> {
+    pub(crate) fn each<A: Args>(
+        &self,
+        kernel: &'static str,
+        blocks: usize,
+        args: &A,
+    ) -> Result<(), BackendError> {
         self.launch(kernel, [blocks as u32, 1, 1], THREADS, 0, args)
     }
 
     /// A kernel over `count` elements, any number of blocks.
-    pub(crate) fn over_all<A: Args>(&self, kernel: &'static str, count: usize, args: &A) -> Result<(), BackendError> {
+    pub(crate) fn over_all<A: Args>(
+        &self,
+        kernel: &'static str,
+        count: usize,
+        args: &A,
+    ) -> Result<(), BackendError> {
         let blocks = count.div_ceil(THREADS as usize).min(self.driver().blocks_busy() as usize * 8);
         self.each(kernel, blocks.max(1), args)
     }

@@ -63,9 +63,23 @@ pub trait Driver: Clone + 'static {
     /// Zeroes device memory.
     fn clear(&self, at: u64, bytes: usize) -> Result<(), BackendError>;
     /// Queues a copy of `bytes` to `host[at..]`, which must live until an event behind it.
-    fn to_host(&self, lane: Lane, host: &mut Self::Host, at: usize, from: u64, bytes: usize) -> Result<(), BackendError>;
+    fn to_host(
+        &self,
+        lane: Lane,
+        host: &mut Self::Host,
+        at: usize,
+        from: u64,
+        bytes: usize,
+    ) -> Result<(), BackendError>;
     /// Queues a copy of `bytes` from `host[at..]`, which must live until an event behind it.
-    fn to_device(&self, lane: Lane, to: u64, host: &Self::Host, at: usize, bytes: usize) -> Result<(), BackendError>;
+    fn to_device(
+        &self,
+        lane: Lane,
+        to: u64,
+        host: &Self::Host,
+        at: usize,
+        bytes: usize,
+    ) -> Result<(), BackendError>;
     /// Queues a kernel in [`Lane::Compute`].
     fn launch<A: Args>(&self, launch: Launch, args: &A) -> Result<(), BackendError>;
     /// Queues a dense product in [`Lane::Compute`]; `false`: this device has no library for it.

@@ -44,7 +44,17 @@ fn build() -> Result<PathBuf, String> {
     sources.push(root.join("emulator/emulator.cpp"));
     let library = dir.join("kernels.so");
     let out = Command::new("g++")
-        .args(["-std=c++17", "-O2", "-fPIC", "-shared", "-DBATON_EMULATED", "-ffp-contract=off", "-w", "-x", "c++"])
+        .args([
+            "-std=c++17",
+            "-O2",
+            "-fPIC",
+            "-shared",
+            "-DBATON_EMULATED",
+            "-ffp-contract=off",
+            "-w",
+            "-x",
+            "c++",
+        ])
         .arg("-I")
         .arg(root.join("emulator"))
         .arg("-I")
@@ -129,14 +139,28 @@ impl Driver for Emulated {
         Ok(())
     }
 
-    fn to_host(&self, _: Lane, host: &mut Vec<u8>, at: usize, from: u64, bytes: usize) -> Result<(), BackendError> {
+    fn to_host(
+        &self,
+        _: Lane,
+        host: &mut Vec<u8>,
+        at: usize,
+        from: u64,
+        bytes: usize,
+    ) -> Result<(), BackendError> {
         // SAFETY: `from` is of a Memory with so many bytes.
         let from = unsafe { std::slice::from_raw_parts(from as *const u8, bytes) };
         host[at..at + bytes].copy_from_slice(from);
         Ok(())
     }
 
-    fn to_device(&self, _: Lane, to: u64, host: &Vec<u8>, at: usize, bytes: usize) -> Result<(), BackendError> {
+    fn to_device(
+        &self,
+        _: Lane,
+        to: u64,
+        host: &Vec<u8>,
+        at: usize,
+        bytes: usize,
+    ) -> Result<(), BackendError> {
         self.upload(to, &host[at..at + bytes])
     }
 

@@ -21,8 +21,6 @@ pub struct CudaKv<D: Driver> {
     pages: Pages,
     spec: KvSpec,
     block_tokens: u32,
-    /// Blocks in all.
-    blocks: u32,
     slab: D::Memory,
     /// Per plane: bytes before it within a layer.
     plane_offsets: Vec<u64>,
@@ -42,7 +40,10 @@ impl<D: Driver> CudaKv<D> {
     ) -> Result<Self, BackendError> {
         let refused = |reason| Err(BackendError::Unavailable { backend: "cuda", reason });
         if let Some(plane) = spec.planes.iter().find(|plane| plane.dtype != dtype) {
-            return refused(format!("a cache of {} in a step of {dtype} (plane {})", plane.dtype, plane.name));
+            return refused(format!(
+                "a cache of {} in a step of {dtype} (plane {})",
+                plane.dtype, plane.name
+            ));
         }
         let block_bytes = spec.token_bytes() as u64 * u64::from(block_tokens);
         let blocks = bytes.checked_div(block_bytes).unwrap_or(0);
@@ -65,7 +66,10 @@ impl<D: Driver> CudaKv<D> {
             .collect();
         let all = layer_bytes * spec.layers as u64;
         if all > pool.driver.free_bytes() {
-            return Err(BackendError::OutOfMemory { wanted_bytes: all, free_bytes: pool.driver.free_bytes() });
+            return Err(BackendError::OutOfMemory {
+                wanted_bytes: all,
+                free_bytes: pool.driver.free_bytes(),
+            });
         }
         let slab = pool.driver.alloc(all as usize)?;
         // Padding of a tile is read, with weight zero: it must be numbers.
@@ -75,7 +79,6 @@ impl<D: Driver> CudaKv<D> {
             pages: Pages::new(spec.layers, blocks, block_tokens),
             spec: spec.clone(),
             block_tokens,
-            blocks,
             slab,
             plane_offsets,
             layer_bytes,
@@ -93,13 +96,14 @@ impl<D: Driver> CudaKv<D> {
         self.pages.table(seq)
     }
 
-    /// Blocks of the whole store.
-    pub(crate) fn blocks(&self) -> u32 {
-        self.blocks
-    }
-
     /// As the CPU store: asks for writing `tokens` of `layer` and reading `[from, tokens.end)`.
-    pub(crate) fn enter(&mut self, seq: SeqId, layer: usize, from: u32, tokens: Range<u32>) -> Result<(), KvError> {
+    pub(crate) fn enter(
+        &mut self,
+        seq: SeqId,
+        layer: usize,
+        from: u32,
+        tokens: Range<u32>,
+    ) -> Result<(), KvError> {
         self.reclaim();
         self.pages.writable(seq, layer..layer + 1, tokens.clone())?;
         self.pages.readable(seq, layer..layer + 1, from..tokens.end)?;
@@ -144,7 +148,8 @@ impl<D: Driver> CudaKv<D> {
         if tokens.is_empty() || args.width == 0 {
             return Ok(());
         }
-        let launch = Launch { kernel: "move_rows", grid: [args.count, 1, 1], threads: THREADS, shared_bytes: 0 };
+        let launch =
+            Launch { kernel: "move_rows", grid: [args.count, 1, 1], threads: THREADS, shared_bytes: 0 };
         self.pool.driver.launch(launch, &args)
     }
 

@@ -4,12 +4,14 @@
 mod act;
 mod args;
 mod attend;
+pub mod compile;
 mod device;
 mod driver;
 mod kv;
 mod lease;
 mod memory;
 mod moe;
+mod nvidia;
 mod product;
 mod step;
 mod weight;
@@ -21,8 +23,12 @@ pub use act::CudaAct;
 pub use device::Device;
 pub use kv::CudaKv;
 pub use lease::{CudaExport, CudaLanding};
+pub use nvidia::{Nvidia, probe};
 pub use step::CudaStep;
 pub use weight::CudaWeight;
+
+/// The backend on an NVIDIA GPU.
+pub type CudaBackend = Device<Nvidia>;
 
 /// The backend on the emulated device.
 #[cfg(feature = "emulator")]

@@ -23,18 +23,27 @@ fn refused<T>(reason: String) -> Result<T, BackendError> {
 }
 
 impl<D: Driver + Open> CudaStep<'_, D> {
-    pub(crate) fn experts(&mut self, x: &CudaAct<D>, moe: &Moe<'_, Device<D>>) -> Result<Buffer<D>, BackendError> {
+    pub(crate) fn experts(
+        &mut self,
+        x: &CudaAct<D>,
+        moe: &Moe<'_, Device<D>>,
+    ) -> Result<Buffer<D>, BackendError> {
         let (gate_up, down) = (matrix(moe.gate_up, true)?, matrix(moe.down, true)?);
         let router = matrix(moe.router, false)?;
         let routing = moe.routing;
         let (count, top_k, ffn) = (routing.experts, routing.top_k, down.inputs);
-        let fits = (router.outputs, router.inputs, gate_up.experts, down.experts) == (count, x.width, count, count)
+        let fits = (router.outputs, router.inputs, gate_up.experts, down.experts)
+            == (count, x.width, count, count)
             && (gate_up.inputs, gate_up.outputs, down.outputs) == (x.width, 2 * ffn, x.width);
         if !fits || count > EXPERTS_MAX || top_k == 0 || top_k > count {
             return refused(format!("{count} experts of {ffn}, {top_k} a row, for width {}", x.width));
         }
         if let Some((groups, used)) = routing.groups
-            && (groups == 0 || count % groups != 0 || used == 0 || used > groups || top_k > count / groups * used)
+            && (groups == 0
+                || count % groups != 0
+                || used == 0
+                || used > groups
+                || top_k > count / groups * used)
         {
             return refused(format!("{used} of {groups} groups of {count} experts, {top_k} a row"));
         }

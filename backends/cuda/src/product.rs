@@ -72,12 +72,22 @@ impl<D: Driver> Device<D> {
         let item = if out_f32 { 4 } else { self.dtype.bytes() };
         for part in &matrix.parts {
             let at = out + (part.first * item) as u64;
-            let bias = matrix.bias.as_ref().map_or(0, |bias| bias.address + (part.first * self.dtype.bytes()) as u64);
+            let bias = matrix
+                .bias
+                .as_ref()
+                .map_or(0, |bias| bias.address + (part.first * self.dtype.bytes()) as u64);
             if bias == 0 && rows > FEW.rows && self.dense_part(matrix, part, x, rows, at, out_f32)? {
                 continue;
             }
             let tiling = self.tiling(rows, matrix.inputs);
-            let args = ProductArgs { x, out: at, bias, m: rows as u32, out_f32: u32::from(out_f32), ..of(matrix, part) };
+            let args = ProductArgs {
+                x,
+                out: at,
+                bias,
+                m: rows as u32,
+                out_f32: u32::from(out_f32),
+                ..of(matrix, part)
+            };
             self.run(tiling, rows.div_ceil(tiling.rows), part.outputs, &args)?;
         }
         Ok(())
@@ -140,7 +150,13 @@ impl<D: Driver> Device<D> {
         Ok(())
     }
 
-    fn run(&self, tiling: Tiling, tiles: usize, outputs: usize, args: &ProductArgs) -> Result<(), BackendError> {
+    fn run(
+        &self,
+        tiling: Tiling,
+        tiles: usize,
+        outputs: usize,
+        args: &ProductArgs,
+    ) -> Result<(), BackendError> {
         let grid = [outputs.div_ceil(tiling.outputs) as u32, tiles as u32, 1];
         self.launch(tiling.kernel, grid, tiling.threads, tiling.shared_bytes, args)
     }
@@ -155,7 +171,13 @@ impl<D: Driver> Device<D> {
         out: u64,
     ) -> Result<(), BackendError> {
         let args = DecodeArgs { quant, rows, out, cols: cols as u32 };
-        self.launch(self.of_type("decode_rows_f32", "decode_rows_bf16"), [count as u32, 1, 1], THREADS, 0, &args)
+        self.launch(
+            self.of_type("decode_rows_f32", "decode_rows_bf16"),
+            [count as u32, 1, 1],
+            THREADS,
+            0,
+            &args,
+        )
     }
 
     /// bf16 to f32.

@@ -6,7 +6,8 @@ use std::rc::Rc;
 
 use backend::draw::{Noise, drawn};
 use backend::{
-    Attend, Batch, BackendError, Draw, Drawn, Glu, Input, KvError, KvStore, Mla, Moe, Out, Output, Pending, SeqId, Step,
+    Attend, BackendError, Batch, Draw, Drawn, Glu, Input, KvError, KvStore, Mla, Moe, Out, Output, Pending,
+    SeqId, Step,
 };
 
 use crate::act::{CudaAct, State};
@@ -67,7 +68,12 @@ impl<'a, D: Driver> CudaStep<'a, D> {
         CudaAct::blank(rows, width)
     }
 
-    pub(crate) fn vector(&self, weight: &CudaWeight<D>, width: usize, what: &str) -> Result<u64, BackendError> {
+    pub(crate) fn vector(
+        &self,
+        weight: &CudaWeight<D>,
+        width: usize,
+        what: &str,
+    ) -> Result<u64, BackendError> {
         match &*weight.0 {
             Kind::Vector(memory, len) if *len == width => Ok(memory.address),
             Kind::Vector(_, len) => Err(BackendError::Device(format!("{what} of {len} for width {width}"))),
@@ -111,7 +117,11 @@ impl<'a, D: Driver> CudaStep<'a, D> {
     /// Queues the drawing of rows of logits. Rows with filters are drawn on the host, which waits for them here.
     fn draw(&mut self, act: &CudaAct<D>, draws: &[Draw]) -> Result<Drawing<D>, BackendError> {
         if draws.len() != act.rows {
-            return Err(BackendError::Device(format!("{} draws for {} rows of logits", draws.len(), act.rows)));
+            return Err(BackendError::Device(format!(
+                "{} draws for {} rows of logits",
+                draws.len(),
+                act.rows
+            )));
         }
         let logits = act.floats(self.device)?;
         let mut words = Vec::with_capacity(draws.len() * RULE_WORDS);
@@ -148,7 +158,8 @@ impl<'a, D: Driver> CudaStep<'a, D> {
         let mut drawing = Drawing { draws: draws.to_vec(), width: act.width, logits: rows, choices: None };
         if draws.iter().any(|draw| on_host(draw) && matches!(draw, Draw::Token(_))) {
             // The next step may want these ids: they are drawn now and sent.
-            drawing.choices = Some(Fetched::of(self.device, &Rc::new(choices), draws.len() * CHOICE_WORDS * 4)?);
+            drawing.choices =
+                Some(Fetched::of(self.device, &Rc::new(choices), draws.len() * CHOICE_WORDS * 4)?);
             let rows = drawing.finish_ref()?;
             let words: Vec<u32> = rows
                 .iter()
@@ -254,7 +265,9 @@ impl<D: Driver + Open> Step for CudaStep<'_, D> {
             };
             let out = step.device.elements(rows * width)?;
             match &part.data {
-                Data::Plain(memory) => step.device.gather(memory.address, ids.address, rows, width, out.address)?,
+                Data::Plain(memory) => {
+                    step.device.gather(memory.address, ids.address, rows, width, out.address)?
+                }
                 Data::Quantised { args, .. } => {
                     step.device.decode(*args, ids.address, rows, width, out.address)?;
                 }
@@ -461,15 +474,30 @@ impl<H> Pending<H> for Failed {
 }
 
 impl<D: Driver> Device<D> {
-    fn gather(&self, table: u64, rows: u64, count: usize, width: usize, out: u64) -> Result<(), BackendError> {
+    fn gather(
+        &self,
+        table: u64,
+        rows: u64,
+        count: usize,
+        width: usize,
+        out: u64,
+    ) -> Result<(), BackendError> {
         let args = GatherArgs { table, rows, out, width: width as u32, count: count as u32 };
         self.launch(self.of_type("gather_f32", "gather_bf16"), [count as u32, 1, 1], THREADS, 0, &args)
     }
 
-    fn add(&self, x: u64, y: u64, rows: usize, width: usize, broadcast: bool) -> Result<Buffer<D>, BackendError> {
+    fn add(
+        &self,
+        x: u64,
+        y: u64,
+        rows: usize,
+        width: usize,
+        broadcast: bool,
+    ) -> Result<Buffer<D>, BackendError> {
         let out = self.elements(rows * width)?;
         let count = (rows * width) as u64;
-        let args = AddArgs { x, y, out: out.address, count, width: width as u32, broadcast: u32::from(broadcast) };
+        let args =
+            AddArgs { x, y, out: out.address, count, width: width as u32, broadcast: u32::from(broadcast) };
         self.over_all(self.of_type("add_f32", "add_bf16"), rows * width, &args)?;
         Ok(out)
     }

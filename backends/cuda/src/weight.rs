@@ -5,7 +5,8 @@ use std::rc::Rc;
 
 use backend::weight::widen;
 use backend::{
-    BackendError, DType, GgufBlock, Heads, KSum, Linear, MatrixView, Quant, QuantView, TensorView, WeightSource,
+    BackendError, DType, GgufBlock, Heads, KSum, Linear, MatrixView, Quant, QuantView, TensorView,
+    WeightSource,
 };
 use half::bf16;
 
@@ -84,7 +85,9 @@ impl<D: Driver> Memory<D> {
 impl<D: Driver> CudaWeight<D> {
     pub(crate) fn load(driver: &D, source: &WeightSource<'_>, dtype: DType) -> Result<Self, BackendError> {
         let kind = match source {
-            WeightSource::Linear(linear) => Kind::Product(Matrix::load(driver, std::slice::from_ref(linear), dtype)?),
+            WeightSource::Linear(linear) => {
+                Kind::Product(Matrix::load(driver, std::slice::from_ref(linear), dtype)?)
+            }
             WeightSource::Experts(experts) => Kind::Experts(Matrix::load(driver, experts, dtype)?),
             WeightSource::Heads(heads) => load_heads(driver, heads, dtype)?,
             WeightSource::Embedding(view) => {
@@ -94,7 +97,9 @@ impl<D: Driver> CudaWeight<D> {
             WeightSource::Norm(view) | WeightSource::Bias(view) => {
                 Kind::Vector(vector(driver, std::slice::from_ref(view), dtype)?, view.cols)
             }
-            WeightSource::Exact(view) => Kind::Exact(vector(driver, std::slice::from_ref(view), DType::F32)?, view.cols),
+            WeightSource::Exact(view) => {
+                Kind::Exact(vector(driver, std::slice::from_ref(view), DType::F32)?, view.cols)
+            }
         };
         Ok(CudaWeight(Rc::new(kind)))
     }
@@ -141,7 +146,10 @@ fn load_heads<D: Driver>(driver: &D, source: &Heads<'_>, dtype: DType) -> Result
     for head in &source.heads {
         head.check()?;
         if (head.rows(), head.cols()) != (rows, cols) {
-            return Err(refused(head.name(), format!("{} x {} beside {rows} x {cols}", head.rows(), head.cols())));
+            return Err(refused(
+                head.name(),
+                format!("{} x {} beside {rows} x {cols}", head.rows(), head.cols()),
+            ));
         }
         for row in 0..rows {
             head.decode(row, 0..cols, &mut line);
@@ -150,9 +158,15 @@ fn load_heads<D: Driver>(driver: &D, source: &Heads<'_>, dtype: DType) -> Result
     }
     let (outputs, inputs) = if source.transposed { (cols, rows) } else { (rows, cols) };
     let shape = HeadShape { outputs, inputs, turned: source.transposed };
-    let part = Part { first: 0, outputs: source.heads.len() * rows, data: Data::Plain(Memory::of(driver, &bytes)?) };
-    let matrix =
-        Matrix { experts: 1, outputs: source.heads.len() * rows, inputs: cols, parts: vec![part], bias: None };
+    let part =
+        Part { first: 0, outputs: source.heads.len() * rows, data: Data::Plain(Memory::of(driver, &bytes)?) };
+    let matrix = Matrix {
+        experts: 1,
+        outputs: source.heads.len() * rows,
+        inputs: cols,
+        parts: vec![part],
+        bias: None,
+    };
     Ok(Kind::Heads(vec![shape; source.heads.len()], matrix))
 }
 
@@ -174,7 +188,10 @@ impl<D: Driver> Matrix<D> {
         for part in experts.iter().flat_map(|linear| &linear.parts) {
             part.check()?;
             if part.cols() != inputs {
-                return Err(refused(part.name(), format!("{} columns beside {inputs} of {name}", part.cols())));
+                return Err(refused(
+                    part.name(),
+                    format!("{} columns beside {inputs} of {name}", part.cols()),
+                ));
             }
         }
         if let Some(other) = experts.iter().find(|other| {
@@ -267,7 +284,8 @@ fn quantised<D: Driver>(driver: &D, experts: &[Linear<'_>], at: usize) -> Result
         all.flat_map(|view| (0..view.rows).flat_map(move |row| view.row(row).to_vec())).collect()
     };
     let (scales, biases) = (dense(|view| view.scales), dense(|view| view.biases));
-    let memory = vec![Memory::of(driver, &codes)?, Memory::of(driver, &scales)?, Memory::of(driver, &biases)?];
+    let memory =
+        vec![Memory::of(driver, &codes)?, Memory::of(driver, &scales)?, Memory::of(driver, &biases)?];
     let (format, bits, group, group_rows) = match first.format {
         Quant::Affine { bits, group } => (0, bits, group, 1),
         Quant::Int4 { group } => (1, 4, group, 1),
