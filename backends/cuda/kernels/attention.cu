@@ -66,9 +66,13 @@ __device__ void attend(const AttendArgs& a) {
     }
 
     float o[MT][DV / 8][4], peak[MT][2], total[MT][2];
+#pragma unroll
     for (int t = 0; t < MT; ++t) {
+#pragma unroll
         for (int n = 0; n < DV / 8; ++n)
+#pragma unroll
             for (int i = 0; i < 4; ++i) o[t][n][i] = 0.0f;
+#pragma unroll
         for (int h = 0; h < 2; ++h) peak[t][h] = MINUS_INFINITY, total[t][h] = 0.0f;
     }
     const float scale = a.scale * 1.4426950408889634f;  // exponents to base 2
@@ -82,8 +86,11 @@ __device__ void attend(const AttendArgs& a) {
         copies_commit();
 
         float s[MT][NT][4];
+#pragma unroll
         for (int t = 0; t < MT; ++t)
+#pragma unroll
             for (int n = 0; n < NT; ++n)
+#pragma unroll
                 for (int i = 0; i < 4; ++i) s[t][n][i] = 0.0f;
 #pragma unroll
         for (int k = 0; k < DK; k += 16) {
@@ -115,6 +122,7 @@ __device__ void attend(const AttendArgs& a) {
                 float highest = MINUS_INFINITY;
 #pragma unroll
                 for (int n = 0; n < NT; ++n)
+#pragma unroll
                     for (int i = 0; i < 2; ++i) {
                         float& x = s[t][n][h * 2 + i];
                         const u32 p = j * BN + n * 8 + lane % 4 * 2 + i;
@@ -131,6 +139,7 @@ __device__ void attend(const AttendArgs& a) {
                 float sum = 0.0f;
 #pragma unroll
                 for (int n = 0; n < NT; ++n)
+#pragma unroll
                     for (int i = 0; i < 2; ++i) {
                         float& x = s[t][n][h * 2 + i];
                         x = exp2f(x * scale - base);
@@ -141,6 +150,7 @@ __device__ void attend(const AttendArgs& a) {
                 total[t][h] = total[t][h] * keep + sum;
 #pragma unroll
                 for (int n = 0; n < DV / 8; ++n)
+#pragma unroll
                     for (int i = 0; i < 2; ++i) o[t][n][h * 2 + i] *= keep;
             }
         }
@@ -176,7 +186,9 @@ __device__ void attend(const AttendArgs& a) {
     }
     copies_wait<0>();
 
+#pragma unroll
     for (int t = 0; t < MT; ++t)
+#pragma unroll
         for (int h = 0; h < 2; ++h) {
             const int m = (warp * MT + t) * 16 + lane / 4 + h * 8;
             if (m >= queries) continue;
@@ -185,7 +197,9 @@ __device__ void attend(const AttendArgs& a) {
                 u64 at = (((u64)blockIdx.x * gridDim.y + blockIdx.y) * a.splits + blockIdx.z) * BM + m;
                 float* sums = (float*)a.partial + at * (a.value_dim + 2);
                 if (lane % 4 == 0) sums[0] = peak[t][h], sums[1] = total[t][h];
+#pragma unroll
                 for (int n = 0; n < DV / 8; ++n)
+#pragma unroll
                     for (int i = 0; i < 2; ++i) {
                         u32 d = n * 8 + lane % 4 * 2 + i;
                         if (d < a.value_dim) sums[2 + d] = o[t][n][h * 2 + i];
@@ -195,6 +209,7 @@ __device__ void attend(const AttendArgs& a) {
             const u64 row = tile.row + m / a.pack, head = head_first + m % a.pack;
             bf16* out = (bf16*)a.out + (row * a.heads + head) * a.value_dim;
             const float factor = 1.0f / total[t][h];
+#pragma unroll
             for (int n = 0; n < DV / 8; ++n) {
                 u32 d = n * 8 + lane % 4 * 2;
                 if (d < a.value_dim) *(u32*)(out + d) = pair_bits(o[t][n][h * 2] * factor, o[t][n][h * 2 + 1] * factor);

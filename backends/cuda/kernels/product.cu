@@ -60,8 +60,11 @@ __device__ void product(const ProductArgs& a) {
     const bf16* w = (const bf16*)a.w + (u64)tile.expert * a.n * a.k;
 
     float acc[MT][NT][4];
+#pragma unroll
     for (int t = 0; t < MT; ++t)
+#pragma unroll
         for (int n = 0; n < NT; ++n)
+#pragma unroll
             for (int i = 0; i < 4; ++i) acc[t][n][i] = 0.0f;
 
     const int steps = (a.k + BK - 1) / BK;
@@ -88,6 +91,7 @@ __device__ void product(const ProductArgs& a) {
                 } else {
                     float x[8] = {0, 0, 0, 0, 0, 0, 0, 0};
                     if (there) decode8(quant, n_first + n, k, x);
+#pragma unroll
                     for (int j = 0; j < 4; ++j) ((u32*)to)[j] = pair_bits(x[2 * j], x[2 * j + 1]);
                 }
             }
@@ -115,8 +119,11 @@ __device__ void product(const ProductArgs& a) {
         }
     }
     copies_wait<0>();
+#pragma unroll
     for (int t = 0; t < MT; ++t)
+#pragma unroll
         for (int n = 0; n < NT; ++n)
+#pragma unroll
             for (int i = 0; i < 4; ++i) {
                 u32 m = wm + t * 16 + lane / 4 + i / 2 * 8, column = n_first + wn + n * 8 + lane % 4 * 2 + i % 2;
                 if (m < tile.count && column < a.n) put<bf16>(a, tile.first + m, column, acc[t][n][i]);
@@ -136,16 +143,19 @@ KERNEL(product_few, ProductArgs) {
     const Quant quant = quant_of(a, tile.expert);
     const bf16* w = (const bf16*)a.w + ((u64)tile.expert * a.n + n) * a.k;
     float sums[ROWS_FEW];
+#pragma unroll
     for (int m = 0; m < ROWS_FEW; ++m) sums[m] = 0.0f;
     for (u32 k = lane * 8; k < a.k; k += 32 * 8) {
         float x[8];
         if (a.w)
+#pragma unroll
             for (int i = 0; i < 8; ++i) x[i] = up(w[k + i]);
         else decode8(quant, n, k, x);
 #pragma unroll
         for (int m = 0; m < ROWS_FEW; ++m) {
             if (m >= (int)tile.count) break;
             const bf16* row = (const bf16*)a.x + (u64)row_of(a, tile.first + m) * a.k + k;
+#pragma unroll
             for (int i = 0; i < 8; ++i) sums[m] += up(row[i]) * x[i];
         }
     }
@@ -185,14 +195,19 @@ __device__ void product_plain(const ProductArgs& a) {
             float x[8] = {0, 0, 0, 0, 0, 0, 0, 0};
             if (n_first + threadIdx.x < a.n) decode8(quant, n_first + threadIdx.x, base, x);
             // As the other kernels: a bf16 step multiplies bf16 numbers.
+#pragma unroll
             for (int i = 0; i < 8; ++i) ws[threadIdx.x][i] = up(down<T>(x[i]));
         }
         __syncthreads();
         for (int k = 0; k < 8; ++k)
+#pragma unroll
             for (int i = 0; i < 2; ++i)
+#pragma unroll
                 for (int j = 0; j < 2; ++j) acc[i][j] += xs[ty + 16 * i][k] * ws[tx + 16 * j][k];
     }
+#pragma unroll
     for (int i = 0; i < 2; ++i)
+#pragma unroll
         for (int j = 0; j < 2; ++j) {
             u32 m = ty + 16 * i, n = n_first + tx + 16 * j;
             if (m < tile.count && n < a.n) put<T>(a, tile.first + m, n, acc[i][j]);
@@ -216,6 +231,7 @@ __device__ void decode_rows(const DecodeArgs& a) {
     for (u32 k = threadIdx.x * 8; k < a.cols; k += blockDim.x * 8) {
         float x[8];
         decode8(a.quant, row, k, x);
+#pragma unroll
         for (int i = 0; i < 8; ++i) out[k + i] = down<T>(x[i]);
     }
 }
