@@ -85,7 +85,7 @@ struct Case {
 type Rows = Vec<Vec<f32>>;
 
 /// What this build computes on.
-const BACKENDS: &str = if cfg!(feature = "mlx") { "cpu, mlx" } else { "cpu" };
+const BACKENDS: &str = if cfg!(feature = "mlx") { "cpu, cuda, mlx" } else { "cpu, cuda" };
 
 /// Reads the golden file and the model, computes, writes.
 pub fn run(args: &LogitsArgs) -> Result<()> {
@@ -108,6 +108,7 @@ pub fn run(args: &LogitsArgs) -> Result<()> {
     }
     let rows = match args.backend.as_str() {
         "cpu" => compute::<backend_cpu::CpuBackend>(args, &checkpoint, &golden.cases)?,
+        "cuda" => compute::<backend_cuda::CudaBackend>(args, &checkpoint, &golden.cases)?,
         #[cfg(feature = "mlx")]
         "mlx" => compute::<backend_mlx::MlxBackend>(args, &checkpoint, &golden.cases)?,
         other => bail!("no backend {other:?} in this build (it has: {BACKENDS})"),

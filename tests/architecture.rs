@@ -9,6 +9,7 @@ use std::path::{Path, PathBuf};
 const MAY_USE: &[(&str, &[&str])] = &[
     ("backend", &[]),
     ("backend-cpu", &["backend"]),
+    ("backend-cuda", &["backend"]),
     ("backend-mlx", &["backend"]),
     ("proto", &[]),
     ("gguf", &[]),
@@ -23,6 +24,7 @@ const MAY_USE: &[(&str, &[&str])] = &[
         &[
             "backend",
             "backend-cpu",
+            "backend-cuda",
             "backend-mlx",
             "cluster",
             "engine",
@@ -46,7 +48,8 @@ const TOPS: [&str; 2] = ["baton", "benches"];
 const SOCKETS: [&str; 8] = ["axum", "hyper", "mio", "reqwest", "socket2", "tokio", "tonic", "tungstenite"];
 
 /// Rooms where none of these may be: their code runs on the owner thread of a device.
-const BLOCKING: [&str; 7] = ["backend", "backend-cpu", "backend-mlx", "gguf", "grammar", "models", "vocab"];
+const BLOCKING: [&str; 8] =
+    ["backend", "backend-cpu", "backend-cuda", "backend-mlx", "gguf", "grammar", "models", "vocab"];
 
 /// Rooms that know no network at all. (Backends do: ranks join their sums.)
 const WITHOUT_NETWORK: [&str; 4] = ["gguf", "grammar", "models", "vocab"];

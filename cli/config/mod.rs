@@ -14,7 +14,7 @@ mod status;
 mod up;
 mod value;
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
 use cluster::ClusterToken;
@@ -68,6 +68,13 @@ fn values<S: Settings>(
 /// Where models of the Hugging Face hub come from and are kept.
 pub fn hub() -> ::hub::Settings {
     hub::settings(&environment, &|path| std::fs::read_to_string(path).ok())
+}
+
+/// Where this user's programs keep what they can make again.
+pub fn cache_dir() -> Option<PathBuf> {
+    let named = |name: &str| environment(name).filter(|value| !value.is_empty()).map(PathBuf::from);
+    let base = named("XDG_CACHE_HOME").or_else(|| Some(named("HOME")?.join(".cache")));
+    base.map(|base| base.join("baton"))
 }
 
 /// The cluster token, from one of the two settings that can hold it.

@@ -33,7 +33,7 @@ settings! {
         kv_bind: SocketAddr ["ADDRESS:PORT"] = "127.0.0.1:0";
         /// Host by which other machines reach this one [default: the bound address]
         advertise: Option<String> ["HOST"];
-        /// Device: auto (the best of this build and machine) or cpu
+        /// Device: auto (the best of this build and machine), cuda, mlx or cpu
         backend: BackendKind ["NAME"] = "auto";
         /// Type of activations and KV: bf16 or f32
         dtype: DType ["TYPE"] = "bf16";
@@ -74,7 +74,7 @@ settings! {
     }
 }
 
-choice!(BackendKind { "auto" => BackendKind::Auto, "cpu" => BackendKind::Cpu, "mlx" => BackendKind::Mlx });
+choice!(BackendKind { "auto" => BackendKind::Auto, "cpu" => BackendKind::Cpu, "cuda" => BackendKind::Cuda, "mlx" => BackendKind::Mlx });
 choice!(DType { "bf16" => DType::BF16, "f32" => DType::F32 });
 choice!(LoadFormat { "files" => LoadFormat::Files, "dummy" => LoadFormat::Dummy { seed: 0 } });
 

@@ -31,6 +31,8 @@ pub struct NodeConfig {
     pub insecure: bool,
     /// Which device.
     pub backend: BackendKind,
+    /// Where compiled GPU kernels are kept between runs.
+    pub cache: Option<PathBuf>,
     /// Activations and KV.
     pub dtype: DType,
     /// CPU threads; 0: one per usable core.
@@ -78,6 +80,8 @@ pub enum BackendKind {
     Auto,
     /// The CPU.
     Cpu,
+    /// An NVIDIA GPU.
+    Cuda,
     /// MLX: Apple Silicon, or MLX's CPU library on Linux. In builds with the feature `mlx`.
     Mlx,
 }

@@ -45,7 +45,10 @@ pub fn open(config: &NodeConfig) -> Result<Opened, NodeError> {
     .map_err(named)?;
     let held = checkpoint.rank_bytes(config.group.world).map_err(named)?;
     let need = Need { weights: held.get(config.group.rank).copied().unwrap_or(0), kv: config.kv_bytes };
-    if let Some(reason) = memory::available().and_then(|available| need.beyond(available)) {
+    // A GPU has its own memory, and says itself when it is too small.
+    let host = chosen(config.backend, config.group.world) != BackendKind::Cuda;
+    let available = memory::available().filter(|_| host);
+    if let Some(reason) = available.and_then(|available| need.beyond(available)) {
         return Err(NodeError::Memory {
             model: config.model.display().to_string(),
             rank: config.group.rank,
@@ -98,6 +101,9 @@ pub fn start(
                 let reason = "this build is without it (cargo feature mlx)".to_owned();
                 Err(backend::BackendError::Unavailable { backend: "mlx", reason }.into())
             }
+            BackendKind::Cuda => {
+                serve::<backend_cuda::CudaBackend>(&config, opened, &place, &commands, loaded)
+            }
             BackendKind::Auto | BackendKind::Cpu => {
                 serve::<CpuBackend>(&config, opened, &place, &commands, loaded)
             }
@@ -112,11 +118,24 @@ pub fn start(
     Ok(ended)
 }
 
-/// What `auto` means: MLX in builds that have it, for one rank; several ranks compute on the CPU so far.
+/// What `auto` means: MLX in builds that have it, else an NVIDIA GPU where there is one, else the CPU. Several ranks compute
+/// on the CPU so far.
 fn chosen(asked: BackendKind, world: usize) -> BackendKind {
-    match asked {
-        BackendKind::Auto if cfg!(feature = "mlx") && world == 1 => BackendKind::Mlx,
-        asked => asked,
+    if asked != BackendKind::Auto || world > 1 {
+        return asked;
+    }
+    if cfg!(feature = "mlx") {
+        return BackendKind::Mlx;
+    }
+    match backend_cuda::probe() {
+        Ok(gpus) => {
+            tracing::info!(gpus, "computing on the GPU");
+            BackendKind::Cuda
+        }
+        Err(reason) => {
+            tracing::info!("computing on the CPU: {reason}");
+            BackendKind::Cpu
+        }
     }
 }
 
@@ -132,6 +151,7 @@ fn serve<B: Backend>(
         dtype: config.dtype,
         threads: config.threads,
         block_tokens: config.block_tokens,
+        cache: config.cache.clone(),
         ..DeviceOptions::default()
     };
     let links = engine::tp::unmet(rank, world)

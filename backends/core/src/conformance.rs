@@ -92,7 +92,7 @@ impl<'a, B: Backend> Suite<'a, B> {
     }
 
     fn options(&self, dtype: DType) -> DeviceOptions {
-        DeviceOptions { dtype, threads: 2, block_tokens: 16, device: 0 }
+        DeviceOptions { dtype, threads: 2, block_tokens: 16, ..DeviceOptions::default() }
     }
 
     fn rig(&self, dtype: DType) -> Rig<B> {

@@ -4,6 +4,7 @@
 
 use std::fmt::Debug;
 use std::ops::Range;
+use std::path::PathBuf;
 use std::sync::Arc;
 
 use crate::{
@@ -59,11 +60,13 @@ pub struct DeviceOptions {
     pub block_tokens: u32,
     /// Device index where a machine has several.
     pub device: usize,
+    /// Folder for what a device compiles, kept between runs; `None`: nothing is kept.
+    pub cache: Option<PathBuf>,
 }
 
 impl Default for DeviceOptions {
     fn default() -> Self {
-        DeviceOptions { dtype: DType::BF16, threads: 0, block_tokens: 64, device: 0 }
+        DeviceOptions { dtype: DType::BF16, threads: 0, block_tokens: 64, device: 0, cache: None }
     }
 }
 

@@ -281,7 +281,8 @@ impl<D: Driver> CudaStep<'_, D> {
     fn attend_rows(&self, args: &AttendArgs) -> Result<(), BackendError> {
         let (key_dim, value_dim) = (args.key_dim as usize, args.value_dim as usize);
         let fits = |flash: &&Flash| key_dim <= flash.key_max && value_dim <= flash.value_max;
-        let aligned = key_dim.is_multiple_of(8) && value_dim.is_multiple_of(8) && args.q_row % 8 == 0;
+        let aligned =
+            key_dim.is_multiple_of(8) && value_dim.is_multiple_of(8) && args.q_row.is_multiple_of(8);
         match FLASH.iter().find(fits).filter(|_| self.device.bf16() && aligned) {
             Some(flash) => self.attend_flash(args, flash),
             None => self.attend_plain(args),

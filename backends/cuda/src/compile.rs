@@ -81,7 +81,7 @@ pub fn compile(name: &str, source: &str, target: &str) -> Result<Vec<u8>, String
 }
 
 fn built(program: sys::nvrtcProgram, name: &str, target: &str) -> Result<Vec<u8>, String> {
-    // SAFETY (all calls): the program is alive, and buffers are as large as the library said.
+    // SAFETY: the program is alive, and buffers are as large as the library said.
     unsafe {
         if let Err(error) = result::compile_program(program, &options(target)) {
             let log = result::get_program_log(program).unwrap_or_default();

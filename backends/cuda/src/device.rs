@@ -1,5 +1,6 @@
 //! The device of one rank: what is opened once, and the queueing of single operations.
 
+use std::path::Path;
 use std::rc::Rc;
 
 use backend::{Backend, BackendError, Batch, Caps, DType, DeviceOptions, Group, KvSpec, Links, WeightSource};
@@ -107,7 +108,7 @@ impl<D: Driver + Open> Backend for Device<D> {
     type Step<'a> = CudaStep<'a, D>;
 
     fn open(options: &DeviceOptions, group: Group) -> Result<Self, BackendError> {
-        Self::over(D::open(options.device)?, options, &group)
+        Self::over(D::open(options.device, options.cache.as_deref())?, options, &group)
     }
 
     fn caps(&self) -> Caps {
@@ -129,5 +130,5 @@ impl<D: Driver + Open> Backend for Device<D> {
 
 /// A driver that finds its device by number.
 pub trait Open: Sized {
-    fn open(device: usize) -> Result<Self, BackendError>;
+    fn open(device: usize, cache: Option<&Path>) -> Result<Self, BackendError>;
 }

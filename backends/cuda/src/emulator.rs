@@ -93,7 +93,7 @@ fn open(path: &Path) -> Result<LaunchFn, String> {
 pub struct Memory(Vec<u128>);
 
 impl Open for Emulated {
-    fn open(_device: usize) -> Result<Self, BackendError> {
+    fn open(_: usize, _: Option<&Path>) -> Result<Self, BackendError> {
         library().map(|_| Emulated)
     }
 }

@@ -74,7 +74,7 @@ impl Layout {
         let base = self.plane(piece.layer, piece.plane);
         let at = |token: usize| base + (token - self.tokens.start as usize) * row;
         if piece.heads == plane.heads() {
-            return Ok(vec![at(tokens.start)..at(tokens.end)]);
+            return Ok(std::iter::once(at(tokens.start)..at(tokens.end)).collect());
         }
         let skip = (piece.heads.start - plane.heads().start) * head;
         let bytes = piece.heads.len() * head;

@@ -4,6 +4,7 @@
 use std::cell::RefCell;
 use std::collections::HashMap;
 use std::ffi::{CString, c_void};
+use std::path::{Path, PathBuf};
 use std::rc::Rc;
 
 use backend::{BackendError, DType};
@@ -39,6 +40,7 @@ struct Gpu {
     workspace: sys::CUdeviceptr,
     /// By shape: what the library proposed.
     plans: RefCell<HashMap<Shape, Plan>>,
+    cache: Option<PathBuf>,
     description: String,
     processors: u32,
 }
@@ -99,12 +101,13 @@ pub fn probe() -> Result<i32, String> {
     if count == 0 {
         return Err("no usable GPU".to_owned());
     }
-    // SAFETY (both): only look for the libraries.
+    // SAFETY: only looks for the library.
     if !unsafe { cudarc::nvrtc::sys::is_culib_present() } {
         return Err(
             "libnvrtc was not found (it comes with the CUDA toolkit, or pip's nvidia-cuda-nvrtc)".to_owned()
         );
     }
+    // SAFETY: only looks for the library.
     if !unsafe { lt_sys::is_culib_present() } {
         return Err(
             "libcublasLt was not found (it comes with the CUDA toolkit, or pip's nvidia-cublas)".to_owned()
@@ -114,13 +117,13 @@ pub fn probe() -> Result<i32, String> {
 }
 
 impl Open for Nvidia {
-    fn open(index: usize) -> Result<Self, BackendError> {
+    fn open(index: usize, cache: Option<&Path>) -> Result<Self, BackendError> {
         let count = probe().map_err(refused)?;
         if index >= count as usize {
             return Err(refused(format!("GPU {index} of {count}")));
         }
         let device = result::device::get(index as i32).map_err(failed("device"))?;
-        // SAFETY (all calls): the device is there; handles are used while the context lives, which is to the end.
+        // SAFETY: the device is there; handles are used while the context lives, which is to the end.
         unsafe {
             let attribute =
                 |attribute| result::device::get_attribute(device, attribute).map_err(failed("attributes"));
@@ -152,6 +155,7 @@ impl Open for Nvidia {
                 lt,
                 workspace,
                 plans: RefCell::default(),
+                cache: cache.map(Path::to_path_buf),
                 description,
                 processors,
             })))
@@ -193,7 +197,7 @@ impl Gpu {
     fn kernel(&self, name: &'static str) -> Result<sys::CUfunction, BackendError> {
         if self.kernels.borrow().is_empty() {
             for (file, source) in compile::FILES {
-                let code = compile::cached(None, file, source, &self.target)
+                let code = compile::cached(self.cache.as_deref(), file, source, &self.target)
                     .map_err(|reason| fault(file, reason))?;
                 // SAFETY: `code` is an image for this GPU and outlives the call.
                 let module = unsafe { result::module::load_data(code.as_ptr().cast()) }

@@ -24,7 +24,7 @@ const SEQ: SeqId = SeqId(1);
 const NEAR: f64 = 2e-4;
 
 fn open<B: Backend>(fixture: &Fixture, dtype: DType, tokens: usize) -> Rank<B> {
-    let options = DeviceOptions { dtype, threads: 1, block_tokens: 16, device: 0 };
+    let options = DeviceOptions { dtype, threads: 1, block_tokens: 16, ..DeviceOptions::default() };
     Rank::open(&options, Group::alone(), &fixture.checkpoint, tokens).unwrap()
 }
 

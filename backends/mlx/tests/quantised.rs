@@ -77,7 +77,7 @@ struct Rig {
 
 impl Rig {
     fn new(dtype: DType) -> Self {
-        let options = DeviceOptions { dtype, threads: 1, block_tokens: 16, device: 0 };
+        let options = DeviceOptions { dtype, threads: 1, block_tokens: 16, ..DeviceOptions::default() };
         let mut backend = MlxBackend::open(&options, Group::alone()).unwrap();
         let kv = backend.kv(&KvSpec::gqa(1, 1, 0..1, 8, dtype), 1 << 20).unwrap();
         Rig { backend, kv, dtype }

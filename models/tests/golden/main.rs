@@ -22,7 +22,7 @@ use crate::ranks::Run;
 const SEQ: SeqId = SeqId(1);
 
 fn options(dtype: DType) -> DeviceOptions {
-    DeviceOptions { dtype, threads: 1, block_tokens: 16, device: 0 }
+    DeviceOptions { dtype, threads: 1, block_tokens: 16, ..DeviceOptions::default() }
 }
 
 /// Logits of a case as the references have them.

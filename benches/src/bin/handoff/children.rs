@@ -68,6 +68,7 @@ pub async fn node(spec: &str) -> Result<()> {
         // The namespaces are reached from this machine alone.
         insecure: true,
         backend: BackendKind::Auto,
+        cache: None,
         dtype: spec.dtype.parse().map_err(anyhow::Error::msg)?,
         threads: spec.threads,
         kv_bytes: spec.kv_bytes,
