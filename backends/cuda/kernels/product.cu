@@ -232,7 +232,7 @@ __device__ void decode_rows(const DecodeArgs& a) {
         float x[8];
         decode8(a.quant, row, k, x);
 #pragma unroll
-        for (int i = 0; i < 8; ++i) out[k + i] = down<T>(x[i]);
+        for (int i = 0; i < 8 && k + i < a.cols; ++i) out[k + i] = down<T>(x[i]);
     }
 }
 

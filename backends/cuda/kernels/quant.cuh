@@ -10,7 +10,7 @@ struct Quant {
     u32 format, bits, group;    // group: columns that share a scale
     u32 group_rows;             // rows that share one (FP8), else 1
     u32 origin_row, origin_col; // of [0, 0] within its scale's block (FP8)
-    u32 scale_type, scale_cols, row_bytes;
+    u32 scale_type, scale_cols, row_bytes, cols;
 };
 
 __device__ __forceinline__ float scale_at(u64 base, u64 index, u32 type) {
@@ -29,7 +29,7 @@ __device__ __forceinline__ float half_at(const u8* at) {
     return half_to_float((u16)at[0] | (u16)at[1] << 8);
 }
 
-// Columns [k, k + 8) of row `row`; k is a multiple of 8.
+// Columns [k, k + 8) of row `row`, zeros behind the last; k is a multiple of 8.
 __device__ __forceinline__ void decode8(const Quant& q, u32 row, u32 k, float (&out)[8]) {
     const u8* codes = (const u8*)q.codes + (u64)row * q.row_bytes;
     if (q.format == AFFINE || q.format == INT4) {
@@ -45,8 +45,10 @@ __device__ __forceinline__ void decode8(const Quant& q, u32 row, u32 k, float (&
     }
     if (q.format == FP8) {
         u64 line = (u64)((q.origin_row + row) / q.group_rows) * q.scale_cols;
-        for (int i = 0; i < 8; ++i)
-            out[i] = e4m3(codes[k + i]) * scale_at(q.scales, line + (q.origin_col + k + i) / q.group, q.scale_type);
+        for (int i = 0; i < 8; ++i) {
+            out[i] = 0.0f;
+            if (k + i < q.cols) out[i] = e4m3(codes[k + i]) * scale_at(q.scales, line + (q.origin_col + k + i) / q.group, q.scale_type);
+        }
         return;
     }
     if (q.format == Q8_0) {

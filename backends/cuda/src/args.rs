@@ -59,7 +59,7 @@ args! {
     /// A quantised matrix on the device, see `kernels/quant.cuh`.
     QuantArgs {
         codes: u64, scales: u64, biases: u64, format: u32, bits: u32, group: u32, group_rows: u32,
-        origin_row: u32, origin_col: u32, scale_type: u32, scale_cols: u32, row_bytes: u32,
+        origin_row: u32, origin_col: u32, scale_type: u32, scale_cols: u32, row_bytes: u32, cols: u32,
     }
     ProductArgs {
         quant: QuantArgs, w: u64, x: u64, out: u64, bias: u64, rows: u64, tiles: u64, codes_expert: u64,

@@ -295,9 +295,6 @@ fn quantised<D: Driver>(driver: &D, experts: &[Linear<'_>], at: usize) -> Result
     if first.biases.zip(first.scales).is_some_and(|(biases, scales)| biases.dtype != scales.dtype) {
         return Err(refused(first.name, "scales and biases of different types".to_owned()));
     }
-    if !first.cols.is_multiple_of(8) {
-        return Err(refused(first.name, format!("{} quantised columns are no multiple of 8", first.cols)));
-    }
     let args = QuantArgs {
         codes: memory[0].address,
         scales: memory[1].address,
@@ -315,6 +312,7 @@ fn quantised<D: Driver>(driver: &D, experts: &[Linear<'_>], at: usize) -> Result
         }),
         scale_cols: first.scales.map_or(0, |scales| scales.cols as u32),
         row_bytes: row_bytes as u32,
+        cols: first.cols as u32,
     };
     let scales_expert = first.scales.map_or(0, |scales| (scales.rows * scales.cols) as u64);
     Ok(Data::Quantised { args, strides: ((first.rows * row_bytes) as u64, scales_expert), _memory: memory })

@@ -1,6 +1,6 @@
 //! The kernels keep the meaning of the seam: the whole suite on the emulated device. (On a GPU: `benches/h200.sh`.)
 
-use backend::conformance::{Suite, Tolerance};
+use backend::conformance::{QUANTS, Suite, Tolerance};
 use backend::{Backend, DType, DeviceOptions, Group};
 use backend_cuda::EmulatedBackend;
 
@@ -8,5 +8,5 @@ use backend_cuda::EmulatedBackend;
 fn conforms() {
     let open = |options: &DeviceOptions, group: Group| EmulatedBackend::open(options, group);
     let tolerance = Tolerance { f32: 3e-6, bf16: 2e-2 };
-    Suite { open: &open, tolerance, dtypes: &[DType::F32, DType::BF16], group: None }.run();
+    Suite { open: &open, tolerance, dtypes: &[DType::F32, DType::BF16], group: None, quants: QUANTS }.run();
 }

@@ -21,7 +21,7 @@ use crate::fixture::Fixture;
 const CASE: &str = "llama-base-s1";
 
 fn options() -> DeviceOptions {
-    DeviceOptions { dtype: DType::F32, threads: 1, block_tokens: 16, device: 0 }
+    DeviceOptions { dtype: DType::F32, threads: 1, block_tokens: 16, ..DeviceOptions::default() }
 }
 
 fn ids(pending: Box<dyn Pending<MlxAct>>) -> Vec<u32> {
