@@ -144,16 +144,20 @@ fn steps_on_tokens_in_flight_write_in_place() {
     rig.kv.open(A, 250).unwrap();
     rig.kv.open(B, 250).unwrap();
     let draw = |act| Out::Draw(act, vec![Draw::Token(Rule { temperature: 1.0, ..Rule::GREEDY }); 2]);
-    let mut running = rig.step_for(&tokens(0), draw);
-    let before = rig.addresses();
-    rig.slow = true;
-    for position in 1..9 {
+    let in_flight = |position| {
         let mut batch = Batch::default();
         batch.push_drawn(A, position, 0);
         batch.push_drawn(B, position, 1);
-        let next = rig.step_for(&batch, draw);
-        std::mem::replace(&mut running, next).wait().unwrap();
+        batch
+    };
+    rig.step_for(&tokens(0), draw).wait().unwrap();
+    let before = rig.addresses();
+    rig.slow = true;
+    for position in (1..9).step_by(2) {
+        let first = rig.step_for(&in_flight(position), draw);
+        let second = rig.step_for(&in_flight(position + 1), draw);
+        first.wait().unwrap();
+        second.wait().unwrap();
+        assert_eq!(rig.addresses(), before, "moved at position {position}");
     }
-    running.wait().unwrap();
-    assert_eq!(rig.addresses(), before);
 }
