@@ -1,12 +1,10 @@
 //! One thread owns the device, the model and the KV store of a rank, through all epochs of its group: it leads (takes
 //! jobs, decides) or follows (does what the leader says). Called by [`crate::serve`].
-//!
-//! On a device that computes by itself the next plan is made, told and submitted while a step runs; results are taken in
-//! the order of steps. On one that computes as it is called a step is done when it is submitted, and none runs ahead.
 
-use std::collections::VecDeque;
+mod follow;
+mod lead;
+
 use std::sync::Arc;
-use std::sync::mpsc::{RecvTimeoutError, TryRecvError};
 use std::time::{Duration, Instant};
 
 use backend::{Backend, KvSpec, KvStore};
@@ -14,20 +12,15 @@ use kvtransfer::{Receiver, Sender, TargetSpec};
 use models::Model;
 
 use crate::error::EngineError;
-use crate::executor::{Executor, Submitted};
+use crate::executor::Executor;
 use crate::handle::{Command, Commands};
-use crate::leader::{Core, Setup, Step, Totals};
+use crate::leader::{Core, Setup, Totals};
 use crate::options::EngineOptions;
 use crate::request::{JobError, Target};
-use crate::tp::plan::{Notice, Plan};
-use crate::tp::{Frame, Group, Member, TpError};
+use crate::runner::lead::Lead;
+use crate::tp::plan::Notice;
+use crate::tp::{Group, Member};
 use crate::transfer::{Notify, Transfers};
-
-/// How old a published report may become while steps run.
-const REPORT_EVERY: Duration = Duration::from_millis(50);
-
-/// A follower with a step under way to which no plan comes for so long looks how that step ended.
-const PLAN_WAIT: Duration = Duration::from_millis(50);
 
 /// Longest wait for transfers of an ended epoch to let go of the store.
 const QUIET_WAIT: Duration = Duration::from_secs(5);
@@ -140,8 +133,7 @@ impl<B: Backend> Runner<B> {
         let mut core = Core::new(setup, std::mem::take(&mut self.totals));
         let sender = self.sender.clone();
         let mut executor = self.executor(&group, notify);
-        let mut lead =
-            Lead { core: &mut core, group: &mut group, commands, sender, reported: None, ended: None };
+        let mut lead = Lead::new(&mut core, &mut group, commands, sender);
         lead.report(&mut executor);
         commands.open();
         let ended = lead.run(&mut executor);
@@ -169,7 +161,7 @@ impl<B: Backend> Runner<B> {
         }
         let notify: Notify = Arc::new(group.answer());
         let mut executor = self.executor(&group, notify.clone());
-        let ended = follow(&mut executor, group.epoch, group.rank, commands);
+        let ended = follow::follow(&mut executor, group.epoch, group.rank, commands);
         if let Err(error) = &ended {
             notify(Notice::Failed { reason: error.to_string() });
         }
@@ -205,178 +197,5 @@ impl<B: Backend> Runner<B> {
             group.rank,
         );
         Executor::new(&mut self.backend, &self.model, &mut self.kv, transfers, notify)
-    }
-}
-
-/// A follower's loop: until the engine is stopped here, or the group ends.
-fn follow<B: Backend>(
-    executor: &mut Executor<'_, B>,
-    epoch: u64,
-    rank: usize,
-    commands: &Commands,
-) -> Result<(), EngineError> {
-    let lost = |reason| EngineError::Group(TpError::Lost { rank: 0, reason });
-    let mut steps = 0;
-    let mut running = VecDeque::new();
-    loop {
-        if commands.stopping() {
-            return Ok(());
-        }
-        let command = match running.is_empty() {
-            true => commands.receiver.recv().map_err(RecvTimeoutError::from),
-            false => commands.receiver.recv_timeout(PLAN_WAIT),
-        };
-        let command = match command {
-            Ok(command) => command,
-            Err(RecvTimeoutError::Timeout) => {
-                running.pop_front().map(Submitted::wait).transpose()?;
-                continue;
-            }
-            Err(RecvTimeoutError::Disconnected) => return Ok(()),
-        };
-        let frame = match command {
-            Command::Frame { epoch: of, frame, .. } if of == epoch => frame,
-            other => {
-                commands.refuse(other, &format!("rank {rank} follows"));
-                continue;
-            }
-        };
-        match frame {
-            Ok(Frame::Plan(bytes)) => {
-                let plan = Plan::decode(&bytes).map_err(TpError::from)?;
-                steps += 1;
-                if plan.step != steps {
-                    return Err(EngineError::Plan(format!("step {} came as number {steps}", plan.step)));
-                }
-                running.push_back(executor.execute(&plan)?);
-                (executor.notify)(Notice::Executed { step: plan.step });
-                while running.len() > 1 || running.front().is_some_and(Submitted::ready) {
-                    running.pop_front().map(Submitted::wait).transpose()?;
-                }
-            }
-            Ok(Frame::End(reason)) => return Err(lost(format!("ended the group: {reason}"))),
-            Ok(other) => return Err(lost(format!("sent {other:?}"))),
-            Err(error) => return Err(lost(error.to_string())),
-        }
-    }
-}
-
-/// The leader's loop and what it needs.
-struct Lead<'l> {
-    core: &'l mut Core,
-    group: &'l mut Group,
-    commands: &'l Commands,
-    sender: Sender,
-    reported: Option<Instant>,
-    /// When the latest step that is done ended.
-    ended: Option<Instant>,
-}
-
-/// A step of the leader under way.
-struct Running<B: Backend> {
-    step: Step,
-    submitted: Submitted<B>,
-    at: Instant,
-}
-
-impl Lead<'_> {
-    /// Until somebody stops the engine, or something fails.
-    fn run<B: Backend>(&mut self, executor: &mut Executor<'_, B>) -> Result<(), EngineError> {
-        let mut running = VecDeque::<Running<B>>::new();
-        loop {
-            loop {
-                match self.commands.receiver.try_recv() {
-                    Ok(command) => self.take(command)?,
-                    Err(TryRecvError::Empty) => break,
-                    Err(TryRecvError::Disconnected) => return Ok(()),
-                }
-            }
-            if self.commands.stopping() {
-                return Ok(());
-            }
-            let step = self.core.plan(Instant::now());
-            if let Some(fault) = self.core.fault() {
-                return Err(EngineError::Plan(fault.to_owned()));
-            }
-            if let Some(step) = step {
-                self.group.tell(&step.plan)?;
-                let at = Instant::now();
-                let submitted = executor.execute(&step.plan)?;
-                self.core.notice(Instant::now(), 0, Notice::Executed { step: step.plan.step });
-                running.push_back(Running { step, submitted, at });
-                while running.front().is_some_and(|first| first.submitted.ready()) {
-                    self.finish(executor, running.pop_front())?;
-                }
-            } else if let Some(first) = running.pop_front() {
-                self.finish(executor, Some(first))?;
-            } else {
-                // A transfer drops its last lease a moment after it has told of its end: seen by looking again.
-                let command = match self.report(executor) {
-                    0 => self.commands.receiver.recv().map_err(RecvTimeoutError::from),
-                    _ => self.commands.receiver.recv_timeout(REPORT_EVERY),
-                };
-                match command {
-                    Ok(command) => self.take(command)?,
-                    Err(RecvTimeoutError::Timeout) => {}
-                    Err(RecvTimeoutError::Disconnected) => return Ok(()),
-                }
-            }
-        }
-    }
-
-    /// Waits for a step and takes in what it drew.
-    fn finish<B: Backend>(
-        &mut self,
-        executor: &mut Executor<'_, B>,
-        running: Option<Running<B>>,
-    ) -> Result<(), EngineError> {
-        let Some(Running { step, submitted, at }) = running else { return Ok(()) };
-        let drawn = submitted.wait()?;
-        let ended = Instant::now();
-        // A step submitted while the one before ran began when that one ended.
-        let began = self.ended.map_or(at, |before| before.max(at));
-        self.ended = Some(ended);
-        self.core.done(step, began, ended, drawn);
-        let due = self.reported.is_none_or(|at| ended.saturating_duration_since(at) >= REPORT_EVERY);
-        if due || self.core.has_probed() {
-            self.report(executor);
-        }
-        // Whoever hears of the probe finds what came before it in the report.
-        self.core.answer_probes();
-        Ok(())
-    }
-
-    fn take(&mut self, command: Command) -> Result<(), EngineError> {
-        let now = Instant::now();
-        match command {
-            Command::Submit { id, job, events, arrived } => self.core.submit(now, id, *job, events, arrived),
-            Command::Cancel(job) => self.core.cancel(job),
-            Command::Probe(reply) => self.core.probe(reply),
-            // What is left of an earlier epoch.
-            Command::Notice { epoch, .. } | Command::Frame { epoch, .. } if epoch != self.group.epoch => {}
-            Command::Notice { notice, .. } => self.core.notice(now, 0, notice),
-            Command::Frame { rank, frame, .. } => {
-                let lost = |reason| TpError::Lost { rank, reason };
-                match frame.map_err(|error| lost(error.to_string()))? {
-                    Frame::Notice(bytes) => match Notice::decode(&bytes).map_err(TpError::from)? {
-                        Notice::Failed { reason } => return Err(lost(reason).into()),
-                        notice => self.core.notice(now, rank, notice),
-                    },
-                    other => return Err(lost(format!("sent {other:?}")).into()),
-                }
-            }
-            Command::Wake => {}
-        }
-        Ok(())
-    }
-
-    /// Publishes the state; returns the blocks that only transfers hold.
-    fn report<B: Backend>(&mut self, executor: &mut Executor<'_, B>) -> u32 {
-        let links = self.sender.links().into_iter().map(|l| (l.peer, l.gbytes_per_s, l.bytes)).collect();
-        let report = self.core.report(executor.kv.usage(), links);
-        self.reported = Some(Instant::now());
-        let quarantined = report.blocks.quarantined;
-        self.commands.publish(report);
-        quarantined
     }
 }
