@@ -55,8 +55,8 @@ impl Checkpoint {
         let generation = Generation::read(&dir, &config)?;
         let dtype = config.dtype.unwrap_or(DType::BF16);
         let make = |spec: TensorSpec| {
-            let bytes = spec.shape.iter().product::<usize>() * dtype.bytes();
-            let place = Place { file: 0, range: 0..bytes as u64 };
+            let bytes = spec.shape.iter().fold(dtype.bytes() as u64, |all, n| all.saturating_mul(*n as u64));
+            let place = Place { file: 0, range: 0..bytes };
             let stored = Stored { shape: spec.shape, place, form: Form::Plain(dtype) };
             (spec.name, Tensor { role: spec.role, cut: spec.cut, stored })
         };

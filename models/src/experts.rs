@@ -7,8 +7,9 @@ use crate::ModelError;
 use crate::config::at_most;
 use crate::fields::Fields;
 
-/// Most experts of a layer: tables are made of so many entries.
+/// Most experts of a layer, and of all layers: tables are made of so many entries.
 const EXPERTS_MAX: usize = 2048;
+const EXPERTS_TOTAL_MAX: usize = 1 << 17;
 
 /// The experts of the layers that have them.
 #[derive(Clone, Debug, PartialEq)]
@@ -69,7 +70,7 @@ impl Experts {
         fields.one_of("scoring_func", &["sigmoid"])?;
         fields.one_of("topk_method", &["noaux_tc"])?;
         let width = fields.size("moe_intermediate_size")?;
-        let (experts, top_k) = chosen(fields, ["n_routed_experts", "num_local_experts"])?;
+        let (experts, top_k) = chosen(fields, ["n_routed_experts", "num_local_experts"], layers)?;
         let groups = fields.opt_size("n_group")?.unwrap_or(1);
         let groups_used = fields.opt_size("topk_group")?.unwrap_or(1);
         let members = experts.checked_div(groups).unwrap_or(0);
@@ -111,11 +112,16 @@ impl Experts {
 pub(crate) fn chosen(
     fields: &mut Fields,
     [name, other]: [&'static str; 2],
+    layers: usize,
 ) -> Result<(usize, usize), ModelError> {
     let name = if fields.has(other) && !fields.has(name) { other } else { name };
     let experts = at_most(fields, name, EXPERTS_MAX)?;
     if let Some(again) = fields.opt_size(other)?.filter(|again| *again != experts) {
         return Err(fields.error(other, format!("{again}, but {name} is {experts}")));
+    }
+    if experts * layers > EXPERTS_TOTAL_MAX {
+        let reason = format!("{experts} in {layers} layers are more than {EXPERTS_TOTAL_MAX}");
+        return Err(fields.error(name, reason));
     }
     let top_k = fields.size("num_experts_per_tok")?;
     if top_k > experts {

@@ -64,6 +64,11 @@ impl Reader<'_> {
     fn tensor(&self, name: &str, file: usize, entry: &Entry) -> Result<Option<(String, Stored)>, ModelError> {
         let has = |base: &str, end: &str| self.found.contains_key(&format!("{base}.{end}"));
         let place = Place { file, range: entry.range.clone() };
+        if entry.shape.contains(&0) {
+            // Other dimensions of nothing can be any number, so nothing is computed from them.
+            let form = Form::Foreign(format!("{} without elements", entry.dtype));
+            return Ok(Some((name.into(), Stored { shape: entry.shape.clone(), place, form })));
+        }
         let path = || self.files[file].data.path.clone();
         let format =
             |reason: String| ModelError::Format { path: path(), reason: format!("tensor {name}: {reason}") };
@@ -75,7 +80,9 @@ impl Reader<'_> {
             let [rows, words] = entry.shape[..] else {
                 return Err(format(format!("shape {:?} is no matrix", entry.shape)));
             };
-            if entry.dtype != Dtype::I32 || (scales.rows, scales.cols * group) != (rows, words * 8) {
+            if entry.dtype != Dtype::I32
+                || (scales.rows, scales.cols.saturating_mul(*group)) != (rows, words * 8)
+            {
                 let (dtype, shape) = (entry.dtype, &entry.shape);
                 return Err(format(format!(
                     "{dtype} {shape:?} with scales [{}, {}] in groups of {group}",
@@ -144,7 +151,7 @@ impl Reader<'_> {
         let (rows, words) =
             entry.shape.split_last().map_or((0, 0), |(last, rest)| (rest.iter().product(), *last));
         let cols = words * 32 / bits;
-        let fits = |scales: &Scales| (scales.rows, scales.cols * affine.group) == (rows, cols);
+        let fits = |scales: &Scales| (scales.rows, scales.cols.saturating_mul(affine.group)) == (rows, cols);
         if entry.dtype != Dtype::U32 || words * 32 != cols * bits || !fits(&scales) || !fits(&biases) {
             let (dtype, shape) = (entry.dtype, &entry.shape);
             return Err(error(format!(
@@ -167,7 +174,7 @@ impl Reader<'_> {
             let reason = format!("tensor {base} is quantised, and has no {name}");
             return Err(ModelError::Format { path: self.files[0].data.path.clone(), reason });
         };
-        let Some(dtype) = plain(entry.dtype) else {
+        let Some(dtype) = plain(entry.dtype).filter(|_| !entry.shape.contains(&0)) else {
             let path = self.files[*file].data.path.clone();
             return Err(ModelError::Type { path, name, got: entry.dtype.to_string() });
         };
@@ -188,10 +195,14 @@ fn plain(dtype: Dtype) -> Option<DType> {
 
 /// Puts the tensor, or the matrices that it stacks, into `tensors` by their Hugging Face names.
 fn unstack(name: String, stored: Stored, tensors: &mut BTreeMap<String, Stored>) {
-    let [count, rows, cols] = stored.shape[..] else {
+    let &[count, rows, cols] = &stored.shape[..] else {
         tensors.insert(name, stored);
         return;
     };
+    if count.saturating_mul(rows).saturating_mul(cols) == 0 {
+        tensors.insert(name, stored);
+        return;
+    }
     // One matrix under the other.
     let stacked = Stored { shape: vec![count * rows, cols], ..stored };
     let Some((block, rest)) = name.split_once(".switch_mlp.") else {

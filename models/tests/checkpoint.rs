@@ -297,6 +297,14 @@ fn quantised_tensors_that_disagree_are_named() {
         failed(&config, &without),
         format!("model.safetensors: tensor {UP} is quantised, and has no {UP}.biases")
     );
+    // Tensors of nothing may have dimensions that overflow.
+    for end in ["weight", "scales", "biases"] {
+        let mut empty = mlx(2, 2);
+        let name = format!("{UP}.{end}");
+        let dtype = empty[&name].0;
+        empty.insert(name.clone(), (dtype, vec![1 << 40, 0, 1 << 40], Vec::new()));
+        assert!(failed(&config, &empty).contains(UP), "{end}");
+    }
     // Codes without a scale, or a format that the configuration does not name, are types that nobody takes.
     let bare = with_parts(UP, &[("weight", Dtype::F8_E4M3, &[24, 16], 1)]);
     assert_eq!(

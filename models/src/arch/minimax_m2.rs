@@ -36,7 +36,7 @@ pub(super) fn read(fields: &mut Fields) -> Result<Config, ModelError> {
 
 fn experts(fields: &mut Fields, layers: usize) -> Result<Experts, ModelError> {
     fields.one_of("scoring_func", &["sigmoid"])?;
-    let (experts, top_k) = chosen(fields, ["num_local_experts", "num_experts"])?;
+    let (experts, top_k) = chosen(fields, ["num_local_experts", "num_experts"], layers)?;
     Ok(Experts {
         routing: Routing {
             experts,

@@ -34,7 +34,7 @@ pub(super) fn read(fields: &mut Fields) -> Result<Config, ModelError> {
 }
 
 fn experts(fields: &mut Fields, layers: usize) -> Result<Experts, ModelError> {
-    let (experts, top_k) = chosen(fields, ["num_experts", "num_local_experts"])?;
+    let (experts, top_k) = chosen(fields, ["num_experts", "num_local_experts"], layers)?;
     let every = fields.opt_size("decoder_sparse_step")?.unwrap_or(1);
     if every == 0 {
         return Err(fields.error("decoder_sparse_step", "0 is not a number of layers"));

@@ -228,6 +228,66 @@ fn absurd_numbers_are_refused_before_anything_is_made_of_them() {
     assert_eq!(absurd.parameters().total, u64::MAX);
 }
 
+/// Numbers of the published configurations, and the sizes that the authors give, in billions of parameters; the active
+/// ones with both tables of ids.
+#[test]
+fn large_models_have_their_published_sizes() {
+    let latent = r#""kv_lora_rank": 512, "q_lora_rank": 1536, "qk_nope_head_dim": 128, "qk_rope_head_dim": 64,
+        "v_head_dim": 128, "hidden_size": 7168, "intermediate_size": 18432, "moe_intermediate_size": 2048,
+        "num_hidden_layers": 61, "n_shared_experts": 1, "num_experts_per_tok": 8, "norm_topk_prob": true,
+        "scoring_func": "sigmoid", "topk_method": "noaux_tc", "moe_layer_freq": 1, "rms_norm_eps": 1e-6,
+        "attention_bias": false, "attention_dropout": 0.0, "auto_map": {}, "ep_size": 1, "hidden_act": "silu",
+        "initializer_range": 0.02, "tie_word_embeddings": false, "torch_dtype": "bfloat16", "use_cache": true,
+        "num_nextn_predict_layers": 1, "pretraining_tp": 1, "aux_loss_alpha": 0.001, "seq_aux": true"#;
+    let deepseek = format!(
+        r#"{latent}, "model_type": "deepseek_v3", "vocab_size": 129280, "num_attention_heads": 128,
+        "num_key_value_heads": 128, "n_routed_experts": 256, "n_group": 8, "topk_group": 4, "first_k_dense_replace": 3,
+        "routed_scaling_factor": 2.5, "max_position_embeddings": 163840, "rope_theta": 10000,
+        "rope_scaling": {{"beta_fast": 32, "beta_slow": 1, "factor": 40, "mscale": 1.0, "mscale_all_dim": 1.0,
+        "original_max_position_embeddings": 4096, "type": "yarn"}},
+        "quantization_config": {{"activation_scheme": "dynamic", "fmt": "e4m3", "quant_method": "fp8",
+        "weight_block_size": [128, 128]}}"#
+    );
+    let kimi = format!(
+        r#"{latent}, "model_type": "kimi_k2", "vocab_size": 163840, "num_attention_heads": 64, "num_key_value_heads": 64,
+        "n_routed_experts": 384, "n_group": 1, "topk_group": 1, "first_k_dense_replace": 1,
+        "routed_scaling_factor": 2.827, "max_position_embeddings": 262144, "rope_theta": 50000.0,
+        "rope_scaling": {{"beta_fast": 1.0, "beta_slow": 1.0, "factor": 64.0, "mscale": 1.0, "mscale_all_dim": 1.0,
+        "original_max_position_embeddings": 4096, "type": "yarn"}}"#
+    );
+    let minimax = r#""model_type": "minimax_m2", "vocab_size": 200064, "hidden_size": 3072, "head_dim": 128,
+        "intermediate_size": 1536, "mlp_intermediate_size": 8192, "num_hidden_layers": 62, "num_attention_heads": 48,
+        "num_key_value_heads": 8, "num_local_experts": 256, "num_experts_per_tok": 8, "rotary_dim": 64,
+        "rope_theta": 5000000, "max_position_embeddings": 196608, "scoring_func": "sigmoid", "use_qk_norm": true,
+        "qk_norm_type": "per_layer", "use_routing_bias": true, "shared_intermediate_size": 0, "use_mtp": true,
+        "shared_moe_mode": "sigmoid", "num_mtp_modules": 3, "mtp_transformer_layers": 1, "sliding_window": null,
+        "layernorm_mlp_beta": 1.0, "router_aux_loss_coef": 0.001, "router_jitter_noise": 0.0"#;
+    let glm = r#""model_type": "glm4_moe", "vocab_size": 151552, "hidden_size": 4096, "intermediate_size": 10944,
+        "moe_intermediate_size": 1408, "num_hidden_layers": 46, "num_attention_heads": 96, "num_key_value_heads": 8,
+        "head_dim": 128, "partial_rotary_factor": 0.5, "n_routed_experts": 128, "n_shared_experts": 1, "n_group": 1,
+        "topk_group": 1, "num_experts_per_tok": 8, "first_k_dense_replace": 1, "norm_topk_prob": true,
+        "routed_scaling_factor": 1.0, "attention_bias": true, "use_qk_norm": false, "rope_theta": 1000000,
+        "rope_scaling": null, "max_position_embeddings": 131072, "num_nextn_predict_layers": 1"#;
+    let qwen = r#""model_type": "qwen3_moe", "vocab_size": 151936, "hidden_size": 4096, "intermediate_size": 12288,
+        "moe_intermediate_size": 1536, "num_hidden_layers": 94, "num_attention_heads": 64, "num_key_value_heads": 4,
+        "head_dim": 128, "num_experts": 128, "num_experts_per_tok": 8, "norm_topk_prob": true, "decoder_sparse_step": 1,
+        "mlp_only_layers": [], "max_window_layers": 94, "use_sliding_window": false, "sliding_window": null,
+        "rope_theta": 1000000.0, "max_position_embeddings": 40960, "output_router_logits": false"#;
+    for (name, fields, total, active) in [
+        ("DeepSeek V3", &deepseek[..], 671.0, 37.6),
+        ("Kimi K2", &kimi, 1026.0, 32.9),
+        ("MiniMax M2", minimax, 228.7, 11.0),
+        ("GLM 4.5 Air", glm, 106.9, 13.4),
+        ("Qwen3 235B-A22B", qwen, 235.1, 22.2),
+    ] {
+        let config = Config::parse("c", format!("{{{fields}}}").as_bytes()).unwrap();
+        let parameters = config.parameters();
+        let near = |got: u64, want: f64| (got as f64 / 1e9 / want - 1.0).abs() < 0.01;
+        assert!(near(parameters.total, total), "{name}: {parameters:?}");
+        assert!(near(parameters.active, active), "{name}: {parameters:?}");
+    }
+}
+
 #[test]
 fn broken_files_are_named() {
     let error = |json: &str| Config::parse("c", json.as_bytes()).unwrap_err().to_string();
