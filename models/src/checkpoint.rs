@@ -12,11 +12,11 @@ use crate::data_file::DataFile;
 use crate::shard::held;
 use crate::tensors::{Cut, EMBED, Role, Span, TensorSpec, instead, tensors, unused};
 use crate::weights::{Form, Place, Slice, Stored, Weights};
-use crate::{Config, Generation, ModelError, Shard, dummy, huggingface, shards};
+use crate::{Config, Generation, ModelError, Shard, dummy, gguf_file, huggingface, shards};
 
 /// Numbers and weights of one model.
 pub struct Checkpoint {
-    dir: PathBuf,
+    path: PathBuf,
     config: Config,
     generation: Generation,
     tensors: BTreeMap<String, Tensor>,
@@ -37,9 +37,18 @@ enum Source {
 }
 
 impl Checkpoint {
-    /// Opens the model directory `dir` (`config.json` and `model.safetensors`, whole or sharded by an index). Every
-    /// tensor of the architecture must be there with its shape, and no other.
-    pub fn open(dir: &Path) -> Result<Checkpoint, ModelError> {
+    /// Opens the model at `path`: a directory with `config.json` and `model.safetensors`, whole or sharded by an index; a
+    /// GGUF file, whole or any part of a split one; or a directory that has one instead. Every tensor of the architecture
+    /// must be there with its shape, and no other.
+    pub fn open(path: &Path) -> Result<Checkpoint, ModelError> {
+        let dir = path;
+        if !huggingface::is_model(dir)
+            && let Some(file) = gguf::find(path)?
+        {
+            let (config, generation, weights) = gguf_file::open(&file)?;
+            let generation = if path.is_dir() { Generation::read(path, &config)? } else { generation };
+            return Checkpoint::assemble(path, config, generation, weights);
+        }
         let config = Config::read(&dir.join("config.json"))?;
         let generation = Generation::read(dir, &config)?;
         let weights = huggingface::open(dir, &config)?;
@@ -61,13 +70,13 @@ impl Checkpoint {
             (spec.name, Tensor { role: spec.role, cut: spec.cut, stored })
         };
         let tensors = tensors(&config).into_iter().map(make).collect();
-        Ok(Checkpoint { dir, config, generation, tensors, source: Source::Dummy { seed } })
+        Ok(Checkpoint { path: dir, config, generation, tensors, source: Source::Dummy { seed } })
     }
 
     /// Puts numbers and weights together when each tensor of the architecture is among the weights with its shape, and
-    /// there is no other. `dir` is where the tokenizer's files are.
+    /// there is no other. `path` is where the tokenizer is.
     pub(crate) fn assemble(
-        dir: &Path,
+        path: &Path,
         mut config: Config,
         generation: Generation,
         weights: Weights,
@@ -104,12 +113,18 @@ impl Checkpoint {
             let path = files[stored.place.file].path.clone();
             return Err(ModelError::Unexpected { path, name, model_type: config.model_type.into() });
         }
-        Ok(Checkpoint { dir: dir.into(), config, generation, tensors: checked, source: Source::Files(files) })
+        Ok(Checkpoint {
+            path: path.into(),
+            config,
+            generation,
+            tensors: checked,
+            source: Source::Files(files),
+        })
     }
 
-    /// The directory; also of the tokenizer's files.
-    pub fn dir(&self) -> &Path {
-        &self.dir
+    /// The directory or GGUF file; also of the tokenizer.
+    pub fn path(&self) -> &Path {
+        &self.path
     }
 
     /// The model's numbers.

@@ -1,6 +1,7 @@
 //! What can go wrong between a model's files and a loaded model.
 
 use backend::BackendError;
+use gguf::GgufError;
 use vocab::VocabError;
 
 /// A model directory, its numbers or its weights are not what they should be.
@@ -127,6 +128,9 @@ pub enum ModelError {
     /// The tokenizer's vocabulary cannot be read.
     #[error(transparent)]
     Vocab(#[from] VocabError),
+    /// A GGUF file is not what it should be.
+    #[error(transparent)]
+    Gguf(#[from] GgufError),
     /// The device failed.
     #[error(transparent)]
     Backend(#[from] BackendError),

@@ -21,6 +21,11 @@ struct Index {
     weight_map: HashMap<String, String>,
 }
 
+/// Whether the directory `dir` has weights of this kind.
+pub(crate) fn is_model(dir: &Path) -> bool {
+    dir.join(SINGLE).exists() || dir.join(INDEX).exists()
+}
+
 /// The tensors of the model of `config` in the directory `dir`.
 pub(crate) fn open(dir: &Path, config: &Config) -> Result<Weights, ModelError> {
     let (files, mut found, table): (_, Found, _) = if dir.join(SINGLE).exists() || !dir.join(INDEX).exists() {

@@ -4,7 +4,7 @@
 use std::fmt::Write;
 
 use sha2::{Digest, Sha256};
-use vocab::Vocab;
+use vocab::{TokenizerJson, Vocab};
 
 use crate::{Attention, Checkpoint, Config, HeadNorm, ModelError};
 
@@ -27,9 +27,9 @@ pub struct Identity {
 impl Identity {
     /// The identity of the model in `checkpoint`, with the tokenizer beside it.
     pub fn read(checkpoint: &Checkpoint) -> Result<Identity, ModelError> {
-        let vocab = match checkpoint.dir().join("tokenizer.json").exists() {
-            true => Vocab::read(checkpoint.dir())?.identity(),
-            false => "none".into(),
+        let vocab = match TokenizerJson::read(checkpoint.path())? {
+            Some(_) => Vocab::read(checkpoint.path())?.identity(),
+            None => "none".into(),
         };
         Ok(Identity { graph: graph(checkpoint.config()), vocab, weights: weights(checkpoint)? })
     }

@@ -14,6 +14,7 @@ mod experts;
 mod fields;
 mod file;
 mod generation;
+mod gguf_file;
 mod huggingface;
 pub mod identity;
 mod load;

@@ -11,8 +11,14 @@ use router::text::answer::Family;
 use router::text::{Beginning, Conversation, Detokenizer, ModelText};
 use serde::Deserialize;
 use serde_json::{Map, Value};
+use vocab::Vocab;
 
-const FAMILIES: [&str; 4] = ["llama", "qwen3", "deepseek_v3", "minimax_m2"];
+const FAMILIES: [&str; 5] = ["llama", "qwen3", "deepseek_v3", "minimax_m2", "kimi_k2"];
+
+/// The same tokenizers and templates in other files, and the family that they must equal: GGUF files without tensors, and a
+/// tiktoken.model.
+const OTHERS: [(&str, &str); 3] =
+    [("llama_gguf/model.gguf", "llama"), ("qwen3_gguf", "qwen3"), ("kimi_k2_tiktoken", "kimi_k2")];
 
 #[derive(Deserialize)]
 struct Golden {
@@ -43,15 +49,25 @@ fn fixture(family: &str) -> PathBuf {
 }
 
 fn load(family: &str) -> (ModelText, Golden) {
-    let dir = fixture(family);
-    let golden = std::fs::read(dir.join("golden_text.json")).expect("a fixture");
-    (ModelText::load(&dir).expect("a model's text"), serde_json::from_slice(&golden).expect("a golden file"))
+    load_as(family, family)
+}
+
+/// The text of the model `name`, and what the family must give.
+fn load_as(name: &str, family: &str) -> (ModelText, Golden) {
+    let golden = std::fs::read(fixture(family).join("golden_text.json")).expect("a fixture");
+    let text = ModelText::load(&fixture(name)).expect("a model's text");
+    (text, serde_json::from_slice(&golden).expect("a golden file"))
+}
+
+/// All fixtures, each with its family.
+fn all() -> impl Iterator<Item = (&'static str, &'static str)> {
+    FAMILIES.into_iter().map(|family| (family, family)).chain(OTHERS)
 }
 
 #[test]
 fn encodings_equal_hugging_faces() {
-    for family in FAMILIES {
-        let (text, golden) = load(family);
+    for (family, of) in all() {
+        let (text, golden) = load_as(family, of);
         for case in golden.encode {
             let encode = |special| text.tokenizer.encode(&case.text, special).expect("encodable");
             assert_eq!(encode(false), case.ids, "{family}: {:?}", case.text);
@@ -63,8 +79,8 @@ fn encodings_equal_hugging_faces() {
 
 #[test]
 fn chats_equal_hugging_faces() {
-    for family in FAMILIES {
-        let (text, golden) = load(family);
+    for (family, of) in all() {
+        let (text, golden) = load_as(family, of);
         for chat in golden.chats {
             let conversation = Conversation {
                 messages: chat.messages,
@@ -77,6 +93,15 @@ fn chats_equal_hugging_faces() {
             assert_eq!(rendered, chat.rendered, "{family}");
             assert_eq!(text.tokenizer.encode(&rendered, false).expect("encodable"), chat.ids, "{family}");
         }
+    }
+}
+
+/// Router and nodes compare vocabularies: one must be the same from whatever file it is read.
+#[test]
+fn vocabularies_are_the_same_from_every_file() {
+    for (name, family) in OTHERS {
+        let identity = |name: &str| Vocab::read(&fixture(name)).expect("a vocabulary").identity();
+        assert_eq!(identity(name), identity(family), "{name}");
     }
 }
 

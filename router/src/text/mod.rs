@@ -4,6 +4,7 @@ pub mod answer;
 pub mod detokenizer;
 pub mod generation;
 pub mod json;
+mod model_files;
 pub mod pieces;
 pub mod stop;
 pub mod strftime;
@@ -12,7 +13,9 @@ pub mod tokenizer;
 
 use std::path::{Path, PathBuf};
 
+use gguf::{Gguf, GgufError};
 use serde_json::{Map, Value};
+use vocab::{TokenizerJson, VocabError};
 
 pub use detokenizer::{Beginning, Detokenizer};
 pub use generation::Defaults;
@@ -45,6 +48,12 @@ pub enum TextError {
     /// The tokenizer failed on a text.
     #[error("the text cannot be tokenized: {0}")]
     Encode(String),
+    /// The vocabulary is not what it should be.
+    #[error(transparent)]
+    Vocab(#[from] VocabError),
+    /// A GGUF file is not what it should be.
+    #[error(transparent)]
+    Gguf(#[from] GgufError),
 }
 
 impl TextError {
@@ -76,27 +85,45 @@ pub struct ModelText {
 }
 
 impl ModelText {
-    /// Reads a model's folder: `tokenizer.json` (required), `tokenizer_config.json`, `chat_template.jinja`,
-    /// `generation_config.json`, and of `config.json` the end-of-sequence ids, each in Hugging Face's layout. Reads files: call
-    /// it off the async threads.
-    pub fn load(dir: &Path) -> Result<Self, TextError> {
-        let tokenizer = Tokenizer::load(&dir.join("tokenizer.json"))?;
-        let config_path = dir.join("tokenizer_config.json");
-        let config: Map<String, Value> = read_json(&config_path)?.unwrap_or_default();
-        let specials = special_tokens(&config);
-        let sources = template_sources(dir, &config_path, &config)?;
-        let templates =
-            if sources.is_empty() { Templates::none() } else { Templates::new(sources, specials.clone())? };
-        let generation_path = dir.join("generation_config.json");
-        let mut defaults = match read(&generation_path)? {
+    /// Reads the text side of the model at `path`. A directory has Hugging Face's files: a tokenizer (`tokenizer.json` or
+    /// `tiktoken.model`), `tokenizer_config.json`, templates, `generation_config.json`, and in `config.json` the
+    /// end-of-sequence ids. A GGUF file, alone or the only one of a directory, has all of it in its metadata; files beside
+    /// it in the directory win. Reads files: call it off the async threads.
+    pub fn load(path: &Path) -> Result<Self, TextError> {
+        let Some(TokenizerJson { path: file, json }) = TokenizerJson::read(path)? else {
+            let reason = "the model has no tokenizer: neither tokenizer.json, tiktoken.model nor a GGUF file";
+            return Err(TextError::Read { path: path.into(), reason: reason.into() });
+        };
+        let tokenizer = Tokenizer::from_bytes(&json).map_err(|error| error.at(&file))?;
+        let config_path = path.join("tokenizer_config.json");
+        let config: Option<Map<String, Value>> = model_files::read_json(&config_path)?;
+        let mut sources = model_files::templates(path, &config.clone().unwrap_or_default())?;
+        let mut specials = config.as_ref().map(model_files::specials).unwrap_or_default();
+        let generation_path = path.join("generation_config.json");
+        let mut defaults = match model_files::read(&generation_path)? {
             Some(bytes) => {
                 Defaults::parse(&bytes).map_err(|reason| TextError::malformed(&generation_path, reason))?
             }
             None => Defaults::default(),
         };
         if defaults.eos_ids.is_empty() {
-            defaults.eos_ids = eos_of_model_config(&dir.join("config.json"))?;
+            defaults.eos_ids = eos_of_model_config(&path.join("config.json"))?;
         }
+        if let Some(file) = gguf::find(path)?.filter(|_| sources.is_empty() || defaults.eos_ids.is_empty()) {
+            let gguf = Gguf::open(&file)?;
+            let (templates, tokens) = model_files::of_gguf(&gguf)?;
+            if sources.is_empty() {
+                sources = templates;
+            }
+            if config.is_none() {
+                specials = tokens;
+            }
+            if defaults.eos_ids.is_empty() {
+                defaults.eos_ids = gguf::end_ids(gguf.metadata())?;
+            }
+        }
+        let templates =
+            if sources.is_empty() { Templates::none() } else { Templates::new(sources, specials.clone())? };
         // The tokenizer's own end token ends an answer too, whatever the model's files list.
         let own = specials.get("eos_token").and_then(Value::as_str).and_then(|name| tokenizer.id(name));
         if let Some(id) = own.filter(|id| !defaults.eos_ids.contains(id)) {
@@ -126,64 +153,11 @@ impl ModelText {
     }
 }
 
-fn read(path: &Path) -> Result<Option<Vec<u8>>, TextError> {
-    match std::fs::read(path) {
-        Ok(bytes) => Ok(Some(bytes)),
-        Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(None),
-        Err(error) => Err(TextError::read(path, &error)),
-    }
-}
-
-fn read_json<T: serde::de::DeserializeOwned>(path: &Path) -> Result<Option<T>, TextError> {
-    let Some(bytes) = read(path)? else { return Ok(None) };
-    serde_json::from_slice(&bytes).map(Some).map_err(|error| TextError::malformed(path, error))
-}
-
-/// `bos_token`, `eos_token` and the like, each a string or an object with `content`.
-fn special_tokens(config: &Map<String, Value>) -> Map<String, Value> {
-    config
-        .iter()
-        .filter(|(name, _)| name.ends_with("_token"))
-        .filter_map(|(name, value)| {
-            let text = value.as_str().or_else(|| value.get("content").and_then(Value::as_str))?;
-            Some((name.clone(), Value::from(text)))
-        })
-        .collect()
-}
-
-/// A file of its own wins over `tokenizer_config.json`, where the value is a text or a list of named texts.
-fn template_sources(
-    dir: &Path,
-    config_path: &Path,
-    config: &Map<String, Value>,
-) -> Result<Vec<(String, String)>, TextError> {
-    let path = dir.join("chat_template.jinja");
-    if let Some(bytes) = read(&path)? {
-        let source = String::from_utf8(bytes).map_err(|error| TextError::malformed(&path, error))?;
-        return Ok(vec![("default".into(), source)]);
-    }
-    let wrong =
-        || TextError::malformed(config_path, "chat_template is neither a text nor a list of named texts");
-    match config.get("chat_template") {
-        None | Some(Value::Null) => Ok(Vec::new()),
-        Some(Value::String(source)) => Ok(vec![("default".into(), source.clone())]),
-        Some(Value::Array(named)) => named
-            .iter()
-            .map(|entry| {
-                let text = |key: &str| entry.get(key).and_then(Value::as_str).map(String::from);
-                Some((text("name")?, text("template")?))
-            })
-            .collect::<Option<Vec<_>>>()
-            .ok_or_else(wrong),
-        Some(_) => Err(wrong()),
-    }
-}
-
 fn eos_of_model_config(path: &Path) -> Result<Vec<u32>, TextError> {
     #[derive(serde::Deserialize)]
     struct Config {
         eos_token_id: Option<generation::Ids>,
     }
-    let config: Option<Config> = read_json(path)?;
+    let config: Option<Config> = model_files::read_json(path)?;
     Ok(config.and_then(|config| config.eos_token_id).map(generation::Ids::into_vec).unwrap_or_default())
 }
