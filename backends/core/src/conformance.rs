@@ -30,7 +30,8 @@ use crate::{
 /// Opens a backend as one rank of a group.
 pub type Open<'a, B> = &'a (dyn Fn(&DeviceOptions, Group) -> Result<B, BackendError> + Sync);
 
-/// Makes the ranks of a group of so many, in order.
+/// Makes the ranks of a group of so many: those that this process is to be, in order. None where ranks are processes of
+/// their own and this one is not of such a group.
 pub type MakeGroup = fn(usize) -> io::Result<Vec<Group>>;
 
 /// The suite for one backend.

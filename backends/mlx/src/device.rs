@@ -1,14 +1,17 @@
 //! Opening MLX as one rank of a group.
 
+use std::rc::Rc;
 use std::sync::Arc;
 
 use backend::{
-    Backend, BackendError, Batch, Caps, DType, DeviceOptions, Group, KvSpec, Rope, RopeStyle, WeightSource,
+    Backend, BackendError, Batch, Caps, DType, DeviceOptions, Group, KvSpec, Links, Rope, RopeStyle,
+    WeightSource,
 };
 use mlx_rs::Array;
 
 use crate::draw::Flight;
-use crate::graph::{Recorded, int};
+use crate::fabric::Fabric;
+use crate::graph::{Failure, Recorded, int};
 use crate::kv::MlxKv;
 use crate::platform;
 use crate::step::{MlxAct, MlxStep};
@@ -22,6 +25,10 @@ pub struct MlxBackend {
     ropes: Vec<RopeTable>,
     /// What the step before draws.
     pub(crate) flight: Option<Flight>,
+    /// Rank and number of ranks.
+    place: (usize, usize),
+    /// Links to the other ranks, once they have met.
+    fabric: Option<Rc<Fabric>>,
 }
 
 /// A rotary embedding as MLX takes it.
@@ -51,7 +58,18 @@ impl MlxBackend {
 impl MlxBackend {
     /// The sum of `x` over the ranks.
     pub(crate) fn joined(&self, x: &Array) -> Recorded {
-        Ok(x.clone())
+        match self.fabric()? {
+            Some(fabric) => fabric.sum(x),
+            None => Ok(x.clone()),
+        }
+    }
+
+    /// Links to the other ranks, if there are others. Errors when they have not met.
+    pub(crate) fn fabric(&self) -> Result<Option<&Rc<Fabric>>, Failure> {
+        match (&self.fabric, self.place.1) {
+            (None, 2..) => Err(Failure(format!("rank {} has not met the others", self.place.0))),
+            (fabric, _) => Ok(fabric.as_ref()),
+        }
     }
 }
 
@@ -76,16 +94,19 @@ impl Backend for MlxBackend {
     type Step<'a> = MlxStep<'a>;
 
     fn open(options: &DeviceOptions, group: Group) -> Result<Self, BackendError> {
-        if group.world != 1 {
-            let reason = format!("a group of {} ranks: tensor parallelism is not there yet", group.world);
-            return Err(BackendError::Unavailable { backend: "mlx", reason });
-        }
-        Ok(MlxBackend {
+        let mut backend = MlxBackend {
             dtype: options.dtype,
             block_tokens: options.block_tokens,
             ropes: Vec::new(),
+            place: (group.rank, group.world),
+            fabric: None,
             flight: None,
-        })
+        };
+        // Other links are none yet: the ranks meet later.
+        if matches!(group.links, Links::Native(_)) {
+            backend.regroup(group)?;
+        }
+        Ok(backend)
     }
 
     fn caps(&self) -> Caps {
@@ -98,6 +119,16 @@ impl Backend for MlxBackend {
 
     fn kv(&mut self, spec: &KvSpec, bytes: u64) -> Result<MlxKv, BackendError> {
         MlxKv::new(spec, bytes, self.block_tokens)
+    }
+
+    /// Links that are MLX's own, once per process (or the same again).
+    fn regroup(&mut self, group: Group) -> Result<(), BackendError> {
+        self.fabric = None;
+        self.place = (group.rank, group.world);
+        if group.world > 1 {
+            self.fabric = Some(Rc::new(Fabric::join(group.rank, group.world, &group.links)?));
+        }
+        Ok(())
     }
 
     fn step<'a>(&'a mut self, kv: &'a mut MlxKv, batch: &'a Batch) -> MlxStep<'a> {

@@ -6,6 +6,7 @@ use mlx_rs::ops::indexing::{argmax_axis, take_along_axis};
 use mlx_rs::{Array, Dtype, Stream, ops};
 use mlx_sys::{mlx_array, mlx_stream};
 
+use crate::fabric::Fabric;
 use crate::graph::{Failure, Recorded, indices, int};
 use crate::step::MlxStep;
 
@@ -93,6 +94,21 @@ impl Draws {
             Array::from_slice(&vec![0i32; rows], &[int(rows)])
         };
         Ok(Draws { ids, logits, drew })
+    }
+
+    /// With the ids of rank 0 on every rank: those of the others count as nothing in the sum.
+    pub(crate) fn told(mut self, fabric: &Fabric) -> Result<Self, Failure> {
+        if self.drew.contains(&true) {
+            let ours = match fabric.rank() {
+                0 => self.ids,
+                _ => Array::from_slice(&vec![0i32; self.drew.len()], &[int(self.drew.len())]),
+            };
+            self.ids = fabric.sum(&ours)?;
+        }
+        if fabric.rank() > 0 {
+            self.logits = None;
+        }
+        Ok(self)
     }
 
     /// For the next step.

@@ -12,6 +12,7 @@
 mod attend;
 mod device;
 mod draw;
+mod fabric;
 mod graph;
 mod host;
 mod kv;
@@ -21,11 +22,13 @@ mod moe;
 mod part;
 mod plan;
 mod platform;
+mod rdma;
 mod slots;
 mod step;
 mod weight;
 
 pub use device::MlxBackend;
+pub use fabric::{describe, prepare, specification};
 pub use kv::MlxKv;
 pub use lease::{MlxExport, MlxLanding};
 pub use step::{MlxAct, MlxStep};

@@ -47,7 +47,7 @@ impl Part {
         let AffineForm { bits, group: shared } = view.format.affine()?;
         let group = GROUPS.into_iter().find(|group| shared.is_multiple_of(*group))?;
         if !BITS.contains(&bits)
-            || view.cols % 32 != 0
+            || !view.cols.is_multiple_of(32)
             || [view.rows, view.cols].iter().any(|n| int(*n) == i32::MAX)
         {
             return None;

@@ -2,15 +2,17 @@
 //! refusal stops the recording and comes out at the end.
 
 use std::ops::Range;
+use std::rc::Rc;
 
 use backend::{
-    Attend, BackendError, Batch, Glu, KvError, KvStore, Mla, Moe, Out, Output, Pending, SeqId, Step,
+    Attend, BackendError, Batch, Draw, Glu, KvError, KvStore, Mla, Moe, Out, Output, Pending, SeqId, Step,
 };
 use mlx_rs::{Array, Dtype, fast, ops, transforms};
 
 use crate::attend::Attention;
 use crate::device::MlxBackend;
 use crate::draw::Draws;
+use crate::fabric::Fabric;
 use crate::graph::{Failure, Recorded, available, indices, int, last, mlx_type};
 use crate::kv::MlxKv;
 use crate::lease::MlxExport;
@@ -55,7 +57,8 @@ impl<'a> MlxStep<'a> {
         if !std::mem::replace(&mut self.calm, true)
             && let Err(failure) = self.kv.calm()
         {
-            self.fault.get_or_insert(failure.into());
+            let fabric = self.device.fabric().ok().flatten().cloned();
+            self.fault.get_or_insert(failed(fabric.as_deref(), failure));
         }
     }
 
@@ -117,9 +120,9 @@ impl Step for MlxStep<'_> {
         })
     }
 
-    /// A group has one rank: its sum is the sum.
+    /// In the step's dtype: what travels is half of what f32 would be.
     fn all_reduce(&mut self, x: MlxAct) -> MlxAct {
-        self.record(|step| -> Recorded { Ok(x.0.as_dtype(mlx_type(step.device.dtype))?) })
+        self.record(|step| step.device.joined(&x.0.as_dtype(mlx_type(step.device.dtype))?))
     }
 
     fn bias(&mut self, x: MlxAct, bias: &MlxWeight) -> MlxAct {
@@ -150,12 +153,12 @@ impl Step for MlxStep<'_> {
         // The cache is evaluated whatever happens, or its graph would grow from step to step.
         if let Some(fault) = self.fault.take() {
             let _ = self.kv.start(&[]);
-            return Box::new(Running(Err(fault)));
+            return Box::new(Running { asked: Err(fault), fabric: None });
         }
         let asked = match out {
             Out::Nothing => Ok(Asked::Nothing(None)),
-            Out::Logits(act) => logits(&act.0).map(Asked::Logits),
-            Out::Draw(act, draws) => Draws::record(&act.0, &draws).map(Asked::Draws),
+            Out::Logits(act) => self.logits(&act.0),
+            Out::Draw(act, draws) => self.draws(&act.0, &draws),
             Out::Hidden(act) => Ok(Asked::Hidden(act.0)),
         };
         if let Ok(Asked::Draws(draws)) = &asked {
@@ -171,7 +174,41 @@ impl Step for MlxStep<'_> {
                 Ok(asked)
             }
         });
-        Box::new(Running(begun.map_err(BackendError::from)))
+        let fabric = self.device.fabric().ok().flatten().cloned();
+        let asked = begun.map_err(|failure| failed(fabric.as_deref(), failure));
+        Box::new(Running { asked, fabric })
+    }
+}
+
+impl MlxStep<'_> {
+    /// The whole rows in f32 on rank 0; the others have them made only.
+    fn logits(&self, x: &Array) -> Result<Asked, Failure> {
+        let fabric = self.device.fabric()?;
+        let all = match fabric {
+            Some(fabric) => &fabric.side_by_side(x)?,
+            None => x,
+        };
+        let all = all.as_dtype(Dtype::Float32)?.contiguous()?;
+        Ok(if fabric.is_none_or(|fabric| fabric.rank() == 0) { Asked::Logits(all) } else { Asked::Done(all) })
+    }
+
+    /// What becomes of the rows: rank 0 draws, and every rank has its ids for the next step.
+    fn draws(&self, x: &Array, draws: &[Draw]) -> Result<Asked, Failure> {
+        match self.device.fabric()? {
+            None => Ok(Asked::Draws(Draws::record(x, draws)?)),
+            Some(fabric) => {
+                let all = fabric.side_by_side(x)?;
+                Ok(Asked::Draws(Draws::record(&all, draws)?.told(fabric)?))
+            }
+        }
+    }
+}
+
+/// An error of a rank of several is the group's: what reaches the others reaches this one.
+fn failed(fabric: Option<&Fabric>, failure: Failure) -> BackendError {
+    match fabric {
+        Some(fabric) => fabric.lost(failure.0),
+        None => failure.into(),
     }
 }
 
@@ -185,10 +222,6 @@ pub(crate) fn gated(x: &Array, kind: Glu) -> Recorded {
     Ok(gate.multiply(&up)?)
 }
 
-fn logits(x: &Array) -> Recorded {
-    Ok(x.as_dtype(Dtype::Float32)?.contiguous()?)
-}
-
 /// What a running step is asked for.
 enum Asked {
     /// Only to be done, which this array tells.
@@ -196,32 +229,39 @@ enum Asked {
     Logits(Array),
     Draws(Draws),
     Hidden(Array),
+    /// To be evaluated; the result is another rank's.
+    Done(Array),
 }
 
 impl Asked {
     fn arrays(&self) -> Vec<Array> {
         match self {
             Asked::Nothing(array) => array.iter().cloned().collect(),
-            Asked::Logits(array) | Asked::Hidden(array) => vec![array.clone()],
+            Asked::Logits(array) | Asked::Hidden(array) | Asked::Done(array) => vec![array.clone()],
             Asked::Draws(draws) => draws.arrays(),
         }
     }
 }
 
 /// A step under way.
-struct Running(Result<Asked, BackendError>);
+struct Running {
+    asked: Result<Asked, BackendError>,
+    fabric: Option<Rc<Fabric>>,
+}
 
 impl Pending<MlxAct> for Running {
     fn ready(&self) -> bool {
-        self.0.as_ref().map_or(true, |asked| asked.arrays().iter().all(available))
+        self.asked.as_ref().map_or(true, |asked| asked.arrays().iter().all(available))
     }
 
     fn wait(self: Box<Self>) -> Result<Output<MlxAct>, BackendError> {
-        let asked = self.0?;
-        transforms::eval(&asked.arrays()).map_err(Failure::from)?;
+        let asked = self.asked?;
+        transforms::eval(&asked.arrays())
+            .map_err(|error| failed(self.fabric.as_deref(), error.into()))?;
         match asked {
-            Asked::Nothing(_) => Ok(Output::Nothing),
+            Asked::Nothing(_) | Asked::Done(_) => Ok(Output::Nothing),
             Asked::Hidden(array) => Ok(Output::Hidden(MlxAct(array))),
+            Asked::Draws(_) if self.fabric.is_some_and(|fabric| fabric.rank() > 0) => Ok(Output::Nothing),
             Asked::Draws(draws) => Ok(Output::Drawn(draws.read()?)),
             // No rows, no data.
             Asked::Logits(array) if array.size() == 0 => Ok(Output::Logits(Vec::new())),

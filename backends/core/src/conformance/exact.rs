@@ -121,23 +121,24 @@ fn attention<B: Backend>(suite: &Suite<'_, B>, dtype: DType) {
     }
 }
 
-/// Runs `body` as every rank of a group, each on its own thread.
+/// Runs `body` as every rank of a group that lives in this process, each on its own thread; with the number of each.
 pub(super) fn ranks<T: Send>(
     group: MakeGroup,
     world: usize,
     body: impl Fn(usize, Group) -> T + Sync,
-) -> Vec<T> {
+) -> Vec<(usize, T)> {
     let groups = group(world).unwrap_or_else(|error| panic!("group of {world}: {error}"));
     let body = &body;
     std::thread::scope(|scope| {
         let threads: Vec<_> = groups
             .into_iter()
-            .enumerate()
-            .map(|(rank, group)| scope.spawn(move || body(rank, group)))
+            .map(|group| (group.rank, scope.spawn(move || body(group.rank, group))))
             .collect();
         threads
             .into_iter()
-            .map(|thread| thread.join().unwrap_or_else(|_| panic!("a rank of {world} failed")))
+            .map(|(rank, thread)| {
+                (rank, thread.join().unwrap_or_else(|_| panic!("rank {rank} of {world} failed")))
+            })
             .collect()
     })
 }
@@ -252,12 +253,15 @@ fn tensor_parallel<B: Backend>(suite: &Suite<'_, B>, dtype: DType) {
     let exact = is_exact(suite, dtype);
     for world in [2, 4] {
         let all = ranks(group, world, |_, group| block.run(suite, dtype, group, &tokens));
-        assert!(all[1..].iter().all(Vec::is_empty), "logits belong to rank 0");
-        if exact {
-            assert_eq!(bits(&all[0]), bits(&alone), "{world} ranks");
-        } else {
-            let want: Vec<f64> = alone.iter().map(|x| f64::from(*x)).collect();
-            suite.close(dtype, &format!("{world} ranks"), &all[0], &want);
+        for (rank, logits) in all {
+            if rank > 0 {
+                assert!(logits.is_empty(), "logits belong to rank 0");
+            } else if exact {
+                assert_eq!(bits(&logits), bits(&alone), "{world} ranks");
+            } else {
+                let want: Vec<f64> = alone.iter().map(|x| f64::from(*x)).collect();
+                suite.close(dtype, &format!("{world} ranks"), &logits, &want);
+            }
         }
     }
 }
@@ -282,20 +286,21 @@ fn large_sums<B: Backend>(suite: &Suite<'_, B>, dtype: DType) {
     let value = |row: usize, column: usize| (((row * width + column) % 61) * 6) as f64;
     let want: Vec<f64> =
         [0, 1999].iter().flat_map(|row| (0..3 * width).map(|at| value(*row, at % width))).collect();
-    suite.close(dtype, "sums over three ranks", &all[0], &want);
+    for (_, sums) in all.iter().filter(|(rank, _)| *rank == 0) {
+        suite.close(dtype, "sums over three ranks", sums, &want);
+    }
 }
 
 /// A rank that goes away ends the steps of the others with an error, quickly, and so does every later step; with new
 /// links the group works again.
 fn lost_rank<B: Backend>(suite: &Suite<'_, B>, dtype: DType) {
     let Some(group) = suite.group else { return };
-    let again = std::sync::Mutex::new(
-        group(2)
-            .unwrap_or_else(|error| panic!("group of 2: {error}"))
-            .into_iter()
-            .map(Some)
-            .collect::<Vec<_>>(),
-    );
+    let again = group(2).unwrap_or_else(|error| panic!("group of 2: {error}"));
+    if again.len() < 2 {
+        // The other rank is another process: the backend's own tests end it.
+        return;
+    }
+    let again = std::sync::Mutex::new(again.into_iter().map(Some).collect::<Vec<_>>());
     let next = |rank: usize| again.lock().ok().and_then(|mut groups| groups[rank].take());
     let met = std::sync::Barrier::new(2);
     ranks(group, 2, |rank, group| {

@@ -1,0 +1,332 @@
+//! MLX's own distributed layer: the sums and joins of a tensor-parallel group as operations of the graph, over `ring` (TCP) or
+//! `jaccl` (RDMA over Thunderbolt 5). Activations travel in clear, so only private addresses are taken.
+//!
+//! MLX reads where its ranks are from files that the environment names, once per process: [`prepare`] names them before the
+//! process has threads, [`Fabric::join`] writes them when the ranks have met. A process is a rank of one group only; after a
+//! loss it is started anew.
+
+use std::cell::RefCell;
+use std::collections::HashMap;
+use std::ffi::{CStr, CString, c_char, c_void};
+use std::io::Write;
+use std::net::{IpAddr, SocketAddr};
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::{Path, PathBuf};
+use std::sync::{Mutex, Once, PoisonError};
+
+use backend::{BackendError, Links};
+use mlx_rs::{Array, Dtype, Stream, ops};
+
+use crate::graph::{Failure, Recorded, first, int};
+use crate::rdma;
+
+/// Where MLX looks for the addresses of `ring`.
+const HOST_FILE: &str = "MLX_HOSTFILE";
+/// Where MLX looks for the devices of `jaccl`.
+const DEVICE_FILE: &str = "MLX_IBV_DEVICES";
+/// Where the ranks of `jaccl` meet.
+const COORDINATOR: &str = "MLX_JACCL_COORDINATOR";
+const RANK: &str = "MLX_RANK";
+
+/// Names the files that MLX reads, in this process's environment. `leader`: `host:port` where the group meets; `jaccl` meets
+/// at the port above it.
+///
+/// # Safety
+/// The process has one thread: the environment is written.
+pub unsafe fn prepare(rank: usize, leader: &str) {
+    let since = std::time::UNIX_EPOCH.elapsed().map_or(0, |since| since.as_nanos());
+    let file = |what| std::env::temp_dir().join(format!("baton-{what}-{}-{since}.json", std::process::id()));
+    let coordinator = leader
+        .rsplit_once(':')
+        .and_then(|(host, port)| Some(format!("{host}:{}", port.parse::<u16>().ok()?.checked_add(1)?)));
+    // SAFETY: the caller's promise.
+    unsafe {
+        std::env::set_var(RANK, rank.to_string());
+        std::env::set_var(HOST_FILE, file("hosts"));
+        std::env::set_var(DEVICE_FILE, file("devices"));
+        std::env::set_var(COORDINATOR, coordinator.unwrap_or_default());
+    }
+}
+
+/// What this machine tells the others about its links besides its address.
+pub fn describe() -> String {
+    rdma::describe()
+}
+
+/// The specification of a group for [`Links::Native`]: per rank its address (`ip:port`) and what [`describe`] said.
+pub fn specification<'a>(ranks: impl IntoIterator<Item = (&'a str, &'a str)>) -> String {
+    ranks.into_iter().map(|(address, about)| format!("{address}\t{about}\n")).collect()
+}
+
+/// The group of this process.
+#[derive(Debug)]
+pub(crate) struct Fabric {
+    group: mlx_sys::mlx_distributed_group,
+    stream: Stream,
+    rank: usize,
+    world: usize,
+    /// Widths of all ranks where this one has so many columns.
+    widths: RefCell<HashMap<i32, Vec<i32>>>,
+}
+
+/// The specification that this process has joined.
+static JOINED: Mutex<Option<String>> = Mutex::new(None);
+
+impl Fabric {
+    /// Connects with the other ranks. Waits for them: whoever calls watches over it.
+    pub(crate) fn join(rank: usize, world: usize, links: &Links) -> Result<Self, BackendError> {
+        let Links::Native(spec) = links else {
+            return Err(unavailable("a group over sockets that are not MLX's own".to_owned()));
+        };
+        let ranks: Vec<(&str, &str)> =
+            spec.lines().map(|line| line.split_once('\t').unwrap_or((line, ""))).collect();
+        if ranks.len() != world {
+            return Err(unavailable(format!("{} addresses for {world} ranks", ranks.len())));
+        }
+        for (address, _) in &ranks {
+            allowed(address).map_err(unavailable)?;
+        }
+        let mut joined = JOINED.lock().unwrap_or_else(PoisonError::into_inner);
+        if joined.as_ref().is_some_and(|joined| joined != spec) {
+            return Err(unavailable("this process was a rank of another group already".to_owned()));
+        }
+        let devices = rdma::devices(&ranks).filter(|_| is_available(c"jaccl"));
+        let (name, variable, content) = match &devices {
+            Some(devices) => (c"jaccl", DEVICE_FILE, devices.clone()),
+            None => (c"ring", HOST_FILE, hosts(&ranks)),
+        };
+        let file = HandedOver::write(variable, &content)?;
+        let group = init(name).map_err(|failure| lost(rank, world, failure.0))?;
+        drop(file);
+        // SAFETY: a live handle.
+        let got = unsafe {
+            (mlx_sys::mlx_distributed_group_rank(group), mlx_sys::mlx_distributed_group_size(group))
+        };
+        if got != (int(rank), int(world)) {
+            return Err(unavailable(format!("MLX says rank and size {got:?}, not {rank} of {world}")));
+        }
+        *joined = Some(spec.clone());
+        Ok(Fabric { group, stream: Stream::cpu(), rank, world, widths: RefCell::default() })
+    }
+
+    pub(crate) fn rank(&self) -> usize {
+        self.rank
+    }
+
+    /// The sum of all ranks' `x`.
+    pub(crate) fn sum(&self, x: &Array) -> Recorded {
+        raw(|result| {
+            // SAFETY: live handles; the result is a fresh array.
+            unsafe { mlx_sys::mlx_distributed_all_sum(result, x.as_ptr(), self.group, self.stream.as_ptr()) }
+        })
+    }
+
+    /// All ranks' `x`, equal in shape, one after the other along axis 0.
+    fn gather(&self, x: &Array) -> Recorded {
+        raw(|result| {
+            // SAFETY: as above.
+            unsafe {
+                mlx_sys::mlx_distributed_all_gather(result, x.as_ptr(), self.group, self.stream.as_ptr())
+            }
+        })
+    }
+
+    /// All ranks' columns `[rows, width of each]` side by side. The first use of a width waits for the others' widths.
+    pub(crate) fn side_by_side(&self, x: &Array) -> Recorded {
+        let width = x.dim(-1);
+        let known = self.widths.borrow().get(&width).cloned();
+        let widths = match known {
+            Some(widths) => widths,
+            None => {
+                let all = self.gather(&Array::from_slice(&[width], &[1]))?;
+                all.eval()?;
+                let all = all.try_as_slice::<i32>().map_err(|error| Failure(error.to_string()))?.to_vec();
+                self.widths.borrow_mut().insert(width, all.clone());
+                all
+            }
+        };
+        let most = widths.iter().copied().max().unwrap_or(width);
+        // Axis 0 is what is joined: columns become rows, as many for every rank.
+        let turned = x.swap_axes(0, 1)?;
+        let padded = match most - width {
+            0 => turned.contiguous()?,
+            more => ops::pad(&turned, &[(0, more), (0, 0)][..], None, None)?.contiguous()?,
+        };
+        let all = self.gather(&padded)?;
+        let parts = widths.iter().enumerate().map(|(rank, width)| {
+            let start = rank * most as usize;
+            first(&all, start..start + *width as usize)
+        });
+        let parts = parts.collect::<Result<Vec<_>, _>>()?;
+        Ok(ops::concatenate(&parts, 0)?.swap_axes(0, 1)?)
+    }
+
+    /// A failure of a step of this group: most likely the group's.
+    pub(crate) fn lost(&self, reason: String) -> BackendError {
+        lost(self.rank, self.world, reason)
+    }
+}
+
+impl Drop for Fabric {
+    fn drop(&mut self) {
+        // SAFETY: our handle, freed once; MLX itself keeps the group.
+        unsafe { mlx_sys::mlx_distributed_group_free(self.group) };
+    }
+}
+
+/// MLX does not say which rank is gone; in a ring it is a neighbour.
+fn lost(rank: usize, world: usize, reason: String) -> BackendError {
+    BackendError::Group { rank: (rank + 1) % world.max(1), reason }
+}
+
+fn unavailable(reason: String) -> BackendError {
+    BackendError::Unavailable { backend: "mlx", reason }
+}
+
+/// A file that MLX reads once; gone when dropped.
+struct HandedOver(PathBuf);
+
+impl HandedOver {
+    fn write(variable: &'static str, content: &str) -> Result<Self, BackendError> {
+        let failed = |reason: std::io::Error| unavailable(format!("{variable}: {reason}"));
+        let path = std::env::var_os(variable)
+            .map(PathBuf::from)
+            .ok_or_else(|| unavailable(format!("{variable} is not set: nobody prepared this process")))?;
+        // Ours alone: what lies there already is not followed.
+        remove(&path);
+        let mut options = std::fs::OpenOptions::new();
+        let mut file = options.write(true).create_new(true).mode(0o600).open(&path).map_err(failed)?;
+        let handed = HandedOver(path);
+        file.write_all(content.as_bytes()).map_err(failed)?;
+        Ok(handed)
+    }
+}
+
+impl Drop for HandedOver {
+    fn drop(&mut self) {
+        remove(&self.0);
+    }
+}
+
+fn remove(path: &Path) {
+    // Not there: nothing to remove.
+    let _ = std::fs::remove_file(path);
+}
+
+/// `ring`'s host file: one connection per pair of neighbours.
+fn hosts(ranks: &[(&str, &str)]) -> String {
+    let hosts: Vec<String> = ranks.iter().map(|(address, _)| format!("[\"{address}\"]")).collect();
+    format!("[{}]", hosts.join(","))
+}
+
+/// Whether a rank may listen there: MLX's connections have neither proof nor encryption.
+fn allowed(address: &str) -> Result<(), String> {
+    let parsed: SocketAddr = address.parse().map_err(|_| format!("address {address:?} of a rank"))?;
+    let IpAddr::V4(ip) = parsed.ip() else {
+        return Err(format!("{address}: MLX's ring speaks IPv4 only"));
+    };
+    // 100.64.0.0/10: overlay networks.
+    let shared = ip.octets()[0] == 100 && ip.octets()[1] & 0xc0 == 64;
+    if ip.is_loopback() || ip.is_private() || ip.is_link_local() || shared {
+        return Ok(());
+    }
+    Err(format!(
+        "{address} is not a private address: activations would travel in clear over a public network"
+    ))
+}
+
+thread_local! {
+    /// What MLX complained about last on this thread.
+    static SAID: RefCell<Option<String>> = const { RefCell::new(None) };
+}
+
+unsafe extern "C" {
+    /// The handler of mlx-rs, which it exports under this name.
+    fn default_mlx_error_handler(message: *const c_char, data: *mut c_void);
+}
+
+/// Keeps the message for [`raw`] and lets mlx-rs have it, too.
+unsafe extern "C" fn listen(message: *const c_char, data: *mut c_void) {
+    // SAFETY: MLX passes a string that lives during the call.
+    let text = unsafe { CStr::from_ptr(message) }.to_string_lossy().into_owned();
+    SAID.with_borrow_mut(|said| *said = Some(text));
+    // SAFETY: the same string, for the handler that was there before.
+    unsafe { default_mlx_error_handler(message, data) };
+}
+
+fn listening() {
+    static ONCE: Once = Once::new();
+    ONCE.call_once(|| {
+        // Makes mlx-rs register its own handler, which happens once, before ours replaces it.
+        drop(ops::zeros_dtype(&[1], Dtype::Float32));
+        // SAFETY: a function that lives as long as the process; no data goes with it.
+        unsafe { mlx_sys::mlx_set_error_handler(Some(listen), std::ptr::null_mut(), None) };
+    });
+}
+
+fn said(status: i32) -> Failure {
+    let said = SAID.with_borrow_mut(Option::take);
+    Failure(
+        said.unwrap_or_else(|| format!("status {status}")).split_whitespace().collect::<Vec<_>>().join(" "),
+    )
+}
+
+/// A call of mlx-c that makes an array.
+fn raw(call: impl FnOnce(*mut mlx_sys::mlx_array) -> i32) -> Recorded {
+    listening();
+    // SAFETY: a fresh handle, owned by the array or freed.
+    unsafe {
+        let mut handle = mlx_sys::mlx_array_new();
+        match call(&mut handle) {
+            0 => Ok(Array::from_ptr(handle)),
+            status => {
+                mlx_sys::mlx_array_free(handle);
+                Err(said(status))
+            }
+        }
+    }
+}
+
+fn is_available(name: &CStr) -> bool {
+    // SAFETY: a string that lives during the call.
+    unsafe { mlx_sys::mlx_distributed_is_available(name.as_ptr()) }
+}
+
+fn init(name: &CStr) -> Result<mlx_sys::mlx_distributed_group, Failure> {
+    listening();
+    let name = CString::from(name);
+    // SAFETY: a fresh handle, returned or freed; a string that lives during the call.
+    unsafe {
+        let mut group = mlx_sys::mlx_distributed_group_new();
+        match mlx_sys::mlx_distributed_init(&mut group, true, name.as_ptr()) {
+            0 => Ok(group),
+            status => {
+                mlx_sys::mlx_distributed_group_free(group);
+                Err(said(status))
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Only networks of one's own carry activations.
+    #[test]
+    fn public_addresses_are_refused() {
+        for address in ["127.0.0.1:1", "10.1.2.3:1", "192.168.0.9:1", "169.254.7.1:1", "100.100.0.1:1"] {
+            assert_eq!(allowed(address), Ok(()), "{address}");
+        }
+        for address in ["8.8.8.8:1", "0.0.0.0:1", "[::1]:1", "100.128.0.1:1", "mac1:1"] {
+            assert!(allowed(address).is_err(), "{address}");
+        }
+    }
+
+    #[test]
+    fn host_files_name_every_rank() {
+        let ranks = [("10.0.0.1:5", ""), ("10.0.0.2:6", "")];
+        assert_eq!(hosts(&ranks), r#"[["10.0.0.1:5"],["10.0.0.2:6"]]"#);
+        assert_eq!(specification(ranks), "10.0.0.1:5\t\n10.0.0.2:6\t\n");
+    }
+}
