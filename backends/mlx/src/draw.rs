@@ -7,7 +7,7 @@ use mlx_rs::{Array, Dtype, Stream, ops};
 use mlx_sys::{mlx_array, mlx_stream};
 
 use crate::fabric::Fabric;
-use crate::graph::{Failure, Recorded, indices, int};
+use crate::graph::{Failure, Recorded, indices, int, last};
 use crate::step::MlxStep;
 
 /// Greatest random number below 1 that f32 has.
@@ -96,19 +96,20 @@ impl Draws {
         Ok(Draws { ids, logits, drew })
     }
 
-    /// With the ids of rank 0 on every rank: those of the others count as nothing in the sum.
-    pub(crate) fn told(mut self, fabric: &Fabric) -> Result<Self, Failure> {
-        if self.drew.contains(&true) {
-            let ours = match fabric.rank() {
-                0 => self.ids,
-                _ => Array::from_slice(&vec![0i32; self.drew.len()], &[int(self.drew.len())]),
-            };
-            self.ids = fabric.sum(&ours)?;
+    /// The same in a group, `x` being the logits of all ranks side by side: rank 0 draws, and every rank has its ids.
+    pub(crate) fn in_group(x: &Array, draws: &[Draw], fabric: &Fabric) -> Result<Self, Failure> {
+        let mut own = if fabric.rank() == 0 {
+            Draws::record(x, draws)?
+        } else {
+            // Zeros that come after the logits are there: every rank takes part in the same sums in the same order.
+            let zeros = last(x, 0..1)?.is_finite()?.as_dtype(Dtype::Int32)?.multiply(Array::from_int(0))?;
+            let drew = draws.iter().map(|draw| matches!(draw, Draw::Token(_))).collect();
+            Draws { ids: zeros.reshape(&[-1])?, logits: None, drew }
+        };
+        if own.drew.contains(&true) {
+            own.ids = fabric.sum(&own.ids)?;
         }
-        if fabric.rank() > 0 {
-            self.logits = None;
-        }
-        Ok(self)
+        Ok(own)
     }
 
     /// For the next step.

@@ -118,7 +118,9 @@ impl Part {
     /// experts are in ascending order.
     pub(crate) fn gathered(&self, x: &Array, experts: &Array, sorted: bool) -> Recorded {
         let product = match self {
-            Part::Plain { turned, .. } => ops::gather_mm(x, turned, None, experts, sorted)?,
+            Part::Plain { turned, .. } => {
+                ops::gather_mm(x.as_dtype(turned.dtype())?, turned, None, experts, sorted)?
+            }
             Part::Affine { codes, scales, biases, bits, group } => {
                 let wide = x.as_dtype(scales.dtype())?;
                 ops::gather_qmm(wide, codes, scales, biases, None, experts, true, *group, *bits, sorted)?

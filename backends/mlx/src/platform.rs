@@ -4,5 +4,8 @@
 /// the type of the activations.
 pub(crate) const SUMS_ARE_WIDE: bool = cfg!(target_vendor = "apple");
 
+/// Whether products with gathered matrices take 16-bit numbers. The CPU library's take f32 only.
+pub(crate) const GATHERS_NARROW: bool = cfg!(target_vendor = "apple");
+
 /// The device in words.
 pub(crate) const DEVICE: &str = if cfg!(target_vendor = "apple") { "metal" } else { "mlx's cpu library" };

@@ -198,7 +198,7 @@ impl MlxStep<'_> {
             None => Ok(Asked::Draws(Draws::record(x, draws)?)),
             Some(fabric) => {
                 let all = fabric.side_by_side(x)?;
-                Ok(Asked::Draws(Draws::record(&all, draws)?.told(fabric)?))
+                Ok(Asked::Draws(Draws::in_group(&all, draws, fabric)?))
             }
         }
     }
@@ -256,8 +256,7 @@ impl Pending<MlxAct> for Running {
 
     fn wait(self: Box<Self>) -> Result<Output<MlxAct>, BackendError> {
         let asked = self.asked?;
-        transforms::eval(&asked.arrays())
-            .map_err(|error| failed(self.fabric.as_deref(), error.into()))?;
+        transforms::eval(&asked.arrays()).map_err(|error| failed(self.fabric.as_deref(), error.into()))?;
         match asked {
             Asked::Nothing(_) | Asked::Done(_) => Ok(Output::Nothing),
             Asked::Hidden(array) => Ok(Output::Hidden(MlxAct(array))),

@@ -13,6 +13,7 @@ use mlx_rs::{Array, Dtype, ops};
 use crate::graph::{Failure, Recorded, int, mlx_type};
 use crate::host::matrix;
 use crate::part::{Part, merged};
+use crate::platform;
 
 /// Outputs of a product whose f32 weight stays f32 in a 16-bit step: that of a router, whose choice hangs on it.
 const ROUTER_ROWS_MAX: usize = 1024;
@@ -227,6 +228,7 @@ fn experts_weight(experts: &[Linear<'_>], dtype: DType) -> Result<Kind, BackendE
     let Some(first) = experts.first() else {
         return Err(refused("", "no experts".to_owned()));
     };
+    let dtype = if platform::GATHERS_NARROW { dtype } else { DType::F32 };
     let shape = |linear: &Linear<'_>| -> Vec<(usize, usize)> {
         linear.parts.iter().map(|part| (part.rows(), part.cols())).collect()
     };

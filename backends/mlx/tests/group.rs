@@ -12,7 +12,7 @@ use std::net::TcpListener;
 use std::process::{Child, Command, Output, Stdio};
 use std::time::{Duration, Instant};
 
-use backend::conformance::{Suite, Tolerance};
+use backend::conformance::{QUANTS, Suite, Tolerance};
 use backend::{
     Backend, BackendError, Batch, DType, DeviceOptions, Group, KvSpec, Links, Out, SeqId, Step, TensorView,
     WeightSource,
@@ -69,12 +69,14 @@ fn end(mut child: Child, begun: Instant) -> Output {
 
 fn all_succeed(task: &str, world: usize) {
     let begun = Instant::now();
-    for (rank, child) in start(task, world).into_iter().enumerate() {
-        let output = end(child, begun);
+    let outputs: Vec<Output> = start(task, world).into_iter().map(|child| end(child, begun)).collect();
+    // One rank's failure is the others': all of them are shown.
+    let said = |(rank, output): (usize, &Output)| {
         let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
-        let (out, err) = (text(&output.stdout), text(&output.stderr));
-        assert!(output.status.success(), "{task}, rank {rank} of {world}: {}\n{out}{err}", output.status);
-    }
+        format!("rank {rank}, {}:\n{}{}", output.status, text(&output.stdout), text(&output.stderr))
+    };
+    let all: Vec<String> = outputs.iter().enumerate().map(said).collect();
+    assert!(outputs.iter().all(|output| output.status.success()), "{task}\n{}", all.join("\n"));
 }
 
 #[test]
@@ -132,7 +134,8 @@ fn conforms() {
         Ok(if ours.world == world { vec![ours] } else { Vec::new() })
     };
     let tolerance = Tolerance { f32: 1e-5, bf16: 2e-2 };
-    let suite = Suite { open: &open, tolerance, dtypes: &[DType::F32, DType::BF16], group: Some(make) };
+    let dtypes = &[DType::F32, DType::BF16];
+    let suite = Suite { open: &open, tolerance, dtypes, group: Some(make), quants: QUANTS };
     for dtype in suite.dtypes {
         for (name, case) in suite.cases() {
             // The others are the same for a rank of several.

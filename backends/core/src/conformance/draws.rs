@@ -215,7 +215,8 @@ fn in_a_group<B: Backend>(suite: &Suite<'_, B>, dtype: DType) {
         let last = last.wait().unwrap_or_else(|error| panic!("rank {rank}: {error}"));
         (rank == 0).then(|| (drawn(Ok(rows)), logits(Ok(last))))
     });
-    let Some((rows, last)) = &all[0] else { panic!("nothing of rank 0") };
+    // Where ranks are processes of their own, rank 0 may be another one.
+    let Some((_, Some((rows, last)))) = all.first() else { return };
     let (Drawn::Token(greedy), Drawn::Token(warm)) = (&rows[0], &rows[1]) else { panic!("{rows:?}") };
     // Every rank shows its own part of the rows that it took.
     let want = [x.row(*warm as usize), x.row(*greedy as usize)].concat();
