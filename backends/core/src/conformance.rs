@@ -46,6 +46,8 @@ pub struct Suite<'a, B: Backend> {
     pub group: Option<MakeGroup>,
     /// Formats of [`QUANTS`] that the backend multiplies by; the others it must refuse.
     pub quants: &'a [Quant],
+    /// Activation types with which experts of plain numbers are tested (MLX's CPU library has them in f32 only).
+    pub plain_experts: &'a [DType],
 }
 
 /// Largest error of a result, as a part of the largest magnitude in the reference.

@@ -14,7 +14,15 @@ fn conforms(level: Level) {
     }
     let open = |options: &DeviceOptions, group: Group| CpuBackend::with_level(options, group, level);
     let dtypes = &[DType::F32, DType::BF16];
-    Suite { open: &open, tolerance: TIGHT, dtypes, group: Some(Group::local), quants: QUANTS }.run();
+    Suite {
+        open: &open,
+        tolerance: TIGHT,
+        dtypes,
+        group: Some(Group::local),
+        quants: QUANTS,
+        plain_experts: dtypes,
+    }
+    .run();
 }
 
 #[test]

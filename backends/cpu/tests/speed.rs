@@ -4,8 +4,8 @@
 use std::time::Instant;
 
 use backend::{
-    Attend, Backend, Batch, DType, DeviceOptions, Group, KSum, KvSpec, KvStore, Linear, Out, Rope, RopeStyle,
-    SeqId, Step, TensorView, WeightSource,
+    Attend, Backend, Batch, DType, DeviceOptions, GgufBlock, Group, KSum, KvSpec, KvStore, Linear, Out,
+    Quant, QuantView, Rope, RopeStyle, SeqId, Step, TensorView, WeightSource,
 };
 use backend_cpu::{CpuBackend, CpuWeight, Level};
 
@@ -93,6 +93,131 @@ fn products() {
             ] {
                 product(level, threads, dtype, rows);
             }
+        }
+    }
+}
+
+/// Formats in which people have weights.
+const FORMATS: [Quant; 9] = [
+    Quant::Gguf(GgufBlock::Q8_0),
+    Quant::Gguf(GgufBlock::Q4_0),
+    Quant::Gguf(GgufBlock::Q4K),
+    Quant::Gguf(GgufBlock::Q5K),
+    Quant::Gguf(GgufBlock::Q6K),
+    Quant::Affine { bits: 4, group: 64 },
+    Quant::Affine { bits: 8, group: 64 },
+    Quant::Int4 { group: 32 },
+    Quant::Fp8 { rows: 128, cols: 128 },
+];
+
+/// As many bytes as a product of `rows` by [`WIDTH`] has in `format`.
+fn coded_bytes(format: Quant, rows: usize) -> usize {
+    let scales = match format {
+        Quant::Affine { group, .. } => rows * WIDTH / group * 4,
+        Quant::Int4 { group } => rows * WIDTH / group * 2,
+        _ => 0,
+    };
+    rows * format.code_bytes(WIDTH) + scales
+}
+
+fn coded(backend: &mut CpuBackend, format: Quant, rows: usize) -> CpuWeight {
+    // Codes whose halves, where there are any, are small numbers.
+    let bytes: Vec<u8> =
+        (0..rows * format.code_bytes(WIDTH)).map(|at| (at * 37 % 251) as u8 & 0x1f).collect();
+    let (dtype, across) = match format {
+        Quant::Affine { group, .. } | Quant::Int4 { group } => (DType::BF16, WIDTH / group),
+        Quant::Fp8 { cols, .. } => (DType::F32, WIDTH / cols),
+        Quant::Gguf(_) => (DType::BF16, 1),
+    };
+    let ones = [0x80, 0x3f].repeat(rows * across * 2);
+    let row_stride_bytes = across * dtype.bytes();
+    let scales = TensorView { name: "s", dtype, rows, cols: across, row_stride_bytes, bytes: &ones };
+    let view = QuantView {
+        name: "w",
+        format,
+        rows,
+        cols: WIDTH,
+        row_stride_bytes: format.code_bytes(WIDTH),
+        bytes: &bytes,
+        scales: (!matches!(format, Quant::Gguf(_))).then_some(scales),
+        biases: matches!(format, Quant::Affine { .. }).then_some(scales),
+        origin: (0, 0),
+    };
+    let linear = Linear { parts: vec![view.into()], bias: None, sum: KSum::Ascending };
+    backend.load(&WeightSource::Linear(linear)).unwrap()
+}
+
+/// Seconds that this thread has computed: what others take of the machine does not count.
+fn thread_seconds() -> f64 {
+    let mut time = libc::timespec { tv_sec: 0, tv_nsec: 0 };
+    // SAFETY: the call fills `time`.
+    unsafe { libc::clock_gettime(libc::CLOCK_THREAD_CPUTIME_ID, &mut time) };
+    time.tv_sec as f64 + time.tv_nsec as f64 * 1e-9
+}
+
+/// Bytes per second that one thread reads of memory, when it does nothing else.
+fn read_bandwidth(memory: &[u64]) -> f64 {
+    let begun = thread_seconds();
+    let sum = memory.chunks_exact(32).fold([0u64; 32], |mut sums, words| {
+        sums.iter_mut().zip(words).for_each(|(sum, word)| *sum = sum.wrapping_add(*word));
+        sums
+    });
+    std::hint::black_box(sum);
+    size_of_val(memory) as f64 / (thread_seconds() - begun)
+}
+
+/// Quantised products of one thread beside those of bf16 and plain reading: the three alternate, so that a busy machine
+/// slows all.
+fn quantised(level: Level, rows: usize) {
+    let options = DeviceOptions { threads: 1, ..DeviceOptions::default() };
+    let mut backend = CpuBackend::with_level(&options, Group::alone(), level).unwrap();
+    let table = weight(&mut backend, DType::BF16, rows, true);
+    let mut kv = backend.kv(&KvSpec::gqa(1, 1, 0..1, 8, DType::BF16), 1 << 20).unwrap();
+    let mut batch = Batch::default();
+    (0..rows).for_each(|row| batch.push(SeqId(row as u64), 0, &[row as u32]));
+    let memory = vec![1u64; 12 << 20];
+    // Few rows: more weights than caches hold. Many: one product.
+    let outputs = if rows <= 32 { 3072 } else { 1024 };
+    let count = |bytes: usize| if rows <= 32 { (96 << 20) / bytes + 1 } else { 1 };
+    let plain_bytes = outputs * WIDTH * 2;
+    let plain: Vec<CpuWeight> =
+        (0..count(plain_bytes)).map(|_| weight(&mut backend, DType::BF16, outputs, false)).collect();
+    for format in FORMATS {
+        let bytes = coded_bytes(format, outputs);
+        let weights: Vec<CpuWeight> =
+            (0..count(bytes)).map(|_| coded(&mut backend, format, outputs)).collect();
+        let mut run = |weights: &[CpuWeight]| {
+            let begun = thread_seconds();
+            let mut step = backend.step(&mut kv, &batch);
+            let x = step.embed(&table);
+            weights.iter().for_each(|weight| drop(step.linear(&x, weight)));
+            step.submit(Out::Nothing).wait().unwrap();
+            (thread_seconds() - begun) / weights.len() as f64
+        };
+        let (mut own, mut theirs, mut read) = (f64::INFINITY, f64::INFINITY, 0f64);
+        for _ in 0..10 {
+            own = own.min(run(&weights));
+            theirs = theirs.min(run(&plain));
+            read = read.max(read_bandwidth(&memory));
+        }
+        println!(
+            "{level}, {rows:3} rows, {:24}: {:5.2} of bf16's speed; {:5.1} GB/s, {:4.2} of {:.1}; {:6.1} GFLOP/s",
+            format.to_string(),
+            theirs / own,
+            bytes as f64 / own / 1e9,
+            bytes as f64 / own / read,
+            read / 1e9,
+            2.0 * (rows * outputs * WIDTH) as f64 / own / 1e9,
+        );
+    }
+}
+
+#[test]
+#[ignore = "a measurement"]
+fn quantised_products() {
+    for level in Level::ALL.into_iter().rev().filter(|level| level.available()) {
+        for rows in [1, 2, 4, 8, 16, 32, 96] {
+            quantised(level, rows);
         }
     }
 }

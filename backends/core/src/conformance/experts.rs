@@ -230,13 +230,14 @@ impl Mixture {
 }
 
 /// Formats of experts that a test goes through: plain ones, and of the backend's some that differ.
-fn formats<B: Backend>(suite: &Suite<'_, B>) -> Vec<Option<Quant>> {
+fn formats<B: Backend>(suite: &Suite<'_, B>, dtype: DType) -> Vec<Option<Quant>> {
     let few = suite.quants.iter().filter(|format| format.align_cols() <= 64).step_by(3);
-    std::iter::once(None).chain(few.copied().map(Some)).collect()
+    let plain = suite.plain_experts.contains(&dtype).then_some(None);
+    plain.into_iter().chain(few.copied().map(Some)).collect()
 }
 
 fn mixtures<B: Backend>(suite: &Suite<'_, B>, dtype: DType) {
-    for format in formats(suite) {
+    for format in formats(suite, dtype) {
         for mixture in [Mixture::softmax(format, 64, 64), Mixture::grouped(format, 128, 64)] {
             for rows in [1, 4, 41] {
                 let x = Tensor::random(9, dtype, rows, mixture.hidden, 1.0);
