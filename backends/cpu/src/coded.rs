@@ -13,13 +13,13 @@
 //! 6      those of 4, then 2 x [16] words of 16 inputs x 2 bits
 //! ```
 //!
-//! A product decodes some inputs of some panels into the first cache and runs the ordinary kernel over them, so its sums
-//! are those of the decoded matrix, whatever the number of rows.
+//! A product of many rows decodes some inputs of some panels into the first cache and runs the ordinary kernel over them;
+//! one of few rows decodes in registers. Both sum the decoded numbers in ascending K, so a row's bits are the same.
 
 use backend::{DType, GgufBlock, MatrixView, Quant, QuantView};
 use half::{bf16, f16};
 
-use crate::kernel::{Code, Decode, E4M3_SCALE, Form, Kernels, Layout, Scale, Sweep, Zero};
+use crate::kernel::{Code, Decode, E4M3_SCALE, Form, Kernels, Layout, Scale, Stream, Sweep, Zero};
 use crate::lanes::LANES;
 use crate::memory::Place;
 
@@ -43,6 +43,17 @@ pub(crate) struct Coded {
     pub(crate) inputs: usize,
     pub(crate) form: Form,
     pub(crate) place: Place,
+}
+
+/// Some panels by some rows; `x` is at input `origin`, where sums begin.
+struct Part {
+    panel: usize,
+    panels: usize,
+    x: *const f32,
+    x_stride: usize,
+    rows: usize,
+    acc: *mut f32,
+    origin: usize,
 }
 
 impl Coded {
@@ -95,35 +106,67 @@ impl Coded {
         acc: *mut f32,
         buffer: *mut f32,
     ) {
-        let (wide, deep) = if rows > ROWS_STREAMING { MANY_ROWS } else { FEW_ROWS };
+        let part = Part { panel, panels, x, x_stride, rows, acc, origin: from };
+        // A range may begin and end within eight inputs.
+        let (first, last) = (from.next_multiple_of(8), to / 8 * 8);
+        // SAFETY: the caller's.
+        unsafe {
+            if rows > Stream::ROWS || first >= last {
+                return self.decoded(kernels, &part, (from, to), buffer);
+            }
+            if from < first {
+                self.decoded(kernels, &part, (from, first), buffer);
+            }
+            (kernels.stream)(&Stream {
+                form: &self.form,
+                panel: self.place.at(panel * self.panel_bytes()),
+                panel_bytes: self.panel_bytes(),
+                panels,
+                octets: (first / 8, last / 8),
+                x: x.add(first - from),
+                x_stride,
+                rows,
+                acc,
+                acc_stride: panels * LANES,
+                fresh: first == from,
+            });
+            if last < to {
+                self.decoded(kernels, &part, (last, to), buffer);
+            }
+        }
+    }
+
+    /// The same for some of the inputs of a part, through memory.
+    unsafe fn decoded(&self, kernels: &Kernels, part: &Part, (from, to): (usize, usize), buffer: *mut f32) {
+        let (wide, deep) = if part.rows > ROWS_STREAMING { MANY_ROWS } else { FEW_ROWS };
         let mut k = from;
         while k < to {
-            // A range may begin and end within a group: whole octets are decoded, and the product skips the others.
+            // Whole octets are decoded; the product skips what is not asked for.
             let end = to.min((k / deep + 1) * deep);
             let octets = (k / 8, end.div_ceil(8));
             let skipped = k % 8;
-            for first in (0..panels).step_by(wide) {
-                let count = wide.min(panels - first);
+            for first in (0..part.panels).step_by(wide) {
+                let count = wide.min(part.panels - first);
                 // SAFETY: the panels have these octets, and the buffer room for `deep` inputs of `wide` panels.
                 unsafe {
                     for p in 0..count {
-                        let panel = self.place.at((panel + first + p) * self.panel_bytes());
+                        let panel = self.place.at((part.panel + first + p) * self.panel_bytes());
                         let out = buffer.add(p * deep * LANES);
                         (kernels.decode)(&Decode { form: &self.form, panel, octets, out });
                     }
                     (kernels.sweep)(&Sweep {
-                        x: x.add(k - from),
-                        x_stride,
-                        rows,
+                        x: part.x.add(k - part.origin),
+                        x_stride: part.x_stride,
+                        rows: part.rows,
                         layout: Layout::F32,
                         w: buffer.add(skipped * LANES).cast(),
                         panel_stride: deep * LANES,
                         k_stride: LANES,
                         panels: count,
                         k: end - k,
-                        acc: acc.add(first * LANES),
-                        acc_stride: panels * LANES,
-                        fresh: k == from,
+                        acc: part.acc.add(first * LANES),
+                        acc_stride: part.panels * LANES,
+                        fresh: k == part.origin,
                     });
                 }
             }

@@ -3,10 +3,12 @@
 
 mod codes;
 mod rows;
+mod stream;
 mod sweep;
 
 use crate::lanes::LANES;
 pub(crate) use codes::{Code, Decode, E4M3_SCALE, Form, Scale, Zero};
+pub(crate) use stream::Stream;
 pub(crate) use sweep::{Layout, Sweep};
 
 /// The kernels of one instruction level. Lengths count floats; `bf16` rounds results (and inputs, for which that is no
@@ -17,6 +19,7 @@ pub(crate) use sweep::{Layout, Sweep};
 pub(crate) struct Kernels {
     pub(crate) sweep: unsafe fn(&Sweep),
     pub(crate) decode: unsafe fn(&Decode<'_>),
+    pub(crate) stream: unsafe fn(&Stream<'_>),
     /// `out = x / rms(x) * weight` of `n` floats.
     pub(crate) norm:
         unsafe fn(x: *const f32, weight: *const f32, out: *mut f32, n: usize, eps: f32, bf16: bool),
@@ -47,9 +50,9 @@ pub(crate) struct Kernels {
 macro_rules! level {
     ($level:ident, $lanes:ty $(, $features:literal)?) => {
         pub(crate) mod $level {
-            use super::{Decode, Kernels, LANES, Sweep};
+            use super::{Decode, Kernels, LANES, Stream, Sweep};
 
-            pub(crate) static KERNELS: Kernels = Kernels { sweep, decode, norm, add, silu, round, rotate, narrow, transpose, softmax, blend, divide, exp };
+            pub(crate) static KERNELS: Kernels = Kernels { sweep, decode, stream, norm, add, silu, round, rotate, narrow, transpose, softmax, blend, divide, exp };
 
             $(#[target_feature(enable = $features)])?
             unsafe fn sweep(s: &Sweep) {
@@ -61,6 +64,12 @@ macro_rules! level {
             unsafe fn decode(d: &Decode<'_>) {
                 // SAFETY: the caller's promise; the instructions are those of this level.
                 unsafe { super::codes::decode::<$lanes>(d) }
+            }
+
+            $(#[target_feature(enable = $features)])?
+            unsafe fn stream(s: &Stream<'_>) {
+                // SAFETY: the caller's promise; the instructions are those of this level.
+                unsafe { super::stream::stream::<$lanes>(s) }
             }
 
             $(#[target_feature(enable = $features)])?

@@ -98,8 +98,8 @@ pub(crate) struct Decode<'a> {
 }
 
 /// [`Code`] as a constant: the bits of planes, or these.
-const BYTES: usize = 8;
-const E4M3: usize = 9;
+pub(super) const BYTES: usize = 8;
+pub(super) const E4M3: usize = 9;
 
 /// Runs a decode.
 ///
@@ -121,35 +121,91 @@ pub(super) unsafe fn decode<V: Lanes>(d: &Decode<'_>) {
     }
 }
 
+/// Where a panel is read: groups follow each other, then blocks.
+#[derive(Clone, Copy)]
+pub(super) struct Cursor {
+    /// Octets of a block, and of a group.
+    block: usize,
+    group: usize,
+    /// Bytes from the first panel's start to this block.
+    pub(super) base: usize,
+    /// Group and octet within the block.
+    pub(super) at_group: usize,
+    pub(super) at: usize,
+}
+
+impl Cursor {
+    #[inline(always)]
+    pub(super) fn new(form: &Form, octet: usize) -> Self {
+        let (block, group) = (form.span / 8, form.group / 8);
+        let (base, at) = (octet / block * form.block_bytes(), octet % block);
+        Cursor { block, group, base, at_group: at / group, at }
+    }
+
+    /// Octets of this group from here on, at most `left`.
+    #[inline(always)]
+    pub(super) fn count(&self, left: usize) -> usize {
+        left.min((self.at_group + 1) * self.group - self.at)
+    }
+
+    /// Past `count` octets of this group.
+    #[inline(always)]
+    pub(super) fn pass(&mut self, form: &Form, count: usize) {
+        self.at += count;
+        self.at_group += 1;
+        if self.at == self.block {
+            self.base += form.block_bytes();
+            (self.at, self.at_group) = (0, 0);
+        }
+    }
+}
+
+/// Bytes that are asked for ahead of use.
+const AHEAD_BYTES: usize = 1024;
+
+/// Starts bringing what lies behind octet `octet` of the chunk at `codes`.
+#[inline(always)]
+pub(super) unsafe fn ahead<V: Lanes>(codes: *const u8, octet_bytes: usize, octet: usize) {
+    let at = codes.wrapping_add(AHEAD_BYTES + octet * octet_bytes);
+    // SAFETY: a prefetch of any address is harmless.
+    unsafe {
+        V::prefetch(at);
+        if octet_bytes > 64 {
+            V::prefetch(at.wrapping_add(64));
+        }
+    }
+}
+
 #[inline(always)]
 unsafe fn decode_as<V: Lanes, const CODE: usize>(d: &Decode<'_>) {
-    let (block_octets, group_octets) = (d.form.span / 8, d.form.group / 8);
-    let (mut at, end) = d.octets;
+    let (chunk_bytes, scale_bytes) = (d.form.chunk_bytes(), d.form.scale_bytes());
+    let mut cursor = Cursor::new(d.form, d.octets.0);
+    let mut left = d.octets.1 - d.octets.0;
     let mut out = d.out;
-    while at < end {
-        let (block, within) = (at / block_octets, at % block_octets);
-        let group = within / group_octets;
-        let until = end.min(block * block_octets + (group + 1) * group_octets);
+    while left > 0 {
+        let count = cursor.count(left);
         // SAFETY: the panel has this block, and the block this group; `out` has room for all octets.
         unsafe {
-            let base = d.panel.add(block * d.form.block_bytes());
-            let (scale, offset) = scale_of::<V>(d.form, base, group);
-            let codes = base.add(d.form.scale_bytes());
-            for octet in within..within + until - at {
-                let values = octet_of::<V, CODE>(codes.add(octet / 4 * d.form.chunk_bytes()), octet % 4);
+            let base = d.panel.add(cursor.base);
+            let (scale, offset) = scale_of::<V>(d.form, base, cursor.at_group);
+            for octet in cursor.at..cursor.at + count {
+                let chunk = base.add(scale_bytes + octet / 4 * chunk_bytes);
+                ahead::<V>(chunk, chunk_bytes / 4, octet % 4);
+                let values = octet_of::<V, CODE>(chunk, octet % 4);
                 for (k, value) in values.into_iter().enumerate() {
                     offset.madd(value, scale).store(out.add(k * LANES));
                 }
                 out = out.add(8 * LANES);
             }
         }
-        at = until;
+        cursor.pass(d.form, count);
+        left -= count;
     }
 }
 
 /// Scale of a group and what is added.
 #[inline(always)]
-unsafe fn scale_of<V: Lanes>(form: &Form, block: *const u8, group: usize) -> (V, V) {
+pub(super) unsafe fn scale_of<V: Lanes>(form: &Form, block: *const u8, group: usize) -> (V, V) {
     // SAFETY: the caller's block has this group.
     unsafe {
         let at = block.add(form.scale.first() + group * form.scale.stride());
@@ -179,7 +235,7 @@ unsafe fn from_zero<V: Lanes>(scale: V, zero: f32) -> (V, V) {
 
 /// The codes of 8 inputs as numbers.
 #[inline(always)]
-unsafe fn octet_of<V: Lanes, const CODE: usize>(chunk: *const u8, octet: usize) -> [V; 8] {
+pub(super) unsafe fn octet_of<V: Lanes, const CODE: usize>(chunk: *const u8, octet: usize) -> [V; 8] {
     // SAFETY: the caller's chunk is of this code.
     unsafe {
         let line = |k: usize| chunk.add((octet * 8 + k) * LANES);
