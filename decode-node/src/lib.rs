@@ -4,7 +4,7 @@
 use cluster::server;
 use engine::{Engine, Event, Events, Job};
 use futures::stream::{self, BoxStream, StreamExt};
-use node::{NodeConfig, NodeError, convert};
+use node::{Grammars, NodeConfig, NodeError, convert};
 use proto::v1::decode_server::Decode;
 use proto::v1::{self, Role};
 use tonic::service::Routes;
@@ -12,11 +12,15 @@ use tonic::{Request, Response, Status};
 
 /// Runs one rank of a decode group until `shutdown` ends.
 pub async fn serve(config: NodeConfig, shutdown: cluster::Shutdown) -> Result<(), NodeError> {
-    node::run(config, Role::Decode, shutdown, |engine| Routes::new(server::decode(Service { engine }))).await
+    node::run(config, Role::Decode, shutdown, |engine, grammars| {
+        Routes::new(server::decode(Service { engine, grammars }))
+    })
+    .await
 }
 
 struct Service {
     engine: Engine,
+    grammars: Grammars,
 }
 
 #[tonic::async_trait]
@@ -28,7 +32,7 @@ impl Decode for Service {
         request: Request<v1::GenerateRequest>,
     ) -> Result<Response<Self::GenerateStream>, Status> {
         let message = request.into_inner();
-        let sequence = convert::request(message.sequence)?;
+        let sequence = self.grammars.request(message.sequence).await?;
         let job = if message.prefill_here { Job::Generate(sequence) } else { Job::Land(sequence) };
         let mut events = self.engine.submit(job).map_err(|refusal| convert::refusal_status(&refusal))?;
         // A refusal is the call's status, not an event of its stream.

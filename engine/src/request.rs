@@ -32,6 +32,8 @@ pub struct Request {
     pub cache_salt: Vec<u8>,
     /// Lower runs later; 0 is interactive.
     pub priority: i32,
+    /// What the output must look like, and how far it has come in it.
+    pub grammar: Option<grammar::Automaton>,
 }
 
 /// How tokens are drawn: a pure function of (seed, position, logits, tokens so far).

@@ -13,8 +13,8 @@ fn invalid(what: impl std::fmt::Display) -> Status {
     Status::invalid_argument(what.to_string())
 }
 
-/// Checks and takes over a sequence.
-pub fn request(sequence: Option<v1::Sequence>) -> Result<Request, Status> {
+/// Checks and takes over a sequence, but for its grammar, which [`crate::Grammars`] compiles.
+pub(crate) fn request(sequence: Option<v1::Sequence>) -> Result<Request, Status> {
     let s = sequence.ok_or_else(|| invalid("sequence missing"))?;
     let sampling = s.sampling.ok_or_else(|| invalid("sampling missing"))?;
     if s.tokens.is_empty() {
@@ -43,6 +43,7 @@ pub fn request(sequence: Option<v1::Sequence>) -> Result<Request, Status> {
         sampling: self::sampling(sampling)?,
         cache_salt: s.cache_salt,
         priority: s.priority,
+        grammar: None,
     })
 }
 

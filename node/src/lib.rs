@@ -4,6 +4,7 @@
 pub mod config;
 pub mod convert;
 mod error;
+mod grammars;
 pub mod loading;
 pub mod memory;
 mod rank;
@@ -12,4 +13,5 @@ mod run;
 
 pub use config::{BackendKind, GroupConfig, LoadFormat, NodeConfig};
 pub use error::NodeError;
+pub use grammars::Grammars;
 pub use run::{drain, probe, run};

@@ -12,6 +12,7 @@ use tonic::{Response, Status};
 
 use crate::config::NodeConfig;
 use crate::error::NodeError;
+use crate::grammars::Grammars;
 use crate::{convert, rank, report};
 
 /// How often a drain looks whether work is left.
@@ -28,7 +29,7 @@ pub async fn run(
     config: NodeConfig,
     role: Role,
     shutdown: Shutdown,
-    service: impl FnOnce(Engine) -> Routes,
+    service: impl FnOnce(Engine, Grammars) -> Routes,
 ) -> Result<(), NodeError> {
     cluster::require_loopback_or_insecure(config.bind, config.insecure)?;
     cluster::require_loopback_or_insecure(config.kv_bind, config.insecure)?;
@@ -69,7 +70,7 @@ pub async fn run(
     tracing::info!(grpc = request.grpc_address, backend = request.backend, "loaded");
 
     let (behind, leave) = (Shutdown::new(), Shutdown::new());
-    let routes = service(engine.clone());
+    let routes = service(engine.clone(), Grammars::new(config.model.clone()));
     let serving = {
         let (token, behind) = (config.token.clone(), behind.clone());
         tokio::spawn(async move { server::serve(listener, &token, routes, behind, STOP_GRACE).await })

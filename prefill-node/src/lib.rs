@@ -4,7 +4,7 @@
 use cluster::server;
 use engine::{Engine, Event, Events, Job};
 use futures::stream::{self, BoxStream, StreamExt};
-use node::{NodeConfig, NodeError, convert};
+use node::{Grammars, NodeConfig, NodeError, convert};
 use proto::v1::prefill_event::Event as Message;
 use proto::v1::prefill_server::Prefill;
 use proto::v1::{self, Role};
@@ -13,12 +13,15 @@ use tonic::{Request, Response, Status};
 
 /// Runs one rank of a prefill node until `shutdown` ends.
 pub async fn serve(config: NodeConfig, shutdown: cluster::Shutdown) -> Result<(), NodeError> {
-    node::run(config, Role::Prefill, shutdown, |engine| Routes::new(server::prefill(Service { engine })))
-        .await
+    node::run(config, Role::Prefill, shutdown, |engine, grammars| {
+        Routes::new(server::prefill(Service { engine, grammars }))
+    })
+    .await
 }
 
 struct Service {
     engine: Engine,
+    grammars: Grammars,
 }
 
 #[tonic::async_trait]
@@ -30,7 +33,7 @@ impl Prefill for Service {
         request: Request<v1::PrefillRequest>,
     ) -> Result<Response<Self::PrefillStream>, Status> {
         let message = request.into_inner();
-        let sequence = convert::request(message.sequence)?;
+        let sequence = self.grammars.request(message.sequence).await?;
         let handoff = message.handoff.map(convert::handoff).transpose()?;
         let job = Job::Prefill(sequence, handoff);
         let events = self.engine.submit(job).map_err(|refusal| convert::refusal_status(&refusal))?;

@@ -8,7 +8,7 @@ pub mod v1 {
 }
 
 /// Version of the gRPC messages and of the KV wire. Nodes of another version are refused at join.
-pub const PROTOCOL: u32 = 2;
+pub const PROTOCOL: u32 = 3;
 
 /// Tokens of one sequence at the most; bounds every message that carries one.
 pub const SEQUENCE_TOKENS_MAX: usize = 1 << 20;

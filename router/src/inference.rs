@@ -53,6 +53,8 @@ pub struct GenerateRequest {
     pub cache_salt: Vec<u8>,
     /// Lower runs later; 0 is interactive.
     pub priority: i32,
+    /// What the output must look like, in the dialect of the room `grammar`; checked by the gateway.
+    pub grammar: Option<Arc<str>>,
 }
 
 /// How tokens are drawn. Ranges as in `common.proto`; the gateway has checked them.

@@ -266,11 +266,11 @@ fn wanted(plan: &Plan, rule: Option<Rule>) -> Wanted {
 }
 
 /// The next token of `sequence`. Errors say why there is none.
-fn sampled(drawn: Option<Drawn>, sequence: &Sequence) -> Result<Sampled, String> {
+fn sampled(drawn: Option<Drawn>, sequence: &mut Sequence) -> Result<Sampled, String> {
     match drawn {
         Some(Drawn::Token(id)) => Ok(Sampled { id, logprob: None, top: Vec::new() }),
         Some(Drawn::Logits(logits)) => {
-            sampler::sample(&logits, &sequence.request).map_err(|error| error.to_string())
+            sampler::sample(&logits, &mut sequence.request).map_err(|error| error.to_string())
         }
         Some(Drawn::NotFinite { id }) => {
             let position = sequence.request.tokens.len();

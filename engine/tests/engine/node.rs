@@ -328,7 +328,8 @@ pub fn direct(request: &Request, dtype: DType) -> Vec<u32> {
         let ids = request.tokens[computed..].to_vec();
         let logits = rank.feed(SeqId(1), computed as u32, &ids, usize::MAX).expect("a step").expect("logits");
         computed = request.tokens.len();
-        request.tokens.push(sampler::sample(&logits, &request).expect("a token").id);
+        let next = sampler::sample(&logits, &mut request).expect("a token");
+        request.tokens.push(next.id);
         let last = request.tokens.last().expect("just pushed");
         if request.stop_ids.contains(last) && !request.ignore_eos {
             break;

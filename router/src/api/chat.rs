@@ -12,8 +12,9 @@ use super::body::read_body;
 use super::chat_format::ChatFormat;
 use super::error::ApiError;
 use super::fields::Fields;
+use super::form::{self, CallRule, Form, read_form};
 use super::head::Head;
-use super::messages::{read_messages, read_tools};
+use super::messages::{ToolChoice, read_messages, read_tools};
 use super::params::{Params, TOP_LOGPROBS_MAX};
 use super::quota::Caller;
 use super::reply;
@@ -39,10 +40,13 @@ const UNSUPPORTED: [&str; 12] = [
 
 /// A checked request.
 #[derive(Debug)]
-struct ChatRequest {
+pub struct ChatRequest {
     params: Params,
     conversation: Conversation,
+    choice: ToolChoice,
     parallel: bool,
+    /// What answers must look like.
+    pub form: Option<Form>,
     hide_reasoning: bool,
     logprobs: Option<u32>,
 }
@@ -52,8 +56,9 @@ pub async fn handle(State(gateway): State<Arc<Gateway>>, request: Request) -> Re
     let caller = request.extensions().get::<Arc<Caller>>().cloned();
     let body = read_body(request, &gateway.config.limits).await?;
     let arrived = Instant::now();
-    let (params, prompt, reading) =
-        gateway.on_text_thread(move |gateway| prepare(gateway, parse(gateway, &body)?)).await?;
+    let (params, prompt, reading) = gateway
+        .on_text_thread(move |gateway| prepare(gateway, parse(gateway, Fields::parse(&body)?)?))
+        .await?;
     let params = &params;
     let head = Head::new("chatcmpl", random()?, SystemTime::now(), Arc::clone(&gateway.model));
     let mut answer = start(&gateway, params, &[prompt], &reading, &head, arrived, caller.as_ref())?;
@@ -68,22 +73,32 @@ pub async fn handle(State(gateway): State<Arc<Gateway>>, request: Request) -> Re
 }
 
 /// The prompt of a request, and how its answers are read. Runs on a text thread.
-fn prepare(gateway: &Gateway, request: ChatRequest) -> Result<(Params, Prompt, Reading), ApiError> {
-    let tools = gateway.tool_family.filter(|_| !request.conversation.tools.is_empty());
-    let tools = tools.map(|family| (family, Types::new(&request.conversation.tools)));
-    let text = render(gateway, request.conversation)?;
+pub fn prepare(gateway: &Gateway, request: ChatRequest) -> Result<(Params, Prompt, Reading), ApiError> {
+    let mut conversation = request.conversation;
+    let definitions = conversation.tools.clone();
+    let tools = gateway.tool_family.filter(|_| !definitions.is_empty());
+    let tools = tools.map(|family| (family, Types::new(&definitions)));
+    // What holds us to the schema is not for the model's eyes.
+    let functions = conversation.tools.iter_mut().filter_map(|tool| tool["function"].as_object_mut());
+    functions.for_each(|function| _ = function.shift_remove("strict"));
+    let text = render(gateway, conversation)?;
     let tokens = gateway.encode(&text, false, "messages")?;
     let context = gateway.config.context_tokens;
     let default = gateway.text.defaults.max_new_tokens;
     let max_tokens = request.params.output_tokens(tokens.len(), context, default, "messages")?;
+    let opening = gateway.reasons.then(|| Opening::of_prompt(&text));
+    let calls = tools.is_some().then(|| CallRule {
+        tools: definitions.iter().collect(),
+        choice: &request.choice,
+        parallel: request.parallel,
+    });
+    let ends = !request.params.stop_ids.is_empty();
+    let grammar = form::grammar(gateway, request.form.as_ref(), calls, opening, ends)?;
     let reading = Reading {
+        grammar,
         beginning: Beginning::Text,
         marks: if tools.is_some() { Arc::clone(&gateway.marks) } else { Arc::default() },
-        answer: answer::Reading {
-            tools,
-            reasoning: gateway.reasons.then(|| Opening::of_prompt(&text)),
-            family: gateway.tool_family,
-        },
+        answer: answer::Reading { tools, reasoning: opening, family: gateway.tool_family },
         single_call: !request.parallel,
         hide_reasoning: request.hide_reasoning,
         logprobs: request.logprobs,
@@ -91,11 +106,12 @@ fn prepare(gateway: &Gateway, request: ChatRequest) -> Result<(Params, Prompt, R
     Ok((request.params, Prompt { tokens: tokens.into(), max_tokens, echo: None }, reading))
 }
 
-fn parse(gateway: &Gateway, body: &[u8]) -> Result<ChatRequest, ApiError> {
-    let mut fields = Fields::parse(body)?;
+/// Checks a request; also for the interfaces that are written over as chats.
+pub fn parse(gateway: &Gateway, mut fields: Fields) -> Result<ChatRequest, ApiError> {
     gateway.check_model(&mut fields)?;
     let params = Params::read(&mut fields, &gateway.rules(), &["max_completion_tokens", "max_tokens"])?;
-    let (conversation, parallel) = read_conversation(gateway, &mut fields)?;
+    let (conversation, choice, parallel) = read_conversation(gateway, &mut fields)?;
+    let form = read_form(&mut fields)?;
     let logprobs = fields.boolean("logprobs")?.unwrap_or(false);
     let top = fields.integer("top_logprobs", 0..=TOP_LOGPROBS_MAX)?;
     if top.is_some_and(|top| top > 0) && !logprobs {
@@ -108,11 +124,15 @@ fn parse(gateway: &Gateway, body: &[u8]) -> Result<ChatRequest, ApiError> {
     fields.refuse(&UNSUPPORTED, "is not supported")?;
     fields.finish()?;
     let logprobs = logprobs.then(|| top.unwrap_or(0) as u32);
-    Ok(ChatRequest { params, conversation, parallel, hide_reasoning, logprobs })
+    Ok(ChatRequest { params, conversation, choice, parallel, form, hide_reasoning, logprobs })
 }
 
-/// Reads messages, tools and what else a template sees; also for `/tokenize`. With whether calls may be parallel.
-pub fn read_conversation(gateway: &Gateway, fields: &mut Fields) -> Result<(Conversation, bool), ApiError> {
+/// Reads messages, tools and what else a template sees; also for `/tokenize`. With whether calls must come, and whether
+/// they may be parallel.
+pub fn read_conversation(
+    gateway: &Gateway,
+    fields: &mut Fields,
+) -> Result<(Conversation, ToolChoice, bool), ApiError> {
     let messages = read_messages(fields, gateway.knows_developer)?;
     let tools = read_tools(fields)?;
     if !tools.definitions.is_empty() && gateway.tool_family.is_none() {
@@ -130,7 +150,7 @@ pub fn read_conversation(gateway: &Gateway, fields: &mut Fields) -> Result<(Conv
         add_generation_prompt: fields.boolean("add_generation_prompt")?.unwrap_or(true),
         variables,
     };
-    Ok((conversation, tools.parallel))
+    Ok((conversation, tools.choice, tools.parallel))
 }
 
 /// `chat_template_kwargs`, such as `{"enable_thinking": false}`.

@@ -12,6 +12,7 @@ use super::body::read_body;
 use super::completion_format::CompletionFormat;
 use super::error::ApiError;
 use super::fields::{Fields, integer};
+use super::form::{self, Form, read_form};
 use super::head::Head;
 use super::params::{Params, TOP_LOGPROBS_MAX};
 use super::quota::Caller;
@@ -38,6 +39,7 @@ struct CompletionRequest {
     echo: bool,
     add_special: bool,
     logprobs: Option<u32>,
+    form: Option<Form>,
 }
 
 /// The handler.
@@ -45,17 +47,19 @@ pub async fn handle(State(gateway): State<Arc<Gateway>>, request: Request) -> Re
     let caller = request.extensions().get::<Arc<Caller>>().cloned();
     let body = read_body(request, &gateway.config.limits).await?;
     let arrived = Instant::now();
-    let (request, prompts) = gateway
+    let (request, prompts, grammar) = gateway
         .on_text_thread(move |gateway| {
             let request = parse(gateway, &body)?;
             let prompts = request.prompts.iter().map(|source| prompt(gateway, &request, source));
             let prompts = prompts.collect::<Result<Vec<_>, ApiError>>()?;
-            Ok((request, prompts))
+            let ends = !request.params.stop_ids.is_empty();
+            let grammar = form::grammar(gateway, request.form.as_ref(), None, None, ends)?;
+            Ok((request, prompts, grammar))
         })
         .await?;
     let params = &request.params;
     let head = Head::new("cmpl", random()?, SystemTime::now(), Arc::clone(&gateway.model));
-    let reading = Reading::plain(Beginning::Continuation, request.logprobs);
+    let reading = Reading { grammar, ..Reading::plain(Beginning::Continuation, request.logprobs) };
     let mut answer = start(&gateway, params, &prompts, &reading, &head, arrived, caller.as_ref())?;
     let echo = prompts.iter().flat_map(|prompt| vec![prompt.echo.clone(); params.n]).collect();
     let pieces = Arc::clone(gateway.text.tokenizer.pieces());
@@ -88,6 +92,7 @@ fn parse(gateway: &Gateway, body: &[u8]) -> Result<CompletionRequest, ApiError> 
         echo: fields.boolean("echo")?.unwrap_or(false),
         add_special: fields.boolean("add_special_tokens")?.unwrap_or(true),
         logprobs: fields.integer("logprobs", 0..=TOP_LOGPROBS_MAX)?.map(|top| top as u32),
+        form: read_form(&mut fields)?,
     };
     if request.echo && request.logprobs.is_some() {
         return Err(ApiError::unsupported("echo", "together with 'logprobs' is not supported"));

@@ -113,6 +113,18 @@ impl ApiError {
         Self::new(StatusCode::FORBIDDEN, "invalid_request_error", None, message)
     }
 
+    /// 404.
+    pub fn not_found(code: &'static str, message: String) -> Self {
+        Self::new(StatusCode::NOT_FOUND, "invalid_request_error", Some(code), message)
+    }
+
+    /// 400: the conversation that was to go on is not kept, or not any more.
+    pub fn previous_not_found(id: &str) -> Self {
+        let message =
+            format!("Previous response with id '{}' not found.", id.chars().take(64).collect::<String>());
+        Self::bad("previous_response_id", "previous_response_not_found", message)
+    }
+
     /// 404: no such model.
     pub fn no_model(model: &str) -> Self {
         let message = format!("The model '{model}' does not exist.");
@@ -158,6 +170,21 @@ impl ApiError {
     /// 503.
     pub fn unavailable(message: impl Into<String>) -> Self {
         Self::new(StatusCode::SERVICE_UNAVAILABLE, "server_error", Some("service_unavailable"), message)
+    }
+
+    /// Anthropic's envelope.
+    pub fn anthropic(&self) -> Value {
+        let kind = match self.status.as_u16() {
+            401 => "authentication_error",
+            403 => "permission_error",
+            404 => "not_found_error",
+            413 => "request_too_large",
+            429 => "rate_limit_error",
+            503 => "overloaded_error",
+            400..=499 => "invalid_request_error",
+            _ => "api_error",
+        };
+        json!({"type": "error", "error": {"type": kind, "message": self.message}})
     }
 
     /// OpenAI's envelope; also the data of an error event within a stream.
@@ -212,6 +239,8 @@ impl From<TemplateError> for ApiError {
 impl IntoResponse for ApiError {
     fn into_response(self) -> Response {
         let mut response = (self.status, axum::Json(self.envelope())).into_response();
+        // For interfaces whose errors look otherwise.
+        response.extensions_mut().insert(self.clone());
         if let Some(after) = self.retry_after {
             // Whole seconds, at least one: 0 would have clients hammer.
             let seconds = after.as_secs() + u64::from(after.subsec_nanos() > 0);

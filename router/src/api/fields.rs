@@ -26,6 +26,16 @@ impl Fields {
         }
     }
 
+    /// A request made of other parts.
+    pub fn top(map: Map<String, Value>) -> Self {
+        Self { map, path: String::new() }
+    }
+
+    /// A look at a field that stays.
+    pub fn peek(&self, name: &str) -> Option<&Value> {
+        self.map.get(name).filter(|value| !value.is_null())
+    }
+
     /// The object at `path`.
     pub fn of(path: &str, value: Value) -> Result<Self, ApiError> {
         match value {

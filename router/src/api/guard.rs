@@ -53,6 +53,14 @@ pub async fn observe(State(gateway): State<Arc<Gateway>>, request: Request, next
         Ok(response) => response,
         Err(_) => ApiError::internal("the server failed on this request").into_response(),
     };
+    if path.starts_with("/v1/messages")
+        && let Some(error) = response.extensions().get::<ApiError>().cloned()
+    {
+        let mut body = error.anthropic();
+        body["request_id"] = id.to_str().unwrap_or_default().into();
+        *response.body_mut() = axum::body::Body::from(body.to_string());
+        response.headers_mut().remove(header::CONTENT_LENGTH);
+    }
     let status = response.status().as_u16();
     gateway.metrics.http(&path, status);
     let (id_text, ms) = (id.to_str().unwrap_or_default(), begun.elapsed().as_secs_f64() * 1e3);
@@ -125,7 +133,7 @@ pub async fn cors(State(gateway): State<Arc<Gateway>>, request: Request, next: N
         if preflight { StatusCode::NO_CONTENT.into_response() } else { next.run(request).await };
     let headers = response.headers_mut();
     if preflight {
-        headers.insert(header::ACCESS_CONTROL_ALLOW_METHODS, HeaderValue::from_static("GET, POST"));
+        headers.insert(header::ACCESS_CONTROL_ALLOW_METHODS, HeaderValue::from_static("GET, POST, DELETE"));
         headers.insert(header::ACCESS_CONTROL_MAX_AGE, HeaderValue::from_static(PREFLIGHT_S));
         asked.into_iter().for_each(|asked| _ = headers.insert(header::ACCESS_CONTROL_ALLOW_HEADERS, asked));
     }

@@ -127,11 +127,19 @@ impl Keys {
             return Ok(None);
         }
         let missing = "You didn't provide an API key. Provide it in the header 'Authorization: Bearer KEY'.";
-        let value = headers.get(header::AUTHORIZATION).ok_or_else(|| ApiError::unauthorized(missing))?;
-        let (scheme, key) = split_once(value.as_bytes()).ok_or_else(|| ApiError::unauthorized(missing))?;
-        if !scheme.eq_ignore_ascii_case(b"bearer") {
-            return Err(ApiError::unauthorized(missing));
-        }
+        // The second is Anthropic's.
+        let key = match (headers.get(header::AUTHORIZATION), headers.get("x-api-key")) {
+            (Some(value), _) => {
+                let (scheme, key) =
+                    split_once(value.as_bytes()).ok_or_else(|| ApiError::unauthorized(missing))?;
+                if !scheme.eq_ignore_ascii_case(b"bearer") {
+                    return Err(ApiError::unauthorized(missing));
+                }
+                key
+            }
+            (None, Some(key)) => key.as_bytes(),
+            (None, None) => return Err(ApiError::unauthorized(missing)),
+        };
         let ring = self.ring();
         match find(&ring.keys, &Sha256::digest(key.trim_ascii()).into()) {
             Some(key) => Ok(Some(Arc::clone(&key.caller))),

@@ -152,27 +152,70 @@ pub fn read_tools(fields: &mut Fields) -> Result<Tools, ApiError> {
     }
     let read = |(i, tool)| read_tool(&format!("tools[{i}]"), tool);
     let mut definitions = items.into_iter().enumerate().map(read).collect::<Result<Vec<_>, ApiError>>()?;
-    match fields.take("tool_choice") {
-        None => {}
-        Some(Value::String(word)) if word == "auto" => {}
-        Some(Value::String(word)) if word == "none" => definitions.clear(),
-        Some(Value::String(word)) if word == "required" => {
-            return Err(ApiError::unsupported(
-                "tool_choice",
-                "'required' is not supported yet: use 'auto' or 'none'",
-            ));
-        }
-        Some(Value::Object(_)) => {
-            let why = "with a named function is not supported yet: use 'auto' or 'none'";
-            return Err(ApiError::unsupported("tool_choice", why));
-        }
-        Some(other) => {
-            let got = other.as_str().map_or_else(|| type_name(&other).to_string(), quoted);
-            return Err(ApiError::wrong_value("tool_choice", "'auto' or 'none'", got));
-        }
+    let choice = tool_choice(fields, &definitions)?;
+    if choice == ToolChoice::None {
+        definitions.clear();
     }
     let parallel = fields.boolean("parallel_tool_calls")?.unwrap_or(true);
-    Ok(Tools { definitions, parallel })
+    Ok(Tools { definitions, choice, parallel })
+}
+
+fn tool_choice(fields: &mut Fields, definitions: &[Value]) -> Result<ToolChoice, ApiError> {
+    let known = |name: &str| definitions.iter().any(|tool| tool["function"]["name"] == name);
+    let expected = "'auto', 'none', 'required' or a function";
+    let choice = match fields.take("tool_choice") {
+        None => ToolChoice::Auto,
+        Some(Value::String(word)) => match word.as_str() {
+            "auto" => ToolChoice::Auto,
+            "none" => ToolChoice::None,
+            // llama.cpp's and LangChain's word.
+            "required" | "any" => ToolChoice::Required,
+            other => return Err(ApiError::wrong_value("tool_choice", expected, quoted(other))),
+        },
+        Some(object @ Value::Object(_)) => {
+            let mut choice = Fields::of("tool_choice", object)?;
+            let kind = choice.string("type")?.ok_or_else(|| ApiError::missing("tool_choice.type"))?;
+            if kind != "function" {
+                let why = format!("of type {} is not supported", quoted(&kind));
+                return Err(ApiError::unsupported("tool_choice", &why));
+            }
+            // `/v1/responses` has the name one level higher.
+            let name = match choice.object("function")? {
+                Some(mut function) => {
+                    let name = function.string("name")?;
+                    function.finish()?;
+                    name
+                }
+                None => choice.string("name")?,
+            };
+            choice.finish()?;
+            let name = name.ok_or_else(|| ApiError::missing("tool_choice.function.name"))?;
+            if !known(&name) {
+                let expected = "the name of one of the tools";
+                return Err(ApiError::wrong_value("tool_choice.function.name", expected, quoted(&name)));
+            }
+            ToolChoice::Named(name)
+        }
+        Some(other) => return Err(ApiError::wrong_value("tool_choice", expected, type_name(&other))),
+    };
+    if choice == ToolChoice::Required && definitions.is_empty() {
+        return Err(ApiError::wrong_value("tool_choice", "tools to choose from", "'required' without tools"));
+    }
+    Ok(choice)
+}
+
+/// Whether and what a model calls.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub enum ToolChoice {
+    /// As it likes.
+    #[default]
+    Auto,
+    /// Not at all.
+    None,
+    /// At least one.
+    Required,
+    /// This one.
+    Named(String),
 }
 
 /// What a model may call.
@@ -180,6 +223,8 @@ pub fn read_tools(fields: &mut Fields) -> Result<Tools, ApiError> {
 pub struct Tools {
     /// As the client wrote them: models were trained on that form.
     pub definitions: Vec<Value>,
+    /// Whether they must be called.
+    pub choice: ToolChoice,
     /// More than one call in an answer.
     pub parallel: bool,
 }
@@ -197,17 +242,13 @@ fn read_tool(path: &str, tool: Value) -> Result<Value, ApiError> {
     }
     function.string("description")?;
     function.object("parameters")?;
-    function.only(
-        "strict",
-        &json!(false),
-        "is not supported yet: arguments are not forced into the schema",
-    )?;
+    function.boolean("strict")?;
     function.finish()?;
     fields.finish()?;
     let mut tool = tool;
     // Templates print a tool as it is; what is empty was never in their training.
     if let Some(function) = tool.get_mut("function").and_then(Value::as_object_mut) {
-        function.retain(|name, value| name != "strict" && !value.is_null());
+        function.retain(|name, value| (name != "strict" || *value == true) && !value.is_null());
     }
     Ok(tool)
 }
@@ -277,7 +318,10 @@ mod tests {
         let given = json!({"type": "function", "function":
             {"name": "f", "description": null, "parameters": {"b": 1, "a": null}, "strict": false}});
         let read = tools(json!({"tools": [given], "tool_choice": "auto", "parallel_tool_calls": false}));
-        assert_eq!(read, Ok(Tools { definitions: vec![tool.clone()], parallel: false }));
+        assert_eq!(
+            read,
+            Ok(Tools { definitions: vec![tool.clone()], choice: ToolChoice::Auto, parallel: false })
+        );
         assert_eq!(
             tools(json!({"tools": [tool], "tool_choice": "none"})).expect("valid").definitions,
             [] as [Value; 0]
@@ -294,9 +338,14 @@ mod tests {
             (function(json!({})), "tools[0].function.name"),
             (function(json!({"name": "a b"})), "tools[0].function.name"),
             (function(json!({"name": "f", "parameters": []})), "tools[0].function.parameters"),
-            (function(json!({"name": "f", "strict": true})), "tools[0].function.strict"),
+            (function(json!({"name": "f", "strict": "yes"})), "tools[0].function.strict"),
             (json!({"tool_choice": "required"}), "tool_choice"),
-            (json!({"tool_choice": {"type": "function", "function": {"name": "f"}}}), "tool_choice"),
+            (json!({"tool_choice": {"type": "function"}}), "tool_choice.function.name"),
+            (
+                json!({"tool_choice": {"type": "function", "function": {"name": "f"}}}),
+                "tool_choice.function.name",
+            ),
+            (json!({"tool_choice": {"type": "allowed_tools"}}), "tool_choice"),
             (json!({"tool_choice": 1}), "tool_choice"),
         ] {
             assert_eq!(tools(json.clone()).unwrap_err().param.as_deref(), Some(param), "{json}");

@@ -5,6 +5,8 @@
 //! leaves through `reply` in its `chat_format` or `completion_format`.
 
 mod answer;
+mod anthropic;
+mod anthropic_format;
 mod body;
 mod chat;
 mod chat_format;
@@ -14,6 +16,7 @@ mod completions;
 mod config;
 mod error;
 mod fields;
+mod form;
 mod guard;
 mod head;
 mod keys;
@@ -22,6 +25,9 @@ mod messages;
 mod params;
 mod quota;
 mod reply;
+mod response_store;
+mod responses;
+mod responses_format;
 mod run;
 mod server;
 mod status;
@@ -83,6 +89,8 @@ struct Gateway {
     tool_family: Option<Family>,
     /// The model reasons between tags.
     reasons: bool,
+    compilers: form::Compilers,
+    responses: response_store::ResponseStore,
     /// Special ids that are marks of calls.
     marks: Arc<[u32]>,
     knows_developer: bool,
@@ -122,6 +130,8 @@ pub async fn serve<I: Inference>(
         model: config.model.as_str().into(),
         tool_family,
         reasons: config.reasoning_parser.unwrap_or_else(|| text.reasons()),
+        compilers: form::Compilers::default(),
+        responses: response_store::ResponseStore::default(),
         marks: marks(&text, tool_family),
         knows_developer: text.knows_developer(),
         text,
@@ -167,6 +177,10 @@ fn routes(gateway: Arc<Gateway>) -> axum::Router {
     let asks = axum::Router::new()
         .route("/v1/chat/completions", post(chat::handle))
         .route("/v1/completions", post(completions::handle))
+        .route("/v1/responses", post(responses::handle))
+        .route("/v1/responses/{id}", get(responses::get).delete(responses::delete))
+        .route("/v1/messages", post(anthropic::handle))
+        .route("/v1/messages/count_tokens", post(anthropic::count))
         .route("/v1/models", get(status::models))
         .route("/v1/models/{*name}", get(status::model))
         .route("/tokenize", post(tokens::tokenize))

@@ -25,13 +25,9 @@ const STOP_IDS_MAX: usize = 128;
 const TEMPERATURE_MIN: f32 = 1e-4;
 
 /// Known to OpenAI's or vLLM's users, and not served.
-const UNSUPPORTED: [&str; 16] = [
-    "guided_json",
-    "guided_regex",
-    "guided_choice",
-    "guided_grammar",
+const UNSUPPORTED: [&str; 12] = [
     "guided_decoding_backend",
-    "structured_outputs",
+    "guided_whitespace_pattern",
     "prompt_logprobs",
     "truncate_prompt_tokens",
     "allowed_token_ids",
@@ -158,16 +154,6 @@ fn tolerated(fields: &mut Fields) -> Result<(), ApiError> {
     fields.only("store", &json!(false), "is not supported: nothing is stored")?;
     fields.only("use_beam_search", &json!(false), "is not supported")?;
     fields.only("spaces_between_special_tokens", &json!(true), "is not supported")?;
-    if let Some(mut format) = fields.object("response_format")? {
-        let kind = format.string("type")?.ok_or_else(|| ApiError::missing("response_format.type"))?;
-        if kind != "text" {
-            return Err(ApiError::unsupported(
-                "response_format",
-                &format!("of type '{kind}' is not supported yet"),
-            ));
-        }
-        format.finish()?;
-    }
     fields.refuse(&UNSUPPORTED, "is not supported")
 }
 
@@ -320,7 +306,7 @@ mod tests {
                 "stop_token_ids": [7, 2], "max_tokens": 9, "max_completion_tokens": 5, "min_tokens": 3, "ignore_eos": true,
                 "n": 2, "stream": true, "stream_options": {"include_usage": true}, "cache_salt": "s", "priority": 4,
                 "user": "u", "metadata": {"a": "b"}, "service_tier": "auto", "skip_special_tokens": false,
-                "include_stop_str_in_output": true, "response_format": {"type": "text"}, "store": false}"#,
+                "include_stop_str_in_output": true, "store": false}"#,
         )
         .expect("valid");
         let sampling = Sampling {

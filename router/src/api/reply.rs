@@ -70,6 +70,14 @@ impl Events {
         self.0.put_slice(b"\n\n");
     }
 
+    /// One event with a name.
+    pub fn push_named(&mut self, name: &str, data: &impl Serialize) {
+        self.0.put_slice(b"event: ");
+        self.0.put_slice(name.as_bytes());
+        self.0.put_slice(b"\n");
+        self.push(data);
+    }
+
     /// OpenAI's last event.
     pub fn done(&mut self) {
         self.0.put_slice(b"data: [DONE]\n\n");

@@ -28,6 +28,8 @@ pub struct Prompt {
 /// How answers are read.
 #[derive(Debug, Clone)]
 pub struct Reading {
+    /// What answers must look like.
+    pub grammar: Option<Arc<str>>,
     /// A text of its own, or the rest of the prompt.
     pub beginning: Beginning,
     /// Reasoning and calls.
@@ -46,6 +48,7 @@ impl Reading {
     /// All is text.
     pub fn plain(beginning: Beginning, logprobs: Option<u32>) -> Self {
         Self {
+            grammar: None,
             beginning,
             answer: answer::Reading::default(),
             single_call: false,
@@ -91,6 +94,7 @@ pub fn start(
             sampling,
             cache_salt: params.cache_salt.clone(),
             priority: params.priority,
+            grammar: reading.grammar.clone(),
         };
         let pieces = Arc::clone(gateway.text.tokenizer.pieces());
         let choice = Choice::new(params, pieces, reading);

@@ -30,7 +30,7 @@ pub async fn tokenize(
                 gateway.encode_any(&text, add_special.unwrap_or(true))?
             }
             None => {
-                let (conversation, _) = read_conversation(gateway, &mut fields)?;
+                let (conversation, ..) = read_conversation(gateway, &mut fields)?;
                 fields.finish()?;
                 gateway.encode(&render(gateway, conversation)?, false, "messages")?
             }

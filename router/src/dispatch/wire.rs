@@ -36,6 +36,7 @@ pub fn sequence(request: &GenerateRequest, output: &[u32], attempt: u32) -> v1::
         }),
         cache_salt: request.cache_salt.clone(),
         priority: request.priority,
+        grammar: request.grammar.as_deref().unwrap_or_default().to_string(),
     }
 }
 

@@ -182,6 +182,7 @@ fn request(prompt: u32, max_tokens: u32) -> GenerateRequest {
         sampling: Sampling { seed: 42, ..Sampling::default() },
         cache_salt: vec![],
         priority: 0,
+        grammar: None,
     }
 }
 

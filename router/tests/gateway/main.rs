@@ -3,6 +3,7 @@
 mod answers;
 mod cancel;
 mod errors;
+mod interfaces;
 mod latency;
 mod mock;
 mod status;

@@ -140,3 +140,32 @@ async fn the_effort_none_closes_the_thought_in_the_prompt() {
     let prompt = crate::mock::tokenizer().decode(&gateway.last().tokens, false);
     assert!(prompt.ends_with("<think>\n\n</think>\n\n"), "{prompt}");
 }
+
+#[tokio::test]
+async fn what_is_demanded_reaches_the_cluster_as_a_grammar() {
+    let gateway = Gateway::new(|_| says("x")).await;
+    let seen = async |more: Value| {
+        let mut body = body();
+        body.as_object_mut().unwrap().extend(more.as_object().unwrap().clone());
+        let (status, answer) = gateway.ask(CHAT, &body).await;
+        assert_eq!(status, 200, "{more}: {answer}");
+        gateway.last().grammar.map(|grammar| grammar.to_string())
+    };
+    assert_eq!(seen(json!({})).await, None, "calls are the model's own affair");
+    assert_eq!(seen(json!({"response_format": {"type": "text"}})).await, None);
+    for demand in [
+        json!({"tool_choice": "required"}),
+        json!({"tool_choice": {"type": "function", "function": {"name": "get_weather"}}, "parallel_tool_calls": false}),
+        json!({"tools": [{"type": "function", "function": {"name": "f", "strict": true}}]}),
+        json!({"response_format": {"type": "json_object"}}),
+        json!({"response_format": {"type": "json_schema", "json_schema": {"name": "n", "schema": {"type": "integer"}}}}),
+        json!({"guided_json": "{\"type\": \"integer\"}"}),
+        json!({"structured_outputs": {"regex": "[ab]+/"}}),
+        json!({"guided_choice": ["yes", "no"]}),
+        json!({"guided_grammar": "root ::= \"a\" item*\nitem ::= [b-d]"}),
+        json!({"guided_grammar": "start: word\nword: /[a-z]+/"}),
+    ] {
+        let grammar = seen(demand.clone()).await;
+        assert!(grammar.is_some_and(|text| text.starts_with("start: thinking? answer")), "{demand}");
+    }
+}

@@ -190,6 +190,7 @@ async fn answer(plan: &Plan, dispatch: &Dispatch, prompts: &mut Prompts, way: De
         sampling: Sampling::default(),
         cache_salt: Vec::new(),
         priority: 0,
+        grammar: None,
     };
     let begun = Instant::now();
     let mut events = dispatch.generate(request);

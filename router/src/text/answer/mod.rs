@@ -6,6 +6,7 @@
 
 mod deepseek;
 mod family;
+pub mod forced;
 mod glm;
 mod hermes;
 mod json;

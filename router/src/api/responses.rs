@@ -1,0 +1,300 @@
+//! `POST /v1/responses`, and `GET` and `DELETE` of one: OpenAI's newer interface. A request is written over as a chat, with
+//! the conversation that `previous_response_id` names in front, and goes the way of chats; `responses_format` writes the
+//! answer and keeps it.
+
+use std::sync::Arc;
+use std::time::{Instant, SystemTime};
+
+use axum::extract::{Path, Request, State};
+use axum::response::Response;
+use axum::{Extension, Json};
+use serde_json::{Map, Value, json};
+
+use super::Gateway;
+use super::body::read_body;
+use super::chat::{parse, prepare};
+use super::error::ApiError;
+use super::fields::{Fields, quoted};
+use super::form::read_flat_format;
+use super::head::Head;
+use super::quota::Caller;
+use super::reply;
+use super::responses_format::{Echo, ResponsesFormat};
+use super::run::{random, start};
+
+type Default = fn() -> Value;
+
+/// Fields that are repeated in the response as they came, and their values where a request leaves them out.
+const ECHOED: [(&str, Default); 17] = [
+    ("instructions", || Value::Null),
+    ("max_output_tokens", || Value::Null),
+    ("max_tool_calls", || Value::Null),
+    ("metadata", || json!({})),
+    ("parallel_tool_calls", || json!(true)),
+    ("previous_response_id", || Value::Null),
+    ("reasoning", || json!({"effort": null, "summary": null})),
+    ("service_tier", || json!("default")),
+    ("store", || json!(true)),
+    ("temperature", || Value::Null),
+    ("text", || json!({"format": {"type": "text"}})),
+    ("tool_choice", || json!("auto")),
+    ("tools", || json!([])),
+    ("top_logprobs", || json!(0)),
+    ("top_p", || Value::Null),
+    ("truncation", || json!("disabled")),
+    ("user", || Value::Null),
+];
+
+/// The handler.
+pub async fn handle(State(gateway): State<Arc<Gateway>>, request: Request) -> Result<Response, ApiError> {
+    let caller = request.extensions().get::<Arc<Caller>>().cloned();
+    let owner = owner(caller.as_ref());
+    let body = read_body(request, &gateway.config.limits).await?;
+    let arrived = Instant::now();
+    let (params, prompt, reading, echo) = gateway
+        .on_text_thread(move |gateway| {
+            let (chat, echo) = to_chat(gateway, owner, Fields::parse(&body)?)?;
+            let mut request = parse(gateway, chat.fields)?;
+            request.form = chat.form;
+            let (params, prompt, reading) = prepare(gateway, request)?;
+            Ok((params, prompt, reading, echo))
+        })
+        .await?;
+    let head = Head::new("resp", random()?, SystemTime::now(), Arc::clone(&gateway.model));
+    let mut answer = start(&gateway, &params, &[prompt], &reading, &head, arrived, caller.as_ref())?;
+    let format = ResponsesFormat::new(head, echo, Arc::clone(&gateway));
+    if params.stream {
+        answer.admitted().await?;
+        Ok(reply::stream(answer, format))
+    } else {
+        reply::complete(answer, format).await
+    }
+}
+
+/// One kept response.
+pub async fn get(
+    State(gateway): State<Arc<Gateway>>,
+    caller: Option<Extension<Arc<Caller>>>,
+    Path(id): Path<String>,
+) -> Result<Json<Value>, ApiError> {
+    let key = format!("{}{id}", owner(caller.as_deref()));
+    let kept = gateway.responses.get(&key).ok_or_else(|| no_response(&id))?;
+    Ok(Json(kept.response.clone()))
+}
+
+/// Forgets one.
+pub async fn delete(
+    State(gateway): State<Arc<Gateway>>,
+    caller: Option<Extension<Arc<Caller>>>,
+    Path(id): Path<String>,
+) -> Result<Json<Value>, ApiError> {
+    let key = format!("{}{id}", owner(caller.as_deref()));
+    if !gateway.responses.remove(&key) {
+        return Err(no_response(&id));
+    }
+    Ok(Json(json!({"id": id, "object": "response", "deleted": true})))
+}
+
+/// Before the id of what is kept: nobody comes to what was kept for another.
+fn owner(caller: Option<&Arc<Caller>>) -> String {
+    caller.map(|caller| format!("{} ", caller.name)).unwrap_or_default()
+}
+
+fn no_response(id: &str) -> ApiError {
+    ApiError::not_found("response_not_found", format!("Response with id {} not found.", quoted(id)))
+}
+
+struct Chat {
+    fields: Fields,
+    form: Option<super::form::Form>,
+}
+
+/// The same request as a chat, and what its response repeats.
+fn to_chat(gateway: &Gateway, owner: String, mut fields: Fields) -> Result<(Chat, Echo), ApiError> {
+    let mut echoed = Map::new();
+    for (name, default) in ECHOED {
+        echoed.insert(name.into(), fields.peek(name).cloned().unwrap_or_else(default));
+    }
+    let mut chat = Map::new();
+    let previous = match fields.string("previous_response_id")? {
+        None => Vec::new(),
+        Some(id) => {
+            let kept = gateway.responses.get(&format!("{owner}{id}"));
+            kept.ok_or_else(|| ApiError::previous_not_found(&id))?.messages.clone()
+        }
+    };
+    let mut messages = previous;
+    read_input(&mut fields, &mut messages)?;
+    let instructions = fields.string("instructions")?;
+    let all = instructions.map(|text| json!({"role": "system", "content": text}));
+    chat.insert("messages".into(), all.into_iter().chain(messages.iter().cloned()).collect());
+    let tools = fields.array("tools")?.unwrap_or_default();
+    if !tools.is_empty() {
+        let tools = tools.into_iter().enumerate().map(|(i, tool)| read_tool(&format!("tools[{i}]"), tool));
+        chat.insert("tools".into(), tools.collect::<Result<Value, _>>()?);
+    }
+    let mut form = None;
+    if let Some(mut text) = fields.object("text")? {
+        if let Some(format) = text.take("format") {
+            form = read_flat_format("text.format", format)?;
+        }
+        text.only("verbosity", &json!("medium"), "is not supported")?;
+        text.finish()?;
+    }
+    if let Some(mut reasoning) = fields.object("reasoning")? {
+        chat.extend(reasoning.take("effort").map(|effort| ("reasoning_effort".to_string(), effort)));
+        reasoning.refuse(&["summary", "generate_summary"], "is not supported: reasoning is given in full")?;
+        reasoning.finish()?;
+    }
+    let store = fields.boolean("store")?.unwrap_or(true);
+    fields.only("background", &json!(false), "is not supported")?;
+    fields.only("truncation", &json!("disabled"), "is not supported")?;
+    fields.only("top_logprobs", &json!(0), "is not supported here")?;
+    include(&mut fields)?;
+    fields.refuse(&["conversation", "prompt", "max_tool_calls", "n"], "is not supported")?;
+    if let Some(mut options) = fields.object("stream_options")? {
+        options.boolean("include_obfuscation")?; // pads events; there is nothing to pad here
+        options.finish()?;
+    }
+    let max = fields.take("max_output_tokens");
+    // Everything else is what chats know; what they do not know they refuse by the same name.
+    fields.refuse(
+        &["max_tokens", "messages", "response_format", "stop", "logprobs"],
+        "is not supported here",
+    )?;
+    chat.extend(max.map(|max| ("max_tokens".to_string(), max)));
+    chat.extend(fields.rest());
+    Ok((Chat { fields: Fields::top(chat), form }, Echo { fields: echoed, messages, store, owner }))
+}
+
+fn include(fields: &mut Fields) -> Result<(), ApiError> {
+    let items = fields.array("include")?.unwrap_or_default();
+    // Reasoning is never encrypted here: it is in the response already.
+    match items.iter().find(|item| *item != "reasoning.encrypted_content") {
+        Some(item) => Err(ApiError::unsupported("include", &format!("of {item} is not supported"))),
+        None => Ok(()),
+    }
+}
+
+fn read_input(fields: &mut Fields, messages: &mut Vec<Value>) -> Result<(), ApiError> {
+    let items = match fields.take("input").ok_or_else(|| ApiError::missing("input"))? {
+        Value::String(text) => {
+            messages.push(json!({"role": "user", "content": text}));
+            return Ok(());
+        }
+        Value::Array(items) => items,
+        other => return Err(ApiError::wrong_type("input", "a string or an array of items", &other)),
+    };
+    if items.is_empty() && messages.is_empty() {
+        return Err(ApiError::wrong_value("input", "at least one item", "none"));
+    }
+    for (i, item) in items.into_iter().enumerate() {
+        read_item(&format!("input[{i}]"), item, messages)?;
+    }
+    Ok(())
+}
+
+/// One item is a message, or a part of the assistant's message that is being put together.
+fn read_item(path: &str, item: Value, messages: &mut Vec<Value>) -> Result<(), ApiError> {
+    let mut item = Fields::of(path, item)?;
+    let kind = item.string("type")?.unwrap_or_else(|| "message".into());
+    item.string("id")?;
+    item.string("status")?;
+    let needed = |item: &mut Fields, name: &str| {
+        item.string(name)?.ok_or_else(|| ApiError::missing(&format!("{path}.{name}")))
+    };
+    match kind.as_str() {
+        "message" => {
+            let role = needed(&mut item, "role")?;
+            let content = item.take("content").ok_or_else(|| ApiError::missing(&item.name("content")))?;
+            let content = parts(&format!("{path}.content"), content)?;
+            if role == "assistant" && assistant(messages).is_some_and(|last| last["content"] == "") {
+                if let Some(last) = assistant(messages) {
+                    last["content"] = content;
+                }
+            } else {
+                messages.push(json!({"role": role, "content": content}));
+            }
+        }
+        "function_call" => {
+            let function =
+                json!({"name": needed(&mut item, "name")?, "arguments": needed(&mut item, "arguments")?});
+            let call = json!({"id": needed(&mut item, "call_id")?, "type": "function", "function": function});
+            if assistant(messages).is_none() {
+                messages.push(json!({"role": "assistant", "content": ""}));
+            }
+            if let Some(last) = assistant(messages) {
+                match last["tool_calls"].as_array_mut() {
+                    Some(calls) => calls.push(call),
+                    None => last["tool_calls"] = json!([call]),
+                }
+            }
+        }
+        "function_call_output" => {
+            let id = needed(&mut item, "call_id")?;
+            let output = item.take("output").ok_or_else(|| ApiError::missing(&item.name("output")))?;
+            let output = parts(&format!("{path}.output"), output)?;
+            messages.push(json!({"role": "tool", "tool_call_id": id, "content": output}));
+        }
+        "reasoning" => {
+            let summary = item.array("summary")?.unwrap_or_default();
+            let content = item.array("content")?.unwrap_or(summary);
+            item.string("encrypted_content")?;
+            let text: String = content.iter().filter_map(|part| part["text"].as_str()).collect();
+            messages.push(json!({"role": "assistant", "content": "", "reasoning_content": text}));
+        }
+        other => {
+            let why = format!("of type {} is not supported", quoted(other));
+            return Err(ApiError::unsupported(path, &why));
+        }
+    }
+    item.finish()
+}
+
+/// The assistant's message at the end, if it is one.
+fn assistant(messages: &mut [Value]) -> Option<&mut Value> {
+    messages.last_mut().filter(|last| last["role"] == "assistant")
+}
+
+/// Texts by any of their names become text parts of a chat.
+fn parts(path: &str, content: Value) -> Result<Value, ApiError> {
+    let Value::Array(items) = content else { return Ok(content) };
+    let part = |(i, item): (usize, Value)| {
+        let path = format!("{path}[{i}]");
+        let mut part = Fields::of(&path, item)?;
+        let kind = part.string("type")?.ok_or_else(|| ApiError::missing(&format!("{path}.type")))?;
+        let text = match kind.as_str() {
+            "input_text" | "output_text" | "text" => part.string("text")?,
+            "refusal" => part.string("refusal")?,
+            "input_image" | "input_file" | "input_audio" => {
+                let why = format!("of type '{kind}' is not supported: this model reads text only");
+                return Err(ApiError::unsupported(path, &why));
+            }
+            other => {
+                return Err(ApiError::wrong_value(&part.name("type"), "a type of text", quoted(other)));
+            }
+        };
+        part.array("annotations")?;
+        part.array("logprobs")?;
+        part.finish()?;
+        let text = text.ok_or_else(|| ApiError::missing(&format!("{path}.text")))?;
+        Ok(json!({"type": "text", "text": text}))
+    };
+    items.into_iter().enumerate().map(part).collect()
+}
+
+/// Flat here, nested in chats.
+fn read_tool(path: &str, tool: Value) -> Result<Value, ApiError> {
+    let mut fields = Fields::of(path, tool)?;
+    let kind = fields.string("type")?.ok_or_else(|| ApiError::missing(&format!("{path}.type")))?;
+    if kind != "function" {
+        let why = format!("of type {} is not supported: only functions are", quoted(&kind));
+        return Err(ApiError::unsupported(path, &why));
+    }
+    let mut function = Map::new();
+    for name in ["name", "description", "parameters", "strict"] {
+        function.extend(fields.take(name).map(|value| (name.to_string(), value)));
+    }
+    fields.finish()?;
+    Ok(json!({"type": "function", "function": function}))
+}

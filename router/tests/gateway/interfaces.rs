@@ -1,0 +1,217 @@
+//! The same model behind other interfaces: OpenAI's responses and Anthropic's messages.
+
+use serde_json::{Value, json};
+
+use crate::mock::{Gateway, encode, says};
+
+const RESPONSES: &str = "/v1/responses";
+const MESSAGES: &str = "/v1/messages";
+const ANSWER: &str = "<think>\nHm.\n</think>\n\nLet me see.\n<tool_call>\n{\"name\": \"f\", \"arguments\": {\"a\": 1}}\n</tool_call>";
+
+fn kinds(items: &Value) -> Vec<&str> {
+    items.as_array().unwrap().iter().map(|item| item["type"].as_str().unwrap()).collect()
+}
+
+fn prompt(gateway: &Gateway) -> String {
+    crate::mock::tokenizer().decode(&gateway.last().tokens, false)
+}
+
+/// Names and data of the events of a stream.
+async fn events(gateway: &Gateway, path: &str, body: &Value) -> Vec<(String, Value)> {
+    let text = gateway.post(path, body).await.text().await.unwrap();
+    let event = |event: &str| {
+        let (name, data) = event.strip_prefix("event: ").unwrap().split_once("\ndata: ").unwrap();
+        let data: Value = serde_json::from_str(data).unwrap();
+        assert_eq!(data["type"], name);
+        (name.to_string(), data)
+    };
+    text.split_terminator("\n\n").map(event).collect()
+}
+
+#[tokio::test]
+async fn a_response_has_items_and_can_be_gone_on_with() {
+    let gateway = Gateway::new(|_| says(ANSWER)).await;
+    let tools = json!([{"type": "function", "name": "f", "parameters": {"type": "object"}}]);
+    let body = json!({"input": "Hi", "instructions": "Be brief.", "tools": tools, "metadata": {"a": "b"}});
+    let (status, first) = gateway.ask(RESPONSES, &body).await;
+    assert_eq!(status, 200, "{first}");
+    assert_eq!(kinds(&first["output"]), ["reasoning", "message", "function_call"]);
+    assert_eq!(first["output"][0]["content"][0]["text"], "Hm.");
+    assert_eq!(first["output"][1]["content"][0]["text"], "Let me see.");
+    assert_eq!(
+        (&first["output"][2]["name"], &first["output"][2]["arguments"]),
+        (&json!("f"), &json!("{\"a\": 1}"))
+    );
+    assert_eq!((&first["status"], &first["metadata"]), (&json!("completed"), &json!({"a": "b"})));
+    assert_eq!(first["usage"]["output_tokens"], encode(ANSWER).len() + 1);
+    let id = first["id"].as_str().unwrap();
+    assert_eq!(gateway.get(&format!("{RESPONSES}/{id}")).await.json::<Value>().await.unwrap(), first);
+    let call = &first["output"][2]["call_id"];
+    let output = json!([{"type": "function_call_output", "call_id": call, "output": "42"}]);
+    let next = json!({"input": output, "previous_response_id": id, "tools": tools, "store": false});
+    let (status, second) = gateway.ask(RESPONSES, &next).await;
+    assert_eq!((status, &second["previous_response_id"]), (200, &json!(id)), "{second}");
+    let prompt = prompt(&gateway);
+    assert!(!prompt.contains("Be brief."), "instructions are of one response only: {prompt}");
+    for part in ["<|im_start|>user\nHi<|im_end|>", "Let me see.\n<tool_call>", "<tool_response>\n42\n"] {
+        assert!(prompt.contains(part), "{part} is not in {prompt}");
+    }
+    // The second was not to be kept.
+    let second = second["id"].as_str().unwrap();
+    assert_eq!(gateway.get(&format!("{RESPONSES}/{second}")).await.status(), 404);
+    let (status, error) =
+        gateway.ask(RESPONSES, &json!({"input": "x", "previous_response_id": second})).await;
+    assert_eq!((status, &error["error"]["param"]), (400, &json!("previous_response_id")));
+    let url = format!("{}{RESPONSES}/{id}", gateway.url);
+    assert_eq!(gateway.client.delete(&url).send().await.unwrap().status(), 200);
+    assert_eq!(gateway.client.delete(&url).send().await.unwrap().status(), 404);
+}
+
+#[tokio::test]
+async fn a_streamed_response_tells_every_item_and_ends_with_the_whole() {
+    let gateway = Gateway::new(|_| says(ANSWER)).await;
+    let tools = json!([{"type": "function", "name": "f"}]);
+    let events = events(&gateway, RESPONSES, &json!({"input": "Hi", "tools": tools, "stream": true})).await;
+    let numbers: Vec<u64> =
+        events.iter().map(|(_, data)| data["sequence_number"].as_u64().unwrap()).collect();
+    assert_eq!(numbers, (0..events.len() as u64).collect::<Vec<_>>());
+    let deltas = |kind: &str| -> String {
+        let of_kind = events.iter().filter(|(name, _)| name == kind);
+        of_kind.map(|(_, data)| data["delta"].as_str().unwrap()).collect()
+    };
+    assert_eq!(deltas("response.reasoning_text.delta"), "Hm.");
+    assert_eq!(deltas("response.output_text.delta"), "Let me see.");
+    assert_eq!(deltas("response.function_call_arguments.delta"), "{\"a\": 1}");
+    let (first, last) = (&events[0], events.last().unwrap());
+    assert_eq!((first.0.as_str(), last.0.as_str()), ("response.created", "response.completed"));
+    assert_eq!(kinds(&last.1["response"]["output"]), ["reasoning", "message", "function_call"]);
+    let done = events.iter().filter(|(name, _)| name == "response.output_item.done").count();
+    assert_eq!(done, 3);
+}
+
+#[tokio::test]
+async fn a_message_has_blocks_and_takes_them_back() {
+    let gateway = Gateway::new(|_| says(ANSWER)).await;
+    let body = json!({
+        "model": "tiny", "max_tokens": 100, "system": [{"type": "text", "text": "Be brief.", "cache_control": {"type": "ephemeral"}}],
+        "tools": [{"name": "f", "input_schema": {"type": "object"}}], "tool_choice": {"type": "auto"},
+        "messages": [
+            {"role": "user", "content": "Hi"},
+            {"role": "assistant", "content": [{"type": "thinking", "thinking": "Well.", "signature": ""},
+                {"type": "text", "text": "So:"}, {"type": "tool_use", "id": "t1", "name": "f", "input": {"a": 0}}]},
+            {"role": "user", "content": [{"type": "tool_result", "tool_use_id": "t1", "content": [{"type": "text", "text": "41"}]},
+                {"type": "text", "text": "Again."}]},
+        ],
+    });
+    let (status, answer) = gateway.ask(MESSAGES, &body).await;
+    assert_eq!(status, 200, "{answer}");
+    assert_eq!(kinds(&answer["content"]), ["thinking", "text", "tool_use"]);
+    assert_eq!(
+        (&answer["content"][2]["input"], &answer["stop_reason"]),
+        (&json!({"a": 1}), &json!("tool_use"))
+    );
+    let (input, cached) = (&answer["usage"]["input_tokens"], &answer["usage"]["cache_read_input_tokens"]);
+    let tokens = gateway.last().tokens.len() as u64;
+    assert_eq!(input.as_u64().unwrap() + cached.as_u64().unwrap(), tokens);
+    let prompt = prompt(&gateway);
+    for part in [
+        "Be brief.",
+        "So:\n<tool_call>\n{\"name\": \"f\", \"arguments\": {\"a\": 0}}",
+        "<tool_response>\n41\n",
+        "Again.",
+    ] {
+        assert!(prompt.contains(part), "{part} is not in {prompt}");
+    }
+    let (_, count) = gateway
+        .ask(
+            "/v1/messages/count_tokens",
+            &json!({"messages": body["messages"],
+        "system": body["system"], "tools": body["tools"]}),
+        )
+        .await;
+    assert_eq!(count, json!({"input_tokens": tokens}));
+}
+
+#[tokio::test]
+async fn a_streamed_message_opens_and_closes_its_blocks() {
+    let gateway = Gateway::new(|_| says(ANSWER)).await;
+    let body = json!({"max_tokens": 100, "stream": true, "messages": [{"role": "user", "content": "Hi"}],
+        "tools": [{"name": "f", "input_schema": {"type": "object"}}]});
+    let events = events(&gateway, MESSAGES, &body).await;
+    let mut shape: Vec<String> = events
+        .iter()
+        .map(|(name, data)| match data["delta"]["type"].as_str().or(data["content_block"]["type"].as_str()) {
+            Some(kind) => format!("{name} {kind}"),
+            None => name.clone(),
+        })
+        .collect();
+    shape.dedup();
+    assert_eq!(
+        shape,
+        [
+            "message_start",
+            "ping",
+            "content_block_start thinking",
+            "content_block_delta thinking_delta",
+            "content_block_delta signature_delta",
+            "content_block_stop",
+            "content_block_start text",
+            "content_block_delta text_delta",
+            "content_block_stop",
+            "content_block_start tool_use",
+            "content_block_delta input_json_delta",
+            "content_block_stop",
+            "message_delta",
+            "message_stop",
+        ]
+    );
+    let last = &events[events.len() - 2].1;
+    assert_eq!(
+        (&last["delta"]["stop_reason"], &last["usage"]["output_tokens"]),
+        (&json!("tool_use"), &json!(encode(ANSWER).len() + 1))
+    );
+}
+
+#[tokio::test]
+async fn each_interface_refuses_in_its_own_form() {
+    let gateway = Gateway::new(|_| says("x")).await;
+    let (status, error) =
+        gateway.ask(MESSAGES, &json!({"messages": [{"role": "user", "content": "x"}]})).await;
+    assert_eq!(
+        (status, &error["type"], &error["error"]["type"]),
+        (400, &json!("error"), &json!("invalid_request_error"))
+    );
+    assert!(error["error"]["message"].as_str().unwrap().contains("max_tokens"), "{error}");
+    let user = json!([{"role": "user", "content": "x"}]);
+    for (path, body, named) in [
+        (MESSAGES, json!({"max_tokens": 1, "messages": user, "mood": 1}), "mood"),
+        (
+            MESSAGES,
+            json!({"max_tokens": 1, "messages": [{"role": "user", "content": [{"type": "image"}]}]}),
+            "image",
+        ),
+        (
+            MESSAGES,
+            json!({"max_tokens": 1, "messages": user, "tools": [{"type": "web_search_20250305", "name": "w"}]}),
+            "web_search",
+        ),
+        (RESPONSES, json!({}), "input"),
+        (RESPONSES, json!({"input": "x", "mood": 1}), "mood"),
+        (RESPONSES, json!({"input": "x", "background": true}), "background"),
+        (RESPONSES, json!({"input": "x", "tools": [{"type": "web_search"}]}), "web_search"),
+        (RESPONSES, json!({"input": [{"type": "item_reference", "id": "x"}]}), "item_reference"),
+    ] {
+        let (status, error) = gateway.ask(path, &body).await;
+        assert_eq!(status, 400, "{body}");
+        assert!(error["error"]["message"].as_str().unwrap().contains(named), "{error}");
+    }
+}
+
+#[tokio::test]
+async fn a_text_format_is_a_grammar() {
+    let gateway = Gateway::new(|_| says("{}")).await;
+    let format = json!({"type": "json_schema", "name": "n", "strict": true, "schema": {"type": "object"}});
+    let (status, answer) = gateway.ask(RESPONSES, &json!({"input": "x", "text": {"format": format}})).await;
+    assert_eq!((status, &answer["text"]["format"]), (200, &format));
+    assert!(gateway.last().grammar.is_some());
+}
