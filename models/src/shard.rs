@@ -342,6 +342,54 @@ mod tests {
     }
 
     #[test]
+    fn each_kv_head_is_told_by_one_rank() {
+        let own = |heads, kv_heads, world| -> Vec<_> {
+            let shards = shards(&config(heads, kv_heads, 16, 160, 512), world).unwrap();
+            shards.into_iter().map(|s| (s.kv_heads, s.kv_heads_own)).collect()
+        };
+        assert_eq!(own(8, 4, 2), [(0..2, 0..2), (2..4, 0..2)]);
+        assert_eq!(own(8, 2, 4), [(0..1, 0..1), (0..1, 1..1), (1..2, 0..1), (1..2, 1..1)]);
+    }
+
+    #[test]
+    fn heads_stay_within_quantisation_groups_while_there_are_enough() {
+        let ranges = |heads, kv_heads, cols, world| {
+            let mut config = config(heads, kv_heads, 32, 160, 512);
+            config.groups.o = Group { cols, tensor: "o".into() };
+            shards(&config, world).map(|all| all.into_iter().map(|s| s.heads).collect::<Vec<_>>())
+        };
+        // Heads of 32 columns: two to a group of 64.
+        assert_eq!(ranges(6, 6, 32, 4).unwrap(), [0..2, 2..4, 4..5, 5..6]);
+        assert_eq!(ranges(6, 6, 64, 2).unwrap(), [0..4, 4..6]);
+        assert_eq!(ranges(6, 6, 64, 3).unwrap(), [0..2, 2..4, 4..6]);
+        // Fewer groups than ranks: heads as if there were none.
+        assert_eq!(ranges(6, 6, 64, 4).unwrap(), [0..2, 2..4, 4..5, 5..6]);
+        assert_eq!(ranges(4, 1, 256, 2).unwrap(), [0..2, 2..4]);
+        // Query heads come with their KV heads.
+        assert_eq!(ranges(12, 6, 128, 2).unwrap(), [0..8, 8..12]);
+    }
+
+    #[test]
+    fn latents_are_everywhere_and_experts_are_split_by_columns() {
+        let json = r#"{"model_type": "deepseek_v3", "vocab_size": 512, "hidden_size": 64, "intermediate_size": 160,
+            "num_hidden_layers": 2, "num_attention_heads": 4, "max_position_embeddings": 64, "kv_lora_rank": 32,
+            "qk_nope_head_dim": 16, "qk_rope_head_dim": 8, "v_head_dim": 24, "n_routed_experts": 4,
+            "num_experts_per_tok": 2, "moe_intermediate_size": 48, "n_shared_experts": 2, "first_k_dense_replace": 1}"#;
+        let mut config = Config::parse("c", json.as_bytes()).unwrap();
+        let shard = shards(&config, 2).unwrap().swap_remove(1);
+        assert_eq!((shard.heads, shard.kv_heads), (2..4, 0..0));
+        assert_eq!((shard.ffn, shard.experts, shard.shared), (80..160, 24..48, 48..96));
+        assert_eq!((shard.o_sum, shard.experts_sum), (KSum::Tree { ranges: 4 }, KSum::Tree { ranges: 4 }));
+        let specs = kv_specs(&config, DType::BF16, 2).unwrap();
+        assert_eq!(specs, vec![KvSpec::mla(2, 32, 8, DType::BF16); 2]);
+        // Experts in whole groups are uneven, and then have no common tree; nor has the shared one, which is added to them.
+        config.groups.experts = Group { cols: 16, tensor: "e".into() };
+        let shards = shards(&config, 2).unwrap();
+        assert_eq!((&shards[0].experts, &shards[0].shared), (&(0..32), &(0..48)));
+        assert_eq!(shards[0].experts_sum, KSum::Tree { ranges: 1 });
+    }
+
+    #[test]
     fn more_ranks_than_heads_is_an_error() {
         let error = shards(&config(4, 2, 16, 160, 512), 5).unwrap_err().to_string();
         assert_eq!(error, "cannot split query heads over 5 tensor-parallel ranks: there are 4");

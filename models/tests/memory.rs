@@ -47,7 +47,8 @@ fn a_rank_reads_and_holds_its_own_part() {
     let checkpoint = Checkpoint::open(dir.path()).unwrap();
     let part = checkpoint.rank_bytes(2).unwrap()[0];
     assert!(part > 128 << 20 && part < checkpoint.weight_bytes() * 6 / 10, "{part}");
-    let options = DeviceOptions { dtype: DType::BF16, threads: 1, block_tokens: 16, ..DeviceOptions::default() };
+    let options =
+        DeviceOptions { dtype: DType::BF16, threads: 1, block_tokens: 16, ..DeviceOptions::default() };
     let group = Group::local(2).unwrap().swap_remove(0);
     let mut backend = CpuBackend::open(&options, group).unwrap();
     let (read, held) = (measure("io", "rchar"), measure("status", "VmHWM") << 10);

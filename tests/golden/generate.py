@@ -5,6 +5,7 @@
     venv/bin/python tests/golden/generate.py --out DIR              # every case below
     venv/bin/python tests/golden/generate.py --out DIR --only fp8   # those with `fp8` in their names
     venv/bin/python tests/golden/generate.py --out DIR --seed 7     # other weights and prompts
+    venv/bin/python tests/golden/generate.py --out DIR --more       # cases that the repository does not carry, too
 
 README.md beside this file says what a case holds; `BATON_GOLDEN=DIR cargo test -p models --test golden -- --ignored`
 compares the engine with all cases in DIR.
@@ -86,6 +87,22 @@ CASES = {
         name: dict(group_size=64, bits=8) for name in GATES})),
 }
 
+# Corners of the configurations, which the repository does not carry.
+V5 = {k: v for k, v in DEEPSEEK.items() if k not in ("rope_scaling", "rope_theta", "torch_dtype")}
+MORE = {
+    "deepseek_v3-bias": dict(DEEPSEEK, attention_bias=True),
+    "deepseek_v3-unnormed": dict(DEEPSEEK, norm_topk_prob=False, n_shared_experts=1, topk_group=3, num_experts_per_tok=5),
+    "deepseek_v3-half_split": dict(DEEPSEEK, rope_interleave=False),
+    "deepseek_v3-linear": dict(DEEPSEEK, rope_scaling=dict(type="linear", factor=4.0)),
+    "deepseek_v3-v5": dict(V5, dtype="bfloat16", head_dim=8, qk_head_dim=24, rope_parameters=dict(
+        YARN, rope_type="yarn", rope_theta=10000.0, mscale=1.0, mscale_all_dim=1.0)),
+    "qwen3_moe-window": dict(QWEN3_MOE, use_sliding_window=True, sliding_window=8, attention_bias=True),
+    "minimax_m2-uneven": dict(MINIMAX, num_attention_heads=6, num_key_value_heads=3, head_dim=32, rotary_dim=16),
+    "glm4_moe-groups": dict(GLM, n_group=2, topk_group=1, partial_rotary_factor=0.25),
+    "glm4_moe-yarn": dict(GLM, rope_scaling=dict(YARN)),
+    "llama-mscale": dict(LLAMA, rope_scaling=dict(YARN, mscale=1.0, mscale_all_dim=0.7)),
+}
+
 
 def rng(seed, name):
     return np.random.default_rng(int.from_bytes(hashlib.sha256(f"{seed}/{name}".encode()).digest()[:8], "little"))
@@ -107,21 +124,22 @@ def shapes(c):
             linear(f"{name}.{part}", *shape, gain)
 
     def attention(p):
+        bias = c.get("attention_bias", False)
         if "kv_lora_rank" in c:
             nope, rope, value = c["qk_nope_head_dim"], c["qk_rope_head_dim"], c["v_head_dim"]
             q, latent = c["q_lora_rank"], c["kv_lora_rank"]
             if q:
-                linear(f"{p}.q_a_proj", q, hidden)
+                linear(f"{p}.q_a_proj", q, hidden, bias=bias)
                 out[f"{p}.q_a_layernorm.weight"] = ((q,), "norm")
             linear(f"{p}.q_b_proj" if q else f"{p}.q_proj", heads * (nope + rope), q or hidden, 1.4)
-            linear(f"{p}.kv_a_proj_with_mqa", latent + rope, hidden, 1.4)
+            linear(f"{p}.kv_a_proj_with_mqa", latent + rope, hidden, 1.4, bias)
             out[f"{p}.kv_a_layernorm.weight"] = ((latent,), "norm")
             linear(f"{p}.kv_b_proj", heads * (nope + value), latent, 1.2)
-            return linear(f"{p}.o_proj", hidden, heads * value, 1.2)
-        dim, kv, bias = c["head_dim"], c["num_key_value_heads"], c.get("attention_bias", False)
+            return linear(f"{p}.o_proj", hidden, heads * value, 1.2, bias)
+        dim, kv = c["head_dim"], c["num_key_value_heads"]
         for part, n, gain in (("q", heads, 1.4), ("k", kv, 1.4), ("v", kv, 1.0)):
             linear(f"{p}.{part}_proj", n * dim, hidden, gain, bias)
-        linear(f"{p}.o_proj", hidden, heads * dim, 1.2)
+        linear(f"{p}.o_proj", hidden, heads * dim, 1.2, bias and mt != "glm4_moe")
         if mt in ("qwen3_moe", "minimax_m2") or c.get("use_qk_norm"):
             whole = mt == "minimax_m2"
             out[f"{p}.q_norm.weight"] = ((heads * dim if whole else dim,), "norm")
@@ -373,12 +391,13 @@ def main():
     args = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     args.add_argument("--out", type=Path, required=True)
     args.add_argument("--only", default="")
+    args.add_argument("--more", action="store_true")
     args.add_argument("--seed", type=int, default=1)
     args = args.parse_args()
     torch.set_num_threads(1)
     torch.backends.mkldnn.enabled = False
     import transformers
-    for name, c in CASES.items():
+    for name, c in (CASES | MORE if args.more else CASES).items():
         if args.only not in name:
             continue
         out = args.out / name
