@@ -16,6 +16,7 @@ mod roles;
 mod status;
 mod supervised;
 mod system;
+mod token;
 mod up;
 
 use std::io::Write;
@@ -50,6 +51,8 @@ enum Command {
     Status(status::Args),
     /// Fetch models from the Hugging Face hub into its cache
     Pull(pull::Args),
+    /// Make, list and revoke the tokens by which machines join a cluster
+    Token(token::Args),
     /// Make, list and revoke API keys
     Key(key::Args),
     /// Show what a model is, what it takes, and whether it fits
@@ -92,6 +95,7 @@ fn run(command: Command) -> Result<ExitCode> {
             Command::Chat(args) => chat::run(args).await?,
             Command::Status(args) => status::run(args).await?,
             Command::Pull(args) => pull::run(args).await?,
+            Command::Token(args) => token::run(args)?,
             Command::Key(args) => key::run(args)?,
             Command::Inspect(args) => return inspect::run(args).await,
             Command::Logits(args) => logits::run(&args)?,

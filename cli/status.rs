@@ -4,7 +4,7 @@ use anyhow::{Context, Result};
 use proto::v1::{MemberStatus, NodeReport, Role, StatusReply, StatusRequest};
 use serde_json::{Value, json};
 
-use crate::config::{self, Flags, StatusSettings};
+use crate::config::{self, Entry, Flags, StatusSettings};
 use crate::{dirs, print};
 
 /// Which cluster, and how to show it.
@@ -33,7 +33,11 @@ pub async fn run(mut args: Args) -> Result<()> {
         args.flags.config = Some(run_file);
         settings = config::load("status", &args.flags)?;
     }
-    let channel = cluster::connect_lazy(&settings.router, &settings.cluster_token()?)?;
+    let token = match settings.entry()? {
+        Entry::Secret(secret) => secret,
+        Entry::Join(token) => cluster::enroll(&settings.router, &token).await?,
+    };
+    let channel = cluster::connect_lazy(&settings.router, &token)?;
     let reply = cluster::channel::cluster_client(channel).status(StatusRequest {}).await;
     let reply = reply.map_err(|status| anyhow::anyhow!("{}", status.message()));
     let reply = reply.with_context(|| format!("router {}", settings.router))?.into_inner();

@@ -17,7 +17,7 @@ mod value;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
-use cluster::ClusterToken;
+use cluster::{ClusterToken, JoinToken};
 
 use file::File;
 use layers::Layers;
@@ -77,14 +77,33 @@ pub fn cache_dir() -> Option<PathBuf> {
     base.map(|base| base.join("baton"))
 }
 
-/// The cluster token, from one of the two settings that can hold it.
-fn cluster_token(token: &Option<Secret>, file: Option<&Path>) -> Result<ClusterToken> {
+/// What makes a process part of a cluster.
+#[derive(Debug)]
+pub enum Entry {
+    /// The cluster's secret itself: for a network that is one's own.
+    Secret(ClusterToken),
+    /// What the router gives a certificate for.
+    Join(JoinToken),
+}
+
+/// From one of the two settings that can hold it.
+fn entry(token: &Option<Secret>, file: Option<&Path>) -> Result<Entry> {
     match (token, file) {
-        (Some(Secret(text)), None) => ClusterToken::parse(text).context("token"),
-        (None, Some(path)) => Ok(ClusterToken::read(path)?),
+        (Some(Secret(text)), None) if JoinToken::is_one(text) => {
+            Ok(Entry::Join(text.parse().context("token")?))
+        }
+        (Some(Secret(text)), None) => Ok(Entry::Secret(ClusterToken::parse(text).context("token")?)),
+        (None, Some(path)) => {
+            // Anything but a join token is judged, and named, by who reads the other kind.
+            let text = std::fs::read_to_string(path).unwrap_or_default();
+            match JoinToken::is_one(&text) {
+                true => Ok(Entry::Join(text.parse().with_context(|| path.display().to_string())?)),
+                false => Ok(Entry::Secret(ClusterToken::read(path)?)),
+            }
+        }
         (Some(_), Some(_)) => anyhow::bail!("token and token-file are both set: give one of them"),
         (None, None) => anyhow::bail!(
-            "no cluster token: give --token-file FILE, the same on every machine (openssl rand -hex 32 > FILE makes one)"
+            "no cluster token: give --token-file FILE, with what `baton token create` prints beside the router"
         ),
     }
 }

@@ -5,9 +5,9 @@ use std::path::PathBuf;
 
 use anyhow::{Result, ensure};
 use backend::DType;
-use cluster::ClusterToken;
 use node::{BackendKind, LoadFormat};
 
+use super::Entry;
 use super::setting::settings;
 use super::value::{Seconds, Secret, Size, choice};
 
@@ -23,9 +23,9 @@ settings! {
         served_name: Option<String> ["NAME"];
         /// The router's cluster address
         router: String ["HOST:PORT"] = "127.0.0.1:8001";
-        /// Cluster token; better from a file, arguments are seen by every user of the machine
-        token: Option<Secret> ["HEX"];
-        /// File that holds the cluster token
+        /// Join token; better from a file, arguments are seen by every user of the machine
+        token: Option<Secret> ["TOKEN"];
+        /// File that holds the join token, or the cluster's secret
         token_file: Option<PathBuf> ["FILE"];
         /// Where the router reaches this node; port 0 picks one
         bind: SocketAddr ["ADDRESS:PORT"] = "127.0.0.1:0";
@@ -95,7 +95,7 @@ impl NodeSettings {
     }
 
     /// The token, read from where it is.
-    pub fn cluster_token(&self) -> Result<ClusterToken> {
-        super::cluster_token(&self.token, self.token_file.as_deref())
+    pub fn entry(&self) -> Result<Entry> {
+        super::entry(&self.token, self.token_file.as_deref())
     }
 }

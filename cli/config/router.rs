@@ -9,6 +9,7 @@ use cluster::process::LogFormat;
 use router::placement::Disaggregation;
 use router::text::answer::Family;
 
+use super::Entry;
 use super::setting::settings;
 use super::value::{Seconds, Secret, choice};
 
@@ -25,9 +26,11 @@ settings! {
         port: u16 ["PORT"] = "8000";
         /// Where nodes join; gRPC
         cluster_bind: SocketAddr ["ADDRESS:PORT"] = "127.0.0.1:8001";
-        /// Cluster token; better from a file, arguments are seen by every user of the machine
+        /// Where the cluster's certificate authority and join tokens are kept [default: cluster in the user's data directory]
+        cluster_dir: Option<PathBuf> ["DIR"];
+        /// A secret that all processes share, in place of certificates; for networks that are yours alone
         token: Option<Secret> ["HEX"];
-        /// File that holds the cluster token
+        /// File that holds that secret
         token_file: Option<PathBuf> ["FILE"];
         /// Keys that clients must show; none: no key is asked for
         api_key: Vec<Secret> ["KEY,..."];
@@ -132,8 +135,17 @@ impl RouterSettings {
         }
     }
 
-    /// The token, read from where it is.
-    pub fn cluster_token(&self) -> Result<ClusterToken> {
-        super::cluster_token(&self.token, self.token_file.as_deref())
+    /// The secret that all processes share; `None`: there are certificates.
+    pub fn secret(&self) -> Result<Option<ClusterToken>> {
+        if self.token.is_none() && self.token_file.is_none() {
+            return Ok(None);
+        }
+        ensure!(self.cluster_dir.is_none(), "cluster-dir and a token are both set: give one of them");
+        match super::entry(&self.token, self.token_file.as_deref())? {
+            Entry::Secret(secret) => Ok(Some(secret)),
+            Entry::Join(_) => {
+                bail!("a join token is for nodes: the router makes them (`baton token create`)")
+            }
+        }
     }
 }

@@ -3,8 +3,8 @@
 use std::path::PathBuf;
 
 use anyhow::Result;
-use cluster::ClusterToken;
 
+use super::Entry;
 use super::setting::settings;
 use super::value::Secret;
 
@@ -13,9 +13,9 @@ settings! {
     pub struct StatusSettings {
         /// The router's cluster address
         router: String ["HOST:PORT"] = "127.0.0.1:8001";
-        /// Cluster token; better from a file
-        token: Option<Secret> ["HEX"];
-        /// File that holds the cluster token
+        /// Join token; better from a file
+        token: Option<Secret> ["TOKEN"];
+        /// File that holds the join token, or the cluster's secret
         token_file: Option<PathBuf> ["FILE"];
     }
 }
@@ -26,7 +26,7 @@ impl StatusSettings {
     }
 
     /// The token, read from where it is.
-    pub fn cluster_token(&self) -> Result<ClusterToken> {
-        super::cluster_token(&self.token, self.token_file.as_deref())
+    pub fn entry(&self) -> Result<Entry> {
+        super::entry(&self.token, self.token_file.as_deref())
     }
 }

@@ -4,16 +4,24 @@ mod node;
 mod router;
 
 use std::path::Path;
+use std::time::Duration;
 
 use anyhow::Result;
-use cluster::{Shutdown, process};
+use cluster::{ClusterToken, EnrollError, Shutdown, process};
 use hub::Want;
 
+use crate::config::Entry;
 use crate::model::{self, Located};
 use crate::supervised;
 
 pub use node::{decode, prefill};
 pub use router::router;
+
+/// Between two attempts to reach a router that is away.
+const ENROLL_PAUSE: Duration = Duration::from_secs(1);
+
+/// Attempts between two lines about a router that is away.
+const ENROLL_SAID_EVERY: u32 = 10;
 
 /// What every role does first. The returned token is cancelled by Ctrl-C, SIGTERM, and the end of the `up` that started us.
 fn start(log: &str, format: process::LogFormat) -> Result<Shutdown> {
@@ -30,4 +38,33 @@ async fn model(named: &Path, want: Want, shutdown: &Shutdown) -> Result<Option<L
         found = model::locate(named, want, Some(|line| tracing::info!("{line}"))) => found.map(Some),
         () = shutdown.cancelled() => Ok(None),
     }
+}
+
+/// What a node is part of the cluster by: given, or got from the router, which may be away for as long as it likes. `None` when
+/// told to stop meanwhile.
+async fn enter(entry: Entry, router: &str, shutdown: &Shutdown) -> Result<Option<ClusterToken>> {
+    let token = match entry {
+        Entry::Secret(secret) => return Ok(Some(secret)),
+        Entry::Join(token) => token,
+    };
+    for attempt in 0u32.. {
+        let enrolled = tokio::select! {
+            enrolled = cluster::enroll(router, &token) => enrolled,
+            () = shutdown.cancelled() => return Ok(None),
+        };
+        match enrolled {
+            Ok(secret) => return Ok(Some(secret)),
+            Err(error @ EnrollError::Away { .. }) => {
+                if attempt % ENROLL_SAID_EVERY == 1 {
+                    tracing::warn!("no certificate yet, trying on: {error}");
+                }
+            }
+            Err(error) => return Err(error.into()),
+        }
+        tokio::select! {
+            () = tokio::time::sleep(ENROLL_PAUSE) => {}
+            () = shutdown.cancelled() => return Ok(None),
+        }
+    }
+    Ok(None)
 }

@@ -26,7 +26,8 @@ pub async fn decode(settings: NodeSettings) -> Result<()> {
 /// `None`: told to stop before there was anything to serve.
 async fn start(settings: NodeSettings, role: &str) -> Result<Option<(NodeConfig, Shutdown)>> {
     let shutdown = super::start(&settings.log, settings.log_format)?;
-    let token = settings.cluster_token()?;
+    let entry = settings.entry()?;
+    let Some(token) = super::enter(entry, &settings.router, &shutdown).await? else { return Ok(None) };
     let want = match settings.load_format {
         LoadFormat::Files => Want::Model,
         LoadFormat::Dummy { .. } => Want::Text,

@@ -5,7 +5,10 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::{Context, Result};
-use cluster::{ClusterService, Members, MembershipConfig, Shutdown, require_loopback_or_insecure, server};
+use cluster::{
+    Authority, ClusterService, ClusterToken, Enrolment, Members, MembershipConfig, Shutdown,
+    require_loopback_or_insecure, server,
+};
 use hub::Want;
 use router::dispatch::{Dispatch, DispatchConfig};
 use router::inference::Inference;
@@ -15,7 +18,7 @@ use vocab::Vocab;
 
 use crate::config::{RouterSettings, Secret};
 use crate::model::Located;
-use crate::{certificate, dirs};
+use crate::{certificate, dirs, token};
 
 /// At the end, nodes and `status` have this long to take their last answer.
 const CLUSTER_DRAIN: Duration = Duration::from_secs(1);
@@ -23,8 +26,7 @@ const CLUSTER_DRAIN: Duration = Duration::from_secs(1);
 /// Runs until a stop signal, then lets running requests end.
 pub async fn router(settings: RouterSettings) -> Result<()> {
     let shutdown = super::start(&settings.log, settings.log_format)?;
-    require_loopback_or_insecure(settings.cluster_bind, settings.insecure)?;
-    let token = settings.cluster_token()?;
+    let (token, open) = cluster(&settings)?;
     let Some(model) = super::model(&settings.model, Want::Text, &shutdown).await? else { return Ok(()) };
     let gateway = gateway(&settings, &model)?;
     let vocab = Vocab::read(&model.path)?;
@@ -54,7 +56,7 @@ pub async fn router(settings: RouterSettings) -> Result<()> {
     let routes = Routes::new(service);
     let nodes = tokio::spawn({
         let behind = behind.clone();
-        async move { server::serve(for_nodes, &token, routes, behind, CLUSTER_DRAIN).await }
+        async move { server::serve_open(for_nodes, &token, routes, open, behind, CLUSTER_DRAIN).await }
     });
     let leases = tokio::spawn({
         let behind = behind.clone();
@@ -99,6 +101,17 @@ fn gateway(settings: &RouterSettings, located: &Located) -> Result<GatewayConfig
     gateway.allowed_origins.clone_from(&settings.allowed_origin);
     gateway.limits.drain = settings.drain.0;
     Ok(gateway)
+}
+
+/// What the router is part of its cluster by, and what it serves to those who have no part yet.
+fn cluster(settings: &RouterSettings) -> Result<(ClusterToken, Routes)> {
+    if let Some(secret) = settings.secret()? {
+        require_loopback_or_insecure(settings.cluster_bind, settings.insecure)?;
+        return Ok((secret, Routes::default()));
+    }
+    let authority = Arc::new(Authority::open(&token::cluster_dir(settings.cluster_dir.clone())?)?);
+    tracing::info!("the cluster's certificates and join tokens are in {}", authority.folder().display());
+    Ok((authority.router()?, Routes::new(Enrolment::service(authority))))
 }
 
 /// The certificate for HTTPS, made if it is to be our own.

@@ -245,7 +245,10 @@ pub(crate) mod tests {
     fn both_values_are_named() {
         assert_eq!(
             refused(|node| node.protocol = 99),
-            "protocol of node p0 is 99, the router's is 1 (run the same baton everywhere)"
+            format!(
+                "protocol of node p0 is 99, the router's is {} (run the same baton everywhere)",
+                proto::PROTOCOL
+            )
         );
         assert_eq!(
             refused(|node| node.version = "9.9.9".into()),

@@ -14,6 +14,8 @@ use tonic::metadata::{Ascii, MetadataValue};
 use tonic::service::Interceptor;
 use tonic::{Request, Status};
 
+use crate::trust::Identity;
+
 /// Random bytes in a token: 256 bits.
 const TOKEN_BYTES: usize = 32;
 
@@ -28,6 +30,8 @@ const TOKEN_FILE_BYTES_MAX: u64 = 4096;
 pub struct ClusterToken {
     hex: Arc<str>,
     header: MetadataValue<Ascii>,
+    /// Off loopback: who this process is, by certificate.
+    identity: Option<Arc<Identity>>,
 }
 
 impl ClusterToken {
@@ -53,7 +57,7 @@ impl ClusterToken {
         let mut header: MetadataValue<Ascii> =
             format!("bearer {hex}").parse().map_err(|_| TokenError::NotHex)?;
         header.set_sensitive(true);
-        Ok(ClusterToken { hex: hex.into(), header })
+        Ok(ClusterToken { hex: hex.into(), header, identity: None })
     }
 
     /// Reads a token from a file.
@@ -81,6 +85,16 @@ impl ClusterToken {
         &self.hex
     }
 
+    /// The same, of a process that has a certificate: all its connections are TLS.
+    pub(crate) fn with_identity(self, identity: Arc<Identity>) -> ClusterToken {
+        ClusterToken { identity: Some(identity), ..self }
+    }
+
+    /// The certificate of this process; `None`: it talks in clear.
+    pub fn identity(&self) -> Option<&Arc<Identity>> {
+        self.identity.as_ref()
+    }
+
     /// Puts the token into every call of a client.
     pub fn client(&self) -> ClientAuth {
         ClientAuth { header: self.header.clone() }
@@ -88,7 +102,7 @@ impl ClusterToken {
 
     /// Refuses every call to a server that lacks the token.
     pub fn server(&self) -> ServerAuth {
-        ServerAuth { header: self.header.clone() }
+        ServerAuth { header: self.header.clone(), identity: self.identity.clone() }
     }
 }
 
@@ -111,14 +125,20 @@ impl Interceptor for ClientAuth {
     }
 }
 
-/// Server interceptor: compares the token in constant time, answers UNAUTHENTICATED to any other.
+/// Server interceptor: compares the token in constant time, answers UNAUTHENTICATED to any other; and to whoever shows no
+/// certificate that may call, where there are certificates.
 #[derive(Clone)]
 pub struct ServerAuth {
     header: MetadataValue<Ascii>,
+    identity: Option<Arc<Identity>>,
 }
 
 impl Interceptor for ServerAuth {
     fn call(&mut self, request: Request<()>) -> Result<Request<()>, Status> {
+        if let Some(identity) = &self.identity {
+            let certs = request.peer_certs().unwrap_or_default();
+            identity.admits(&certs).map_err(Status::unauthenticated)?;
+        }
         let Some(given) = request.metadata().get(proto::AUTHORIZATION) else {
             return Err(Status::unauthenticated(
                 "no cluster token: calls carry `authorization: bearer <token>`",

@@ -38,29 +38,40 @@ pub struct BadAddress {
     pub address: String,
 }
 
-/// A channel to `address` (`host:port`, or a URL with scheme http). It connects with the first call and again after each
-/// failure, so making one cannot fail for want of a peer. Must be called within a tokio runtime.
+/// A channel to `address` (`host:port`, or a URL with scheme http), over TLS where the token comes with a certificate. It
+/// connects with the first call and again after each failure, so making one cannot fail for want of a peer. Must be called
+/// within a tokio runtime.
 pub fn connect_lazy(address: &str, token: &ClusterToken) -> Result<NodeChannel, BadAddress> {
+    let endpoint = match token.identity() {
+        None => endpoint(address, false)?,
+        Some(identity) => endpoint(address, true)?
+            .tls_config(identity.client())
+            .map_err(|_| BadAddress { address: address.to_string() })?,
+    };
+    Ok(InterceptedService::new(endpoint.connect_lazy(), token.client()))
+}
+
+/// How to reach `address`, as all processes do.
+pub(crate) fn endpoint(address: &str, tls: bool) -> Result<Endpoint, BadAddress> {
     let bad = || BadAddress { address: address.to_string() };
-    let url = match address.split_once("://") {
-        None => format!("http://{address}"),
-        Some(("http", _)) => address.to_string(),
+    let host = match address.split_once("://") {
+        None => address,
+        Some(("http", host)) => host,
         Some(_) => return Err(bad()),
     };
+    let url = format!("{}://{host}", if tls { "https" } else { "http" });
     let endpoint = Endpoint::from_shared(url).map_err(|_| bad())?;
     if endpoint.uri().port_u16().is_none() || endpoint.uri().host().is_none_or(str::is_empty) {
         return Err(bad());
     }
-    let channel = endpoint
+    Ok(endpoint
         .connect_timeout(CONNECT_TIMEOUT)
         .tcp_nodelay(true)
         .http2_keep_alive_interval(KEEPALIVE_INTERVAL)
         .keep_alive_timeout(KEEPALIVE_TIMEOUT)
         .keep_alive_while_idle(true)
         .initial_stream_window_size(STREAM_WINDOW_BYTES)
-        .initial_connection_window_size(CONNECTION_WINDOW_BYTES)
-        .connect_lazy();
-    Ok(InterceptedService::new(channel, token.client()))
+        .initial_connection_window_size(CONNECTION_WINDOW_BYTES))
 }
 
 /// Client of a router's membership service, with the limits of [`proto`].

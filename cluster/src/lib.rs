@@ -11,6 +11,7 @@ pub mod membership;
 pub mod process;
 pub mod server;
 pub mod service;
+pub mod trust;
 
 pub use admission::Refusal;
 pub use auth::{ClusterToken, TokenError, require_loopback_or_insecure};
@@ -20,3 +21,4 @@ pub use membership::{Member, Membership, MembershipConfig};
 pub use service::{ClusterService, Members, Snapshot};
 /// Cancelled when the process is to stop. From [`process::shutdown_on_signals`], or made by a test.
 pub use tokio_util::sync::CancellationToken as Shutdown;
+pub use trust::{Authority, EnrollError, Enrolment, JoinToken, Tokens, enroll};

@@ -66,15 +66,34 @@ pub async fn serve(
     shutdown: CancellationToken,
     drain: Duration,
 ) -> Result<(), ServeError> {
+    serve_open(listener, token, routes, Routes::default(), shutdown, drain).await
+}
+
+/// As [`serve`]; `open` is served to whoever reaches the port, token or not.
+pub async fn serve_open(
+    listener: TcpListener,
+    token: &ClusterToken,
+    routes: Routes,
+    open: Routes,
+    shutdown: CancellationToken,
+    drain: Duration,
+) -> Result<(), ServeError> {
     let address = listener.local_addr().unwrap_or_else(|_| SocketAddr::from(([0, 0, 0, 0], 0)));
-    let server = Server::builder()
+    let broken = |error| ServeError::Broken { address, error };
+    let guarded = routes.into_axum_router().layer(InterceptorLayer::new(token.server()));
+    // What neither knows is refused as everything is that carries no token.
+    let open = open.into_axum_router().reset_fallback();
+    let mut server = Server::builder();
+    if let Some(identity) = token.identity() {
+        server = server.tls_config(identity.server()).map_err(broken)?;
+    }
+    let server = server
         .http2_keepalive_interval(Some(KEEPALIVE_INTERVAL))
         .http2_keepalive_timeout(Some(KEEPALIVE_TIMEOUT))
         .initial_stream_window_size(STREAM_WINDOW_BYTES)
         .initial_connection_window_size(CONNECTION_WINDOW_BYTES)
         .max_concurrent_streams(CALLS_PER_CONNECTION_MAX)
-        .layer(InterceptorLayer::new(token.server()))
-        .add_routes(routes)
+        .add_routes(open.merge(guarded).into())
         .serve_with_incoming_shutdown(
             TcpIncoming::from(listener).with_nodelay(Some(true)),
             shutdown.clone().cancelled_owned(),
@@ -84,7 +103,7 @@ pub async fn serve(
         tokio::time::sleep(drain).await;
     };
     tokio::select! {
-        result = server => result.map_err(|error| ServeError::Broken { address, error }),
+        result = server => result.map_err(broken),
         () = overdue => {
             tracing::warn!(%address, ?drain, "calls still open at the end of the drain are dropped");
             Ok(())

@@ -133,12 +133,14 @@ async fn refusals_end_the_node() {
         )
     );
     let mut other = node("p0", Role::Prefill);
-    other.protocol = 2;
+    let ours = proto::PROTOCOL;
+    other.protocol = ours + 1;
     assert_eq!(
         refusal(start(at, other, &token)).await,
         format!(
-            "router {at} refused this node: protocol of node p0 is 2, the router's is 1 \
-             (run the same baton everywhere)"
+            "router {at} refused this node: protocol of node p0 is {}, the router's is {ours} \
+             (run the same baton everywhere)",
+            ours + 1
         )
     );
     assert_eq!(router.members.snapshot().members.len(), 1);

@@ -31,7 +31,9 @@ pub async fn run(
     shutdown: Shutdown,
     service: impl FnOnce(Engine, Grammars) -> Routes,
 ) -> Result<(), NodeError> {
-    cluster::require_loopback_or_insecure(config.bind, config.insecure)?;
+    // With a certificate, gRPC is TLS.
+    let is_encrypted = config.token.identity().is_some();
+    cluster::require_loopback_or_insecure(config.bind, config.insecure || is_encrypted)?;
     cluster::require_loopback_or_insecure(config.kv_bind, config.insecure)?;
     // Ports first: a taken one is said at once, not after minutes of loading.
     let listener = match config.group.rank {

@@ -12,4 +12,5 @@ mod keys;
 mod parity;
 mod parts;
 mod settings;
+mod trust;
 mod up;

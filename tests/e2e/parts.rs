@@ -44,6 +44,8 @@ const LOOK_AT_NODES: Duration = Duration::from_millis(100);
 
 /// Running processes of one cluster. Dropping it kills them.
 pub struct Parts {
+    /// Its processes have certificates; nodes join by a token.
+    certified: bool,
     /// Where nodes join.
     cluster: u16,
     folder: PathBuf,
@@ -71,11 +73,21 @@ struct Part {
 impl Parts {
     /// A router with these flags, not waited for.
     pub fn router(flags: &[&str]) -> Parts {
+        Self::begin(false, flags)
+    }
+
+    /// As [`Parts::router`], of a cluster with certificates.
+    pub fn certified(flags: &[&str]) -> Parts {
+        Self::begin(true, flags)
+    }
+
+    fn begin(certified: bool, flags: &[&str]) -> Parts {
         let (port, cluster) = (free_port(), free_port());
         let folder = folder(&format!("parts-{port}"));
-        fs::write(folder.join("token"), TOKEN).expect("writes");
         let client = Client::new(port);
-        let mut parts = Parts { cluster, folder, processes: Vec::new(), client };
+        let mut parts = Parts { certified, cluster, folder, processes: Vec::new(), client };
+        let token = if certified { parts.token(&["create"]) } else { TOKEN.into() };
+        fs::write(parts.folder.join("token"), token).expect("writes");
         let own = [format!("--port={port}"), format!("--cluster-bind=127.0.0.1:{cluster}")];
         parts.start("router", "router", &own, flags);
         parts
@@ -109,7 +121,10 @@ impl Parts {
     }
 
     fn start(&mut self, role: &str, name: &str, own: &[String], flags: &[&str]) {
-        let token = format!("--token-file={}", self.folder.join("token").display());
+        let token = match self.certified && role == "router" {
+            true => format!("--cluster-dir={}", self.folder.join("cluster").display()),
+            false => format!("--token-file={}", self.folder.join("token").display()),
+        };
         let mut arguments = vec![
             role.to_owned(),
             format!("--model={}", model().display()),
@@ -120,6 +135,14 @@ impl Parts {
         // The last one given wins.
         arguments.extend(flags.iter().map(|&flag| flag.to_owned()));
         self.processes.push(Part::start(name.to_owned(), arguments));
+    }
+
+    /// What `baton token` prints about this cluster.
+    pub fn token(&self, arguments: &[&str]) -> String {
+        let folder = self.folder.join("cluster").display().to_string();
+        let (ok, stdout, stderr) = output(baton(&["token", "--cluster-dir", &folder]).args(arguments));
+        assert!(ok, "{stderr}");
+        stdout
     }
 
     /// Where nodes join, `host:port`.

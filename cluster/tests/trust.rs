@@ -1,0 +1,187 @@
+//! A cluster whose connections are TLS: how a node comes in, and who does not.
+
+use std::fs;
+use std::net::SocketAddr;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use cluster::channel::{cluster_client, decode_client};
+use cluster::{
+    Authority, ClusterService, ClusterToken, EnrollError, Enrolment, JoinToken, Members, MembershipConfig,
+    Tokens, connect_lazy, enroll, server,
+};
+use proto::v1::decode_server::Decode;
+use proto::v1::{
+    DrainReply, DrainRequest, GenerateEvent, GenerateRequest, ProbeReply, ProbeRequest, StatusRequest,
+};
+use tokio_util::sync::CancellationToken;
+use tonic::service::Routes;
+use tonic::transport::{Certificate, ClientTlsConfig, Endpoint};
+use tonic::{Code, Request, Response, Status};
+
+const PATIENCE: Duration = Duration::from_secs(30);
+
+/// A router's port, and the authority behind it.
+struct Router {
+    folder: PathBuf,
+    authority: Arc<Authority>,
+    address: SocketAddr,
+    stop: CancellationToken,
+}
+
+impl Router {
+    async fn start(name: &str) -> Router {
+        let folder = std::env::temp_dir().join(format!("baton-trust-{name}-{}", std::process::id()));
+        let _ = fs::remove_dir_all(&folder);
+        let authority = Arc::new(Authority::open(&folder).unwrap());
+        let stop = CancellationToken::new();
+        let members = Members::new(MembershipConfig::default());
+        let service = server::cluster(ClusterService::new(members, Arc::new(|| (0, 0)), stop.clone()));
+        let open = Routes::new(Enrolment::service(Arc::clone(&authority)));
+        let listener = server::bind(([127, 0, 0, 1], 0).into()).await.unwrap();
+        let address = listener.local_addr().unwrap();
+        let (token, ends) = (authority.router().unwrap(), stop.clone());
+        tokio::spawn(async move {
+            server::serve_open(listener, &token, Routes::new(service), open, ends, Duration::ZERO)
+                .await
+                .unwrap();
+        });
+        Router { folder, authority, address, stop }
+    }
+
+    fn token(&self, name: &str) -> JoinToken {
+        let fingerprint = self.authority.fingerprint();
+        Tokens::change(&self.folder, |tokens| tokens.create(name, fingerprint, 0, None)).unwrap()
+    }
+
+    async fn enroll(&self, token: &JoinToken) -> Result<ClusterToken, EnrollError> {
+        enroll(&self.address.to_string(), token).await
+    }
+
+    async fn status(&self, token: &ClusterToken) -> Result<(), Status> {
+        let channel = connect_lazy(&self.address.to_string(), token).unwrap();
+        cluster_client(channel).status(StatusRequest {}).await.map(drop)
+    }
+}
+
+impl Drop for Router {
+    fn drop(&mut self) {
+        self.stop.cancel();
+        let _ = fs::remove_dir_all(&self.folder);
+    }
+}
+
+/// A node's service that answers probes.
+struct Node;
+
+#[tonic::async_trait]
+impl Decode for Node {
+    type GenerateStream = tokio_stream::Empty<Result<GenerateEvent, Status>>;
+
+    async fn generate(&self, _: Request<GenerateRequest>) -> Result<Response<Self::GenerateStream>, Status> {
+        Err(Status::unimplemented("only probes"))
+    }
+
+    async fn probe(&self, _: Request<ProbeRequest>) -> Result<Response<ProbeReply>, Status> {
+        Ok(Response::new(ProbeReply { step_us: 7 }))
+    }
+
+    async fn drain(&self, _: Request<DrainRequest>) -> Result<Response<DrainReply>, Status> {
+        Err(Status::unimplemented("only probes"))
+    }
+}
+
+/// A node comes in by its token, calls the router, and is called by it; not by another node, though that one has a
+/// certificate and the secret.
+#[tokio::test]
+async fn both_directions_are_mutual() {
+    let router = Router::start("mutual").await;
+    let mac = router.enroll(&router.token("mac")).await.unwrap();
+    router.status(&mac).await.unwrap();
+
+    let listener = server::bind(([127, 0, 0, 1], 0).into()).await.unwrap();
+    let address = listener.local_addr().unwrap().to_string();
+    let (serving, stop) = (mac.clone(), router.stop.clone());
+    tokio::spawn(async move {
+        server::serve(listener, &serving, Routes::new(server::decode(Node)), stop, Duration::ZERO)
+            .await
+            .unwrap();
+    });
+    let probe = async |token: &ClusterToken| {
+        let mut client = decode_client(connect_lazy(&address, token).unwrap());
+        client.probe(ProbeRequest {}).await.map(|reply| reply.into_inner().step_us)
+    };
+    assert_eq!(probe(&router.authority.router().unwrap()).await.unwrap(), 7);
+    let other = router.enroll(&router.token("other")).await.unwrap();
+    // It takes who answers for the router and finds a node.
+    assert_eq!(probe(&other).await.unwrap_err().code(), Code::Unavailable);
+    // In clear, with the secret.
+    assert!(probe(&ClusterToken::parse(other.expose()).unwrap()).await.is_err());
+}
+
+/// Whoever lacks the token, the certificate, the secret, or the right cluster stays out, and learns no more than that.
+#[tokio::test]
+async fn strangers_stay_out() {
+    let (router, elsewhere) = (Router::start("ours").await, Router::start("elsewhere").await);
+    let token = router.token("mac");
+    let text = token.expose();
+
+    // Another cluster's token: this router is not the one that it names.
+    let error = router.enroll(&elsewhere.token("x")).await.unwrap_err();
+    assert!(matches!(error, EnrollError::Stranger { .. }), "{error}");
+    // A guess at the secret, with the right fingerprint.
+    let (head, tail) = (&text[..text.len() - 129], &text[text.len() - 65..]);
+    let forged = format!("{head}{}{tail}", "0".repeat(64));
+    let error = router.enroll(&forged.parse().unwrap()).await.unwrap_err();
+    assert!(matches!(error, EnrollError::Refused { .. }), "{error}");
+    assert!(
+        error.to_string().ends_with("wrong join token, or one that has expired or was revoked"),
+        "{error}"
+    );
+    // Expired.
+    let fingerprint = router.authority.fingerprint();
+    let expired =
+        Tokens::change(&router.folder, |tokens| tokens.create("old", fingerprint, 0, Some(1))).unwrap();
+    assert!(matches!(router.enroll(&expired).await.unwrap_err(), EnrollError::Refused { .. }));
+    // Nobody there.
+    let nobody = enroll("127.0.0.1:1", &token).await.unwrap_err();
+    assert!(matches!(nobody, EnrollError::Away { .. }), "{nobody}");
+
+    // The secret without a certificate: in clear, and over TLS.
+    let mac = router.enroll(&token).await.unwrap();
+    let secret = ClusterToken::parse(mac.expose()).unwrap();
+    assert!(router.status(&secret).await.is_err());
+    let authority = Certificate::from_pem(fs::read(router.folder.join("ca-cert.pem")).unwrap());
+    let tls = ClientTlsConfig::new().ca_certificate(authority).domain_name("router.baton.internal");
+    let endpoint =
+        Endpoint::from_shared(format!("https://{}", router.address)).unwrap().tls_config(tls).unwrap();
+    let channel =
+        tonic::service::interceptor::InterceptedService::new(endpoint.connect_lazy(), secret.client());
+    let refused = cluster_client(channel).status(StatusRequest {}).await.unwrap_err();
+    assert_eq!((refused.code(), refused.message()), (Code::Unauthenticated, "no certificate"));
+    // A certificate of another cluster.
+    let theirs = elsewhere.enroll(&elsewhere.token("x")).await.unwrap();
+    assert!(router.status(&theirs).await.is_err());
+}
+
+/// A revoked token lets nobody in, and what came in by it is refused from its next call on; other tokens do not notice.
+#[tokio::test]
+async fn revoked_is_out() {
+    let router = Router::start("revoked").await;
+    let (gone, stays) = (router.token("gone"), router.token("stays"));
+    let (out, inside) = (router.enroll(&gone).await.unwrap(), router.enroll(&stays).await.unwrap());
+    router.status(&out).await.unwrap();
+    Tokens::change(&router.folder, |tokens| tokens.revoke("gone", 1)).unwrap();
+    assert!(matches!(router.enroll(&gone).await.unwrap_err(), EnrollError::Refused { .. }));
+    let begun = Instant::now();
+    let refused = loop {
+        match router.status(&out).await {
+            Err(status) => break status,
+            Ok(()) => assert!(begun.elapsed() < PATIENCE, "still in"),
+        }
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    };
+    assert_eq!(refused.message(), "the join token of this node was revoked");
+    router.status(&inside).await.unwrap();
+}

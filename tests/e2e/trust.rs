@@ -1,0 +1,39 @@
+//! Promise: machines join by a token, talk over TLS with certificates of both ends, and whoever has none stays out.
+
+use serde_json::json;
+
+use crate::harness::{baton, model, output};
+use crate::parts::{Parts, TOKEN, ids};
+
+/// A whole cluster with certificates answers as it should; strangers are refused with a reason, and a token that is revoked lets
+/// nobody in.
+#[tokio::test]
+async fn by_token_and_certificate() {
+    let mut parts = Parts::certified(&["--disaggregation=always"]);
+    parts.prefill("p", 1, &[]);
+    parts.decode("d", 2, &[]);
+    parts.wait_until_ready(&["p.0", "d.0"]).await;
+    let choice = parts.complete(&json!({ "prompt": ids(1, 40), "max_tokens": 4, "ignore_eos": true })).await;
+    assert_eq!(choice["finish_reason"], "length");
+
+    let router = format!("--router={}", parts.cluster());
+    let model = format!("--model={}", model().display());
+    let refused = |token: &str, wanted: &str| {
+        let token = format!("--token={}", token.trim());
+        let (ok, _, stderr) = output(&mut baton(&["prefill", &model, &router, &token, "--log=off"]));
+        let last = stderr.lines().last().unwrap_or_default().to_owned();
+        assert!(!ok && last.starts_with("baton: ") && last.contains(wanted), "{stderr}");
+    };
+    let spare = parts.token(&["create", "spare"]);
+    let list = parts.token(&["list"]);
+    assert!(list.contains("nodes  active") && list.contains("spare  active"), "{list}");
+    parts.token(&["revoke", "spare"]);
+    refused(&spare, "wrong join token, or one that has expired or was revoked");
+    // The right shape, another cluster's fingerprint.
+    let (head, _) = spare.trim().rsplit_once('-').expect("a join token");
+    refused(&format!("{head}-{}", "0".repeat(64)), "its certificate is of another cluster");
+    // In clear: the router speaks TLS only.
+    let (ok, _, stderr) = output(&mut baton(&["status", &router, &format!("--token={TOKEN}")]));
+    assert!(!ok, "{stderr}");
+    parts.wait_until_ready(&["p.0", "d.0"]).await;
+}
