@@ -1,0 +1,101 @@
+//! What one device does without a cluster around it: the conformance suite, golden cases, prompts, ragged batches,
+//! generation, and the cost of letting the cache go while it computes. `benches/h200.sh` runs it on a GPU.
+//!
+//! `device --backend cuda --config benches/configs/llama-3-8b.json --peak-tflops 989`
+
+mod measure;
+
+use std::path::PathBuf;
+
+use anyhow::{Context, Result, bail};
+use backend::conformance::{QUANTS, Suite, Tolerance};
+use backend::{Backend, DType, DeviceOptions, Group};
+use backend_cpu::CpuBackend;
+use backend_cuda::CudaBackend;
+use clap::Parser;
+use models::Checkpoint;
+use models::replay::Rank;
+
+use measure::Bench;
+
+/// Seed of the dummy weights.
+const SEED: u64 = 7;
+
+#[derive(Parser)]
+#[command(about = "Measures one device: correctness, prompts, generation, cache on its way out")]
+struct Args {
+    /// Device: cuda or cpu
+    #[arg(long, default_value = "cuda")]
+    backend: String,
+    /// A config.json: seeded random weights of its shape
+    #[arg(long)]
+    config: Option<PathBuf>,
+    /// Only this many of its layers (results are per token of this smaller model)
+    #[arg(long)]
+    layers: Option<usize>,
+    /// Run the conformance suite first
+    #[arg(long)]
+    conformance: bool,
+    /// Tokens of the long prompt
+    #[arg(long, default_value_t = 8192)]
+    prompt: usize,
+    /// Runs of each kind; the median counts
+    #[arg(long, default_value_t = 5)]
+    runs: usize,
+    /// What the device's dense bf16 products can do, for the share of it that prompts reach
+    #[arg(long)]
+    peak_tflops: Option<f64>,
+    /// Type of activations and cache: bf16 or f32
+    #[arg(long, default_value = "bf16")]
+    dtype: String,
+    /// Compiled kernels are kept here
+    #[arg(long)]
+    cache: Option<PathBuf>,
+}
+
+fn main() -> Result<()> {
+    let args = Args::parse();
+    match args.backend.as_str() {
+        "cuda" => run::<CudaBackend>(&args),
+        "cpu" => run::<CpuBackend>(&args),
+        other => bail!("no backend {other:?}: cuda or cpu"),
+    }
+}
+
+fn run<B: Backend>(args: &Args) -> Result<()> {
+    let dtype: DType = args.dtype.parse().map_err(anyhow::Error::msg)?;
+    let options = DeviceOptions { dtype, cache: args.cache.clone(), ..DeviceOptions::default() };
+    let device = B::open(&options, Group::alone())?;
+    println!("{}: {}", device.caps().name, device.caps().device);
+    drop(device);
+    if args.conformance {
+        let open = |options: &DeviceOptions, group: Group| {
+            B::open(&DeviceOptions { cache: args.cache.clone(), ..options.clone() }, group)
+        };
+        let tolerance = Tolerance { f32: 1e-5, bf16: 2e-2 };
+        let dtypes = &[DType::F32, DType::BF16];
+        Suite { open: &open, tolerance, dtypes, group: None, quants: QUANTS }.run();
+        println!("conformance suite: passed");
+    }
+    let Some(config) = &args.config else { return Ok(()) };
+    let config = shortened(config, args.layers)?;
+    let checkpoint = Checkpoint::dummy(config.path(), SEED)?;
+    let parameters = measure::parameters(checkpoint.config());
+    println!("{parameters:.3e} parameters in products, {} bytes of weights", checkpoint.weight_bytes());
+    let tokens = args.prompt.max(measure::RAGGED_TOKENS) + 1024;
+    let rank = Rank::<B>::open(&options, Group::alone(), &checkpoint, tokens)?;
+    let mut bench = Bench { rank, runs: args.runs.max(1), next: 0 };
+    bench.table(args.prompt, parameters, args.peak_tflops)
+}
+
+/// The config.json, with fewer layers where asked.
+fn shortened(path: &std::path::Path, layers: Option<usize>) -> Result<tempfile::NamedTempFile> {
+    let text = std::fs::read_to_string(path).with_context(|| path.display().to_string())?;
+    let mut json: serde_json::Value = serde_json::from_str(&text)?;
+    if let Some(layers) = layers {
+        json["num_hidden_layers"] = layers.into();
+    }
+    let file = tempfile::Builder::new().suffix(".json").tempfile()?;
+    std::fs::write(file.path(), json.to_string())?;
+    Ok(file)
+}

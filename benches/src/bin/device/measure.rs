@@ -1,0 +1,185 @@
+//! The measurements: each a number of runs, of which the median is shown.
+
+use std::time::{Duration, Instant};
+
+use anyhow::Result;
+use backend::{Backend, Batch, Draw, KvExport, KvStore, Out, Piece, SeqId, Step};
+use models::Config;
+use models::replay::Rank;
+
+/// Prompts of the ragged batch: 16 of 64 to 2,048 tokens.
+const RAGGED: [usize; 16] =
+    [64, 2048, 192, 320, 1536, 448, 96, 1024, 576, 704, 128, 832, 1280, 256, 960, 1792];
+/// Their sum.
+pub const RAGGED_TOKENS: usize = {
+    let (mut sum, mut at) = (0, 0);
+    while at < RAGGED.len() {
+        sum += RAGGED[at].div_ceil(64) * 64;
+        at += 1;
+    }
+    sum
+};
+/// Tokens that each sequence generates.
+const GENERATED: usize = 32;
+
+/// A loaded model under measurement.
+pub struct Bench<B: Backend> {
+    pub rank: Rank<B>,
+    pub runs: usize,
+    /// Sequence ids used so far.
+    pub next: u64,
+}
+
+/// Multiply-adds of a token in products with weights, without attention; the head counts once a prompt, so not at all.
+pub fn parameters(config: &Config) -> f64 {
+    let tables = if config.tied { 1 } else { 2 } * config.vocab_size * config.hidden;
+    config.parameters().active as f64 - tables as f64
+}
+
+fn median(mut times: Vec<Duration>) -> Duration {
+    times.sort_unstable();
+    times[times.len() / 2]
+}
+
+/// Token ids that no cache has seen.
+fn ids(seed: u64, count: usize, vocabulary: usize) -> Vec<u32> {
+    let mut state = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
+    let mut next = || {
+        state ^= state << 13;
+        state ^= state >> 7;
+        state ^= state << 17;
+        (state % vocabulary as u64) as u32
+    };
+    (0..count).map(|_| next()).collect()
+}
+
+impl<B: Backend> Bench<B> {
+    /// All measurements as a table.
+    pub fn table(&mut self, prompt: usize, parameters: f64, peak_tflops: Option<f64>) -> Result<()> {
+        let config = self.rank.model.config().clone();
+        // The first step compiles, plans and allocates.
+        self.prompts(&[prompt.min(512)], false)?;
+        let share = |flops: f64, time: Duration| {
+            let tflops = flops / time.as_secs_f64() / 1e12;
+            match peak_tflops {
+                Some(peak) => format!("{tflops:.1} TFLOP/s, {:.1} % of {peak}", tflops / peak * 100.0),
+                None => format!("{tflops:.2} TFLOP/s"),
+            }
+        };
+        let attended = |n: usize| 2.0 * (n * n) as f64 * (config.attended() * config.layers) as f64;
+        let flops = |n: usize| 2.0 * parameters * n as f64 + attended(n);
+        println!("| what | time | rate | |\n|---|---|---|---|");
+        let one = self.timed(&[prompt], false)?;
+        let rate = |n: usize, time: Duration| format!("{:.0} tok/s", n as f64 / time.as_secs_f64());
+        println!(
+            "| prompt of {prompt} | {one:.2?} | {} | {} |",
+            rate(prompt, one),
+            share(flops(prompt), one)
+        );
+        let ragged = self.timed(&RAGGED, false)?;
+        let (sum, all) = (RAGGED.iter().sum::<usize>(), RAGGED.iter().map(|n| flops(*n)).sum());
+        println!(
+            "| 16 prompts, {sum} tokens | {ragged:.2?} | {} | {} |",
+            rate(sum, ragged),
+            share(all, ragged)
+        );
+        let leaving = self.timed(&[prompt], true)?;
+        let exposed = leaving.saturating_sub(one);
+        let percent = exposed.as_secs_f64() / one.as_secs_f64() * 100.0;
+        println!(
+            "| the same prompt, its cache to the host | {leaving:.2?} | {} | exposed {exposed:.2?}, {percent:.1} % |",
+            rate(prompt, leaving)
+        );
+        for batch in [1, 4, 16] {
+            let step = self.generation(batch)?;
+            println!("| generation, batch {batch} | {step:.2?} a step | {} | |", rate(batch, step));
+        }
+        Ok(())
+    }
+
+    fn timed(&mut self, prompts: &[usize], export: bool) -> Result<Duration> {
+        let times: Result<Vec<_>> = (0..self.runs).map(|_| self.prompts(prompts, export)).collect();
+        times.map(median)
+    }
+
+    /// Prompts of these lengths in one step, to their first logits.
+    fn prompts(&mut self, lengths: &[usize], export: bool) -> Result<Duration> {
+        let vocabulary = self.rank.model.vocab_size();
+        let planes = self.rank.model.kv_spec().planes.clone();
+        let mut batch = Batch::default();
+        let mut sequences = Vec::new();
+        for length in lengths {
+            self.next += 1;
+            let seq = SeqId(self.next);
+            self.rank.begin(seq, *length)?;
+            batch.push(seq, 0, &ids(self.next, *length, vocabulary));
+            sequences.push(seq);
+        }
+        let begun = Instant::now();
+        let mut exports = Vec::new();
+        let Rank { backend, model, kv } = &mut self.rank;
+        let mut step = backend.step(kv, &batch);
+        let logits = model.forward(&mut step, &batch.last_rows(), &mut |step, layer| {
+            for (seq, length) in sequences.iter().zip(lengths).filter(|_| export) {
+                exports.push((layer, *length, step.export(*seq, layer, 0..*length as u32)));
+            }
+        });
+        step.submit(Out::Logits(logits)).wait()?;
+        for (layer, length, lease) in exports {
+            let lease = lease?;
+            lease.wait()?;
+            for (plane, spec) in planes.iter().enumerate() {
+                let piece = Piece { layer, plane, heads: spec.heads(), tokens: 0..length as u32 };
+                if lease.slices(&piece).is_none() {
+                    lease.read(&piece, &mut Vec::new())?;
+                }
+            }
+        }
+        let took = begun.elapsed();
+        for seq in sequences {
+            self.rank.kv.close(seq)?;
+        }
+        Ok(took)
+    }
+
+    /// The median time of a step that generates a token for each of `count` sequences, ids in flight.
+    fn generation(&mut self, count: usize) -> Result<Duration> {
+        let vocabulary = self.rank.model.vocab_size();
+        let prompt = 128;
+        let mut sequences = Vec::new();
+        let mut batch = Batch::default();
+        for _ in 0..count {
+            self.next += 1;
+            let seq = SeqId(self.next);
+            self.rank.begin(seq, prompt + GENERATED + 1)?;
+            batch.push(seq, 0, &ids(self.next, prompt, vocabulary));
+            sequences.push(seq);
+        }
+        let draws = vec![Draw::Token(backend::draw::Rule::GREEDY); count];
+        let mut times = Vec::new();
+        let mut last: Option<Box<dyn backend::Pending<B::Hidden>>> = None;
+        for at in 0..=GENERATED {
+            let begun = Instant::now();
+            let Rank { backend, model, kv } = &mut self.rank;
+            let mut step = backend.step(kv, &batch);
+            let logits = model.forward(&mut step, &batch.last_rows(), &mut |_, _| {});
+            let pending = step.submit(Out::Draw(logits, draws.clone()));
+            if let Some(last) = last.replace(pending) {
+                last.wait()?;
+                times.push(begun.elapsed());
+            }
+            batch = Batch::default();
+            for (row, seq) in sequences.iter().enumerate() {
+                batch.push_drawn(*seq, (prompt + at) as u32, row as u32);
+            }
+        }
+        if let Some(last) = last {
+            last.wait()?;
+        }
+        for seq in sequences {
+            self.rank.kv.close(seq)?;
+        }
+        // The first holds the prompts.
+        Ok(median(times.split_off(1)))
+    }
+}
