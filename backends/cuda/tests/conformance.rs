@@ -8,5 +8,6 @@ use backend_cuda::EmulatedBackend;
 fn conforms() {
     let open = |options: &DeviceOptions, group: Group| EmulatedBackend::open(options, group);
     let tolerance = Tolerance { f32: 3e-6, bf16: 2e-2 };
-    Suite { open: &open, tolerance, dtypes: &[DType::F32, DType::BF16], group: None, quants: QUANTS }.run();
+    let dtypes = &[DType::F32, DType::BF16];
+    Suite { open: &open, tolerance, dtypes, group: None, quants: QUANTS, plain_experts: dtypes }.run();
 }

@@ -74,7 +74,7 @@ fn run<B: Backend>(args: &Args) -> Result<()> {
         };
         let tolerance = Tolerance { f32: 1e-5, bf16: 2e-2 };
         let dtypes = &[DType::F32, DType::BF16];
-        Suite { open: &open, tolerance, dtypes, group: None, quants: QUANTS, plain_experts: true }.run();
+        Suite { open: &open, tolerance, dtypes, group: None, quants: QUANTS, plain_experts: dtypes }.run();
         println!("conformance suite: passed");
     }
     let Some(config) = &args.config else { return Ok(()) };
