@@ -40,10 +40,12 @@ pub enum Kind {
     Ping = 9,
     /// Receiver: so am I, and this has landed so far.
     Pong = 10,
+    /// Receiver: its clock, and what has come of a probe.
+    Probed = 11,
 }
 
 impl Kind {
-    const ALL: [Kind; 10] = [
+    const ALL: [Kind; 11] = [
         Kind::Hello,
         Kind::Challenge,
         Kind::Proof,
@@ -54,6 +56,7 @@ impl Kind {
         Kind::Fail,
         Kind::Ping,
         Kind::Pong,
+        Kind::Probed,
     ];
 
     /// Largest payload of this kind.

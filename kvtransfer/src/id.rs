@@ -4,6 +4,8 @@
 use std::fmt;
 use std::str::FromStr;
 
+use hmac::{Hmac, KeyInit, Mac};
+use sha2::Sha256;
 use subtle::ConstantTimeEq;
 
 /// Names a session on the KV port: 128 random bits, printed as 32 hex digits.
@@ -11,6 +13,9 @@ use subtle::ConstantTimeEq;
 pub struct SessionId([u8; 16]);
 
 impl SessionId {
+    /// No session: a connection that measures the link.
+    pub const PROBE: SessionId = SessionId([0; 16]);
+
     /// A new name. Panics where the operating system has no random numbers: nothing can be kept safe there.
     pub fn random() -> Self {
         let mut bytes = [0; 16];
@@ -69,6 +74,13 @@ impl FromStr for SessionId {
 pub struct Ticket([u8; 32]);
 
 impl Ticket {
+    /// The secret by which the nodes of a cluster measure links, of the cluster's own.
+    pub fn probe(cluster_secret: &[u8]) -> Self {
+        let mut mac = Hmac::<Sha256>::new_from_slice(cluster_secret).expect("a key of any length serves");
+        mac.update(b"baton kv probe 1");
+        Ticket(mac.finalize().into_bytes().into())
+    }
+
     /// A new secret. Panics where the operating system has no random numbers.
     pub fn random() -> Self {
         let mut bytes = [0; 32];

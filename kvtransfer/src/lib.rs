@@ -8,6 +8,7 @@ pub mod coverage;
 pub mod error;
 pub mod frame;
 pub mod id;
+pub mod interface;
 pub mod layout;
 pub mod limits;
 pub mod message;

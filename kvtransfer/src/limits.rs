@@ -35,6 +35,9 @@ pub const PEER_BASE: u32 = 1 << 16;
 /// Connections of one sender rank to one receiver, in one session.
 pub const LANES_MAX: u16 = 16;
 
+/// Bytes of one probe of a link.
+pub const PROBE_BYTES_MAX: u64 = 64 << 20;
+
 /// How often one lane may lose its connection in one session and go on over another.
 pub const RESUMES_MAX: u32 = 16;
 

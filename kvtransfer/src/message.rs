@@ -69,6 +69,13 @@ pub enum Message {
         /// In so many data frames.
         received_frames: u64,
     },
+    /// See [`Kind::Probed`].
+    Probed {
+        /// Milliseconds since 1970.
+        unix_ms: u64,
+        /// What has come so far.
+        received_bytes: u64,
+    },
 }
 
 /// A sender's first words. All of it is covered by both proofs.
@@ -119,6 +126,7 @@ impl Message {
             Message::Fail { .. } => Kind::Fail,
             Message::Ping => Kind::Ping,
             Message::Pong { .. } => Kind::Pong,
+            Message::Probed { .. } => Kind::Probed,
         }
     }
 
@@ -160,6 +168,10 @@ impl Message {
                 put_text(&mut out, reason);
             }
             Message::Ping => {}
+            Message::Probed { unix_ms, received_bytes } => {
+                out.extend_from_slice(&unix_ms.to_le_bytes());
+                out.extend_from_slice(&received_bytes.to_le_bytes());
+            }
             Message::Pong { received_bytes, received_frames } => {
                 out.extend_from_slice(&received_bytes.to_le_bytes());
                 out.extend_from_slice(&received_frames.to_le_bytes());
@@ -193,6 +205,7 @@ impl Message {
                 reason: input.text(REASON_BYTES_MAX)?,
             },
             Kind::Ping => Message::Ping,
+            Kind::Probed => Message::Probed { unix_ms: input.u64()?, received_bytes: input.u64()? },
             Kind::Pong => Message::Pong { received_bytes: input.u64()?, received_frames: input.u64()? },
             Kind::Data => return Err(FrameError::Message("is data")),
         };
@@ -319,6 +332,7 @@ mod tests {
             Message::Fail { code: FailCode::Stale, reason: "attempt 1, expected 2".into() },
             Message::Ping,
             Message::Pong { received_bytes: 9, received_frames: 1 },
+            Message::Probed { unix_ms: 1 << 40, received_bytes: 4 },
         ]
     }
 

@@ -3,6 +3,7 @@
 //! Threads: one accepts, one watches deadlines, one per connection reads frames and puts them in place.
 
 mod conn;
+mod probe;
 mod registry;
 mod relay;
 mod slot;

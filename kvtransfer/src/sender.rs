@@ -7,6 +7,7 @@ mod export;
 mod pair;
 pub mod path;
 mod pool;
+pub mod probe;
 mod push;
 
 use std::ops::Range;
@@ -16,6 +17,7 @@ use std::time::{Duration, Instant};
 use backend::KvSpec;
 
 use crate::receiver::Peers;
+use crate::sender::path::Path;
 use crate::sender::pool::Pool;
 use crate::transport::Dialer;
 use crate::transport::tcp::TcpDialer;
@@ -88,6 +90,10 @@ pub struct LinkStat {
     pub gbytes_per_s: f32,
     /// Payload bytes received there so far.
     pub bytes: u64,
+    /// What probes have shown of the path.
+    pub path: Path,
+    /// Used together with other paths to the same receiver.
+    pub striped: bool,
 }
 
 impl Sender {
@@ -98,7 +104,12 @@ impl Sender {
 
     /// An empty pool of connections of another transport.
     pub fn with_dialer(limits: Limits, dialer: Box<dyn Dialer>) -> Self {
-        Sender(Arc::new(Pool::new(limits, dialer)))
+        let probe_by = limits.probe.clone();
+        let pool = Arc::new(Pool::new(limits, dialer));
+        if let Some(ticket) = probe_by {
+            probe::watch(&pool, ticket);
+        }
+        Sender(pool)
     }
 
     /// Begins a session; connecting goes on in the background. `done` is called exactly once, on a thread of the
@@ -124,6 +135,11 @@ impl Sender {
     /// Connections of all pushes so far that were lost and replaced.
     pub fn resumed(&self) -> u64 {
         self.0.resumed.load(std::sync::atomic::Ordering::Relaxed)
+    }
+
+    /// Makes receivers known that may be pushed to, so that their paths are probed before: each by all its addresses.
+    pub fn know(&self, peers: impl IntoIterator<Item = Vec<String>>) {
+        peers.into_iter().for_each(|addresses| self.0.know(&addresses));
     }
 
     /// What was measured per peer, by name.

@@ -13,6 +13,8 @@ use backend::{DType, KvError, KvLanding, KvSpec, Piece};
 use common::net::{Harm, LOCAL, Proxy, addresses, expect_all, open, push_all, receivers, session};
 use common::{CLOSE, Cache, Case, MemExport, MemLanding, even, gqa_ranks, mla};
 use kvtransfer::codec::Row;
+use kvtransfer::sender::probe::probe;
+use kvtransfer::transport::tcp::TcpDialer;
 use kvtransfer::{Codec, CodecPolicy, FailCode, Limits, Receiver, Sender, SessionError, Ticket};
 
 /// 4 layers of 8 heads of 64 bf16: 8 KiB per token.
@@ -183,6 +185,21 @@ fn a_connection_that_dies_in_mid_transfer_is_replaced() {
         assert_eq!(proxy.connections.load(Ordering::SeqCst), 1, "the other path is used");
         assert!(landed.landing.cache.is_right());
     }
+}
+
+/// Protects: who holds the cluster's secret learns a link's round trip, rate and clock; nobody else learns anything.
+#[test]
+fn a_probe_measures_a_link_for_those_of_the_cluster() {
+    let secret = Ticket::probe(b"the cluster's token");
+    let (receiver, address) = one_receiver(&Limits { probe: Some(secret.clone()), ..Limits::default() });
+    let found = probe(&TcpDialer, &secret, &address, true).unwrap();
+    assert!(found.rtt > Duration::ZERO && found.bytes_per_s.unwrap() > 1e6, "{found:?}");
+    assert!(found.skew_ms.abs() < 10_000);
+    let error = probe(&TcpDialer, &Ticket::probe(b"another"), &address, true).unwrap_err();
+    assert_eq!(error, "it is of another cluster");
+    assert_lands(&whole(64), &Sender::new(Limits::default()), &receiver, &address);
+    let (_closed, address) = one_receiver(&Limits::default());
+    assert!(probe(&TcpDialer, &secret, &address, false).unwrap_err().contains("is not expected"));
 }
 
 /// Protects: several connections carry one session, and what they bring is put together right.

@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 use crate::frame::{FrameError, Head, Kind};
 use crate::id::fill_random;
 use crate::message::Message;
+use crate::receiver::probe;
 use crate::receiver::registry::{Place, Registry};
 use crate::receiver::slot::{Conn, Slot};
 use crate::session::{Handshake, millis, parse};
@@ -92,6 +93,9 @@ fn greet(
         return Err(SessionError::Protocol(format!("{:?} instead of Hello", head.kind)));
     };
     let session = hello.session;
+    if session == SessionId::PROBE {
+        return probe::serve(registry, conn, source, *hello, until).map(|()| None);
+    }
     let slot = registry.find(&session, until)?;
     let mut nonce = [0; 32];
     fill_random(&mut nonce);
@@ -107,7 +111,7 @@ fn greet(
 }
 
 /// The control message of `head`.
-fn read(
+pub(super) fn read(
     conn: &Conn,
     source: &mut dyn FrameSource,
     head: &Head,
@@ -120,7 +124,7 @@ fn read(
     Ok(parse(head, &payload, crc)?)
 }
 
-fn lost(conn: &Conn, error: WireError) -> SessionError {
+pub(super) fn lost(conn: &Conn, error: WireError) -> SessionError {
     match error {
         WireError::Frame(error) => error.into(),
         WireError::Io(error) => SessionError::Lost { peer: conn.peer.clone(), reason: error.to_string() },

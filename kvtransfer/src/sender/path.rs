@@ -66,6 +66,17 @@ impl Paths {
         self.known.get(address)
     }
 
+    /// Addresses that a probe has tried.
+    pub fn probed(&self) -> impl Iterator<Item = &String> {
+        let probed = |path: &Path| path.rtt.is_some() || path.error.is_some();
+        self.known.iter().filter(move |(_, path)| probed(path)).map(|(address, _)| address)
+    }
+
+    /// Whether `address` is used together with others.
+    pub fn striped(&self, address: &str) -> bool {
+        self.stripes.values().any(|set| set.len() > 1 && set.iter().any(|path| path == address))
+    }
+
     /// `addresses` from the best to the worst: those that have not just failed, then the faster (differences below a
     /// fifth do not count), then the nearer, then as they were given. `first` leads unless it has just failed.
     pub fn order(&self, addresses: &[String], first: &String, now: Instant) -> Vec<String> {

@@ -3,7 +3,7 @@
 use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use crate::limits::LANES_MAX;
 use crate::meter::Meter;
@@ -13,6 +13,9 @@ use crate::sync::lock;
 use crate::transport::Dialer;
 use crate::wire::Wire;
 use crate::{Limits, LinkStat, SessionError};
+
+/// Receivers that are probed.
+const PEERS_MAX: usize = 256;
 
 /// Peers whose links are measured.
 const METERS_MAX: usize = 4096;
@@ -25,6 +28,8 @@ pub(super) struct Pool {
     pub paths: Mutex<Paths>,
     /// Lanes that lost a connection and went on over another, of all pushes.
     pub resumed: AtomicU64,
+    /// Receivers by their addresses, and when they were last probed.
+    peers: Mutex<Vec<(Vec<String>, Option<Instant>)>>,
     conns: Mutex<Conns>,
     turn: Condvar,
 }
@@ -55,6 +60,7 @@ impl Pool {
             meters: Mutex::default(),
             paths: Mutex::default(),
             resumed: AtomicU64::new(0),
+            peers: Mutex::default(),
             conns: Mutex::default(),
             turn: Condvar::new(),
         }
@@ -150,6 +156,7 @@ impl Pool {
 
     /// The address that each lane to a receiver tries first: one lane, or as many as there are paths that add up.
     pub fn lanes(&self, addresses: &[String]) -> Vec<String> {
+        self.know(addresses);
         let best = lock(&self.paths).stripe(addresses, Instant::now());
         let streams = self.limits.streams.max(1);
         let lanes = (0..streams).flat_map(|_| best.iter().cloned());
@@ -177,14 +184,48 @@ impl Pool {
         rates.reduce(|a, b| a + b)
     }
 
+    /// All addresses that were pushed to or probed.
     pub fn links(&self) -> Vec<LinkStat> {
-        let meters = lock(&self.meters);
-        let stat = |(peer, meter): (&String, &Meter)| LinkStat {
+        let (meters, paths) = (lock(&self.meters), lock(&self.paths));
+        let probed = paths.probed().filter(|peer| !meters.contains_key(*peer)).map(|peer| (peer, None));
+        let all: BTreeMap<&String, Option<&Meter>> =
+            meters.iter().map(|(peer, meter)| (peer, Some(meter))).chain(probed).collect();
+        let stat = |(peer, meter): (&String, Option<&Meter>)| LinkStat {
             peer: peer.clone(),
-            gbytes_per_s: meter.bytes_per_s().map_or(0.0, |rate| (rate / 1e9) as f32),
-            bytes: meter.total_bytes(),
+            gbytes_per_s: meter.and_then(Meter::bytes_per_s).map_or(0.0, |rate| (rate / 1e9) as f32),
+            bytes: meter.map_or(0, Meter::total_bytes),
+            path: paths.get(peer).cloned().unwrap_or_default(),
+            striped: paths.striped(peer),
         };
-        meters.iter().map(stat).collect()
+        all.into_iter().map(stat).collect()
+    }
+
+    /// Remembers a receiver for probes.
+    pub fn know(&self, addresses: &[String]) {
+        let mut peers = lock(&self.peers);
+        if peers.len() < PEERS_MAX
+            && !addresses.is_empty()
+            && !peers.iter().any(|(known, _)| known == addresses)
+        {
+            peers.push((addresses.to_vec(), None));
+        }
+    }
+
+    /// Receivers that were not probed within `every`, which now count as probed.
+    pub fn peers_due(&self, every: Duration) -> Vec<Vec<String>> {
+        let now = Instant::now();
+        let mut peers = lock(&self.peers);
+        let due = peers.iter_mut().filter(|(_, at)| at.is_none_or(|at| now >= at + every));
+        due.map(|(addresses, at)| {
+            *at = Some(now);
+            addresses.clone()
+        })
+        .collect()
+    }
+
+    /// Whether nothing is pushed.
+    pub fn quiet(&self) -> bool {
+        lock(&self.conns).in_use == 0
     }
 }
 

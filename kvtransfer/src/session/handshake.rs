@@ -19,7 +19,7 @@ impl Handshake {
         (Handshake { hello, nonce }, challenge)
     }
 
-    pub(super) fn proves(&self, ticket: &Ticket, proof: &[u8; 32]) -> bool {
+    pub(crate) fn proves(&self, ticket: &Ticket, proof: &[u8; 32]) -> bool {
         let bytes = Message::Hello(Box::new(self.hello.clone())).encode();
         verify(ticket, End::Sender, &bytes, &self.nonce, proof)
     }

@@ -14,6 +14,10 @@ use crate::wire::{Control, ReadTimeout, Wire, WriteTimeout, split};
 const KEEPALIVE_IDLE: Duration = Duration::from_secs(30);
 const KEEPALIVE_INTERVAL: Duration = Duration::from_secs(10);
 
+/// What was sent and not acknowledged for so long was lost with its path: the connection ends, another may do.
+#[cfg(any(target_os = "linux", target_os = "android"))]
+const UNHEARD_MAX: Duration = Duration::from_secs(8);
+
 /// Connects over TCP.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct TcpDialer;
@@ -37,7 +41,10 @@ impl Dialer for TcpDialer {
 pub fn wire(stream: TcpStream, peer: String) -> io::Result<Wire> {
     stream.set_nodelay(true)?;
     let keepalive = TcpKeepalive::new().with_time(KEEPALIVE_IDLE).with_interval(KEEPALIVE_INTERVAL);
-    SockRef::from(&stream).set_tcp_keepalive(&keepalive)?;
+    let socket = SockRef::from(&stream);
+    socket.set_tcp_keepalive(&keepalive)?;
+    #[cfg(any(target_os = "linux", target_os = "android"))]
+    socket.set_tcp_user_timeout(Some(UNHEARD_MAX))?;
     let writer = stream.try_clone()?;
     let control: Arc<dyn Control> = Arc::new(TcpControl(stream.try_clone()?));
     Ok(split(stream, writer, control, peer))
