@@ -6,8 +6,10 @@ mod certificate;
 mod chat;
 mod config;
 mod dirs;
+mod doctor;
 mod inspect;
 mod key;
+mod links;
 mod logits;
 mod meter;
 mod model;
@@ -49,6 +51,8 @@ enum Command {
     Chat(chat::Args),
     /// Show the nodes of a cluster, their load and their links
     Status(status::Args),
+    /// Look for what is wrong: this machine's ports, the router, the links between nodes
+    Doctor(doctor::Args),
     /// Fetch models from the Hugging Face hub into its cache
     Pull(pull::Args),
     /// Make, list and revoke the tokens by which machines join a cluster
@@ -94,6 +98,7 @@ fn run(command: Command) -> Result<ExitCode> {
             Command::Decode(flags) => roles::decode(config::load("decode", &flags)?).await?,
             Command::Chat(args) => chat::run(args).await?,
             Command::Status(args) => status::run(args).await?,
+            Command::Doctor(args) => return doctor::run(args).await,
             Command::Pull(args) => pull::run(args).await?,
             Command::Token(args) => token::run(args)?,
             Command::Key(args) => key::run(args)?,

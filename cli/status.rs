@@ -5,7 +5,7 @@ use proto::v1::{MemberStatus, NodeReport, Role, StatusReply, StatusRequest};
 use serde_json::{Value, json};
 
 use crate::config::{self, Entry, Flags, StatusSettings};
-use crate::{dirs, print};
+use crate::{dirs, links, print};
 
 /// Which cluster, and how to show it.
 #[derive(clap::Args)]
@@ -16,22 +16,38 @@ pub struct Args {
     /// Everything, as JSON
     #[arg(long)]
     json: bool,
+    /// The measured links between nodes, and what is wrong with them
+    #[arg(long)]
+    links: bool,
     #[command(flatten)]
     flags: Flags<StatusSettings>,
 }
 
 /// Asks the router and prints the answer.
 pub async fn run(mut args: Args) -> Result<()> {
-    let mut settings: StatusSettings = config::load("status", &args.flags)?;
+    let reply = ask(args.up, &mut args.flags).await?;
+    if args.json {
+        print(&format!("{:#}\n", json_of(&reply)));
+    } else if args.links {
+        print(&links::table_of(&reply));
+    } else {
+        print(&table_of(&reply));
+    }
+    Ok(())
+}
+
+/// What the router of the cluster says: the one of `baton up` on port `up` when no token is given.
+pub async fn ask(up: u16, flags: &mut Flags<StatusSettings>) -> Result<StatusReply> {
+    let mut settings: StatusSettings = config::load("status", flags)?;
     if settings.token.is_none() && settings.token_file.is_none() {
-        let run_file = dirs::run_file(args.up)?;
+        let run_file = dirs::run_file(up)?;
         anyhow::ensure!(
             run_file.is_file(),
             "no `baton up` runs on port {}; for another cluster give --router and --token-file",
-            args.up
+            up,
         );
-        args.flags.config = Some(run_file);
-        settings = config::load("status", &args.flags)?;
+        flags.config = Some(run_file);
+        settings = config::load("status", flags)?;
     }
     let token = match settings.entry()? {
         Entry::Secret(secret) => secret,
@@ -40,13 +56,7 @@ pub async fn run(mut args: Args) -> Result<()> {
     let channel = cluster::connect_lazy(&settings.router, &token)?;
     let reply = cluster::channel::cluster_client(channel).status(StatusRequest {}).await;
     let reply = reply.map_err(|status| anyhow::anyhow!("{}", status.message()));
-    let reply = reply.with_context(|| format!("router {}", settings.router))?.into_inner();
-    if args.json {
-        print(&format!("{:#}\n", json_of(&reply)));
-    } else {
-        print(&table_of(&reply));
-    }
-    Ok(())
+    Ok(reply.with_context(|| format!("router {}", settings.router))?.into_inner())
 }
 
 fn table_of(reply: &StatusReply) -> String {
@@ -139,7 +149,7 @@ fn speed(report: &NodeReport) -> String {
 }
 
 /// Bytes for people.
-fn amount(bytes: u64) -> String {
+pub fn amount(bytes: u64) -> String {
     match bytes as f64 {
         b if b >= 1e9 => format!("{:.2} GB", b / 1e9),
         b if b >= 1e6 => format!("{:.1} MB", b / 1e6),
@@ -147,7 +157,7 @@ fn amount(bytes: u64) -> String {
     }
 }
 
-fn aligned<const N: usize>(rows: &[[String; N]]) -> String {
+pub fn aligned<const N: usize>(rows: &[[String; N]]) -> String {
     let widths: [usize; N] =
         std::array::from_fn(|column| rows.iter().map(|row| row[column].chars().count()).max().unwrap_or(0));
     let line = |row: &[String; N]| {
@@ -167,7 +177,11 @@ fn json_of(reply: &StatusReply) -> Value {
         let links = report
             .links
             .iter()
-            .map(|link| json!({ "peer": link.peer, "gbytes_per_s": link.gbytes_per_s, "bytes": link.bytes }));
+            .map(|link| json!({
+                "peer": link.peer, "gbytes_per_s": link.gbytes_per_s, "bytes": link.bytes,
+                "rtt_us": link.rtt_us, "probed_gbytes_per_s": link.probed_gbytes_per_s, "skew_ms": link.skew_ms,
+                "error": link.error, "striped": link.striped, "via": link.via, "faults": link.faults,
+            }));
         json!({
             "name": join.name,
             "node_id": join.node_id,
@@ -232,7 +246,12 @@ mod tests {
             running: 2,
             kv: Some(KvBlocks { total: 10, free: 4, cached: 3, used: 3, ..Default::default() }),
             prefill_tokens_per_s: 1234.4,
-            links: vec![LinkReport { peer: "127.0.0.1:7".into(), gbytes_per_s: 1.17, bytes: 2_000_000_000 }],
+            links: vec![LinkReport {
+                peer: "127.0.0.1:7".into(),
+                gbytes_per_s: 1.17,
+                bytes: 2_000_000_000,
+                ..Default::default()
+            }],
             ..Default::default()
         };
         let member = MemberStatus {

@@ -5,6 +5,7 @@ use std::path::PathBuf;
 
 use anyhow::{Result, ensure};
 use backend::DType;
+use kvtransfer::{Codec, CodecPolicy};
 use node::{BackendKind, LoadFormat};
 
 use super::Entry;
@@ -39,6 +40,10 @@ settings! {
         dtype: DType ["TYPE"] = "bf16";
         /// Memory for KV, per rank
         kv_memory: Size ["SIZE"] = "1GiB";
+        /// How KV travels: exact, fp8, int8, int4, or auto (exact unless the link is slower than the computation)
+        kv_codec: CodecPolicy ["NAME"] = "exact";
+        /// Connections per path of a KV push
+        kv_streams: usize ["N"] = "1";
         /// Tokens per KV block
         block_tokens: u32 ["TOKENS"] = "32";
         /// Longest sequence [default: the model's]
@@ -76,6 +81,11 @@ settings! {
 
 choice!(BackendKind { "auto" => BackendKind::Auto, "cpu" => BackendKind::Cpu, "cuda" => BackendKind::Cuda, "mlx" => BackendKind::Mlx });
 choice!(DType { "bf16" => DType::BF16, "f32" => DType::F32 });
+choice!(CodecPolicy {
+    "exact" => CodecPolicy::Always(Codec::Exact), "auto" => CodecPolicy::Auto,
+    "fp8" => CodecPolicy::Always(Codec::Fp8), "int8" => CodecPolicy::Always(Codec::Int8),
+    "int4" => CodecPolicy::Always(Codec::Int4),
+});
 choice!(LoadFormat { "files" => LoadFormat::Files, "dummy" => LoadFormat::Dummy { seed: 0 } });
 
 impl NodeSettings {
@@ -86,6 +96,8 @@ impl NodeSettings {
         ensure!(tp == 1 || self.leader.is_some(), "tp {tp} needs --leader HOST:PORT, the same on every rank");
         let threads = self.threads.unwrap_or(0);
         ensure!(threads <= THREADS_MAX, "threads is {threads}: at most {THREADS_MAX}");
+        let streams = self.kv_streams;
+        ensure!((1..=16).contains(&streams), "kv-streams is {streams}: from 1 to 16");
         ensure!(self.max_batch > 0, "max-batch is 0: no sequence could ever run");
         ensure!(self.block_tokens > 0, "block-tokens is 0");
         let (chunk, step) = (self.chunk_tokens, self.step_tokens);

@@ -57,6 +57,8 @@ async fn start(settings: NodeSettings, role: &str) -> Result<Option<(NodeConfig,
         group: GroupConfig { world: settings.tp, rank: settings.rank, leader: settings.leader },
         allow_mixed_weights: settings.allow_mixed_weights,
         pace: None,
+        kv_codec: settings.kv_codec,
+        kv_streams: settings.kv_streams,
         land_deadline: LAND_DEADLINE,
         drain: settings.drain.0,
     };

@@ -46,6 +46,8 @@ pub enum JoinEvent {
         /// Why, in one line.
         reason: String,
     },
+    /// Where KV may be pushed to has changed: every decode group's KV port by its addresses.
+    Peers(Vec<Vec<String>>),
     /// The router asks the node to finish what it has and leave. Told once for each membership.
     Drain,
 }
@@ -169,6 +171,7 @@ async fn be_member(
     ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
     let mut heard = Instant::now();
     let mut drain_told = false;
+    let mut peers = Vec::new();
     loop {
         tokio::select! {
             () = shutdown.cancelled() => {
@@ -191,6 +194,10 @@ async fn be_member(
             reply = replies.message() => match reply {
                 Ok(Some(reply)) => {
                     heard = Instant::now();
+                    if reply.peers != peers {
+                        peers = reply.peers.clone();
+                        event(JoinEvent::Peers(reply.peers.into_iter().map(|peer| peer.addresses).collect()));
+                    }
                     if reply.drain && !drain_told {
                         drain_told = true;
                         event(JoinEvent::Drain);

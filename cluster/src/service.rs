@@ -7,7 +7,9 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use proto::v1::cluster_server::Cluster;
-use proto::v1::{HeartbeatReply, JoinReply, JoinRequest, NodeReport, Role, StatusReply, StatusRequest};
+use proto::v1::{
+    HeartbeatReply, JoinReply, JoinRequest, KvPeer, NodeReport, Role, StatusReply, StatusRequest,
+};
 use tokio::sync::{mpsc, watch};
 use tokio_stream::wrappers::ReceiverStream;
 use tokio_util::sync::CancellationToken;
@@ -124,6 +126,14 @@ impl Members {
         }
     }
 
+    /// Where a prefill node may push KV to: the KV port of every decode group. Nothing for other members.
+    pub fn kv_peers(&self, member_id: &str) -> Vec<KvPeer> {
+        let snapshot = self.snapshot();
+        let prefill = snapshot.members.iter().any(|m| m.id == member_id && m.join.role() == Role::Prefill);
+        let groups = snapshot.members.iter().filter(|m| prefill && m.join.role() == Role::Decode);
+        groups.map(|m| KvPeer { addresses: m.join.kv_addresses.clone() }).collect()
+    }
+
     /// Takes out those whose lease runs out, until `shutdown`. The router runs one such task.
     pub async fn expire_leases(&self, shutdown: CancellationToken) {
         let period = self.lock().config().heartbeat.max(Duration::from_millis(10));
@@ -206,8 +216,9 @@ impl Cluster for ClusterService {
                 let id = report.member_id.clone();
                 let reply = match members.report(report) {
                     Ok(drain) => {
+                        let peers = members.kv_peers(&id);
                         member_id = Some(id);
-                        Ok(HeartbeatReply { drain })
+                        Ok(HeartbeatReply { drain, peers })
                     }
                     Err(gone) => Err(Status::not_found(gone.to_string())),
                 };

@@ -37,6 +37,12 @@ pub struct EngineOptions {
     pub land_deadline: Duration,
     /// Pace of KV pushes in bytes per second; `None`: all that the link gives.
     pub pace: Option<u64>,
+    /// How the numbers of KV pushes travel.
+    pub kv_codec: kvtransfer::CodecPolicy,
+    /// Connections per path of a KV push.
+    pub kv_streams: usize,
+    /// The cluster's secret for probes of KV links; without one nothing is probed.
+    pub kv_probe: Option<kvtransfer::Ticket>,
 }
 
 impl Default for EngineOptions {
@@ -55,6 +61,9 @@ impl Default for EngineOptions {
             prefix_cache: true,
             land_deadline: Duration::from_secs(10),
             pace: None,
+            kv_codec: kvtransfer::CodecPolicy::Always(kvtransfer::Codec::Exact),
+            kv_streams: 1,
+            kv_probe: None,
         }
     }
 }

@@ -22,6 +22,9 @@ use crate::tp::plan::Notice;
 use crate::tp::{Group, Member};
 use crate::transfer::{Notify, Transfers};
 
+/// Addresses of a KV port that are told to others.
+const KV_ADDRESSES_MAX: usize = 16;
+
 /// Longest wait for transfers of an ended epoch to let go of the store.
 const QUIET_WAIT: Duration = Duration::from_secs(5);
 
@@ -51,13 +54,24 @@ impl<B: Backend> Runner<B> {
     pub fn new(mut backend: B, model: Model<B>, options: EngineOptions) -> Result<Self, EngineError> {
         options.validate()?;
         let kv = backend.kv(model.kv_spec(), options.kv_bytes)?;
-        let limits = kvtransfer::Limits { rate_bytes_per_s: options.pace, ..kvtransfer::Limits::default() };
+        let limits = kvtransfer::Limits {
+            rate_bytes_per_s: options.pace,
+            codec: options.kv_codec,
+            streams: options.kv_streams,
+            probe: options.kv_probe.clone(),
+            ..kvtransfer::Limits::default()
+        };
         let receiver = Receiver::bind(options.kv_bind, limits.clone())
             .map_err(|reason| EngineError::Port { addr: options.kv_bind.to_string(), reason })?;
         let mut secret = [0; 16];
         getrandom::fill(&mut secret).map_err(|e| EngineError::Options(format!("no random numbers: {e}")))?;
         let (sender, totals) = (Sender::new(limits), Totals::default());
         Ok(Runner { backend, model, kv, options, receiver, sender, totals, secret })
+    }
+
+    /// What this rank pushes with: a handle on the same pool.
+    pub fn sender(&self) -> Sender {
+        self.sender.clone()
     }
 
     /// This rank's cache.
@@ -68,7 +82,7 @@ impl<B: Backend> Runner<B> {
     /// `host:port`s of this rank's KV port, best first.
     pub fn kv_addresses(&self) -> Vec<String> {
         let bound = self.receiver.local_addr();
-        if self.options.kv_advertise.is_empty() {
+        if self.options.kv_advertise.is_empty() && !bound.ip().is_unspecified() {
             return vec![bound.to_string()];
         }
         let with_port = |host: &String| match host.parse::<std::net::SocketAddr>() {
@@ -80,7 +94,18 @@ impl<B: Backend> Runner<B> {
                 _ => format!("{host}:{}", bound.port()),
             },
         };
-        self.options.kv_advertise.iter().map(with_port).collect()
+        let mut addresses: Vec<String> = self.options.kv_advertise.iter().map(with_port).collect();
+        if bound.ip().is_unspecified() {
+            // Every way to this machine, cables first: the senders find out which is best.
+            let mut ways = kvtransfer::interface::interfaces();
+            ways.retain(|way| way.reachable() && (way.ip.is_ipv4() || bound.ip().is_ipv6()));
+            ways.sort_by_key(|way| (way.wireless, std::cmp::Reverse(way.mbps)));
+            let ways = ways.iter().map(|way| std::net::SocketAddr::new(way.ip, bound.port()).to_string());
+            let others: Vec<String> = ways.filter(|way| !addresses.contains(way)).collect();
+            addresses.extend(others);
+        }
+        addresses.truncate(KV_ADDRESSES_MAX);
+        addresses
     }
 
     /// What this rank is to the others of the next epoch's group. Waits for transfers of the last epoch to let go of the

@@ -6,7 +6,7 @@ use std::ops::Range;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use backend::KvStore;
+use backend::{KvExport, KvStore};
 use kvtransfer::{Close, Expect, Landed, Peers, Push, PushSpec, Receiver, Sender, SessionId, TargetSpec};
 
 use crate::error::EngineError;
@@ -25,8 +25,10 @@ pub(crate) struct Transfers<K: KvStore> {
     sender: Sender,
     landings: Landings<K::Landing>,
     sessions: HashMap<LeaseId, SessionId>,
-    /// Pushes that are not closed yet.
-    pushes: HashMap<LeaseId, Push>,
+    /// Pushes that are not closed yet, with what their computation has made.
+    pushes: HashMap<LeaseId, (Push, Mutex<Made>)>,
+    /// How fast prompts make cache here, smoothed.
+    made_bytes_per_s: Option<f64>,
     notify: Notify,
     epoch: u64,
     /// Every rank's cache and KV addresses, and this rank's index.
@@ -49,6 +51,7 @@ impl<K: KvStore> Transfers<K> {
             landings: Arc::default(),
             sessions: HashMap::new(),
             pushes: HashMap::new(),
+            made_bytes_per_s: None,
             notify,
             epoch,
             targets,
@@ -129,7 +132,7 @@ impl<K: KvStore> Transfers<K> {
                 .collect(),
             tokens: handoff.tokens.clone(),
             deadline: handoff.deadline,
-            compute_bytes_per_s: None,
+            compute_bytes_per_s: self.made_bytes_per_s,
         };
         let (lease, notify) = (op.lease, self.notify.clone());
         let push = self.sender.open(spec, move |result| {
@@ -140,7 +143,7 @@ impl<K: KvStore> Transfers<K> {
             let result = result.map(|pushed| pushed.bytes).map_err(|error| error.to_string());
             notify(Notice::Pushed { lease, result, age });
         });
-        self.pushes.insert(lease, push);
+        self.pushes.insert(lease, (push, Mutex::default()));
     }
 
     /// Queues the cache of `tokens` of every layer that is there already.
@@ -151,7 +154,7 @@ impl<K: KvStore> Transfers<K> {
         tokens: &Range<u32>,
         mut export: impl FnMut(usize) -> Result<K::Export, EngineError>,
     ) -> Result<(), EngineError> {
-        if let Some(push) = self.pushes.get(&lease).filter(|_| !tokens.is_empty()) {
+        if let Some((push, _)) = self.pushes.get(&lease).filter(|_| !tokens.is_empty()) {
             for layer in 0..layers {
                 push.layer(export(layer)?);
             }
@@ -161,14 +164,20 @@ impl<K: KvStore> Transfers<K> {
 
     /// Queues what a layer has just given.
     pub fn push_layer(&self, lease: LeaseId, export: K::Export) {
-        if let Some(push) = self.pushes.get(&lease) {
+        if let Some((push, made)) = self.pushes.get(&lease) {
+            let row = self.targets[self.rank].spec.layer_token_bytes();
+            lock(made).add((export.tokens().len() * export.layers().len() * row) as u64, Instant::now());
             push.layer(export);
         }
     }
 
     /// Ends a push after all that is queued.
     pub fn close(&mut self, lease: LeaseId, close: Close) {
-        if let Some(push) = self.pushes.remove(&lease) {
+        if let Some((push, made)) = self.pushes.remove(&lease) {
+            if let Some(rate) = lock(&made).bytes_per_s() {
+                self.made_bytes_per_s =
+                    Some(self.made_bytes_per_s.map_or(rate, |old| old + 0.3 * (rate - old)));
+            }
             push.close(close);
         }
     }
@@ -177,7 +186,7 @@ impl<K: KvStore> Transfers<K> {
     /// up with the job, or its deadline passes.
     pub fn abort(&mut self, lease: LeaseId) {
         self.forget(lease);
-        if let Some(push) = self.pushes.remove(&lease) {
+        if let Some((push, _)) = self.pushes.remove(&lease) {
             push.cancel();
         }
     }
@@ -195,6 +204,29 @@ impl<K: KvStore> Transfers<K> {
         if let Some(session) = self.sessions.remove(&lease) {
             self.receiver.cancel(&session);
         }
+    }
+}
+
+/// How fast one prompt makes cache: what came after its first layer, over the time since then.
+#[derive(Default)]
+struct Made {
+    first: Option<Instant>,
+    last: Option<Instant>,
+    bytes: u64,
+}
+
+impl Made {
+    fn add(&mut self, bytes: u64, now: Instant) {
+        if self.first.is_none() {
+            self.first = Some(now);
+            return;
+        }
+        (self.last, self.bytes) = (Some(now), self.bytes + bytes);
+    }
+
+    fn bytes_per_s(&self) -> Option<f64> {
+        let seconds = self.last?.saturating_duration_since(self.first?).as_secs_f64();
+        (seconds > 0.0).then(|| self.bytes as f64 / seconds)
     }
 }
 

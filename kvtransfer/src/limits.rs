@@ -89,8 +89,6 @@ pub struct Limits {
     pub resume: Duration,
     /// Connections per path and receiver, at most [`LANES_MAX`] in all.
     pub streams: usize,
-    /// Send and receive buffer of a socket; `None`: what the system finds.
-    pub socket_bytes: Option<usize>,
     /// Both ends' secret for probes of links; without one nobody probes and no probe is answered.
     pub probe: Option<Ticket>,
     /// How numbers travel.
@@ -112,7 +110,6 @@ impl Default for Limits {
             idle_max: Duration::from_secs(4 * 3600),
             resume: Duration::from_secs(3),
             streams: 1,
-            socket_bytes: None,
             probe: None,
             codec: CodecPolicy::Always(Codec::Exact),
             rate_bytes_per_s: None,

@@ -55,6 +55,10 @@ pub struct NodeConfig {
     pub allow_mixed_weights: bool,
     /// KV bytes per second that a push may take; `None`: all that the link gives.
     pub pace: Option<u64>,
+    /// How the numbers of KV pushes travel.
+    pub kv_codec: kvtransfer::CodecPolicy,
+    /// Connections per path of a KV push.
+    pub kv_streams: usize,
     /// Reservations without progress lapse after this.
     pub land_deadline: Duration,
     /// Time for running work to end after a stop signal.

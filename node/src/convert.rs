@@ -218,6 +218,36 @@ pub fn micros(duration: Duration) -> u64 {
     duration.as_micros() as u64
 }
 
+/// A measured link as a heartbeat has it, with what is wrong with it.
+pub fn link_message(link: kvtransfer::LinkStat) -> v1::LinkReport {
+    let path = link.path;
+    let rate = path.bytes_per_s.or((link.gbytes_per_s > 0.0).then_some(f64::from(link.gbytes_per_s) * 1e9));
+    let mut faults = kvtransfer::interface::faults(path.via.as_ref(), rate);
+    if path.error.as_ref().is_some_and(|error| error.contains("No route to host"))
+        && cfg!(target_os = "macos")
+    {
+        faults.push(
+            "macOS blocks it: allow baton in System Settings, Privacy & Security, Local Network".into(),
+        );
+    }
+    let via = path.via.map(|via| match via.mbps {
+        0 => format!("{} mtu {}", via.name, via.mtu),
+        mbps => format!("{} mtu {} {mbps} Mb/s", via.name, via.mtu),
+    });
+    v1::LinkReport {
+        peer: link.peer,
+        gbytes_per_s: link.gbytes_per_s,
+        bytes: link.bytes,
+        rtt_us: path.rtt.map_or(0, |rtt| rtt.as_micros().min(u32::MAX.into()) as u32),
+        probed_gbytes_per_s: path.bytes_per_s.map_or(0.0, |rate| (rate / 1e9) as f32),
+        skew_ms: path.skew_ms.unwrap_or(0),
+        error: path.error.unwrap_or_default(),
+        striped: link.striped,
+        via: via.unwrap_or_default(),
+        faults,
+    }
+}
+
 /// An engine's state as a heartbeat.
 pub fn report_message(report: Report, ready: bool, draining: bool) -> v1::NodeReport {
     let b = report.blocks;
@@ -242,11 +272,7 @@ pub fn report_message(report: Report, ready: bool, draining: bool) -> v1::NodeRe
         }),
         prefill_tokens_per_s: report.prefill_tokens_per_s,
         decode_step_ms: report.decode_step_ms,
-        links: report
-            .links
-            .into_iter()
-            .map(|(peer, gbytes_per_s, bytes)| v1::LinkReport { peer, gbytes_per_s, bytes })
-            .collect(),
+        links: Vec::new(), // the sender knows them
         counters: Some(v1::Counters {
             requests: c.requests,
             prompt_tokens: c.prompt_tokens,

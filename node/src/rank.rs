@@ -30,6 +30,8 @@ pub struct Loaded {
     /// Name and device for people, e.g. `cpu (avx512, 2 threads)`.
     pub backend: String,
     pub kv_addresses: Vec<String>,
+    /// Knows the links to decode groups.
+    pub sender: kvtransfer::Sender,
 }
 
 /// Opens the checkpoint and checks the settings against it. Reads samples of the weights: not for an async thread.
@@ -182,11 +184,17 @@ fn serve<B: Backend>(
         kv_advertise: config.advertise.iter().cloned().collect(),
         land_deadline: config.land_deadline,
         pace: config.pace,
+        kv_codec: config.kv_codec,
+        kv_streams: config.kv_streams,
+        kv_probe: Some(kvtransfer::Ticket::probe(config.token.expose().as_bytes())),
         ..EngineOptions::default()
     };
     let mut runner = Runner::new(backend, model, options)?;
-    let about =
-        Loaded { backend: format!("{} ({})", caps.name, caps.device), kv_addresses: runner.kv_addresses() };
+    let about = Loaded {
+        backend: format!("{} ({})", caps.name, caps.device),
+        kv_addresses: runner.kv_addresses(),
+        sender: runner.sender(),
+    };
     // Nobody waits when the process is ending.
     let _ = loaded.send(about);
     let identity = &opened.identity;

@@ -43,8 +43,9 @@ pub fn join_request(
 }
 
 /// How the node is now.
-pub fn heartbeat(engine: &Engine) -> NodeReport {
-    convert::report_message(engine.report(), engine.ready(), engine.draining())
+pub fn heartbeat(engine: &Engine, sender: &kvtransfer::Sender) -> NodeReport {
+    let links = sender.links().into_iter().map(convert::link_message).collect();
+    NodeReport { links, ..convert::report_message(engine.report(), engine.ready(), engine.draining()) }
 }
 
 /// Where others reach `bound`. Errors for a wildcard address without a host to tell.

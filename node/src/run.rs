@@ -69,6 +69,7 @@ pub async fn run(
     };
     request.kv_addresses = about.kv_addresses;
     request.backend = about.backend;
+    let sender = about.sender;
     tracing::info!(grpc = request.grpc_address, backend = request.backend, "loaded");
 
     let (behind, leave) = (Shutdown::new(), Shutdown::new());
@@ -81,12 +82,13 @@ pub async fn run(
         let (config, engine, leave) = (config.clone(), engine.clone(), leave.clone());
         let beat = engine.clone();
         tokio::spawn(async move {
-            let told = move |event| {
-                if event == JoinEvent::Drain {
-                    engine.drain();
-                }
+            let links = sender.clone();
+            let told = move |event| match event {
+                JoinEvent::Drain => engine.drain(),
+                JoinEvent::Peers(peers) => sender.know(peers),
+                JoinEvent::Joined { .. } | JoinEvent::Lost { .. } => {}
             };
-            let report = move || report::heartbeat(&beat);
+            let report = move || report::heartbeat(&beat, &links);
             cluster::join(&config.router, request, &config.token, report, told, leave).await
         })
     };

@@ -4,6 +4,8 @@ use std::cmp::Reverse;
 use std::collections::HashMap;
 use std::time::{Duration, Instant};
 
+use crate::interface::Interface;
+
 /// Addresses that are remembered.
 const KNOWN_MAX: usize = 4096;
 
@@ -28,6 +30,8 @@ pub struct Path {
     pub skew_ms: Option<i64>,
     /// Why the last probe failed.
     pub error: Option<String>,
+    /// The interface of this machine that leads there.
+    pub via: Option<Interface>,
 }
 
 /// All that are known, and which sets of them add up.

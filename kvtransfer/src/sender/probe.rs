@@ -8,6 +8,7 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use crate::frame::{Head, Kind};
 use crate::id::fill_random;
+use crate::interface::{interfaces, toward};
 use crate::message::{Hello, Message};
 use crate::proof::{End, prove, verify};
 use crate::sender::pool::Pool;
@@ -83,19 +84,24 @@ pub(super) fn watch(pool: &Arc<Pool>, ticket: Ticket) {
 /// Probes all addresses of one receiver, each alone, then the best together.
 fn survey(pool: &Pool, ticket: &Ticket, addresses: &[String]) {
     let quiet = pool.quiet();
+    let interfaces = interfaces();
     for address in addresses {
+        let via = toward(address, &interfaces);
         let found = probe(&*pool.dialer, ticket, address, quiet);
         if let Err(error) = &found {
             tracing::debug!(address, error, "kv path does not answer");
         }
         let mut paths = lock(&pool.paths);
         paths.note(address, found.is_ok(), Instant::now());
-        paths.update(address, |path| match found {
-            Ok(found) => {
-                (path.rtt, path.skew_ms, path.error) = (Some(found.rtt), Some(found.skew_ms), None);
-                path.bytes_per_s = found.bytes_per_s.or(path.bytes_per_s);
+        paths.update(address, |path| {
+            path.via = via;
+            match found {
+                Ok(found) => {
+                    (path.rtt, path.skew_ms, path.error) = (Some(found.rtt), Some(found.skew_ms), None);
+                    path.bytes_per_s = found.bytes_per_s.or(path.bytes_per_s);
+                }
+                Err(error) => path.error = Some(error),
             }
-            Err(error) => path.error = Some(error),
         });
     }
     let ordered: Vec<String> = {

@@ -316,7 +316,7 @@ fn prepare(pool: &Pool, spec: &PushSpec, opened: Instant) -> Result<(usize, Vec<
     let specs: Vec<_> = spec.to.iter().map(|target| target.spec.clone()).collect();
     let plan = plan(&spec.from, &specs)?;
     let receivers = plan.receivers_of(spec.from_rank);
-    let codec = codec(pool, spec);
+    let codec = codec(pool, spec, &plan);
     let pairs = receivers
         .into_iter()
         .map(|receiver| Ok(Arc::new(pair(pool, spec, &plan, receiver, codec, opened)?)))
@@ -366,11 +366,16 @@ fn described(target: &TargetSpec) -> Result<String, SessionError> {
     Ok(described)
 }
 
-/// How this push's numbers travel: the slowest receiver's link decides for all.
-fn codec(pool: &Pool, spec: &PushSpec) -> Codec {
-    let rates = spec.to.iter().map(|target| pool.bytes_per_s(&target.addresses));
-    let link = rates.collect::<Option<Vec<f64>>>().and_then(|rates| rates.into_iter().reduce(f64::min));
-    pool.limits.codec.choose(spec.compute_bytes_per_s, link)
+/// How this push's numbers travel: where one receiver's link is slower than its share of the cache is made, all are
+/// compressed.
+fn codec(pool: &Pool, spec: &PushSpec, plan: &Plan) -> Codec {
+    let bytes = |receiver| plan.bytes(spec.from_rank, receiver, &spec.tokens) as f64;
+    let total: f64 = (0..spec.to.len()).map(bytes).sum();
+    let choose = |receiver: usize| {
+        let made = spec.compute_bytes_per_s.map(|rate| rate * bytes(receiver) / total.max(1.0));
+        pool.limits.codec.choose(made, pool.bytes_per_s(&spec.to[receiver].addresses))
+    };
+    (0..spec.to.len()).map(choose).max().unwrap_or(Codec::Exact)
 }
 
 fn pair(

@@ -80,6 +80,8 @@ pub async fn node(spec: &str) -> Result<()> {
         group: GroupConfig { world: spec.world, rank: spec.rank, leader: spec.leader },
         allow_mixed_weights: false,
         pace: spec.pace,
+        kv_codec: kvtransfer::CodecPolicy::Always(kvtransfer::Codec::Exact),
+        kv_streams: 1,
         land_deadline: Duration::from_secs(120),
         drain: Duration::from_secs(1),
     };
