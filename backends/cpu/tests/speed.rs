@@ -4,8 +4,8 @@
 use std::time::Instant;
 
 use backend::{
-    Attend, Backend, Batch, DType, DeviceOptions, GgufBlock, Group, KSum, KvSpec, KvStore, Linear, Out,
-    Quant, QuantView, Rope, RopeStyle, SeqId, Step, TensorView, WeightSource,
+    Attend, Backend, Batch, DType, DeviceOptions, GgufBlock, Glu, Group, KSum, KvSpec, KvStore, Linear, Moe,
+    Out, Quant, QuantView, Rope, RopeStyle, Routing, Score, SeqId, Step, TensorView, WeightSource,
 };
 use backend_cpu::{CpuBackend, CpuWeight, Level};
 
@@ -121,12 +121,19 @@ fn coded_bytes(format: Quant, rows: usize) -> usize {
 }
 
 fn coded(backend: &mut CpuBackend, format: Quant, rows: usize) -> CpuWeight {
+    with_coded(format, rows, WIDTH, |view| {
+        let linear = Linear { parts: vec![view.into()], bias: None, sum: KSum::Ascending };
+        backend.load(&WeightSource::Linear(linear)).unwrap()
+    })
+}
+
+/// Calls `f` with a quantised matrix `[rows, cols]`.
+fn with_coded<T>(format: Quant, rows: usize, cols: usize, f: impl FnOnce(QuantView<'_>) -> T) -> T {
     // Codes whose halves, where there are any, are small numbers.
-    let bytes: Vec<u8> =
-        (0..rows * format.code_bytes(WIDTH)).map(|at| (at * 37 % 251) as u8 & 0x1f).collect();
+    let bytes: Vec<u8> = (0..rows * format.code_bytes(cols)).map(|at| (at * 37 % 251) as u8 & 0x1f).collect();
     let (dtype, across) = match format {
-        Quant::Affine { group, .. } | Quant::Int4 { group } => (DType::BF16, WIDTH / group),
-        Quant::Fp8 { cols, .. } => (DType::F32, WIDTH / cols),
+        Quant::Affine { group, .. } | Quant::Int4 { group } => (DType::BF16, cols / group),
+        Quant::Fp8 { cols: wide, .. } => (DType::F32, cols / wide),
         Quant::Gguf(_) => (DType::BF16, 1),
     };
     let ones = [0x80, 0x3f].repeat(rows * across * 2);
@@ -136,15 +143,14 @@ fn coded(backend: &mut CpuBackend, format: Quant, rows: usize) -> CpuWeight {
         name: "w",
         format,
         rows,
-        cols: WIDTH,
-        row_stride_bytes: format.code_bytes(WIDTH),
+        cols,
+        row_stride_bytes: format.code_bytes(cols),
         bytes: &bytes,
         scales: (!matches!(format, Quant::Gguf(_))).then_some(scales),
         biases: matches!(format, Quant::Affine { .. }).then_some(scales),
         origin: (0, 0),
     };
-    let linear = Linear { parts: vec![view.into()], bias: None, sum: KSum::Ascending };
-    backend.load(&WeightSource::Linear(linear)).unwrap()
+    f(view)
 }
 
 /// Seconds that this thread has computed: what others take of the machine does not count.
@@ -218,6 +224,95 @@ fn quantised_products() {
     for level in Level::ALL.into_iter().rev().filter(|level| level.available()) {
         for rows in [1, 2, 4, 8, 16, 96] {
             quantised(level, rows);
+        }
+    }
+}
+
+/// A layer of Qwen3-30B-A3B with half of its experts: 8 of 64, hidden 2048, inner 768.
+fn mixture(level: Level, format: Quant, rows: usize) {
+    let (experts, top_k, hidden, inner) = (64, 8, 2048, 768);
+    let options = DeviceOptions { threads: 1, ..DeviceOptions::default() };
+    let mut backend = CpuBackend::with_level(&options, Group::alone(), level).unwrap();
+    let numbers = |count: usize| -> Vec<u8> {
+        let mut state = count as u64 | 1;
+        let mut next = || {
+            state ^= state << 13;
+            state ^= state >> 7;
+            state ^= state << 17;
+            half::bf16::from_f32((state >> 40) as f32 / (1 << 24) as f32 - 0.5).to_le_bytes()
+        };
+        (0..count).flat_map(|_| next()).collect()
+    };
+    let view = |bytes, rows, cols| TensorView {
+        name: "w",
+        dtype: DType::BF16,
+        rows,
+        cols,
+        row_stride_bytes: 2 * cols,
+        bytes,
+    };
+    let (tokens, choice) = (numbers(1024 * hidden), numbers(experts * hidden));
+    let table = backend.load(&WeightSource::Embedding(view(&tokens, 1024, hidden).into())).unwrap();
+    let parts = vec![view(&choice, experts, hidden).into()];
+    let linear = Linear { parts, bias: None, sum: KSum::Ascending };
+    let router = backend.load(&WeightSource::Linear(linear)).unwrap();
+    let mut all = |rows: usize, cols: usize, sum: KSum| {
+        with_coded(format, rows, cols, |view| {
+            let linear = Linear { parts: vec![view.into()], bias: None, sum };
+            backend.load(&WeightSource::Experts(vec![linear; experts])).unwrap()
+        })
+    };
+    let gate_up = all(2 * inner, hidden, KSum::Ascending);
+    let down = all(hidden, inner, KSum::Tree { ranges: 8 });
+    let routing = Routing {
+        experts,
+        top_k,
+        score: Score::Softmax,
+        groups: None,
+        normalise: true,
+        normalise_eps: 0.0,
+        scale: 1.0,
+    };
+    let mut kv = backend.kv(&KvSpec::gqa(1, 1, 0..1, 8, DType::BF16), 1 << 20).unwrap();
+    let memory = vec![1u64; 12 << 20];
+    let (mut best, mut read) = (f64::INFINITY, 0f64);
+    for run in 0..24 {
+        let mut batch = Batch::default();
+        (0..rows).for_each(|row| batch.push(SeqId(row as u64), 0, &[((run * rows + row) % 1024) as u32]));
+        read = read.max(read_bandwidth(&memory));
+        let begun = thread_seconds();
+        let mut step = backend.step(&mut kv, &batch);
+        let x = step.embed(&table);
+        let (gate_up, down, glu) = (&gate_up, &down, Glu::Silu);
+        let moe =
+            Moe { router: &router, routing: &routing, choice_bias: None, gate_up, down, shared: None, glu };
+        step.moe(&x, &moe);
+        step.submit(Out::Nothing).wait().unwrap();
+        best = best.min(thread_seconds() - begun);
+    }
+    let weights = 3 * hidden * inner;
+    // Every row of few has its own experts; many rows pass all.
+    let used = experts.min(rows * top_k);
+    let bytes = (used * weights) as f64 * format.code_bytes(256) as f64 / 256.0;
+    println!(
+        "{level}, {rows:3} rows, experts of {:24}: {:6.3} ms, at most {:5.1} GB/s of {:.1}; {:6.1} GFLOP/s",
+        format.to_string(),
+        best * 1e3,
+        bytes / best / 1e9,
+        read / 1e9,
+        2.0 * (rows * top_k * weights) as f64 / best / 1e9,
+    );
+}
+
+#[test]
+#[ignore = "a measurement"]
+fn mixtures() {
+    let level = Level::best();
+    for format in
+        [Quant::Gguf(GgufBlock::Q4K), Quant::Gguf(GgufBlock::Q8_0), Quant::Affine { bits: 4, group: 64 }]
+    {
+        for rows in [1, 4, 16, 256] {
+            mixture(level, format, rows);
         }
     }
 }
