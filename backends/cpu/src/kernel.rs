@@ -2,6 +2,8 @@
 //! works with a table of these functions, so no other file knows about instructions.
 
 mod codes;
+#[cfg(target_arch = "x86_64")]
+mod pairs;
 mod rows;
 mod stream;
 mod sweep;
@@ -18,6 +20,8 @@ pub(crate) use sweep::{Layout, Sweep};
 #[derive(Debug)]
 pub(crate) struct Kernels {
     pub(crate) sweep: unsafe fn(&Sweep),
+    /// Where the level multiplies pairs of bf16 as such.
+    pub(crate) pairs: Option<unsafe fn(&Pairs)>,
     pub(crate) decode: unsafe fn(&Decode<'_>),
     pub(crate) stream: unsafe fn(&Stream<'_>),
     /// `out = x / rms(x) * weight` of `n` floats.
@@ -46,13 +50,33 @@ pub(crate) struct Kernels {
     pub(crate) exp: unsafe fn(f32) -> f32,
 }
 
+/// `acc[row][panel * 16 + lane]` plus the sums over pairs of inputs, of bf16 by bf16.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Pairs {
+    /// `[rows][pair]`, rows `x_stride` pairs apart; the first of a pair in the lower half.
+    pub(crate) x: *const i32,
+    pub(crate) x_stride: usize,
+    pub(crate) rows: usize,
+    /// [`Layout::Bf16Pairs`] of panel 0 at the first pair.
+    pub(crate) w: *const u16,
+    /// Elements from one panel to the next.
+    pub(crate) panel_stride: usize,
+    pub(crate) panels: usize,
+    pub(crate) pairs: usize,
+    /// `[rows][panels * 16]`, rows `acc_stride` apart.
+    pub(crate) acc: *mut f32,
+    pub(crate) acc_stride: usize,
+    /// Begin at zero instead of what `acc` holds.
+    pub(crate) fresh: bool,
+}
+
 /// Compiles every kernel for one level, as a module of that name.
 macro_rules! level {
     ($level:ident, $lanes:ty $(, $features:literal)?) => {
         pub(crate) mod $level {
             use super::{Decode, Kernels, LANES, Stream, Sweep};
 
-            pub(crate) static KERNELS: Kernels = Kernels { sweep, decode, stream, norm, add, silu, round, rotate, narrow, transpose, softmax, blend, divide, exp };
+            pub(crate) const KERNELS: Kernels = Kernels { sweep, pairs: None, decode, stream, norm, add, silu, round, rotate, narrow, transpose, softmax, blend, divide, exp };
 
             $(#[target_feature(enable = $features)])?
             unsafe fn sweep(s: &Sweep) {
@@ -146,6 +170,10 @@ level!(portable, crate::lanes::portable::Portable);
 level!(avx2, crate::lanes::avx2::Avx2, "avx2,fma,f16c");
 #[cfg(target_arch = "x86_64")]
 level!(avx512, crate::lanes::avx512::Avx512, "avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c");
+
+/// AVX-512 with products of bf16.
+#[cfg(target_arch = "x86_64")]
+pub(crate) static AVX512_BF16: Kernels = Kernels { pairs: Some(pairs::pairs), ..avx512::KERNELS };
 
 #[cfg(test)]
 mod tests {

@@ -14,11 +14,13 @@ pub enum Level {
     Avx2,
     /// AVX-512 F, BW, VL and DQ.
     Avx512,
+    /// The same with BF16: products of bf16 weights in bf16 steps have their own order of sums.
+    Avx512Bf16,
 }
 
 impl Level {
     /// All levels, the plainest first.
-    pub const ALL: [Level; 3] = [Level::Portable, Level::Avx2, Level::Avx512];
+    pub const ALL: [Level; 4] = [Level::Portable, Level::Avx2, Level::Avx512, Level::Avx512Bf16];
 
     /// The best level of this machine.
     pub fn best() -> Self {
@@ -28,7 +30,7 @@ impl Level {
     /// Whether this machine has the instructions.
     pub fn available(self) -> bool {
         #[cfg(target_arch = "x86_64")]
-        let (avx2, avx512) = (
+        let (avx2, avx512, bf16) = (
             is_x86_feature_detected!("avx2")
                 && is_x86_feature_detected!("fma")
                 && is_x86_feature_detected!("f16c"),
@@ -36,22 +38,25 @@ impl Level {
                 && is_x86_feature_detected!("avx512bw")
                 && is_x86_feature_detected!("avx512vl")
                 && is_x86_feature_detected!("avx512dq"),
+            is_x86_feature_detected!("avx512bf16"),
         );
         #[cfg(not(target_arch = "x86_64"))]
-        let (avx2, avx512) = (false, false);
+        let (avx2, avx512, bf16) = (false, false, false);
         match self {
             Level::Portable => true,
             Level::Avx2 => avx2,
             Level::Avx512 => avx2 && avx512,
+            Level::Avx512Bf16 => avx2 && avx512 && bf16,
         }
     }
 
-    /// `portable`, `avx2` or `avx512`.
+    /// `portable`, `avx2`, `avx512` or `avx512bf16`.
     pub const fn name(self) -> &'static str {
         match self {
             Level::Portable => "portable",
             Level::Avx2 => "avx2",
             Level::Avx512 => "avx512",
+            Level::Avx512Bf16 => "avx512bf16",
         }
     }
 
@@ -62,6 +67,8 @@ impl Level {
             Level::Avx2 => &kernel::avx2::KERNELS,
             #[cfg(target_arch = "x86_64")]
             Level::Avx512 => &kernel::avx512::KERNELS,
+            #[cfg(target_arch = "x86_64")]
+            Level::Avx512Bf16 => &kernel::AVX512_BF16,
             _ => &kernel::portable::KERNELS,
         }
     }
@@ -78,6 +85,8 @@ impl FromStr for Level {
 
     fn from_str(s: &str) -> Result<Self, String> {
         let named = Level::ALL.into_iter().find(|level| level.name() == s);
-        named.ok_or_else(|| format!("unknown instruction level {s:?}: expected portable, avx2 or avx512"))
+        named.ok_or_else(|| {
+            format!("unknown instruction level {s:?}: expected portable, avx2, avx512 or avx512bf16")
+        })
     }
 }

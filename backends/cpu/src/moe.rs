@@ -10,6 +10,7 @@ use crate::coded::DECODED_FLOATS;
 use crate::device::CpuBackend;
 use crate::lanes::LANES;
 use crate::packed::{Kind, Packed};
+use crate::plain::Inputs;
 use crate::product::{Product, TASKS_PER_THREAD, Tile, Tiles};
 use crate::route::{self, Choice};
 use crate::step::{CpuAct, CpuStep, Raw};
@@ -181,10 +182,11 @@ impl CpuStep<'_> {
                     x: gathered.floats.as_ptr().wrapping_add(start * x.width),
                     out: own_out.wrapping_add(start * weight.outputs),
                     rows: end - start,
+                    pairs: None,
                 })
             }
             (None, Some((weight, _)), Some(out)) => {
-                Some(Product { kernels, weight, x: x.floats.as_ptr(), out, rows: x.rows })
+                Some(Product { kernels, weight, x: x.floats.as_ptr(), out, rows: x.rows, pairs: None })
             }
             _ => None,
         };
@@ -261,8 +263,7 @@ impl CpuStep<'_> {
                             kernels,
                             (range, ranges),
                             (panel, panels),
-                            x.add(range * weight.range_inputs()),
-                            inner,
+                            floats(x.add(range * weight.range_inputs()), inner),
                             pairs.len(),
                             part,
                             buffer,
@@ -280,8 +281,7 @@ impl CpuStep<'_> {
                             kernels,
                             (range, ranges),
                             (panel, panels),
-                            act.floats.as_ptr().add(range * weight.range_inputs()),
-                            act.width,
+                            floats(act.floats.as_ptr().add(range * weight.range_inputs()), act.width),
                             rows,
                             part,
                             buffer,
@@ -307,6 +307,11 @@ impl CpuStep<'_> {
         });
         out
     }
+}
+
+/// Rows of floats.
+fn floats(x: *const f32, stride: usize) -> Inputs {
+    Inputs { x, stride, pairs: None }
 }
 
 /// Choices that tasks write disjoint parts of.

@@ -9,10 +9,10 @@ use half::bf16;
 
 use crate::coded::Coded;
 use crate::heads::PackedHeads;
-use crate::kernel::Kernels;
+use crate::kernel::{Kernels, Layout};
 use crate::lanes::LANES;
 use crate::memory::Place;
-use crate::plain::Plain;
+use crate::plain::{Inputs, Plain};
 use crate::pool::Pool;
 
 /// A weight of the CPU backend.
@@ -99,19 +99,23 @@ impl Segment {
         self.outputs.div_ceil(LANES)
     }
 
+    /// Whether a level's products of bf16 pairs are for these weights.
+    pub(crate) fn has_pairs(&self) -> bool {
+        matches!(&self.panels, Panels::Plain(plain) if plain.layout == Layout::Bf16Pairs)
+    }
+
     /// Sums of range `range` of `[0, ranges)` over its inputs: `acc[row][panel * 16 + lane]` for `panels` panels from
-    /// `panel` on. `x` begins at the range's first input.
+    /// `panel` on. `inputs` begin at the range's first.
     ///
     /// # Safety
-    /// `x` and `acc` are valid for the rows and panels, `buffer` for [`crate::coded::DECODED_FLOATS`].
+    /// `inputs` and `acc` are valid for the rows and panels, `buffer` for [`crate::coded::DECODED_FLOATS`].
     #[allow(clippy::too_many_arguments)] // the operands of one product, named by its two callers
     pub(crate) unsafe fn sum(
         &self,
         kernels: &Kernels,
         (range, ranges): (usize, usize),
         panels: (usize, usize),
-        x: *const f32,
-        x_stride: usize,
+        inputs: Inputs,
         rows: usize,
         acc: *mut f32,
         buffer: *mut f32,
@@ -119,11 +123,11 @@ impl Segment {
         // SAFETY: the caller's.
         unsafe {
             match &self.panels {
-                Panels::Plain(plain) => plain.sum(kernels, range, panels, x, x_stride, rows, acc),
+                Panels::Plain(plain) => plain.sum(kernels, range, panels, inputs, rows, acc),
                 Panels::Coded(coded) => {
-                    let inputs = coded.inputs / ranges;
-                    let inputs = (range * inputs, (range + 1) * inputs);
-                    coded.sum(kernels, inputs, panels, x, x_stride, rows, acc, buffer);
+                    let each = coded.inputs / ranges;
+                    let summed = (range * each, (range + 1) * each);
+                    coded.sum(kernels, summed, panels, inputs.x, inputs.stride, rows, acc, buffer);
                 }
             }
         }

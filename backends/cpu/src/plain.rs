@@ -4,15 +4,26 @@
 use backend::{BackendError, DType, MatrixView, TensorView};
 use half::{bf16, f16};
 
-use crate::kernel::{Kernels, Layout, Sweep};
+use crate::kernel::{Kernels, Layout, Pairs, Sweep};
 use crate::lanes::LANES;
 use crate::memory::Place;
 use crate::pool::Pool;
 
 /// Inputs summed before the next rows come: two panels of them stay in the first cache.
 const INPUTS_BLOCK: usize = 256;
+const _: () = assert!(INPUTS_BLOCK.is_multiple_of(2));
 /// Up to so many rows are a tile or two, and weights are read about once: long streams are best.
 const ROWS_STREAMING: usize = 12;
+
+/// What a product multiplies by its weights: rows of floats, beginning at the first input of a sum.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Inputs {
+    /// `[rows][input]`, rows `stride` apart.
+    pub(crate) x: *const f32,
+    pub(crate) stride: usize,
+    /// The same as pairs of bf16, rows so many pairs apart, where the level wants them and the values are bf16.
+    pub(crate) pairs: Option<(*const i32, usize)>,
+}
 
 /// Panels of numbers.
 #[derive(Debug)]
@@ -101,40 +112,57 @@ impl Plain {
         }
     }
 
-    /// Sums of one range: `acc[row][panel * 16 + lane]` over its inputs, `x` beginning at the first of them.
+    /// Sums of one range: `acc[row][panel * 16 + lane]` over its inputs.
     ///
     /// # Safety
-    /// `x` and `acc` are valid for the rows and panels, and the level's instructions exist.
-    #[allow(clippy::too_many_arguments)] // the operands of one product, named by its two callers
+    /// `inputs` and `acc` are valid for the rows and panels, and the level's instructions exist.
     pub(crate) unsafe fn sum(
         &self,
         kernels: &Kernels,
         range: usize,
         (panel, panels): (usize, usize),
-        x: *const f32,
-        x_stride: usize,
+        inputs: Inputs,
         rows: usize,
         acc: *mut f32,
     ) {
-        let inputs = self.range_inputs();
-        let block = if rows > ROWS_STREAMING { INPUTS_BLOCK } else { inputs };
-        for k in (0..inputs).step_by(block) {
+        let all = self.range_inputs();
+        let block = if rows > ROWS_STREAMING { INPUTS_BLOCK } else { all };
+        for k in (0..all).step_by(block) {
+            let (count, fresh) = (block.min(all - k), k == 0);
+            let (w, panel_stride, acc_stride) =
+                (self.at(panel, range, k), self.panel_elements(), panels * LANES);
             // SAFETY: the weights are those of these panels and inputs, the rest is the caller's.
             unsafe {
-                (kernels.sweep)(&Sweep {
-                    x: x.add(k),
-                    x_stride,
-                    rows,
-                    layout: self.layout,
-                    w: self.at(panel, range, k),
-                    panel_stride: self.panel_elements(),
-                    k_stride: LANES,
-                    panels,
-                    k: block.min(inputs - k),
-                    acc,
-                    acc_stride: panels * LANES,
-                    fresh: k == 0,
-                });
+                match (kernels.pairs, inputs.pairs) {
+                    (Some(multiply), Some((x, x_stride))) if self.layout == Layout::Bf16Pairs => {
+                        multiply(&Pairs {
+                            x: x.add(k / 2),
+                            x_stride,
+                            rows,
+                            w: w.cast(),
+                            panel_stride,
+                            panels,
+                            pairs: count.div_ceil(2),
+                            acc,
+                            acc_stride,
+                            fresh,
+                        });
+                    }
+                    _ => (kernels.sweep)(&Sweep {
+                        x: inputs.x.add(k),
+                        x_stride: inputs.stride,
+                        rows,
+                        layout: self.layout,
+                        w,
+                        panel_stride,
+                        k_stride: LANES,
+                        panels,
+                        k: count,
+                        acc,
+                        acc_stride,
+                        fresh,
+                    }),
+                }
             }
         }
     }

@@ -4,6 +4,7 @@ use crate::coded::DECODED_FLOATS;
 use crate::kernel::Kernels;
 use crate::lanes::LANES;
 use crate::packed::{Packed, Segment};
+use crate::plain::Inputs;
 use crate::pool::{Pool, Scratch};
 
 /// Panels of one task at most: 128 outputs.
@@ -23,6 +24,8 @@ pub(crate) struct Product<'a> {
     pub(crate) x: *const f32,
     pub(crate) out: *mut f32,
     pub(crate) rows: usize,
+    /// `x` as [`Product::pairs`] has it, where the level multiplies pairs.
+    pub(crate) pairs: Option<*const i32>,
 }
 
 /// Some panels of a segment by some rows: a task.
@@ -61,6 +64,33 @@ impl Product<'_> {
         });
     }
 
+    /// Whether rows are wanted as pairs, too: where the level multiplies pairs of bf16, and some weights are.
+    pub(crate) fn wants_pairs(kernels: &Kernels, weight: &Packed) -> bool {
+        kernels.pairs.is_some() && weight.segments.iter().any(Segment::has_pairs)
+    }
+
+    /// Pairs of a row: each range filled up to whole ones.
+    pub(crate) fn pairs_of(weight: &Packed) -> usize {
+        weight.ranges * weight.range_inputs().div_ceil(2)
+    }
+
+    /// A row's pairs.
+    ///
+    /// # Safety
+    /// `x` holds the weight's inputs, bf16 all, and `out` room for [`Product::pairs_of`] pairs.
+    pub(crate) unsafe fn pair(kernels: &Kernels, weight: &Packed, x: *const f32, out: *mut i32) {
+        let inputs = weight.range_inputs();
+        let each = inputs.div_ceil(2);
+        for range in 0..weight.ranges {
+            // SAFETY: the caller's; the last pair is written whole before its first half.
+            unsafe {
+                let out = out.add(range * each);
+                *out.add(each - 1) = 0;
+                (kernels.narrow)(x.add(range * inputs), out.cast(), inputs);
+            }
+        }
+    }
+
     /// Computes one tile.
     ///
     /// # Safety
@@ -80,9 +110,12 @@ impl Product<'_> {
             unsafe {
                 let slot = waiting.count_ones() as usize;
                 let (acc, buffer) = (sums.add(slot * size), sums.add(TREE_LEVELS * size));
+                let (each, stride) = (inputs.div_ceil(2), Self::pairs_of(w));
+                let pairs = self.pairs.map(|pairs| (pairs.add(row * stride + range * each), stride));
                 let x = self.x.add(row * w.inputs + range * inputs);
+                let inputs = Inputs { x, stride: w.inputs, pairs };
                 let panels = (tile.panel, tile.panels);
-                segment.sum(self.kernels, (range, w.ranges), panels, x, w.inputs, rows, acc, buffer);
+                segment.sum(self.kernels, (range, w.ranges), panels, inputs, rows, acc, buffer);
                 // As in binary counting: a carry joins two sums of equally many ranges.
                 let (mut carry, mut top) = (1, slot);
                 while waiting & carry != 0 {

@@ -143,12 +143,26 @@ impl<'a> CpuStep<'a> {
     pub(crate) fn product(&self, x: &CpuAct, weight: &Packed) -> CpuAct {
         let mut out = self.act(x.rows, weight.outputs);
         out.rounded = !self.device.bf16();
+        let kernels = self.device.kernels;
+        let pairs = (self.device.bf16() && Product::wants_pairs(kernels, weight)).then(|| {
+            let width = Product::pairs_of(weight);
+            let mut pairs = self.act(x.rows, width);
+            let (from, to) = (x.floats.as_slice(), Raw(pairs.floats.as_mut_ptr()));
+            self.each_row(x.rows, x.width, |row| {
+                // SAFETY: the row's floats, and room for its pairs, which only this task writes.
+                unsafe {
+                    Product::pair(kernels, weight, from[row * x.width..].as_ptr(), to.row(row, width).cast())
+                };
+            });
+            pairs
+        });
         let product = Product {
-            kernels: self.device.kernels,
+            kernels,
             weight,
             x: x.floats.as_ptr(),
             out: out.floats.as_mut_ptr(),
             rows: x.rows,
+            pairs: pairs.as_ref().map(|pairs| pairs.floats.as_ptr().cast()),
         };
         // SAFETY: x is [rows, inputs], out [rows, outputs], both alive until the product is done.
         unsafe { product.run(&self.device.pool) };

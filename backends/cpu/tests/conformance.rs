@@ -40,6 +40,11 @@ fn avx512() {
     conforms(Level::Avx512);
 }
 
+#[test]
+fn avx512_bf16() {
+    conforms(Level::Avx512Bf16);
+}
+
 /// Levels differ in rounding only.
 #[test]
 fn levels_agree() {

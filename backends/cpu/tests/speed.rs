@@ -85,6 +85,7 @@ fn products() {
                 (DType::BF16, 5),
                 (DType::BF16, 8),
                 (DType::BF16, 16),
+                (DType::BF16, 32),
                 (DType::BF16, 96),
                 (DType::F16, 1),
                 (DType::F16, 96),
