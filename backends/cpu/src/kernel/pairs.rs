@@ -15,6 +15,13 @@ const ROWS_FEW: usize = 12;
 /// Bytes that are asked for ahead of use.
 const AHEAD_BYTES: usize = 1024;
 
+/// The same bits.
+#[inline(always)]
+unsafe fn halves(words: __m512i) -> __m512bh {
+    // SAFETY: both are 512 bits of whatever.
+    unsafe { std::mem::transmute::<__m512i, __m512bh>(words) }
+}
+
 /// `R` rows by `P` panels in registers over all pairs.
 ///
 /// # Safety
@@ -45,10 +52,7 @@ unsafe fn tile<const R: usize, const P: usize>(s: &Pairs, row: usize, panel: usi
             for r in 0..R {
                 let factor = _mm512_set1_epi32(*x.add(r * s.x_stride + k));
                 for p in 0..P {
-                    // SAFETY: both types are 512 bits of whatever.
-                    let (weight, factor): (__m512bh, __m512bh) =
-                        (std::mem::transmute(weights[p]), std::mem::transmute(factor));
-                    acc[r][p] = _mm512_dpbf16_ps(acc[r][p], weight, factor);
+                    acc[r][p] = _mm512_dpbf16_ps(acc[r][p], halves(weights[p]), halves(factor));
                 }
             }
         }
