@@ -39,6 +39,7 @@ const MAY_USE: &[(&str, &[&str])] = &[
     ("decode-node", &["cluster", "engine", "kvtransfer", "node", "proto"]),
     ("router", &["cluster", "gguf", "grammar", "proto", "vocab"]),
     ("hub", &[]),
+    ("fuzz", &["gguf", "models", "vocab"]),
 ];
 
 /// The packages that put everything together.

@@ -15,6 +15,9 @@ const CONTROL: u64 = 3;
 const USER: u64 = 4;
 const UNUSED: u64 = 5;
 
+/// Longest token in bytes; the longest known are 256 spaces.
+const TOKEN_BYTES_MAX: usize = 1024;
+
 /// Qwen's published vocabularies are larger than this. Their tokenizers compose characters (NFC), which a GGUF file does
 /// not say.
 const QWEN_TOKENS_MIN: usize = 150_000;
@@ -29,6 +32,12 @@ pub(crate) fn tokenizer(metadata: &Metadata) -> Result<Vec<u8>, VocabError> {
     let missing = |key: &str| metadata.error(key, "missing");
     let key = "tokenizer.ggml.tokens";
     let tokens = metadata.texts(key)?.ok_or_else(|| missing(key))?;
+    // Every cut of a token is tried as a merge.
+    if let Some(token) = tokens.iter().find(|token| token.len() > TOKEN_BYTES_MAX) {
+        return Err(metadata
+            .error(key, format!("a token of {} bytes, at most {TOKEN_BYTES_MAX}", token.len()))
+            .into());
+    }
     let key = "tokenizer.ggml.token_type";
     let kinds: Vec<u64> = match metadata.numbers(key)? {
         Some(kinds) if kinds.len() != tokens.len() => {

@@ -6,6 +6,7 @@ pub mod generation;
 pub mod json;
 mod model_files;
 pub mod pieces;
+mod python;
 pub mod stop;
 pub mod strftime;
 pub mod template;

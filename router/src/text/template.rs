@@ -9,10 +9,10 @@ use std::time::{Duration, Instant, SystemTime};
 use minijinja::syntax::SyntaxConfig;
 use minijinja::value::{Kwargs, Serde, Value};
 use minijinja::{AutoEscape, Environment, Error, ErrorKind, State};
-use minijinja_contrib::pycompat::unknown_method_callback;
 use serde_json::{Map, Value as Json};
 
-use super::json::{Style, dumps_with};
+use super::json::{Style, dumps, dumps_with};
+use super::python;
 use super::strftime::strftime;
 
 /// Instructions of one rendering. A conversation of 10,000 messages with tools takes about a tenth.
@@ -113,7 +113,7 @@ impl Templates {
         environment.set_auto_escape_callback(|_| AutoEscape::None);
         environment.set_recursion_limit(RECURSION);
         environment.set_fuel(Some(FUEL));
-        environment.set_unknown_method_callback(unknown_method_callback);
+        python::add(&mut environment);
         environment.add_filter("tojson", tojson);
         environment.add_function("raise_exception", raise_exception);
         for (name, source) in &sources {
@@ -145,8 +145,24 @@ impl Templates {
         if with_tools && has_tool_use { TOOL_USE } else { DEFAULT }
     }
 
-    /// Renders a conversation into at most `bytes_max` bytes. `now` is what `strftime_now` tells, in UTC.
+    /// Renders a conversation into at most `bytes_max` bytes. `now` is what `strftime_now` tells, in UTC. Some templates
+    /// (DeepSeek V3's) put arguments of tool calls together with texts: one that fails on objects gets them as JSON.
     pub fn render(
+        &self,
+        conversation: Conversation,
+        now: SystemTime,
+        bytes_max: usize,
+    ) -> Result<String, TemplateError> {
+        let spelled = spelled_out(&conversation);
+        match (self.attempt(conversation, now, bytes_max), spelled) {
+            (Err(TemplateError::Failed(reason)), Some(spelled)) => {
+                self.attempt(spelled, now, bytes_max).map_err(|_| TemplateError::Failed(reason))
+            }
+            (rendered, _) => rendered,
+        }
+    }
+
+    fn attempt(
         &self,
         conversation: Conversation,
         now: SystemTime,
@@ -181,6 +197,21 @@ impl Templates {
             }),
         }
     }
+}
+
+/// The conversation with the arguments of tool calls as JSON; `None` where there are none.
+fn spelled_out(conversation: &Conversation) -> Option<Conversation> {
+    let calls = |message: &Json| message["tool_calls"].as_array().is_some_and(|calls| !calls.is_empty());
+    let mut spelled = conversation.messages.iter().any(calls).then(|| conversation.clone())?;
+    let calls =
+        spelled.messages.iter_mut().filter_map(|message| message.get_mut("tool_calls")?.as_array_mut());
+    for call in calls.flatten() {
+        let arguments = call.get_mut("function").and_then(|function| function.get_mut("arguments"));
+        if let Some(arguments) = arguments.filter(|arguments| arguments.is_object()) {
+            *arguments = dumps(arguments).into();
+        }
+    }
+    Some(spelled)
 }
 
 /// Collects a rendering, within its caps.
@@ -355,6 +386,20 @@ mod tests {
         let source =
             "a {%- generation -%} {{ 'b' }} {%- endgeneration -%} c{# {% #}{% if true %}d{% endif %}";
         assert_eq!(render(source, json!([])).as_deref(), Ok("abcd"));
+    }
+
+    #[test]
+    fn arguments_are_objects_or_the_text_that_a_template_wants() {
+        let call = json!([{"tool_calls": [{"function": {"name": "f", "arguments": {"a": "ü", "n": 1}}}]}]);
+        let with = |rest: &str| {
+            render(
+                &format!("{{% set f = messages[0].tool_calls[0].function %}}{{{{ {rest} }}}}"),
+                call.clone(),
+            )
+        };
+        assert_eq!(with("f.name ~ f.arguments.n").as_deref(), Ok("f1"));
+        assert_eq!(with("f.name + f.arguments").as_deref(), Ok("f{\"a\": \"ü\", \"n\": 1}"));
+        assert!(matches!(with("f.name + 1"), Err(TemplateError::Failed(_))));
     }
 
     #[test]

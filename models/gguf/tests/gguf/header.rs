@@ -35,6 +35,7 @@ fn values_of_all_types_and_tensors_are_read() {
         .flag("flag", true)
         .text("text", "tëxt")
         .texts("texts", &["a", "b"])
+        .numbers("numbers", &[0.5, -2.0])
         .key("i8", 1, [0xff])
         .key("u64", 10, u64::MAX.to_le_bytes())
         .key("f64", 12, 2.5f64.to_le_bytes())
@@ -48,6 +49,7 @@ fn values_of_all_types_and_tensors_are_read() {
         ("flag", Value::Flag(true)),
         ("text", Value::Text("tëxt".into())),
         ("texts", Value::List(List::Text(vec!["a".into(), "b".into()]))),
+        ("numbers", Value::List(List::Float(vec![0.5, -2.0]))),
         ("i8", Value::Signed(-1)),
         ("u64", Value::Unsigned(u64::MAX)),
         ("f64", Value::Float(2.5)),

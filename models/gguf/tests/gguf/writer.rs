@@ -65,6 +65,11 @@ impl Writer {
         self.key(key, LIST, [&U32.to_le_bytes()[..], &(values.len() as u64).to_le_bytes(), &items].concat())
     }
 
+    pub fn numbers(self, key: &str, values: &[f32]) -> Writer {
+        let items: Vec<u8> = values.iter().flat_map(|value| value.to_le_bytes()).collect();
+        self.key(key, LIST, [&6u32.to_le_bytes()[..], &(values.len() as u64).to_le_bytes(), &items].concat())
+    }
+
     /// An F32 tensor of `shape` (outermost first), all of it 1.
     pub fn ones(self, name: &str, shape: &[u64]) -> Writer {
         let count: u64 = shape.iter().product();
