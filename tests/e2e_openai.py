@@ -137,4 +137,5 @@ def main() -> None:
     print("the official client is served")
 
 
-main()
+if __name__ == "__main__":
+    main()

@@ -292,7 +292,7 @@ mod tests {
         let mut r = request(Sampling { logprobs: true, ..Sampling::default() });
         (r.grammar, r.stop_ids) = (Some(grammar.clone()), vec![2]);
         // The fourth logit is padding of the model: no id at all.
-        let mut draw = |r: &mut Request, logits: [f32; 4]| {
+        let draw = |r: &mut Request, logits: [f32; 4]| {
             let id = sample(&logits, r).expect("a token").id;
             r.tokens.push(id);
             id

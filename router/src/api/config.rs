@@ -93,6 +93,8 @@ pub struct Limits {
     pub head_read: Duration,
     /// For a request's body to be complete.
     pub body_read: Duration,
+    /// For a client to take in what is sent; one that reads nothing for so long is cut off.
+    pub write_stall: Duration,
     /// Sequences of one request: prompts times `n`.
     pub sequences: usize,
     /// Stop strings of one request.
@@ -108,11 +110,13 @@ impl Limits {
     pub fn for_context(context_tokens: usize) -> Self {
         Self {
             body_bytes: (1 << 20) + 32 * context_tokens,
-            connections: 4096,
+            // Ten thousand idle ones, and those that work.
+            connections: 16384,
             head_bytes: 64 << 10,
             headers: 100,
             head_read: Duration::from_secs(60),
             body_read: Duration::from_secs(60),
+            write_stall: Duration::from_secs(60),
             sequences: 16,
             stop_strings: 16,
             drain: Duration::from_secs(30),

@@ -10,6 +10,9 @@ use super::quota::Exhausted;
 use crate::inference::InferenceError;
 use crate::text::{TemplateError, TextError};
 
+/// Nodes that restart are back after some seconds.
+const UNAVAILABLE_RETRY: Duration = Duration::from_secs(5);
+
 /// Why a request is not served, or not to its end.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct ApiError {
@@ -169,7 +172,13 @@ impl ApiError {
 
     /// 503.
     pub fn unavailable(message: impl Into<String>) -> Self {
-        Self::new(StatusCode::SERVICE_UNAVAILABLE, "server_error", Some("service_unavailable"), message)
+        let error = Self::new(
+            StatusCode::SERVICE_UNAVAILABLE,
+            "server_error",
+            Some("service_unavailable"),
+            message,
+        );
+        Self { retry_after: Some(UNAVAILABLE_RETRY), ..error }
     }
 
     /// Anthropic's envelope.

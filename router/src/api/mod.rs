@@ -22,6 +22,7 @@ mod head;
 mod keys;
 mod logprobs;
 mod messages;
+mod openapi;
 mod params;
 mod quota;
 mod reply;
@@ -30,6 +31,7 @@ mod responses;
 mod responses_format;
 mod run;
 mod server;
+mod stall;
 mod status;
 mod tls;
 mod tokens;
@@ -181,6 +183,7 @@ fn routes(gateway: Arc<Gateway>) -> axum::Router {
         .route("/v1/responses/{id}", get(responses::get).delete(responses::delete))
         .route("/v1/messages", post(anthropic::handle))
         .route("/v1/messages/count_tokens", post(anthropic::count))
+        .route("/v1/embeddings", post(status::embeddings))
         .route("/v1/models", get(status::models))
         .route("/v1/models/{*name}", get(status::model))
         .route("/tokenize", post(tokens::tokenize))
@@ -189,6 +192,9 @@ fn routes(gateway: Arc<Gateway>) -> axum::Router {
     let open = axum::Router::new()
         .route("/health", get(status::health))
         .route("/live", get(status::live))
+        .route("/ping", get(status::live).post(status::live))
+        .route("/version", get(status::version))
+        .route("/openapi.json", get(openapi::handle))
         .route("/metrics", get(status::metrics));
     asks.merge(open)
         .fallback(no_route)

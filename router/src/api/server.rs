@@ -17,6 +17,7 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
 use super::config::Limits;
+use super::stall::Stalling;
 
 /// After an error of `accept` that will pass (no more file descriptors).
 const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
@@ -89,7 +90,7 @@ async fn serve(stream: impl AsyncRead + AsyncWrite + Unpin, app: Router, limits:
         .max_buf_size(limits.head_bytes)
         .max_header_size(limits.head_bytes)
         .max_headers(limits.headers)
-        .serve_connection(TokioIo::new(stream), TowerToHyperService::new(app));
+        .serve_connection(TokioIo::new(Stalling::new(stream, limits.write_stall)), TowerToHyperService::new(app));
     let mut connection = std::pin::pin!(connection);
     let result = tokio::select! {
         result = &mut connection => result,

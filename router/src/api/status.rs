@@ -1,4 +1,4 @@
-//! `GET /health`, `/live`, `/metrics` and `/v1/models`: what a balancer, a dashboard or a client asks before it works.
+//! `GET /health`, `/live`, `/version`, `/metrics` and `/v1/models`: what a balancer, a dashboard or a client asks before it works.
 
 use std::sync::Arc;
 use std::time::{Duration, Instant, UNIX_EPOCH};
@@ -26,6 +26,17 @@ pub struct Health(Mutex<Option<(Instant, Result<(), String>)>>);
 /// The process answers.
 pub async fn live() -> StatusCode {
     StatusCode::OK
+}
+
+/// As vLLM tells it.
+pub async fn version() -> Json<Value> {
+    Json(json!({"version": env!("CARGO_PKG_VERSION")}))
+}
+
+/// Models served here generate text: said in so many words, for clients that try.
+pub async fn embeddings(State(gateway): State<Arc<Gateway>>) -> ApiError {
+    let message = format!("The model '{}' makes no embeddings: it generates text.", gateway.config.model);
+    ApiError::bad("model", "unsupported_model", message)
 }
 
 /// Every role that requests need has just computed a step.

@@ -64,6 +64,12 @@ struct BlocksLabel {
 }
 
 #[derive(Debug, EncodeLabelSet)]
+struct EngineLabel {
+    model_name: String,
+    engine: String,
+}
+
+#[derive(Debug, EncodeLabelSet)]
 struct LinkLabel {
     node: String,
     peer: String,
@@ -138,6 +144,24 @@ impl ClusterMetrics {
             "Times that an idle store's blocks did not add up; stays 0",
             each(|m| m.report.kv.as_ref().map_or(0.0, |kv| f64::from(kv.audit_errors))),
         )?;
+        // vLLM's, of whatever holds a cache; `engine` is the node.
+        let engines = || snapshot.members.iter().map(|member| (engine(member), member));
+        let usage = engines().map(|(label, member)| {
+            let kv = member.report.kv.unwrap_or_default();
+            // What is only cached gives way to whoever needs room.
+            let held = kv.total.saturating_sub(kv.free.saturating_add(kv.cached));
+            (label, f64::from(held) / f64::from(kv.total.max(1)))
+        });
+        gauges(encoder, "vllm:kv_cache_usage_perc", "Share of the KV store that is in use; 1 is all", usage)?;
+        let preempted = engines().map(|(label, member)| {
+            (label, member.report.counters.as_ref().map_or(0, |counters| counters.preemptions))
+        });
+        counters(encoder, "vllm:num_preemptions", "Sequences given up for want of room", preempted)?;
+        let bytes = snapshot.members.iter().map(|member| {
+            let label = NodeLabel { node: member.join.name.clone(), role: role(member) };
+            (label, member.report.counters.as_ref().map_or(0, |counters| counters.kv_bytes))
+        });
+        counters(encoder, "baton_node_kv_bytes", "KV payload that the node has sent or received", bytes)?;
         let blocks = snapshot.members.iter().flat_map(|member| {
             let kv = member.report.kv.unwrap_or_default();
             let states = [
@@ -161,6 +185,10 @@ impl ClusterMetrics {
         });
         gauges(encoder, "baton_link_bytes_per_second", "Measured rate of KV pushes", links)
     }
+}
+
+fn engine(member: &Member) -> EngineLabel {
+    EngineLabel { model_name: member.join.model.clone(), engine: member.join.name.clone() }
 }
 
 fn role(member: &Member) -> &'static str {

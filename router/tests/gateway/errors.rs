@@ -176,7 +176,12 @@ async fn a_refusal_of_the_cluster_is_a_status_even_for_a_stream() {
             assert_eq!(response.status(), status, "stream: {stream}");
             let retry =
                 response.headers().get("retry-after").map(|value| value.to_str().unwrap().to_string());
-            assert_eq!(retry.as_deref(), (status == 429).then_some("2"));
+            let expected = match status {
+                429 => Some("2"),
+                503 => Some("5"),
+                _ => None,
+            };
+            assert_eq!(retry.as_deref(), expected);
             let body: Value = response.json().await.unwrap();
             assert_eq!(body["error"]["code"], code);
         }

@@ -6,6 +6,7 @@ mod errors;
 mod interfaces;
 mod latency;
 mod mock;
+mod openapi;
 mod status;
 mod tls;
 mod tools;

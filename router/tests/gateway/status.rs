@@ -202,7 +202,7 @@ async fn a_folder_without_a_tokenizer_is_named() {
     let gateway = Gateway::with(config, |_| says("x")).await;
     let error = gateway.served.await.unwrap().unwrap_err();
     assert!(
-        matches!(error, ServeError::Text(_)) && error.to_string().contains("nothing/tokenizer.json"),
+        matches!(error, ServeError::Text(_)) && error.to_string().contains("fixtures/nothing"),
         "{error}"
     );
 }
