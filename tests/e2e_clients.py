@@ -100,7 +100,7 @@ def responses(client: openai.OpenAI) -> None:
 
 def messages(url: str) -> None:
     client = anthropic.Anthropic(base_url=url, api_key="none", max_retries=0, timeout=PATIENCE_S)
-    ask = dict(model=MODEL, max_tokens=24, messages=QUESTION, temperature=0)
+    ask = dict(model=MODEL, max_tokens=24, messages=QUESTION, extra_body={"temperature": 0})
     whole = client.messages.create(**ask)
     assert whole.content[0].text.strip() and whole.stop_reason in ("end_turn", "max_tokens"), whole
     with client.messages.stream(**ask) as stream:
