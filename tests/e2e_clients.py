@@ -116,6 +116,7 @@ def messages(url: str) -> None:
 
 
 def litellm(base: str) -> None:
+    os.environ["LITELLM_LOCAL_MODEL_COST_MAP"] = "True"
     import litellm
 
     ask = dict(model=f"openai/{MODEL}", api_base=base, api_key="none", messages=QUESTION, max_tokens=16, temperature=0)

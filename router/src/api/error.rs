@@ -172,12 +172,8 @@ impl ApiError {
 
     /// 503.
     pub fn unavailable(message: impl Into<String>) -> Self {
-        let error = Self::new(
-            StatusCode::SERVICE_UNAVAILABLE,
-            "server_error",
-            Some("service_unavailable"),
-            message,
-        );
+        let error =
+            Self::new(StatusCode::SERVICE_UNAVAILABLE, "server_error", Some("service_unavailable"), message);
         Self { retry_after: Some(UNAVAILABLE_RETRY), ..error }
     }
 

@@ -90,7 +90,10 @@ async fn serve(stream: impl AsyncRead + AsyncWrite + Unpin, app: Router, limits:
         .max_buf_size(limits.head_bytes)
         .max_header_size(limits.head_bytes)
         .max_headers(limits.headers)
-        .serve_connection(TokioIo::new(Stalling::new(stream, limits.write_stall)), TowerToHyperService::new(app));
+        .serve_connection(
+            TokioIo::new(Stalling::new(stream, limits.write_stall)),
+            TowerToHyperService::new(app),
+        );
     let mut connection = std::pin::pin!(connection);
     let result = tokio::select! {
         result = &mut connection => result,
