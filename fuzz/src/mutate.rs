@@ -97,7 +97,7 @@ impl Mutator {
         match self.below(9) {
             0 => {
                 if let Some(byte) = file.get_mut(at) {
-                    *byte ^= 1 << self.next() % 8;
+                    *byte ^= 1 << (self.next() % 8);
                 }
             }
             1 => {

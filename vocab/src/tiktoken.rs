@@ -102,7 +102,7 @@ fn shown(bytes: &[u8]) -> String {
 /// The bytes of a text in base64 with padding (RFC 4648, section 4); `None` when it is none.
 fn base64(text: &str) -> Option<Vec<u8>> {
     let text = text.as_bytes();
-    if text.len() % 4 != 0 {
+    if !text.len().is_multiple_of(4) {
         return None;
     }
     let digits = text.len() - text.iter().rev().take(2).take_while(|c| **c == b'=').count();

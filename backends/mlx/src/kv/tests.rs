@@ -32,7 +32,8 @@ fn view(bytes: &[u8], rows: usize, cols: usize) -> TensorView<'_> {
 impl Rig {
     /// A store of 8192 tokens, two heads of 64 in f32: 4 MiB per bank and plane.
     fn new() -> Self {
-        let options = DeviceOptions { dtype: DType::F32, threads: 1, block_tokens: 16, ..DeviceOptions::default() };
+        let options =
+            DeviceOptions { dtype: DType::F32, threads: 1, block_tokens: 16, ..DeviceOptions::default() };
         let mut backend = MlxBackend::open(&options, Group::alone()).unwrap();
         let spec = KvSpec::gqa(1, 2, 0..2, 64, DType::F32);
         let kv = backend.kv(&spec, 8192 * spec.token_bytes() as u64).unwrap();
