@@ -14,12 +14,15 @@
 //! ```
 //!
 //! A product of many rows decodes some inputs of some panels into the first cache and runs the ordinary kernel over them;
-//! one of few rows decodes in registers. Both sum the decoded numbers in ascending K, so a row's bits are the same.
+//! one of few rows decodes in registers. Both sum the decoded numbers in ascending K, so a row's bits are the same. Decoded
+//! numbers are f32; only where the level multiplies bf16 itself, and the step is of bf16, are they rounded to it.
 
 use backend::{DType, GgufBlock, MatrixView, Quant, QuantView};
 use half::{bf16, f16};
 
-use crate::kernel::{Code, Decode, E4M3_SCALE, Form, Kernels, Layout, Scale, Stream, Sweep, Zero};
+use crate::kernel::{
+    Code, Decode, E4M3_SCALE, Form, Kernels, Layout, PairKernels, Pairs, Scale, Stream, Sweep, Zero,
+};
 use crate::lanes::LANES;
 use crate::memory::Place;
 
@@ -136,7 +139,80 @@ impl Coded {
         }
     }
 
-    /// The same for some of the inputs of a part, through memory.
+    /// Whether ranges are whole octets, of which pairs are made.
+    pub(crate) fn has_pairs(&self, ranges: usize) -> bool {
+        (self.inputs / ranges).is_multiple_of(8)
+    }
+
+    /// As [`Coded::sum`], over whole octets, of weights and inputs as pairs of bf16.
+    ///
+    /// # Safety
+    /// As for [`Coded::sum`]; `x` are pairs, rows so many apart.
+    #[allow(clippy::too_many_arguments)] // the operands of one product
+    pub(crate) unsafe fn sum_pairs(
+        &self,
+        kernels: &PairKernels,
+        (from, to): (usize, usize),
+        (panel, panels): (usize, usize),
+        (x, x_stride): (*const i32, usize),
+        rows: usize,
+        acc: *mut f32,
+        buffer: *mut f32,
+    ) {
+        let (form, panel_bytes, acc_stride) = (&self.form, self.panel_bytes(), panels * LANES);
+        let at = |panel: usize| self.place.at(panel * panel_bytes).cast_const();
+        if rows <= Stream::ROWS {
+            // SAFETY: the panels have these octets, the rest is the caller's.
+            return unsafe {
+                (kernels.stream)(&Stream {
+                    form,
+                    panel: at(panel),
+                    panel_bytes,
+                    panels,
+                    octets: (from / 8, to / 8),
+                    x: x.cast(),
+                    x_stride,
+                    rows,
+                    acc,
+                    acc_stride,
+                    fresh: true,
+                });
+            };
+        }
+        let (wide, deep) = if rows > ROWS_STREAMING { MANY_ROWS } else { FEW_ROWS };
+        // A pair takes a float's place: twice as many inputs at once.
+        let deep = 2 * deep;
+        let mut k = from;
+        while k < to {
+            let end = to.min((k / deep + 1) * deep);
+            for first in (0..panels).step_by(wide) {
+                let count = wide.min(panels - first);
+                // SAFETY: the panels have these octets, and the buffer room for `deep` inputs of `wide` panels.
+                unsafe {
+                    for p in 0..count {
+                        let out = buffer.add(p * deep / 2 * LANES);
+                        let octets = (k / 8, end / 8);
+                        (kernels.decode)(&Decode { form, panel: at(panel + first + p), octets, out });
+                    }
+                    (kernels.multiply)(&Pairs {
+                        x: x.add((k - from) / 2),
+                        x_stride,
+                        rows,
+                        w: buffer.cast(),
+                        panel_stride: deep * LANES,
+                        panels: count,
+                        pairs: (end - k) / 2,
+                        acc: acc.add(first * LANES),
+                        acc_stride,
+                        fresh: k == from,
+                    });
+                }
+            }
+            k = end;
+        }
+    }
+
+    /// [`Coded::sum`] for some of the inputs of a part, through memory.
     unsafe fn decoded(&self, kernels: &Kernels, part: &Part, (from, to): (usize, usize), buffer: *mut f32) {
         let (wide, deep) = if part.rows > ROWS_STREAMING { MANY_ROWS } else { FEW_ROWS };
         let mut k = from;

@@ -1,6 +1,8 @@
 //! The inner loops, written once over [`Lanes`](crate::lanes::Lanes) and compiled per instruction level. Everything above
 //! works with a table of these functions, so no other file knows about instructions.
 
+#[cfg(target_arch = "x86_64")]
+mod coded_pairs;
 mod codes;
 #[cfg(target_arch = "x86_64")]
 mod pairs;
@@ -21,7 +23,7 @@ pub(crate) use sweep::{Layout, Sweep};
 pub(crate) struct Kernels {
     pub(crate) sweep: unsafe fn(&Sweep),
     /// Where the level multiplies pairs of bf16 as such.
-    pub(crate) pairs: Option<unsafe fn(&Pairs)>,
+    pub(crate) pairs: Option<PairKernels>,
     pub(crate) decode: unsafe fn(&Decode<'_>),
     pub(crate) stream: unsafe fn(&Stream<'_>),
     /// `out = x / rms(x) * weight` of `n` floats.
@@ -48,6 +50,16 @@ pub(crate) struct Kernels {
     pub(crate) divide: unsafe fn(acc: *const f32, total: f32, out: *mut f32, n: usize, bf16: bool),
     /// See [`Lanes::exp`].
     pub(crate) exp: unsafe fn(f32) -> f32,
+}
+
+/// Products of bf16 by bf16 in bf16 steps.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct PairKernels {
+    pub(crate) multiply: unsafe fn(&Pairs),
+    /// As [`Decode`], to [`Layout::Bf16Pairs`].
+    pub(crate) decode: unsafe fn(&Decode<'_>),
+    /// As [`Stream`], `x` being pairs.
+    pub(crate) stream: unsafe fn(&Stream<'_>),
 }
 
 /// `acc[row][panel * 16 + lane]` plus the sums over pairs of inputs, of bf16 by bf16.
@@ -173,7 +185,14 @@ level!(avx512, crate::lanes::avx512::Avx512, "avx512f,avx512bw,avx512vl,avx512dq
 
 /// AVX-512 with products of bf16.
 #[cfg(target_arch = "x86_64")]
-pub(crate) static AVX512_BF16: Kernels = Kernels { pairs: Some(pairs::pairs), ..avx512::KERNELS };
+pub(crate) static AVX512_BF16: Kernels = Kernels {
+    pairs: Some(PairKernels {
+        multiply: pairs::pairs,
+        decode: coded_pairs::decode,
+        stream: coded_pairs::stream,
+    }),
+    ..avx512::KERNELS
+};
 
 #[cfg(test)]
 mod tests {

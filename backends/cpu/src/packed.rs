@@ -100,8 +100,11 @@ impl Segment {
     }
 
     /// Whether a level's products of bf16 pairs are for these weights.
-    pub(crate) fn has_pairs(&self) -> bool {
-        matches!(&self.panels, Panels::Plain(plain) if plain.layout == Layout::Bf16Pairs)
+    pub(crate) fn has_pairs(&self, ranges: usize) -> bool {
+        match &self.panels {
+            Panels::Plain(plain) => plain.layout == Layout::Bf16Pairs,
+            Panels::Coded(coded) => coded.has_pairs(ranges),
+        }
     }
 
     /// Sums of range `range` of `[0, ranges)` over its inputs: `acc[row][panel * 16 + lane]` for `panels` panels from
@@ -127,7 +130,12 @@ impl Segment {
                 Panels::Coded(coded) => {
                     let each = coded.inputs / ranges;
                     let summed = (range * each, (range + 1) * each);
-                    coded.sum(kernels, summed, panels, inputs.x, inputs.stride, rows, acc, buffer);
+                    match (kernels.pairs, inputs.pairs) {
+                        (Some(pairs), Some(x)) if coded.has_pairs(ranges) => {
+                            coded.sum_pairs(&pairs, summed, panels, x, rows, acc, buffer);
+                        }
+                        _ => coded.sum(kernels, summed, panels, inputs.x, inputs.stride, rows, acc, buffer),
+                    }
                 }
             }
         }

@@ -134,8 +134,8 @@ impl Plain {
             // SAFETY: the weights are those of these panels and inputs, the rest is the caller's.
             unsafe {
                 match (kernels.pairs, inputs.pairs) {
-                    (Some(multiply), Some((x, x_stride))) if self.layout == Layout::Bf16Pairs => {
-                        multiply(&Pairs {
+                    (Some(pairs), Some((x, x_stride))) if self.layout == Layout::Bf16Pairs => {
+                        (pairs.multiply)(&Pairs {
                             x: x.add(k / 2),
                             x_stride,
                             rows,

@@ -66,7 +66,7 @@ impl Product<'_> {
 
     /// Whether rows are wanted as pairs, too: where the level multiplies pairs of bf16, and some weights are.
     pub(crate) fn wants_pairs(kernels: &Kernels, weight: &Packed) -> bool {
-        kernels.pairs.is_some() && weight.segments.iter().any(Segment::has_pairs)
+        kernels.pairs.is_some() && weight.segments.iter().any(|segment| segment.has_pairs(weight.ranges))
     }
 
     /// Pairs of a row: each range filled up to whole ones.

@@ -17,7 +17,7 @@ const AHEAD_BYTES: usize = 1024;
 
 /// The same bits.
 #[inline(always)]
-unsafe fn halves(words: __m512i) -> __m512bh {
+pub(super) unsafe fn halves(words: __m512i) -> __m512bh {
     // SAFETY: both are 512 bits of whatever.
     unsafe { std::mem::transmute::<__m512i, __m512bh>(words) }
 }

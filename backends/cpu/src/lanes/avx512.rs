@@ -6,7 +6,7 @@ use super::{LANES, Lanes};
 
 /// Sixteen floats in a zmm register.
 #[derive(Clone, Copy)]
-pub(crate) struct Avx512(__m512);
+pub(crate) struct Avx512(pub(crate) __m512);
 
 // SAFETY (all blocks here): the kernels of this level run only where AVX-512 F, BW, VL and DQ were detected, and the caller
 // gives memory for the elements that each method names.
