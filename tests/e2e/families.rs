@@ -29,16 +29,21 @@ async fn quantised_models_go_on_after_a_handoff() {
         .await;
 }
 
+#[tokio::test]
+async fn gguf_models_go_on_after_a_handoff() {
+    handoffs(&["llama-gguf-q4_k_m/model-q4_k_m.gguf", "qwen3_moe-gguf-q4_0/model-q4_0.gguf"]).await;
+}
+
 async fn handoffs(cases: &[&str]) {
     for case in cases {
         let model = format!("--model={}/tests/golden/{case}", env!("CARGO_MANIFEST_DIR"));
-        let mut one = Parts::router(&["--disaggregation=never", &model]);
+        let mut one = Parts::router(&["--disaggregation=never", &model, "--context=1024"]);
         one.decode("one", 1, &[&model]);
         one.wait_until_ready(&["one.0"]).await;
         let wanted = answers(&one).await;
         drop(one);
 
-        let mut cut = Parts::router(&["--disaggregation=always", &model]);
+        let mut cut = Parts::router(&["--disaggregation=always", &model, "--context=1024"]);
         cut.prefill("p", 1, &[&model, "--chunk-tokens=37", "--block-tokens=16"]);
         cut.decode("d", 2, &[&model, "--block-tokens=32"]);
         cut.wait_until_ready(&["p.0", "d.0"]).await;
