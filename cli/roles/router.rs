@@ -123,12 +123,22 @@ fn certificate(settings: &RouterSettings) -> Result<Option<TlsFiles>> {
     Ok(files.map(|(cert, key)| TlsFiles { cert, key }))
 }
 
-/// Longest sequence that the model was made for.
+/// Longest sequence that the model was made for: of its config.json, or of its GGUF file.
 fn context_of(model: &Path) -> Result<usize> {
     let path = model.join("config.json");
-    let text = std::fs::read(&path).with_context(|| format!("cannot read {}", path.display()))?;
-    let config: serde_json::Value =
-        serde_json::from_slice(&text).with_context(|| path.display().to_string())?;
+    let file = if path.exists() { None } else { gguf::find(model)? };
+    let (path, config) = match file {
+        Some(file) => {
+            let config = gguf::config_json(&gguf::Gguf::open(&file)?)?;
+            (file, config)
+        }
+        None => {
+            let text = std::fs::read(&path).with_context(|| format!("cannot read {}", path.display()))?;
+            let config: serde_json::Value =
+                serde_json::from_slice(&text).with_context(|| path.display().to_string())?;
+            (path, config)
+        }
+    };
     let tokens = config["max_position_embeddings"].as_u64().and_then(|tokens| usize::try_from(tokens).ok());
     tokens.with_context(|| format!("{} has no max_position_embeddings: give --context", path.display()))
 }

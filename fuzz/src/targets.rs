@@ -21,8 +21,8 @@ pub struct Target {
 pub const TARGETS: &[Target] = &[
     Target { name: "safetensors", seeds: safetensors, read: read_safetensors, memory: (64, 1 << 16) },
     Target { name: "gguf", seeds: gguf, read: read_gguf, memory: (64, 1 << 16) },
-    Target { name: "gguf-model", seeds: gguf, read: read_gguf_model, memory: (4096, 1 << 20) },
-    Target { name: "tokenizer", seeds: tokenizer, read: read_tokenizer, memory: (256, 1 << 16) },
+    Target { name: "gguf-model", seeds: gguf, read: read_gguf_model, memory: (4096, 1 << 21) },
+    Target { name: "tokenizer", seeds: tokenizer, read: read_tokenizer, memory: (512, 1 << 20) },
     Target { name: "config", seeds: config, read: read_config, memory: (256, 1 << 20) },
 ];
 

@@ -21,6 +21,10 @@ pub use tokenizer::TokenizerJson;
 /// Ids are below this, so that one absurd id in a file cannot ask for gigabytes (largest known vocabulary: 262,144).
 pub const MAX_IDS: u32 = 1 << 24;
 
+/// Ids are below so many for each token, and so many more: a table by id is made.
+const IDS_PER_TOKEN: usize = 16;
+const IDS_MORE: usize = 1 << 16;
+
 /// One entry of a vocabulary.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Token {
@@ -84,8 +88,8 @@ impl Vocab {
         Vocab::new(tokenizer_json::tokens(json)?)
     }
 
-    /// A vocabulary of `tokens` in any order. Errors when an id is given twice with unlike meaning, or when an id is
-    /// not below [`MAX_IDS`].
+    /// A vocabulary of `tokens` in any order. Errors when an id is given twice with unlike meaning, is not below
+    /// [`MAX_IDS`], or is far above the number of tokens.
     pub fn new(tokens: impl IntoIterator<Item = Token>) -> Result<Vocab, String> {
         let mut by_id: BTreeMap<u32, Token> = BTreeMap::new();
         for token in tokens {
@@ -108,6 +112,9 @@ impl Vocab {
             }
         }
         let len = by_id.last_key_value().map_or(0, |(id, _)| *id as usize + 1);
+        if len > IDS_PER_TOKEN * by_id.len() + IDS_MORE {
+            return Err(format!("token id {} is too large for {} tokens", len - 1, by_id.len()));
+        }
         let mut vocab = Vocab { bytes: Vec::new(), places: vec![None; len], special: Vec::new() };
         for (id, token) in by_id {
             let start = vocab.bytes.len();
@@ -218,6 +225,8 @@ mod tests {
         assert_eq!(error, "token id 3 means both \"a\" and \"b\"");
         let error = Vocab::new([token(u32::MAX, "a", false)]).unwrap_err();
         assert_eq!(error, "token id 4294967295 is not below 16777216");
+        let error = Vocab::new([token(0, "a", false), token(1 << 20, "b", false)]).unwrap_err();
+        assert_eq!(error, "token id 1048576 is too large for 2 tokens");
     }
 
     #[test]
