@@ -31,6 +31,8 @@ pub struct EngineOptions {
     /// `host:port` or `host` by which prefill nodes reach `kv_bind`, best first; a host alone gets the bound port.
     /// None: the bound address itself.
     pub kv_advertise: Vec<String>,
+    /// TLS on the KV wire, with certificates of both ends; `None`: in clear.
+    pub kv_tls: Option<kvtransfer::transport::tls::Tls>,
     /// Keep ended sequences for the prompts that begin like them.
     pub prefix_cache: bool,
     /// A reservation without progress lapses after this.
@@ -58,6 +60,7 @@ impl Default for EngineOptions {
             pushes_max: 64,
             kv_bind: SocketAddr::from(([127, 0, 0, 1], 0)),
             kv_advertise: Vec::new(),
+            kv_tls: None,
             prefix_cache: true,
             land_deadline: Duration::from_secs(10),
             pace: None,

@@ -8,6 +8,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use backend::{Backend, KvSpec, KvStore};
+use kvtransfer::transport::tls::TlsDialer;
 use kvtransfer::{Receiver, Sender, TargetSpec};
 use models::Model;
 
@@ -61,11 +62,15 @@ impl<B: Backend> Runner<B> {
             probe: options.kv_probe.clone(),
             ..kvtransfer::Limits::default()
         };
-        let receiver = Receiver::bind(options.kv_bind, limits.clone())
+        let receiver = Receiver::bind_with(options.kv_bind, limits.clone(), options.kv_tls.clone())
             .map_err(|reason| EngineError::Port { addr: options.kv_bind.to_string(), reason })?;
         let mut secret = [0; 16];
         getrandom::fill(&mut secret).map_err(|e| EngineError::Options(format!("no random numbers: {e}")))?;
-        let (sender, totals) = (Sender::new(limits), Totals::default());
+        let sender = match &options.kv_tls {
+            Some(tls) => Sender::with_dialer(limits, Box::new(TlsDialer(tls.clone()))),
+            None => Sender::new(limits),
+        };
+        let totals = Totals::default();
         Ok(Runner { backend, model, kv, options, receiver, sender, totals, secret })
     }
 

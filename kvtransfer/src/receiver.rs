@@ -24,6 +24,7 @@ use crate::receiver::slot::LandingSlot;
 use crate::session::Receiving;
 use crate::sync::lock;
 use crate::transport::tcp;
+use crate::transport::tls::{self, Tls};
 use crate::wire::Wire;
 use crate::{Close, Limits, Sender, SessionError, SessionId, TargetSpec, Ticket};
 
@@ -140,12 +141,18 @@ impl<L> fmt::Display for Refused<L> {
 impl Receiver {
     /// Listens on `addr` (port 0: any free one).
     pub fn bind(addr: SocketAddr, limits: Limits) -> std::io::Result<Self> {
+        Receiver::bind_with(addr, limits, None)
+    }
+
+    /// As [`Receiver::bind`]; with `tls`, connections are encrypted and their other ends have certificates.
+    pub fn bind_with(addr: SocketAddr, limits: Limits, tls: Option<Tls>) -> std::io::Result<Self> {
         let listener = TcpListener::bind(addr)?;
         let local_addr = listener.local_addr()?;
         let receiver = Receiver::new(limits, Some(local_addr));
         let registry = receiver.0.registry.clone();
-        let accepts =
-            thread::Builder::new().name("kv-accept".into()).spawn(move || accept(&listener, &registry))?;
+        let accepts = thread::Builder::new()
+            .name("kv-accept".into())
+            .spawn(move || accept(&listener, tls.as_ref(), &registry))?;
         lock(&receiver.0.threads).push(accepts);
         Ok(receiver)
     }
@@ -267,13 +274,17 @@ impl Drop for Handle {
     }
 }
 
-fn accept(listener: &TcpListener, registry: &Arc<Registry>) {
+fn accept(listener: &TcpListener, tls: Option<&Tls>, registry: &Arc<Registry>) {
     loop {
         let accepted = listener.accept();
         if registry.stopping() {
             return;
         }
-        match accepted.and_then(|(stream, peer)| tcp::wire(stream, peer.to_string())) {
+        let wire = accepted.and_then(|(stream, peer)| match tls {
+            Some(tls) => tls::accept(stream, tls, peer.to_string()),
+            None => tcp::wire(stream, peer.to_string()),
+        });
+        match wire {
             Ok(wire) => registry.admit(wire),
             Err(error) => {
                 tracing::warn!(%error, "kv connection not accepted");

@@ -1,8 +1,9 @@
-//! Transports: how a [`Wire`] comes about. Sessions know nothing of them. TCP between machines, memory within a process;
-//! UCX and TLS are to be further implementations of the same two traits.
+//! Transports: how a [`Wire`] comes about. Sessions know nothing of them. TCP between machines, with TLS where
+//! others can listen, memory within a process; UCX is to be a further implementation of the same two traits.
 
 pub mod mem;
 pub mod tcp;
+pub mod tls;
 
 use std::io;
 use std::time::Duration;

@@ -7,6 +7,7 @@ use std::time::{Instant, SystemTime, UNIX_EPOCH};
 use backend::{Backend, DeviceOptions, KvSpec};
 use backend_cpu::CpuBackend;
 use engine::{Commands, EngineOptions, Place, Runner, Terms};
+use kvtransfer::transport::tls::Tls;
 use models::{Checkpoint, Identity, Model};
 use tokio::sync::oneshot;
 
@@ -181,6 +182,7 @@ fn serve<B: Backend>(
         step_tokens: config.step_tokens,
         chunk_tokens: config.chunk_tokens,
         kv_bind: config.kv_bind,
+        kv_tls: kv_tls(config)?,
         kv_advertise: config.advertise.iter().cloned().collect(),
         land_deadline: config.land_deadline,
         pace: config.pace,
@@ -205,6 +207,15 @@ fn serve<B: Backend>(
         first_epoch: first_epoch(),
     };
     Ok(engine::serve(&mut runner, place, &terms, commands)?)
+}
+
+/// TLS for the KV wire, where this process has a certificate.
+fn kv_tls(config: &NodeConfig) -> Result<Option<Tls>, NodeError> {
+    let Some(identity) = config.token.identity() else { return Ok(None) };
+    let (server, client, name) = identity
+        .nodes()
+        .map_err(|error| NodeError::System { what: "TLS", reason: std::io::Error::other(error) })?;
+    Ok(Some(Tls { server, client, name }))
 }
 
 /// Greater than any epoch of an earlier process: milliseconds since 1970.

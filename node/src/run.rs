@@ -31,10 +31,10 @@ pub async fn run(
     shutdown: Shutdown,
     service: impl FnOnce(Engine, Grammars) -> Routes,
 ) -> Result<(), NodeError> {
-    // With a certificate, gRPC is TLS.
+    // With a certificate, gRPC and the KV wire are TLS.
     let is_encrypted = config.token.identity().is_some();
     cluster::require_loopback_or_insecure(config.bind, config.insecure || is_encrypted)?;
-    cluster::require_loopback_or_insecure(config.kv_bind, config.insecure)?;
+    cluster::require_loopback_or_insecure(config.kv_bind, config.insecure || is_encrypted)?;
     // Ports first: a taken one is said at once, not after minutes of loading.
     let listener = match config.group.rank {
         0 => Some(server::bind(config.bind).await?),

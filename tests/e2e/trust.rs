@@ -1,8 +1,12 @@
 //! Promise: machines join by a token, talk over TLS with certificates of both ends, and whoever has none stays out.
 
+use std::io::{Read, Write};
+use std::net::TcpStream;
+use std::time::Instant;
+
 use serde_json::json;
 
-use crate::harness::{baton, model, output};
+use crate::harness::{LOOK, PATIENCE, baton, model, output};
 use crate::parts::{Parts, TOKEN, ids};
 
 /// A whole cluster with certificates answers as it should; strangers are refused with a reason, and a token that is revoked lets
@@ -15,6 +19,23 @@ async fn by_token_and_certificate() {
     parts.wait_until_ready(&["p.0", "d.0"]).await;
     let choice = parts.complete(&json!({ "prompt": ids(1, 40), "max_tokens": 4, "ignore_eos": true })).await;
     assert_eq!(choice["finish_reason"], "length");
+
+    // The KV cache travelled in TLS: who speaks something else on that port hears an alert, record type 21.
+    let begun = Instant::now();
+    let peer = loop {
+        let nodes = parts.nodes();
+        let prefill = nodes.iter().find(|node| node["name"] == "p.0").expect("the prefill node");
+        if let Some(peer) = prefill["links"][0]["peer"].as_str() {
+            break peer.to_owned();
+        }
+        assert!(begun.elapsed() < PATIENCE, "no link is reported: {nodes:?}");
+        tokio::time::sleep(LOOK).await;
+    };
+    let mut stranger = TcpStream::connect(&peer).expect("the KV port");
+    stranger.write_all(&[0; 64]).expect("writes");
+    let mut heard = Vec::new();
+    let _ = stranger.read_to_end(&mut heard);
+    assert_eq!(heard.first(), Some(&21), "{heard:?}");
 
     let router = format!("--router={}", parts.cluster());
     let model = format!("--model={}", model().display());

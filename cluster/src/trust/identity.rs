@@ -3,10 +3,15 @@
 
 use std::fmt;
 use std::path::{Path, PathBuf};
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-use rustls::pki_types::CertificateDer;
+use rustls::crypto::ring;
+use rustls::pki_types::pem::PemObject;
+use rustls::pki_types::{CertificateDer, PrivateKeyDer, ServerName};
+use rustls::server::WebPkiClientVerifier;
+use rustls::version::TLS13;
+use rustls::{ClientConfig, RootCertStore, ServerConfig};
 use tonic::transport::{Certificate, ClientTlsConfig, ServerTlsConfig};
 use webpki::EndEntityCert;
 
@@ -77,6 +82,33 @@ impl Identity {
             .ca_certificate(Certificate::from_pem(&self.authority_pem))
             .domain_name(name)
             .timeout(HANDSHAKE)
+    }
+
+    /// TLS 1.3 between nodes, certificates of both ends: to serve with, to call with, and the name of who is called.
+    pub fn nodes(
+        &self,
+    ) -> Result<(Arc<ServerConfig>, Arc<ClientConfig>, ServerName<'static>), rustls::Error> {
+        let wrong = |error: &dyn fmt::Display| rustls::Error::General(error.to_string());
+        let chain = CertificateDer::pem_slice_iter(self.cert_pem.as_bytes()).collect::<Result<Vec<_>, _>>();
+        let chain = chain.map_err(|error| wrong(&error))?;
+        let key = || PrivateKeyDer::from_pem_slice(self.key_pem.as_bytes()).map_err(|error| wrong(&error));
+        let mut roots = RootCertStore::empty();
+        let authority = CertificateDer::from_pem_slice(self.authority_pem.as_bytes());
+        roots.add(authority.map_err(|error| wrong(&error))?)?;
+        let (roots, provider) = (Arc::new(roots), Arc::new(ring::default_provider()));
+        let verifier = WebPkiClientVerifier::builder_with_provider(roots.clone(), provider.clone()).build();
+        let mut server = ServerConfig::builder_with_provider(provider.clone())
+            .with_protocol_versions(&[&TLS13])?
+            .with_client_cert_verifier(verifier.map_err(|error| wrong(&error))?)
+            .with_single_cert(chain.clone(), key()?)?;
+        // An idle connection on which something has come is not used again: nothing comes unasked.
+        server.send_tls13_tickets = 0;
+        let client = ClientConfig::builder_with_provider(provider)
+            .with_protocol_versions(&[&TLS13])?
+            .with_root_certificates(roots)
+            .with_client_auth_cert(chain, key()?)?;
+        let name = ServerName::try_from(NODE).map_err(|error| wrong(&error))?;
+        Ok((Arc::new(server), Arc::new(client), name))
     }
 
     /// Whether who shows this certificate, which the authority has signed, may call. The error says why not.

@@ -24,30 +24,45 @@ pub struct TcpDialer;
 
 impl Dialer for TcpDialer {
     fn dial(&self, address: &str, timeout: Duration) -> io::Result<Wire> {
-        let until = Instant::now() + timeout;
-        let mut last = io::Error::new(io::ErrorKind::NotFound, "no such host");
-        for addr in address.to_socket_addrs()? {
-            let left = until.saturating_duration_since(Instant::now()).max(Duration::from_millis(1));
-            match TcpStream::connect_timeout(&addr, left) {
-                Ok(stream) => return wire(stream, address.to_owned()),
-                Err(error) => last = error,
-            }
-        }
-        Err(last)
+        wire(connect(address, timeout)?, address.to_owned())
     }
+}
+
+/// A socket to `address`, whichever of its addresses answers first in their order.
+pub(crate) fn connect(address: &str, timeout: Duration) -> io::Result<TcpStream> {
+    let until = Instant::now() + timeout;
+    let mut last = io::Error::new(io::ErrorKind::NotFound, "no such host");
+    for addr in address.to_socket_addrs()? {
+        let left = until.saturating_duration_since(Instant::now()).max(Duration::from_millis(1));
+        match TcpStream::connect_timeout(&addr, left) {
+            Ok(stream) => return Ok(stream),
+            Err(error) => last = error,
+        }
+    }
+    Err(last)
 }
 
 /// A connected socket as a wire: no delay, keepalive on.
 pub fn wire(stream: TcpStream, peer: String) -> io::Result<Wire> {
+    prepare(&stream)?;
+    let (writer, control) = (stream.try_clone()?, control(&stream)?);
+    Ok(split(stream, writer, control, peer))
+}
+
+/// No delay, keepalive on.
+pub(crate) fn prepare(stream: &TcpStream) -> io::Result<()> {
     stream.set_nodelay(true)?;
     let keepalive = TcpKeepalive::new().with_time(KEEPALIVE_IDLE).with_interval(KEEPALIVE_INTERVAL);
-    let socket = SockRef::from(&stream);
+    let socket = SockRef::from(stream);
     socket.set_tcp_keepalive(&keepalive)?;
     #[cfg(any(target_os = "linux", target_os = "android"))]
     socket.set_tcp_user_timeout(Some(UNHEARD_MAX))?;
-    let writer = stream.try_clone()?;
-    let control: Arc<dyn Control> = Arc::new(TcpControl(stream.try_clone()?));
-    Ok(split(stream, writer, control, peer))
+    Ok(())
+}
+
+/// Ends the socket, whatever is spoken on it.
+pub(crate) fn control(stream: &TcpStream) -> io::Result<Arc<dyn Control>> {
+    Ok(Arc::new(TcpControl(stream.try_clone()?)))
 }
 
 struct TcpControl(TcpStream);

@@ -1,0 +1,221 @@
+//! TLS 1.3 over TCP, certificates of both ends: the KV wire where others can listen. One connection's state is shared by its
+//! two halves: what takes time (the sockets) is done outside its lock.
+
+use std::fmt;
+use std::io::{self, IoSlice, Read, Write};
+use std::net::TcpStream;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use rustls::pki_types::ServerName;
+use rustls::{ClientConfig, ClientConnection, Connection, ServerConfig, ServerConnection};
+
+use crate::transport::{Dialer, tcp};
+use crate::wire::{ReadTimeout, Wire, WriteTimeout, split};
+
+/// Ciphertext read at once.
+const READ_BYTES: usize = 256 << 10;
+/// Plaintext encrypted at once, before it goes to the socket.
+const WRITE_BYTES: usize = 256 << 10;
+
+/// How both ends of a process know their peers.
+#[derive(Clone)]
+pub struct Tls {
+    /// For connections that come.
+    pub server: Arc<ServerConfig>,
+    /// For connections that are made.
+    pub client: Arc<ClientConfig>,
+    /// Name in the certificates of those that connections are made to.
+    pub name: ServerName<'static>,
+}
+
+/// The same configurations, not ones that look alike.
+impl PartialEq for Tls {
+    fn eq(&self, other: &Self) -> bool {
+        Arc::ptr_eq(&self.server, &other.server)
+            && Arc::ptr_eq(&self.client, &other.client)
+            && self.name == other.name
+    }
+}
+
+impl Eq for Tls {}
+
+impl fmt::Debug for Tls {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "Tls({:?})", self.name)
+    }
+}
+
+/// Connects over TCP and proves who both ends are.
+#[derive(Clone, Debug)]
+pub struct TlsDialer(pub Tls);
+
+impl Dialer for TlsDialer {
+    fn dial(&self, address: &str, timeout: Duration) -> io::Result<Wire> {
+        let until = Instant::now() + timeout;
+        let mut stream = tcp::connect(address, timeout)?;
+        tcp::prepare(&stream)?;
+        let mut connection =
+            ClientConnection::new(self.0.client.clone(), self.0.name.clone()).map_err(io::Error::other)?;
+        while connection.is_handshaking() {
+            let left = until.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                return Err(io::Error::new(io::ErrorKind::TimedOut, "no TLS in time"));
+            }
+            stream.set_read_timeout(Some(left))?;
+            stream.set_write_timeout(Some(left))?;
+            connection.complete_io(&mut stream)?;
+        }
+        // With TLS 1.3 a client is done before the server has judged its certificate: a refusal comes with the first read.
+        while connection.wants_write() {
+            connection.write_tls(&mut stream)?;
+        }
+        stream.set_read_timeout(None)?;
+        stream.set_write_timeout(None)?;
+        wire(stream, Connection::Client(connection), address.to_owned())
+    }
+}
+
+/// An accepted socket as a wire. The handshake happens as the first frame is waited for, within the same deadline.
+pub fn accept(stream: TcpStream, tls: &Tls, peer: String) -> io::Result<Wire> {
+    tcp::prepare(&stream)?;
+    let connection = ServerConnection::new(tls.server.clone()).map_err(io::Error::other)?;
+    wire(stream, Connection::Server(connection), peer)
+}
+
+fn wire(stream: TcpStream, mut connection: Connection, peer: String) -> io::Result<Wire> {
+    connection.set_buffer_limit(Some(WRITE_BYTES));
+    let shared = Arc::new(Shared { state: Mutex::new(connection), out: Mutex::new(stream.try_clone()?) });
+    let writer = Writer { stream: stream.try_clone()?, shared: shared.clone(), cipher: Vec::new() };
+    let control = tcp::control(&stream)?;
+    let reader = Reader { stream, shared, cipher: vec![0; READ_BYTES], ready: 0..0 };
+    Ok(split(reader, writer, control, peer))
+}
+
+/// What both halves use. Locks are taken in the order `out`, `state`: records leave in the order in which they were made.
+struct Shared {
+    state: Mutex<Connection>,
+    out: Mutex<TcpStream>,
+}
+
+impl Shared {
+    fn state(&self) -> MutexGuard<'_, Connection> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Sends what the connection itself has to say. During the handshake nobody else writes; later it goes with what is
+    /// written next, if somebody writes now.
+    fn answer(&self) -> io::Result<()> {
+        let handshaking = {
+            let state = self.state();
+            if !state.wants_write() {
+                return Ok(());
+            }
+            state.is_handshaking()
+        };
+        let mut out = match (handshaking, self.out.try_lock()) {
+            (_, Ok(out)) => out,
+            (true, Err(_)) => self.out.lock().unwrap_or_else(PoisonError::into_inner),
+            (false, Err(_)) => return Ok(()),
+        };
+        let mut cipher = Vec::new();
+        take(&mut self.state(), &mut cipher)?;
+        out.write_all(&cipher)
+    }
+}
+
+/// Moves all records that are ready into `cipher`.
+fn take(state: &mut Connection, cipher: &mut Vec<u8>) -> io::Result<()> {
+    while state.wants_write() {
+        state.write_tls(cipher)?;
+    }
+    Ok(())
+}
+
+struct Reader {
+    stream: TcpStream,
+    shared: Arc<Shared>,
+    cipher: Vec<u8>,
+    /// Of `cipher`: read, not yet taken in.
+    ready: std::ops::Range<usize>,
+}
+
+impl Read for Reader {
+    fn read(&mut self, into: &mut [u8]) -> io::Result<usize> {
+        loop {
+            let mut state = self.shared.state();
+            match state.reader().read(into) {
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
+                // A peer that closes without saying so ends a session as any lost connection does: the counts are missing.
+                Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => return Ok(0),
+                other => return other,
+            }
+            if !self.ready.is_empty() {
+                let mut ready = &self.cipher[self.ready.clone()];
+                let taken = state.read_tls(&mut ready)?;
+                self.ready.start += taken;
+                let processed = state.process_new_packets();
+                drop(state);
+                // Also what is wrong is said.
+                let answered = self.shared.answer();
+                processed.map_err(|error| io::Error::new(io::ErrorKind::InvalidData, error))?;
+                answered?;
+                continue;
+            }
+            drop(state);
+            match self.stream.read(&mut self.cipher)? {
+                0 => return Ok(0),
+                read => self.ready = 0..read,
+            }
+        }
+    }
+}
+
+impl ReadTimeout for Reader {
+    fn set_read_timeout(&self, timeout: Option<Duration>) -> io::Result<()> {
+        self.stream.set_read_timeout(timeout)
+    }
+}
+
+struct Writer {
+    stream: TcpStream,
+    shared: Arc<Shared>,
+    /// Kept for its memory.
+    cipher: Vec<u8>,
+}
+
+impl Write for Writer {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        self.write_vectored(&[IoSlice::new(bytes)])
+    }
+
+    fn write_vectored(&mut self, slices: &[IoSlice<'_>]) -> io::Result<usize> {
+        let mut out = self.shared.out.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut state = self.shared.state();
+        let mut written = 0;
+        for slice in slices {
+            let part = &slice[..slice.len().min(WRITE_BYTES - written)];
+            let taken = state.writer().write(part)?;
+            written += taken;
+            if taken < slice.len() {
+                break;
+            }
+        }
+        self.cipher.clear();
+        take(&mut state, &mut self.cipher)?;
+        drop(state);
+        // Part of a record cannot be taken back: an error here ends the connection, as the sink promises.
+        out.write_all(&self.cipher)?;
+        Ok(written)
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+impl WriteTimeout for Writer {
+    fn set_write_timeout(&self, timeout: Option<Duration>) -> io::Result<()> {
+        self.stream.set_write_timeout(timeout)
+    }
+}
