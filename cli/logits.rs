@@ -12,7 +12,8 @@ use std::time::Duration;
 use anyhow::{Context, Result, anyhow, bail, ensure};
 use backend::{Backend, BackendError, DType, DeviceOptions, Group, KvSpec, KvStore, SeqId};
 use kvtransfer::{
-    Close, Expect, Landed, Limits, Peers, PushSpec, Receiver, Sender, SessionId, TargetSpec, Ticket,
+    Close, Codec, CodecPolicy, Expect, Landed, Limits, Peers, PushSpec, Receiver, Sender, SessionId,
+    TargetSpec, Ticket,
 };
 use models::replay::Rank;
 use models::{Checkpoint, ModelError};
@@ -52,6 +53,10 @@ pub struct LogitsArgs {
     /// Compute prompts on a rank of their own and send their KV cache to the ranks that go on
     #[arg(long)]
     handoff: bool,
+    /// How KV travels with --handoff: exact, fp8, int8 or int4; another than exact is compared with it, as the
+    /// divergence (KL) of the probabilities after each id
+    #[arg(long, value_name = "NAME", default_value = "exact")]
+    kv_codec: CodecPolicy,
     /// Prompt tokens per step
     #[arg(long, value_name = "TOKENS", default_value_t = CHUNK)]
     chunk: usize,
@@ -83,6 +88,9 @@ struct Case {
 
 /// Logits per case, `[ids, vocabulary]`.
 type Rows = Vec<Vec<f32>>;
+
+/// Bit for bit.
+const EXACT: CodecPolicy = CodecPolicy::Always(Codec::Exact);
 
 /// What this build computes on.
 const BACKENDS: &str = if cfg!(feature = "mlx") { "cpu, cuda, mlx" } else { "cpu, cuda" };
@@ -143,6 +151,7 @@ fn compute<B: Backend>(args: &LogitsArgs, checkpoint: &Checkpoint, cases: &[Case
         cases,
         chunk: args.chunk,
         tokens: cases.iter().map(Case::tokens).max().unwrap_or(1),
+        codec: args.kv_codec,
         options: DeviceOptions {
             dtype: args.dtype,
             threads: (cores / ranks_at_once).max(1),
@@ -150,8 +159,14 @@ fn compute<B: Backend>(args: &LogitsArgs, checkpoint: &Checkpoint, cases: &[Case
         },
     };
     if args.handoff {
-        return handed_over::<B>(&work, args.tp);
+        let rows = handed_over::<B>(&work, args.tp)?;
+        if args.kv_codec != EXACT {
+            let exact = handed_over::<B>(&Work { codec: EXACT, ..work }, args.tp)?;
+            crate::print(&divergence(&args.kv_codec, &exact, &rows, checkpoint.config().vocab_size));
+        }
+        return Ok(rows);
     }
+    ensure!(args.kv_codec == EXACT, "--kv-codec needs --handoff");
     ranks(args.tp, |group| {
         let mut rank: Rank<B> = work.open(group)?;
         let mut all = Rows::new();
@@ -174,6 +189,7 @@ struct Work<'w> {
     chunk: usize,
     /// Room in the cache.
     tokens: usize,
+    codec: CodecPolicy,
     options: DeviceOptions,
 }
 
@@ -200,6 +216,32 @@ fn ranks(world: usize, each: impl Fn(Group) -> Result<Rows> + Sync) -> Result<Ro
 }
 
 /// Whether an error only says that another rank is gone, and is not the cause.
+/// How far `rows` are from `exact`: KL divergence of the probabilities after each id, mean and largest in nats, and how
+/// often the likeliest id is the same.
+fn divergence(codec: &CodecPolicy, exact: &Rows, rows: &Rows, vocab: usize) -> String {
+    let (mut count, mut sum, mut most, mut same) = (0u32, 0.0, 0.0f64, 0u32);
+    for (exact, rows) in exact.iter().zip(rows) {
+        for (p, q) in exact.chunks(vocab).zip(rows.chunks(vocab)) {
+            let (log_p, log_q) = (log_softmax(p), log_softmax(q));
+            let kl: f64 = log_p.iter().zip(&log_q).map(|(p, q)| p.exp() * (p - q)).sum();
+            let top = |logits: &[f32]| (0..logits.len()).max_by(|a, b| logits[*a].total_cmp(&logits[*b]));
+            (count, sum, most) = (count + 1, sum + kl.max(0.0), most.max(kl));
+            same += u32::from(top(p) == top(q));
+        }
+    }
+    let mean = sum / f64::from(count.max(1));
+    format!(
+        "{codec} against exact: KL mean {mean:.3e}, most {most:.3e}; same likeliest id {same} of {count}\n"
+    )
+}
+
+fn log_softmax(logits: &[f32]) -> Vec<f64> {
+    let most = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+    let shifted = logits.iter().map(|logit| f64::from(logit - most));
+    let log_sum = shifted.clone().map(f64::exp).sum::<f64>().ln();
+    shifted.map(|logit| logit - log_sum).collect()
+}
+
 fn saw_another_go(error: &anyhow::Error) -> bool {
     matches!(error.downcast_ref(), Some(ModelError::Backend(BackendError::Group { .. })))
         || error.is::<mpsc::RecvError>()
@@ -267,7 +309,7 @@ fn prefill<B: Backend>(
     targets: mpsc::Receiver<TargetSpec>,
 ) -> Result<Rows> {
     let mut rank: Rank<B> = work.open(Group::alone())?;
-    let sender = Sender::new(Limits::default());
+    let sender = Sender::new(Limits { codec: work.codec, ..Limits::default() });
     let mut all = Rows::new();
     for (case, (session, ticket)) in work.cases.iter().zip(sessions) {
         let len = case.prompt.len() as u32;
