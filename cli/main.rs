@@ -88,6 +88,11 @@ fn main() -> ExitCode {
 }
 
 fn run(command: Command) -> Result<ExitCode> {
+    if let Command::Prefill(flags) = &command {
+        roles::prepare(&config::load("prefill", flags)?);
+    } else if let Command::Decode(flags) = &command {
+        roles::prepare(&config::load("decode", flags)?);
+    }
     let runtime =
         tokio::runtime::Builder::new_multi_thread().enable_all().build().context("no async runtime")?;
     let done = runtime.block_on(async {

@@ -14,7 +14,7 @@ use crate::config::Entry;
 use crate::model::{self, Located};
 use crate::supervised;
 
-pub use node::{decode, prefill};
+pub use node::{decode, prefill, prepare};
 pub use router::router;
 
 /// Between two attempts to reach a router that is away.

@@ -11,6 +11,13 @@ use crate::system;
 /// A reservation without progress lapses after this; a sender that lives says something every second.
 const LAND_DEADLINE: std::time::Duration = std::time::Duration::from_secs(30);
 
+/// What a rank needs before anything else: called by `main` while it is the only thread.
+pub fn prepare(settings: &NodeSettings) {
+    let group = GroupConfig { world: settings.tp, rank: settings.rank, leader: settings.leader.clone() };
+    // SAFETY: no thread has been started.
+    unsafe { node::prepare(settings.backend, &group) };
+}
+
 /// Runs one rank of a prefill node until a stop signal.
 pub async fn prefill(settings: NodeSettings) -> Result<()> {
     let Some((config, shutdown)) = start(settings, "prefill").await? else { return Ok(()) };

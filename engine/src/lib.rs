@@ -29,4 +29,4 @@ pub use request::{
     Token,
 };
 pub use runner::{EpochEnd, Runner};
-pub use serve::{Place, Terms, serve};
+pub use serve::{Native, Place, Terms, serve};

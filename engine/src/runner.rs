@@ -122,6 +122,7 @@ impl<B: Backend> Runner<B> {
             target: Target { rank, addresses: self.kv_addresses(), spec: self.kv_spec().clone() },
             blocks: self.free_blocks(),
             block_tokens: self.kv.block_tokens(),
+            native: None,
         }
     }
 
@@ -205,6 +206,10 @@ impl<B: Backend> Runner<B> {
 
     /// Lets the links of a group run and gives the backend its sockets.
     fn enter(&mut self, group: &mut Group, commands: &Commands) -> Result<(), EngineError> {
+        // What waits for the other ranks by itself does so under the eyes of the links.
+        if group.is_native() {
+            group.run(commands)?;
+        }
         if let Some(collective) = group.collective() {
             self.backend.regroup(collective)?;
         }

@@ -14,6 +14,9 @@ use crate::tp::{Group, TpError, rendezvous};
 /// Wait before a follower dials its leader again: from the first to the last, doubling.
 const RETRY: [Duration; 2] = [Duration::from_millis(100), Duration::from_secs(2)];
 
+/// Time for the last answers of a process that is started anew.
+const PARTING: Duration = Duration::from_millis(100);
+
 /// This rank's place in its group.
 #[derive(Debug)]
 pub enum Place {
@@ -46,6 +49,17 @@ pub struct Terms {
     pub identity: String,
     /// Epoch of the leader's first group; greater than any that an earlier process of it used, e.g. from the clock.
     pub first_epoch: u64,
+    /// For a backend with a fabric of its own.
+    pub native: Option<Native>,
+}
+
+/// A backend's own fabric between its ranks.
+#[derive(Clone, Debug)]
+pub struct Native {
+    /// What this rank's backend tells those of the others.
+    pub about: String,
+    /// Starts this process anew, for the given reason: such a fabric is joined once per process. Does not return.
+    pub renew: fn(&str),
 }
 
 /// Runs the rank until [`crate::Engine::stop`]; a follower also, after [`crate::Engine::drain`], until its group ends.
@@ -65,7 +79,8 @@ pub fn serve<B: Backend>(
     let stop = || commands.stopping() || (follows && commands.draining());
     while !stop() {
         let rank = if let Place::Follow { rank, .. } = place { *rank } else { 0 };
-        let member = runner.member(rank, &terms.version, &terms.identity);
+        let mut member = runner.member(rank, &terms.version, &terms.identity);
+        member.native = terms.native.as_ref().map(|native| native.about.clone());
         let met = match place {
             Place::Alone => Ok(Group::alone(epoch, member.target, member.blocks)),
             Place::Lead { listener, world } => {
@@ -74,7 +89,7 @@ pub fn serve<B: Backend>(
             Place::Follow { leader, .. } => rendezvous::join(leader, &terms.secret, &member, &stop),
         };
         epoch += 1;
-        let group = match met {
+        let mut group = match met {
             Ok(group) => group,
             Err(TpError::Stopped) => break,
             Err(error @ (TpError::Refused(_) | TpError::Proof)) => return Err(error.into()),
@@ -95,6 +110,9 @@ pub fn serve<B: Backend>(
             group.epoch,
             group.blocks
         );
+        if let Some(native) = &terms.native {
+            group.watch(native.renew);
+        }
         let ended = match place {
             Place::Follow { .. } => runner.follow(group, commands),
             Place::Alone | Place::Lead { .. } => runner.lead(group, commands),
@@ -108,6 +126,11 @@ pub fn serve<B: Backend>(
                     break;
                 }
                 tracing::warn!("the group is lost and meets anew: {error}");
+                if let Some(native) = &terms.native {
+                    // The jobs' ends are on their way to whoever asked for them.
+                    std::thread::sleep(PARTING);
+                    (native.renew)(&error.to_string());
+                }
             }
             EpochEnd::Lost(error) => return Err(error),
         }

@@ -8,10 +8,13 @@ mod grammars;
 pub mod loading;
 pub mod memory;
 mod rank;
+#[cfg(feature = "mlx")]
+mod renew;
 mod report;
 mod run;
 
 pub use config::{BackendKind, GroupConfig, LoadFormat, NodeConfig};
 pub use error::NodeError;
 pub use grammars::Grammars;
+pub use rank::prepare;
 pub use run::{drain, probe, run};

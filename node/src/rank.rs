@@ -98,17 +98,21 @@ pub fn start(
     let work = move || {
         let result = match chosen(config.backend, config.group.world) {
             #[cfg(feature = "mlx")]
-            BackendKind::Mlx => serve::<backend_mlx::MlxBackend>(&config, opened, &place, &commands, loaded),
+            BackendKind::Mlx => {
+                let native = engine::Native { about: backend_mlx::describe(), renew: crate::renew::renew };
+                let native = (config.group.world > 1).then_some(native);
+                serve::<backend_mlx::MlxBackend>(&config, opened, &place, native, &commands, loaded)
+            }
             #[cfg(not(feature = "mlx"))]
             BackendKind::Mlx => {
                 let reason = "this build is without it (cargo feature mlx)".to_owned();
                 Err(backend::BackendError::Unavailable { backend: "mlx", reason }.into())
             }
             BackendKind::Cuda => {
-                serve::<backend_cuda::CudaBackend>(&config, opened, &place, &commands, loaded)
+                serve::<backend_cuda::CudaBackend>(&config, opened, &place, None, &commands, loaded)
             }
             BackendKind::Auto | BackendKind::Cpu => {
-                serve::<CpuBackend>(&config, opened, &place, &commands, loaded)
+                serve::<CpuBackend>(&config, opened, &place, None, &commands, loaded)
             }
         };
         // A process that is ending does not ask.
@@ -122,13 +126,13 @@ pub fn start(
 }
 
 /// What `auto` means: MLX in builds that have it, else an NVIDIA GPU where there is one, else the CPU. Several ranks compute
-/// on the CPU so far.
+/// with MLX or on the CPU so far.
 fn chosen(asked: BackendKind, world: usize) -> BackendKind {
+    if asked == BackendKind::Auto && cfg!(feature = "mlx") {
+        return BackendKind::Mlx;
+    }
     if asked != BackendKind::Auto || world > 1 {
         return asked;
-    }
-    if cfg!(feature = "mlx") {
-        return BackendKind::Mlx;
     }
     match backend_cuda::probe() {
         Ok(gpus) => {
@@ -142,10 +146,25 @@ fn chosen(asked: BackendKind, world: usize) -> BackendKind {
     }
 }
 
+/// What must happen before the process has a second thread: MLX finds the other ranks of its group through the environment.
+///
+/// # Safety
+/// The process has one thread.
+pub unsafe fn prepare(backend: BackendKind, group: &GroupConfig) {
+    #[cfg(feature = "mlx")]
+    if group.world > 1 && chosen(backend, group.world) == BackendKind::Mlx {
+        // SAFETY: the caller's promise.
+        unsafe { backend_mlx::prepare(group.rank, group.leader.as_deref().unwrap_or_default()) };
+    }
+    #[cfg(not(feature = "mlx"))]
+    let _ = (backend, group);
+}
+
 fn serve<B: Backend>(
     config: &NodeConfig,
     opened: Opened,
     place: &Place,
+    native: Option<engine::Native>,
     commands: &Commands,
     loaded: oneshot::Sender<Loaded>,
 ) -> Result<(), NodeError> {
@@ -205,6 +224,7 @@ fn serve<B: Backend>(
         version: env!("CARGO_PKG_VERSION").into(),
         identity: format!("{} {} {} {}", identity.graph, identity.vocab, identity.weights, config.dtype),
         first_epoch: first_epoch(),
+        native,
     };
     Ok(engine::serve(&mut runner, place, &terms, commands)?)
 }

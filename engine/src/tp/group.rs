@@ -2,6 +2,8 @@
 
 use std::net::{Shutdown, TcpStream};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
 
 use backend::Links;
 
@@ -10,6 +12,9 @@ use super::plan::{Notice, Plan};
 use super::{Frame, wire::WireError};
 use crate::handle::{Command, Commands};
 use crate::request::Target;
+
+/// Time for a rank to leave an epoch that another rank has left.
+const WEDGED_AFTER: Duration = Duration::from_secs(1);
 
 /// Why a group cannot begin or go on.
 #[derive(Debug, thiserror::Error)]
@@ -61,11 +66,15 @@ pub struct Group {
     pub targets: Vec<Target>,
     /// Blocks that every rank's store has.
     pub blocks: u32,
-    /// Sockets for the backend's collectives; taken by [`Group::collective`].
-    sockets: Vec<Option<TcpStream>>,
+    /// For the backend's collectives; taken by [`Group::collective`].
+    links: Links,
     /// The same sockets, to be shut when a rank is lost: a collective that waits for it ends then.
     shut: Arc<Vec<TcpStream>>,
     control: Control,
+    /// Starts this process anew, see [`Group::watch`].
+    renew: Option<fn(&str)>,
+    /// Whether this rank has left the epoch.
+    left: Arc<AtomicBool>,
 }
 
 /// Links to the other ranks: all of them on the leader, the leader's on a follower.
@@ -83,9 +92,11 @@ impl Group {
             epoch,
             targets: vec![target],
             blocks,
-            sockets: Vec::new(),
+            links: Links::Alone,
             shut: Arc::default(),
             control,
+            renew: None,
+            left: Arc::default(),
         }
     }
 
@@ -94,12 +105,24 @@ impl Group {
         epoch: u64,
         targets: Vec<Target>,
         blocks: u32,
-        sockets: Vec<Option<TcpStream>>,
-        links: Vec<(usize, Halves)>,
+        links: Links,
+        control: Vec<(usize, Halves)>,
     ) -> Result<Self, TpError> {
+        let sockets = if let Links::Sockets(sockets) = &links { sockets.as_slice() } else { &[] };
         let shut = sockets.iter().flatten().map(TcpStream::try_clone).collect::<Result<_, _>>()?;
-        let control = Control::Met(links);
-        Ok(Group { rank, epoch, targets, blocks, sockets, shut: Arc::new(shut), control })
+        let (shut, control) = (Arc::new(shut), Control::Met(control));
+        Ok(Group { rank, epoch, targets, blocks, links, shut, control, renew: None, left: Arc::default() })
+    }
+
+    /// For a backend whose collectives may hang when a rank is lost: a rank that has not left the epoch [`WEDGED_AFTER`] a
+    /// loss is started anew by `renew`, from another thread.
+    pub(crate) fn watch(&mut self, renew: fn(&str)) {
+        self.renew = Some(renew);
+    }
+
+    /// Whether the backend has a fabric of its own, which waits for the other ranks by itself.
+    pub(crate) fn is_native(&self) -> bool {
+        matches!(self.links, Links::Native(_))
     }
 
     /// Number of ranks.
@@ -109,7 +132,7 @@ impl Group {
 
     /// The group as its backend needs it; `None` for one rank.
     pub(crate) fn collective(&mut self) -> Option<backend::Group> {
-        let links = Links::Sockets(std::mem::take(&mut self.sockets));
+        let links = std::mem::replace(&mut self.links, Links::Alone);
         (self.world() > 1).then(|| backend::Group { rank: self.rank, world: self.world(), links })
     }
 
@@ -119,9 +142,13 @@ impl Group {
         let mut running = Vec::new();
         for (rank, halves) in std::mem::take(links) {
             let (epoch, sender, shut) = (self.epoch, commands.sender(), self.shut.clone());
+            let (renew, left) = (self.renew, self.left.clone());
             running.push(Link::start(halves, move |frame| {
-                if frame.is_err() {
+                if let Err(error) = &frame {
                     close_all(&shut);
+                    if let Some(renew) = renew {
+                        watch_over(renew, left.clone(), format!("rank {rank} lost: {error}"));
+                    }
                 }
                 // A runner that has ended needs no frames.
                 let _ = sender.send(Command::Frame { epoch, rank, frame });
@@ -159,6 +186,7 @@ impl Group {
 
     /// Leaves the group, and tells the followers why if this is the leader.
     pub(crate) fn end(&mut self, reason: &str) {
+        self.left.store(true, Ordering::Release);
         if let Control::Running(links) = &mut self.control {
             for link in links.drain(..).filter(|_| self.rank == 0) {
                 // Best effort: a follower that does not hear it sees the link closed.
@@ -172,6 +200,21 @@ impl Group {
 impl Drop for Group {
     fn drop(&mut self) {
         self.end("the leader left");
+    }
+}
+
+/// Gives this rank [`WEDGED_AFTER`] to leave the epoch by itself.
+fn watch_over(renew: fn(&str), left: Arc<AtomicBool>, reason: String) {
+    let watch = move || {
+        std::thread::sleep(WEDGED_AFTER);
+        if !left.load(Ordering::Acquire) {
+            renew(&format!("{reason}; the device hangs"));
+        }
+    };
+    // Without a thread nothing watches; the runner ends by itself unless the device hangs.
+    let started = std::thread::Builder::new().name("tp-watch".into()).spawn(watch);
+    if let Err(error) = started {
+        tracing::error!("nothing watches over a lost group: {error}");
     }
 }
 

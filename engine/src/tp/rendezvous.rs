@@ -6,6 +6,7 @@ use std::io::{ErrorKind, Read, Write};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener, TcpStream, ToSocketAddrs};
 use std::time::{Duration, Instant};
 
+use backend::Links;
 use subtle::ConstantTimeEq;
 
 use super::link::{Halves, proof};
@@ -43,6 +44,9 @@ pub struct Member {
     pub blocks: u32,
     /// Tokens per block.
     pub block_tokens: u32,
+    /// For a backend with a fabric of its own, what it tells the backends of the other ranks; `None`: ours connect the
+    /// ranks with sockets.
+    pub native: Option<String>,
 }
 
 struct Joined {
@@ -93,6 +97,7 @@ pub fn join(leader: &str, secret: &[u8], member: &Member, stop: &dyn Fn() -> boo
     let stream = dial(leader)?;
     let (near, far) = (stream.local_addr()?, stream.peer_addr()?);
     let mut halves = prove(stream, secret, stop)?;
+    // A backend with a fabric of its own listens there itself later: until then the port is ours.
     let listener = TcpListener::bind((near.ip(), 0))?;
     let mut w = Writer::default();
     w.u32(listener.local_addr()?.port().into());
@@ -112,6 +117,7 @@ pub fn join(leader: &str, secret: &[u8], member: &Member, stop: &dyn Fn() -> boo
     let mut r = Reader(&begun);
     let (epoch, nonce, blocks) = (r.u64()?, r.array::<32>()?, r.u32()?);
     let ranks = r.list(|r| Ok((r.text()?, target(r)?)))?;
+    let native = r.text()?;
     r.end()?;
     let (addresses, targets): (Vec<String>, Vec<Target>) = ranks.into_iter().unzip();
     let mut mesh = Vec::new();
@@ -126,9 +132,14 @@ pub fn join(leader: &str, secret: &[u8], member: &Member, stop: &dyn Fn() -> boo
         });
     }
     let rank = member.target.rank;
+    if member.native.is_some() {
+        drop(listener);
+        halves.out.send(&Frame::Ready)?;
+        return Group::met(rank, epoch, targets, blocks, Links::Native(native), vec![(0, halves)]);
+    }
     let sockets = mesh::connect(&listener, &mesh_key(secret, &nonce), rank, &mesh)?;
     halves.out.send(&Frame::Ready)?;
-    Group::met(rank, epoch, targets, blocks, sockets, vec![(0, halves)])
+    Group::met(rank, epoch, targets, blocks, Links::Sockets(sockets), vec![(0, halves)])
 }
 
 fn dial(leader: &str) -> Result<TcpStream, TpError> {
@@ -255,6 +266,13 @@ fn agree(world: usize, leader: &Member, member: &Member) -> Result<(), String> {
     if leader.block_tokens != member.block_tokens {
         return differs("tokens per kv block", &leader.block_tokens, &member.block_tokens);
     }
+    let fabric = |member: &Member| match member.native {
+        Some(_) => "the backend's own",
+        None => "sockets",
+    };
+    if leader.native.is_some() != member.native.is_some() {
+        return differs("links between ranks", &fabric(leader), &fabric(member));
+    }
     let shape = |target: &Target| kvtransfer::layout::describe(&target.spec);
     let layers = |target: &Target| (target.spec.layers, target.spec.planes.len());
     if layers(&leader.target) != layers(&member.target) {
@@ -293,6 +311,7 @@ fn welcome(
     let mut ranks = vec![(unspecified, leader.target.clone())];
     ranks.extend(joined.values().map(|rank| (rank.mesh, rank.member.target.clone())));
     let nonce = nonce()?;
+    let native = native(leader, &ours, &listener, &joined)?;
     let mut w = Writer::default();
     w.u64(epoch);
     w.0.extend_from_slice(&nonce);
@@ -301,12 +320,19 @@ fn welcome(
         w.text(&address.to_string());
         encode_target(w, target);
     });
+    w.text(native.as_deref().unwrap_or_default());
     let frame = Frame::Welcome(w.0);
     for (rank, entry) in &mut joined {
         entry.halves.out.send(&frame).map_err(lost(*rank))?;
     }
     let (addresses, targets): (Vec<SocketAddr>, Vec<Target>) = ranks.into_iter().unzip();
-    let sockets = mesh::connect(&listener, &mesh_key(secret, &nonce), 0, &addresses)?;
+    let collective = match native {
+        Some(specification) => {
+            drop(listener);
+            Links::Native(specification)
+        }
+        None => Links::Sockets(mesh::connect(&listener, &mesh_key(secret, &nonce), 0, &addresses)?),
+    };
     let mut links = Vec::new();
     for (rank, mut entry) in joined {
         match entry.halves.into.receive(READY_WAIT).map_err(lost(rank))? {
@@ -314,7 +340,25 @@ fn welcome(
             other => return Err(unexpected(&other)),
         }
     }
-    Group::met(0, epoch, targets, blocks, sockets, links)
+    Group::met(0, epoch, targets, blocks, collective, links)
+}
+
+/// What a backend with a fabric of its own is told: a line per rank, its address and what its backend says.
+fn native(
+    leader: &Member,
+    ours: &[IpAddr],
+    listener: &TcpListener,
+    joined: &BTreeMap<usize, Joined>,
+) -> Result<Option<String>, TpError> {
+    // In a ring the last rank dials the first: at the address by which it reached us.
+    let (Some(about), Some(ip)) = (&leader.native, ours.last()) else { return Ok(None) };
+    let mut text = format!("{}\t{about}\n", SocketAddr::new(*ip, listener.local_addr()?.port()));
+    for rank in joined.values() {
+        let about = rank.member.native.as_deref().unwrap_or_default();
+        // One line each, whatever a rank says.
+        text.push_str(&format!("{}\t{}\n", rank.mesh, about.replace(['\n', '\t'], " ")));
+    }
+    Ok(Some(text))
 }
 
 fn mesh_key(secret: &[u8], nonce: &[u8; 32]) -> [u8; 32] {
@@ -346,6 +390,7 @@ fn encode(w: &mut Writer, member: &Member) {
     encode_target(w, &member.target);
     w.u32(member.blocks);
     w.u32(member.block_tokens);
+    w.list(member.native.as_slice(), |w, about| w.text(about));
 }
 
 fn decode(r: &mut Reader<'_>) -> Result<Member, TpError> {
@@ -355,6 +400,7 @@ fn decode(r: &mut Reader<'_>) -> Result<Member, TpError> {
         target: target(r)?,
         blocks: r.u32()?,
         block_tokens: r.u32()?,
+        native: r.list(Reader::text)?.pop(),
     })
 }
 
@@ -384,6 +430,7 @@ mod tests {
             },
             blocks: 100 - rank as u32,
             block_tokens: 16,
+            native: None,
         }
     }
 

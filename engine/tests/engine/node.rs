@@ -111,6 +111,7 @@ fn terms() -> Terms {
         version: "1".into(),
         identity: "tiny".into(),
         first_epoch: EPOCH.fetch_add(1000, Ordering::Relaxed),
+        native: None,
     }
 }
 
