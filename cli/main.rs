@@ -1,6 +1,7 @@
 //! The `baton` executable. Each role of a cluster is a subcommand: parse, load settings, serve, drain.
 
 mod api;
+mod bench;
 mod bundled;
 mod certificate;
 mod chat;
@@ -63,6 +64,9 @@ enum Command {
     Inspect(inspect::Args),
     /// Write a model's logits for comparison with another implementation
     Logits(logits::LogitsArgs),
+    /// Measure this machine
+    #[command(subcommand)]
+    Bench(bench::BenchCommand),
     /// Show settings
     #[command(subcommand)]
     Config(ConfigCommand),
@@ -109,6 +113,7 @@ fn run(command: Command) -> Result<ExitCode> {
             Command::Key(args) => key::run(args)?,
             Command::Inspect(args) => return inspect::run(args).await,
             Command::Logits(args) => logits::run(&args)?,
+            Command::Bench(command) => bench::run(&command)?,
             Command::Config(ConfigCommand::Show { role }) => {
                 let (text, wrong) = config::show(role)?;
                 print(&text);

@@ -27,6 +27,8 @@ pub struct MlxBackend {
     pub(crate) flight: Option<Flight>,
     /// Rank and number of ranks.
     place: (usize, usize),
+    /// Bytes that the device may use, where the system says.
+    claimed: Option<u64>,
     /// Links to the other ranks, once they have met.
     fabric: Option<Rc<Fabric>>,
 }
@@ -99,6 +101,7 @@ impl Backend for MlxBackend {
             block_tokens: options.block_tokens,
             ropes: Vec::new(),
             place: (group.rank, group.world),
+            claimed: platform::claim(),
             fabric: None,
             flight: None,
         };
@@ -118,6 +121,8 @@ impl Backend for MlxBackend {
     }
 
     fn kv(&mut self, spec: &KvSpec, bytes: u64) -> Result<MlxKv, BackendError> {
+        let held = mlx_rs::memory::active_memory().map_err(Failure::from)?;
+        platform::fits(held as u64, bytes, self.claimed)?;
         MlxKv::new(spec, bytes, self.block_tokens)
     }
 

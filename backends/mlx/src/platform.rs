@@ -1,4 +1,7 @@
-//! What differs between Apple Silicon and MLX's CPU library on Linux, and nothing else of the backend does.
+//! What differs between Apple Silicon and MLX's CPU library on Linux, and nothing else of the backend does. What is compiled
+//! for Apple only has not been run yet.
+
+use backend::BackendError;
 
 /// Whether quantised products sum in f32 when activations are 16 bits wide. Metal's kernels do; the CPU library adds up in
 /// the type of the activations.
@@ -9,3 +12,75 @@ pub(crate) const GATHERS_NARROW: bool = cfg!(target_vendor = "apple");
 
 /// The device in words.
 pub(crate) const DEVICE: &str = if cfg!(target_vendor = "apple") { "metal" } else { "mlx's cpu library" };
+
+/// Lets the GPU keep as much memory as this machine gives it, and the machine awake while this process lives. Returns the
+/// bytes; `None` where nothing but the system's memory bounds them.
+pub(crate) fn claim() -> Option<u64> {
+    if !cfg!(target_vendor = "apple") {
+        return None;
+    }
+    // Ends with this process; without it the machine may sleep, which is no reason not to serve.
+    let awake = std::process::Command::new("caffeinate")
+        .args(["-i", "-s", "-w", &std::process::id().to_string()])
+        .stdin(std::process::Stdio::null())
+        .spawn();
+    drop(awake);
+    let limit = working_set()?;
+    // Refused before macOS 15: memory is then wired as it is used.
+    let _ = mlx_rs::memory::set_wired_limit(usize::try_from(limit).ok()?);
+    Some(limit)
+}
+
+/// Bytes that Metal recommends to use at most: three quarters of the memory or so, or what `iogpu.wired_limit_mb` says.
+fn working_set() -> Option<u64> {
+    // SAFETY: handles made and freed here; the key is a string that lives during the call, the size a place of ours.
+    unsafe {
+        let device = mlx_sys::mlx_device_new_type(mlx_sys::mlx_device_type__MLX_GPU, 0);
+        let mut info = mlx_sys::mlx_device_info_new();
+        let mut size = 0usize;
+        let got = mlx_sys::mlx_device_info_get(&mut info, device) == 0
+            && mlx_sys::mlx_device_info_get_size(
+                &mut size,
+                info,
+                c"max_recommended_working_set_size".as_ptr(),
+            ) == 0;
+        mlx_sys::mlx_device_info_free(info);
+        mlx_sys::mlx_device_free(device);
+        (got && size > 0).then_some(size as u64)
+    }
+}
+
+/// Whether a cache of `kv` bytes fits beside `held` bytes of weights into what [`claim`] gave. Errors with the sums, and what
+/// to change.
+pub(crate) fn fits(held: u64, kv: u64, claimed: Option<u64>) -> Result<(), BackendError> {
+    let Some(limit) = claimed.filter(|limit| held.saturating_add(kv) > *limit) else { return Ok(()) };
+    let mib = |bytes: u64| bytes.div_ceil(1 << 20);
+    let reason = format!(
+        "{} MiB of weights and {} MiB of kv cache are {} MiB, the GPU may use {} MiB: take less kv memory, more ranks, or \
+         `sudo sysctl iogpu.wired_limit_mb={}` if the machine has so much to spare",
+        mib(held),
+        mib(kv),
+        mib(held.saturating_add(kv)),
+        mib(limit),
+        mib(held.saturating_add(kv)) + 1024,
+    );
+    Err(BackendError::Unavailable { backend: "mlx", reason })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// The refusal says its sums and names the setting.
+    #[test]
+    fn what_does_not_fit_is_refused_with_its_sums() {
+        assert!(fits(6 << 30, 2 << 30, Some(8 << 30)).is_ok());
+        assert!(fits(u64::MAX, 1, None).is_ok());
+        let error = fits(6 << 30, 3 << 30, Some(8 << 30)).unwrap_err().to_string();
+        for part in
+            ["6144 MiB of weights", "3072 MiB of kv", "9216 MiB", "8192 MiB", "iogpu.wired_limit_mb=10240"]
+        {
+            assert!(error.contains(part), "{error}");
+        }
+    }
+}

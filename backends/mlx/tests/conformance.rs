@@ -10,6 +10,5 @@ fn conforms() {
     let open = |options: &DeviceOptions, group: Group| MlxBackend::open(options, group);
     let tolerance = Tolerance { f32: 1e-5, bf16: 2e-2 };
     let dtypes = &[DType::F32, DType::BF16];
-    let plain_experts = if cfg!(target_vendor = "apple") { dtypes } else { &[DType::F32][..] };
-    Suite { open: &open, tolerance, dtypes, group: None, quants: QUANTS, plain_experts }.run();
+    Suite { open: &open, tolerance, dtypes, group: None, quants: QUANTS, plain_experts: dtypes }.run();
 }

@@ -135,7 +135,8 @@ fn conforms() {
     };
     let tolerance = Tolerance { f32: 1e-5, bf16: 2e-2 };
     let dtypes = &[DType::F32, DType::BF16];
-    let suite = Suite { open: &open, tolerance, dtypes, group: Some(make), quants: QUANTS };
+    let suite =
+        Suite { open: &open, tolerance, dtypes, group: Some(make), quants: QUANTS, plain_experts: dtypes };
     for dtype in suite.dtypes {
         for (name, case) in suite.cases() {
             // The others are the same for a rank of several.
