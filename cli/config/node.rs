@@ -32,6 +32,8 @@ settings! {
         bind: SocketAddr ["ADDRESS:PORT"] = "127.0.0.1:0";
         /// Where KV is received; port 0 picks one
         kv_bind: SocketAddr ["ADDRESS:PORT"] = "127.0.0.1:0";
+        /// Where Prometheus reads this node's own metrics [default: nowhere; the router shows those of all nodes]
+        metrics_bind: Option<SocketAddr> ["ADDRESS:PORT"];
         /// Host by which other machines reach this one [default: the bound address]
         advertise: Option<String> ["HOST"];
         /// Device: auto (the best of this build and machine), cuda, mlx or cpu

@@ -25,6 +25,8 @@ pub struct NodeConfig {
     pub bind: SocketAddr,
     /// Where KV is received; port 0 picks one.
     pub kv_bind: SocketAddr,
+    /// Where the node's own metrics are read, over HTTP; `None`: nowhere.
+    pub metrics: Option<SocketAddr>,
     /// Host that other machines reach this one by; the bind addresses' own when `None`.
     pub advertise: Option<String>,
     /// Serve off loopback without encryption.

@@ -7,6 +7,7 @@ mod error;
 mod grammars;
 pub mod loading;
 pub mod memory;
+mod metrics;
 mod rank;
 #[cfg(feature = "mlx")]
 mod renew;

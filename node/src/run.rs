@@ -13,7 +13,7 @@ use tonic::{Response, Status};
 use crate::config::NodeConfig;
 use crate::error::NodeError;
 use crate::grammars::Grammars;
-use crate::{convert, rank, report};
+use crate::{convert, metrics, rank, report};
 
 /// How often a drain looks whether work is left.
 const DRAIN_POLL: Duration = Duration::from_millis(20);
@@ -40,6 +40,13 @@ pub async fn run(
         0 => Some(server::bind(config.bind).await?),
         _ => None,
     };
+    let page = match config.metrics {
+        Some(address) => {
+            cluster::require_loopback_or_insecure(address, config.insecure)?;
+            Some(server::bind(address).await?)
+        }
+        None => None,
+    };
     let place = rank::place(&config.group, config.insecure)?;
     let opening = config.clone();
     let opened = tokio::task::spawn_blocking(move || rank::open(&opening))
@@ -47,6 +54,13 @@ pub async fn run(
         .map_err(|_| NodeError::Panicked)??;
     // The thread needs the checkpoint, the join request the rest: the message is made before the checkpoint leaves.
     let (engine, commands) = engine::engine();
+    // Ends with this function.
+    let mut pages = tokio::task::JoinSet::new();
+    if let Some(listener) = page {
+        let name = if role == Role::Prefill { "prefill" } else { "decode" };
+        let (model, node) = (config.served_name.clone(), config.name.clone());
+        pages.spawn(metrics::serve(listener, engine.clone(), model, node, name));
+    }
     let request = match &listener {
         Some(listener) => {
             let bound =

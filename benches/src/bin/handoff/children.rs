@@ -64,6 +64,7 @@ pub async fn node(spec: &str) -> Result<()> {
         token: token()?,
         bind: any,
         kv_bind: any,
+        metrics: None,
         advertise: None,
         // The namespaces are reached from this machine alone.
         insecure: true,
