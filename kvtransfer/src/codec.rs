@@ -35,7 +35,7 @@ pub enum Codec {
 pub enum CodecPolicy {
     /// Always this one.
     Always(Codec),
-    /// Exact, and [`Codec::Fp8`] where the measured link is slower than the prompt's computation.
+    /// Exact, and [`Codec::Int8`] (of the same size as fp8, and closer: `benches/README.md`) where the measured link is slower than the prompt's computation.
     Auto,
 }
 
@@ -208,7 +208,7 @@ impl CodecPolicy {
     pub fn choose(self, compute_bytes_per_s: Option<f64>, link_bytes_per_s: Option<f64>) -> Codec {
         match (self, compute_bytes_per_s, link_bytes_per_s) {
             (CodecPolicy::Always(codec), ..) => codec,
-            (CodecPolicy::Auto, Some(compute), Some(link)) if link < compute => Codec::Fp8,
+            (CodecPolicy::Auto, Some(compute), Some(link)) if link < compute => Codec::Int8,
             (CodecPolicy::Auto, ..) => Codec::Exact,
         }
     }
@@ -369,7 +369,7 @@ mod tests {
     #[test]
     fn auto_compresses_only_where_the_link_is_measured_to_be_slower() {
         let auto: CodecPolicy = "auto".parse().unwrap();
-        assert_eq!(auto.choose(Some(2e9), Some(1e9)), Codec::Fp8);
+        assert_eq!(auto.choose(Some(2e9), Some(1e9)), Codec::Int8);
         assert_eq!(auto.choose(Some(1e9), Some(2e9)), Codec::Exact);
         assert_eq!(auto.choose(None, Some(1.0)), Codec::Exact);
         assert_eq!(auto.choose(Some(1.0), None), Codec::Exact);
