@@ -75,8 +75,13 @@ fn the_engine_runs_ahead_to_the_reference() {
         let kv_bytes = 2048 * model.kv_spec().token_bytes() as u64;
         let options = EngineOptions { kv_bytes, context_tokens: 512, ..EngineOptions::default() };
         let mut runner = Runner::new(backend, model, options).unwrap();
-        let terms =
-            Terms { secret: b"cluster".to_vec(), version: "1".into(), identity: CASE.into(), first_epoch: 1 };
+        let terms = Terms {
+            secret: b"cluster".to_vec(),
+            version: "1".into(),
+            identity: CASE.into(),
+            first_epoch: 1,
+            native: None,
+        };
         engine::serve(&mut runner, &Place::Alone, &terms, &commands).map_err(|error| error.to_string())
     });
     let begun = std::time::Instant::now();
