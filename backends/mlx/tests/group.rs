@@ -154,7 +154,7 @@ fn is_the_reference() {
         [("llama-base-s1", DType::F32), ("qwen3-base-s1", DType::F32), ("llama-gqa_tied-s1", DType::BF16)]
     {
         let fixture = Fixture::open(case);
-        let options = DeviceOptions { dtype, threads: 1, block_tokens: 16, device: 0 };
+        let options = DeviceOptions { dtype, threads: 1, block_tokens: 16, ..DeviceOptions::default() };
         for (i, prompt) in fixture.prompts.iter().enumerate() {
             let (seq, len) = (SeqId(1), prompt.prompt.len());
             let tokens = len + prompt.greedy.len();
@@ -183,7 +183,8 @@ fn is_the_reference() {
 fn loses() {
     let group = group();
     let rank = group.rank;
-    let options = DeviceOptions { dtype: DType::F32, threads: 1, block_tokens: 16, device: 0 };
+    let options =
+        DeviceOptions { dtype: DType::F32, threads: 1, block_tokens: 16, ..DeviceOptions::default() };
     let mut backend = MlxBackend::open(&options, group).unwrap();
     let mut kv = backend.kv(&KvSpec::gqa(1, 1, 0..1, 8, DType::F32), 1 << 16).unwrap();
     let bytes: Vec<u8> = (0..64).flat_map(|i| (i as f32).to_le_bytes()).collect();
