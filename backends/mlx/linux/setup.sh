@@ -37,7 +37,7 @@ if [ -n "$openblas" ]; then
 fi
 
 # 3. libmlxc.a against that libmlx.so, and the one function of Apple's kernel that mlx-rs calls.
-cmake -S "$mlx_c" -B "$out/build-mlxc" -DCMAKE_BUILD_TYPE=Release -DBUILD_SHARED_LIBS=OFF \
+cmake --fresh -S "$mlx_c" -B "$out/build-mlxc" -DCMAKE_BUILD_TYPE=Release -DBUILD_SHARED_LIBS=OFF \
   -DMLX_C_USE_SYSTEM_MLX=ON -DMLX_C_BUILD_EXAMPLES=OFF -DCMAKE_PREFIX_PATH="$mlx" \
   "-DCMAKE_CXX_FLAGS=-isystem $mlx/include -include $here/mlxc_linux_compat.h" > "$out/cmake.log"
 cmake --build "$out/build-mlxc" -j"$jobs" >> "$out/cmake.log"
