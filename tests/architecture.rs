@@ -37,7 +37,8 @@ const MAY_USE: &[(&str, &[&str])] = &[
     ),
     ("prefill-node", &["cluster", "engine", "kvtransfer", "node", "proto"]),
     ("decode-node", &["cluster", "engine", "kvtransfer", "node", "proto"]),
-    ("router", &["cluster", "gguf", "grammar", "proto", "vocab"]),
+    ("batch", &[]),
+    ("router", &["batch", "cluster", "gguf", "grammar", "proto", "vocab"]),
     ("hub", &[]),
     ("fuzz", &["gguf", "models", "vocab"]),
 ];
@@ -48,12 +49,12 @@ const TOPS: [&str; 2] = ["baton", "benches"];
 /// Crates that serve, call or run async code.
 const SOCKETS: [&str; 8] = ["axum", "hyper", "mio", "reqwest", "socket2", "tokio", "tonic", "tungstenite"];
 
-/// Rooms where none of these may be: their code runs on the owner thread of a device.
-const BLOCKING: [&str; 8] =
-    ["backend", "backend-cpu", "backend-cuda", "backend-mlx", "gguf", "grammar", "models", "vocab"];
+/// Rooms where none of these may be: their code runs on the owner thread of a device, or waits for a disk.
+const BLOCKING: [&str; 9] =
+    ["backend", "backend-cpu", "backend-cuda", "backend-mlx", "batch", "gguf", "grammar", "models", "vocab"];
 
 /// Rooms that know no network at all. (Backends do: ranks join their sums.)
-const WITHOUT_NETWORK: [&str; 4] = ["gguf", "grammar", "models", "vocab"];
+const WITHOUT_NETWORK: [&str; 5] = ["batch", "gguf", "grammar", "models", "vocab"];
 
 fn root() -> &'static Path {
     Path::new(env!("CARGO_MANIFEST_DIR"))
@@ -178,7 +179,7 @@ fn the_router_never_sees_a_tensor() {
             open.extend(may_use[name]);
         }
     }
-    assert_eq!(seen, BTreeSet::from(["cluster", "gguf", "grammar", "proto", "router", "vocab"]));
+    assert_eq!(seen, BTreeSet::from(["batch", "cluster", "gguf", "grammar", "proto", "router", "vocab"]));
 }
 
 /// One device's code stays in that device's crate; the other rooms meet it through the seam.
