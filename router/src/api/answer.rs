@@ -11,6 +11,7 @@ use serde_json::{Value, json};
 
 use super::choice::{Choice, Delta, End};
 use super::error::ApiError;
+use super::params::Params;
 use crate::inference::{Finished, InferenceError, Started, TokenEvent, TokenStream};
 use crate::metrics::SequenceMeter;
 
@@ -82,8 +83,10 @@ struct Running {
 /// The sequences of one request.
 pub struct Answer {
     running: Vec<Running>,
-    /// Choices per prompt.
-    n: usize,
+    /// Choices per prompt that are made.
+    made: usize,
+    /// Of these, the likeliest that are given.
+    given: usize,
     /// Whose turn it is, so that a fast sequence does not hide the others.
     turn: usize,
     prepare_s: f64,
@@ -91,18 +94,36 @@ pub struct Answer {
 }
 
 impl Answer {
-    /// `n`: choices per prompt; lanes of a prompt are neighbours. `prepare_s`: seconds before this, for `timings`.
-    pub fn new(lanes: Vec<(Lane, TokenStream)>, n: usize, prepare_s: f64, timings: bool) -> Self {
+    /// Lanes of a prompt are neighbours, `best_of` of the `params` each. `prepare_s`: seconds before this, for `timings`.
+    pub fn new(lanes: Vec<(Lane, TokenStream)>, params: &Params, prepare_s: f64) -> Self {
         let running = lanes
             .into_iter()
             .map(|(lane, stream)| Running { lane, stream: Some(stream), peeked: None })
             .collect();
-        Self { running, n, turn: 0, prepare_s, timings }
+        let (made, given) = (params.best_of.max(1), params.n);
+        Self { running, made, given, turn: 0, prepare_s, timings: params.timings }
     }
 
-    /// Number of choices.
+    /// Number of choices that are made.
     pub fn choices(&self) -> usize {
         self.running.len()
+    }
+
+    /// The choices that are given, in order: of each prompt the likeliest per token. Read when all have ended.
+    pub fn kept(&self) -> Vec<usize> {
+        let all: Vec<usize> = (0..self.running.len()).collect();
+        if self.given >= self.made {
+            return all;
+        }
+        let likelihood = |index: &usize| self.running[*index].lane.choice.mean_logprob();
+        let best = all.chunks(self.made).flat_map(|of_prompt| {
+            let mut best = of_prompt.to_vec();
+            // Stable: among equals the first.
+            best.sort_by(|a, b| likelihood(b).total_cmp(&likelihood(a)));
+            best.truncate(self.given);
+            best
+        });
+        best.collect()
     }
 
     /// What is new in a choice.
@@ -174,7 +195,7 @@ impl Answer {
 
     /// Tokens up to now.
     pub fn usage(&self) -> Usage {
-        let per_prompt = || self.running.iter().step_by(self.n.max(1)).map(|running| &running.lane);
+        let per_prompt = || self.running.iter().step_by(self.made).map(|running| &running.lane);
         let cached = |lane: &Lane| {
             let started = lane.started.map_or(0, |started| started.cached_tokens);
             lane.finished.map_or(started, |finished| finished.cached_tokens)
@@ -261,7 +282,9 @@ impl Running {
                     self.stream = None;
                     lane.finished = Some(finished);
                     let end = lane.choice.finish(finished.reason);
-                    lane.meter.finished(end.as_str(), Some(&finished));
+                    // Without a token nobody was asked for anything.
+                    let served = (finished.output_tokens > 0).then_some(&finished);
+                    lane.meter.finished(end.as_str(), served);
                     return Poll::Ready(Ok(Some(end)));
                 }
             }

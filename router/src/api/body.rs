@@ -21,6 +21,10 @@ pub async fn read_body(request: Request, limits: &Limits) -> Result<Bytes, ApiEr
     if !json {
         return Err(ApiError::no_json_type());
     }
+    // A body of a few bytes may unpack to gigabytes: packed ones are not read at all.
+    if parts.headers.get(header::CONTENT_ENCODING).is_some_and(|coding| coding != "identity") {
+        return Err(ApiError::packed());
+    }
     let deadline = Instant::now() + limits.body_read;
     let mut chunks = body.into_data_stream();
     let (mut kept, mut bytes) = (Vec::new(), 0);

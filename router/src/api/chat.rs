@@ -23,17 +23,14 @@ use crate::text::answer::{self, Opening, Types};
 use crate::text::{Beginning, Conversation, template};
 
 /// What OpenAI or vLLM serve under these names, and this server does not.
-const UNSUPPORTED: [&str; 12] = [
+const UNSUPPORTED: [&str; 9] = [
     "audio",
-    "best_of",
     "documents",
-    "function_call",
     "functions",
     "mm_processor_kwargs",
     "prediction",
     "reasoning",
     "return_tokens_as_token_ids",
-    "verbosity",
     "web_search_options",
     "suffix",
 ];
@@ -63,7 +60,7 @@ pub async fn handle(State(gateway): State<Arc<Gateway>>, request: Request) -> Re
     let head = Head::new("chatcmpl", random()?, SystemTime::now(), Arc::clone(&gateway.model));
     let mut answer = start(&gateway, params, &[prompt], &reading, &head, arrived, caller.as_ref())?;
     let pieces = Arc::clone(gateway.text.tokenizer.pieces());
-    let format = ChatFormat::new(head, pieces, params.include_usage);
+    let format = ChatFormat::new(head, pieces, params.usage);
     if params.stream {
         answer.admitted().await?;
         Ok(reply::stream(answer, format))
@@ -108,8 +105,8 @@ pub fn prepare(gateway: &Gateway, request: ChatRequest) -> Result<(Params, Promp
 
 /// Checks a request; also for the interfaces that are written over as chats.
 pub fn parse(gateway: &Gateway, mut fields: Fields) -> Result<ChatRequest, ApiError> {
-    gateway.check_model(&mut fields)?;
-    let params = Params::read(&mut fields, &gateway.rules(), &["max_completion_tokens", "max_tokens"])?;
+    gateway.need_model(&mut fields)?;
+    let params = Params::read(&mut fields, &gateway.rules(), &["max_completion_tokens", "max_tokens"], 1)?;
     let (conversation, choice, parallel) = read_conversation(gateway, &mut fields)?;
     let form = read_form(&mut fields)?;
     let logprobs = fields.boolean("logprobs")?.unwrap_or(false);
@@ -119,6 +116,9 @@ pub fn parse(gateway: &Gateway, mut fields: Fields) -> Result<ChatRequest, ApiEr
         return Err(ApiError::bad("top_logprobs", "invalid_value", message));
     }
     let hide_reasoning = !fields.boolean("include_reasoning")?.unwrap_or(true);
+    fields.only("best_of", &json!(params.n), "is not supported in chats: it must equal n")?;
+    fields.only("function_call", &json!("auto"), "is not supported: use 'tool_choice'")?;
+    fields.only("verbosity", &json!("medium"), "is not supported")?;
     fields.only("echo", &json!(false), "is not supported in chats")?;
     fields.only("modalities", &json!(["text"]), "is not supported: this model writes text only")?;
     fields.refuse(&UNSUPPORTED, "is not supported")?;

@@ -7,8 +7,9 @@ use serde_json::{Map, Value, json};
 
 use super::answer::Usage;
 use super::choice::{Delta, End, TokenLogprob};
-use super::head::Head;
+use super::head::{FINGERPRINT, Head};
 use super::logprobs::{finite, token_text};
+use super::params::UsageIn;
 use super::reply::{Events, Format, Whole};
 use crate::text::answer::Part;
 use crate::text::pieces::Pieces;
@@ -17,14 +18,15 @@ use crate::text::pieces::Pieces;
 pub struct ChatFormat {
     head: Head,
     pieces: Arc<Pieces>,
-    /// Every chunk has `usage`, null but in the last.
-    include_usage: bool,
+    /// Every chunk has `usage`, null but in the last or in none.
+    usage: UsageIn,
+    so_far: Option<Usage>,
 }
 
 impl ChatFormat {
     /// `pieces`: for the tokens of log probabilities.
-    pub fn new(head: Head, pieces: Arc<Pieces>, include_usage: bool) -> Self {
-        Self { head, pieces, include_usage }
+    pub fn new(head: Head, pieces: Arc<Pieces>, usage: UsageIn) -> Self {
+        Self { head, pieces, usage, so_far: None }
     }
 
     fn chunk(&self, choices: &[ChunkChoice], usage: Option<Usage>, out: &mut Events) {
@@ -34,7 +36,8 @@ impl ChatFormat {
             created: self.head.created,
             model: &self.head.model,
             choices,
-            usage: self.include_usage.then_some(usage),
+            system_fingerprint: FINGERPRINT,
+            usage: (self.usage != UsageIn::No).then_some(usage.or(self.so_far)),
         });
     }
 
@@ -108,6 +111,7 @@ struct Chunk<'a> {
     created: u64,
     model: &'a str,
     choices: &'a [ChunkChoice],
+    system_fingerprint: &'static str,
     #[serde(skip_serializing_if = "Option::is_none")]
     usage: Option<Option<Usage>>,
 }
@@ -143,6 +147,14 @@ impl ChunkChoice {
 }
 
 impl Format for ChatFormat {
+    fn wants_usage(&self) -> bool {
+        self.usage == UsageIn::All
+    }
+
+    fn so_far(&mut self, usage: Usage) {
+        self.so_far = Some(usage);
+    }
+
     fn open(&mut self, index: usize, out: &mut Events) {
         let delta =
             ChunkDelta { role: Some("assistant"), content: Some(String::new()), ..ChunkDelta::default() };
@@ -202,7 +214,7 @@ impl Format for ChatFormat {
     }
 
     fn close(&mut self, usage: Usage, out: &mut Events) {
-        if self.include_usage {
+        if self.usage != UsageIn::No {
             self.chunk(&[], Some(usage), out);
         }
         out.done();

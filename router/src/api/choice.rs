@@ -97,6 +97,8 @@ pub struct Choice {
     stop_ids: Arc<[u32]>,
     stop_ids_given: Arc<[u32]>,
     tokens: u32,
+    /// Of all tokens, where the cluster tells.
+    logprob_sum: f64,
     reasoning_tokens: u32,
     ended_by: Option<u32>,
     /// Text of one token, before the stop strings and after.
@@ -122,6 +124,7 @@ impl Choice {
             stop_ids: params.stop_ids.as_slice().into(),
             stop_ids_given: params.stop_ids_given.as_slice().into(),
             tokens: 0,
+            logprob_sum: 0.0,
             reasoning_tokens: 0,
             ended_by: None,
             raw: String::new(),
@@ -133,6 +136,11 @@ impl Choice {
     /// Tokens taken.
     pub fn tokens(&self) -> u32 {
         self.tokens
+    }
+
+    /// Log probability per token.
+    pub fn mean_logprob(&self) -> f64 {
+        self.logprob_sum / f64::from(self.tokens.max(1))
     }
 
     /// Of those, tokens of reasoning.
@@ -148,6 +156,7 @@ impl Choice {
     /// Takes the next token. `Some`: the answer is at its end here, whatever else the cluster would send.
     pub fn token(&mut self, token: Token) -> Option<End> {
         self.tokens += 1;
+        self.logprob_sum += f64::from(token.logprob.unwrap_or(0.0));
         let reasoned = self.is_reasoning();
         let end = self.take(token);
         self.reasoning_tokens += u32::from(reasoned || self.is_reasoning());
@@ -265,7 +274,7 @@ mod tests {
         let limits = Limits::for_context(100);
         let rules = Rules { defaults: &defaults, vocab: 9, limits: &limits };
         let mut fields = Fields::parse(params.as_bytes()).expect("an object");
-        let params = Params::read(&mut fields, &rules, &["max_tokens"]).expect("valid");
+        let params = Params::read(&mut fields, &rules, &["max_tokens"], 1).expect("valid");
         let family = (tools != ToolMode::Off).then_some((Family::Hermes, Types::default()));
         let reading = Reading {
             answer: answer::Reading { tools: family, ..Default::default() },
@@ -359,7 +368,7 @@ mod tests {
             let limits = Limits::for_context(100);
             let rules = Rules { defaults: &Defaults::default(), vocab: 3, limits: &limits };
             let params =
-                Params::read(&mut Fields::parse(b"{}").expect("an object"), &rules, &[]).expect("valid");
+                Params::read(&mut Fields::parse(b"{}").expect("an object"), &rules, &[], 1).expect("valid");
             let mut c = Choice::new(&params, pieces, &reading);
             (0..3).for_each(|id| _ = c.token(token(id)));
             (c.reasoning_tokens(), c.delta().parts.clone())

@@ -7,8 +7,9 @@ use serde_json::{Map, Value, json};
 
 use super::answer::Usage;
 use super::choice::{Delta, End, TokenLogprob};
-use super::head::Head;
+use super::head::{FINGERPRINT, Head};
 use super::logprobs::{finite, token_text};
+use super::params::UsageIn;
 use super::reply::{Events, Format, Whole};
 use crate::text::pieces::Pieces;
 
@@ -16,7 +17,8 @@ use crate::text::pieces::Pieces;
 pub struct CompletionFormat {
     head: Head,
     pieces: Arc<Pieces>,
-    include_usage: bool,
+    usage: UsageIn,
+    so_far: Option<Usage>,
     /// Per choice: what `echo` puts before the text.
     echo: Vec<Option<Arc<str>>>,
     /// Per choice: characters told, for `text_offset`.
@@ -25,9 +27,9 @@ pub struct CompletionFormat {
 
 impl CompletionFormat {
     /// `echo`: of each choice.
-    pub fn new(head: Head, pieces: Arc<Pieces>, include_usage: bool, echo: Vec<Option<Arc<str>>>) -> Self {
+    pub fn new(head: Head, pieces: Arc<Pieces>, usage: UsageIn, echo: Vec<Option<Arc<str>>>) -> Self {
         let offsets = echo.iter().map(|echo| echo.as_ref().map_or(0, |text| text.chars().count())).collect();
-        Self { head, pieces, include_usage, echo, offsets }
+        Self { head, pieces, usage, so_far: None, echo, offsets }
     }
 
     fn chunk(&self, choices: &[ChunkChoice<'_>], usage: Option<Usage>, out: &mut Events) {
@@ -37,7 +39,8 @@ impl CompletionFormat {
             created: self.head.created,
             model: &self.head.model,
             choices,
-            usage: self.include_usage.then_some(usage),
+            system_fingerprint: FINGERPRINT,
+            usage: (self.usage != UsageIn::No).then_some(usage.or(self.so_far)),
         });
     }
 
@@ -74,6 +77,7 @@ struct Chunk<'a> {
     created: u64,
     model: &'a str,
     choices: &'a [ChunkChoice<'a>],
+    system_fingerprint: &'static str,
     #[serde(skip_serializing_if = "Option::is_none")]
     usage: Option<Option<Usage>>,
 }
@@ -97,6 +101,14 @@ impl<'a> ChunkChoice<'a> {
 }
 
 impl Format for CompletionFormat {
+    fn wants_usage(&self) -> bool {
+        self.usage == UsageIn::All
+    }
+
+    fn so_far(&mut self, usage: Usage) {
+        self.so_far = Some(usage);
+    }
+
     fn open(&mut self, index: usize, out: &mut Events) {
         if let Some(echo) = self.echo[index].clone() {
             self.chunk(&[ChunkChoice::new(index, &echo)], None, out);
@@ -119,7 +131,7 @@ impl Format for CompletionFormat {
     }
 
     fn close(&mut self, usage: Usage, out: &mut Events) {
-        if self.include_usage {
+        if self.usage != UsageIn::No {
             self.chunk(&[], Some(usage), out);
         }
         out.done();

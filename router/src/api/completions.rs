@@ -63,7 +63,7 @@ pub async fn handle(State(gateway): State<Arc<Gateway>>, request: Request) -> Re
     let mut answer = start(&gateway, params, &prompts, &reading, &head, arrived, caller.as_ref())?;
     let echo = prompts.iter().flat_map(|prompt| vec![prompt.echo.clone(); params.n]).collect();
     let pieces = Arc::clone(gateway.text.tokenizer.pieces());
-    let format = CompletionFormat::new(head, pieces, params.include_usage, echo);
+    let format = CompletionFormat::new(head, pieces, params.usage, echo);
     if params.stream {
         answer.admitted().await?;
         Ok(reply::stream(answer, format))
@@ -74,17 +74,15 @@ pub async fn handle(State(gateway): State<Arc<Gateway>>, request: Request) -> Re
 
 fn parse(gateway: &Gateway, body: &[u8]) -> Result<CompletionRequest, ApiError> {
     let mut fields = Fields::parse(body)?;
-    gateway.check_model(&mut fields)?;
-    let params = Params::read(&mut fields, &gateway.rules(), &["max_tokens"])?;
+    gateway.need_model(&mut fields)?;
+    let mut params = Params::read(&mut fields, &gateway.rules(), &["max_tokens"], 0)?;
+    params.best_of = best_of(&mut fields, &params, gateway.config.limits.sequences)?;
     let prompts = read_prompts(fields.take("prompt"), gateway.text.tokenizer.pieces().len())?;
     let limit = gateway.config.limits.sequences;
-    if prompts.len() * params.n > limit {
+    if prompts.len() * params.best_of > limit {
         let expected = format!("at most {limit} choices in all");
-        return Err(ApiError::wrong_value(
-            "prompt",
-            expected,
-            format!("{} prompts and n = {}", prompts.len(), params.n),
-        ));
+        let got = format!("{} prompts with {} each", prompts.len(), params.best_of);
+        return Err(ApiError::wrong_value("prompt", expected, got));
     }
     let request = CompletionRequest {
         params,
@@ -97,11 +95,25 @@ fn parse(gateway: &Gateway, body: &[u8]) -> Result<CompletionRequest, ApiError> 
     if request.echo && request.logprobs.is_some() {
         return Err(ApiError::unsupported("echo", "together with 'logprobs' is not supported"));
     }
-    fields.only("best_of", &json!(request.params.n), "is not supported")?;
     fields.only("suffix", &json!(""), "is not supported")?;
     fields.refuse(&UNSUPPORTED, "is not supported")?;
     fields.finish()?;
     Ok(request)
+}
+
+/// Choices to make of each prompt, of which the likeliest are given.
+fn best_of(fields: &mut Fields, params: &Params, most: usize) -> Result<usize, ApiError> {
+    let Some(best_of) = fields.integer("best_of", 1..=most as i64)? else { return Ok(params.n) };
+    let best_of = best_of as usize;
+    if best_of < params.n {
+        let expected = format!("at least n, which is {}", params.n);
+        return Err(ApiError::wrong_value("best_of", expected, best_of));
+    }
+    if best_of > params.n && params.stream {
+        let why = "cannot be streamed: which choices are the best is known at the end";
+        return Err(ApiError::unsupported("best_of", why));
+    }
+    Ok(best_of)
 }
 
 /// A string, an array of strings, an array of ids, or an array of arrays of ids.

@@ -165,6 +165,13 @@ impl ApiError {
         Self::new(StatusCode::UNSUPPORTED_MEDIA_TYPE, "invalid_request_error", None, message)
     }
 
+    /// 415: compressed.
+    pub fn packed() -> Self {
+        let message =
+            "Unsupported content encoding: send the body as it is, without the header Content-Encoding.";
+        Self::new(StatusCode::UNSUPPORTED_MEDIA_TYPE, "invalid_request_error", None, message)
+    }
+
     /// 500. The message is for the client: nothing of the inside.
     pub fn internal(message: impl Into<String>) -> Self {
         Self::new(StatusCode::INTERNAL_SERVER_ERROR, "server_error", Some("internal_error"), message)

@@ -118,9 +118,15 @@ impl Fields {
         }
     }
 
-    /// Refuses those of `names` that are given.
+    /// Refuses those of `names` that ask for something. Many clients send what they do not ask for as `false` or empty.
     pub fn refuse(&mut self, names: &[&str], why: &str) -> Result<(), ApiError> {
-        match names.iter().find(|name| self.take(name).is_some()) {
+        let asks = |value: Value| match value {
+            Value::Bool(value) => value,
+            Value::String(text) => !text.is_empty(),
+            Value::Array(items) => !items.is_empty(),
+            _ => true,
+        };
+        match names.iter().find(|name| self.take(name).is_some_and(asks)) {
             Some(name) => Err(ApiError::unsupported(self.name(name), why)),
             None => Ok(()),
         }
@@ -129,7 +135,7 @@ impl Fields {
     /// Refuses `name` unless it has the value that changes nothing.
     pub fn only(&mut self, name: &str, neutral: &Value, why: &str) -> Result<(), ApiError> {
         match self.take(name) {
-            Some(value) if value != *neutral => Err(ApiError::unsupported(self.name(name), why)),
+            Some(value) if !same(&value, neutral) => Err(ApiError::unsupported(self.name(name), why)),
             _ => Ok(()),
         }
     }
@@ -145,6 +151,14 @@ impl Fields {
             Some((name, _)) => Err(ApiError::unknown(format!("{}{}", self.path, clipped(name)))),
             None => Ok(()),
         }
+    }
+}
+
+/// Equal; 1 is 1.0.
+fn same(a: &Value, b: &Value) -> bool {
+    match (a.as_f64(), b.as_f64()) {
+        (Some(a), Some(b)) => a == b,
+        _ => a == b,
     }
 }
 
@@ -235,6 +249,17 @@ mod tests {
         let mut f = fields(r#"{"model": "m", "temprature": 1}"#);
         assert_eq!(f.string("model"), Ok(Some("m".into())));
         assert_eq!(f.finish().unwrap_err().message, "Unknown parameter: 'temprature'.");
+    }
+
+    #[test]
+    fn what_asks_for_nothing_is_not_refused() {
+        let mut f = fields(r#"{"a": false, "b": [], "c": "", "d": 1, "e": {}, "f": true}"#);
+        assert_eq!(f.refuse(&["a", "b", "c"], "is not supported"), Ok(()));
+        assert_eq!(f.only("d", &serde_json::json!(1.0), "is not supported"), Ok(()));
+        for name in ["e", "f"] {
+            let error = f.refuse(&[name], "is not supported").unwrap_err();
+            assert_eq!((error.param.as_deref(), error.code), (Some(name), Some("unsupported_parameter")));
+        }
     }
 
     #[test]

@@ -8,6 +8,9 @@ use serde_json::{Value, json};
 use super::answer::Usage;
 use super::choice::End;
 
+/// What makes the same request with the same seed give the same answer, as far as clients are told.
+pub const FINGERPRINT: &str = concat!("fp_baton_", env!("CARGO_PKG_VERSION"));
+
 /// Identity of one response.
 #[derive(Debug, Clone)]
 pub struct Head {
@@ -40,6 +43,7 @@ impl Head {
             "model": &*self.model,
             "choices": choices,
             "usage": usage,
+            "system_fingerprint": FINGERPRINT,
         })
     }
 }

@@ -6,7 +6,7 @@ use serde_json::{Map, Value, json};
 use super::error::{ApiError, type_name};
 use super::fields::{Fields, quoted};
 
-const ROLES: [&str; 5] = ["system", "developer", "user", "assistant", "tool"];
+const ROLES: [&str; 6] = ["system", "developer", "user", "assistant", "tool", "function"];
 
 /// Functions of one request.
 const TOOLS_MAX: usize = 128;
@@ -27,6 +27,13 @@ fn read_message(path: &str, message: Value, keep_developer: bool) -> Result<Valu
     if role == "developer" && !keep_developer {
         role = "system";
     }
+    // The older form of a result, which has only the function's name.
+    let id = fields.string("tool_call_id")?;
+    match role {
+        "function" => role = "tool",
+        "tool" if id.is_none() => return Err(ApiError::missing(&fields.name("tool_call_id"))),
+        _ => {}
+    }
     let mut out = Map::from_iter([("role".to_string(), Value::from(role))]);
     let content = content(&fields.name("content"), fields.take("content"))?;
     let calls = if role == "assistant" { tool_calls(&mut fields)? } else { None };
@@ -38,6 +45,12 @@ fn read_message(path: &str, message: Value, keep_developer: bool) -> Result<Valu
     }
     if let Some(calls) = calls {
         out.insert("tool_calls".into(), calls.into());
+    }
+    if let Some(id) = id {
+        if role != "tool" {
+            return Err(ApiError::unknown(fields.name("tool_call_id")));
+        }
+        out.insert("tool_call_id".into(), id.into());
     }
     for name in passed_on(role) {
         if let Some(text) = fields.string(name)? {
@@ -57,7 +70,6 @@ fn read_message(path: &str, message: Value, keep_developer: bool) -> Result<Valu
 fn passed_on(role: &str) -> &'static [&'static str] {
     match role {
         "assistant" => &["name", "reasoning", "reasoning_content"],
-        "tool" => &["name", "tool_call_id"],
         _ => &["name"],
     }
 }
@@ -66,7 +78,7 @@ fn passed_on(role: &str) -> &'static [&'static str] {
 fn refuse_what_clients_echo(fields: &mut Fields) -> Result<(), ApiError> {
     fields.only("annotations", &json!([]), "is not supported")?;
     fields.string("refusal")?;
-    fields.refuse(&["audio", "function_call"], "is not supported")
+    fields.refuse(&["audio"], "is not supported")
 }
 
 /// A text, or a list of text parts, which are joined by line breaks as vLLM does.
@@ -105,7 +117,12 @@ fn content(path: &str, value: Option<Value>) -> Result<Option<String>, ApiError>
 
 fn tool_calls(fields: &mut Fields) -> Result<Option<Vec<Value>>, ApiError> {
     let path = fields.name("tool_calls");
-    let Some(calls) = fields.array("tool_calls")? else { return Ok(None) };
+    // The older form: one call, without an id.
+    let call = fields.object("function_call")?.map(|call| json!({"function": call.rest()}));
+    let calls = match (fields.array("tool_calls")?, call) {
+        (None, None) => return Ok(None),
+        (calls, call) => calls.unwrap_or_default().into_iter().chain(call).collect::<Vec<_>>(),
+    };
     let read = |(i, call): (usize, Value)| {
         let path = format!("{path}[{i}]");
         let mut fields = Fields::of(&path, call)?;
@@ -152,7 +169,10 @@ pub fn read_tools(fields: &mut Fields) -> Result<Tools, ApiError> {
     }
     let read = |(i, tool)| read_tool(&format!("tools[{i}]"), tool);
     let mut definitions = items.into_iter().enumerate().map(read).collect::<Result<Vec<_>, ApiError>>()?;
-    let choice = tool_choice(fields, &definitions)?;
+    let (choice, allowed) = tool_choice(fields, &definitions)?;
+    if let Some(allowed) = allowed {
+        definitions.retain(|tool| allowed.iter().any(|name| tool["function"]["name"] == name.as_str()));
+    }
     if choice == ToolChoice::None {
         definitions.clear();
     }
@@ -160,8 +180,19 @@ pub fn read_tools(fields: &mut Fields) -> Result<Tools, ApiError> {
     Ok(Tools { definitions, choice, parallel })
 }
 
-fn tool_choice(fields: &mut Fields, definitions: &[Value]) -> Result<ToolChoice, ApiError> {
-    let known = |name: &str| definitions.iter().any(|tool| tool["function"]["name"] == name);
+/// With the names of the tools that may be called, where a client says so.
+fn tool_choice(
+    fields: &mut Fields,
+    definitions: &[Value],
+) -> Result<(ToolChoice, Option<Vec<String>>), ApiError> {
+    let known = |path: &str, name: Option<String>| {
+        let name = name.ok_or_else(|| ApiError::missing(path))?;
+        match definitions.iter().any(|tool| tool["function"]["name"] == name.as_str()) {
+            true => Ok(name),
+            false => Err(ApiError::wrong_value(path, "the name of one of the tools", quoted(&name))),
+        }
+    };
+    let mut allowed = None;
     let expected = "'auto', 'none', 'required' or a function";
     let choice = match fields.take("tool_choice") {
         None => ToolChoice::Auto,
@@ -175,33 +206,50 @@ fn tool_choice(fields: &mut Fields, definitions: &[Value]) -> Result<ToolChoice,
         Some(object @ Value::Object(_)) => {
             let mut choice = Fields::of("tool_choice", object)?;
             let kind = choice.string("type")?.ok_or_else(|| ApiError::missing("tool_choice.type"))?;
-            if kind != "function" {
-                let why = format!("of type {} is not supported", quoted(&kind));
-                return Err(ApiError::unsupported("tool_choice", &why));
-            }
-            // `/v1/responses` has the name one level higher.
-            let name = match choice.object("function")? {
-                Some(mut function) => {
-                    let name = function.string("name")?;
-                    function.finish()?;
-                    name
+            match kind.as_str() {
+                "function" => {
+                    let name = function_name(&mut choice)?;
+                    choice.finish()?;
+                    ToolChoice::Named(known("tool_choice.function.name", name)?)
                 }
-                None => choice.string("name")?,
-            };
-            choice.finish()?;
-            let name = name.ok_or_else(|| ApiError::missing("tool_choice.function.name"))?;
-            if !known(&name) {
-                let expected = "the name of one of the tools";
-                return Err(ApiError::wrong_value("tool_choice.function.name", expected, quoted(&name)));
+                "allowed_tools" => {
+                    // `/v1/responses` has it one level higher.
+                    let mut rule = choice.object("allowed_tools")?.unwrap_or(choice);
+                    let mode = rule.word("mode", &["auto", "required"])?;
+                    let path = rule.name("tools");
+                    let tools = rule.array("tools")?.ok_or_else(|| ApiError::missing(&path))?;
+                    rule.finish()?;
+                    let name = |(i, tool)| {
+                        let path = format!("{path}[{i}]");
+                        let mut tool = Fields::of(&path, tool)?;
+                        tool.word("type", &["function"])?;
+                        let name = known(&format!("{path}.function.name"), function_name(&mut tool)?)?;
+                        tool.finish()?;
+                        Ok(name)
+                    };
+                    allowed = Some(tools.into_iter().enumerate().map(name).collect::<Result<_, ApiError>>()?);
+                    if mode == Some("required") { ToolChoice::Required } else { ToolChoice::Auto }
+                }
+                _ => {
+                    let why = format!("of type {} is not supported", quoted(&kind));
+                    return Err(ApiError::unsupported("tool_choice", &why));
+                }
             }
-            ToolChoice::Named(name)
         }
         Some(other) => return Err(ApiError::wrong_value("tool_choice", expected, type_name(&other))),
     };
-    if choice == ToolChoice::Required && definitions.is_empty() {
+    if choice == ToolChoice::Required && allowed.as_ref().map_or(definitions.len(), Vec::len) == 0 {
         return Err(ApiError::wrong_value("tool_choice", "tools to choose from", "'required' without tools"));
     }
-    Ok(choice)
+    Ok((choice, allowed))
+}
+
+/// `{"function": {"name": ...}}`; `/v1/responses` has the name one level higher.
+fn function_name(fields: &mut Fields) -> Result<Option<String>, ApiError> {
+    let Some(mut function) = fields.object("function")? else { return fields.string("name") };
+    let name = function.string("name")?;
+    function.finish()?;
+    Ok(name)
 }
 
 /// Whether and what a model calls.
@@ -345,7 +393,12 @@ mod tests {
                 json!({"tool_choice": {"type": "function", "function": {"name": "f"}}}),
                 "tool_choice.function.name",
             ),
-            (json!({"tool_choice": {"type": "allowed_tools"}}), "tool_choice"),
+            (json!({"tool_choice": {"type": "allowed_tools"}}), "tool_choice.tools"),
+            (json!({"tool_choice": {"type": "custom"}}), "tool_choice"),
+            (
+                json!({"tool_choice": {"type": "allowed_tools", "mode": "auto", "tools": [{"name": "g"}]}}),
+                "tool_choice.tools[0].function.name",
+            ),
             (json!({"tool_choice": 1}), "tool_choice"),
         ] {
             assert_eq!(tools(json.clone()).unwrap_err().param.as_deref(), Some(param), "{json}");

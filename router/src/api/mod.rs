@@ -227,6 +227,14 @@ impl Gateway {
         }
     }
 
+    /// As `check_model`, for those interfaces that cannot do without.
+    fn need_model(&self, fields: &mut Fields) -> Result<(), ApiError> {
+        if fields.peek("model").is_none() {
+            return Err(ApiError::missing("model"));
+        }
+        self.check_model(fields)
+    }
+
     fn rules(&self) -> Rules<'_> {
         Rules {
             defaults: &self.text.defaults,

@@ -8,7 +8,7 @@ use axum::extract::State;
 use serde_json::{Map, Value, json};
 
 use super::Gateway;
-use super::params::TOP_LOGPROBS_MAX;
+use super::params::{TIERS, TOP_LOGPROBS_MAX};
 
 /// One path: method, path, what it does, the schema of its body.
 type Route = (&'static str, &'static str, &'static str, Option<&'static str>);
@@ -108,8 +108,10 @@ fn operation(method: &str, path: &str, summary: &str, body: Option<&str>) -> Val
 }
 
 fn schemas(model: &str, sequences: usize) -> Value {
-    let chat = object(&["messages"], [chat_only(), tools(), shared(model, sequences, true)].concat());
-    let completion = object(&["prompt"], [completion_only(), shared(model, sequences, false)].concat());
+    let chat =
+        object(&["model", "messages"], [chat_only(), tools(), shared(model, sequences, true)].concat());
+    let completion =
+        object(&["model", "prompt"], [completion_only(), shared(model, sequences, false)].concat());
     let text = || json!({"type": "string"});
     let messages = chat_only().into_iter().filter(|(name, _)| *name == "messages").collect::<Vec<_>>();
     let tokenize = vec![
@@ -121,8 +123,8 @@ fn schemas(model: &str, sequences: usize) -> Value {
     json!({
         "ChatRequest": chat,
         "CompletionRequest": completion,
-        "ResponseRequest": object(&["input"], response_fields(model)),
-        "MessageRequest": object(&["messages", "max_tokens"], message_fields(model, true)),
+        "ResponseRequest": object(&["model", "input"], response_fields(model)),
+        "MessageRequest": object(&["model", "messages", "max_tokens"], message_fields(model, true)),
         "CountRequest": object(&["messages"], message_fields(model, false)),
         "EmbeddingRequest": {"type": "object"},
         "TokenizeRequest": {"anyOf": [object(&["prompt"], tokenize), object(&["messages"], messages)]},
@@ -153,6 +155,11 @@ fn string() -> Value {
     json!({"type": ["string", "null"]})
 }
 
+fn tier() -> Value {
+    let words = TIERS.iter().map(|word| json!(word)).chain([Value::Null]);
+    json!({"enum": words.collect::<Vec<_>>()})
+}
+
 fn number(min: f64, max: f64) -> Value {
     json!({"type": ["number", "null"], "minimum": min, "maximum": max})
 }
@@ -175,11 +182,15 @@ fn shared(model: &str, sequences: usize, chat: bool) -> Vec<Property> {
     let texts = json!({"type": "array", "items": {"type": "string", "minLength": 1}, "maxItems": 16});
     let many = i64::from(u32::MAX);
     let mut fields = vec![
-        ("model", json!({"type": ["string", "null"], "example": model})),
+        ("model", json!({"type": "string", "example": model})),
         ("n", integer(1, sequences as i64)),
         ("stream", boolean()),
-        ("stream_options", json!({"type": ["object", "null"], "properties": {"include_usage": boolean()}})),
-        ("max_tokens", integer(1, many)),
+        (
+            "stream_options",
+            json!({"type": ["object", "null"],
+            "properties": {"include_usage": boolean(), "continuous_usage_stats": boolean()}}),
+        ),
+        ("max_tokens", integer(if chat { 1 } else { 0 }, many)),
         ("min_tokens", integer(0, many)),
         ("stop", json!({"anyOf": [{"type": ["string", "null"], "minLength": 1}, texts]})),
         ("stop_token_ids", ids()),
@@ -187,7 +198,7 @@ fn shared(model: &str, sequences: usize, chat: bool) -> Vec<Property> {
         ("ignore_eos", boolean()),
         ("skip_special_tokens", boolean()),
         ("temperature", number(0.0, 2.0)),
-        ("top_p", above_zero(1.0)),
+        ("top_p", number(0.0, 1.0)),
         ("top_k", integer(-1, i64::from(i32::MAX))),
         ("min_p", number(0.0, 1.0)),
         ("presence_penalty", number(-2.0, 2.0)),
@@ -201,7 +212,7 @@ fn shared(model: &str, sequences: usize, chat: bool) -> Vec<Property> {
         ("user", string()),
         ("safety_identifier", string()),
         ("prompt_cache_key", string()),
-        ("service_tier", string()),
+        ("service_tier", tier()),
         ("metadata", any_object()),
         ("store", json!({"enum": [false, null]})),
         ("cache_salt", string()),
@@ -232,7 +243,7 @@ fn shared(model: &str, sequences: usize, chat: bool) -> Vec<Property> {
 fn chat_only() -> Vec<Property> {
     let content =
         json!({"anyOf": [{"type": ["string", "null"]}, {"type": "array", "items": {"type": "object"}}]});
-    let roles = json!({"enum": ["system", "developer", "user", "assistant", "tool"]});
+    let roles = json!({"enum": ["system", "developer", "user", "assistant", "tool", "function"]});
     let message =
         json!({"type": "object", "required": ["role"], "properties": {"role": roles, "content": content}});
     vec![
@@ -277,7 +288,7 @@ fn completion_only() -> Vec<Property> {
 fn response_fields(model: &str) -> Vec<Property> {
     let input = json!({"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "object"}}]});
     let mut fields = vec![
-        ("model", json!({"type": ["string", "null"], "example": model})),
+        ("model", json!({"type": "string", "example": model})),
         ("input", input),
         ("instructions", string()),
         ("previous_response_id", string()),
@@ -285,7 +296,7 @@ fn response_fields(model: &str) -> Vec<Property> {
         ("stream", boolean()),
         ("max_output_tokens", integer(1, i64::from(u32::MAX))),
         ("temperature", number(0.0, 2.0)),
-        ("top_p", json!({"type": ["number", "null"], "exclusiveMinimum": 0, "maximum": 1})),
+        ("top_p", number(0.0, 1.0)),
         ("metadata", any_object()),
         ("user", string()),
         ("text", any_object()),
@@ -293,7 +304,7 @@ fn response_fields(model: &str) -> Vec<Property> {
         ("include", json!({"type": ["array", "null"], "items": {"const": "reasoning.encrypted_content"}})),
         ("truncation", json!({"enum": ["disabled", null]})),
         ("background", json!({"enum": [false, null]})),
-        ("service_tier", string()),
+        ("service_tier", tier()),
     ];
     fields.extend(tools().into_iter().filter(|(name, _)| *name != "tools"));
     fields.push(("tools", json!({"type": ["array", "null"], "items": {"type": "object"}})));
@@ -305,7 +316,7 @@ fn message_fields(model: &str, answers: bool) -> Vec<Property> {
     let message = json!({"type": "object", "required": ["role", "content"],
         "properties": {"role": {"enum": ["user", "assistant", "system"]}, "content": content}});
     let mut fields = vec![
-        ("model", json!({"type": ["string", "null"], "example": model})),
+        ("model", json!({"type": "string", "example": model})),
         ("messages", json!({"type": "array", "minItems": 1, "items": message})),
         (
             "system",
@@ -324,10 +335,10 @@ fn message_fields(model: &str, answers: bool) -> Vec<Property> {
                 json!({"type": ["array", "null"], "items": {"type": "string", "minLength": 1}}),
             ),
             ("temperature", number(0.0, 2.0)),
-            ("top_p", json!({"type": ["number", "null"], "exclusiveMinimum": 0, "maximum": 1})),
+            ("top_p", number(0.0, 1.0)),
             ("top_k", integer(-1, i64::from(i32::MAX))),
             ("metadata", any_object()),
-            ("service_tier", string()),
+            ("service_tier", tier()),
         ]);
     }
     fields

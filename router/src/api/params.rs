@@ -26,6 +26,8 @@ const TEMPERATURE_MIN: f32 = 1e-4;
 
 /// Known to OpenAI's or vLLM's users, and not served.
 const UNSUPPORTED: [&str; 12] = [
+    "dynatemp_range",
+    "return_token_ids",
     "guided_decoding_backend",
     "guided_whitespace_pattern",
     "prompt_logprobs",
@@ -36,9 +38,24 @@ const UNSUPPORTED: [&str; 12] = [
     "thinking_token_budget",
     "kv_transfer_params",
     "vllm_xargs",
-    "top_a",
-    "tfs",
 ];
+
+/// Known to others, with the value that changes nothing.
+const NEUTRAL: [(&str, f64); 4] = [("length_penalty", 1.0), ("typical_p", 1.0), ("top_a", 0.0), ("tfs", 1.0)];
+
+/// OpenAI's words; all are served alike here.
+pub const TIERS: [&str; 6] = ["auto", "default", "flex", "scale", "priority", "standard_only"];
+
+/// Which events of a stream carry the usage.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum UsageIn {
+    /// None.
+    No,
+    /// One after all choices.
+    Last,
+    /// All, and that one.
+    All,
+}
 
 /// What the parser must know of model and server.
 #[derive(Debug, Clone, Copy)]
@@ -56,10 +73,12 @@ pub struct Rules<'a> {
 pub struct Params {
     /// Answers to each prompt.
     pub n: usize,
+    /// Answers that are made for each prompt, of which the `n` likeliest are given; `n` but where a client asks for more.
+    pub best_of: usize,
     /// As server-sent events.
     pub stream: bool,
-    /// With a last event that carries the usage.
-    pub include_usage: bool,
+    /// Which events carry the usage.
+    pub usage: UsageIn,
     /// Output tokens at most; `None`: as many as fit, or the endpoint's default.
     pub max_tokens: Option<u32>,
     /// Output tokens before which nothing ends the answer.
@@ -87,19 +106,27 @@ pub struct Params {
 }
 
 impl Params {
-    /// Reads what both endpoints share. `max_tokens` names the fields that bound the output, the strongest first.
-    pub fn read(fields: &mut Fields, rules: &Rules<'_>, max_tokens: &[&str]) -> Result<Self, ApiError> {
+    /// Reads what both endpoints share. `max_tokens` names the fields that bound the output, the strongest first; `least` of
+    /// them is allowed.
+    pub fn read(
+        fields: &mut Fields,
+        rules: &Rules<'_>,
+        max_tokens: &[&str],
+        least: i64,
+    ) -> Result<Self, ApiError> {
         let defaults = rules.defaults;
         let ignore_eos = fields.boolean("ignore_eos")?.unwrap_or(false);
         let stop_ids_given = stop_token_ids(fields, rules.vocab)?;
         let mut stop_ids = if ignore_eos { Vec::new() } else { defaults.eos_ids.clone() };
         stop_ids.extend(stop_ids_given.iter().filter(|id| !defaults.eos_ids.contains(id) || ignore_eos));
         let stream = fields.boolean("stream")?.unwrap_or(false);
+        let n = fields.integer("n", 1..=rules.limits.sequences as i64)?.unwrap_or(1) as usize;
         let params = Self {
-            n: fields.integer("n", 1..=rules.limits.sequences as i64)?.unwrap_or(1) as usize,
+            n,
+            best_of: n,
             stream,
-            include_usage: stream_options(fields, stream)?,
-            max_tokens: read_max_tokens(fields, max_tokens)?,
+            usage: stream_options(fields, stream)?,
+            max_tokens: read_max_tokens(fields, max_tokens, least)?,
             min_tokens: fields.integer("min_tokens", 0..=i64::from(u32::MAX))?.unwrap_or(0) as u32,
             stop: stop_strings(fields, rules.limits.stop_strings)?,
             include_stop: fields.boolean("include_stop_str_in_output")?.unwrap_or(false),
@@ -147,20 +174,27 @@ impl Params {
 
 /// Fields that change nothing here, and fields that would change something that we do not serve.
 fn tolerated(fields: &mut Fields) -> Result<(), ApiError> {
-    for name in ["user", "safety_identifier", "prompt_cache_key", "service_tier"] {
+    for name in ["user", "safety_identifier", "prompt_cache_key"] {
         fields.string(name)?;
     }
+    fields.word("service_tier", &TIERS)?;
+    fields.word("prompt_cache_retention", &["in_memory", "in-memory", "24h"])?;
     fields.object("metadata")?;
     fields.only("store", &json!(false), "is not supported: nothing is stored")?;
     fields.only("use_beam_search", &json!(false), "is not supported")?;
+    fields.only("early_stopping", &json!(false), "is not supported: there is no beam search")?;
+    fields.only("mirostat", &json!(0), "is not supported")?;
+    for (name, neutral) in NEUTRAL {
+        fields.only(name, &json!(neutral), "is not supported")?;
+    }
     fields.only("spaces_between_special_tokens", &json!(true), "is not supported")?;
     fields.refuse(&UNSUPPORTED, "is not supported")
 }
 
-fn read_max_tokens(fields: &mut Fields, names: &[&str]) -> Result<Option<u32>, ApiError> {
+fn read_max_tokens(fields: &mut Fields, names: &[&str], least: i64) -> Result<Option<u32>, ApiError> {
     let mut strongest = None;
     for name in names {
-        let value = fields.integer(name, 1..=i64::from(u32::MAX))?;
+        let value = fields.integer(name, least..=i64::from(u32::MAX))?;
         strongest = strongest.or(value.map(|max| max as u32));
     }
     Ok(strongest)
@@ -170,12 +204,14 @@ fn sampling(fields: &mut Fields, rules: &Rules<'_>) -> Result<Sampling, ApiError
     let defaults = rules.defaults;
     let temperature = fields.number("temperature", "a number from 0 to 2", |t| (0.0..=2.0).contains(&t))?;
     let temperature = temperature.unwrap_or(defaults.temperature);
+    let top_p = fields.number("top_p", "a number from 0 to 1", |p| (0.0..=1.0).contains(&p))?;
+    // None of the mass is the likeliest token alone: greedy.
+    let (temperature, top_p) =
+        if top_p == Some(0.0) { (0.0, 1.0) } else { (temperature, top_p.unwrap_or(defaults.top_p)) };
     let penalty = |p: f64| (-2.0..=2.0).contains(&p);
     Ok(Sampling {
         temperature: if temperature < TEMPERATURE_MIN { 0.0 } else { temperature },
-        top_p: fields
-            .number("top_p", "a number above 0 and up to 1", |p| p > 0.0 && p <= 1.0)?
-            .unwrap_or(defaults.top_p),
+        top_p,
         // -1 is vLLM's word for all.
         top_k: fields.integer("top_k", -1..=i64::from(i32::MAX))?.map_or(defaults.top_k, |k| k.max(0) as u32),
         min_p: fields
@@ -263,18 +299,22 @@ fn stop_strings(fields: &mut Fields, most: usize) -> Result<StopStrings, ApiErro
     Ok(StopStrings::new(&strings))
 }
 
-/// Whether a last event carries the usage.
-fn stream_options(fields: &mut Fields, stream: bool) -> Result<bool, ApiError> {
-    let Some(mut options) = fields.object("stream_options")? else { return Ok(false) };
+/// Which events carry the usage.
+fn stream_options(fields: &mut Fields, stream: bool) -> Result<UsageIn, ApiError> {
+    let Some(mut options) = fields.object("stream_options")? else { return Ok(UsageIn::No) };
     if !stream {
         let message = "The parameter 'stream_options' is allowed only together with 'stream': true.";
         return Err(ApiError::bad("stream_options", "invalid_value", message));
     }
     let include_usage = options.boolean("include_usage")?.unwrap_or(false);
     options.only("include_obfuscation", &json!(false), "is not supported")?;
-    options.only("continuous_usage_stats", &json!(false), "is not supported")?;
+    let continuous = options.boolean("continuous_usage_stats")?.unwrap_or(false);
     options.finish()?;
-    Ok(include_usage)
+    Ok(match (include_usage, continuous) {
+        (_, true) => UsageIn::All,
+        (true, false) => UsageIn::Last,
+        (false, false) => UsageIn::No,
+    })
 }
 
 #[cfg(test)]
@@ -286,7 +326,7 @@ mod tests {
         let limits = Limits::for_context(100);
         let rules = Rules { defaults: &defaults, vocab: 50, limits: &limits };
         let mut fields = Fields::parse(json.as_bytes())?;
-        let params = Params::read(&mut fields, &rules, &["max_completion_tokens", "max_tokens"])?;
+        let params = Params::read(&mut fields, &rules, &["max_completion_tokens", "max_tokens"], 1)?;
         fields.finish()?;
         Ok(params)
     }
@@ -323,8 +363,21 @@ mod tests {
         assert_eq!(params.sampling, sampling);
         assert_eq!((params.stop_ids, params.max_tokens, params.min_tokens), (vec![7, 2], Some(5), 3));
         assert_eq!((params.seed, params.priority, params.n), (Some(u64::MAX), -4, 2));
-        assert!(params.stream && params.include_usage && params.include_stop && !params.skip_special);
+        assert_eq!((params.usage, params.best_of), (UsageIn::Last, 2));
+        assert!(params.stream && params.include_stop && !params.skip_special);
         assert_eq!((params.stop.get(1), params.cache_salt), ("b", b"s".to_vec()));
+    }
+
+    #[test]
+    fn no_mass_at_all_is_greedy_and_neutral_values_pass() {
+        let params = read(
+            r#"{"temperature": 2, "top_p": 0, "typical_p": 1, "mirostat": 0, "top_a": 0, "tfs": 1.0, "early_stopping": false,
+                "length_penalty": 1, "bad_words": [], "return_token_ids": false,
+                "stream": true, "stream_options": {"continuous_usage_stats": true}}"#,
+        )
+        .expect("valid");
+        assert_eq!((params.sampling.temperature, params.sampling.top_p), (0.0, 1.0));
+        assert_eq!(params.usage, UsageIn::All);
     }
 
     #[test]
@@ -350,7 +403,9 @@ mod tests {
         for (json, param) in [
             (r#"{"temperature": 2.1}"#, "temperature"),
             (r#"{"temperature": "hot"}"#, "temperature"),
-            (r#"{"top_p": 0}"#, "top_p"),
+            (r#"{"top_p": -0.1}"#, "top_p"),
+            (r#"{"length_penalty": 2}"#, "length_penalty"),
+            (r#"{"service_tier": "gold"}"#, "service_tier"),
             (r#"{"top_k": -2}"#, "top_k"),
             (r#"{"min_p": 1.1}"#, "min_p"),
             (r#"{"presence_penalty": 3}"#, "presence_penalty"),

@@ -40,6 +40,14 @@ pub struct Whole {
 
 /// How answers look on the wire.
 pub trait Format: Send + Unpin + 'static {
+    /// Whether `so_far` is to be told.
+    fn wants_usage(&self) -> bool {
+        false
+    }
+    /// The usage up to the event that follows.
+    fn so_far(&mut self, usage: Usage) {
+        _ = usage;
+    }
     /// The first event of a choice, sent when the request is admitted.
     fn open(&mut self, index: usize, out: &mut Events);
     /// What is new in a choice.
@@ -106,9 +114,9 @@ pub async fn complete<F: Format>(mut answer: Answer, format: F) -> Result<Respon
         parts[index].logprobs.append(&mut new.logprobs);
         new.clear();
     }
-    let wholes = parts.into_iter().zip(ends).enumerate().map(|(index, (delta, end))| Whole {
-        delta,
-        end: end.unwrap_or(End::Stop),
+    let wholes = answer.kept().into_iter().map(|index| Whole {
+        delta: std::mem::take(&mut parts[index]),
+        end: ends[index].take().unwrap_or(End::Stop),
         timings: answer.timings(index),
     });
     let wholes = wholes.collect();
@@ -121,6 +129,7 @@ pub fn stream<F: Format>(answer: Answer, format: F) -> Response {
     keep_alive.set_missed_tick_behavior(MissedTickBehavior::Delay);
     let mut body =
         EventStream { answer, format, out: Events::default(), done: false, quiet: false, keep_alive };
+    body.tell_usage();
     (0..body.answer.choices()).for_each(|index| body.format.open(index, &mut body.out));
     let mut response = Body::from_stream(body).into_response();
     let headers = response.headers_mut();
@@ -147,6 +156,7 @@ impl<F: Format> EventStream<F> {
             Some(Update::Progress(index)) => self.delta(index),
             Some(Update::Ended(index, end)) => {
                 self.delta(index);
+                self.tell_usage();
                 self.format.end(index, &end, self.answer.timings(index), &mut self.out);
             }
             Some(Update::Failed(error)) => {
@@ -160,7 +170,14 @@ impl<F: Format> EventStream<F> {
         }
     }
 
+    fn tell_usage(&mut self) {
+        if self.format.wants_usage() {
+            self.format.so_far(self.answer.usage());
+        }
+    }
+
     fn delta(&mut self, index: usize) {
+        self.tell_usage();
         let delta = self.answer.delta(index);
         if !delta.is_empty() {
             self.format.delta(index, delta, &mut self.out);
@@ -210,7 +227,7 @@ mod tests {
     use crate::api::config::Limits;
     use crate::api::fields::Fields;
     use crate::api::head::Head;
-    use crate::api::params::{Params, Rules};
+    use crate::api::params::{Params, Rules, UsageIn};
     use crate::api::run::Reading;
     use crate::metrics::{Metrics, SequenceMeter};
     use crate::text::pieces::Pieces;
@@ -222,12 +239,12 @@ mod tests {
         let limits = Limits::for_context(10);
         let rules = Rules { defaults: &Defaults::default(), vocab: 1, limits: &limits };
         let mut fields = Fields::parse(b"{}").expect("an object");
-        let params = Params::read(&mut fields, &rules, &[]).expect("valid");
+        let params = Params::read(&mut fields, &rules, &[], 1).expect("valid");
         let choice = Choice::new(&params, Arc::clone(&pieces), &Reading::plain(Beginning::Text, None));
         let meter = SequenceMeter::new(Metrics::new(Registry::default(), "m"), std::time::Instant::now(), 1);
         let lane = (Lane::new(choice, meter, 1), futures::stream::pending().boxed());
         let head = Head::new("chatcmpl", 0, std::time::UNIX_EPOCH, "m".into());
-        stream(Answer::new(vec![lane], 1, 0.0, false), ChatFormat::new(head, pieces, false))
+        stream(Answer::new(vec![lane], &params, 0.0), ChatFormat::new(head, pieces, UsageIn::No))
     }
 
     #[tokio::test(start_paused = true)]

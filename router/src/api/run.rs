@@ -3,6 +3,8 @@
 use std::sync::Arc;
 use std::time::Instant;
 
+use futures::stream::{self, StreamExt};
+
 use super::Gateway;
 use super::answer::{Answer, Lane};
 use super::choice::Choice;
@@ -10,7 +12,9 @@ use super::error::ApiError;
 use super::head::Head;
 use super::params::Params;
 use super::quota::Caller;
-use crate::inference::GenerateRequest;
+use crate::inference::{
+    Decision, FinishReason, Finished, GenerateRequest, Started, Timings, TokenEvent, TokenStream,
+};
 use crate::metrics::SequenceMeter;
 use crate::text::{Beginning, answer};
 
@@ -19,7 +23,7 @@ use crate::text::{Beginning, answer};
 pub struct Prompt {
     /// Not empty.
     pub tokens: Arc<[u32]>,
-    /// Of output, at most.
+    /// Of output, at most; 0: the prompt alone is wanted.
     pub max_tokens: u32,
     /// What `echo` puts before the answer.
     pub echo: Option<Arc<str>>,
@@ -75,11 +79,11 @@ pub fn start(
         Some(seed) => seed,
         None => random()? as u64,
     };
-    let count = prompts.len() * params.n;
+    let count = prompts.len() * params.best_of;
     let mut sampling = params.sampling.clone();
-    sampling.logprobs = reading.logprobs.is_some();
+    sampling.logprobs = reading.logprobs.is_some() || params.best_of > params.n;
     sampling.top_logprobs = reading.logprobs.unwrap_or(0);
-    let lanes = prompts.iter().flat_map(|prompt| (0..params.n).map(move |number| (prompt, number)));
+    let lanes = prompts.iter().flat_map(|prompt| (0..params.best_of).map(move |number| (prompt, number)));
     let lanes = lanes.enumerate().map(|(index, (prompt, number))| {
         let mut sampling = sampling.clone();
         // As vLLM: the choices of a prompt draw differently, the same prompt twice draws alike.
@@ -101,9 +105,23 @@ pub fn start(
         let prompt_tokens = prompt.tokens.len() as u32;
         let meter =
             SequenceMeter::new(Arc::clone(&gateway.metrics), arrived, prompt_tokens).of(caller.cloned());
-        (Lane::new(choice, meter, prompt_tokens), gateway.inference.generate(request))
+        let stream = if request.max_tokens == 0 { nothing() } else { gateway.inference.generate(request) };
+        (Lane::new(choice, meter, prompt_tokens), stream)
     });
-    Ok(Answer::new(lanes.collect(), params.n, prepare.as_secs_f64(), params.timings))
+    Ok(Answer::new(lanes.collect(), params, prepare.as_secs_f64()))
+}
+
+/// An answer of no tokens, for which no node is asked.
+fn nothing() -> TokenStream {
+    let finished = Finished {
+        reason: FinishReason::Length,
+        output_tokens: 0,
+        cached_tokens: 0,
+        decision: Decision::Local,
+        migrations: 0,
+        timings: Timings::default(),
+    };
+    stream::iter([Ok(TokenEvent::Started(Started::default())), Ok(TokenEvent::Finished(finished))]).boxed()
 }
 
 /// 128 bits that nobody can guess.

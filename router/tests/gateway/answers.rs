@@ -1,9 +1,9 @@
 //! Answers, streamed and not, of chats and completions.
 
-use router::inference::{FinishReason, Sampling};
+use router::inference::{FinishReason, Sampling, Token, TokenEvent};
 use serde_json::{Value, json};
 
-use crate::mock::{END, Gateway, content, encode, says, script};
+use crate::mock::{END, Gateway, Step, content, encode, finished, says, script, started, tokenizer};
 
 const CHAT: &str = "/v1/chat/completions";
 const COMPLETION: &str = "/v1/completions";
@@ -208,4 +208,50 @@ async fn choices_without_a_seed_draw_differently() {
     let seeds: std::collections::BTreeSet<u64> =
         gateway.cluster.seen.lock().unwrap().iter().map(|request| request.sampling.seed).collect();
     assert_eq!(seeds.len(), 3);
+}
+
+#[tokio::test]
+async fn the_likeliest_of_many_are_given_and_all_are_counted() {
+    let gateway = Gateway::new(|request| {
+        // By choice: the third is the likeliest, then the first.
+        let logprob = [-2.0, -3.0, -1.0][(request.sampling.seed - 7) as usize];
+        let token = |index, id| {
+            Step::Event(TokenEvent::Token(Token { index, id, logprob: Some(logprob), top: Vec::new() }))
+        };
+        let id = 40 + request.sampling.seed as u32;
+        vec![started(), token(0, id), token(1, id), finished(FinishReason::Length, 2)]
+    })
+    .await;
+    let body = json!({"prompt": "x", "n": 2, "best_of": 3, "seed": 7, "max_tokens": 2});
+    let (status, body) = gateway.ask("/v1/completions", &body).await;
+    assert_eq!(status, 200, "{body}");
+    let text = |id| tokenizer().decode(&[id, id], false);
+    let given: Vec<_> =
+        body["choices"].as_array().unwrap().iter().map(|c| (&c["index"], &c["text"])).collect();
+    assert_eq!(given, [(&json!(0), &json!(text(49))), (&json!(1), &json!(text(47)))]);
+    assert_eq!(
+        (&body["usage"]["completion_tokens"], &body["choices"][0]["logprobs"]),
+        (&json!(6), &Value::Null)
+    );
+}
+
+#[tokio::test]
+async fn a_completion_of_no_tokens_asks_no_node() {
+    let gateway = Gateway::new(|_| says("x")).await;
+    let body = json!({"prompt": "Hello", "echo": true, "max_tokens": 0});
+    let (status, body) = gateway.ask("/v1/completions", &body).await;
+    let choice = &body["choices"][0];
+    assert_eq!((status, &choice["text"], &choice["finish_reason"]), (200, &json!("Hello"), &json!("length")));
+    assert!(gateway.cluster.seen.lock().unwrap().is_empty());
+}
+
+#[tokio::test]
+async fn usage_can_be_in_every_event() {
+    let gateway = Gateway::new(|_| says("a b")).await;
+    let options = json!({"include_usage": true, "continuous_usage_stats": true});
+    let body = json!({"prompt": "Hello", "stream": true, "stream_options": options});
+    let chunks = gateway.chunks("/v1/completions", &body).await;
+    let counts: Vec<_> =
+        chunks.iter().map(|chunk| chunk["usage"]["completion_tokens"].as_u64().unwrap()).collect();
+    assert!(counts.is_sorted() && counts.last() == Some(&(encode("a b").len() as u64 + 1)), "{counts:?}");
 }

@@ -32,7 +32,7 @@ async fn a_client_that_leaves_a_stream_cancels_its_sequences() {
 #[tokio::test]
 async fn a_client_that_leaves_before_its_answer_cancels_it() {
     let mut gateway = Gateway::new(|_| vec![Step::Wait]).await;
-    let body = r#"{"prompt": "x"}"#;
+    let body = r#"{"model": "tiny", "prompt": "x"}"#;
     let head = format!(
         "POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: {}\r\n\r\n",
         body.len()

@@ -26,6 +26,7 @@ async fn wrong_requests_are_told_what_is_wrong() {
     let gateway = Gateway::new(|_| says("x")).await;
     let user = json!([{"role": "user", "content": "x"}]);
     let chats = [
+        (json!({"messages": user, "model": null}), "missing_required_parameter", "model"),
         (json!({}), "missing_required_parameter", "messages"),
         (json!({"messages": []}), "invalid_value", "messages"),
         (json!({"messages": user, "model": 1}), "invalid_type", "model"),
@@ -36,7 +37,7 @@ async fn wrong_requests_are_told_what_is_wrong() {
         (json!({"messages": user, "logprobs": true, "top_logprobs": 21}), "invalid_value", "top_logprobs"),
         (json!({"messages": user, "chat_template": "x"}), "unsupported_parameter", "chat_template"),
         (
-            json!({"messages": user, "chat_template_kwargs": {"messages": []}}),
+            json!({"messages": user, "chat_template_kwargs": {"messages": [1]}}),
             "unsupported_parameter",
             "chat_template_kwargs.messages",
         ),
@@ -46,7 +47,7 @@ async fn wrong_requests_are_told_what_is_wrong() {
             "response_format.json_schema",
         ),
         (json!({"messages": user, "reasoning_effort": "extreme"}), "invalid_value", "reasoning_effort"),
-        (json!({"messages": user, "functions": []}), "unsupported_parameter", "functions"),
+        (json!({"messages": user, "functions": [{"name": "f"}]}), "unsupported_parameter", "functions"),
         (json!({"messages": user, "tool_choice": "required"}), "invalid_value", "tool_choice"),
         (json!({"messages": user, "guided_regex": "("}), "invalid_value", "guided_regex"),
         (json!({"messages": user, "guided_json": {"type": "robot"}}), "invalid_value", "guided_json"),
@@ -74,7 +75,9 @@ async fn wrong_requests_are_told_what_is_wrong() {
         (json!({"prompt": ""}), "invalid_value", "prompt"),
         (json!({"prompt": []}), "invalid_value", "prompt"),
         (json!({"prompt": [1, 100000]}), "invalid_value", "prompt[1]"),
-        (json!({"prompt": "x", "best_of": 2}), "unsupported_parameter", "best_of"),
+        (json!({"prompt": "x", "best_of": 1, "n": 2}), "invalid_value", "best_of"),
+        (json!({"prompt": "x", "best_of": 2, "stream": true}), "unsupported_parameter", "best_of"),
+        (json!({"prompt": ["x", "y"], "best_of": 9}), "invalid_value", "prompt"),
         (json!({"prompt": "x", "suffix": "y"}), "unsupported_parameter", "suffix"),
         (json!({"prompt": "x", "echo": true, "logprobs": 1}), "unsupported_parameter", "echo"),
         (json!({"prompt": ["x", "y"], "n": 9}), "invalid_value", "prompt"),

@@ -65,7 +65,7 @@ async fn keys_guard_what_costs_and_nothing_else() {
     for path in ["/live", "/health", "/metrics"] {
         assert_eq!(gateway.get(path).await.status(), 200, "{path}");
     }
-    let body = json!({"prompt": "x"});
+    let body = json!({"model": "tiny", "prompt": "x"});
     for path in ["/v1/completions", "/v1/chat/completions", "/tokenize", "/detokenize"] {
         let (status, answer) = gateway.ask(path, &body).await;
         assert_eq!((status, &answer["error"]["code"]), (401, &json!("invalid_api_key")), "{path}");
@@ -108,7 +108,7 @@ async fn keys_have_limits() {
         assert_eq!(body["error"]["code"], "rate_limit_exceeded");
         assert!(body["error"]["message"].as_str().unwrap().contains(what), "{body}");
     };
-    let body = json!({"prompt": "Hello there"});
+    let body = json!({"model": "tiny", "prompt": "Hello there"});
     (0..3).for_each(|_| gateway.go());
     assert_eq!(ask(&few, body.clone()).await.status(), 200);
     assert_eq!(ask(&few, body.clone()).await.status(), 200);
@@ -117,7 +117,7 @@ async fn keys_have_limits() {
     assert_eq!(ask(&short, body.clone()).await.status(), 200);
     refused(ask(&short, body.clone()).await, "3 tokens per minute").await;
 
-    let stream = json!({"prompt": "Hello there", "stream": true});
+    let stream = json!({"model": "tiny", "prompt": "Hello there", "stream": true});
     let first = ask(&one, stream.clone()).await;
     assert_eq!(first.status(), 200);
     refused(ask(&one, stream.clone()).await, "1 requests at once").await;
