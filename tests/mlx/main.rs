@@ -1,5 +1,5 @@
 //! Promise: prompts read on a CPU node go on in a decode group of two MLX ranks behind the real router, to the tokens of the
-//! CPU as far as two devices can agree; and a rank that dies is missed by nobody. Run by `.ci/run mlx`, with the feature
+//! CPU as far as two devices can agree; and a rank that dies or hangs is missed by nobody. Run by `.ci/run mlx`, with the feature
 //! `mlx`: the executable's ranks compute with MLX's CPU library on Linux.
 #![cfg(feature = "mlx")]
 
@@ -13,6 +13,8 @@ mod harness;
 #[path = "../e2e/parts.rs"]
 mod parts;
 
+use std::time::{Duration, Instant};
+
 use serde_json::{Value, json};
 
 use crate::client::EventStream;
@@ -20,6 +22,35 @@ use crate::parts::{Parts, ids};
 
 /// What two f32 implementations of one model differ by in a log probability, at the very least taken for granted.
 const ERROR_MIN: f64 = 1e-4;
+
+/// What a rank says that starts itself anew.
+const ANEW: &str = "this rank starts anew";
+/// What a rank says when it notices that another hangs.
+const SILENT: &str = "lost: silent for";
+/// Longest time to the notice: 2 s, and as much again for a machine that is busy with other things.
+const NOTICE_MAX: Duration = Duration::from_secs(4);
+/// Longest wait for a line of a log.
+const PATIENCE: Duration = Duration::from_secs(60);
+
+/// What becomes of a rank.
+#[derive(Clone, Copy, Debug)]
+enum Fault {
+    /// kill -9.
+    Killed,
+    /// Stopped, and let go on when the others have noticed.
+    Resumed,
+    /// Stopped, and killed when the others have noticed.
+    Hung,
+}
+
+/// Waits until `line` is there more than `times` times.
+async fn wait_for_line(parts: &Parts, line: &str, times: usize) {
+    let begun = Instant::now();
+    while parts.log().matches(line).count() <= times {
+        assert!(begun.elapsed() < PATIENCE, "no line {line:?}:\n{}", parts.log());
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+}
 
 /// One generated token.
 #[derive(Debug)]
@@ -110,24 +141,45 @@ async fn mlx_ranks_go_on_where_a_cpu_node_left_off_and_survive_each_other() {
     }
     assert!(same > 60, "only {same} tokens could be compared");
 
-    // kill -9 of either rank in the middle of an answer. Whoever watches over the machines starts it again; the rank that is
-    // left starts itself anew.
-    for rank in ["d.1", "d.0"] {
+    // Either rank fails in the middle of an answer. Whoever watches over the machines starts what has ended; the rank that is
+    // left starts itself anew, and so does one that hung when it is let go on.
+    for (rank, fault) in
+        [("d.1", Fault::Killed), ("d.0", Fault::Killed), ("d.1", Fault::Resumed), ("d.0", Fault::Hung)]
+    {
+        let what = format!("{rank}, {fault:?}");
         let mut body = long.clone();
-        body["cache_salt"] = json!(rank);
+        body["cache_salt"] = json!(what);
         let lost = parts.migrations("decode_lost").await;
         let mut stream = parts.complete_begin(&body).await;
         let mut got = tokens(&mut stream, 50).await;
-        parts.kill(rank);
-        parts.restart(rank);
+        let anew = parts.log().matches(ANEW).count();
+        match fault {
+            Fault::Killed => {
+                parts.kill(rank);
+                parts.restart(rank);
+            }
+            Fault::Resumed | Fault::Hung => {
+                let notices = parts.log().matches(SILENT).count();
+                let begun = Instant::now();
+                parts.signal(rank, libc::SIGSTOP);
+                wait_for_line(&parts, SILENT, notices).await;
+                let noticed = begun.elapsed();
+                println!("{what}: noticed after {noticed:.1?}");
+                assert!(noticed < NOTICE_MAX, "{what}: noticed after {noticed:?}");
+                wait_for_line(&parts, ANEW, anew).await;
+                if let Fault::Resumed = fault {
+                    parts.signal(rank, libc::SIGCONT);
+                } else {
+                    parts.kill(rank);
+                    parts.restart(rank);
+                }
+            }
+        }
         got.extend(tokens(&mut stream, usize::MAX).await);
-        agree(&format!("the answer during which {rank} died"), &wanted[asks.len()], &got);
-        assert!(parts.migrations("decode_lost").await > lost, "{rank} died after its answer");
-        // A rank's log begins with its process: this line is the other rank's.
-        assert!(
-            parts.log().contains("this rank starts anew"),
-            "the rank beside {rank} went on alone:\n{}",
-            parts.log()
-        );
+        agree(&format!("the answer beside {what}"), &wanted[asks.len()], &got);
+        assert!(parts.migrations("decode_lost").await > lost, "{what} after its answer");
+        // The log of a process that was killed is gone with it: this is the other rank's line.
+        let others = parts.log().matches(ANEW).count();
+        assert!(others > 0, "the rank beside {what} went on alone:\n{}", parts.log());
     }
 }

@@ -8,7 +8,9 @@
 //! The books bound tokens; slots are classes above them. Memory is up to twice the tokens of the sequences, 256 tokens (the
 //! smallest slot) for each shorter one, and a bank partly filled per class; a sequence that was cut keeps its slot.
 
+use std::cell::RefCell;
 use std::ops::Range;
+use std::rc::Rc;
 use std::sync::{Arc, Mutex};
 
 use backend::paged::{Access, LeaseId, Pages};
@@ -17,6 +19,7 @@ use mlx_rs::{Array, Dtype, ops, transforms};
 
 use crate::graph::{Failure, Recorded, int, mlx_type, put_run, window};
 use crate::lease::{MlxExport, MlxLanding, Regions};
+use crate::line::{Line, Ticket};
 use crate::slots::{Place, Shape, Slots};
 
 /// The KV cache of one rank in MLX arrays.
@@ -29,8 +32,8 @@ pub struct MlxKv {
     banks: Vec<Vec<Vec<Array>>>,
     /// Banks and layers with recorded updates that nobody has evaluated yet.
     recorded: Vec<(usize, usize)>,
-    /// Part of what was evaluated last, see [`MlxKv::calm`].
-    running: Option<Array>,
+    /// Everything that is evaluated, in its order.
+    line: Rc<RefCell<Line>>,
     /// Landings that were dropped since the store looked last.
     ended: Arc<Mutex<Vec<LeaseId>>>,
 }
@@ -60,7 +63,7 @@ impl MlxKv {
             slots: Slots::new(tokens),
             banks: Vec::new(),
             recorded: Vec::new(),
-            running: None,
+            line: Rc::default(),
             ended: Arc::default(),
         })
     }
@@ -83,32 +86,34 @@ impl MlxKv {
         }
     }
 
-    /// Waits for what was started last, and so for everything before it: only then are updates written in place. What runs
-    /// holds its inputs, and MLX copies an array that somebody holds: the whole cache, at every step.
+    /// Waits for everything that was submitted: what runs holds its inputs, so only then are updates written in place that
+    /// begin at once.
     pub(crate) fn calm(&mut self) -> Result<(), Failure> {
-        self.running.take().map_or(Ok(()), |running| Ok(running.eval()?))
+        self.line.borrow_mut().drain()
     }
 
-    /// Starts the recorded updates, and `others`.
-    pub(crate) fn start(&mut self, others: &[Array]) -> Result<(), Failure> {
+    /// Where steps are on their way.
+    pub(crate) fn line(&self) -> Rc<RefCell<Line>> {
+        self.line.clone()
+    }
+
+    /// Submits the recorded updates, and `others`. The second value is there when they are done.
+    pub(crate) fn submit(&mut self, others: &[Array]) -> Result<(Ticket, Vec<Array>), Failure> {
+        let (arrays, ends) = self.recorded(others)?;
+        Ok((self.line.borrow_mut().submit(arrays, ends.clone()), ends))
+    }
+
+    /// What is to be evaluated; and what tells its end: not a cache array itself, that has one owner.
+    fn recorded(&mut self, others: &[Array]) -> Result<(Vec<Array>, Vec<Array>), Failure> {
         let recorded = std::mem::take(&mut self.recorded);
         let mut arrays: Vec<Array> =
             recorded.into_iter().flat_map(|(bank, layer)| self.banks[bank][layer].clone()).collect();
-        // Not a cache array itself: that has one owner.
-        let last = match (others.last(), arrays.last()) {
-            (Some(other), _) => Some(other.clone()),
-            (None, Some(cache)) => Some(part(cache)?),
-            (None, None) => None,
+        let ends = match arrays.last() {
+            Some(cache) if others.is_empty() => vec![part(cache)?],
+            _ => others.to_vec(),
         };
-        arrays.extend(if others.is_empty() { last.clone().into_iter().collect() } else { others.to_vec() });
-        transforms::async_eval(&arrays)?;
-        self.running = last;
-        Ok(())
-    }
-
-    /// What was started last: done when this is.
-    pub(crate) fn running(&self) -> Option<Array> {
-        self.running.clone()
+        arrays.extend_from_slice(&ends);
+        Ok((arrays, ends))
     }
 
     /// Asks for writing `tokens` of `layer` and reading `[from, tokens.end)`: neither may be under somebody's lease,
@@ -180,7 +185,13 @@ impl MlxKv {
             let array = put_run(self.array(to.bank, layer, plane), to.slot, 0..tokens, &kept)?;
             self.replace(to.bank, layer, plane, array);
         }
-        self.start(&[])
+        self.begin()
+    }
+
+    /// Submits the recorded updates, which begin at once: everything before has ended.
+    fn begin(&mut self) -> Result<(), Failure> {
+        let (ticket, _) = self.submit(&[])?;
+        self.line.borrow_mut().reach(ticket)
     }
 
     fn planes(&self) -> Vec<(usize, usize)> {
@@ -297,7 +308,10 @@ impl KvStore for MlxKv {
         };
         let planes = if range.is_empty() { 0 } else { self.spec.planes.len() };
         let begun = (0..planes).map(plane).collect::<Result<Vec<_>, _>>().and_then(|planes| {
-            self.start(&planes)?;
+            // Another thread waits for them: they begin now.
+            self.line.borrow_mut().settle()?;
+            let (arrays, ends) = self.recorded(&planes)?;
+            self.line.borrow_mut().join(arrays, ends)?;
             Ok(planes)
         });
         Ok(MlxExport::new(self.spec.clone(), layer, tokens, begun))
@@ -338,7 +352,7 @@ impl KvStore for MlxKv {
         };
         let planes = if range.is_empty() { Vec::new() } else { all };
         let put = planes.into_iter().try_for_each(&mut put);
-        if put.and_then(|()| self.calm()).and_then(|()| self.start(&[])).is_err() {
+        if put.and_then(|()| self.calm()).and_then(|()| self.begin()).is_err() {
             self.pages.release(lease);
             return Err(self.full(tokens.end - tokens.start));
         }
@@ -347,4 +361,4 @@ impl KvStore for MlxKv {
 }
 
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;

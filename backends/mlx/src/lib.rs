@@ -2,8 +2,8 @@
 //! the feature `mlx`; without it the crate is empty.
 //!
 //! [`MlxBackend`] is opened by node start-up on the thread that owns all MLX state from then on. A step is one lazy graph:
-//! its operations (`step`, `attend`) only record, [`backend::Step::submit`] starts the evaluation, waiting reads the
-//! result. The cache (`kv`) is slots of capacity classes (`slots`): MLX has no paged attention. Leases (`lease`) carry
+//! its operations (`step`, `attend`) only record, [`backend::Step::submit`] puts it in line (`line`) to be evaluated, waiting
+//! reads the result. The cache (`kv`) is slots of capacity classes (`slots`): MLX has no paged attention. Leases (`lease`) carry
 //! evaluated arrays and host memory, nothing else leaves the thread. `draw` picks tokens on the device. `graph` holds what MLX calls have in common.
 //!
 //! [`backend::Caps::exact`] is false: sums are MLX's, and its kernels differ by shape.
@@ -18,6 +18,7 @@ mod host;
 mod kv;
 mod latent;
 mod lease;
+mod line;
 mod moe;
 mod part;
 mod plan;

@@ -31,6 +31,15 @@ pub(crate) fn claim() -> Option<u64> {
     Some(limit)
 }
 
+/// After the end of an evaluation was seen: waits until the device has let go of its inputs. Metal does that in a handler
+/// that runs a moment later; the CPU library's threads have done it by then.
+pub(crate) fn let_go() {
+    if cfg!(target_vendor = "apple") {
+        // SAFETY: the handle of a stream that lives during the call. A failure is that of the evaluation, which says so.
+        let _ = unsafe { mlx_sys::mlx_synchronize(mlx_rs::Stream::thread_local_or_default().as_ptr()) };
+    }
+}
+
 /// Bytes that Metal recommends to use at most: three quarters of the memory or so, or what `iogpu.wired_limit_mb` says.
 fn working_set() -> Option<u64> {
     // SAFETY: handles made and freed here; the key is a string that lives during the call, the size a place of ours.

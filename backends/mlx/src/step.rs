@@ -1,6 +1,7 @@
-//! A step on MLX: operations record a lazy graph, [`Step::submit`] starts it, [`Pending::wait`] reads the result. The first
-//! refusal stops the recording and comes out at the end.
+//! A step on MLX: operations record a lazy graph, [`Step::submit`] puts it in line (see `line`), [`Pending::wait`] reads the
+//! result. The first refusal stops the recording and comes out at the end.
 
+use std::cell::RefCell;
 use std::ops::Range;
 use std::rc::Rc;
 
@@ -16,6 +17,7 @@ use crate::fabric::Fabric;
 use crate::graph::{Failure, Recorded, available, indices, int, last, mlx_type};
 use crate::kv::MlxKv;
 use crate::lease::MlxExport;
+use crate::line::{Line, Ticket};
 use crate::weight::MlxWeight;
 
 /// An activation `[rows, width]` of the step's dtype: a node of the graph.
@@ -52,7 +54,7 @@ impl<'a> MlxStep<'a> {
         MlxStep { device, kv, batch, attention: None, calm: false, fault }
     }
 
-    /// Before the first evaluation of this step: the one before has to end. It was recorded meanwhile.
+    /// Before a part of this step is evaluated while the rest is recorded: the step before has to end.
     fn calm(&mut self) {
         if !std::mem::replace(&mut self.calm, true)
             && let Err(failure) = self.kv.calm()
@@ -147,16 +149,18 @@ impl Step for MlxStep<'_> {
         self.kv.export(seq, layer, tokens)
     }
 
+    /// Returns without waiting; evaluation begins when the step before has ended.
     fn submit(mut self, out: Out<MlxAct>) -> Box<dyn Pending<MlxAct>> {
-        self.calm();
         self.device.flight = None;
+        let fabric = self.device.fabric().ok().flatten().cloned();
+        let line = self.kv.line();
         // The cache is evaluated whatever happens, or its graph would grow from step to step.
         if let Some(fault) = self.fault.take() {
-            let _ = self.kv.start(&[]);
-            return Box::new(Running { asked: Err(fault), fabric: None });
+            let _ = self.kv.submit(&[]);
+            return Box::new(Running { asked: Err(fault), fabric: None, line });
         }
         let asked = match out {
-            Out::Nothing => Ok(Asked::Nothing(None)),
+            Out::Nothing => Ok(Asked::Nothing(Vec::new())),
             Out::Logits(act) => self.logits(&act.0),
             Out::Draw(act, draws) => self.draws(&act.0, &draws),
             Out::Hidden(act) => Ok(Asked::Hidden(act.0)),
@@ -164,19 +168,12 @@ impl Step for MlxStep<'_> {
         if let Ok(Asked::Draws(draws)) = &asked {
             self.device.flight = Some(draws.flight());
         }
-        let begun = asked.and_then(|asked| match asked {
-            Asked::Nothing(_) => {
-                self.kv.start(&[])?;
-                Ok(Asked::Nothing(self.kv.running()))
-            }
-            asked => {
-                self.kv.start(&asked.arrays())?;
-                Ok(asked)
-            }
+        let submitted = asked.and_then(|asked| {
+            let (ticket, ends) = self.kv.submit(&asked.arrays())?;
+            Ok((ticket, if let Asked::Nothing(_) = asked { Asked::Nothing(ends) } else { asked }))
         });
-        let fabric = self.device.fabric().ok().flatten().cloned();
-        let asked = begun.map_err(|failure| failed(fabric.as_deref(), failure));
-        Box::new(Running { asked, fabric })
+        let asked = submitted.map_err(|failure| failed(fabric.as_deref(), failure));
+        Box::new(Running { asked, fabric, line })
     }
 }
 
@@ -224,8 +221,8 @@ pub(crate) fn gated(x: &Array, kind: Glu) -> Recorded {
 
 /// What a running step is asked for.
 enum Asked {
-    /// Only to be done, which this array tells.
-    Nothing(Option<Array>),
+    /// Only to be done, which these arrays tell.
+    Nothing(Vec<Array>),
     Logits(Array),
     Draws(Draws),
     Hidden(Array),
@@ -236,7 +233,7 @@ enum Asked {
 impl Asked {
     fn arrays(&self) -> Vec<Array> {
         match self {
-            Asked::Nothing(array) => array.iter().cloned().collect(),
+            Asked::Nothing(ends) => ends.clone(),
             Asked::Logits(array) | Asked::Hidden(array) | Asked::Done(array) => vec![array.clone()],
             Asked::Draws(draws) => draws.arrays(),
         }
@@ -245,18 +242,24 @@ impl Asked {
 
 /// A step under way.
 struct Running {
-    asked: Result<Asked, BackendError>,
+    asked: Result<(Ticket, Asked), BackendError>,
     fabric: Option<Rc<Fabric>>,
+    line: Rc<RefCell<Line>>,
 }
 
 impl Pending<MlxAct> for Running {
     fn ready(&self) -> bool {
-        self.asked.as_ref().map_or(true, |asked| asked.arrays().iter().all(available))
+        self.line.borrow_mut().look();
+        self.asked.as_ref().map_or(true, |(_, asked)| asked.arrays().iter().all(available))
     }
 
     fn wait(self: Box<Self>) -> Result<Output<MlxAct>, BackendError> {
-        let asked = self.asked?;
-        transforms::eval(&asked.arrays()).map_err(|error| failed(self.fabric.as_deref(), error.into()))?;
+        let (ticket, asked) = self.asked?;
+        let reached = self.line.borrow_mut().reach(ticket);
+        let ended = reached.and_then(|()| Ok(transforms::eval(&asked.arrays())?));
+        // The next step, if it is there already, begins before anybody looks at the result.
+        self.line.borrow_mut().look();
+        ended.map_err(|failure| failed(self.fabric.as_deref(), failure))?;
         match asked {
             Asked::Nothing(_) | Asked::Done(_) => Ok(Output::Nothing),
             Asked::Hidden(array) => Ok(Output::Hidden(MlxAct(array))),

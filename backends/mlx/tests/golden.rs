@@ -60,8 +60,9 @@ fn is_the_reference(case: &str, dtype: DType) {
 }
 
 macro_rules! cases {
-    ($($name:ident: $case:literal,)*) => {$(
-        mod $name {
+    ($($name:ident: $case:literal,)*) => {
+        const CASES: &[&str] = &[$($case),*];
+        $(mod $name {
             use super::*;
 
             #[test]
@@ -73,18 +74,65 @@ macro_rules! cases {
             fn bf16_is_as_near_as_bf16_can_be() {
                 is_the_reference($case, DType::BF16);
             }
-        }
-    )*};
+        })*
+    };
 }
 
+// MLX's own formats, GGUF's and int4 as MLX's codes; FP8 and Q6_K as the numbers that they mean.
 cases! {
     llama_base: "llama-base-s1",
     llama_tied: "llama-gqa_tied-s1",
     llama_mqa_bias: "llama-mqa_bias-s1",
+    llama_mlx_widths: "llama-mlx_widths",
+    llama_q4_0: "llama-gguf-q4_0",
+    llama_q4_k_m: "llama-gguf-q4_k_m",
     qwen3_base: "qwen3-base-s1",
     qwen3_tied_sharded: "qwen3-tied_sharded-s1",
     mistral_window: "mistral-swa-s1",
     qwen2_yarn: "qwen2-yarn-s1",
+    qwen3_moe_mixed: "qwen3_moe-mixed",
+    qwen3_moe_unnormed: "qwen3_moe-unnormed",
+    qwen3_moe_mlx: "qwen3_moe-mlx",
+    qwen3_moe_q4_0: "qwen3_moe-gguf-q4_0",
+    deepseek_v3_mscale: "deepseek_v3-mscale",
+    deepseek_v3_no_q_lora: "deepseek_v3-no_q_lora",
+    deepseek_v3_fp8: "deepseek_v3-fp8",
+    deepseek_v3_mlx: "deepseek_v3-mlx",
+    kimi_k2_base: "kimi_k2-base",
+    kimi_k2_int4: "kimi_k2-int4",
+    minimax_m2_base: "minimax_m2-base",
+    minimax_m2_fp8: "minimax_m2-fp8",
+    minimax_m2_mlx: "minimax_m2-mlx",
+    glm4_moe_base: "glm4_moe-base",
+    glm4_moe_plain: "glm4_moe-plain",
+}
+
+/// A case that is added for the other backends is one for this.
+#[test]
+fn no_case_is_left_out() {
+    let all = std::fs::read_dir(fixture::root()).unwrap().map(|entry| entry.unwrap().path());
+    let mut all: Vec<_> = all.filter(|dir| dir.join("golden.json").exists()).collect();
+    all.retain(|dir| !CASES.iter().any(|case| dir.ends_with(case)));
+    assert!(all.is_empty(), "{all:?}");
+}
+
+/// Every case of the directory that `BATON_GOLDEN` names, as `tests/golden/generate.py` makes them; one line each.
+#[test]
+#[ignore = "needs cases in the directory that BATON_GOLDEN names"]
+fn every_case_of_a_directory() {
+    let dir = std::path::PathBuf::from(std::env::var_os("BATON_GOLDEN").expect("BATON_GOLDEN"));
+    let mut cases: Vec<_> = std::fs::read_dir(&dir).unwrap().map(|entry| entry.unwrap().path()).collect();
+    cases.retain(|case| case.join("golden.json").exists());
+    cases.sort();
+    let mut failed = 0;
+    for case in cases.iter().map(|case| case.to_str().unwrap()) {
+        for dtype in [DType::F32, DType::BF16] {
+            let passes = std::panic::catch_unwind(|| is_the_reference(case, dtype)).is_ok();
+            println!("{} {dtype} {case}", if passes { "ok  " } else { "FAIL" });
+            failed += usize::from(!passes);
+        }
+    }
+    assert!(failed == 0 && !cases.is_empty(), "{failed} failures in {} cases", cases.len());
 }
 
 /// One Llama layer, row by row, on two backends through the same seam.
@@ -148,7 +196,8 @@ fn handed_over<A: Backend, B: Backend>(case: &str) {
 /// The reason for all this: a CPU (or CUDA) node reads the prompt, MLX generates.
 #[test]
 fn cpu_prompts_go_on_on_mlx() {
-    for case in ["llama-base-s1", "qwen3-base-s1", "mistral-swa-s1"] {
+    for case in ["llama-base-s1", "qwen3-base-s1", "mistral-swa-s1", "deepseek_v3-mscale", "minimax_m2-base"]
+    {
         handed_over::<CpuBackend, MlxBackend>(case);
     }
 }
@@ -156,7 +205,7 @@ fn cpu_prompts_go_on_on_mlx() {
 /// And back, as a migration would.
 #[test]
 fn mlx_prompts_go_on_on_the_cpu() {
-    for case in ["llama-gqa_tied-s1", "qwen2-yarn-s1"] {
+    for case in ["llama-gqa_tied-s1", "qwen2-yarn-s1", "deepseek_v3-mlx"] {
         handed_over::<MlxBackend, CpuBackend>(case);
     }
 }

@@ -150,9 +150,14 @@ fn conforms() {
 
 /// Prompt and generated tokens of a model split in two, against the logits of Hugging Face transformers.
 fn is_the_reference() {
-    for (case, dtype) in
-        [("llama-base-s1", DType::F32), ("qwen3-base-s1", DType::F32), ("llama-gqa_tied-s1", DType::BF16)]
-    {
+    for (case, dtype) in [
+        ("llama-base-s1", DType::F32),
+        ("qwen3-base-s1", DType::F32),
+        ("deepseek_v3-mscale", DType::F32),
+        ("minimax_m2-base", DType::F32),
+        ("qwen3_moe-mlx", DType::F32),
+        ("llama-gqa_tied-s1", DType::BF16),
+    ] {
         let fixture = Fixture::open(case);
         let options = DeviceOptions { dtype, threads: 1, block_tokens: 16, ..DeviceOptions::default() };
         for (i, prompt) in fixture.prompts.iter().enumerate() {

@@ -205,6 +205,7 @@ impl Drop for Group {
 
 /// Gives this rank [`WEDGED_AFTER`] to leave the epoch by itself.
 fn watch_over(renew: fn(&str), left: Arc<AtomicBool>, reason: String) {
+    tracing::warn!("{reason}");
     let watch = move || {
         std::thread::sleep(WEDGED_AFTER);
         if !left.load(Ordering::Acquire) {

@@ -17,7 +17,10 @@ use super::TpError;
 const PING_EVERY: Duration = Duration::from_millis(400);
 
 /// A link on which nothing came for so long is lost; also the longest that a frame may take to be sent.
-pub(super) const SILENCE_MAX: Duration = Duration::from_secs(2);
+pub(super) const SILENCE_MAX: Duration = Duration::from_millis(1500);
+
+/// In so long a lost rank is noticed, hung ones too: a promise to users.
+const NOTICE_MAX: Duration = Duration::from_secs(2);
 
 /// Time between two looks at a link. Silence is counted in looks: when this whole machine stands still for seconds, that
 /// is one look, and the other end gets its time.
@@ -33,6 +36,8 @@ const PROOF_BYTES: usize = 16;
 const HEAD_BYTES: usize = 4 + 1 + PROOF_BYTES;
 
 const _: () = assert!(SILENCE_MAX.as_millis() >= 3 * PING_EVERY.as_millis());
+// The looks before and after, and some time to be scheduled.
+const _: () = assert!(SILENCE_MAX.as_millis() + LOOK_EVERY.as_millis() < NOTICE_MAX.as_millis());
 
 /// HMAC-SHA256 of `parts` one after the other; each is of fixed length, or the last.
 pub(super) fn proof(key: &[u8], parts: &[&[u8]]) -> [u8; 32] {
@@ -314,7 +319,7 @@ mod tests {
         assert!(frames.recv_timeout(SILENCE_MAX + PING_EVERY).is_err());
         // A stopped process: its lock is held, nothing is sent any more.
         let _stopped = near.out.lock().unwrap();
-        assert_eq!(frames.recv().unwrap(), Err("silent for 2000 ms".into()));
+        assert_eq!(frames.recv().unwrap(), Err("silent for 1500 ms".into()));
     }
 
     #[test]

@@ -5,6 +5,8 @@ use backend::{
     TensorView, WeightSource,
 };
 
+use std::sync::{MutexGuard, PoisonError};
+
 use super::*;
 use crate::MlxBackend;
 
@@ -13,6 +15,12 @@ const B: SeqId = SeqId(2);
 
 /// Inputs of a product that takes milliseconds.
 const WIDE: usize = 30_000;
+
+/// Memory is counted for the whole process: tests that take much of it come one after the other.
+pub(crate) fn alone() -> MutexGuard<'static, ()> {
+    static ALONE: Mutex<()> = Mutex::new(());
+    ALONE.lock().unwrap_or_else(PoisonError::into_inner)
+}
 
 struct Rig {
     backend: MlxBackend,
@@ -23,6 +31,7 @@ struct Rig {
     /// Whether large products come before the attention, so that a step is still under way when the next one begins.
     slow: bool,
     rope: Rope,
+    _alone: MutexGuard<'static, ()>,
 }
 
 fn view(bytes: &[u8], rows: usize, cols: usize) -> TensorView<'_> {
@@ -32,6 +41,7 @@ fn view(bytes: &[u8], rows: usize, cols: usize) -> TensorView<'_> {
 impl Rig {
     /// A store of 8192 tokens, two heads of 64 in f32: 4 MiB per bank and plane.
     fn new() -> Self {
+        let _alone = alone();
         let options =
             DeviceOptions { dtype: DType::F32, threads: 1, block_tokens: 16, ..DeviceOptions::default() };
         let mut backend = MlxBackend::open(&options, Group::alone()).unwrap();
@@ -48,7 +58,7 @@ impl Rig {
         });
         // Without rope the steps are so short that MLX takes a second one while the first runs.
         let rope = Rope { inv_freq: Vec::new().into(), factor: 1.0, style: RopeStyle::HalfSplit };
-        Rig { backend, kv, table, mixer, slow: false, rope }
+        Rig { backend, kv, table, mixer, slow: false, rope, _alone }
     }
 
     fn step(&mut self, batch: &Batch) -> Box<dyn Pending<crate::MlxAct>> {
@@ -120,45 +130,79 @@ fn steps_write_in_place() {
     drop(export);
 }
 
-/// The same when the next step is begun before the last is waited for. (MLX alone would copy: what runs holds its inputs.)
-#[test]
-fn overlapping_steps_write_in_place() {
+/// Two steps in flight, `submit` waiting for neither: the cache is written where it lies, and no other memory of its size is
+/// taken. (MLX alone would copy it: what runs holds its inputs.)
+fn stays_in_place(mut submit: impl FnMut(&mut Rig, u32) -> Box<dyn Pending<crate::MlxAct>>) {
     let mut rig = Rig::new();
     rig.kv.open(A, 250).unwrap();
     rig.kv.open(B, 250).unwrap();
-    rig.step(&tokens(0)).wait().unwrap();
+    submit(&mut rig, 0).wait().unwrap();
     let before = rig.addresses();
+    let bank_bytes = rig.kv.array(0, 0, 0).nbytes();
     rig.slow = true;
-    for position in (1..9).step_by(2) {
-        let first = rig.step(&tokens(position));
-        let second = rig.step(&tokens(position + 1));
+    submit(&mut rig, 1).wait().unwrap();
+    mlx_rs::memory::reset_peak_memory().unwrap();
+    let held = mlx_rs::memory::active_memory().unwrap();
+    let (mut overlapped, mut first) = (0, submit(&mut rig, 2));
+    for position in 3..40 {
+        let second = submit(&mut rig, position);
+        overlapped += usize::from(!first.ready());
         first.wait().unwrap();
-        second.wait().unwrap();
-        assert_eq!(rig.addresses(), before, "moved at position {position}");
+        first = second;
     }
+    first.wait().unwrap();
+    let more = mlx_rs::memory::peak_memory().unwrap() - held;
+    assert_eq!(rig.addresses(), before);
+    assert!(more < bank_bytes, "{more} bytes more, one array of the cache has {bank_bytes}");
+    assert!(overlapped > 0, "every step had ended when the next was submitted");
 }
 
-/// And when each step takes the tokens that the one before is still drawing.
+/// Steps on ids that the host knows.
+#[test]
+fn overlapping_steps_write_in_place() {
+    stays_in_place(|rig, position| rig.step(&tokens(position)));
+}
+
+/// Each step takes the tokens that the one before is still drawing.
 #[test]
 fn steps_on_tokens_in_flight_write_in_place() {
+    let draw = |act| Out::Draw(act, vec![Draw::Token(Rule { temperature: 1.0, ..Rule::GREEDY }); 2]);
+    stays_in_place(|rig, position| {
+        let mut batch = tokens(position);
+        if position > 0 {
+            batch = Batch::default();
+            batch.push_drawn(A, position, 0);
+            batch.push_drawn(B, position, 1);
+        }
+        rig.step_for(&batch, draw)
+    });
+}
+
+/// Steps that nobody waits for, with a sequence that comes, a lease and one that grows in between.
+#[test]
+fn what_comes_between_waits_its_turn() {
     let mut rig = Rig::new();
     rig.kv.open(A, 250).unwrap();
     rig.kv.open(B, 250).unwrap();
-    let draw = |act| Out::Draw(act, vec![Draw::Token(Rule { temperature: 1.0, ..Rule::GREEDY }); 2]);
-    let in_flight = |position| {
-        let mut batch = Batch::default();
-        batch.push_drawn(A, position, 0);
-        batch.push_drawn(B, position, 1);
-        batch
-    };
-    rig.step_for(&tokens(0), draw).wait().unwrap();
-    let before = rig.addresses();
-    rig.slow = true;
-    for position in (1..9).step_by(2) {
-        let first = rig.step_for(&in_flight(position), draw);
-        let second = rig.step_for(&in_flight(position + 1), draw);
-        first.wait().unwrap();
-        second.wait().unwrap();
-        assert_eq!(rig.addresses(), before, "moved at position {position}");
+    let mut running = Vec::new();
+    for position in 0..6 {
+        rig.slow = position > 3;
+        running.push(rig.step(&tokens(position)));
     }
+    let export = rig.kv.export(A, 0, 0..6).unwrap();
+    rig.kv.fork(A, SeqId(3), 0, Fork::Share).unwrap();
+    rig.kv.grow(A, 300).unwrap();
+    running.push(rig.step(&tokens(6)));
+    let after = rig.kv.export(A, 0, 0..6).unwrap();
+    let read = |export: MlxExport| {
+        use backend::{KvExport, Piece};
+        export.wait().unwrap();
+        let mut bytes = Vec::new();
+        export.read(&Piece { layer: 0, plane: 0, heads: 0..2, tokens: 0..6 }, &mut bytes).unwrap();
+        bytes
+    };
+    let (before, after) = (read(export), read(after));
+    assert!(before.iter().any(|byte| *byte != 0));
+    assert_eq!(before, after);
+    running.pop().unwrap().wait().unwrap();
 }
