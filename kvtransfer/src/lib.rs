@@ -5,6 +5,7 @@
 
 pub mod codec;
 pub mod coverage;
+pub mod crc;
 pub mod error;
 pub mod frame;
 pub mod id;

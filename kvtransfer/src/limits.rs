@@ -4,9 +4,10 @@ use std::time::Duration;
 
 use crate::Ticket;
 use crate::codec::{Codec, CodecPolicy};
+use crate::transport::ucx::Ways;
 
 /// Version of frames, messages and their order. Compared at join and in every Hello.
-pub const WIRE_VERSION: u8 = 2;
+pub const WIRE_VERSION: u8 = 3;
 
 /// Bytes of the fixed head of a frame.
 pub const HEADER_BYTES: usize = 64;
@@ -25,6 +26,12 @@ pub const HELLO_BYTES_MAX: usize = 3072;
 
 /// Largest payload of any other frame that is not data.
 pub const CONTROL_BYTES_MAX: usize = 576;
+
+/// The address of a UCX worker: every device has its share.
+pub const ADDRESS_BYTES_MAX: usize = 16 << 10;
+
+/// Where a payload lies that is not on the connection: runs of memory with their keys.
+pub const FETCH_BYTES_MAX: usize = 64 << 10;
 
 /// Sender ranks of one session.
 pub const RANKS_MAX: usize = 64;
@@ -93,6 +100,8 @@ pub struct Limits {
     pub probe: Option<Ticket>,
     /// How numbers travel.
     pub codec: CodecPolicy,
+    /// Ways that payloads may take beside their connection.
+    pub ways: Ways,
     /// Pace of all payloads of a sender together; `None`: as fast as the link takes them.
     pub rate_bytes_per_s: Option<u64>,
 }
@@ -112,6 +121,7 @@ impl Default for Limits {
             streams: 1,
             probe: None,
             codec: CodecPolicy::Always(Codec::Exact),
+            ways: Ways::NONE,
             rate_bytes_per_s: None,
         }
     }

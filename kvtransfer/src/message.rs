@@ -208,6 +208,9 @@ impl Message {
             Kind::Probed => Message::Probed { unix_ms: input.u64()?, received_bytes: input.u64()? },
             Kind::Pong => Message::Pong { received_bytes: input.u64()?, received_frames: input.u64()? },
             Kind::Data => return Err(FrameError::Message("is data")),
+            Kind::Offer | Kind::Choose | Kind::Address | Kind::Fetch | Kind::Fetched => {
+                return Err(FrameError::Message("is not for a session"));
+            }
         };
         if input.0.is_empty() { Ok(message) } else { Err(FrameError::Message("too long")) }
     }

@@ -1,6 +1,7 @@
 //! Measures a link: bytes that the peer reports as landed, over the time in which there was something to send. The engine's
 //! report carries it to the router, whose placement needs it. Pure.
 
+use crate::transport::ucx::Way;
 use std::time::{Duration, Instant};
 
 /// A sample is taken after so much busy time, or at its end.
@@ -21,6 +22,8 @@ pub struct Meter {
     sample_bytes: u64,
     total_bytes: u64,
     bytes_per_s: Option<f64>,
+    /// What carried payloads there last.
+    pub way: Way,
 }
 
 impl Meter {

@@ -21,6 +21,7 @@ use crate::sender::path::Path;
 use crate::sender::pool::Pool;
 use crate::transport::Dialer;
 use crate::transport::tcp::TcpDialer;
+use crate::transport::ucx::Way;
 use crate::{Codec, Expect, Limits, SessionError, SessionId, Ticket};
 
 pub use push::Push;
@@ -90,6 +91,8 @@ pub struct LinkStat {
     pub gbytes_per_s: f32,
     /// Payload bytes received there so far.
     pub bytes: u64,
+    /// What carried payloads there last.
+    pub way: Way,
     /// What probes have shown of the path.
     pub path: Path,
     /// Used together with other paths to the same receiver.
@@ -135,6 +138,11 @@ impl Sender {
     /// Connections of all pushes so far that were lost and replaced.
     pub fn resumed(&self) -> u64 {
         self.0.resumed.load(std::sync::atomic::Ordering::Relaxed)
+    }
+
+    /// Connections whose payloads went by UCX and that were lost: replaced by ones that carry their payloads themselves.
+    pub fn fallbacks(&self) -> u64 {
+        self.0.fallbacks.load(std::sync::atomic::Ordering::Relaxed)
     }
 
     /// Makes receivers known that may be pushed to, so that their paths are probed before: each by all its addresses.

@@ -1,9 +1,10 @@
 //! Transports: how a [`Wire`] comes about. Sessions know nothing of them. TCP between machines, with TLS where
-//! others can listen, memory within a process; UCX is to be a further implementation of the same two traits.
+//! others can listen, memory within a process. UCX takes the payloads of such a connection over where both ends have it.
 
 pub mod mem;
 pub mod tcp;
 pub mod tls;
+pub mod ucx;
 
 use std::io;
 use std::time::Duration;

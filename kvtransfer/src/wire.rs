@@ -1,14 +1,17 @@
 //! What a transport gives: one connection as frames out, frames in, and a handle to end it from elsewhere. [`split`] makes
-//! one of any pair of byte streams (TCP, memory, later TLS); a transport with its own messages or one-sided puts (UCX)
-//! implements the traits itself.
+//! one of any pair of byte streams (TCP, TLS, memory); UCX wraps
+//! both halves of one.
 
+use std::any::Any;
 use std::io::{self, IoSlice, IoSliceMut, Read, Write};
 use std::net::Shutdown;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use crate::crc;
 use crate::frame::{FrameError, Head};
 use crate::limits::HEADER_BYTES;
+use crate::transport::ucx::WayCell;
 
 /// One connection with its peer.
 pub struct Wire {
@@ -20,12 +23,24 @@ pub struct Wire {
     pub control: Arc<dyn Control>,
     /// The peer, for messages.
     pub peer: String,
+    /// What carries its payloads.
+    pub way: Arc<WayCell>,
 }
+
+/// Keeps bytes where they are for as long as it lives.
+pub type Hold = Arc<dyn Any + Send + Sync>;
 
 /// The sending half. Calls block until the bytes are handed to the transport.
 pub trait FrameSink: Send {
     /// Sends one frame whole. An error leaves the connection unusable.
     fn send(&mut self, head: &Head, payload: &[IoSlice<'_>]) -> io::Result<()>;
+
+    /// As [`FrameSink::send`], of a payload that stays where it is, unchanged, while `hold` lives: a transport whose peer reads
+    /// it later keeps it until then.
+    fn send_held(&mut self, head: &Head, payload: &[IoSlice<'_>], hold: &Hold) -> io::Result<()> {
+        let _ = hold;
+        self.send(head, payload)
+    }
 
     /// Longest time for the transport to take a byte; beyond it `send` fails with [`io::ErrorKind::TimedOut`].
     fn set_stall(&mut self, stall: Duration) -> io::Result<()>;
@@ -38,6 +53,9 @@ pub trait FrameSource: Send {
 
     /// Reads a payload into `into`, filling it, and returns its CRC32C.
     fn payload(&mut self, into: &mut [IoSliceMut<'_>], until: Option<Instant>) -> Result<u32, WireError>;
+
+    /// The peer has proved its ticket.
+    fn proven(&mut self) {}
 
     /// Reads and forgets until the peer closes or `until`, so that what was sent to it last is not cut off.
     fn drain(&mut self, until: Instant);
@@ -97,6 +115,7 @@ where
         source: Box::new(StreamSource { reader, head: [0; HEADER_BYTES], filled: 0, timed: false }),
         control,
         peer,
+        way: Arc::default(),
     }
 }
 
@@ -209,7 +228,7 @@ impl<R: Read + ReadTimeout + Send> FrameSource for StreamSource<R> {
                     let mut fresh = bytes;
                     for slice in left.iter() {
                         let part = slice.len().min(fresh);
-                        crc = crc32c::crc32c_append(crc, &slice[..part]);
+                        crc = crc::append(crc, &slice[..part]);
                         fresh -= part;
                         if fresh == 0 {
                             break;

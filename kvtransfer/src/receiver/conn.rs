@@ -107,6 +107,7 @@ fn greet(
     };
     *lock(&conn.fate) = None;
     slot.prove(conn, &handshake, &proof)?;
+    source.proven();
     Ok(Some((session, slot)))
 }
 
@@ -117,8 +118,8 @@ pub(super) fn read(
     head: &Head,
     until: Instant,
 ) -> Result<Message, SessionError> {
-    if head.kind == Kind::Data {
-        return Err(SessionError::Protocol("data before its session".into()));
+    if head.kind == Kind::Data || head.kind.is_transports() {
+        return Err(SessionError::Protocol(format!("{:?} before its session", head.kind)));
     }
     let (payload, crc) = control_payload(source, head, Some(until)).map_err(|error| lost(conn, error))?;
     Ok(parse(head, &payload, crc)?)

@@ -12,6 +12,7 @@ use crate::receiver::conn;
 use crate::receiver::slot::{Conn, Slot};
 use crate::session::ConnId;
 use crate::sync::lock;
+use crate::transport::ucx;
 use crate::wire::Wire;
 use crate::{FailCode, Limits, SessionError, SessionId};
 
@@ -192,7 +193,7 @@ impl Registry {
 
     /// Serves a new connection on a thread of its own, or refuses it.
     pub fn admit(self: &Arc<Self>, wire: Wire) {
-        let Wire { mut sink, source, control, peer } = wire;
+        let Wire { mut sink, source, control, peer, .. } = ucx::take(wire, self.limits.ways);
         let admitted = self.place().and_then(|place| {
             sink.set_stall(self.limits.handshake)
                 .map_err(|error| SessionError::Invalid(error.to_string()))?;

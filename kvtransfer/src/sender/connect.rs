@@ -53,7 +53,7 @@ pub(super) fn connect(
             if left.is_zero() || (index > 0 && pair.over()) {
                 break;
             }
-            let dialed = pool.dialer.dial(&address, pool.limits.connect.min(left));
+            let dialed = pool.dial(&address, pool.limits.connect.min(left));
             let greeted = dialed
                 .map_err(|error| SessionError::Connect { peer: address.clone(), reason: error.to_string() })
                 .and_then(|wire| greet(pair, index, &pool.limits, wire, until));

@@ -261,11 +261,12 @@ impl Pair {
     /// One connection, from its acceptance to its end.
     fn converse(&self, index: usize, pool: &Pool, connected: Connected) -> Outcome {
         let Connected { address, mut wire, sending } = connected;
+        let way = wire.way.clone();
         // The receiver's silence is bounded by the deadline, its slowness by what one write may take.
         if let Err(error) = wire.sink.set_stall(self.spec.deadline) {
             return Outcome::Failed(self.io(&error));
         }
-        self.attach(index, Live::new(sending, address.clone(), wire.control.clone()));
+        self.attach(index, Live::new(sending, address.clone(), &wire));
         let sink = Mutex::new(wire.sink);
         let (source, control) = (&mut *wire.source, &wire.control);
         let outcome = thread::scope(|scope| {
@@ -282,6 +283,11 @@ impl Pair {
             outcome
         });
         self.detach(index, pool);
+        if let Outcome::Failed(SessionError::Lost { .. }) = outcome
+            && self.aborted().is_none()
+        {
+            pool.fell_back(&address, way.get());
+        }
         if let Outcome::Acknowledged(_) = outcome {
             wire.sink = sink.into_inner().unwrap_or_else(PoisonError::into_inner);
             pool.put_idle(address, wire);

@@ -1,6 +1,7 @@
 //! What all pushes of one sender share: the bound on connections, idle connections, links as measured, the pace.
 
 use std::collections::{BTreeMap, HashMap, VecDeque};
+use std::io;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::time::{Duration, Instant};
@@ -11,11 +12,15 @@ use crate::pace::Pace;
 use crate::sender::path::Paths;
 use crate::sync::lock;
 use crate::transport::Dialer;
+use crate::transport::ucx::{self, Way, Ways};
 use crate::wire::Wire;
 use crate::{Limits, LinkStat, SessionError};
 
 /// Receivers that are probed.
 const PEERS_MAX: usize = 256;
+
+/// An address whose payloads could not be read goes without UCX for so long.
+const WITHOUT: Duration = Duration::from_secs(600);
 
 /// Peers whose links are measured.
 const METERS_MAX: usize = 4096;
@@ -28,6 +33,10 @@ pub(super) struct Pool {
     pub paths: Mutex<Paths>,
     /// Lanes that lost a connection and went on over another, of all pushes.
     pub resumed: AtomicU64,
+    /// Lanes that lost a connection whose payloads went by UCX: their next one is without.
+    pub fallbacks: AtomicU64,
+    /// When that was last, by address.
+    without: Mutex<HashMap<String, Instant>>,
     /// Receivers by their addresses, and when they were last probed.
     peers: Mutex<Vec<(Vec<String>, Option<Instant>)>>,
     conns: Mutex<Conns>,
@@ -60,9 +69,32 @@ impl Pool {
             meters: Mutex::default(),
             paths: Mutex::default(),
             resumed: AtomicU64::new(0),
+            fallbacks: AtomicU64::new(0),
+            without: Mutex::default(),
             peers: Mutex::default(),
             conns: Mutex::default(),
             turn: Condvar::new(),
+        }
+    }
+
+    /// A new connection, which offers what else may carry its payloads.
+    pub fn dial(&self, address: &str, timeout: Duration) -> io::Result<Wire> {
+        let wire = self.dialer.dial(address, timeout)?;
+        let without = lock(&self.without).get(address).is_some_and(|at| at.elapsed() < WITHOUT);
+        Ok(ucx::give(wire, if without { Ways::NONE } else { self.limits.ways }))
+    }
+
+    /// A connection to `address` was lost while its payloads went another `way`.
+    pub fn fell_back(&self, address: &str, way: Way) {
+        if way == Way::Stream {
+            return;
+        }
+        tracing::info!(address, way = way.name(), "kv goes over the connection after a loss");
+        self.fallbacks.fetch_add(1, Ordering::Relaxed);
+        let mut without = lock(&self.without);
+        without.retain(|_, at| at.elapsed() < WITHOUT);
+        if without.len() < METERS_MAX {
+            without.insert(address.to_owned(), Instant::now());
         }
     }
 
@@ -194,6 +226,7 @@ impl Pool {
             peer: peer.clone(),
             gbytes_per_s: meter.and_then(Meter::bytes_per_s).map_or(0.0, |rate| (rate / 1e9) as f32),
             bytes: meter.map_or(0, Meter::total_bytes),
+            way: meter.map_or(Way::Stream, |meter| meter.way),
             path: paths.get(peer).cloned().unwrap_or_default(),
             striped: paths.striped(peer),
         };

@@ -6,7 +6,8 @@ use backend::Piece;
 
 use crate::sender::export::SharedExport;
 use crate::session::{Outbox, Sending};
-use crate::wire::Control;
+use crate::transport::ucx::WayCell;
+use crate::wire::{Control, Wire};
 
 /// One frame, for as long as it may have to be sent again.
 #[derive(Clone)]
@@ -35,6 +36,7 @@ pub(super) struct Live {
     pub sending: Sending,
     pub address: String,
     pub control: Arc<dyn Control>,
+    pub way: Arc<WayCell>,
     /// A frame is being written: the connection has to go if the push is given up now.
     pub writing: bool,
     /// The front job's export is waited for.
@@ -46,8 +48,9 @@ pub(super) struct Live {
 }
 
 impl Live {
-    pub fn new(sending: Sending, address: String, control: Arc<dyn Control>) -> Self {
-        Live { sending, address, control, writing: false, waiting: false, unprobed: false, busy: false }
+    pub fn new(sending: Sending, address: String, wire: &Wire) -> Self {
+        let (control, way) = (wire.control.clone(), wire.way.clone());
+        Live { sending, address, control, way, writing: false, waiting: false, unprobed: false, busy: false }
     }
 }
 

@@ -100,6 +100,7 @@ impl Pair {
         if landed > 0 || quiet {
             pool.measure(&live.address, |meter| {
                 meter.landed(landed, now);
+                meter.way = live.way.get();
                 if quiet {
                     meter.end(now);
                 }

@@ -9,13 +9,14 @@ use super::lane::Frame;
 use super::{Job, Pair, Progress, REASON_WAIT, State};
 use crate::SessionError;
 use crate::codec::{Codec, Row};
+use crate::crc;
 use crate::layout::cut;
 use crate::message::Message;
 use crate::sender::export::SharedExport;
 use crate::sender::pool::Pool;
 use crate::session::{Outcome, Sending};
 use crate::sync::lock;
-use crate::wire::FrameSink;
+use crate::wire::{FrameSink, Hold};
 
 /// What the writing thread does next.
 enum Step {
@@ -193,7 +194,8 @@ impl Pair {
         let slices = frame.export.slices(&frame.piece, frame.bytes);
         let row = self.row(frame.piece.plane);
         if let (None, Some(slices)) = (row, &slices) {
-            return self.send_data(index, pool, sink, frame, Codec::Exact, slices);
+            let hold: Hold = frame.export.clone();
+            return self.send_data(index, pool, sink, frame, Codec::Exact, slices, Some(&hold));
         }
         staging.exact.clear();
         match slices {
@@ -213,13 +215,15 @@ impl Pair {
             }
         }
         let Some(row) = row else {
-            return self.send_data(index, pool, sink, frame, Codec::Exact, &[IoSlice::new(&staging.exact)]);
+            let exact = [IoSlice::new(&staging.exact)];
+            return self.send_data(index, pool, sink, frame, Codec::Exact, &exact, None);
         };
         staging.encoded.clear();
         self.codec.encode(row, &staging.exact, &mut staging.encoded);
-        self.send_data(index, pool, sink, frame, self.codec, &[IoSlice::new(&staging.encoded)])
+        self.send_data(index, pool, sink, frame, self.codec, &[IoSlice::new(&staging.encoded)], None)
     }
 
+    #[allow(clippy::too_many_arguments)] // one frame: where it is, where it goes, how it is written
     fn send_data(
         &self,
         index: usize,
@@ -228,8 +232,9 @@ impl Pair {
         frame: &Frame,
         codec: Codec,
         slices: &[IoSlice<'_>],
+        hold: Option<&Hold>,
     ) -> io::Result<()> {
-        let crc = slices.iter().fold(0, |crc, slice| crc32c::crc32c_append(crc, slice));
+        let crc = slices.iter().fold(0, |crc, slice| crc::append(crc, slice));
         let mut sink = lock(sink);
         let head = {
             let mut state = lock(&self.state);
@@ -245,7 +250,10 @@ impl Pair {
             }
             live.sending.data(&frame.piece, codec, frame.wire_bytes, crc)
         };
-        let sent = sink.send(&head, slices);
+        let sent = match hold {
+            Some(hold) => sink.send_held(&head, slices, hold),
+            None => sink.send(&head, slices),
+        };
         self.step(index, |live| live.writing = false);
         sent
     }

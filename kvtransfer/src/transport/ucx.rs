@@ -1,0 +1,122 @@
+//! Payloads by UCX beside a connection: RDMA between machines, shared memory between processes of one. The connection itself stays
+//! what it is (TCP, TLS) and carries everything but the payloads of data frames; those lie where the sender has them until
+//! the receiver reads them, one-sided, straight into their place.
+//!
+//! ```text
+//! sender                               receiver
+//! Offer (ways, host)               ->
+//!                                  <-  Choose (way; 0: none)
+//! Address (of a UCX worker)        ->
+//! Fetch (head of a Data frame, keys) ->  reads the payload, checks it    <- Fetched (how many)
+//! ```
+//!
+//! The receiver reads, the sender never writes: a sender that is late, lost or wrong can touch no byte of a landing, so blocks
+//! return as with any other transport. What it may read is registered for reading only, for one frame (shared memory) or one
+//! connection (a ring that payloads are copied to). Until the receiver has answered, and for whatever does not fit, payloads go
+//! over the connection as always; a connection whose payloads cannot be read is lost like any other, and the lane comes back
+//! without UCX. Sessions know nothing of it.
+
+mod device;
+mod give;
+mod offer;
+mod take;
+
+use std::fs;
+use std::sync::atomic::{AtomicU8, Ordering};
+
+pub(crate) use give::give;
+pub(crate) use take::take;
+
+/// What carries the payloads of a connection.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[repr(u8)]
+pub enum Way {
+    /// The connection itself.
+    #[default]
+    Stream = 0,
+    /// UCX between processes of one machine: one copy, no socket.
+    Shm = 1,
+    /// UCX over RoCE or InfiniBand.
+    Rdma = 2,
+    /// UCX over its own TCP: slower than [`Way::Stream`], for tests of the same code where there is no RDMA.
+    Tcp = 3,
+}
+
+impl Way {
+    const ALL: [Way; 4] = [Way::Stream, Way::Shm, Way::Rdma, Way::Tcp];
+
+    /// A word for people and metrics.
+    pub fn name(self) -> &'static str {
+        match self {
+            Way::Stream => "tcp",
+            Way::Shm => "shm",
+            Way::Rdma => "rdma",
+            Way::Tcp => "ucx-tcp",
+        }
+    }
+
+    fn from_number(number: u8) -> Option<Self> {
+        Way::ALL.into_iter().find(|way| *way as u8 == number)
+    }
+}
+
+/// The way of a connection, which may change from [`Way::Stream`] to another while it lives.
+#[derive(Debug, Default)]
+pub struct WayCell(AtomicU8);
+
+impl WayCell {
+    /// What it is now.
+    pub fn get(&self) -> Way {
+        Way::from_number(self.0.load(Ordering::Relaxed)).unwrap_or(Way::Stream)
+    }
+
+    fn set(&self, way: Way) {
+        self.0.store(way as u8, Ordering::Relaxed);
+    }
+}
+
+/// Which ways beside the connection itself an end may use. Both ends must agree.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Ways {
+    /// See [`Way::Shm`].
+    pub shm: bool,
+    /// See [`Way::Rdma`].
+    pub rdma: bool,
+    /// See [`Way::Tcp`].
+    pub tcp: bool,
+}
+
+impl Ways {
+    /// Payloads go over the connection.
+    pub const NONE: Ways = Ways { shm: false, rdma: false, tcp: false };
+
+    /// Whether there is one.
+    pub fn any(self) -> bool {
+        self != Ways::NONE
+    }
+
+    /// Those that this machine has.
+    fn here(self) -> Ways {
+        if !self.any() || ucx_sys::load().is_err() {
+            return Ways::NONE;
+        }
+        Ways { rdma: self.rdma && rdma_ports() > 0, ..self }
+    }
+}
+
+/// The release of UCX on this machine, or why there is none, in words.
+pub fn available() -> Result<String, String> {
+    let (a, b, c) = ucx_sys::load().map_err(|error| error.to_string())?.version;
+    Ok(format!("{a}.{b}.{c}"))
+}
+
+/// RDMA ports of this machine that are up.
+pub fn rdma_ports() -> usize {
+    let list = |path: &std::path::Path| fs::read_dir(path).into_iter().flatten().flatten();
+    list("/sys/class/infiniband".as_ref())
+        .flat_map(|device| list(&device.path().join("ports")).collect::<Vec<_>>())
+        .filter(|port| {
+            fs::read_to_string(port.path().join("state")).is_ok_and(|state| state.contains("ACTIVE"))
+        })
+        .count()
+}
