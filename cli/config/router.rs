@@ -11,7 +11,7 @@ use router::text::answer::Family;
 
 use super::Entry;
 use super::setting::settings;
-use super::value::{Seconds, Secret, choice};
+use super::value::{Seconds, Secret, Size, choice};
 
 settings! {
     /// What a router is told.
@@ -50,6 +50,12 @@ settings! {
         allowed_host: Vec<String> ["NAME,..."];
         /// Origins of web pages that may call, such as https://chat.example, or * [default: none]
         allowed_origin: Vec<String> ["ORIGIN,..."];
+        /// Where files and batch jobs are kept [default: batches/PORT in the user's data directory]
+        batch_dir: Option<PathBuf> ["DIR"];
+        /// Files and ended batches are deleted after so many days; 0: never
+        batch_retention: u32 ["DAYS"] = "30";
+        /// Largest file that a client may upload
+        batch_file_max: Size ["SIZE"] = "1GiB";
         /// Who computes prompts: auto (whoever is estimated to be sooner), always (prefill nodes) or never
         disaggregation: Disaggregation ["MODE"] = "auto";
         /// Longest prompt and answer together [default: the model's]

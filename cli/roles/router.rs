@@ -10,6 +10,7 @@ use cluster::{
     require_loopback_or_insecure, server,
 };
 use hub::Want;
+use router::batch::BatchConfig;
 use router::dispatch::{Dispatch, DispatchConfig};
 use router::inference::Inference;
 use router::{GatewayConfig, TlsFiles, serve};
@@ -22,6 +23,9 @@ use crate::{certificate, dirs, token};
 
 /// At the end, nodes and `status` have this long to take their last answer.
 const CLUSTER_DRAIN: Duration = Duration::from_secs(1);
+
+/// Seconds of a day.
+const DAY_S: u64 = 24 * 3600;
 
 /// Runs until a stop signal, then lets running requests end.
 pub async fn router(settings: RouterSettings) -> Result<()> {
@@ -100,6 +104,7 @@ fn gateway(settings: &RouterSettings, located: &Located) -> Result<GatewayConfig
     gateway.allowed_hosts = settings.hosts();
     gateway.allowed_origins.clone_from(&settings.allowed_origin);
     gateway.limits.drain = settings.drain.0;
+    gateway.batch = batches(settings);
     Ok(gateway)
 }
 
@@ -112,6 +117,22 @@ fn cluster(settings: &RouterSettings) -> Result<(ClusterToken, Routes)> {
     let authority = Arc::new(Authority::open(&token::cluster_dir(settings.cluster_dir.clone())?)?);
     tracing::info!("the cluster's certificates and join tokens are in {}", authority.folder().display());
     Ok((authority.router()?, Routes::new(Enrolment::service(authority))))
+}
+
+/// How files and batch jobs are kept; `None` where this user has no directory for them.
+fn batches(settings: &RouterSettings) -> Option<BatchConfig> {
+    let own = || Ok::<_, anyhow::Error>(dirs::data()?.join("batches").join(settings.port.to_string()));
+    let mut config = match settings.batch_dir.clone().map_or_else(own, Ok) {
+        Ok(folder) => BatchConfig::new(folder),
+        Err(error) => {
+            tracing::warn!("no files and batches: {error:#}; give --batch-dir");
+            return None;
+        }
+    };
+    config.file_bytes = settings.batch_file_max.0;
+    let days = u64::from(settings.batch_retention);
+    config.space.lifetime = (days > 0).then_some(days * DAY_S);
+    Some(config)
 }
 
 /// The certificate for HTTPS, made if it is to be our own.

@@ -29,6 +29,9 @@ pub trait Inference: Send + Sync + 'static {
     }
 }
 
+/// The priority of what nobody waits for: below whatever a client can ask for.
+pub const BACKGROUND: i32 = i32::MIN;
+
 /// What `Inference::generate` returns.
 pub type TokenStream = BoxStream<'static, Result<TokenEvent, InferenceError>>;
 
@@ -51,7 +54,7 @@ pub struct GenerateRequest {
     pub sampling: Sampling,
     /// Prefixes are shared only between requests of equal salt. Empty: the common one.
     pub cache_salt: Vec<u8>,
-    /// Lower runs later; 0 is interactive.
+    /// Lower runs later; 0 is interactive, [`BACKGROUND`] a line of a batch.
     pub priority: i32,
     /// What the output must look like, in the dialect of the room `grammar`; checked by the gateway.
     pub grammar: Option<Arc<str>>,
@@ -207,6 +210,8 @@ pub struct Load {
     pub running: u32,
     /// In the router's queue.
     pub queued: u32,
+    /// Of these, the interactive ones; the others are lines of batches.
+    pub waiting: u32,
 }
 
 /// Why a sequence could not be served, or not to its end.

@@ -3,6 +3,7 @@
 //! The router sees tokens and text, never a tensor.
 
 pub mod api;
+pub mod batch;
 pub mod dispatch;
 pub mod inference;
 pub mod key_file;

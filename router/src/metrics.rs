@@ -359,7 +359,7 @@ mod tests {
         drop(meter);
         drop(SequenceMeter::new(Arc::clone(&metrics), now, 1));
         metrics.http("/v1/models", 200);
-        let text = metrics.encode(Load { running: 3, queued: 2 });
+        let text = metrics.encode(Load { running: 3, queued: 2, waiting: 2 });
         for line in [
             "vllm:num_requests_running{model_name=\"tiny\"} 3",
             "vllm:num_requests_waiting{model_name=\"tiny\"} 2",

@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use super::tls::TlsFiles;
 
+use crate::batch::BatchConfig;
 use crate::text::answer::Family;
 
 /// One gateway, for one model.
@@ -34,6 +35,8 @@ pub struct GatewayConfig {
     pub tool_parser: Option<Option<Family>>,
     /// Whether what is between `<think>` tags is told apart; `None`: as the chat template says.
     pub reasoning_parser: Option<bool>,
+    /// Where files and batches are kept; `None`: there are none.
+    pub batch: Option<BatchConfig>,
     /// Bounds.
     pub limits: Limits,
 }
@@ -53,6 +56,7 @@ impl GatewayConfig {
             allowed_origins: Vec::new(),
             tool_parser: None,
             reasoning_parser: None,
+            batch: None,
             limits: Limits::for_context(context_tokens),
         }
     }
@@ -73,6 +77,7 @@ impl fmt::Debug for GatewayConfig {
             .field("allowed_origins", &self.allowed_origins)
             .field("tool_parser", &self.tool_parser)
             .field("reasoning_parser", &self.reasoning_parser)
+            .field("batch", &self.batch)
             .field("limits", &self.limits)
             .finish()
     }

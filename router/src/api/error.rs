@@ -172,6 +172,35 @@ impl ApiError {
         Self::new(StatusCode::UNSUPPORTED_MEDIA_TYPE, "invalid_request_error", None, message)
     }
 
+    /// 409: something else must be done first.
+    pub fn conflict(code: &'static str, message: impl Into<String>) -> Self {
+        Self::new(StatusCode::CONFLICT, "invalid_request_error", Some(code), message)
+    }
+
+    /// 429: the owner of the key has as much as one may have.
+    pub fn quota(message: impl Into<String>) -> Self {
+        Self::new(StatusCode::TOO_MANY_REQUESTS, "rate_limit_error", Some("quota_exceeded"), message)
+    }
+
+    /// 507.
+    pub fn no_disk() -> Self {
+        let message = "The server's disk is full.";
+        Self::new(StatusCode::INSUFFICIENT_STORAGE, "server_error", Some("insufficient_storage"), message)
+    }
+
+    /// 415 where a form is wanted.
+    pub fn no_form_type() -> Self {
+        let message =
+            "Unsupported media type: the header Content-Type must be multipart/form-data with a boundary.";
+        Self::new(StatusCode::UNSUPPORTED_MEDIA_TYPE, "invalid_request_error", None, message)
+    }
+
+    /// 400: the body is no form.
+    pub fn no_form(reason: impl std::fmt::Display) -> Self {
+        let message = format!("The body of the request is not a valid form: {reason}.");
+        Self::new(StatusCode::BAD_REQUEST, "invalid_request_error", Some("invalid_form"), message)
+    }
+
     /// 500. The message is for the client: nothing of the inside.
     pub fn internal(message: impl Into<String>) -> Self {
         Self::new(StatusCode::INTERNAL_SERVER_ERROR, "server_error", Some("internal_error"), message)

@@ -54,10 +54,13 @@ struct Key {
 impl Keys {
     /// Neither keys nor a file: everybody may ask. Errors when the file cannot be used.
     pub fn new(keys: &[String], file: Option<PathBuf>) -> Result<Self, KeyFileError> {
-        let fixed = keys.iter().map(|key| Key {
-            id: String::new(),
-            digest: Sha256::digest(key).into(),
-            caller: Caller::new("settings", KeyLimits::default(), Instant::now()),
+        let fixed = keys.iter().map(|key| {
+            let digest: [u8; 32] = Sha256::digest(key).into();
+            // Part of a digest names the key and does not open.
+            let start = digest[..8].iter().map(|byte| format!("{byte:02x}")).collect::<String>();
+            let owner = format!("settings:{start}");
+            let caller = Caller::new("settings", &owner, KeyLimits::default(), Instant::now());
+            Key { id: String::new(), digest, caller }
         });
         let keys = Keys { fixed: fixed.collect(), file, ring: RwLock::default() };
         keys.read()?;
@@ -108,13 +111,21 @@ impl Keys {
                     old.keys.iter().find(|key| key.id == record.id && key.caller.limits() == record.limits);
                 let caller = match known {
                     Some(key) => Arc::clone(&key.caller),
-                    None => Caller::new(&record.name, record.limits, now),
+                    None => Caller::new(&record.name, &format!("key:{}", record.id), record.limits, now),
                 };
                 keys.push(Key { id: record.id, digest, caller });
             }
         }
         *self.ring.write().unwrap_or_else(PoisonError::into_inner) = Arc::new(Ring { keys, seen });
         Ok(())
+    }
+
+    /// Whether a key of this owner opens now. Without any keys, nobody has a name.
+    pub fn knows(&self, owner: &str) -> bool {
+        if self.fixed.is_empty() && self.file.is_none() {
+            return owner.is_empty();
+        }
+        self.ring().keys.iter().any(|key| key.caller.owner == owner)
     }
 
     fn ring(&self) -> Arc<Ring> {
@@ -208,6 +219,8 @@ mod tests {
         let caller = |key: &str| keys.caller(&header(&format!("Bearer {key}"))).ok().flatten();
         let now = Instant::now();
         assert_eq!(caller(&alice).expect("opens").name, "alice");
+        let owner = caller(&alice).expect("opens").owner.clone();
+        assert!(keys.knows(&owner) && !keys.knows("") && Keys::new(&[], None).unwrap().knows(""));
         assert!(caller(&alice).expect("opens").enter(now).is_ok());
 
         let bob = KeyFile::change(&path, |file| file.create("bob", limits, 1)).unwrap();
@@ -218,7 +231,7 @@ mod tests {
 
         KeyFile::change(&path, |file| file.revoke("alice", 2)).unwrap();
         keys.read().unwrap();
-        assert!(caller(&alice).is_none() && caller(&bob).is_some());
+        assert!(caller(&alice).is_none() && caller(&bob).is_some() && !keys.knows(&owner));
         fs::write(&path, "{").unwrap();
         assert!(keys.read().is_err());
         assert!(caller(&bob).is_some());
@@ -236,7 +249,7 @@ mod tests {
             .map(|i| Key {
                 id: i.to_string(),
                 digest: Sha256::digest(i.to_le_bytes()).into(),
-                caller: Caller::new("x", KeyLimits::default(), Instant::now()),
+                caller: Caller::new("x", "x", KeyLimits::default(), Instant::now()),
             })
             .collect();
         let mut late = ring[0].digest;

@@ -7,6 +7,8 @@
 mod answer;
 mod anthropic;
 mod anthropic_format;
+mod batch_lines;
+mod batches;
 mod body;
 mod chat;
 mod chat_format;
@@ -16,12 +18,14 @@ mod completions;
 mod config;
 mod error;
 mod fields;
+mod files;
 mod form;
 mod guard;
 mod head;
 mod keys;
 mod logprobs;
 mod messages;
+mod multipart;
 mod openapi;
 mod params;
 mod quota;
@@ -52,6 +56,7 @@ pub use config::{GatewayConfig, Limits};
 pub use quota::Caller;
 pub use tls::{TlsError, TlsFiles};
 
+use crate::batch::Batches;
 use crate::inference::Inference;
 use crate::key_file::KeyFileError;
 use crate::metrics::Metrics;
@@ -77,8 +82,8 @@ pub enum ServeError {
     /// The configuration contradicts itself.
     #[error("{0}")]
     Config(String),
-    /// The thread that read the model's folder died.
-    #[error("the model's folder could not be read: {0}")]
+    /// A task of the gateway died.
+    #[error("a task of the gateway broke off: {0}")]
     Load(#[from] tokio::task::JoinError),
 }
 
@@ -93,6 +98,8 @@ struct Gateway {
     reasons: bool,
     compilers: form::Compilers,
     responses: response_store::ResponseStore,
+    /// Files and batch jobs, if they are kept.
+    batches: Option<Arc<Batches>>,
     /// Special ids that are marks of calls.
     marks: Arc<[u32]>,
     knows_developer: bool,
@@ -126,6 +133,10 @@ pub async fn serve<I: Inference>(
     }
     let mut registry = Registry::default();
     inference.register(&mut registry);
+    let batches = config.batch.clone().map(Batches::new);
+    if let Some(batches) = &batches {
+        batches.register(&mut registry);
+    }
     let cores = std::thread::available_parallelism().map_or(2, |cores| cores.get().max(2));
     let tool_family = config.tool_parser.unwrap_or_else(|| text.tool_family());
     let gateway = Gateway {
@@ -134,6 +145,7 @@ pub async fn serve<I: Inference>(
         reasons: config.reasoning_parser.unwrap_or_else(|| text.reasons()),
         compilers: form::Compilers::default(),
         responses: response_store::ResponseStore::default(),
+        batches,
         marks: marks(&text, tool_family),
         knows_developer: text.knows_developer(),
         text,
@@ -145,7 +157,15 @@ pub async fn serve<I: Inference>(
         since: SystemTime::now(),
         config,
     };
-    server::run(listener, acceptor, routes(Arc::new(gateway)), &limits, shutdown).await;
+    let gateway = Arc::new(gateway);
+    let batches = gateway.batches.clone().map(|batches| {
+        let lines = Arc::new(batch_lines::Lines(Arc::clone(&gateway)));
+        tokio::spawn(batches.run(lines, shutdown.clone()))
+    });
+    server::run(listener, acceptor, routes(gateway), &limits, shutdown).await;
+    if let Some(batches) = batches {
+        batches.await?;
+    }
     Ok(())
 }
 
@@ -181,6 +201,12 @@ fn routes(gateway: Arc<Gateway>) -> axum::Router {
         .route("/v1/completions", post(completions::handle))
         .route("/v1/responses", post(responses::handle))
         .route("/v1/responses/{id}", get(responses::get).delete(responses::delete))
+        .route("/v1/files", post(files::upload).get(files::list))
+        .route("/v1/files/{id}", get(files::get).delete(files::delete))
+        .route("/v1/files/{id}/content", get(files::content))
+        .route("/v1/batches", post(batches::create).get(batches::list))
+        .route("/v1/batches/{id}", get(batches::get))
+        .route("/v1/batches/{id}/cancel", post(batches::cancel))
         .route("/v1/messages", post(anthropic::handle))
         .route("/v1/messages/count_tokens", post(anthropic::count))
         .route("/v1/embeddings", post(status::embeddings))

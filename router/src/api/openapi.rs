@@ -14,7 +14,7 @@ use super::params::{TIERS, TOP_LOGPROBS_MAX};
 type Route = (&'static str, &'static str, &'static str, Option<&'static str>);
 
 /// All that is served.
-const ROUTES: [Route; 18] = [
+const ROUTES: [Route; 27] = [
     ("post", "/v1/chat/completions", "Answers a conversation.", Some("ChatRequest")),
     ("post", "/v1/completions", "Goes on with texts.", Some("CompletionRequest")),
     ("post", "/v1/responses", "Answers, and keeps the conversation.", Some("ResponseRequest")),
@@ -23,6 +23,15 @@ const ROUTES: [Route; 18] = [
     ("post", "/v1/messages", "Answers a conversation, Anthropic's interface.", Some("MessageRequest")),
     ("post", "/v1/messages/count_tokens", "Counts the tokens of a conversation.", Some("CountRequest")),
     ("post", "/v1/embeddings", "Refused: models served here generate text.", Some("EmbeddingRequest")),
+    ("post", "/v1/files", "Takes a file in.", Some("FileUpload")),
+    ("get", "/v1/files", "The key's files.", None),
+    ("get", "/v1/files/{id}", "One file.", None),
+    ("delete", "/v1/files/{id}", "Deletes a file.", None),
+    ("get", "/v1/files/{id}/content", "What is in a file.", None),
+    ("post", "/v1/batches", "Has the lines of a file answered.", Some("BatchRequest")),
+    ("get", "/v1/batches", "The key's batches.", None),
+    ("get", "/v1/batches/{id}", "One batch.", None),
+    ("post", "/v1/batches/{id}/cancel", "Ends a batch.", None),
     ("get", "/v1/models", "The served names.", None),
     ("get", "/v1/models/{id}", "One served name.", None),
     ("post", "/tokenize", "Ids of a text or of a conversation.", Some("TokenizeRequest")),
@@ -70,6 +79,7 @@ fn operation(method: &str, path: &str, summary: &str, body: Option<&str>) -> Val
     let content = match path {
         "/metrics" => json!({"application/openmetrics-text": {}}),
         "/live" | "/ping" | "/health" => json!({}),
+        "/v1/files/{id}/content" => json!({"application/octet-stream": {}}),
         _ if body.is_some() => {
             json!({"application/json": {"schema": {"type": "object"}}, "text/event-stream": {}})
         }
@@ -84,18 +94,33 @@ fn operation(method: &str, path: &str, summary: &str, body: Option<&str>) -> Val
     if path.contains("{id}") {
         operation["parameters"] = json!([{"name": "id", "in": "path", "required": true, "schema": {"type": "string", "minLength": 1}}]);
     }
+    if path.starts_with("/v1/files") || path.starts_with("/v1/batches") {
+        for (status, what) in [
+            ("400", "A parameter is wrong."),
+            ("404", "There is no such thing, or none of this key's; or files and batches are switched off."),
+            ("409", "Something else must be done first."),
+            ("500", "A fault of the server."),
+            ("503", "Not now."),
+            ("507", "The server's disk is full."),
+        ] {
+            responses[status] = error(what);
+        }
+        if method == "get" && !path.contains("{id}") {
+            operation["parameters"] = list_parameters(path);
+        }
+    }
     if path == "/health" {
         responses["503"] = error("A role cannot serve.");
     }
     if let Some(body) = body {
         let schema = json!({"$ref": format!("#/components/schemas/{body}")});
-        operation["requestBody"] =
-            json!({"required": true, "content": {"application/json": {"schema": schema}}});
+        let kind = if body == "FileUpload" { "multipart/form-data" } else { "application/json" };
+        operation["requestBody"] = json!({"required": true, "content": {kind: {"schema": schema}}});
         for (status, what) in [
             ("400", "The request is not one that can be served; the error names the parameter."),
             ("408", "The body did not come in time."),
             ("413", "The body is too large."),
-            ("415", "The body is not JSON by its header."),
+            ("415", "The body is of another type by its header."),
             ("429", "No room: try again after Retry-After."),
             ("500", "A fault of the server."),
             ("503", "No node can serve."),
@@ -105,6 +130,21 @@ fn operation(method: &str, path: &str, summary: &str, body: Option<&str>) -> Val
     }
     operation["responses"] = responses;
     operation
+}
+
+/// Of a list with cursors.
+fn list_parameters(path: &str) -> Value {
+    let most = if path == "/v1/files" { 10_000 } else { 100 };
+    let query = |name: &str, schema: Value| json!({"name": name, "in": "query", "schema": schema});
+    let mut all = vec![
+        query("after", json!({"type": "string"})),
+        query("limit", json!({"type": "integer", "minimum": 1, "maximum": most})),
+    ];
+    if path == "/v1/files" {
+        all.push(query("order", json!({"enum": ["asc", "desc"]})));
+        all.push(query("purpose", json!({"type": "string"})));
+    }
+    all.into()
 }
 
 fn schemas(model: &str, sequences: usize) -> Value {
@@ -127,6 +167,8 @@ fn schemas(model: &str, sequences: usize) -> Value {
         "MessageRequest": object(&["model", "messages", "max_tokens"], message_fields(model, true)),
         "CountRequest": object(&["messages"], message_fields(model, false)),
         "EmbeddingRequest": {"type": "object"},
+        "FileUpload": object(&["file", "purpose"], upload_fields()),
+        "BatchRequest": object(&["input_file_id", "endpoint", "completion_window"], batch_fields()),
         "TokenizeRequest": {"anyOf": [object(&["prompt"], tokenize), object(&["messages"], messages)]},
         "DetokenizeRequest": object(&["tokens"], vec![("model", json!({"const": model})), ("tokens", ids())]),
         "Error": {"type": "object", "required": ["error"], "properties": {"error": {"type": "object",
@@ -309,6 +351,30 @@ fn response_fields(model: &str) -> Vec<Property> {
     fields.extend(tools().into_iter().filter(|(name, _)| *name != "tools"));
     fields.push(("tools", json!({"type": ["array", "null"], "items": {"type": "object"}})));
     fields
+}
+
+fn upload_fields() -> Vec<Property> {
+    vec![
+        ("file", json!({"type": "string", "format": "binary"})),
+        ("purpose", json!({"const": "batch"})),
+        ("expires_after[anchor]", json!({"const": "created_at"})),
+        ("expires_after[seconds]", json!({"type": "integer", "minimum": 3600, "maximum": 2_592_000})),
+    ]
+}
+
+fn batch_fields() -> Vec<Property> {
+    let metadata = json!({"type": ["object", "null"], "maxProperties": 16,
+        "additionalProperties": {"type": "string", "maxLength": 512}});
+    let seconds = json!({"type": "integer", "minimum": 3600, "maximum": 2_592_000});
+    let after = json!({"type": ["object", "null"], "required": ["anchor", "seconds"], "additionalProperties": false,
+        "properties": {"anchor": {"const": "created_at"}, "seconds": seconds}});
+    vec![
+        ("input_file_id", json!({"type": "string"})),
+        ("endpoint", json!({"enum": ["/v1/chat/completions", "/v1/completions", "/v1/responses"]})),
+        ("completion_window", json!({"type": "string", "example": "24h"})),
+        ("metadata", metadata),
+        ("output_expires_after", after),
+    ]
 }
 
 fn message_fields(model: &str, answers: bool) -> Vec<Property> {

@@ -14,6 +14,10 @@ const PLACE_WAIT: Duration = Duration::from_secs(1);
 pub struct Caller {
     /// For people.
     pub name: String,
+    /// Whose files, batches and responses it comes to: another for every key, and the same after every start.
+    pub owner: String,
+    /// Nobody waits for its answers: they are made when nothing else is to do.
+    pub background: bool,
     limits: KeyLimits,
     buckets: Mutex<Buckets>,
     running: AtomicU32,
@@ -41,19 +45,32 @@ pub struct Exhausted {
 pub struct Place(Arc<Caller>);
 
 impl Caller {
+    /// Who has lines of `owner`'s batches answered: without limits, since such lines take what is left over.
+    pub fn background(owner: &str, now: Instant) -> Arc<Caller> {
+        let mut caller = Self::made("batch", owner, KeyLimits::default(), now);
+        caller.background = true;
+        Arc::new(caller)
+    }
+
     /// A caller that has used nothing yet.
-    pub fn new(name: &str, limits: KeyLimits, now: Instant) -> Arc<Caller> {
+    pub fn new(name: &str, owner: &str, limits: KeyLimits, now: Instant) -> Arc<Caller> {
+        Arc::new(Self::made(name, owner, limits, now))
+    }
+
+    fn made(name: &str, owner: &str, limits: KeyLimits, now: Instant) -> Caller {
         let bucket = |limit: Option<u32>| limit.map(|per_minute| Bucket::new(per_minute, now));
         let buckets = Buckets {
             requests: bucket(limits.requests_per_minute),
             tokens: bucket(limits.tokens_per_minute),
         };
-        Arc::new(Caller {
+        Caller {
             name: name.into(),
+            owner: owner.into(),
+            background: false,
             limits,
             buckets: Mutex::new(buckets),
             running: AtomicU32::new(0),
-        })
+        }
     }
 
     /// The limits that it was made with.
@@ -149,7 +166,7 @@ mod tests {
     fn requests_per_minute() {
         let begun = Instant::now();
         let at = |seconds| begun + Duration::from_secs(seconds);
-        let caller = Caller::new("a", limits(Some(6), None, None), begun);
+        let caller = Caller::new("a", "a", limits(Some(6), None, None), begun);
         for _ in 0..6 {
             assert!(caller.enter(at(0)).is_ok());
         }
@@ -170,7 +187,7 @@ mod tests {
     fn tokens_per_minute() {
         let begun = Instant::now();
         let at = |seconds| begun + Duration::from_secs(seconds);
-        let caller = Caller::new("a", limits(Some(1), Some(600), None), begun);
+        let caller = Caller::new("a", "a", limits(Some(1), Some(600), None), begun);
         let place = caller.enter(at(0)).unwrap();
         caller.used(900, at(0));
         drop(place);
@@ -185,12 +202,12 @@ mod tests {
     #[test]
     fn at_once() {
         let now = Instant::now();
-        let caller = Caller::new("a", limits(None, None, Some(2)), now);
+        let caller = Caller::new("a", "a", limits(None, None, Some(2)), now);
         let (first, _second) = (caller.enter(now).unwrap(), caller.enter(now).unwrap());
         assert_eq!(caller.enter(now).unwrap_err().what, "requests at once");
         drop(first);
         assert!(caller.enter(now).is_ok());
-        let nobody = Caller::new("a", limits(Some(0), None, None), now);
+        let nobody = Caller::new("a", "a", limits(Some(0), None, None), now);
         assert_eq!(nobody.enter(now).unwrap_err().wait, Duration::from_secs(3600));
     }
 }

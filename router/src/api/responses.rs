@@ -97,7 +97,7 @@ pub async fn delete(
 
 /// Before the id of what is kept: nobody comes to what was kept for another.
 fn owner(caller: Option<&Arc<Caller>>) -> String {
-    caller.map(|caller| format!("{} ", caller.name)).unwrap_or_default()
+    caller.map(|caller| format!("{} ", caller.owner)).unwrap_or_default()
 }
 
 fn no_response(id: &str) -> ApiError {

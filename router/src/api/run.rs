@@ -13,7 +13,7 @@ use super::head::Head;
 use super::params::Params;
 use super::quota::Caller;
 use crate::inference::{
-    Decision, FinishReason, Finished, GenerateRequest, Started, Timings, TokenEvent, TokenStream,
+    BACKGROUND, Decision, FinishReason, Finished, GenerateRequest, Started, Timings, TokenEvent, TokenStream,
 };
 use crate::metrics::SequenceMeter;
 use crate::text::{Beginning, answer};
@@ -73,6 +73,7 @@ pub fn start(
     arrived: Instant,
     caller: Option<&Arc<Caller>>,
 ) -> Result<Answer, ApiError> {
+    let background = caller.is_some_and(|caller| caller.background);
     let prepare = arrived.elapsed();
     gateway.metrics.prepared(prepare);
     let seed = match params.seed {
@@ -97,7 +98,7 @@ pub fn start(
             stop_ids: params.stop_ids.clone(),
             sampling,
             cache_salt: params.cache_salt.clone(),
-            priority: params.priority,
+            priority: if background { BACKGROUND } else { params.priority },
             grammar: reading.grammar.clone(),
         };
         let pieces = Arc::clone(gateway.text.tokenizer.pieces());

@@ -20,7 +20,7 @@ use super::counts::Counts;
 use super::field::Field;
 use super::ledger::{GrantId, Ledger};
 use super::prefix::{Holder, PrefixMap};
-use crate::inference::InferenceError;
+use crate::inference::{BACKGROUND, InferenceError, Load};
 use crate::placement::{self, Ask, Candidate, Outcome, Placement, Rules, Wait};
 
 /// Requests looked at behind one that must wait.
@@ -106,9 +106,16 @@ impl Book {
     }
 
     /// Requests with a grant, and requests waiting for one.
-    pub fn load(&self) -> (u32, u32) {
+    pub fn load(&self) -> Load {
         let state = self.lock();
-        (state.grants_open, u32::try_from(state.waiting.len()).unwrap_or(u32::MAX))
+        let count = |number| u32::try_from(number).unwrap_or(u32::MAX);
+        // Lines of batches are the last of the order.
+        let background = (Reverse(BACKGROUND), 0);
+        Load {
+            running: state.grants_open,
+            queued: count(state.waiting.len()),
+            waiting: count(state.waiting.range(..background).count()),
+        }
     }
 
     /// Waits for a place. Dropping the future leaves the queue.
@@ -455,7 +462,7 @@ mod tests {
         /// Until so many wait. Time is held: a pause lets the other tasks run until they wait.
         async fn until_waiting(&self, count: u32) {
             tokio::time::sleep(Duration::from_millis(1)).await;
-            assert_eq!(self.book.load().1, count);
+            assert_eq!(self.book.load().queued, count);
         }
     }
 
@@ -474,12 +481,12 @@ mod tests {
         world.until_waiting(3).await;
         drop(first);
         let large = large.await.unwrap().unwrap();
-        assert_eq!(world.book.load(), (1, 2));
+        assert_eq!(world.book.load(), Load { running: 1, queued: 2, waiting: 2 });
         drop(large);
         let (small, batch) = (small.await.unwrap().unwrap(), batch.await.unwrap().unwrap());
         assert!(small.id < batch.id);
         drop((small, batch));
-        assert_eq!(world.book.load(), (0, 0));
+        assert_eq!(world.book.load(), Load::default());
     }
 
     /// Protects: a full queue and a late turn are answers with advice, and leave nothing behind.
@@ -497,7 +504,7 @@ mod tests {
         assert!(matches!(late, Some(InferenceError::Overloaded { .. })), "{late:?}");
         assert_eq!(world.counts.overloaded(), 2);
         drop(held);
-        assert_eq!(world.book.load(), (0, 0));
+        assert_eq!(world.book.load(), Load::default());
     }
 
     /// Protects: where no decode group ever was, a request hears so at once; where one just left, it is held.

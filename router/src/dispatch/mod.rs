@@ -170,8 +170,7 @@ impl Inference for Dispatch {
     }
 
     fn load(&self) -> Load {
-        let (running, queued) = self.shared.book.load();
-        Load { running, queued }
+        self.shared.book.load()
     }
 
     fn register(&self, registry: &mut Registry) {

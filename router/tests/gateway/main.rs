@@ -1,6 +1,7 @@
 //! The gateway over real HTTP, in front of a mock cluster: what clients of OpenAI's interface see.
 
 mod answers;
+mod batches;
 mod cancel;
 mod errors;
 mod interfaces;

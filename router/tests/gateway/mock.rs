@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use futures::future::BoxFuture;
 use futures::stream::{self, StreamExt};
+use router::batch::BatchConfig;
 use router::inference::{
     Decision, FinishReason, Finished, GenerateRequest, Inference, InferenceError, Load, Started, Timings,
     Token, TokenEvent, TokenStream,
@@ -87,7 +88,7 @@ impl Inference for Cluster {
     }
 
     fn load(&self) -> Load {
-        Load { running: 3, queued: 1 }
+        Load { running: 3, queued: 0, waiting: 0 }
     }
 }
 
@@ -148,6 +149,16 @@ pub struct Gateway {
 
 pub fn config() -> GatewayConfig {
     GatewayConfig::new(fixture("qwen3"), "tiny", CONTEXT)
+}
+
+/// With files and batches, in a folder of this test's own, which is empty at first.
+pub fn batch_config(name: &str) -> GatewayConfig {
+    let folder =
+        PathBuf::from(env!("CARGO_TARGET_TMPDIR")).join(format!("gateway-{name}-{}", std::process::id()));
+    _ = std::fs::remove_dir_all(&folder);
+    let mut config = config();
+    config.batch = Some(BatchConfig::new(folder));
+    config
 }
 
 impl Gateway {

@@ -2,7 +2,7 @@
 
 use serde_json::{Map, Value, json};
 
-use crate::mock::{Gateway, says};
+use crate::mock::{Gateway, batch_config, says};
 
 /// A value that the schema allows.
 fn example(schema: &Value) -> Value {
@@ -89,7 +89,7 @@ async fn every_listed_parameter_is_read_and_its_bounds_hold() {
 
 #[tokio::test]
 async fn every_listed_path_is_served() {
-    let gateway = Gateway::new(|_| says("x")).await;
+    let gateway = Gateway::with(batch_config("openapi"), |_| says("x")).await;
     let document: Value = gateway.get("/openapi.json").await.json().await.unwrap();
     for (path, methods) in document["paths"].as_object().unwrap() {
         for (method, operation) in methods.as_object().unwrap() {
