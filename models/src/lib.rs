@@ -2,6 +2,7 @@
 //! holds ([`Shard`]), and the decoder ([`Model`]), written once over the seam. Called by `engine`'s runner; the router
 //! never sees it. No sockets, no scheduling.
 
+mod ahead;
 mod arch;
 mod attention;
 mod checkpoint;

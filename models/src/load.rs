@@ -1,7 +1,12 @@
 //! Puts one rank's part of a checkpoint on its device, weight by weight.
 
-use backend::{Backend, Heads, KSum, Linear, WeightSource};
+use std::cell::Cell;
 
+use backend::{
+    Backend, BackendError, ExpertSource, Heads, KSum, Linear, MatrixView, TakeExpert, WeightSource,
+};
+
+use crate::ahead::ahead;
 use crate::checkpoint::Checkpoint;
 use crate::decoder::{AttentionWeights, FfnWeights, Layer, QueryWeights};
 use crate::tensors::{EMBED, EMBED_Q, HEAD, KV_B, NORM, UNEMBED_OUT, in_layer};
@@ -20,9 +25,6 @@ pub struct Progress {
     /// Bytes that this rank reads in all.
     pub bytes_total: u64,
 }
-
-/// Threads that read the experts of a layer.
-const READERS: usize = 4;
 
 /// A load under way.
 pub(crate) struct Loader<'l, B: Backend> {
@@ -190,14 +192,11 @@ impl<'l, B: Backend> Loader<'l, B> {
             false => None,
         };
         let mut stack = |parts: &[&str], sum: KSum| {
-            let slices: Vec<Vec<Slice<'_>>> = at_once(experts.routing.experts, |expert| {
-                let part =
-                    |part: &&str| checkpoint.part(&format!("{block}.experts.{expert}.{part}.weight"), shard);
-                parts.iter().map(part).collect()
-            })?;
-            let linear = |parts| Linear { parts, bias: None, sum };
-            let parts = slices.iter().map(|slices| slices.iter().map(Slice::view).collect());
-            self.load(&WeightSource::Experts(parts.map(linear).collect()))
+            let count = experts.routing.experts;
+            let stack = Stack { checkpoint, shard, block: &block, parts, count, sum, bytes: Cell::new(0) };
+            let weight = self.backend.load(&WeightSource::Experts(&stack))?;
+            self.loaded(stack.bytes.get());
+            Ok::<_, ModelError>(weight)
         };
         let gate_up = stack(&[gate, up], KSum::Ascending)?;
         let down_stack = stack(&[down], sum)?;
@@ -245,36 +244,51 @@ impl<'l, B: Backend> Loader<'l, B> {
 
     fn load(&mut self, source: &WeightSource<'_>) -> Result<B::Weight, ModelError> {
         let weight = self.backend.load(source)?;
-        self.progress.bytes += bytes_of(source);
-        (self.report)(self.progress);
+        self.loaded(bytes_of(source));
         Ok(weight)
+    }
+
+    fn loaded(&mut self, bytes: u64) {
+        self.progress.bytes += bytes;
+        (self.report)(self.progress);
     }
 }
 
-/// What `each` makes of `0..count`, in order, by several threads: many parts are read sooner so.
-fn at_once<T: Send>(
+/// This rank's parts of the experts of a layer, read as the device takes them.
+struct Stack<'l> {
+    checkpoint: &'l Checkpoint,
+    shard: &'l Shard,
+    /// `model.layers.3.mlp`.
+    block: &'l str,
+    /// The matrices of an expert that are stacked by rows.
+    parts: &'l [&'l str],
     count: usize,
-    each: impl Fn(usize) -> Result<T, ModelError> + Sync,
-) -> Result<Vec<T>, ModelError> {
-    let share = count.div_ceil(READERS).max(1);
-    std::thread::scope(|scope| {
-        let each = &each;
-        let threads: Vec<_> = (0..count)
-            .step_by(share)
-            .map(|first| {
-                let numbers = first..count.min(first + share);
-                scope.spawn(move || numbers.map(each).collect::<Result<Vec<T>, _>>())
-            })
-            .collect();
-        let mut all = Vec::with_capacity(count);
-        for thread in threads {
-            match thread.join() {
-                Ok(made) => all.extend(made?),
-                Err(panic) => std::panic::resume_unwind(panic),
-            }
-        }
-        Ok(all)
-    })
+    sum: KSum,
+    /// Bytes that were read, the last time.
+    bytes: Cell<u64>,
+}
+
+impl ExpertSource for Stack<'_> {
+    fn count(&self) -> usize {
+        self.count
+    }
+
+    fn each(&self, take: &mut TakeExpert<'_>) -> Result<(), BackendError> {
+        self.bytes.set(0);
+        let (checkpoint, shard, block, parts) = (self.checkpoint, self.shard, self.block, self.parts);
+        let read = |expert: usize| {
+            let part =
+                |part: &&str| checkpoint.part(&format!("{block}.experts.{expert}.{part}.weight"), shard);
+            let slices: Result<Vec<Slice<'_>>, ModelError> = parts.iter().map(part).collect();
+            slices.map_err(|error| BackendError::Source(error.into()))
+        };
+        ahead(self.count, read, |slices| {
+            let parts: Vec<_> = slices.iter().map(Slice::view).collect();
+            let bytes: u64 = parts.iter().map(MatrixView::len_bytes).sum();
+            self.bytes.set(self.bytes.get() + bytes);
+            take(&Linear { parts, bias: None, sum: self.sum })
+        })
+    }
 }
 
 /// One matrix per head of this rank.
@@ -298,7 +312,8 @@ fn bytes_of(source: &WeightSource<'_>) -> u64 {
     };
     match source {
         WeightSource::Linear(one) => linear(one),
-        WeightSource::Experts(all) => all.iter().map(linear).sum(),
+        // Counts its own.
+        WeightSource::Experts(_) => 0,
         WeightSource::Heads(heads) => heads.heads.iter().map(|head| head.len_bytes()).sum(),
         WeightSource::Embedding(table) => table.len_bytes(),
         WeightSource::Norm(view) | WeightSource::Bias(view) | WeightSource::Exact(view) => {

@@ -21,6 +21,9 @@ pub enum BackendError {
         /// What disagreed.
         reason: String,
     },
+    /// The bytes of a weight could not be read; the error is of whoever gives them.
+    #[error(transparent)]
+    Source(Box<dyn std::error::Error + Send + Sync>),
     /// Not enough device memory.
     #[error("out of memory: {wanted_bytes} bytes wanted, {free_bytes} free")]
     OutOfMemory {

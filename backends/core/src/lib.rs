@@ -34,4 +34,4 @@ pub use seam::{
     Pending, QkNorm, Rope, RopeStyle, Routing, Score, Step,
 };
 pub use spec::{KvSpec, Plane, Sharding};
-pub use weight::{Heads, KSum, Linear, TensorView, WeightSource};
+pub use weight::{ExpertSource, Heads, KSum, Linear, TakeExpert, TensorView, WeightSource};

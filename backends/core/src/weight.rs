@@ -1,5 +1,6 @@
 //! Weights on their way from a file to a device: views of file bytes, already cut to this rank's share.
 
+use std::fmt;
 use std::ops::Range;
 
 use half::{bf16, f16};
@@ -134,13 +135,44 @@ pub struct Heads<'a> {
     pub transposed: bool,
 }
 
+/// The products of a mixture's experts on their way to a device, one at a time: together they are a large part of a model,
+/// and a machine that has room for the packed ones may have none for their sources beside.
+pub trait ExpertSource {
+    /// Number of experts.
+    fn count(&self) -> usize;
+
+    /// Gives every expert's product to `take`, in order; its bytes are gone when `take` returns. Errors with the first
+    /// error of `take`, or with [`BackendError::Source`] when an expert cannot be read. May be called again.
+    fn each(&self, take: &mut TakeExpert<'_>) -> Result<(), BackendError>;
+}
+
+impl fmt::Debug for dyn ExpertSource + '_ {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} experts", self.count())
+    }
+}
+
+/// What [`ExpertSource::each`] gives an expert's product to.
+pub type TakeExpert<'t> = dyn FnMut(&Linear<'_>) -> Result<(), BackendError> + 't;
+
+/// Experts that are in memory anyway.
+impl ExpertSource for &[Linear<'_>] {
+    fn count(&self) -> usize {
+        self.len()
+    }
+
+    fn each(&self, take: &mut TakeExpert<'_>) -> Result<(), BackendError> {
+        self.iter().try_for_each(take)
+    }
+}
+
 /// What [`crate::Backend::load`] turns into a weight.
 #[derive(Clone, Debug)]
 pub enum WeightSource<'a> {
     /// A product; also serves as embedding table (`parts[0]` rows are the vocabulary) when embeddings are tied.
     Linear(Linear<'a>),
     /// One product per expert, for [`crate::Moe`]: equal shapes and sums, no bias.
-    Experts(Vec<Linear<'a>>),
+    Experts(&'a dyn ExpertSource),
     /// One product per head.
     Heads(Heads<'a>),
     /// A table for [`crate::Step::embed`] only.

@@ -4,7 +4,7 @@
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use backend::weight::widen;
-use backend::{BackendError, DType, KSum, Linear, MatrixView, TensorView, WeightSource};
+use backend::{BackendError, DType, ExpertSource, KSum, Linear, MatrixView, TensorView, WeightSource};
 use half::bf16;
 
 use crate::coded::Coded;
@@ -22,7 +22,8 @@ pub struct CpuWeight(pub(crate) Kind);
 #[derive(Debug)]
 pub(crate) enum Kind {
     Product(Packed),
-    /// A product per expert, all in one block of memory: equal shapes, sums and cuts into segments.
+    /// A product per expert: equal shapes, sums and cuts into segments. Where formats are equal too, all are in one block
+    /// of memory.
     Experts(Vec<Packed>),
     Heads(PackedHeads),
     Table(Table),
@@ -87,9 +88,9 @@ impl Packed {
     }
 
     fn pack(linear: &Linear<'_>, kernels: &Kernels, pool: &Pool) -> Result<Self, BackendError> {
-        let mut packed = pack(std::slice::from_ref(linear), kernels, pool)?;
-        // One weight for one linear layer.
-        packed.pop().ok_or_else(|| weight_error("", "a linear layer without parts".to_owned()))
+        let draft = draft(linear)?;
+        let places = Place::cut(&draft.sizes())?;
+        draft.fill(places, kernels, pool)
     }
 }
 
@@ -156,14 +157,42 @@ impl Segment {
     }
 }
 
-/// A segment and the parts it is made of.
+/// What a linear layer becomes: its numbers, and its segments, which have no place yet.
 struct Draft<'a> {
+    packed: Packed,
+    segments: Vec<DraftSegment<'a>>,
+}
+
+/// A segment and the parts it is made of.
+struct DraftSegment<'a> {
     segment: Segment,
     parts: Vec<MatrixView<'a>>,
 }
 
 impl Draft<'_> {
-    /// Writes all panels. Errors when codes are not numbers.
+    /// Bytes of the places of its segments.
+    fn sizes(&self) -> Vec<usize> {
+        self.segments.iter().map(|draft| draft.segment.bytes()).collect()
+    }
+
+    /// Writes all panels to one place per segment. Errors when codes are not numbers.
+    fn fill(
+        self,
+        places: impl IntoIterator<Item = Place>,
+        kernels: &Kernels,
+        pool: &Pool,
+    ) -> Result<Packed, BackendError> {
+        let Draft { mut packed, segments } = self;
+        for (mut draft, place) in segments.into_iter().zip(places) {
+            draft.segment.put(place);
+            draft.fill(kernels, pool)?;
+            packed.segments.push(draft.segment);
+        }
+        Ok(packed)
+    }
+}
+
+impl DraftSegment<'_> {
     fn fill(&self, kernels: &Kernels, pool: &Pool) -> Result<(), BackendError> {
         let rows: Vec<(&MatrixView<'_>, usize)> =
             self.parts.iter().flat_map(|part| (0..part.rows()).map(move |row| (part, row))).collect();
@@ -184,27 +213,18 @@ impl Draft<'_> {
             _ => Ok(()),
         }
     }
-}
 
-/// Packs linear layers into one block of memory.
-fn pack(linears: &[Linear<'_>], kernels: &Kernels, pool: &Pool) -> Result<Vec<Packed>, BackendError> {
-    let mut all = linears.iter().map(draft).collect::<Result<Vec<_>, _>>()?;
-    let sizes: Vec<usize> =
-        all.iter().flat_map(|(_, drafts)| drafts).map(|draft| draft.segment.bytes()).collect();
-    let places = Place::cut(&sizes)?;
-    for (draft, place) in all.iter_mut().flat_map(|(_, drafts)| drafts).zip(places) {
-        draft.segment.put(place);
-        draft.fill(kernels, pool)?;
+    fn takes(&self, part: &MatrixView<'_>, ranges: usize) -> bool {
+        match (&self.segment.panels, panels(part, ranges)) {
+            (Panels::Plain(own), Panels::Plain(other)) => own.layout == other.layout,
+            (Panels::Coded(own), Panels::Coded(other)) => own.form == other.form,
+            _ => false,
+        }
     }
-    let whole = |(mut packed, drafts): (Packed, Vec<Draft<'_>>)| {
-        packed.segments = drafts.into_iter().map(|draft| draft.segment).collect();
-        packed
-    };
-    Ok(all.into_iter().map(whole).collect())
 }
 
-/// What a linear layer becomes, checked: its numbers and its segments, which have no place yet.
-fn draft<'a>(linear: &Linear<'a>) -> Result<(Packed, Vec<Draft<'a>>), BackendError> {
+/// Checks a linear layer.
+fn draft<'a>(linear: &Linear<'a>) -> Result<Draft<'a>, BackendError> {
     let Some(first) = linear.parts.first() else {
         return Err(weight_error("", "a linear layer without parts".to_owned()));
     };
@@ -226,7 +246,7 @@ fn draft<'a>(linear: &Linear<'a>) -> Result<(Packed, Vec<Draft<'a>>), BackendErr
     if tree && linear.bias.is_some() {
         return Err(weight_error(first.name(), "a bias belongs after the join of a tree".to_owned()));
     }
-    let mut drafts: Vec<Draft<'a>> = Vec::new();
+    let mut drafts: Vec<DraftSegment<'a>> = Vec::new();
     let mut outputs = 0;
     for part in &linear.parts {
         // Parts of one format share panels.
@@ -237,7 +257,7 @@ fn draft<'a>(linear: &Linear<'a>) -> Result<(Packed, Vec<Draft<'a>>), BackendErr
             }
             None => {
                 let segment = Segment { first: outputs, outputs: part.rows(), panels: panels(part, ranges) };
-                drafts.push(Draft { segment, parts: vec![*part] });
+                drafts.push(DraftSegment { segment, parts: vec![*part] });
             }
         }
         outputs += part.rows();
@@ -249,17 +269,8 @@ fn draft<'a>(linear: &Linear<'a>) -> Result<(Packed, Vec<Draft<'a>>), BackendErr
         }
     }
     let bias = linear.bias.as_ref().map(|parts| stacked_bias(parts, outputs)).transpose()?;
-    Ok((Packed { outputs, inputs, ranges, bias, segments: Vec::new() }, drafts))
-}
-
-impl Draft<'_> {
-    fn takes(&self, part: &MatrixView<'_>, ranges: usize) -> bool {
-        match (&self.segment.panels, panels(part, ranges)) {
-            (Panels::Plain(own), Panels::Plain(other)) => own.layout == other.layout,
-            (Panels::Coded(own), Panels::Coded(other)) => own.form == other.form,
-            _ => false,
-        }
-    }
+    let packed = Packed { outputs, inputs, ranges, bias, segments: Vec::new() };
+    Ok(Draft { packed, segments: drafts })
 }
 
 /// Panels for `part` alone, without a place.
@@ -275,22 +286,37 @@ fn panels(part: &MatrixView<'_>, ranges: usize) -> Panels {
     }
 }
 
-/// Packs the experts of a mixture.
-fn experts(linears: &[Linear<'_>], kernels: &Kernels, pool: &Pool) -> Result<Vec<Packed>, BackendError> {
-    let name = linears.first().and_then(|linear| linear.parts.first()).map_or("", |part| part.name());
-    let packed = pack(linears, kernels, pool)?;
-    let Some(first) = packed.first() else {
-        return Err(weight_error("", "a mixture of no experts".to_owned()));
-    };
-    for (at, expert) in packed.iter().enumerate() {
-        let same = (expert.inputs, expert.ranges) == (first.inputs, first.ranges);
-        if !same || expert.cuts() != first.cuts() || expert.bias.is_some() {
+/// Packs the experts of a mixture, each as it comes.
+fn experts(source: &dyn ExpertSource, kernels: &Kernels, pool: &Pool) -> Result<Vec<Packed>, BackendError> {
+    let count = source.count();
+    let mut all: Vec<Packed> = Vec::with_capacity(count);
+    // Places for experts that are as the first.
+    let (mut sizes, mut places) = (Vec::new(), Vec::new().into_iter());
+    source.each(&mut |linear| {
+        let name = linear.parts.first().map_or("", |part| part.name());
+        let draft = draft(linear)?;
+        if all.is_empty() {
+            sizes = draft.sizes();
+            places = Place::cut(&sizes.repeat(count))?.into_iter();
+        }
+        let packed = match draft.sizes() {
+            same if same == sizes => draft.fill(places.by_ref().take(sizes.len()), kernels, pool)?,
+            other => draft.fill(Place::cut(&other)?, kernels, pool)?,
+        };
+        let first = all.first().unwrap_or(&packed);
+        let same = (packed.inputs, packed.ranges) == (first.inputs, first.ranges);
+        if !same || packed.cuts() != first.cuts() || packed.bias.is_some() {
             let shape = |packed: &Packed| format!("{} x {}", packed.outputs, packed.inputs);
-            let reason = format!("expert {at} of {} beside {}", shape(expert), shape(first));
+            let reason = format!("expert {} of {} beside {}", all.len(), shape(&packed), shape(first));
             return Err(weight_error(name, reason));
         }
+        all.push(packed);
+        Ok(())
+    })?;
+    if all.len() != count || all.is_empty() {
+        return Err(weight_error("", format!("{} experts in a mixture of {count}", all.len())));
     }
-    Ok(packed)
+    Ok(all)
 }
 
 impl Table {
@@ -337,7 +363,7 @@ impl CpuWeight {
                 Kind::Vector(vector)
             }
             WeightSource::Heads(heads) => Kind::Heads(PackedHeads::pack(heads, kernels, pool, dtype)?),
-            WeightSource::Experts(linears) => Kind::Experts(experts(linears, kernels, pool)?),
+            WeightSource::Experts(source) => Kind::Experts(experts(*source, kernels, pool)?),
         };
         Ok(CpuWeight(kind))
     }

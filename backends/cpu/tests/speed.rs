@@ -260,7 +260,7 @@ fn mixture(level: Level, format: Quant, rows: usize) {
     let mut all = |rows: usize, cols: usize, sum: KSum| {
         with_coded(format, rows, cols, |view| {
             let linear = Linear { parts: vec![view.into()], bias: None, sum };
-            backend.load(&WeightSource::Experts(vec![linear; experts])).unwrap()
+            backend.load(&WeightSource::Experts(&vec![linear; experts].as_slice())).unwrap()
         })
     };
     let gate_up = all(2 * inner, hidden, KSum::Ascending);

@@ -1,12 +1,13 @@
 //! Weights on the device: numbers in the step's dtype, or codes and scales as the checkpoint has them. Numbers of another
 //! type are converted once, at load.
 
+use std::ops::Range;
 use std::rc::Rc;
 
 use backend::weight::widen;
 use backend::{
-    BackendError, DType, GgufBlock, Heads, KSum, Linear, MatrixView, Quant, QuantView, TensorView,
-    WeightSource,
+    BackendError, DType, ExpertSource, GgufBlock, Heads, KSum, Linear, MatrixView, Quant, QuantView,
+    TensorView, WeightSource,
 };
 use half::bf16;
 
@@ -74,11 +75,16 @@ fn refused(name: &str, reason: String) -> BackendError {
 }
 
 impl<D: Driver> Memory<D> {
+    /// `bytes` that the caller fills.
+    fn room(driver: &D, bytes: usize) -> Result<Self, BackendError> {
+        let memory = driver.alloc(bytes.max(1))?;
+        Ok(Memory { address: driver.address(&memory), _memory: memory })
+    }
+
     pub(crate) fn of(driver: &D, bytes: &[u8]) -> Result<Self, BackendError> {
-        let memory = driver.alloc(bytes.len().max(1))?;
-        let address = driver.address(&memory);
-        driver.upload(address, bytes)?;
-        Ok(Memory { address, _memory: memory })
+        let memory = Self::room(driver, bytes.len())?;
+        driver.upload(memory.address, bytes)?;
+        Ok(memory)
     }
 }
 
@@ -86,13 +92,13 @@ impl<D: Driver> CudaWeight<D> {
     pub(crate) fn load(driver: &D, source: &WeightSource<'_>, dtype: DType) -> Result<Self, BackendError> {
         let kind = match source {
             WeightSource::Linear(linear) => {
-                Kind::Product(Matrix::load(driver, std::slice::from_ref(linear), dtype)?)
+                Kind::Product(Matrix::load(driver, &std::slice::from_ref(linear), dtype)?)
             }
-            WeightSource::Experts(experts) => Kind::Experts(Matrix::load(driver, experts, dtype)?),
+            WeightSource::Experts(experts) => Kind::Experts(Matrix::load(driver, *experts, dtype)?),
             WeightSource::Heads(heads) => load_heads(driver, heads, dtype)?,
             WeightSource::Embedding(view) => {
                 let linear = Linear { parts: vec![*view], bias: None, sum: KSum::Ascending };
-                Kind::Product(Matrix::load(driver, std::slice::from_ref(&linear), dtype)?)
+                Kind::Product(Matrix::load(driver, &std::slice::from_ref(&linear), dtype)?)
             }
             WeightSource::Norm(view) | WeightSource::Bias(view) => {
                 Kind::Vector(vector(driver, std::slice::from_ref(view), dtype)?, view.cols)
@@ -171,130 +177,192 @@ fn load_heads<D: Driver>(driver: &D, source: &Heads<'_>, dtype: DType) -> Result
 }
 
 impl<D: Driver> Matrix<D> {
-    fn load(driver: &D, experts: &[Linear<'_>], dtype: DType) -> Result<Self, BackendError> {
-        let Some(linear) = experts.first().filter(|linear| !linear.parts.is_empty()) else {
-            return Err(refused("", "a linear layer without parts".to_owned()));
-        };
-        let first = &linear.parts[0];
-        let (name, inputs) = (first.name(), first.cols());
-        if let KSum::Tree { ranges } = linear.sum {
-            if ![1, 2, 4, 8].contains(&ranges) || !inputs.is_multiple_of(ranges) {
-                return Err(refused(name, format!("{inputs} columns in {ranges} ranges")));
-            }
-            if linear.bias.is_some() {
-                return Err(refused(name, "a bias belongs after the join of a tree".to_owned()));
-            }
+    /// One product, or one per expert, each on the device before the next is asked for.
+    fn load(driver: &D, source: &dyn ExpertSource, dtype: DType) -> Result<Self, BackendError> {
+        let experts = source.count();
+        let mut filling: Option<Filling<D>> = None;
+        let mut taken = 0;
+        source.each(&mut |linear| {
+            check(linear, experts)?;
+            let filling = match &mut filling {
+                Some(filling) => filling,
+                none => none.insert(Filling::new(driver, linear, experts, dtype)?),
+            };
+            filling.put(driver, linear, taken, dtype)?;
+            taken += 1;
+            Ok(())
+        })?;
+        match filling {
+            Some(filling) if taken == experts => Ok(filling.matrix),
+            _ => Err(refused("", format!("{taken} products of {experts}"))),
         }
-        for part in experts.iter().flat_map(|linear| &linear.parts) {
-            part.check()?;
-            if part.cols() != inputs {
-                return Err(refused(
-                    part.name(),
-                    format!("{} columns beside {inputs} of {name}", part.cols()),
-                ));
-            }
+    }
+}
+
+/// Checks a linear layer, alone or as one of some experts.
+fn check(linear: &Linear<'_>, experts: usize) -> Result<(), BackendError> {
+    let Some(first) = linear.parts.first() else {
+        return Err(refused("", "a linear layer without parts".to_owned()));
+    };
+    let (name, inputs) = (first.name(), first.cols());
+    if let KSum::Tree { ranges } = linear.sum {
+        if ![1, 2, 4, 8].contains(&ranges) || !inputs.is_multiple_of(ranges) {
+            return Err(refused(name, format!("{inputs} columns in {ranges} ranges")));
         }
-        if let Some(other) = experts.iter().find(|other| {
-            other.parts.len() != linear.parts.len()
-                || other.bias.is_some() && experts.len() > 1
-                || other.parts.iter().zip(&linear.parts).any(|(a, b)| a.rows() != b.rows())
-        }) {
-            let name = other.parts.first().map_or("", |part| part.name());
-            return Err(refused(name, "experts of different shapes".to_owned()));
+        if linear.bias.is_some() {
+            return Err(refused(name, "a bias belongs after the join of a tree".to_owned()));
         }
-        let mut parts: Vec<Part<D>> = Vec::new();
-        let mut outputs = 0;
-        // Parts that are numbers lie together, so that they are one product.
-        let mut plain: Vec<usize> = Vec::new();
-        for (at, part) in linear.parts.iter().enumerate() {
-            match part {
-                MatrixView::Plain(_) => plain.push(at),
-                MatrixView::Quantised(_) => {
-                    flush(driver, experts, &mut plain, &mut parts, &mut outputs, dtype)?;
-                    let data = quantised(driver, experts, at)?;
-                    parts.push(Part { first: outputs, outputs: part.rows(), data });
-                    outputs += part.rows();
+    }
+    for part in &linear.parts {
+        part.check()?;
+        if part.cols() != inputs {
+            return Err(refused(part.name(), format!("{} columns beside {inputs} of {name}", part.cols())));
+        }
+    }
+    if linear.bias.is_some() && experts > 1 {
+        return Err(refused(name, "an expert with a bias".to_owned()));
+    }
+    Ok(())
+}
+
+/// What makes parts of two experts one format: they share a kernel's arguments.
+#[derive(PartialEq)]
+enum Alike {
+    Plain,
+    Quantised { format: Quant, origin: (usize, usize), scales: Option<(DType, usize, usize)> },
+}
+
+impl Alike {
+    fn of(part: &MatrixView<'_>) -> Self {
+        match part {
+            MatrixView::Plain(_) => Alike::Plain,
+            MatrixView::Quantised(view) => Alike::Quantised {
+                format: view.format,
+                origin: view.origin,
+                scales: view.scales.map(|scales| (scales.dtype, scales.rows, scales.cols)),
+            },
+        }
+    }
+}
+
+/// A matrix whose experts arrive one by one.
+struct Filling<D: Driver> {
+    matrix: Matrix<D>,
+    /// Inputs and, per part of the linear layer, its rows and format, which every expert must have.
+    shape: (usize, Vec<(usize, Alike)>),
+    /// Per part of the matrix, the parts of the linear layer that lie in it.
+    spans: Vec<Range<usize>>,
+}
+
+impl<D: Driver> Filling<D> {
+    /// Room for `experts` as `linear`.
+    fn new(driver: &D, linear: &Linear<'_>, experts: usize, dtype: DType) -> Result<Self, BackendError> {
+        let inputs = linear.parts[0].cols();
+        // Neighbours that are numbers lie together, so that they are one product.
+        let numbers = |part: &MatrixView<'_>| matches!(part, MatrixView::Plain(_));
+        let mut spans: Vec<Range<usize>> = Vec::new();
+        for run in linear.parts.chunk_by(|a, b| numbers(a) && numbers(b)) {
+            let first = spans.last().map_or(0, |span| span.end);
+            spans.push(first..first + run.len());
+        }
+        let (mut parts, mut outputs) = (Vec::new(), 0);
+        for span in &spans {
+            let own = &linear.parts[span.clone()];
+            let rows = own.iter().map(MatrixView::rows).sum();
+            let data = match &own[0] {
+                MatrixView::Plain(_) => {
+                    Data::Plain(Memory::room(driver, room(rows * inputs * dtype.bytes(), experts)?)?)
                 }
-            }
+                MatrixView::Quantised(view) => quantised(driver, view, experts)?,
+            };
+            parts.push(Part { first: outputs, outputs: rows, data });
+            outputs += rows;
         }
-        flush(driver, experts, &mut plain, &mut parts, &mut outputs, dtype)?;
         let bias = match &linear.bias {
             None => None,
             Some(bias) => {
                 let count: usize = bias.iter().map(|bias| bias.cols).sum();
                 if count != outputs {
-                    return Err(refused(name, format!("{count} biases for {outputs} outputs")));
+                    let reason = format!("{count} biases for {outputs} outputs");
+                    return Err(refused(linear.parts[0].name(), reason));
                 }
                 Some(vector(driver, bias, dtype)?)
             }
         };
-        Ok(Matrix { experts: experts.len(), outputs, inputs, parts, bias })
+        let shape = (inputs, linear.parts.iter().map(|part| (part.rows(), Alike::of(part))).collect());
+        Ok(Filling { matrix: Matrix { experts, outputs, inputs, parts, bias }, shape, spans })
     }
-}
 
-/// The plain parts gathered so far as one.
-fn flush<D: Driver>(
-    driver: &D,
-    experts: &[Linear<'_>],
-    plain: &mut Vec<usize>,
-    parts: &mut Vec<Part<D>>,
-    outputs: &mut usize,
-    dtype: DType,
-) -> Result<(), BackendError> {
-    if plain.is_empty() {
-        return Ok(());
-    }
-    let mut bytes = Vec::new();
-    for linear in experts {
-        for at in plain.iter() {
-            let MatrixView::Plain(view) = &linear.parts[*at] else {
-                return Err(refused(linear.parts[*at].name(), "experts of different formats".to_owned()));
-            };
-            (0..view.rows).for_each(|row| append(&mut bytes, view.row(row), view.dtype, dtype));
+    /// Puts expert `at` in its place.
+    fn put(&self, driver: &D, linear: &Linear<'_>, at: usize, dtype: DType) -> Result<(), BackendError> {
+        let (inputs, shape) = &self.shape;
+        let name = linear.parts[0].name();
+        let rows = |part: &MatrixView<'_>, own: &(usize, Alike)| part.rows() == own.0;
+        let pairs = || linear.parts.iter().zip(shape);
+        if linear.parts.len() != shape.len()
+            || linear.parts[0].cols() != *inputs
+            || !pairs().all(|(part, own)| rows(part, own))
+            || at >= self.matrix.experts
+        {
+            return Err(refused(name, "experts of different shapes".to_owned()));
         }
-    }
-    let rows = plain.drain(..).map(|at| experts[0].parts[at].rows()).sum();
-    parts.push(Part { first: *outputs, outputs: rows, data: Data::Plain(Memory::of(driver, &bytes)?) });
-    *outputs += rows;
-    Ok(())
-}
-
-/// Part `at` of every expert.
-fn quantised<D: Driver>(driver: &D, experts: &[Linear<'_>], at: usize) -> Result<Data<D>, BackendError> {
-    let mut views: Vec<&QuantView<'_>> = Vec::with_capacity(experts.len());
-    for linear in experts {
-        match &linear.parts[at] {
-            MatrixView::Quantised(view)
-                if views.first().is_none_or(|first| {
-                    let dtype = |view: &QuantView<'_>| view.scales.map(|scales| scales.dtype);
-                    (view.format, view.origin, dtype(view)) == (first.format, first.origin, dtype(first))
-                }) =>
-            {
-                views.push(view);
+        if let Some((part, _)) = pairs().find(|(part, own)| Alike::of(part) != own.1) {
+            return Err(refused(part.name(), "experts of different formats".to_owned()));
+        }
+        let at = at as u64;
+        for (part, span) in self.matrix.parts.iter().zip(&self.spans) {
+            match &part.data {
+                Data::Plain(memory) => {
+                    let mut bytes = Vec::with_capacity(part.outputs * inputs * dtype.bytes());
+                    for view in &linear.parts[span.clone()] {
+                        let MatrixView::Plain(view) = view else { continue };
+                        (0..view.rows).for_each(|row| append(&mut bytes, view.row(row), view.dtype, dtype));
+                    }
+                    driver.upload(memory.address + at * bytes.len() as u64, &bytes)?;
+                }
+                Data::Quantised { args, .. } => {
+                    let MatrixView::Quantised(view) = &linear.parts[span.start] else { continue };
+                    let mut codes = Vec::with_capacity(view.rows * view.format.code_bytes(view.cols));
+                    (0..view.rows).for_each(|row| codes.extend_from_slice(view.codes(row)));
+                    driver.upload(args.codes + at * codes.len() as u64, &codes)?;
+                    for (to, numbers) in [(args.scales, view.scales), (args.biases, view.biases)] {
+                        let bytes = numbers.map_or_else(Vec::new, |numbers| dense(&numbers));
+                        driver.upload(to + at * bytes.len() as u64, &bytes)?;
+                    }
+                }
             }
-            other => return Err(refused(other.name(), "experts of different formats".to_owned())),
         }
+        Ok(())
     }
-    let first = views[0];
-    let row_bytes = first.format.code_bytes(first.cols);
-    let mut codes = Vec::with_capacity(views.len() * first.rows * row_bytes);
-    views.iter().for_each(|view| (0..view.rows).for_each(|row| codes.extend_from_slice(view.codes(row))));
-    let dense = |of: for<'v> fn(&QuantView<'v>) -> Option<TensorView<'v>>| -> Vec<u8> {
-        let all = views.iter().filter_map(|view| of(view));
-        all.flat_map(|view| (0..view.rows).flat_map(move |row| view.row(row).to_vec())).collect()
-    };
-    let (scales, biases) = (dense(|view| view.scales), dense(|view| view.biases));
-    let memory =
-        vec![Memory::of(driver, &codes)?, Memory::of(driver, &scales)?, Memory::of(driver, &biases)?];
-    let (format, bits, group, group_rows) = match first.format {
+}
+
+/// Bytes of `experts` matrices of `bytes` each.
+fn room(bytes: usize, experts: usize) -> Result<usize, BackendError> {
+    bytes.checked_mul(experts).ok_or(BackendError::OutOfMemory { wanted_bytes: u64::MAX, free_bytes: 0 })
+}
+
+/// Rows of numbers one after the other.
+fn dense(view: &TensorView<'_>) -> Vec<u8> {
+    (0..view.rows).flat_map(|row| view.row(row)).copied().collect()
+}
+
+/// Room for `experts` matrices as `view`.
+fn quantised<D: Driver>(driver: &D, view: &QuantView<'_>, experts: usize) -> Result<Data<D>, BackendError> {
+    if view.biases.zip(view.scales).is_some_and(|(biases, scales)| biases.dtype != scales.dtype) {
+        return Err(refused(view.name, "scales and biases of different types".to_owned()));
+    }
+    let row_bytes = view.format.code_bytes(view.cols);
+    let numbers =
+        |view: Option<TensorView<'_>>| view.map_or(0, |view| view.rows * view.cols * view.dtype.bytes());
+    let sizes = [view.rows * row_bytes, numbers(view.scales), numbers(view.biases)];
+    let memory = sizes.map(|bytes| Memory::room(driver, room(bytes, experts)?));
+    let memory = memory.into_iter().collect::<Result<Vec<_>, _>>()?;
+    let (format, bits, group, group_rows) = match view.format {
         Quant::Affine { bits, group } => (0, bits, group, 1),
         Quant::Int4 { group } => (1, 4, group, 1),
         Quant::Fp8 { rows, cols } => (2, 8, cols, rows),
         Quant::Gguf(block) => (gguf_code(block), 0, block.cols(), 1),
     };
-    if first.biases.zip(first.scales).is_some_and(|(biases, scales)| biases.dtype != scales.dtype) {
-        return Err(refused(first.name, "scales and biases of different types".to_owned()));
-    }
     let args = QuantArgs {
         codes: memory[0].address,
         scales: memory[1].address,
@@ -303,19 +371,19 @@ fn quantised<D: Driver>(driver: &D, experts: &[Linear<'_>], at: usize) -> Result
         bits: bits as u32,
         group: group as u32,
         group_rows: group_rows as u32,
-        origin_row: first.origin.0 as u32,
-        origin_col: first.origin.1 as u32,
-        scale_type: first.scales.map_or(0, |scales| match scales.dtype {
+        origin_row: view.origin.0 as u32,
+        origin_col: view.origin.1 as u32,
+        scale_type: view.scales.map_or(0, |scales| match scales.dtype {
             DType::F32 => 0,
             DType::F16 => 1,
             DType::BF16 => 2,
         }),
-        scale_cols: first.scales.map_or(0, |scales| scales.cols as u32),
+        scale_cols: view.scales.map_or(0, |scales| scales.cols as u32),
         row_bytes: row_bytes as u32,
-        cols: first.cols as u32,
+        cols: view.cols as u32,
     };
-    let scales_expert = first.scales.map_or(0, |scales| (scales.rows * scales.cols) as u64);
-    Ok(Data::Quantised { args, strides: ((first.rows * row_bytes) as u64, scales_expert), _memory: memory })
+    let scales_expert = view.scales.map_or(0, |scales| (scales.rows * scales.cols) as u64);
+    Ok(Data::Quantised { args, strides: ((view.rows * row_bytes) as u64, scales_expert), _memory: memory })
 }
 
 /// As `enum Format` in `kernels/quant.cuh`.

@@ -25,6 +25,7 @@ mod plan;
 mod platform;
 mod rdma;
 mod slots;
+mod stack;
 mod step;
 mod weight;
 

@@ -72,6 +72,27 @@ impl Part {
         }
     }
 
+    /// The arrays that make it, each once.
+    pub(crate) fn columns(&self) -> Vec<&Array> {
+        match self {
+            Part::Plain { rows, .. } => vec![rows],
+            Part::Affine { codes, scales, biases, .. } => vec![codes, scales, biases],
+        }
+    }
+
+    /// A part of this kind, of other [`Part::columns`].
+    pub(crate) fn with(&self, columns: Vec<Array>) -> Result<Self, Failure> {
+        match (self, <[Array; 3]>::try_from(columns)) {
+            (Part::Affine { bits, group, .. }, Ok([codes, scales, biases])) => {
+                Ok(Part::Affine { codes, scales, biases, bits: *bits, group: *group })
+            }
+            (Part::Plain { .. }, Err(mut columns)) if columns.len() == 1 => {
+                Ok(Part::plain(columns.swap_remove(0)))
+            }
+            _ => Err(Failure("arrays of another kind".to_owned())),
+        }
+    }
+
     /// Scales and biases in `dtype` if that loses nothing and the device sums in f32 whatever they are.
     pub(crate) fn narrowed(self, dtype: Dtype) -> Result<Self, Failure> {
         let Part::Affine { codes, scales, biases, bits, group } = self else { return Ok(self) };
@@ -86,11 +107,6 @@ impl Part {
                 [scales, biases]
             };
         Ok(Part::Affine { codes, scales, biases, bits, group })
-    }
-
-    /// One per expert, of one kind, as one part.
-    pub(crate) fn stacked(parts: &[Part]) -> Result<Self, Failure> {
-        join(parts, |arrays| Ok(ops::stack(arrays, 0)?))
     }
 
     /// Number of rows (outputs).
@@ -152,7 +168,7 @@ impl Part {
         })
     }
 
-    fn alike(&self, other: &Part) -> bool {
+    pub(crate) fn alike(&self, other: &Part) -> bool {
         match (self, other) {
             (Part::Plain { rows: a, .. }, Part::Plain { rows: b, .. }) => a.dtype() == b.dtype(),
             (Part::Affine { bits, group, scales, .. }, Part::Affine { bits: b, group: g, scales: s, .. }) => {
@@ -174,21 +190,12 @@ pub(crate) fn merged(parts: Vec<Part>) -> Result<Vec<Part>, Failure> {
 
 /// Joins parts of one kind, array by array.
 fn join(parts: &[Part], join: impl Fn(&[&Array]) -> Recorded) -> Result<Part, Failure> {
+    let Some(first) = parts.first() else { return Err(Failure("no parts".to_owned())) };
     let column = |at: usize| -> Recorded {
-        let arrays: Vec<&Array> = parts.iter().filter_map(|part| part.arrays().get(at).copied()).collect();
+        let arrays: Vec<&Array> = parts.iter().filter_map(|part| part.columns().get(at).copied()).collect();
         join(&arrays)
     };
-    match parts.first() {
-        Some(Part::Plain { .. }) => Ok(Part::plain(column(0)?)),
-        Some(Part::Affine { bits, group, .. }) => Ok(Part::Affine {
-            codes: column(0)?,
-            scales: column(1)?,
-            biases: column(2)?,
-            bits: *bits,
-            group: *group,
-        }),
-        None => Err(Failure("no parts".to_owned())),
-    }
+    first.with((0..first.columns().len()).map(column).collect::<Result<_, _>>()?)
 }
 
 /// MLX's own codes, as the checkpoint has them.

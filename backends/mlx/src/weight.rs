@@ -7,13 +7,14 @@
 
 use std::cell::OnceCell;
 
-use backend::{BackendError, DType, Heads, KSum, Linear, MatrixView, TensorView, WeightSource};
+use backend::{BackendError, DType, ExpertSource, Heads, KSum, Linear, MatrixView, TensorView, WeightSource};
 use mlx_rs::{Array, Dtype, ops};
 
 use crate::graph::{Failure, Recorded, int, mlx_type};
 use crate::host::matrix;
 use crate::part::{Part, merged};
 use crate::platform;
+use crate::stack::Stack;
 
 /// Outputs of a product whose f32 weight stays f32 in a 16-bit step: that of a router, whose choice hangs on it.
 const ROUTER_ROWS_MAX: usize = 1024;
@@ -99,7 +100,7 @@ impl MlxWeight {
             }
             WeightSource::Norm(view) | WeightSource::Bias(view) => Kind::Vector(vector(&[*view], dtype)?),
             WeightSource::Exact(view) => Kind::Vector(vector(&[*view], DType::F32)?),
-            WeightSource::Experts(experts) => experts_weight(experts, dtype)?,
+            WeightSource::Experts(experts) => experts_weight(*experts, dtype)?,
             WeightSource::Heads(heads) => Kind::Heads(heads_weight(heads, dtype)?),
         };
         // Evaluated now: the bytes may go, and nothing lazy is left over for the first step.
@@ -224,57 +225,78 @@ fn decoded(view: &MatrixView<'_>, dtype: DType) -> Recorded {
     Ok(wide.as_dtype(mlx_type(dtype))?)
 }
 
-fn experts_weight(experts: &[Linear<'_>], dtype: DType) -> Result<Kind, BackendError> {
-    let Some(first) = experts.first() else {
-        return Err(refused("", "no experts".to_owned()));
-    };
+/// Puts the experts one by one where they stay. Experts differ in format so seldom that all are decoded then.
+fn experts_weight(source: &dyn ExpertSource, dtype: DType) -> Result<Kind, BackendError> {
+    match experts_alike(source, dtype, false)? {
+        Some(kind) => Ok(kind),
+        None => experts_alike(source, dtype, true)?
+            .ok_or_else(|| refused("", "experts of different formats".to_owned())),
+    }
+}
+
+/// `None`: they are not of one kind.
+fn experts_alike(
+    source: &dyn ExpertSource,
+    dtype: DType,
+    decode: bool,
+) -> Result<Option<Kind>, BackendError> {
     let dtype = if platform::GATHERS_NARROW { dtype } else { DType::F32 };
-    let shape = |linear: &Linear<'_>| -> Vec<(usize, usize)> {
-        linear.parts.iter().map(|part| (part.rows(), part.cols())).collect()
-    };
-    for expert in experts {
+    let experts = source.count();
+    let mut first: Option<(Vec<(usize, usize)>, KSum)> = None;
+    let mut stacks: Vec<Stack> = Vec::new();
+    let (mut taken, mut alike) = (0, true);
+    let each = source.each(&mut |expert| {
         check(expert)?;
         let name = expert.parts[0].name();
-        if shape(expert) != shape(first) || expert.sum != first.sum {
-            return Err(refused(name, format!("{:?} beside {:?}", shape(expert), shape(first))));
+        let named = |failure: Failure| refused(name, failure.0);
+        let own: Vec<(usize, usize)> = expert.parts.iter().map(|part| (part.rows(), part.cols())).collect();
+        let (shape, sum) = first.get_or_insert_with(|| (own.clone(), expert.sum));
+        if own != *shape || expert.sum != *sum {
+            return Err(refused(name, format!("{own:?} beside {shape:?}")));
         }
         if expert.bias.is_some() {
             return Err(refused(name, "an expert with a bias".to_owned()));
         }
-    }
-    let stack = |at: usize| -> Result<Part, BackendError> {
-        let name = first.parts[at].name();
-        // Experts differ in format, or in whether their scales are exact in 16 bits, so seldom that they may cost then.
-        let uniform = |expert: &Linear<'_>| match (&expert.parts[at], &first.parts[at]) {
-            (MatrixView::Plain(_), MatrixView::Plain(_)) => true,
-            (MatrixView::Quantised(a), MatrixView::Quantised(b)) => a.format == b.format,
-            _ => false,
-        };
-        let alike = experts.iter().all(uniform);
-        let one = |expert: &Linear<'_>| -> Result<Part, BackendError> {
-            let view = &expert.parts[at];
-            let named = |failure: Failure| refused(view.name(), failure.0);
-            let part = match view {
-                MatrixView::Plain(view) => Part::plain(array(view, dtype)?),
+        let one = |view: &MatrixView<'_>| -> Result<Part, BackendError> {
+            match view {
+                MatrixView::Plain(view) => Ok(Part::plain(array(view, dtype)?)),
                 MatrixView::Quantised(quant) => {
                     view.check()?;
-                    match Part::affine(quant).filter(|_| alike) {
-                        Some(part) => part.map_err(named)?,
-                        None => Part::plain(decoded(view, dtype).map_err(named)?),
-                    }
+                    let part = match Part::affine(quant).filter(|_| !decode) {
+                        Some(part) => part,
+                        None => decoded(view, dtype).map(Part::plain),
+                    };
+                    part.map_err(|failure| refused(view.name(), failure.0))
                 }
-            };
-            mlx_rs::transforms::eval(part.arrays()).map_err(|error| named(error.into()))?;
-            Ok(part)
+            }
         };
-        let parts = experts.iter().map(one).collect::<Result<Vec<_>, _>>()?;
-        Part::stacked(&parts)
-            .and_then(|part| part.narrowed(mlx_type(dtype)))
-            .map_err(|failure| refused(name, failure.0))
-    };
-    let parts = (0..first.parts.len()).map(stack).collect::<Result<Vec<_>, _>>()?;
-    let parts = merged(parts).map_err(|failure| refused(first.parts[0].name(), failure.0))?;
-    Ok(Kind::Experts { parts, experts: experts.len() })
+        let parts = expert.parts.iter().map(one).collect::<Result<Vec<_>, _>>()?;
+        let parts = merged(parts).map_err(named)?;
+        if taken == 0 {
+            let all = parts.iter().map(|part| Stack::new(experts, part).map_err(named));
+            stacks = all.collect::<Result<_, _>>()?;
+        }
+        alike =
+            parts.len() == stacks.len() && stacks.iter().zip(&parts).all(|(stack, part)| stack.takes(part));
+        if !alike {
+            return Err(refused(name, "an expert of another format".to_owned()));
+        }
+        for (stack, part) in stacks.iter_mut().zip(&parts) {
+            stack.put(taken, part).map_err(named)?;
+        }
+        taken += 1;
+        Ok(())
+    });
+    if !alike && !decode {
+        return Ok(None);
+    }
+    each?;
+    if taken != experts || experts == 0 {
+        return Err(refused("", format!("{taken} experts in a mixture of {experts}")));
+    }
+    let whole = |stack: Stack| stack.whole()?.narrowed(mlx_type(dtype));
+    let parts = stacks.into_iter().map(whole).collect::<Result<Vec<_>, _>>();
+    Ok(Some(Kind::Experts { parts: parts.map_err(|failure| refused("", failure.0))?, experts }))
 }
 
 fn heads_weight(heads: &Heads<'_>, dtype: DType) -> Result<Array, BackendError> {

@@ -171,14 +171,20 @@ fn products_and_tables_are_the_decoders_numbers() {
 #[test]
 fn experts_are_the_decoders_numbers() {
     const EXPERTS: usize = 4;
-    for (format, rows) in formats()
+    for (format, odd, rows) in formats()
         .into_iter()
-        .map(|format| (format, 3))
-        .chain([(Quant::Affine { bits: 4, group: 64 }, 40), (Quant::Gguf(GgufBlock::Q6K), 40)])
+        .map(|format| (format, format, 3))
+        .chain(
+            [Quant::Affine { bits: 4, group: 64 }, Quant::Gguf(GgufBlock::Q6K)]
+                .map(|format| (format, format, 40)),
+        )
+        // One expert of another format: all are decoded.
+        .chain([(Quant::Gguf(GgufBlock::Q4K), Quant::Gguf(GgufBlock::Q6K), 3)])
     {
+        let of = |expert: usize| if expert == 2 { odd } else { format };
         let mut rig = Rig::new(DType::F32);
-        let up: Vec<Made> = (0..EXPERTS).map(|expert| Made::new(format, 2 * COLS + expert)).collect();
-        let down: Vec<Made> = (0..EXPERTS).map(|expert| Made::new(format, 8 + expert)).collect();
+        let up: Vec<Made> = (0..EXPERTS).map(|expert| Made::new(of(expert), 2 * COLS + expert)).collect();
+        let down: Vec<Made> = (0..EXPERTS).map(|expert| Made::new(of(expert), 8 + expert)).collect();
         let load = |rig: &mut Rig, all: &[Made], rows: usize, sum: KSum| {
             // Another part of the bytes for every expert.
             let mut owned = Vec::new();
@@ -186,9 +192,9 @@ fn experts_are_the_decoders_numbers() {
                 let start = expert.min(made.rows - rows);
                 owned.push(made.view().cut(start..start + rows, 0..COLS).unwrap());
             }
-            let weight = rig.load(&WeightSource::Experts(
-                owned.iter().map(|view| Linear { parts: vec![*view], bias: None, sum }).collect(),
-            ));
+            let experts: Vec<Linear<'_>> =
+                owned.iter().map(|view| Linear { parts: vec![*view], bias: None, sum }).collect();
+            let weight = rig.load(&WeightSource::Experts(&experts.as_slice()));
             let numbers: Vec<Vec<Vec<f32>>> = owned
                 .iter()
                 .map(|view| {

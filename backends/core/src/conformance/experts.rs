@@ -4,8 +4,8 @@ use super::coded::Coded;
 use super::exact::{bits, is_exact, ranks};
 use super::{Case, Suite, Tensor, reference, rows_batch};
 use crate::{
-    Backend, BackendError, DType, DeviceOptions, Glu, Group, KSum, KvSpec, Linear, MatrixView, Moe, Quant,
-    Routing, Score, Step, WeightSource,
+    Backend, BackendError, DType, DeviceOptions, ExpertSource, Glu, Group, KSum, KvSpec, Linear, MatrixView,
+    Moe, Quant, Routing, Score, Step, TakeExpert, WeightSource,
 };
 
 pub(super) fn cases<'a, B: Backend>() -> Vec<Case<'a, B>> {
@@ -205,8 +205,8 @@ impl Mixture {
         let bias = self.bias.as_ref().map(|bias| rig.load(&WeightSource::Exact(bias.view())));
         let shares = self.experts.iter().map(|expert| expert.share(rank, world, self.ranges));
         let (gate_up, down): (Vec<_>, Vec<_>) = shares.unzip();
-        let gate_up = rig.load(&WeightSource::Experts(gate_up));
-        let down = rig.load(&WeightSource::Experts(down));
+        let gate_up = rig.load(&WeightSource::Experts(&gate_up.as_slice()));
+        let down = rig.load(&WeightSource::Experts(&down.as_slice()));
         let shared = self.shared.as_ref().map(|expert| {
             let (gate_up, down) = expert.share(rank, world, self.ranges);
             (rig.load(&WeightSource::Linear(gate_up)), rig.load(&WeightSource::Linear(down)))
@@ -300,19 +300,49 @@ fn tensor_parallel<B: Backend>(suite: &Suite<'_, B>, dtype: DType) {
     }
 }
 
+/// Experts of which some only come.
+struct Cut<'a> {
+    experts: &'a [Linear<'a>],
+    given: usize,
+    /// Whether the next one cannot be read.
+    lost: bool,
+}
+
+impl ExpertSource for Cut<'_> {
+    fn count(&self) -> usize {
+        self.experts.len()
+    }
+
+    fn each(&self, take: &mut TakeExpert<'_>) -> Result<(), BackendError> {
+        self.experts[..self.given].iter().try_for_each(take)?;
+        if self.lost { Err(BackendError::Source("the disk is gone".into())) } else { Ok(()) }
+    }
+}
+
 fn refused<B: Backend>(suite: &Suite<'_, B>, dtype: DType) {
     let mixture = Mixture::softmax(None, 16, 32);
     let odd = Expert::random(90, None, 16, 24);
     let mut rig = suite.rig(dtype);
     let mut experts: Vec<Linear<'_>> = mixture.experts.iter().map(|expert| expert.share(0, 1, 8).1).collect();
     experts[4] = odd.share(0, 1, 8).1;
-    let loaded = rig.backend.load(&WeightSource::Experts(experts));
+    let loaded = rig.backend.load(&WeightSource::Experts(&experts.as_slice()));
     assert!(matches!(loaded, Err(BackendError::Weight { .. })), "experts of two shapes");
-    assert!(rig.backend.load(&WeightSource::Experts(Vec::new())).is_err(), "no experts");
+    assert!(rig.backend.load(&WeightSource::Experts(&[].as_slice())).is_err(), "no experts");
+    experts[4] = mixture.experts[4].share(0, 1, 8).1;
+    let short = Cut { experts: &experts, given: 7, lost: false };
+    let loaded = rig.backend.load(&WeightSource::Experts(&short));
+    assert!(matches!(loaded, Err(BackendError::Weight { .. })), "7 experts of 10");
+    let lost = Cut { lost: true, ..short };
+    let loaded = rig.backend.load(&WeightSource::Experts(&lost)).err().map(|error| error.to_string());
+    assert_eq!(loaded.as_deref(), Some("the disk is gone"), "the source's own error");
 
     let load = |rig: &mut super::Rig<B>, count: usize| {
-        let (gate_up, down) = mixture.experts[..count].iter().map(|expert| expert.share(0, 1, 8)).unzip();
-        (rig.load(&WeightSource::Experts(gate_up)), rig.load(&WeightSource::Experts(down)))
+        let shares = mixture.experts[..count].iter().map(|expert| expert.share(0, 1, 8));
+        let (gate_up, down): (Vec<_>, Vec<_>) = shares.unzip();
+        (
+            rig.load(&WeightSource::Experts(&gate_up.as_slice())),
+            rig.load(&WeightSource::Experts(&down.as_slice())),
+        )
     };
     let (all, few) = (load(&mut rig, 10), load(&mut rig, 9));
     let router = rig.linear(&[&mixture.router], KSum::Ascending);
