@@ -16,6 +16,7 @@ pub mod extents;
 pub mod group;
 pub mod lease;
 pub mod paged;
+pub mod peers;
 pub mod quant;
 pub mod seam;
 pub mod spec;
@@ -28,6 +29,7 @@ pub use dtype::DType;
 pub use error::{BackendError, KvError};
 pub use group::{Group, Links};
 pub use lease::{KvExport, KvLanding, Piece};
+pub use peers::Peers;
 pub use quant::{GgufBlock, MatrixView, Quant, QuantView};
 pub use seam::{
     Attend, Backend, Caps, DeviceOptions, Fork, Glu, KvStore, KvUsage, Mla, Moe, NormSpan, Out, Output,

@@ -1,6 +1,6 @@
 //! Opening the CPU as one rank of a group.
 
-use backend::{Backend, BackendError, Batch, Caps, DType, DeviceOptions, Group, KvSpec, WeightSource};
+use backend::{Backend, BackendError, Batch, Caps, DType, DeviceOptions, Group, KvSpec, Peers, WeightSource};
 
 use crate::kernel::Kernels;
 use crate::kv::CpuKv;
@@ -8,7 +8,6 @@ use crate::level::Level;
 use crate::memory::Arena;
 use crate::moe::Plan;
 use crate::packed::CpuWeight;
-use crate::peers::Peers;
 use crate::pool::Pool;
 use crate::step::{CpuAct, CpuStep};
 
@@ -46,7 +45,7 @@ impl CpuBackend {
             kernels: level.kernels(),
             pool: Pool::new(options.threads),
             arena: Arena::default(),
-            peers: Peers::new(group)?,
+            peers: Peers::new(group, "cpu")?,
             plan: Plan::default(),
             drawn: Vec::new(),
         })
@@ -97,7 +96,7 @@ impl Backend for CpuBackend {
                 format!("rank {} of {} cannot become rank {rank} of {world}", group.rank, group.world);
             return Err(BackendError::Unavailable { backend: "cpu", reason });
         }
-        self.peers = Peers::new(group)?;
+        self.peers = Peers::new(group, "cpu")?;
         self.drawn.clear();
         Ok(())
     }

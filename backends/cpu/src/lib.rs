@@ -4,7 +4,7 @@
 //! [`CpuBackend`] is opened by node start-up. Inside: `kernel` holds the inner loops, written once over `lanes` and
 //! compiled for each instruction [`Level`]; `packed` (of panels: `plain` and `coded`) and `product` are linear layers, `moe`
 //! and `route` mixtures of experts, `attend` is attention, `kv` and
-//! `lease` the paged cache, `collect` and `peers` the collectives, `pool` the threads.
+//! `lease` the paged cache, `collect` the collectives, `pool` the threads.
 
 mod attend;
 mod coded;
@@ -19,7 +19,6 @@ mod level;
 mod memory;
 mod moe;
 mod packed;
-mod peers;
 mod plain;
 mod pool;
 mod product;

@@ -1,16 +1,14 @@
 // Kernels as C++ on the host, for tests without a GPU: a block's threads are fibers of one thread, barriers and exchanges
-// between lanes give way to the next fiber, tensor-core tiles are computed from the fragments that PTX defines.
+// between lanes give way to the next fiber, tensor-core tiles are computed from the fragments that PTX defines. The kernels
+// are compiled with g++'s thread instrumentation, whose calls come to checks.cpp instead: it knows whose every byte is.
 #pragma once
 #include <math.h>
 #include <string.h>
-#include <ucontext.h>
-#include <string>
-#include <unordered_map>
-#include <vector>
 
-#define __device__
+// Nothing has linkage, so that all shared memory lies in one section.
+#define __device__ static
 #define __global__
-#define __shared__ static
+#define __shared__ static __attribute__((section("baton_shared")))
 #define __forceinline__ inline
 #define __restrict__
 #define __align__(n) __attribute__((aligned(n)))
@@ -19,28 +17,43 @@ struct Dim3 {
     u32 x, y, z;
 };
 
-// The fiber that runs now.
-extern Dim3 threadIdx, blockIdx, blockDim, gridDim;
-extern u8* dynamic_shared_memory;
+// What the fiber that runs now sees.
+struct Registers {
+    Dim3 thread, block, block_size, grid_size;
+    u8* dynamic_shared;
+};
+extern Registers registers;
+#define threadIdx registers.thread
+#define blockIdx registers.block
+#define blockDim registers.block_size
+#define gridDim registers.grid_size
 
-void give_way();
 void block_barrier();
-void warp_barrier();
-// This warp's exchange area: 32 places of 64 bytes.
-u8* exchange(int lane);
+// Orders the memory of a warp, as __syncwarp does.
+void warp_sync();
+// `bytes` of this lane's to all lanes: a table of 32 places of 64 bytes, good until this lane's next exchange. Orders no memory.
+const u8* exchange(const void* mine, u32 bytes);
+void tile_product(float (&d)[4], const u32 (&a)[4], const u32 (&b)[2]);
+void load_matrices_of(u32 (&r)[4], const bf16* row, bool turned);
+void copy_async(void* to, const void* from, bool there);
+void copies_commit();
+void copies_wait_for(int left);
+// `bytes` at a multiple of so many.
+void load_aligned(void* to, const void* from, u32 bytes);
+void store_aligned(void* to, const void* from, u32 bytes);
 
 typedef void (*Kernel)(const void* args);
 struct Registered {
-    Registered(const char* name, Kernel kernel);
+    Registered(const char* name, Kernel kernel, u32 threads);
 };
 
-#define KERNEL(name, Args)                                                       \
+#define KERNEL(name, Args, threads)                                              \
     static void name##_body(const Args& a);                                      \
     static void name##_call(const void* args) { name##_body(*(const Args*)args); } \
-    static Registered name##_registered(#name, name##_call);                     \
+    static Registered name##_registered(#name, name##_call, threads);            \
     static void name##_body(const Args& a)
 
-#define DYNAMIC_SHARED(type, name) type* name = (type*)dynamic_shared_memory
+#define DYNAMIC_SHARED(type, name) type* name = (type*)registers.dynamic_shared
 #define __syncthreads block_barrier
 #define __popc __builtin_popcount
 
@@ -49,47 +62,37 @@ inline int this_lane() {
 }
 
 template <typename T>
-inline T lane_get(T x, int lane) {
-    memcpy(exchange(this_lane()), &x, sizeof x);
-    warp_barrier();
+static inline T lane_get(T x, int lane) {
     T got;
-    memcpy(&got, exchange(lane & 31), sizeof got);
-    warp_barrier();
+    memcpy(&got, exchange(&x, sizeof x) + (lane & 31) * 64, sizeof got);
     return got;
 }
 
 template <typename T>
-inline T lane_xor(T x, int mask) {
+static inline T lane_xor(T x, int mask) {
     return lane_get(x, this_lane() ^ mask);
 }
 
-inline u32 lane_ballot(bool x) {
-    u8 mine = x;
-    memcpy(exchange(this_lane()), &mine, 1);
-    warp_barrier();
-    u32 all = 0;
-    for (int lane = 0; lane < 32; ++lane) all |= (u32)*exchange(lane) << lane;
-    warp_barrier();
-    return all;
+static inline u32 lane_ballot(bool x) {
+    const u8* all = exchange(&x, 1);
+    u32 bits = 0;
+    for (int lane = 0; lane < 32; ++lane) bits |= (u32)all[lane * 64] << lane;
+    return bits;
 }
 
-inline void warp_sync() {
-    warp_barrier();
-}
-
-inline float bits_float(u32 bits) {
+static inline float bits_float(u32 bits) {
     float x;
     memcpy(&x, &bits, 4);
     return x;
 }
 
-inline u32 float_bits(float x) {
+static inline u32 float_bits(float x) {
     u32 bits;
     memcpy(&bits, &x, 4);
     return bits;
 }
 
-inline float half_to_float(u16 bits) {
+static inline float half_to_float(u16 bits) {
     int exponent = bits >> 10 & 31;
     float fraction = (float)(bits & 1023), x;
     if (exponent == 31) x = fraction ? NAN : INFINITY;
@@ -98,63 +101,38 @@ inline float half_to_float(u16 bits) {
     return bits & 0x8000 ? -x : x;
 }
 
-inline float low_half(u32 pair) {
-    return bits_float(pair << 16);
+static inline float power_of_two(float x) {
+    return exp2f(x);
 }
 
-inline float high_half(u32 pair) {
-    return bits_float(pair & 0xffff0000u);
+static inline u32 rounded_bits(float x) {
+    u32 bits = float_bits(x);
+    // To nearest even; not-a-number stays one.
+    if ((bits & 0x7fffffffu) > 0x7f800000u) return bits >> 16 | 64;
+    return (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
 }
 
-inline void tile_product(float (&d)[4], const u32 (&a)[4], const u32 (&b)[2]) {
-    u32 mine[6] = {a[0], a[1], a[2], a[3], b[0], b[1]};
-    memcpy(exchange(this_lane()), mine, sizeof mine);
-    warp_barrier();
-    for (int i = 0; i < 4; ++i) {
-        int row = this_lane() / 4 + i / 2 * 8, column = this_lane() % 4 * 2 + i % 2;
-        for (int k = 0; k < 16; ++k) {
-            // a: register by (row / 8, k / 8), lane by (row % 8, k % 8 / 2); b: register by k / 8.
-            const u32* left = (const u32*)exchange(row % 8 * 4 + k % 8 / 2);
-            const u32* right = (const u32*)exchange(column * 4 + k % 8 / 2);
-            u32 x = left[row / 8 + k / 8 * 2], y = right[4 + k / 8];
-            d[i] += k % 2 ? high_half(x) * high_half(y) : low_half(x) * low_half(y);
-        }
-    }
-    warp_barrier();
+static inline u32 pair_bits(float low, float high) {
+    return rounded_bits(low) | rounded_bits(high) << 16;
 }
 
-inline void load_matrices_of(u32 (&r)[4], const bf16* row, bool turned) {
-    memcpy(exchange(this_lane()), &row, sizeof row);
-    warp_barrier();
-    for (int i = 0; i < 4; ++i) {
-        bf16 pair[2];
-        for (int j = 0; j < 2; ++j) {
-            int line = this_lane() / 4, column = this_lane() % 4 * 2 + j;
-            const bf16* from;
-            memcpy(&from, exchange(i * 8 + (turned ? column : line)), sizeof from);
-            pair[j] = from[turned ? line : column];
-        }
-        memcpy(&r[i], pair, 4);
-    }
-    warp_barrier();
+static inline void load_four(u32 (&r)[4], const void* at) {
+    load_aligned(r, at, 16);
 }
 
-inline void load_matrices(u32 (&r)[4], const bf16* row) {
+static inline void store_four(void* at, const u32 (&r)[4]) {
+    store_aligned(at, r, 16);
+}
+
+static inline void load_matrices(u32 (&r)[4], const bf16* row) {
     load_matrices_of(r, row, false);
 }
 
-inline void load_matrices_turned(u32 (&r)[4], const bf16* row) {
+static inline void load_matrices_turned(u32 (&r)[4], const bf16* row) {
     load_matrices_of(r, row, true);
 }
 
-inline void copy_async(void* to, const void* from, bool there) {
-    // What the hardware demands.
-    if ((u64)to % 16 || (there && (u64)from % 16)) __builtin_trap();
-    if (there) memcpy(to, from, 16);
-    else memset(to, 0, 16);
-}
-
-inline void copies_commit() {}
-
 template <int LEFT>
-inline void copies_wait() {}
+static inline void copies_wait() {
+    copies_wait_for(LEFT);
+}

@@ -1,20 +1,33 @@
 // The emulated device: runs a kernel's blocks one after the other, and a block's threads as fibers in turn.
-#include "../kernels/device.cuh"
+#include "device.h"
 #include <setjmp.h>
+#include <stdlib.h>
+#include <ucontext.h>
 #include <algorithm>
+#include <unordered_map>
+#include <vector>
 
-Dim3 threadIdx, blockIdx, blockDim, gridDim;
-u8* dynamic_shared_memory;
+Registers registers;
 
 namespace {
-const size_t STACK_BYTES = 64 * 1024;
+const u64 STACK_BYTES = 64 * 1024;
+const u32 THREADS_MAX = 1024, GRID_MAX = 65535;
+
+// 16 bytes on their way to shared memory.
+struct Copy {
+    void* to;
+    const void* from;
+    bool there;
+    u32 group;
+};
 
 // Entered by its context, afterwards by jumps: these make no system call.
 struct Fiber {
     ucontext_t context;
     jmp_buf place;
-    std::vector<u8> stack = std::vector<u8>(STACK_BYTES);
     bool begun = false, ended = false;
+    std::vector<Copy> copies;
+    u32 groups = 0, exchanges = 0;
 };
 
 // Arrivals at a barrier; a thread that has ended no longer counts.
@@ -22,31 +35,46 @@ struct Barrier {
     u32 arrived = 0, turn = 0;
 };
 
-std::unordered_map<std::string, Kernel>& kernels() {
-    static std::unordered_map<std::string, Kernel> all;
+struct Known {
+    Kernel kernel;
+    u32 threads;
+};
+
+std::unordered_map<std::string, Known>& kernels() {
+    static std::unordered_map<std::string, Known> all;
     return all;
 }
 
-std::vector<Fiber*> fibers;
+std::vector<Fiber> fibers(THREADS_MAX);
+u8* stacks;
 jmp_buf scheduler;
 u32 current, threads;
+u64 progress;
 Barrier block;
-std::vector<Barrier> warps;
-std::vector<u8> exchanges;
+Barrier warps[THREADS_MAX / 32], rendezvous[THREADS_MAX / 32];
+// Two tables for each warp in turn: a lane may be one exchange ahead of another that still reads.
+u8 tables[THREADS_MAX / 32][2][32][64];
 Kernel running;
 const void* arguments;
 
 u32 alive(u32 from, u32 to) {
-    return std::count_if(fibers.begin() + from, fibers.begin() + std::min(to, threads), [](Fiber* f) { return !f->ended; });
+    return std::count_if(fibers.begin() + from, fibers.begin() + std::min(to, threads), [](Fiber& f) { return !f.ended; });
 }
 
-void wait_at(Barrier& barrier, u32 from, u32 to) {
+void give_way() {
+    if (!_setjmp(fibers[current].place)) _longjmp(scheduler, 1);
+}
+
+void wait_at(Barrier& barrier, u32 from, u32 to, void (*passed)(u32)) {
     u32 turn = barrier.turn;
     ++barrier.arrived;
+    ++progress;
     while (barrier.turn == turn) {
         if (barrier.arrived >= alive(from, to)) {
             barrier.arrived = 0;
             ++barrier.turn;
+            ++progress;
+            if (passed) passed(from / 32);
             return;
         }
         give_way();
@@ -55,81 +83,180 @@ void wait_at(Barrier& barrier, u32 from, u32 to) {
 
 void fiber_main() {
     running(arguments);
-    fibers[current]->ended = true;
+    fibers[current].ended = true;
+    ++progress;
     _longjmp(scheduler, 1);
 }
 
 // Lets fiber `i` run until it gives way or ends.
 void resume(u32 i) {
     current = i;
-    threadIdx = {i, 0, 0};
+    registers.thread = {i, 0, 0};
     if (_setjmp(scheduler)) return;
-    Fiber& fiber = *fibers[i];
+    Fiber& fiber = fibers[i];
     if (fiber.begun) _longjmp(fiber.place, 1);
     fiber.begun = true;
     setcontext(&fiber.context);
 }
-}  // namespace
 
-Registered::Registered(const char* name, Kernel kernel) {
-    kernels()[name] = kernel;
+// Runs the block; false when its threads wait for each other for ever.
+bool run_block() {
+    block = Barrier();
+    for (u32 i = 0; i < threads; ++i) {
+        Fiber& fiber = fibers[i];
+        fiber.begun = fiber.ended = false;
+        fiber.copies.clear();
+        fiber.groups = fiber.exchanges = 0;
+        warps[i / 32] = rendezvous[i / 32] = Barrier();
+        getcontext(&fiber.context);
+        fiber.context.uc_stack.ss_sp = stacks + i * STACK_BYTES;
+        fiber.context.uc_stack.ss_size = STACK_BYTES;
+        fiber.context.uc_link = nullptr;
+        makecontext(&fiber.context, fiber_main, 0);
+    }
+    for (bool left = true; left;) {
+        left = false;
+        u64 before = progress;
+        for (u32 i = 0; i < threads; ++i) {
+            if (fibers[i].ended) continue;
+            left = true;
+            resume(i);
+            if (!checks_failure().empty()) return true;
+        }
+        if (left && progress == before) return false;
+    }
+    return true;
 }
 
-void give_way() {
-    if (!_setjmp(fibers[current]->place)) _longjmp(scheduler, 1);
+float low_half(u32 pair) {
+    return bits_float(pair << 16);
+}
+
+float high_half(u32 pair) {
+    return bits_float(pair & 0xffff0000u);
+}
+}  // namespace
+
+Registered::Registered(const char* name, Kernel kernel, u32 threads) {
+    kernels()[name] = {kernel, threads};
+}
+
+void stop_block() {
+    _longjmp(scheduler, 1);
 }
 
 void block_barrier() {
-    wait_at(block, 0, threads);
+    wait_at(block, 0, threads, [](u32) { checks_block_barrier(); });
 }
 
-void warp_barrier() {
+void warp_sync() {
     u32 warp = current / 32;
-    wait_at(warps[warp], warp * 32, warp * 32 + 32);
+    wait_at(warps[warp], warp * 32, warp * 32 + 32, checks_warp_barrier);
 }
 
-u8* exchange(int lane) {
-    return exchanges.data() + (current / 32 * 32 + lane) * 64;
+const u8* exchange(const void* mine, u32 bytes) {
+    u32 warp = current / 32;
+    auto& table = tables[warp][fibers[current].exchanges++ % 2];
+    memcpy(table[current % 32], mine, bytes);
+    wait_at(rendezvous[warp], warp * 32, warp * 32 + 32, nullptr);
+    return table[0];
 }
 
-// 0: done; 1: no such kernel. One caller at a time.
-extern "C" int emulator_launch(const char* name, const u32* grid, u32 count, u32 shared_bytes, const void* args) {
+void tile_product(float (&d)[4], const u32 (&a)[4], const u32 (&b)[2]) {
+    u32 mine[6] = {a[0], a[1], a[2], a[3], b[0], b[1]};
+    const u8* all = exchange(mine, sizeof mine);
+    for (int i = 0; i < 4; ++i) {
+        int row = this_lane() / 4 + i / 2 * 8, column = this_lane() % 4 * 2 + i % 2;
+        for (int k = 0; k < 16; ++k) {
+            // a: register by (row / 8, k / 8), lane by (row % 8, k % 8 / 2); b: register by k / 8.
+            const u32* left = (const u32*)(all + (row % 8 * 4 + k % 8 / 2) * 64);
+            const u32* right = (const u32*)(all + (column * 4 + k % 8 / 2) * 64);
+            u32 x = left[row / 8 + k / 8 * 2], y = right[4 + k / 8];
+            d[i] += k % 2 ? high_half(x) * high_half(y) : low_half(x) * low_half(y);
+        }
+    }
+}
+
+void load_matrices_of(u32 (&r)[4], const bf16* row, bool turned) {
+    // The lane that names a row answers for it: 16 bytes at a multiple of so many.
+    checks_access((u64)row, 16, false);
+    const u8* all = exchange(&row, sizeof row);
+    for (int i = 0; i < 4; ++i) {
+        bf16 pair[2];
+        for (int j = 0; j < 2; ++j) {
+            int line = this_lane() / 4, column = this_lane() % 4 * 2 + j;
+            const bf16* from;
+            memcpy(&from, all + (i * 8 + (turned ? column : line)) * 64, sizeof from);
+            pair[j] = from[turned ? line : column];
+        }
+        memcpy(&r[i], pair, 4);
+    }
+}
+
+void load_aligned(void* to, const void* from, u32 bytes) {
+    checks_access((u64)from, bytes, false);
+    memcpy(to, from, bytes);
+}
+
+void store_aligned(void* to, const void* from, u32 bytes) {
+    checks_access((u64)to, bytes, true);
+    memcpy(to, from, bytes);
+}
+
+void copy_async(void* to, const void* from, bool there) {
+    if (there) checks_access((u64)from, 16, false);
+    else if ((u64)from % 16) checks_fail("a copy from a misaligned address");
+    checks_pending((u64)to, 16);
+    memset(to, 0xff, 16);
+    Fiber& fiber = fibers[current];
+    fiber.copies.push_back({to, from, there, fiber.groups});
+}
+
+void copies_commit() {
+    ++fibers[current].groups;
+}
+
+void copies_wait_for(int left) {
+    Fiber& fiber = fibers[current];
+    auto arrived = [&](const Copy& copy) { return copy.group + left < fiber.groups; };
+    for (Copy& copy : fiber.copies)
+        if (arrived(copy)) {
+            if (copy.there) memcpy(copy.to, copy.from, 16);
+            else memset(copy.to, 0, 16);
+            checks_landed((u64)copy.to, 16);
+        }
+    auto end = std::remove_if(fiber.copies.begin(), fiber.copies.end(), arrived);
+    fiber.copies.erase(end, fiber.copies.end());
+}
+
+// 0: done; else what is wrong is in `report`. One caller at a time.
+extern "C" int emulator_launch(const char* name, const u32* grid, u32 count, u32 shared_bytes, const void* args,
+                               u32 args_bytes, char* report, u32 report_bytes) {
+    auto say = [&](const std::string& what) {
+        snprintf(report, report_bytes, "%s", what.c_str());
+        return 1;
+    };
     auto found = kernels().find(name);
-    if (found == kernels().end()) return 1;
-    running = found->second;
+    if (found == kernels().end()) return say("no such kernel");
+    if (count > found->second.threads) return say(std::to_string(count) + " threads where registers are for " + std::to_string(found->second.threads));
+    if (grid[1] > GRID_MAX || grid[2] > GRID_MAX) return say("a grid of more than 65,535 in y or z");
+    if (!stacks) stacks = (u8*)aligned_alloc(4096, THREADS_MAX * STACK_BYTES);
+    running = found->second.kernel;
     arguments = args;
     threads = count;
-    // Contents are arbitrary on a device: not-a-number shows a read of what nobody wrote.
     std::vector<u8> shared(shared_bytes + 128);
-    while (fibers.size() < count) fibers.push_back(new Fiber);
-    exchanges.resize((count + 31) / 32 * 32 * 64);
-    gridDim = {grid[0], grid[1], grid[2]};
-    blockDim = {count, 1, 1};
+    u8* dynamic = (u8*)(((u64)shared.data() + 127) / 128 * 128);
+    registers.grid_size = {grid[0], grid[1], grid[2]};
+    registers.block_size = {count, 1, 1};
+    registers.dynamic_shared = dynamic;
+    checks_launch(name, args, args_bytes, stacks, THREADS_MAX * STACK_BYTES);
     for (u32 z = 0; z < grid[2]; ++z)
         for (u32 y = 0; y < grid[1]; ++y)
             for (u32 x = 0; x < grid[0]; ++x) {
-                blockIdx = {x, y, z};
-                std::fill(shared.begin(), shared.end(), 0xff);
-                dynamic_shared_memory = (u8*)(((u64)shared.data() + 127) / 128 * 128);
-                block = Barrier();
-                warps.assign((count + 31) / 32, Barrier());
-                for (u32 i = 0; i < count; ++i) {
-                    Fiber& fiber = *fibers[i];
-                    fiber.begun = fiber.ended = false;
-                    getcontext(&fiber.context);
-                    fiber.context.uc_stack.ss_sp = fiber.stack.data();
-                    fiber.context.uc_stack.ss_size = fiber.stack.size();
-                    fiber.context.uc_link = nullptr;
-                    makecontext(&fiber.context, fiber_main, 0);
-                }
-                for (bool left = true; left;) {
-                    left = false;
-                    for (u32 i = 0; i < count; ++i) {
-                        if (fibers[i]->ended) continue;
-                        left = true;
-                        resume(i);
-                    }
-                }
+                registers.block = {x, y, z};
+                checks_block(dynamic, shared_bytes);
+                if (!run_block()) return say("threads wait for each other for ever, block " + std::to_string(x));
+                if (!checks_failure().empty()) return say(checks_failure());
             }
     return 0;
 }

@@ -16,24 +16,28 @@ struct AttendArgs {
     u64 partial;           // sums of splits, or 0
     u32 q_row, q_head, k_token, k_head, v_token, v_head;  // strides in elements
     u32 heads, group, pack;  // query heads; those that share a KV head; those of one tile
-    u32 key_dim, value_dim, blocks_max, block_tokens, window, splits;
+    u32 key_dim, value_dim, blocks_max, block_shift, window, splits;  // a block has 2^block_shift tokens
     float scale;
 };
 
 __device__ __forceinline__ u64 token_at(const AttendArgs& a, u32 run, u32 position) {
     if (!a.tables) return (u64)((const u32*)a.firsts)[run] + position;
-    u32 page = ((const u32*)a.tables)[(u64)run * a.blocks_max + position / a.block_tokens];
-    return (u64)page * a.block_tokens + position % a.block_tokens;
+    u32 page = ((const u32*)a.tables)[(u64)run * a.blocks_max + (position >> a.block_shift)];
+    return ((u64)page << a.block_shift) + (position & ((1u << a.block_shift) - 1));
 }
 
-// Tiles of BN positions of K or V into shared memory, padded rows; zeros where there is nothing.
+// Tiles of BN positions of K or V into shared memory, padded rows; zeros where there is nothing. `first` is a multiple
+// of BN, so that blocks of as many tokens or more hold a tile in one piece.
 template <int D, int BN, int THREADS>
 __device__ __forceinline__ void load_tile(bf16* to, const bf16* base, u32 stride, u32 dim, const AttendArgs& a, u32 run,
                                           u32 first, u32 end) {
+    const bool whole = !a.tables || (1u << a.block_shift) >= BN;
+    const u64 begin = token_at(a, run, first);
+#pragma unroll
     for (int i = threadIdx.x; i < BN * D / 8; i += THREADS) {
         int at = i / (D / 8), c = i % (D / 8) * 8;
         bool there = first + at < end && c < (int)dim;
-        u64 token = token_at(a, run, there ? first + at : first);
+        u64 token = !there ? begin : whole ? begin + at : token_at(a, run, first + at);
         copy_async(to + at * (D + 8) + c, base + token * stride + (there ? c : 0), there);
     }
 }
@@ -134,7 +138,7 @@ __device__ void attend(const AttendArgs& a) {
                 const float before = peak[t][h], now = fmaxf(before, highest);
                 // A row that has seen nothing yet keeps zeros.
                 const float base = now == MINUS_INFINITY ? 0.0f : now * scale;
-                const float keep = before == MINUS_INFINITY ? 0.0f : exp2f(before * scale - base);
+                const float keep = before == MINUS_INFINITY ? 0.0f : power_of_two(before * scale - base);
                 peak[t][h] = now;
                 float sum = 0.0f;
 #pragma unroll
@@ -142,7 +146,7 @@ __device__ void attend(const AttendArgs& a) {
 #pragma unroll
                     for (int i = 0; i < 2; ++i) {
                         float& x = s[t][n][h * 2 + i];
-                        x = exp2f(x * scale - base);
+                        x = power_of_two(x * scale - base);
                         sum += x;
                     }
                 sum += lane_xor(sum, 1);
@@ -218,23 +222,24 @@ __device__ void attend(const AttendArgs& a) {
 }
 
 // Prompts: 128 queries a block. Generation: 16 queries, keys split over blocks.
-KERNEL(attend_64, AttendArgs) { attend<64, 64, 4, 2, 64>(a); }
-KERNEL(attend_128, AttendArgs) { attend<128, 128, 4, 2, 64>(a); }
-KERNEL(attend_192, AttendArgs) { attend<192, 128, 4, 1, 64>(a); }
-KERNEL(attend_256, AttendArgs) { attend<256, 256, 4, 1, 32>(a); }
-KERNEL(attend_few_64, AttendArgs) { attend<64, 64, 1, 1, 64>(a); }
-KERNEL(attend_few_128, AttendArgs) { attend<128, 128, 1, 1, 64>(a); }
-KERNEL(attend_few_192, AttendArgs) { attend<192, 128, 1, 1, 64>(a); }
-KERNEL(attend_few_256, AttendArgs) { attend<256, 256, 1, 1, 32>(a); }
+KERNEL(attend_64, AttendArgs, 128) { attend<64, 64, 4, 2, 64>(a); }
+KERNEL(attend_128, AttendArgs, 128) { attend<128, 128, 4, 2, 64>(a); }
+KERNEL(attend_192, AttendArgs, 128) { attend<192, 128, 4, 1, 64>(a); }
+KERNEL(attend_256, AttendArgs, 128) { attend<256, 256, 4, 1, 32>(a); }
+KERNEL(attend_few_64, AttendArgs, 32) { attend<64, 64, 1, 1, 64>(a); }
+KERNEL(attend_few_128, AttendArgs, 32) { attend<128, 128, 1, 1, 64>(a); }
+KERNEL(attend_few_192, AttendArgs, 32) { attend<192, 128, 1, 1, 64>(a); }
+KERNEL(attend_few_256, AttendArgs, 32) { attend<256, 256, 1, 1, 32>(a); }
 
 struct CombineArgs {
     u64 partial, tiles, out;  // as in AttendArgs; queries of a block [queries_max]
     u32 heads, pack, value_dim, splits, queries_max;
+    u32 compact;  // whether rows of `out` are tiles, in order
     float scale;
 };
 
 // One warp a query; grid (tiles, groups of heads).
-KERNEL(combine, CombineArgs) {
+KERNEL(combine, CombineArgs, 256) {
     const Tile tile = ((const Tile*)a.tiles)[blockIdx.x];
     u32 lane = threadIdx.x % 32, width = a.value_dim + 2;
     for (u32 m = threadIdx.x / 32; m < tile.rows * a.pack; m += blockDim.x / 32) {
@@ -246,7 +251,8 @@ KERNEL(combine, CombineArgs) {
         for (u32 s = 0; s < a.splits; ++s) peak = fmaxf(peak, sums[s * stride]);
         for (u32 s = 0; s < a.splits; ++s)
             if (sums[s * stride + 1] > 0.0f) total += sums[s * stride + 1] * expf((sums[s * stride] - peak) * a.scale);
-        u64 row = tile.row + m / a.pack, head = blockIdx.y * a.pack + m % a.pack;
+        u64 row = a.compact ? blockIdx.x : tile.row + m / a.pack, head = blockIdx.y * a.pack + m % a.pack;
+        if (head >= a.heads) continue;
         for (u32 d = lane; d < a.value_dim; d += 32) {
             float value = 0.0f;
             for (u32 s = 0; s < a.splits; ++s)
@@ -300,5 +306,5 @@ __device__ void attend_plain(const AttendArgs& a) {
     }
 }
 
-KERNEL(attend_plain_f32, AttendArgs) { attend_plain<float>(a); }
-KERNEL(attend_plain_bf16, AttendArgs) { attend_plain<bf16>(a); }
+KERNEL(attend_plain_f32, AttendArgs, 128) { attend_plain<float>(a); }
+KERNEL(attend_plain_bf16, AttendArgs, 128) { attend_plain<bf16>(a); }

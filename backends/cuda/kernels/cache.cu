@@ -4,17 +4,25 @@
 struct MoveArgs {
     u64 pages, dense, table;  // [tokens, width] bytes; [count, width] bytes; [blocks] u32 page
     u32 width;                // bytes of a token's row, a multiple of 2
-    u32 first, count, block_tokens, out;  // positions [first, first + count); out: pages to dense
+    u32 first, count, block_shift, out;  // positions [first, first + count); out: pages to dense
 };
 
-// One block a token.
-KERNEL(move_rows, MoveArgs) {
+// One block a token. `dense` may be memory of the host.
+KERNEL(move_rows, MoveArgs, 256) {
     u32 position = a.first + blockIdx.x;
-    u64 token = (u64)((const u32*)a.table)[position / a.block_tokens] * a.block_tokens + position % a.block_tokens;
-    u16 *page = (u16*)(a.pages + token * a.width), *dense = (u16*)(a.dense + (u64)blockIdx.x * a.width);
-    for (u32 i = threadIdx.x; i < a.width / 2; i += blockDim.x)
-        if (a.out) dense[i] = page[i];
-        else page[i] = dense[i];
+    u64 page = ((const u32*)a.table)[position >> a.block_shift];
+    u64 token = (page << a.block_shift) + (position & ((1u << a.block_shift) - 1));
+    u64 here = a.pages + token * a.width, there = a.dense + (u64)blockIdx.x * a.width;
+    u64 from = a.out ? here : there, to = a.out ? there : here;
+    if ((from | to | a.width) % 16 == 0) {
+        for (u32 i = threadIdx.x * 16; i < a.width; i += blockDim.x * 16) {
+            u32 words[4];
+            load_four(words, (const void*)(from + i));
+            store_four((void*)(to + i), words);
+        }
+        return;
+    }
+    for (u32 i = threadIdx.x; i < a.width / 2; i += blockDim.x) ((u16*)to)[i] = ((const u16*)from)[i];
 }
 
 struct ExpandArgs {
@@ -35,5 +43,5 @@ __device__ void expand_keys(const ExpandArgs& a) {
     }
 }
 
-KERNEL(expand_keys_f32, ExpandArgs) { expand_keys<float>(a); }
-KERNEL(expand_keys_bf16, ExpandArgs) { expand_keys<bf16>(a); }
+KERNEL(expand_keys_f32, ExpandArgs, 256) { expand_keys<float>(a); }
+KERNEL(expand_keys_bf16, ExpandArgs, 256) { expand_keys<bf16>(a); }

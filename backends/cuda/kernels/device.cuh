@@ -16,8 +16,8 @@ struct bf16 {
 #ifdef BATON_EMULATED
 #include "emulated.h"
 #else
-// One argument, a struct: the host passes bytes.
-#define KERNEL(name, Args) extern "C" __global__ void name(const Args a)
+// One argument, a struct: the host passes bytes. `threads`: the most of a block, so that registers suffice for them.
+#define KERNEL(name, Args, threads) extern "C" __global__ void __launch_bounds__(threads) name(const __grid_constant__ Args a)
 #define DYNAMIC_SHARED(type, name)                       \
     extern __shared__ __align__(128) u8 dynamic_shared[]; \
     type* name = (type*)dynamic_shared
@@ -59,7 +59,8 @@ __device__ __forceinline__ void load_matrices(u32 (&r)[4], const bf16* row) {
     u32 at = (u32)__cvta_generic_to_shared(row);
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3},[%4];"
                  : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
-                 : "r"(at));
+                 : "r"(at)
+                 : "memory");
 }
 
 // The same, each matrix turned.
@@ -67,24 +68,48 @@ __device__ __forceinline__ void load_matrices_turned(u32 (&r)[4], const bf16* ro
     u32 at = (u32)__cvta_generic_to_shared(row);
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3},[%4];"
                  : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
-                 : "r"(at));
+                 : "r"(at)
+                 : "memory");
 }
 
 // 16 bytes from global to shared memory; zeros when `there` is false.
 __device__ __forceinline__ void copy_async(void* to, const void* from, bool there) {
     u32 at = (u32)__cvta_generic_to_shared(to);
     int bytes = there ? 16 : 0;
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(at), "l"(from), "r"(bytes));
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(at), "l"(from), "r"(bytes) : "memory");
 }
 
 __device__ __forceinline__ void copies_commit() {
-    asm volatile("cp.async.commit_group;");
+    asm volatile("cp.async.commit_group;" ::: "memory");
 }
 
 // Waits until at most `LEFT` groups of copies are under way.
 template <int LEFT>
 __device__ __forceinline__ void copies_wait() {
-    asm volatile("cp.async.wait_group %0;" ::"n"(LEFT));
+    asm volatile("cp.async.wait_group %0;" ::"n"(LEFT) : "memory");
+}
+
+// 2^x without subnormals: weights of a softmax.
+__device__ __forceinline__ float power_of_two(float x) {
+    float y;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+
+// 16 bytes that no block of this launch writes; `at` is a multiple of 16.
+__device__ __forceinline__ void load_four(u32 (&r)[4], const void* at) {
+    asm("ld.global.nc.v4.u32 {%0,%1,%2,%3},[%4];" : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "l"(at));
+}
+
+__device__ __forceinline__ void store_four(void* at, const u32 (&r)[4]) {
+    asm volatile("st.global.v4.u32 [%4],{%0,%1,%2,%3};" ::"r"(r[0]), "r"(r[1]), "r"(r[2]), "r"(r[3]), "l"(at) : "memory");
+}
+
+// Two bf16 in a word, each rounded to nearest even.
+__device__ __forceinline__ u32 pair_bits(float low, float high) {
+    u32 pair;
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
+    return pair;
 }
 
 __device__ __forceinline__ u32 float_bits(float x) {
@@ -106,30 +131,50 @@ __device__ __forceinline__ float up(bf16 x) {
     return bits_float((u32)x.bits << 16);
 }
 
-__device__ __forceinline__ u16 bf16_bits(float x) {
-    u32 bits = float_bits(x);
-    // To nearest even; not-a-number stays one.
-    if ((bits & 0x7fffffffu) > 0x7f800000u) return (u16)(bits >> 16 | 64);
-    return (u16)((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+__device__ __forceinline__ void round_to(float& y, float x) {
+    y = x;
+}
+
+__device__ __forceinline__ void round_to(bf16& y, float x) {
+    y.bits = (u16)pair_bits(x, 0.0f);
 }
 
 template <typename T>
-__device__ __forceinline__ T down(float x);
-
-template <>
-__device__ __forceinline__ float down<float>(float x) {
-    return x;
-}
-
-template <>
-__device__ __forceinline__ bf16 down<bf16>(float x) {
-    bf16 y;
-    y.bits = bf16_bits(x);
+__device__ __forceinline__ T down(float x) {
+    T y;
+    round_to(y, x);
     return y;
 }
 
-__device__ __forceinline__ u32 pair_bits(float low, float high) {
-    return (u32)bf16_bits(low) | (u32)bf16_bits(high) << 16;
+// Eight elements at a multiple of 16 bytes.
+__device__ __forceinline__ void load8(float (&x)[8], const float* at) {
+    u32 low[4], high[4];
+    load_four(low, at);
+    load_four(high, at + 4);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) x[i] = bits_float(low[i]), x[i + 4] = bits_float(high[i]);
+}
+
+__device__ __forceinline__ void load8(float (&x)[8], const bf16* at) {
+    u32 pairs[4];
+    load_four(pairs, at);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) x[2 * i] = bits_float(pairs[i] << 16), x[2 * i + 1] = bits_float(pairs[i] & 0xffff0000u);
+}
+
+__device__ __forceinline__ void store8(float* at, const float (&x)[8]) {
+    u32 low[4], high[4];
+#pragma unroll
+    for (int i = 0; i < 4; ++i) low[i] = float_bits(x[i]), high[i] = float_bits(x[i + 4]);
+    store_four(at, low);
+    store_four(at + 4, high);
+}
+
+__device__ __forceinline__ void store8(bf16* at, const float (&x)[8]) {
+    u32 pairs[4];
+#pragma unroll
+    for (int i = 0; i < 4; ++i) pairs[i] = pair_bits(x[2 * i], x[2 * i + 1]);
+    store_four(at, pairs);
 }
 
 __device__ __forceinline__ float warp_sum(float x) {

@@ -30,7 +30,7 @@ __device__ __forceinline__ void better(double& score, u32& id, double other, u32
 }
 
 // One block of 1,024 threads a row.
-KERNEL(draw_rows, DrawArgs) {
+KERNEL(draw_rows, DrawArgs, 1024) {
     __shared__ double scores[32];
     __shared__ float peaks[32];
     __shared__ u32 ids[32], faults[32];
@@ -85,7 +85,7 @@ struct ResolveArgs {
 };
 
 // Ids in flight from the step before.
-KERNEL(resolve, ResolveArgs) {
+KERNEL(resolve, ResolveArgs, 256) {
     for (u32 i = threadIdx.x; i < a.count; i += blockDim.x) {
         u32 input = ((const u32*)a.inputs)[i];
         ((u32*)a.out)[i] = input >> 31 ? ((const Choice*)a.drawn)[input & 0x7fffffffu].id : input;

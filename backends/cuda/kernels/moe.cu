@@ -12,7 +12,7 @@ struct RouteArgs {
 };
 
 // One warp a row and block. Of equal choices the lower expert is taken.
-KERNEL(route, RouteArgs) {
+KERNEL(route, RouteArgs, 32) {
     __shared__ float score[EXPERTS_MAX], choice[EXPERTS_MAX], group[EXPERTS_MAX];
     u32 lane = threadIdx.x, row = blockIdx.x;
     const float* products = (const float*)a.scores + (u64)row * a.count;
@@ -84,7 +84,7 @@ struct RoutesArgs {
 };
 
 // Places: all rows of expert 0 in order, then those of expert 1, ... and tiles over them. One block of 1,024 threads.
-KERNEL(routes, RoutesArgs) {
+KERNEL(routes, RoutesArgs, 1024) {
     __shared__ u32 begin[EXPERTS_MAX + 1], tile_begin[EXPERTS_MAX + 1];
     u32 warp = threadIdx.x / 32, lane = threadIdx.x % 32, warps = blockDim.x / 32, total = a.rows * a.top_k;
     const u32* experts = (const u32*)a.experts;
@@ -146,5 +146,5 @@ __device__ void gather_sum(const GatherSumArgs& a) {
     }
 }
 
-KERNEL(gather_sum_f32, GatherSumArgs) { gather_sum<float>(a); }
-KERNEL(gather_sum_bf16, GatherSumArgs) { gather_sum<bf16>(a); }
+KERNEL(gather_sum_f32, GatherSumArgs, 256) { gather_sum<float>(a); }
+KERNEL(gather_sum_bf16, GatherSumArgs, 256) { gather_sum<bf16>(a); }

@@ -7,9 +7,9 @@ struct AnglesArgs {
     float factor;
 };
 
-KERNEL(angles, AnglesArgs) {
-    u32 step = gridDim.x * blockDim.x;
-    for (u32 i = blockIdx.x * blockDim.x + threadIdx.x; i < a.rows * a.n; i += step) {
+KERNEL(angles, AnglesArgs, 256) {
+    u64 step = (u64)gridDim.x * blockDim.x;
+    for (u64 i = (u64)blockIdx.x * blockDim.x + threadIdx.x; i < (u64)a.rows * a.n; i += step) {
         float angle = ((const float*)a.inv_freq)[i % a.n] * (float)((const u32*)a.positions)[i / a.n];
         ((float*)a.cosines)[i] = cosf(angle) * a.factor;
         ((float*)a.sines)[i] = sinf(angle) * a.factor;
@@ -19,12 +19,12 @@ KERNEL(angles, AnglesArgs) {
 // Where a row of the batch lies in the cache: pages of its sequence.
 struct Pages {
     u64 positions, runs, tables;  // [rows] u32 position; [rows] u32 run; [runs, blocks_max] u32 page
-    u32 blocks_max, block_tokens;
+    u32 blocks_max, block_shift;
 };
 
 __device__ __forceinline__ u64 token_of(const Pages& p, u32 run, u32 position) {
-    u32 page = ((const u32*)p.tables)[(u64)run * p.blocks_max + position / p.block_tokens];
-    return (u64)page * p.block_tokens + position % p.block_tokens;
+    u32 page = ((const u32*)p.tables)[(u64)run * p.blocks_max + (position >> p.block_shift)];
+    return ((u64)page << p.block_shift) + (position & ((1u << p.block_shift) - 1));
 }
 
 struct PrepareArgs {
@@ -92,8 +92,8 @@ __device__ void prepare(const PrepareArgs& a) {
     }
 }
 
-KERNEL(prepare_f32, PrepareArgs) { prepare<float>(a); }
-KERNEL(prepare_bf16, PrepareArgs) { prepare<bf16>(a); }
+KERNEL(prepare_f32, PrepareArgs, 256) { prepare<float>(a); }
+KERNEL(prepare_bf16, PrepareArgs, 256) { prepare<bf16>(a); }
 
 struct SquaresArgs {
     u64 qkv, squares;  // as in PrepareArgs
@@ -120,8 +120,8 @@ __device__ void squares_by_head(const SquaresArgs& a) {
     }
 }
 
-KERNEL(squares_f32, SquaresArgs) { squares_by_head<float>(a); }
-KERNEL(squares_bf16, SquaresArgs) { squares_by_head<bf16>(a); }
+KERNEL(squares_f32, SquaresArgs, 256) { squares_by_head<float>(a); }
+KERNEL(squares_bf16, SquaresArgs, 256) { squares_by_head<bf16>(a); }
 
 struct PrepareLatentArgs {
     Pages pages;
@@ -166,5 +166,5 @@ __device__ void prepare_latent(const PrepareLatentArgs& a) {
     }
 }
 
-KERNEL(prepare_latent_f32, PrepareLatentArgs) { prepare_latent<float>(a); }
-KERNEL(prepare_latent_bf16, PrepareLatentArgs) { prepare_latent<bf16>(a); }
+KERNEL(prepare_latent_f32, PrepareLatentArgs, 256) { prepare_latent<float>(a); }
+KERNEL(prepare_latent_bf16, PrepareLatentArgs, 256) { prepare_latent<bf16>(a); }

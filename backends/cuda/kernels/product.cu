@@ -130,13 +130,13 @@ __device__ void product(const ProductArgs& a) {
             }
 }
 
-KERNEL(product_many, ProductArgs) { product<128, 128, 32, 64>(a); }
-KERNEL(product_some, ProductArgs) { product<32, 128, 32, 32>(a); }
+KERNEL(product_many, ProductArgs, 256) { product<128, 128, 32, 64>(a); }
+KERNEL(product_some, ProductArgs, 128) { product<32, 128, 32, 32>(a); }
 
 const int ROWS_FEW = 8;
 
 // Up to 8 rows: one warp an output, the weights read once at the speed of memory. k is a multiple of 8.
-KERNEL(product_few, ProductArgs) {
+KERNEL(product_few, ProductArgs, 256) {
     const RowTile tile = tile_of(a, ROWS_FEW);
     u32 lane = threadIdx.x % 32, n = blockIdx.x * (blockDim.x / 32) + threadIdx.x / 32;
     if (tile.count == 0 || n >= a.n) return;  // the same for a warp
@@ -145,18 +145,18 @@ KERNEL(product_few, ProductArgs) {
     float sums[ROWS_FEW];
 #pragma unroll
     for (int m = 0; m < ROWS_FEW; ++m) sums[m] = 0.0f;
+#pragma unroll 2
     for (u32 k = lane * 8; k < a.k; k += 32 * 8) {
         float x[8];
-        if (a.w)
-#pragma unroll
-            for (int i = 0; i < 8; ++i) x[i] = up(w[k + i]);
+        if (a.w) load8(x, w + k);
         else decode8(quant, n, k, x);
 #pragma unroll
         for (int m = 0; m < ROWS_FEW; ++m) {
             if (m >= (int)tile.count) break;
-            const bf16* row = (const bf16*)a.x + (u64)row_of(a, tile.first + m) * a.k + k;
+            float row[8];
+            load8(row, (const bf16*)a.x + (u64)row_of(a, tile.first + m) * a.k + k);
 #pragma unroll
-            for (int i = 0; i < 8; ++i) sums[m] += up(row[i]) * x[i];
+            for (int i = 0; i < 8; ++i) sums[m] += row[i] * x[i];
         }
     }
     for (u32 m = 0; m < tile.count; ++m) {
@@ -214,8 +214,8 @@ __device__ void product_plain(const ProductArgs& a) {
         }
 }
 
-KERNEL(product_plain_f32, ProductArgs) { product_plain<float>(a); }
-KERNEL(product_plain_bf16, ProductArgs) { product_plain<bf16>(a); }
+KERNEL(product_plain_f32, ProductArgs, 256) { product_plain<float>(a); }
+KERNEL(product_plain_bf16, ProductArgs, 256) { product_plain<bf16>(a); }
 
 struct DecodeArgs {
     Quant quant;
@@ -236,5 +236,5 @@ __device__ void decode_rows(const DecodeArgs& a) {
     }
 }
 
-KERNEL(decode_rows_f32, DecodeArgs) { decode_rows<float>(a); }
-KERNEL(decode_rows_bf16, DecodeArgs) { decode_rows<bf16>(a); }
+KERNEL(decode_rows_f32, DecodeArgs, 256) { decode_rows<float>(a); }
+KERNEL(decode_rows_bf16, DecodeArgs, 256) { decode_rows<bf16>(a); }

@@ -29,13 +29,25 @@ __device__ __forceinline__ float half_at(const u8* at) {
     return half_to_float((u16)at[0] | (u16)at[1] << 8);
 }
 
+// Little-endian words at a multiple of their size.
+__device__ __forceinline__ u32 word_at(const u8* at) {
+    return *(const u32*)at;
+}
+
+__device__ __forceinline__ u32 half_word_at(const u8* at) {
+    return *(const u16*)at;
+}
+
 // Columns [k, k + 8) of row `row`, zeros behind the last; k is a multiple of 8.
 __device__ __forceinline__ void decode8(const Quant& q, u32 row, u32 k, float (&out)[8]) {
     const u8* codes = (const u8*)q.codes + (u64)row * q.row_bytes;
     if (q.format == AFFINE || q.format == INT4) {
         const u8* at = codes + (u64)k * q.bits / 8;
         u64 word = 0;
-        for (u32 i = 0; i < q.bits; ++i) word |= (u64)at[i] << (8 * i);
+        if (q.bits == 4 && q.row_bytes % 4 == 0) word = word_at(at);
+        else if (q.bits == 8 && q.row_bytes % 4 == 0) word = word_at(at) | (u64)word_at(at + 4) << 32;
+        else
+            for (u32 i = 0; i < q.bits; ++i) word |= (u64)at[i] << (8 * i);
         u64 group = (u64)row * q.scale_cols + k / q.group;
         float scale = scale_at(q.scales, group, q.scale_type);
         float bias = q.format == AFFINE ? scale_at(q.biases, group, q.scale_type) : -8.0f * scale;
@@ -45,6 +57,13 @@ __device__ __forceinline__ void decode8(const Quant& q, u32 row, u32 k, float (&
     }
     if (q.format == FP8) {
         u64 line = (u64)((q.origin_row + row) / q.group_rows) * q.scale_cols;
+        if (q.row_bytes % 4 == 0 && q.group % 8 == 0 && q.origin_col % 8 == 0 && k + 8 <= q.cols) {
+            float scale = scale_at(q.scales, line + (q.origin_col + k) / q.group, q.scale_type);
+            u32 words[2] = {word_at(codes + k), word_at(codes + k + 4)};
+#pragma unroll
+            for (int i = 0; i < 8; ++i) out[i] = e4m3((u8)(words[i / 4] >> (i % 4 * 8))) * scale;
+            return;
+        }
         for (int i = 0; i < 8; ++i) {
             out[i] = 0.0f;
             if (k + i < q.cols) out[i] = e4m3(codes[k + i]) * scale_at(q.scales, line + (q.origin_col + k + i) / q.group, q.scale_type);
@@ -54,7 +73,11 @@ __device__ __forceinline__ void decode8(const Quant& q, u32 row, u32 k, float (&
     if (q.format == Q8_0) {
         const u8* block = codes + k / 32 * 34;
         float d = half_at(block);
-        for (int i = 0; i < 8; ++i) out[i] = (float)(i8)block[2 + k % 32 + i] * d;
+#pragma unroll
+        for (int i = 0; i < 8; i += 2) {
+            u32 pair = half_word_at(block + 2 + k % 32 + i);
+            out[i] = (float)(i8)(u8)pair * d, out[i + 1] = (float)(i8)(u8)(pair >> 8) * d;
+        }
         return;
     }
     if (q.format <= Q5_1) {
@@ -101,11 +124,14 @@ __device__ __forceinline__ void decode8(const Quant& q, u32 row, u32 k, float (&
         min = packed[sub + 4] >> 4 | packed[sub] >> 6 << 4;
     }
     float d = half_at(block) * (float)scale, m = half_at(block + 2) * (float)min;
-    const u8 *bits = block + 16, *low = block + (fifth ? 48 : 16) + sub / 2 * 32;
+    const u8 *bits = block + 16 + k % 32, *low = block + (fifth ? 48 : 16) + sub / 2 * 32 + k % 32;
+    // Blocks are multiples of 16 bytes.
+    u32 nibbles[2] = {word_at(low) >> sub % 2 * 4, word_at(low + 4) >> sub % 2 * 4}, high[2] = {0, 0};
+    if (fifth) high[0] = word_at(bits) >> sub, high[1] = word_at(bits + 4) >> sub;
+#pragma unroll
     for (int i = 0; i < 8; ++i) {
-        u32 l = k % 32 + i;
-        u32 code = sub % 2 == 0 ? low[l] & 15 : low[l] >> 4;
-        if (fifth) code |= (bits[l] >> sub & 1) << 4;
+        u32 code = nibbles[i / 4] >> (i % 4 * 8) & 15;
+        code |= (high[i / 4] >> (i % 4 * 8) & 1) << 4;
         out[i] = d * (float)code - m;
     }
 }

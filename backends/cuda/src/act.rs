@@ -20,6 +20,8 @@ pub struct CudaAct<D: Driver> {
 pub(crate) enum State<D: Driver> {
     /// Elements of the step's dtype.
     Ready(Rc<Buffer<D>>),
+    /// This rank's partial sums, f32.
+    Partial(Rc<Buffer<D>>),
     /// `x W^T` with the weight, a [`Kind::Product`], of this many inputs.
     Product { x: Rc<Buffer<D>>, weight: Rc<Kind<D>> },
     /// Stands in for the result of an operation that failed.
@@ -27,10 +29,6 @@ pub(crate) enum State<D: Driver> {
 }
 
 impl<D: Driver> CudaAct<D> {
-    pub(crate) fn ready(rows: usize, width: usize, buffer: Buffer<D>) -> Self {
-        CudaAct { rows, width, state: State::Ready(Rc::new(buffer)) }
-    }
-
     pub(crate) fn blank(rows: usize, width: usize) -> Self {
         CudaAct { rows, width, state: State::Blank }
     }
@@ -46,6 +44,12 @@ impl<D: Driver> CudaAct<D> {
                 }
                 Ok(Rc::new(out))
             }
+            State::Partial(sums) if !device.bf16() => Ok(sums.clone()),
+            State::Partial(sums) => {
+                let out = device.elements(self.rows * self.width)?;
+                device.narrow(sums.address, out.address, self.rows * self.width)?;
+                Ok(Rc::new(out))
+            }
             State::Blank => {
                 Err(BackendError::Device("an operation on the result of one that failed".to_owned()))
             }
@@ -54,6 +58,9 @@ impl<D: Driver> CudaAct<D> {
 
     /// In f32.
     pub(crate) fn floats(&self, device: &Device<D>) -> Result<Rc<Buffer<D>>, BackendError> {
+        if let State::Partial(sums) = &self.state {
+            return Ok(sums.clone());
+        }
         if !device.bf16() {
             return self.buffer(device);
         }

@@ -22,12 +22,14 @@ macro_rules! args {
 args! {
     GatherArgs { table: u64, rows: u64, out: u64, width: u32, count: u32, }
     NormArgs { x: u64, weight: u64, out: u64, width: u32, eps: f32, }
-    AddArgs { x: u64, y: u64, out: u64, count: u64, width: u32, broadcast: u32, }
-    GluArgs { x: u64, out: u64, count: u64, width: u32, }
-    WidenArgs { x: u64, out: u64, count: u64, }
+    AddArgs { x: u64, y: u64, out: u64, width: u32, broadcast: u32, }
+    GluArgs { x: u64, out: u64, width: u32, }
+    ConvertArgs { x: u64, out: u64, count: u64, }
+    /// One rank's columns among those of all.
+    SideBySideArgs { parts: u64, out: u64, width: u32, out_width: u32, first: u32, }
     AnglesArgs { positions: u64, inv_freq: u64, cosines: u64, sines: u64, rows: u32, n: u32, factor: f32, }
     /// Where the rows of the batch lie in the cache.
-    Places { positions: u64, runs: u64, tables: u64, blocks_max: u32, block_tokens: u32, }
+    Places { positions: u64, runs: u64, tables: u64, blocks_max: u32, block_shift: u32, }
     PrepareArgs {
         places: Places, qkv: u64, q_norm: u64, k_norm: u64, squares: u64, cosines: u64, sines: u64, k_plane: u64,
         v_plane: u64, heads: u32, kv_heads: u32, dim: u32, n: u32, interleaved: u32, projection: u32,
@@ -46,14 +48,25 @@ args! {
     AttendArgs {
         q: u64, out: u64, k: u64, v: u64, tables: u64, firsts: u64, tiles: u64, partial: u64, q_row: u32,
         q_head: u32, k_token: u32, k_head: u32, v_token: u32, v_head: u32, heads: u32, group: u32, pack: u32,
-        key_dim: u32, value_dim: u32, blocks_max: u32, block_tokens: u32, window: u32, splits: u32, scale: f32,
+        key_dim: u32, value_dim: u32, blocks_max: u32, block_shift: u32, window: u32, splits: u32, scale: f32,
     }
     CombineArgs {
         partial: u64, tiles: u64, out: u64, heads: u32, pack: u32, value_dim: u32, splits: u32, queries_max: u32,
+        compact: u32,
         scale: f32,
     }
+    /// Products with the matrices of heads, see `kernels/latent.cu`.
+    AbsorbArgs {
+        x: u64, w: u64, rows: u64, out: u64, count: u32, heads: u32, inputs: u32, outputs: u32, x_head: u32,
+        x_offset: u32, x_row: u32,
+    }
+    LatentArgs {
+        q_latent: u64, q: u64, latents: u64, ropes: u64, tables: u64, tiles: u64, out: u64, partial: u64, heads: u32,
+        latent: u32, rope: u32, q_row: u32, q_head: u32, q_offset: u32, blocks_max: u32, block_shift: u32,
+        splits: u32, scale: f32,
+    }
     MoveArgs {
-        pages: u64, dense: u64, table: u64, width: u32, first: u32, count: u32, block_tokens: u32, out: u32,
+        pages: u64, dense: u64, table: u64, width: u32, first: u32, count: u32, block_shift: u32, out: u32,
     }
     ExpandArgs { nope: u64, rope: u64, out: u64, heads: u32, nope_dim: u32, rope_dim: u32, }
     /// A quantised matrix on the device, see `kernels/quant.cuh`.

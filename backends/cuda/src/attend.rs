@@ -1,19 +1,17 @@
-//! Attention on the device: where rows lie in the cache, which kernel sees which rows, and the two kinds of attention.
+//! Attention on the device: where rows lie in the cache, which kernel sees which rows, and attention with heads of keys and
+//! values; that over latents is in [`crate::latent`].
 
 use std::rc::Rc;
 
-use backend::{Attend, BackendError, KvStore, Mla, NormSpan, QkNorm, Rope, RopeStyle};
+use backend::{Attend, BackendError, KvStore, NormSpan, QkNorm, Rope, RopeStyle};
 
 use crate::act::CudaAct;
-use crate::args::{
-    AnglesArgs, AttendArgs, CombineArgs, ExpandArgs, Places, PrepareArgs, PrepareLatentArgs, SquaresArgs,
-    Tile,
-};
+use crate::args::{AnglesArgs, AttendArgs, CombineArgs, Places, PrepareArgs, SquaresArgs, Tile};
 use crate::device::{Device, THREADS};
 use crate::driver::Driver;
 use crate::memory::Buffer;
+use crate::nccl::Element;
 use crate::step::CudaStep;
-use crate::weight::{CudaWeight, HeadShape, Kind, Matrix};
 
 /// Threads of a block of the plain kernels: a warp a head.
 const PLAIN_THREADS: u32 = 128;
@@ -22,15 +20,35 @@ const PLAIN_VALUE_MAX: usize = 512;
 /// Queries of a block of the `attend_few` kernels.
 const FEW_QUERIES: usize = 16;
 /// Positions that one block reads at least when keys are split.
-const SPLIT_POSITIONS_MIN: usize = 256;
+pub(crate) const SPLIT_POSITIONS_MIN: usize = 256;
 
 /// Rows of the batch on the device.
 pub(crate) struct Rows<D: Driver> {
     positions: Buffer<D>,
     runs: Buffer<D>,
-    tables: Buffer<D>,
-    blocks_max: usize,
+    pub(crate) tables: Buffer<D>,
+    pub(crate) blocks_max: usize,
     angles: std::cell::RefCell<Vec<Angles<D>>>,
+    tiles: std::cell::RefCell<Vec<(TileKey, Rc<Tiles<D>>)>>,
+}
+
+/// Which rows are tiled, and how: the same for all layers of a kind.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct TileKey {
+    pub(crate) rows_max: usize,
+    /// Lengths of runs that are taken.
+    pub(crate) from: usize,
+    pub(crate) to: usize,
+}
+
+/// Blocks of rows on the device.
+pub(crate) struct Tiles<D: Driver> {
+    pub(crate) sent: Buffer<D>,
+    pub(crate) count: usize,
+    /// Positions that the longest sees.
+    pub(crate) positions: usize,
+    /// Row of the batch of every tile.
+    pub(crate) rows: Vec<u32>,
 }
 
 /// Cosines and sines of every row, `[rows, n]` f32 each.
@@ -41,7 +59,7 @@ struct Angles<D: Driver> {
 }
 
 /// A flash kernel for heads up to some size.
-struct Flash {
+pub(crate) struct Flash {
     key_max: usize,
     value_max: usize,
     /// For prompts and for few queries.
@@ -66,7 +84,7 @@ const FLASH: [Flash; 4] = [
     Flash { key_max: 256, value_max: 256, kernels: ["attend_256", "attend_few_256"], queries: 64, keys: 32 },
 ];
 
-fn refused<T>(reason: String) -> Result<T, BackendError> {
+pub(crate) fn refused<T>(reason: String) -> Result<T, BackendError> {
     Err(BackendError::Device(reason))
 }
 
@@ -76,7 +94,7 @@ fn divisor(count: usize, max: usize) -> usize {
 }
 
 impl<D: Driver> CudaStep<'_, D> {
-    fn places(&mut self) -> Result<Rc<Rows<D>>, BackendError> {
+    pub(crate) fn places(&mut self) -> Result<Rc<Rows<D>>, BackendError> {
         if let Some(rows) = &self.rows {
             return Ok(rows.clone());
         }
@@ -99,22 +117,23 @@ impl<D: Driver> CudaStep<'_, D> {
             tables: pool.send(&flat)?,
             blocks_max,
             angles: Default::default(),
+            tiles: Default::default(),
         };
         Ok(self.rows.insert(Rc::new(rows)).clone())
     }
 
-    fn device_places(&self, rows: &Rows<D>) -> Places {
+    pub(crate) fn device_places(&self, rows: &Rows<D>) -> Places {
         Places {
             positions: rows.positions.address,
             runs: rows.runs.address,
             tables: rows.tables.address,
             blocks_max: rows.blocks_max as u32,
-            block_tokens: self.kv.block_tokens(),
+            block_shift: self.kv.block_tokens().trailing_zeros(),
         }
     }
 
     /// The angles of this step's rows; queued at the first layer that asks.
-    fn angles(&self, rows: &Rows<D>, rope: &Rope) -> Result<(u64, u64), BackendError> {
+    pub(crate) fn angles(&self, rows: &Rows<D>, rope: &Rope) -> Result<(u64, u64), BackendError> {
         let mut known = rows.angles.borrow_mut();
         if let Some(angles) = known.iter().find(|angles| angles.rope == *rope) {
             return Ok((angles.cosines.address, angles.sines.address));
@@ -139,7 +158,7 @@ impl<D: Driver> CudaStep<'_, D> {
         Ok(addresses)
     }
 
-    fn enter(&mut self, layer: usize, window: Option<u32>) -> Result<(), BackendError> {
+    pub(crate) fn enter(&mut self, layer: usize, window: Option<u32>) -> Result<(), BackendError> {
         if layer >= self.kv.spec().layers || window == Some(0) {
             return refused(format!("layer {layer} of {}, window {window:?}", self.kv.spec().layers));
         }
@@ -221,12 +240,12 @@ impl<D: Driver> CudaStep<'_, D> {
             key_dim: dim as u32,
             value_dim: dim as u32,
             blocks_max: rows.blocks_max as u32,
-            block_tokens: self.kv.block_tokens(),
+            block_shift: self.kv.block_tokens().trailing_zeros(),
             window: window.unwrap_or(0),
             scale,
             ..AttendArgs::default()
         };
-        self.attend_rows(&attended)?;
+        self.attend_rows(&attended, 0, heads)?;
         Ok(out)
     }
 
@@ -271,67 +290,80 @@ impl<D: Driver> CudaStep<'_, D> {
             kv_own_to: kv_heads_own.end as u32,
         };
         self.device.each(self.device.of_type("squares_f32", "squares_bf16"), rows, &of_heads)?;
+        if let Some(ranks) = &self.device.ranks {
+            let places = rows * (heads_total + kv_heads_total);
+            ranks.sum(self.device, squares.address, places, Element::F32)?;
+        }
         args.squares = squares.address;
         args.projection = 1;
         (args.heads_total, args.kv_heads_total) = (*heads_total as u32, *kv_heads_total as u32);
         Ok(Some(squares))
     }
 
-    /// Attention of every row of the batch. `args`: all but tiles, packing and splits.
-    fn attend_rows(&self, args: &AttendArgs) -> Result<(), BackendError> {
-        let (key_dim, value_dim) = (args.key_dim as usize, args.value_dim as usize);
-        let fits = |flash: &&Flash| key_dim <= flash.key_max && value_dim <= flash.value_max;
-        let aligned =
-            key_dim.is_multiple_of(8) && value_dim.is_multiple_of(8) && args.q_row.is_multiple_of(8);
-        match FLASH.iter().find(fits).filter(|_| self.device.bf16() && aligned) {
-            Some(flash) => self.attend_flash(args, flash),
-            None => self.attend_plain(args),
+    /// Attention of the rows of runs longer than `above`. `args`: all but tiles, packing and splits; addresses are of the
+    /// first of `heads` heads.
+    pub(crate) fn attend_rows(
+        &self,
+        args: &AttendArgs,
+        above: usize,
+        heads: usize,
+    ) -> Result<(), BackendError> {
+        match self.flash(args.key_dim as usize, args.value_dim as usize, args.q_row as usize) {
+            Some(flash) => self.attend_flash(args, flash, above, heads),
+            None => self.attend_plain(args, above),
         }
     }
 
-    fn attend_plain(&self, args: &AttendArgs) -> Result<(), BackendError> {
+    /// The kernel on tensor cores for these sizes, if there is one.
+    pub(crate) fn flash(&self, key_dim: usize, value_dim: usize, q_row: usize) -> Option<&'static Flash> {
+        let fits = |flash: &&Flash| key_dim <= flash.key_max && value_dim <= flash.value_max;
+        let aligned = [key_dim, value_dim, q_row].iter().all(|size| size.is_multiple_of(8));
+        FLASH.iter().find(fits).filter(|_| self.device.bf16() && aligned)
+    }
+
+    fn attend_plain(&self, args: &AttendArgs, above: usize) -> Result<(), BackendError> {
         if args.value_dim as usize > PLAIN_VALUE_MAX {
             return refused(format!("values of {}: at most {PLAIN_VALUE_MAX}", args.value_dim));
         }
-        let tiles = self.tiles(|_| true, 1);
-        let sent = self.device.pool.send(&words(&tiles))?;
-        let args = AttendArgs { tiles: sent.address, pack: 1, splits: 1, ..*args };
+        let tiles = self.tiles(TileKey { rows_max: 1, from: above + 1, to: usize::MAX })?;
+        let args = AttendArgs { tiles: tiles.sent.address, pack: 1, splits: 1, ..*args };
         let shared = PLAIN_THREADS as usize / 32 * args.key_dim as usize * 4;
         let kernel = self.device.of_type("attend_plain_f32", "attend_plain_bf16");
-        self.device.launch(kernel, [tiles.len() as u32, 1, 1], PLAIN_THREADS, shared, &args)
+        self.device.launch(kernel, [tiles.count as u32, 1, 1], PLAIN_THREADS, shared, &args)
     }
 
     /// Sequences with few queries are split along their keys; the others go in blocks of rows.
-    fn attend_flash(&self, args: &AttendArgs, flash: &Flash) -> Result<(), BackendError> {
+    fn attend_flash(
+        &self,
+        args: &AttendArgs,
+        flash: &Flash,
+        above: usize,
+        heads: usize,
+    ) -> Result<(), BackendError> {
         let group = args.group as usize;
+        // Runs of up to so many rows fit a block of few queries.
+        let few_rows = FEW_QUERIES / divisor(group, FEW_QUERIES);
         for (few, queries) in [(false, flash.queries), (true, FEW_QUERIES)] {
             let pack = divisor(group, queries);
-            let is_few = |rows: usize| rows * divisor(group, FEW_QUERIES) <= FEW_QUERIES;
-            let tiles = self.tiles(|rows| is_few(rows) == few, queries / pack);
-            if tiles.is_empty() {
+            let (from, to) = if few { (above + 1, few_rows) } else { (few_rows.max(above) + 1, usize::MAX) };
+            let tiles = self.tiles(TileKey { rows_max: queries / pack, from, to })?;
+            if tiles.count == 0 {
                 continue;
             }
-            let sent = self.device.pool.send(&words(&tiles))?;
-            let groups = args.heads / pack as u32;
-            let positions = tiles.iter().map(|tile| (tile.position + tile.rows) as usize).max().unwrap_or(1);
-            let blocks = tiles.len() * groups as usize;
-            let splits = if few {
-                let wanted = (self.device.driver().blocks_busy() as usize).div_ceil(blocks);
-                wanted.clamp(1, positions.div_ceil(SPLIT_POSITIONS_MIN))
-            } else {
-                1
-            };
-            let sums = blocks * splits * queries * (args.value_dim as usize + 2);
+            let groups = heads / pack;
+            let splits =
+                if few { self.splits(tiles.count * groups, tiles.positions, SPLIT_POSITIONS_MIN) } else { 1 };
+            let sums = tiles.count * groups * splits * queries * (args.value_dim as usize + 2);
             let partial = (splits > 1).then(|| self.device.pool.take(sums * 4)).transpose()?;
             let args = AttendArgs {
-                tiles: sent.address,
+                tiles: tiles.sent.address,
                 partial: partial.as_ref().map_or(0, |partial| partial.address),
                 pack: pack as u32,
                 splits: splits as u32,
                 ..*args
             };
             let threads = if few { 32 } else { 128 };
-            let grid = [tiles.len() as u32, groups, splits as u32];
+            let grid = [tiles.count as u32, groups as u32, splits as u32];
             self.device.launch(
                 flash.kernels[usize::from(few)],
                 grid,
@@ -342,32 +374,53 @@ impl<D: Driver> CudaStep<'_, D> {
             if let Some(partial) = &partial {
                 let combine = CombineArgs {
                     partial: partial.address,
-                    tiles: sent.address,
+                    tiles: tiles.sent.address,
                     out: args.out,
                     heads: args.heads,
                     pack: args.pack,
                     value_dim: args.value_dim,
                     splits: args.splits,
                     queries_max: queries as u32,
+                    compact: 0,
                     scale: args.scale,
                 };
-                self.device.launch("combine", [tiles.len() as u32, groups, 1], THREADS, 0, &combine)?;
+                self.device.launch(
+                    "combine",
+                    [tiles.count as u32, groups as u32, 1],
+                    THREADS,
+                    0,
+                    &combine,
+                )?;
             }
         }
         Ok(())
     }
 
-    /// Blocks of at most `rows_max` rows of the runs that `take` wants by their length. Later rows see more: they go first.
-    fn tiles(&self, take: impl Fn(usize) -> bool, rows_max: usize) -> Vec<Tile> {
-        let mut tiles = Vec::new();
+    /// Pieces of the positions, so that `blocks` of each keep the device busy; none has fewer than `least` positions.
+    pub(crate) fn splits(&self, blocks: usize, positions: usize, least: usize) -> usize {
+        let wanted = (self.device.driver().blocks_busy() as usize).div_ceil(blocks.max(1));
+        wanted.clamp(1, positions.div_ceil(least).max(1))
+    }
+
+    /// Blocks of at most so many rows of the runs whose lengths are asked for; sent when first asked for. Later rows see
+    /// more: they go first.
+    pub(crate) fn tiles(&self, key: TileKey) -> Result<Rc<Tiles<D>>, BackendError> {
+        let Some(all) = &self.rows else {
+            return refused("tiles before places".to_owned());
+        };
+        let mut known = all.tiles.borrow_mut();
+        if let Some((_, tiles)) = known.iter().find(|(of, _)| *of == key) {
+            return Ok(tiles.clone());
+        }
+        let mut tiles: Vec<Tile> = Vec::new();
         let mut row = 0;
         for (run, rows) in self.batch.runs.iter().enumerate() {
-            if take(rows.len as usize) {
-                for first in (0..rows.len).step_by(rows_max) {
+            if (key.from..=key.to).contains(&(rows.len as usize)) {
+                for first in (0..rows.len).step_by(key.rows_max) {
                     tiles.push(Tile {
                         run: run as u32,
                         row: row + first,
-                        rows: (rows.len - first).min(rows_max as u32),
+                        rows: (rows.len - first).min(key.rows_max as u32),
                         position: rows.start + first,
                     });
                 }
@@ -375,143 +428,15 @@ impl<D: Driver> CudaStep<'_, D> {
             row += rows.len;
         }
         tiles.sort_by_key(|tile| std::cmp::Reverse(tile.position));
-        tiles
+        let words: Vec<u32> =
+            tiles.iter().flat_map(|tile| [tile.run, tile.row, tile.rows, tile.position]).collect();
+        let sent = Rc::new(Tiles {
+            sent: self.device.pool.send(&words)?,
+            count: tiles.len(),
+            positions: tiles.iter().map(|tile| (tile.position + tile.rows) as usize).max().unwrap_or(1),
+            rows: tiles.iter().map(|tile| tile.row).collect(),
+        });
+        known.push((key, sent.clone()));
+        Ok(sent)
     }
-
-    pub(crate) fn latent_attention(
-        &mut self,
-        layer: usize,
-        q: &CudaAct<D>,
-        kv: &CudaAct<D>,
-        mla: &Mla<'_, Device<D>>,
-    ) -> Result<Buffer<D>, BackendError>
-    where
-        D: crate::device::Open,
-    {
-        let Mla { heads, nope_dim: nope, rope_dim, value_dim, latent_dim, scale, rope, norm_eps, .. } = *mla;
-        let count = self.batch.rows();
-        let planes: Vec<usize> = self.kv.spec().planes.iter().map(|plane| plane.dim).collect();
-        if heads == 0 || rope.inv_freq.len() * 2 != rope_dim || planes != [latent_dim, rope_dim] {
-            return refused(format!(
-                "{heads} heads over a cache of {planes:?} for {latent_dim} + {rope_dim}"
-            ));
-        }
-        if (q.rows, q.width, kv.rows, kv.width)
-            != (count, heads * (nope + rope_dim), count, latent_dim + rope_dim)
-        {
-            return refused(format!("q of {} x {}, kv of {} x {}", q.rows, q.width, kv.rows, kv.width));
-        }
-        let keys = heads_of(mla.q_to_latent, heads, latent_dim, nope)?;
-        let values = heads_of(mla.latent_to_value, heads, value_dim, latent_dim)?;
-        if !keys.0.turned || values.0.turned {
-            return refused("heads whose matrices are not [nope, latent] and [value, latent]".to_owned());
-        }
-        let norm = self.vector(mla.latent_norm, latent_dim, "the latent norm's scale")?;
-        self.enter(layer, None)?;
-        let (q, kv) = (q.buffer(self.device)?, kv.buffer(self.device)?);
-        let rows = self.places()?;
-        let (cosines, sines) = self.angles(&rows, rope)?;
-        let prepare = PrepareLatentArgs {
-            places: self.device_places(&rows),
-            q: q.address,
-            kv: kv.address,
-            norm,
-            cosines,
-            sines,
-            latent_plane: self.kv.plane(layer, 0),
-            rope_plane: self.kv.plane(layer, 1),
-            heads: heads as u32,
-            nope: nope as u32,
-            rope: rope_dim as u32,
-            latent: latent_dim as u32,
-            interleaved: u32::from(rope.style == RopeStyle::Interleaved),
-            eps: norm_eps,
-        };
-        let kernel = self.device.of_type("prepare_latent_f32", "prepare_latent_bf16");
-        self.device.launch(
-            kernel,
-            [count as u32, 1, 1],
-            THREADS,
-            THREADS as usize / 32 * rope_dim * 4,
-            &prepare,
-        )?;
-
-        // Latents and rope keys of all sequences' contexts, side by side.
-        let mut firsts = Vec::new();
-        let mut total = 0;
-        for run in &self.batch.runs {
-            firsts.push(total);
-            total += run.start + run.len;
-        }
-        let tokens = total as usize;
-        let item = self.device.dtype.bytes();
-        let latents = self.device.elements(tokens * latent_dim)?;
-        let ropes = self.device.elements(tokens * rope_dim)?;
-        for ((index, run), first) in self.batch.runs.iter().enumerate().zip(&firsts) {
-            let table = rows.tables.address + (index * rows.blocks_max * 4) as u64;
-            for (plane, dense, dim) in [(0, &latents, latent_dim), (1, &ropes, rope_dim)] {
-                let to = dense.address + (*first as usize * dim * item) as u64;
-                self.kv.move_rows(layer, plane, table, 0..run.start + run.len, to, true)?;
-            }
-        }
-        let nopes = self.device.elements(tokens * heads * nope)?;
-        self.device.product(keys.1, latents.address, tokens, nopes.address, false)?;
-        let v = self.device.elements(tokens * heads * value_dim)?;
-        self.device.product(values.1, latents.address, tokens, v.address, false)?;
-        let k = self.device.elements(tokens * heads * (nope + rope_dim))?;
-        let expand = ExpandArgs {
-            nope: nopes.address,
-            rope: ropes.address,
-            out: k.address,
-            heads: heads as u32,
-            nope_dim: nope as u32,
-            rope_dim: rope_dim as u32,
-        };
-        self.device.each(self.device.of_type("expand_keys_f32", "expand_keys_bf16"), tokens, &expand)?;
-        let out = self.device.elements(count * heads * value_dim)?;
-        let sent = self.device.pool.send(&firsts)?;
-        let key = nope + rope_dim;
-        let attended = AttendArgs {
-            q: q.address,
-            out: out.address,
-            k: k.address,
-            v: v.address,
-            firsts: sent.address,
-            q_row: (heads * key) as u32,
-            q_head: key as u32,
-            k_token: (heads * key) as u32,
-            k_head: key as u32,
-            v_token: (heads * value_dim) as u32,
-            v_head: value_dim as u32,
-            heads: heads as u32,
-            group: 1,
-            key_dim: key as u32,
-            value_dim: value_dim as u32,
-            scale,
-            ..AttendArgs::default()
-        };
-        self.attend_rows(&attended)?;
-        Ok(out)
-    }
-}
-
-/// The product of a weight of heads with these sizes.
-fn heads_of<D: Driver>(
-    weight: &CudaWeight<D>,
-    heads: usize,
-    outputs: usize,
-    inputs: usize,
-) -> Result<(HeadShape, &Matrix<D>), BackendError> {
-    match &*weight.0 {
-        Kind::Heads(shapes, matrix)
-            if shapes.len() == heads && (shapes[0].outputs, shapes[0].inputs) == (outputs, inputs) =>
-        {
-            Ok((shapes[0], matrix))
-        }
-        _ => refused(format!("this weight is no product of {heads} heads, {inputs} -> {outputs}")),
-    }
-}
-
-fn words(tiles: &[Tile]) -> Vec<u32> {
-    tiles.iter().flat_map(|tile| [tile.run, tile.row, tile.rows, tile.position]).collect()
 }

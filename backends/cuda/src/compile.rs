@@ -13,10 +13,11 @@ use sha2::{Digest, Sha256};
 const SHARED: [&str; 2] = [include_str!("../kernels/device.cuh"), include_str!("../kernels/quant.cuh")];
 
 /// The files that have kernels, by name.
-pub const FILES: [(&str, &str); 7] = [
+pub const FILES: [(&str, &str); 8] = [
     ("attention.cu", include_str!("../kernels/attention.cu")),
     ("cache.cu", include_str!("../kernels/cache.cu")),
     ("draw.cu", include_str!("../kernels/draw.cu")),
+    ("latent.cu", include_str!("../kernels/latent.cu")),
     ("moe.cu", include_str!("../kernels/moe.cu")),
     ("prepare.cu", include_str!("../kernels/prepare.cu")),
     ("product.cu", include_str!("../kernels/product.cu")),
@@ -34,6 +35,8 @@ pub fn target(major: i32, minor: i32) -> Option<String> {
         (8, minor) => Some(format!("sm_8{minor}")),
         (9, _) => Some("sm_90a".to_owned()),
         (10, _) => Some("sm_100f".to_owned()),
+        // Jetson Thor.
+        (11, _) => Some("sm_110f".to_owned()),
         (12, _) => Some("sm_120f".to_owned()),
         (major, minor) if major > 12 => Some(format!("sm_{major}{minor}")),
         _ => None,
@@ -107,7 +110,10 @@ pub(crate) fn cached(
     let Some(dir) = cache else { return compile(name, source, target) };
     let path = place(dir, name, source, target);
     if let Ok(code) = fs::read(&path) {
-        return Ok(code);
+        // A file that was cut short is no machine code.
+        if code.starts_with(b"\x7fELF") {
+            return Ok(code);
+        }
     }
     let code = compile(name, source, target)?;
     // A folder that cannot be written costs the next start some seconds, no more.

@@ -10,6 +10,7 @@ use crate::args::Args;
 use crate::driver::{Driver, Launch};
 use crate::kv::CudaKv;
 use crate::memory::{Buffer, Pool};
+use crate::ranks::Ranks;
 use crate::step::CudaStep;
 use crate::weight::CudaWeight;
 
@@ -21,19 +22,18 @@ pub struct Device<D: Driver> {
     pub(crate) pool: Rc<Pool<D>>,
     pub(crate) dtype: DType,
     pub(crate) block_tokens: u32,
+    /// The other ranks, where there are others.
+    pub(crate) ranks: Option<Ranks>,
     /// What the step before drew: which rows did, and the choices on the device.
     pub(crate) drawn: Option<(Vec<bool>, Rc<Buffer<D>>)>,
 }
 
 impl<D: Driver> Device<D> {
     /// Over an open driver. Errors when the options ask for what this backend cannot do.
-    pub(crate) fn over(driver: D, options: &DeviceOptions, group: &Group) -> Result<Self, BackendError> {
+    pub(crate) fn over(driver: D, options: &DeviceOptions, group: Group) -> Result<Self, BackendError> {
         let refused = |reason: String| Err(BackendError::Unavailable { backend: "cuda", reason });
         if options.dtype == DType::F16 {
             return refused("activations are f32 or bf16, not f16".to_owned());
-        }
-        if group.world != 1 || !matches!(group.links, Links::Alone) {
-            return refused(format!("a group of {} ranks: one GPU only for now", group.world));
         }
         if !options.block_tokens.is_power_of_two() {
             return refused(format!("{} tokens per KV block is not a power of two", options.block_tokens));
@@ -42,6 +42,10 @@ impl<D: Driver> Device<D> {
             pool: Pool::new(driver),
             dtype: options.dtype,
             block_tokens: options.block_tokens,
+            ranks: match group.links {
+                Links::Alone if group.world == 1 => None,
+                _ => Some(Ranks::new(group)?),
+            },
             drawn: None,
         })
     }
@@ -72,6 +76,18 @@ impl<D: Driver> Device<D> {
         args: &A,
     ) -> Result<(), BackendError> {
         self.launch(kernel, [blocks as u32, 1, 1], THREADS, 0, args)
+    }
+
+    /// A kernel whose threads take 8 columns each of every row.
+    pub(crate) fn by_columns<A: Args>(
+        &self,
+        kernel: &'static str,
+        rows: usize,
+        width: usize,
+        args: &A,
+    ) -> Result<(), BackendError> {
+        let pieces = width.div_ceil(8 * THREADS as usize);
+        self.launch(kernel, [rows as u32, pieces as u32, 1], THREADS, 0, args)
     }
 
     /// A kernel over `count` elements, any number of blocks.
@@ -108,11 +124,15 @@ impl<D: Driver + Open> Backend for Device<D> {
     type Step<'a> = CudaStep<'a, D>;
 
     fn open(options: &DeviceOptions, group: Group) -> Result<Self, BackendError> {
-        Self::over(D::open(options.device, options.cache.as_deref())?, options, &group)
+        Self::over(D::open(options.device, options.cache.as_deref())?, options, group)
     }
 
     fn caps(&self) -> Caps {
-        Caps { name: "cuda", device: self.driver().describe(), exact: false }
+        let device = match &self.ranks {
+            None => self.driver().describe(),
+            Some(ranks) => format!("{}, {}", self.driver().describe(), ranks.describe()),
+        };
+        Caps { name: "cuda", device, exact: false }
     }
 
     fn load(&mut self, source: &WeightSource<'_>) -> Result<CudaWeight<D>, BackendError> {
@@ -125,6 +145,22 @@ impl<D: Driver + Open> Backend for Device<D> {
 
     fn step<'a>(&'a mut self, kv: &'a mut CudaKv<D>, batch: &'a Batch) -> CudaStep<'a, D> {
         CudaStep::new(self, kv, batch)
+    }
+
+    fn regroup(&mut self, group: Group) -> Result<(), BackendError> {
+        let was = self.ranks.as_ref().map_or((0, 1), |ranks| (ranks.rank(), ranks.world()));
+        if (group.rank, group.world) != was {
+            let reason =
+                format!("rank {} of {} cannot become {} of {}", was.0, was.1, group.rank, group.world);
+            return Err(BackendError::Unavailable { backend: "cuda", reason });
+        }
+        self.drawn = None;
+        if self.ranks.is_some() {
+            // The old group goes first: its links, and NCCL's hold on the device.
+            self.ranks = None;
+            self.ranks = Some(Ranks::new(group)?);
+        }
+        Ok(())
     }
 }
 

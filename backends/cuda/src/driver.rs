@@ -1,6 +1,8 @@
 //! What this backend asks of a device: memory, two ordered lanes of work, kernels by name, dense products. Implemented by
 //! [`crate::nvidia`] and, for tests without a GPU, by the emulator.
 
+use std::ffi::c_void;
+
 use backend::{BackendError, DType};
 
 use crate::args::Args;
@@ -40,6 +42,9 @@ pub struct Dense {
     pub(crate) out_stride: usize,
 }
 
+/// A call that queues work in the stream it is given.
+pub type Collective = Box<dyn FnOnce(*mut c_void) -> Result<(), BackendError> + Send>;
+
 /// A device on its owner thread. Work is queued; failures of queued work come out of a later call.
 pub trait Driver: Clone + 'static {
     /// Device memory, freed when dropped.
@@ -55,12 +60,24 @@ pub trait Driver: Clone + 'static {
     fn free_bytes(&self) -> u64;
     /// Blocks that keep the device busy.
     fn blocks_busy(&self) -> u32;
+    /// Dynamic shared memory that a block may have, in bytes.
+    fn shared_bytes_max(&self) -> usize;
+    /// Whether device and host have one memory, so that nothing needs to be staged.
+    fn unified(&self) -> bool;
+    /// Which of all devices this is.
+    fn identity(&self) -> [u8; 16];
+    /// Where NCCL is looked for.
+    fn nccl_library(&self) -> String;
     fn alloc(&self, bytes: usize) -> Result<Self::Memory, BackendError>;
     fn address(&self, memory: &Self::Memory) -> u64;
+    /// Contents of this memory are arbitrary from now on; the emulator makes sure of it.
+    fn forget(&self, _at: u64, _bytes: usize) {}
     fn host(&self, bytes: usize) -> Result<Self::Host, BackendError>;
-    /// Copies to the device and returns when done.
+    /// Where the device sees this memory, when it is [`Driver::unified`].
+    fn host_address(&self, host: &Self::Host) -> u64;
+    /// Queues a copy to the device in [`Lane::Compute`]; `bytes` have been read on return.
     fn upload(&self, to: u64, bytes: &[u8]) -> Result<(), BackendError>;
-    /// Zeroes device memory.
+    /// Queues the zeroing of device memory in [`Lane::Compute`].
     fn clear(&self, at: u64, bytes: usize) -> Result<(), BackendError>;
     /// Queues a copy of `bytes` to `host[at..]`, which must live until an event behind it.
     fn to_host(
@@ -84,6 +101,10 @@ pub trait Driver: Clone + 'static {
     fn launch<A: Args>(&self, launch: Launch, args: &A) -> Result<(), BackendError>;
     /// Queues a dense product in [`Lane::Compute`]; `false`: this device has no library for it.
     fn dense(&self, product: &Dense) -> Result<bool, BackendError>;
+    /// Queues what `call` queues in [`Lane::Compute`].
+    fn collective(&self, call: Collective) -> Result<(), BackendError>;
+    /// The host is about to wait for something other than the device, which goes on by itself; the emulator, too.
+    fn go_on(&self) {}
     fn record(&self, lane: Lane) -> Result<Self::Event, BackendError>;
     /// Work queued in `lane` from now on waits for `event`.
     fn after(&self, lane: Lane, event: &Self::Event) -> Result<(), BackendError>;

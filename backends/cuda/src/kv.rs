@@ -142,7 +142,7 @@ impl<D: Driver> CudaKv<D> {
             width: self.spec.planes[plane].token_bytes() as u32,
             first: tokens.start,
             count: tokens.len() as u32,
-            block_tokens: self.block_tokens,
+            block_shift: self.block_tokens.trailing_zeros(),
             out: u32::from(out),
         };
         if tokens.is_empty() || args.width == 0 {
@@ -153,20 +153,25 @@ impl<D: Driver> CudaKv<D> {
         self.pool.driver.launch(launch, &args)
     }
 
-    /// Gathers `tokens` of one layer and sends them to the host, in the second lane.
+    /// Gathers `tokens` of one layer and sends them to the host, in the second lane; where there is one memory they are
+    /// gathered into the host's.
     fn gather(&mut self, seq: SeqId, layer: usize, hold: Hold) -> Result<CudaExport<D>, BackendError> {
         let driver = self.pool.driver.clone();
         let tokens = hold.layout.tokens.clone();
         let bytes = hold.layout.bytes();
-        let staged = self.pool.take(bytes)?;
         let table = self.pool.send(self.pages.table(seq)?)?;
+        let mut host = self.pool.pinned(bytes)?;
+        let staged = if driver.unified() { None } else { Some(self.pool.take(bytes)?) };
+        let to = staged.as_ref().map_or_else(|| driver.host_address(&host), |staged| staged.address);
         for plane in 0..self.spec.planes.len() {
-            let dense = staged.address + hold.layout.plane(layer, plane) as u64;
+            let dense = to + hold.layout.plane(layer, plane) as u64;
             self.move_rows(layer, plane, table.address, tokens.clone(), dense, true)?;
         }
         let gathered = driver.record(Lane::Compute)?;
+        let Some(staged) = staged else {
+            return Ok(CudaExport { hold, host, arrived: Arc::new(gathered) });
+        };
         driver.after(Lane::Copy, &gathered)?;
-        let mut host = driver.host(bytes.max(1))?;
         driver.to_host(Lane::Copy, &mut host, 0, staged.address, bytes)?;
         let arrived = Arc::new(driver.record(Lane::Copy)?);
         self.leaving.push((arrived.clone(), staged));
@@ -176,15 +181,22 @@ impl<D: Driver> CudaKv<D> {
     /// Puts a landing's bytes into the pages.
     fn scatter(&mut self, landing: CudaLanding<D>) -> Result<(), BackendError> {
         let CudaLanding { seq, hold, host } = landing;
+        let driver = self.pool.driver.clone();
         let layout = &hold.layout;
         let table = self.pool.send(self.pages.table(seq)?)?;
         let layer_bytes = layout.layer_bytes();
         for layer in layout.layers.clone() {
-            let dense = self.pool.take(layer_bytes)?;
             let at = layout.plane(layer, 0);
-            self.pool.driver.to_device(Lane::Compute, dense.address, &host, at, layer_bytes)?;
+            let staged = if driver.unified() { None } else { Some(self.pool.take(layer_bytes)?) };
+            let dense = match &staged {
+                Some(staged) => {
+                    driver.to_device(Lane::Compute, staged.address, &host, at, layer_bytes)?;
+                    staged.address
+                }
+                None => driver.host_address(&host) + at as u64,
+            };
             for plane in 0..self.spec.planes.len() {
-                let from = dense.address + (layout.plane(layer, plane) - at) as u64;
+                let from = dense + (layout.plane(layer, plane) - at) as u64;
                 self.move_rows(layer, plane, table.address, layout.tokens.clone(), from, false)?;
             }
         }
@@ -254,7 +266,7 @@ impl<D: Driver> KvStore for CudaKv<D> {
         let layers = 0..self.spec.layers;
         let lease = self.pages.lease(seq, layers.clone(), tokens.clone(), Access::Write)?;
         let hold = self.hold(lease, layers, tokens);
-        let host = self.pool.driver.host(hold.layout.bytes().max(1)).map_err(device)?;
+        let host = self.pool.pinned(hold.layout.bytes()).map_err(device)?;
         Ok(CudaLanding { seq, hold, host })
     }
 

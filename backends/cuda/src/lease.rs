@@ -9,6 +9,7 @@ use backend::paged::LeaseId;
 use backend::{BackendError, KvError, KvExport, KvLanding, KvSpec, Piece, Plane, SeqId};
 
 use crate::driver::Driver;
+use crate::memory::Pinned;
 
 /// Where the bytes of a lease lie: `[layer][plane][token][head][dim]`.
 #[derive(Clone, Debug)]
@@ -85,7 +86,7 @@ impl Layout {
 /// A read lease: bytes on their way to the host.
 pub struct CudaExport<D: Driver> {
     pub(crate) hold: Hold,
-    pub(crate) host: D::Host,
+    pub(crate) host: Pinned<D>,
     pub(crate) arrived: Arc<D::Event>,
 }
 
@@ -126,7 +127,7 @@ impl<D: Driver> KvExport for CudaExport<D> {
 pub struct CudaLanding<D: Driver> {
     pub(crate) seq: SeqId,
     pub(crate) hold: Hold,
-    pub(crate) host: D::Host,
+    pub(crate) host: Pinned<D>,
 }
 
 impl<D: Driver> KvLanding for CudaLanding<D> {

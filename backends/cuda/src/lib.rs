@@ -8,11 +8,14 @@ pub mod compile;
 mod device;
 mod driver;
 mod kv;
+mod latent;
 mod lease;
 mod memory;
 mod moe;
+mod nccl;
 mod nvidia;
 mod product;
+mod ranks;
 mod step;
 mod weight;
 
@@ -29,6 +32,9 @@ pub use weight::CudaWeight;
 
 /// The backend on an NVIDIA GPU.
 pub type CudaBackend = Device<Nvidia>;
+
+#[cfg(feature = "emulator")]
+pub use nccl::name_for_tests;
 
 /// The backend on the emulated device.
 #[cfg(feature = "emulator")]

@@ -102,7 +102,9 @@ impl<D: Driver + Open> CudaStep<'_, D> {
         device.experts(down, &routed, gated.address, parts.address, true)?;
         let shared = moe.shared.map(|(gate_up, down)| self.shared(&x, rows, gate_up, down)).transpose()?;
         let device = &*self.device;
-        let out = device.elements(rows * down.outputs)?;
+        // In a group this is a part of the sum, which stays f32.
+        let partial = device.ranks.is_some();
+        let out = device.pool.take(rows * down.outputs * if partial { 4 } else { device.dtype.bytes() })?;
         let sum = GatherSumArgs {
             parts: parts.address,
             slots: slots.address,
@@ -111,7 +113,7 @@ impl<D: Driver + Open> CudaStep<'_, D> {
             out: out.address,
             top_k: top_k as u32,
             width: down.outputs as u32,
-            out_f32: 0,
+            out_f32: u32::from(partial),
         };
         let kernel = device.of_type("gather_sum_f32", "gather_sum_bf16");
         device.launch(kernel, [rows as u32, 1, 1], THREADS, 0, &sum)?;

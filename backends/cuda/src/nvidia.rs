@@ -1,7 +1,7 @@
 //! An NVIDIA GPU through the driver API, NVRTC and cuBLASLt, all opened at run time. A machine without them gets one line that
 //! says what is missing; nothing panics.
 
-use std::cell::RefCell;
+use std::cell::{Cell, RefCell};
 use std::collections::HashMap;
 use std::ffi::{CString, c_void};
 use std::path::{Path, PathBuf};
@@ -14,7 +14,7 @@ use cudarc::driver::{DriverError, result, sys};
 use crate::args::Args;
 use crate::compile;
 use crate::device::Open;
-use crate::driver::{Dense, Driver, Lane, Launch, fault};
+use crate::driver::{Collective, Dense, Driver, Lane, Launch, fault};
 
 /// CUDA 13.0: what this build speaks.
 const DRIVER_MIN: i32 = 13_000;
@@ -24,6 +24,12 @@ const WORKSPACE_BYTES: usize = 32 << 20;
 const SHARED_BYTES_PLAIN: u32 = 48 * 1024;
 /// Blocks a processor that keep it busy.
 const BLOCKS_PER_PROCESSOR: u32 = 4;
+/// Uploads pass through two pieces of pinned memory of this size.
+const STAGE_BYTES: usize = 16 << 20;
+/// Shapes of dense products whose plans are kept; ragged batches have ever new ones.
+const PLANS_MAX: usize = 4096;
+/// The alignment that the library assumes unless told otherwise.
+const ALIGNMENT_MAX: u64 = 256;
 
 /// An open GPU.
 #[derive(Clone)]
@@ -33,7 +39,7 @@ struct Gpu {
     context: sys::CUcontext,
     device: sys::CUdevice,
     lanes: [sys::CUstream; 2],
-    kernels: RefCell<HashMap<&'static str, sys::CUfunction>>,
+    kernels: RefCell<HashMap<&'static str, Kernel>>,
     modules: RefCell<Vec<sys::CUmodule>>,
     target: String,
     lt: lt_sys::cublasLtHandle_t,
@@ -43,6 +49,17 @@ struct Gpu {
     cache: Option<PathBuf>,
     description: String,
     processors: u32,
+    shared_bytes_max: usize,
+    unified: bool,
+    identity: [u8; 16],
+    /// Pinned memory that uploads pass through, and the copy that reads it.
+    stages: RefCell<[Option<(Host, Event)>; 2]>,
+}
+
+/// A kernel and the dynamic shared memory it has been granted.
+struct Kernel {
+    function: sys::CUfunction,
+    shared_bytes: Cell<u32>,
 }
 
 /// What a dense product's plan depends on.
@@ -54,6 +71,8 @@ struct Shape {
     n: usize,
     k: usize,
     out_stride: usize,
+    /// Alignments of w, x and out in bytes.
+    aligned: [u32; 3],
 }
 
 /// A dense product as the library wants it.
@@ -86,18 +105,19 @@ pub fn probe() -> Result<i32, String> {
     match result::init() {
         Ok(()) => {}
         Err(DriverError(sys::CUresult::CUDA_ERROR_NO_DEVICE)) => return Err("no usable GPU".to_owned()),
-        Err(error) => return Err(format!("the NVIDIA driver failed: {error:?}")),
+        // Without the driver's own words, which a broken one may lack.
+        Err(error) => return Err(format!("the NVIDIA driver failed: {:?}", error.0)),
     }
     let mut have = 0;
     // SAFETY: writes one number; every driver has this function.
     unsafe { sys::cuDriverGetVersion(&mut have) }
         .result()
-        .map_err(|error| format!("driver version: {error:?}"))?;
+        .map_err(|error| format!("driver version: {:?}", error.0))?;
     if have < DRIVER_MIN {
         let show = |version: i32| format!("{}.{}", version / 1000, version % 1000 / 10);
         return Err(format!("the NVIDIA driver knows CUDA {}, this needs {}", show(have), show(DRIVER_MIN)));
     }
-    let count = result::device::get_count().map_err(|error| format!("counting GPUs: {error:?}"))?;
+    let count = result::device::get_count().map_err(|error| format!("counting GPUs: {:?}", error.0))?;
     if count == 0 {
         return Err("no usable GPU".to_owned());
     }
@@ -131,7 +151,10 @@ impl Open for Nvidia {
             let major = attribute(Of::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR)?;
             let minor = attribute(Of::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR)?;
             let processors = attribute(Of::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)? as u32;
+            let shared = attribute(Of::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN)?;
+            let integrated = attribute(Of::CU_DEVICE_ATTRIBUTE_INTEGRATED)? != 0;
             let name = result::device::get_name(device).map_err(failed("name"))?;
+            let uuid = result::device::get_uuid(device).map_err(failed("uuid"))?;
             let Some(target) = compile::target(major, minor) else {
                 return Err(refused(format!(
                     "{name} is older than Ampere (compute capability {major}.{minor})"
@@ -144,7 +167,8 @@ impl Open for Nvidia {
             let lanes = [lane()?, lane()?];
             let lt = lt::create_handle().map_err(|error| fault("cublasLt", error))?;
             let workspace = result::malloc_sync(WORKSPACE_BYTES).map_err(failed("workspace"))?;
-            let description = format!("{name}, {target}, {processors} processors");
+            let memory = if integrated { ", one memory with the host" } else { "" };
+            let description = format!("{name}, {target}, {processors} processors{memory}");
             Ok(Nvidia(Rc::new(Gpu {
                 context,
                 device,
@@ -158,6 +182,10 @@ impl Open for Nvidia {
                 cache: cache.map(Path::to_path_buf),
                 description,
                 processors,
+                shared_bytes_max: shared as usize,
+                unified: integrated,
+                identity: uuid.bytes.map(|byte| byte as u8),
+                stages: RefCell::default(),
             })))
         }
     }
@@ -168,13 +196,10 @@ impl Drop for Gpu {
         // SAFETY: everything was made in `open` or later, and nothing of it is used afterwards. What cannot be given back
         // goes with the process.
         unsafe {
+            let _ = result::ctx::set_current(self.context);
             let _ = result::ctx::synchronize();
-            for plan in self.plans.get_mut().values() {
-                let _ = lt::destroy_matmul_desc(plan.desc);
-                for layout in [plan.w, plan.x, plan.out] {
-                    let _ = lt::destroy_matrix_layout(layout);
-                }
-            }
+            self.plans.get_mut().clear();
+            *self.stages.get_mut() = [None, None];
             let _ = lt::destroy_handle(self.lt);
             let _ = result::free_sync(self.workspace);
             for module in self.modules.get_mut().drain(..) {
@@ -193,12 +218,25 @@ impl Gpu {
         self.lanes[usize::from(lane == Lane::Copy)]
     }
 
-    /// The kernel `name`; the first call compiles all of them.
-    fn kernel(&self, name: &'static str) -> Result<sys::CUfunction, BackendError> {
+    /// The kernel `name`; the first call compiles all of them, side by side.
+    fn with_kernel<T>(
+        &self,
+        name: &'static str,
+        call: impl FnOnce(&Kernel) -> Result<T, BackendError>,
+    ) -> Result<T, BackendError> {
         if self.kernels.borrow().is_empty() {
-            for (file, source) in compile::FILES {
-                let code = compile::cached(self.cache.as_deref(), file, source, &self.target)
-                    .map_err(|reason| fault(file, reason))?;
+            let (cache, target) = (self.cache.as_deref(), self.target.as_str());
+            let compiled: Vec<_> = std::thread::scope(|scope| {
+                let compile =
+                    |(file, source)| scope.spawn(move || compile::cached(cache, file, source, target));
+                let threads: Vec<_> = compile::FILES.into_iter().map(compile).collect();
+                let joined = |thread: std::thread::ScopedJoinHandle<'_, Result<Vec<u8>, String>>| {
+                    thread.join().unwrap_or_else(|_| Err("the compiler's thread died".to_owned()))
+                };
+                threads.into_iter().map(joined).collect()
+            });
+            for ((file, source), code) in compile::FILES.into_iter().zip(compiled) {
+                let code = code.map_err(|reason| fault(file, reason))?;
                 // SAFETY: `code` is an image for this GPU and outlives the call.
                 let module = unsafe { result::module::load_data(code.as_ptr().cast()) }
                     .map_err(failed("loading kernels"))?;
@@ -208,11 +246,13 @@ impl Gpu {
                     // SAFETY: the module is loaded.
                     let function = unsafe { result::module::get_function(module, symbol) }
                         .map_err(failed("finding a kernel"))?;
-                    self.kernels.borrow_mut().insert(kernel, function);
+                    let shared_bytes = Cell::new(SHARED_BYTES_PLAIN);
+                    self.kernels.borrow_mut().insert(kernel, Kernel { function, shared_bytes });
                 }
             }
         }
-        self.kernels.borrow().get(name).copied().ok_or_else(|| fault(name, "no such kernel"))
+        let kernels = self.kernels.borrow();
+        call(kernels.get(name).ok_or_else(|| fault(name, "no such kernel"))?)
     }
 
     fn plan(&self, shape: Shape) -> Result<Plan, lt::CublasError> {
@@ -244,12 +284,47 @@ impl Gpu {
                 std::ptr::from_ref(&WORKSPACE_BYTES).cast(),
                 size_of_val(&WORKSPACE_BYTES),
             )?;
+            use lt_sys::cublasLtMatmulPreferenceAttributes_t as Preference;
+            let [w_bytes, x_bytes, out_bytes] = shape.aligned;
+            for (attribute, bytes) in [
+                (Preference::CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_A_BYTES, w_bytes),
+                (Preference::CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_B_BYTES, x_bytes),
+                (Preference::CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_C_BYTES, out_bytes),
+                (Preference::CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_D_BYTES, out_bytes),
+            ] {
+                let value = std::ptr::from_ref(&bytes).cast();
+                lt::set_matmul_pref_attribute(preference, attribute, value, size_of_val(&bytes))?;
+            }
             let found = lt::get_matmul_algo_heuristic(self.lt, desc, w, x, out, out, preference);
             let _ = lt::destroy_matmul_pref(preference);
             found?.algo
         };
         Ok(Plan { desc, w, x, out, algorithm })
     }
+}
+
+impl Drop for Plan {
+    fn drop(&mut self) {
+        // SAFETY: made in `plan`, destroyed once; queued products have copied what they need.
+        unsafe {
+            let _ = lt::destroy_matmul_desc(self.desc);
+            for layout in [self.w, self.x, self.out] {
+                let _ = lt::destroy_matrix_layout(layout);
+            }
+        }
+    }
+}
+
+/// The largest power of two that divides `address`, as far as the library cares.
+fn alignment(address: u64) -> u32 {
+    (1 << (address | ALIGNMENT_MAX).trailing_zeros()) as u32
+}
+
+/// Free memory of a machine whose GPU has the host's: what the kernel would give back counts.
+fn available_bytes() -> Option<u64> {
+    let text = std::fs::read_to_string("/proc/meminfo").ok()?;
+    let line = text.lines().find_map(|line| line.strip_prefix("MemAvailable:"))?;
+    Some(line.trim().trim_end_matches("kB").trim().parse::<u64>().ok()? << 10)
 }
 
 /// Device memory.
@@ -272,6 +347,7 @@ impl Drop for Memory {
 pub struct Host {
     start: *mut u8,
     bytes: usize,
+    context: sys::CUcontext,
 }
 
 // SAFETY: plain memory with one owner.
@@ -295,8 +371,12 @@ impl AsMut<[u8]> for Host {
 
 impl Drop for Host {
     fn drop(&mut self) {
-        // SAFETY: ours; no context is needed to free pinned memory.
-        let _ = unsafe { result::free_host(self.start.cast()) };
+        // SAFETY: ours. The thread that drops it may never have seen the context; a failure loses memory of a device that
+        // has failed.
+        let _ = unsafe {
+            let _ = result::ctx::set_current(self.context);
+            result::free_host(self.start.cast())
+        };
     }
 }
 
@@ -313,8 +393,11 @@ unsafe impl Sync for Event {}
 
 impl Drop for Event {
     fn drop(&mut self) {
-        // SAFETY: made once, destroyed once.
-        let _ = unsafe { result::event::destroy(self.event) };
+        // SAFETY: made once, destroyed once; as for `Host`.
+        let _ = unsafe {
+            let _ = result::ctx::set_current(self.context);
+            result::event::destroy(self.event)
+        };
     }
 }
 
@@ -328,11 +411,28 @@ impl Driver for Nvidia {
     }
 
     fn free_bytes(&self) -> u64 {
-        result::mem_get_info().map_or(0, |(free, _)| free as u64)
+        let free = result::mem_get_info().map_or(0, |(free, _)| free as u64);
+        if self.0.unified { available_bytes().map_or(free, |available| available.max(free)) } else { free }
     }
 
     fn blocks_busy(&self) -> u32 {
         self.0.processors * BLOCKS_PER_PROCESSOR
+    }
+
+    fn shared_bytes_max(&self) -> usize {
+        self.0.shared_bytes_max
+    }
+
+    fn unified(&self) -> bool {
+        self.0.unified
+    }
+
+    fn identity(&self) -> [u8; 16] {
+        self.0.identity
+    }
+
+    fn nccl_library(&self) -> String {
+        "libnccl.so.2".to_owned()
     }
 
     fn alloc(&self, bytes: usize) -> Result<Memory, BackendError> {
@@ -356,21 +456,37 @@ impl Driver for Nvidia {
         unsafe {
             let start = result::malloc_host(bytes, 0).map_err(failed("pinned memory"))?.cast::<u8>();
             std::ptr::write_bytes(start, 0, bytes);
-            Ok(Host { start, bytes })
+            Ok(Host { start, bytes, context: self.0.context })
         }
     }
 
+    /// With unified addresses pinned memory has one.
+    fn host_address(&self, host: &Host) -> u64 {
+        host.start as u64
+    }
+
     fn upload(&self, to: u64, bytes: &[u8]) -> Result<(), BackendError> {
-        if bytes.is_empty() {
-            return Ok(());
+        let mut stages = self.0.stages.borrow_mut();
+        for (at, piece) in bytes.chunks(STAGE_BYTES).enumerate() {
+            let stage = &mut stages[at % 2];
+            let mut host = match stage.take() {
+                Some((host, read)) => {
+                    Self::wait(&read)?;
+                    host
+                }
+                None => self.host(STAGE_BYTES)?,
+            };
+            host.as_mut()[..piece.len()].copy_from_slice(piece);
+            self.to_device(Lane::Compute, to + (at * STAGE_BYTES) as u64, &host, 0, piece.len())?;
+            *stage = Some((host, self.record(Lane::Compute)?));
         }
-        // SAFETY: `to` is of device memory with room for these bytes; the call returns when they are there.
-        unsafe { result::memcpy_htod_sync(to, bytes) }.map_err(failed("copy to the device"))
+        Ok(())
     }
 
     fn clear(&self, at: u64, bytes: usize) -> Result<(), BackendError> {
         // SAFETY: device memory of so many bytes.
-        unsafe { result::memset_d8_sync(at, 0, bytes) }.map_err(failed("clearing memory"))
+        unsafe { result::memset_d8_async(at, 0, bytes, self.0.lane(Lane::Compute)) }
+            .map_err(failed("clearing memory"))
     }
 
     fn to_host(
@@ -400,26 +516,36 @@ impl Driver for Nvidia {
     }
 
     fn launch<A: Args>(&self, launch: Launch, args: &A) -> Result<(), BackendError> {
-        let kernel = self.0.kernel(launch.kernel)?;
-        let mut params = [std::ptr::from_ref(args).cast_mut().cast::<c_void>()];
-        let [x, y, z] = launch.grid;
-        // SAFETY: the struct is the kernel's own and is copied by the call; addresses in it are of live memory.
-        unsafe {
-            if launch.shared_bytes > SHARED_BYTES_PLAIN {
-                let most = sys::CUfunction_attribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
-                result::function::set_function_attribute(kernel, most, launch.shared_bytes as i32)
-                    .map_err(failed(launch.kernel))?;
-            }
-            result::launch_kernel(
-                kernel,
-                (x, y, z),
-                (launch.threads, 1, 1),
-                launch.shared_bytes,
-                self.0.lane(Lane::Compute),
-                &mut params,
-            )
+        let Launch { kernel: name, grid: [x, y, z], threads, shared_bytes } = launch;
+        if shared_bytes as usize > self.0.shared_bytes_max {
+            let most = self.0.shared_bytes_max;
+            return Err(fault(name, format!("{shared_bytes} bytes of shared memory, a block has {most}")));
         }
-        .map_err(failed(launch.kernel))
+        let mut params = [std::ptr::from_ref(args).cast_mut().cast::<c_void>()];
+        self.0.with_kernel(name, |kernel| {
+            // SAFETY: the struct is the kernel's own and is copied by the call; addresses in it are of live memory.
+            unsafe {
+                if shared_bytes > kernel.shared_bytes.get() {
+                    let most = sys::CUfunction_attribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
+                    result::function::set_function_attribute(kernel.function, most, shared_bytes as i32)
+                        .map_err(failed(name))?;
+                    kernel.shared_bytes.set(shared_bytes);
+                }
+                result::launch_kernel(
+                    kernel.function,
+                    (x, y, z),
+                    (threads, 1, 1),
+                    shared_bytes,
+                    self.0.lane(Lane::Compute),
+                    &mut params,
+                )
+            }
+            .map_err(failed(name))
+        })
+    }
+
+    fn collective(&self, call: Collective) -> Result<(), BackendError> {
+        call(self.0.lane(Lane::Compute).cast())
     }
 
     fn dense(&self, product: &Dense) -> Result<bool, BackendError> {
@@ -430,8 +556,12 @@ impl Driver for Nvidia {
             n: product.n,
             k: product.k,
             out_stride: product.out_stride,
+            aligned: [product.w, product.x, product.out].map(alignment),
         };
         let mut plans = self.0.plans.borrow_mut();
+        if plans.len() >= PLANS_MAX && !plans.contains_key(&shape) {
+            plans.clear();
+        }
         let plan = match plans.entry(shape) {
             std::collections::hash_map::Entry::Occupied(entry) => entry.into_mut(),
             std::collections::hash_map::Entry::Vacant(entry) => match self.0.plan(shape) {
@@ -467,9 +597,12 @@ impl Driver for Nvidia {
     }
 
     fn record(&self, lane: Lane) -> Result<Event, BackendError> {
-        // Without timing events are cheap; waiting threads sleep.
-        let flags = sys::CUevent_flags::CU_EVENT_DISABLE_TIMING;
-        let event = result::event::create(flags).map_err(failed("event"))?;
+        // Without timing events are cheap; threads that wait for one sleep.
+        let flags = sys::CUevent_flags::CU_EVENT_DISABLE_TIMING as u32
+            | sys::CUevent_flags::CU_EVENT_BLOCKING_SYNC as u32;
+        let mut event = std::ptr::null_mut();
+        // SAFETY: writes a handle.
+        unsafe { sys::cuEventCreate(&mut event, flags) }.result().map_err(failed("event"))?;
         let event = Event { event, context: self.0.context };
         // SAFETY: both are alive.
         unsafe { result::event::record(event.event, self.0.lane(lane)) }.map_err(failed("event"))?;
@@ -496,5 +629,20 @@ impl Driver for Nvidia {
             result::ctx::set_current(event.context).map_err(failed("context"))?;
             result::event::synchronize(event.event).map_err(failed("device"))
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn alignments_are_powers_of_two_up_to_what_the_library_assumes() {
+        assert_eq!([0, 4096, 16, 2, 6, 1 << 40].map(alignment), [256, 256, 16, 2, 2, 256]);
+    }
+
+    #[test]
+    fn free_memory_of_a_machine_is_known() {
+        assert!(available_bytes().is_some_and(|bytes| bytes > 1 << 20));
     }
 }

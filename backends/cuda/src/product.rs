@@ -2,7 +2,7 @@
 
 use backend::BackendError;
 
-use crate::args::{DecodeArgs, ProductArgs, QuantArgs, WidenArgs};
+use crate::args::{ConvertArgs, DecodeArgs, ProductArgs, QuantArgs};
 use crate::device::{Device, THREADS};
 use crate::driver::{Dense, Driver};
 use crate::weight::{Data, Matrix, Part};
@@ -182,7 +182,42 @@ impl<D: Driver> Device<D> {
 
     /// bf16 to f32.
     pub(crate) fn widen(&self, x: u64, out: u64, count: usize) -> Result<(), BackendError> {
-        self.over_all("widen", count, &WidenArgs { x, out, count: count as u64 })
+        self.over_all("widen", count, &ConvertArgs { x, out, count: count as u64 })
+    }
+
+    /// f32 to bf16.
+    pub(crate) fn narrow(&self, x: u64, out: u64, count: usize) -> Result<(), BackendError> {
+        self.over_all("narrow", count, &ConvertArgs { x, out, count: count as u64 })
+    }
+
+    /// `x W^T` with `outputs` rows of numbers at `w`: some heads of a product of heads.
+    pub(crate) fn plain_product(
+        &self,
+        w: u64,
+        outputs: usize,
+        inputs: usize,
+        x: u64,
+        rows: usize,
+        out: u64,
+    ) -> Result<(), BackendError> {
+        let dense = Dense {
+            dtype: self.dtype,
+            x,
+            w,
+            out,
+            out_f32: !self.bf16(),
+            m: rows,
+            n: outputs,
+            k: inputs,
+            out_stride: outputs,
+        };
+        if rows > FEW.rows && self.driver().dense(&dense)? {
+            return Ok(());
+        }
+        let (m, n, k, out_stride) = (rows as u32, outputs as u32, inputs as u32, outputs as u32);
+        let args = ProductArgs { w, x, out, m, n, k, out_stride, ..ProductArgs::default() };
+        let tiling = self.tiling(rows, inputs);
+        self.run(tiling, rows.div_ceil(tiling.rows), outputs, &args)
     }
 }
 

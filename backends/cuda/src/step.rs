@@ -17,7 +17,9 @@ use crate::device::{Device, Open, THREADS};
 use crate::driver::{Driver, Lane};
 use crate::kv::CudaKv;
 use crate::lease::CudaExport;
-use crate::memory::Buffer;
+use crate::memory::{Buffer, Pinned};
+use crate::nccl::Element;
+use crate::ranks::{Logits, Lost};
 use crate::weight::{CudaWeight, Data, Kind};
 
 /// Marks an id in flight, as `resolve` in `kernels/draw.cu` reads it.
@@ -53,15 +55,18 @@ impl<'a, D: Driver> CudaStep<'a, D> {
     }
 
     /// Queues an operation that gives `[rows, width]`; after a fault nothing is queued any more.
-    pub(crate) fn queue(
+    pub(crate) fn queue<R>(
         &mut self,
         rows: usize,
         width: usize,
-        operation: impl FnOnce(&mut Self) -> Result<Buffer<D>, BackendError>,
-    ) -> CudaAct<D> {
+        operation: impl FnOnce(&mut Self) -> Result<R, BackendError>,
+    ) -> CudaAct<D>
+    where
+        R: Into<Rc<Buffer<D>>>,
+    {
         if self.fault.is_none() {
             match operation(self) {
-                Ok(buffer) => return CudaAct::ready(rows, width, buffer),
+                Ok(buffer) => return CudaAct { rows, width, state: State::Ready(buffer.into()) },
                 Err(error) => self.fault = Some(error),
             }
         }
@@ -103,6 +108,14 @@ impl<'a, D: Driver> CudaStep<'a, D> {
         let Some((_, drawn)) = self.device.drawn.as_ref().filter(|_| self.batch.in_flight()) else {
             return Ok(inputs);
         };
+        if let Some(ranks) = &self.device.ranks {
+            // The ids are rank 0's: the others add nothing.
+            let words = self.device.drawn.as_ref().map_or(0, |(drew, _)| drew.len()) * CHOICE_WORDS;
+            if ranks.rank() != 0 {
+                self.device.driver().clear(drawn.address, words * 4)?;
+            }
+            ranks.sum(self.device, drawn.address, words, Element::U32)?;
+        }
         let out = self.device.pool.take(words.len() * 4)?;
         let args = ResolveArgs {
             inputs: inputs.address,
@@ -115,7 +128,7 @@ impl<'a, D: Driver> CudaStep<'a, D> {
     }
 
     /// Queues the drawing of rows of logits. Rows with filters are drawn on the host, which waits for them here.
-    fn draw(&mut self, act: &CudaAct<D>, draws: &[Draw]) -> Result<Drawing<D>, BackendError> {
+    fn draw(&mut self, act: &CudaAct<D>, draws: &[Draw]) -> Result<Option<Drawing<D>>, BackendError> {
         if draws.len() != act.rows {
             return Err(BackendError::Device(format!(
                 "{} draws for {} rows of logits",
@@ -123,7 +136,12 @@ impl<'a, D: Driver> CudaStep<'a, D> {
                 act.rows
             )));
         }
-        let logits = act.floats(self.device)?;
+        let Some((logits, width)) = self.logits(act)? else {
+            // Room for what rank 0 draws.
+            let choices = self.device.pool.take(draws.len() * CHOICE_WORDS * 4)?;
+            self.device.drawn = Some((drew(draws), Rc::new(choices)));
+            return Ok(None);
+        };
         let mut words = Vec::with_capacity(draws.len() * RULE_WORDS);
         for draw in draws {
             match draw {
@@ -141,7 +159,7 @@ impl<'a, D: Driver> CudaStep<'a, D> {
             logits: logits.address,
             rules: rules.address,
             out: choices.address,
-            width: act.width as u32,
+            width: width as u32,
         };
         self.device.launch("draw_rows", [draws.len() as u32, 1, 1], DRAW_THREADS, 0, &args)?;
         let on_host = |draw: &Draw| match draw {
@@ -149,17 +167,16 @@ impl<'a, D: Driver> CudaStep<'a, D> {
             Draw::Token(rule) => !rule.is_greedy() && rule.filters(),
         };
         let rows = if draws.iter().any(on_host) {
-            let bytes = act.rows * act.width * 4;
-            let fetched = Fetched::of(self.device, &logits, bytes)?;
+            let fetched = Fetched::of(self.device, logits.address, act.rows * width * 4)?;
             Some(fetched)
         } else {
             None
         };
-        let mut drawing = Drawing { draws: draws.to_vec(), width: act.width, logits: rows, choices: None };
+        let mut drawing = Drawing { draws: draws.to_vec(), width, logits: rows, choices: None };
         if draws.iter().any(|draw| on_host(draw) && matches!(draw, Draw::Token(_))) {
             // The next step may want these ids: they are drawn now and sent.
             drawing.choices =
-                Some(Fetched::of(self.device, &Rc::new(choices), draws.len() * CHOICE_WORDS * 4)?);
+                Some(Fetched::of(self.device, choices.address, draws.len() * CHOICE_WORDS * 4)?);
             let rows = drawing.finish_ref()?;
             let words: Vec<u32> = rows
                 .iter()
@@ -170,12 +187,27 @@ impl<'a, D: Driver> CudaStep<'a, D> {
                 .collect();
             let sent = self.device.pool.send(&words)?;
             self.device.drawn = Some((drew(draws), Rc::new(sent)));
-            return Ok(drawing);
+            return Ok(Some(drawing));
         }
         let choices = Rc::new(choices);
-        drawing.choices = Some(Fetched::of(self.device, &choices, draws.len() * CHOICE_WORDS * 4)?);
+        drawing.choices = Some(Fetched::of(self.device, choices.address, draws.len() * CHOICE_WORDS * 4)?);
         self.device.drawn = Some((drew(draws), choices));
-        Ok(drawing)
+        Ok(Some(drawing))
+    }
+
+    /// Logits of the whole vocabulary in f32, with its size; on rank 0 only.
+    fn logits(&self, act: &CudaAct<D>) -> Result<Option<Logits<D>>, BackendError> {
+        let mine = act.floats(self.device)?;
+        let Some(ranks) = &self.device.ranks else { return Ok(Some((mine, act.width))) };
+        let all = ranks.side_by_side(self.device, &mine, act.rows, act.width)?;
+        Ok(all.filter(|_| ranks.rank() == 0))
+    }
+
+    /// Tells the other ranks that this step goes no further here.
+    fn leave(&self, fault: &BackendError) {
+        if let Some(ranks) = &self.device.ranks {
+            ranks.leave(&fault.to_string());
+        }
     }
 }
 
@@ -186,23 +218,29 @@ fn drew(draws: &[Draw]) -> Vec<bool> {
 
 /// Bytes on their way to the host.
 pub(crate) struct Fetched<D: Driver> {
-    host: D::Host,
+    host: Pinned<D>,
     bytes: usize,
     arrived: D::Event,
 }
 
 impl<D: Driver> Fetched<D> {
     /// Queued behind all work so far; `from` may be reused by what is queued later.
-    pub(crate) fn of(device: &Device<D>, from: &Rc<Buffer<D>>, bytes: usize) -> Result<Self, BackendError> {
+    pub(crate) fn of(device: &Device<D>, from: u64, bytes: usize) -> Result<Self, BackendError> {
         let driver = device.driver();
-        let mut host = driver.host(bytes.max(4))?;
-        driver.to_host(Lane::Compute, &mut host, 0, from.address, bytes)?;
+        let mut host = device.pool.pinned(bytes)?;
+        driver.to_host(Lane::Compute, &mut host, 0, from, bytes)?;
         Ok(Fetched { host, bytes, arrived: driver.record(Lane::Compute)? })
     }
 
-    fn words(&self) -> Result<impl Iterator<Item = u32>, BackendError> {
+    /// Waits for them.
+    pub(crate) fn bytes(&self) -> Result<&[u8], BackendError> {
         D::wait(&self.arrived)?;
-        let (words, _) = self.host.as_ref()[..self.bytes].as_chunks();
+        let host: &D::Host = &self.host;
+        Ok(&host.as_ref()[..self.bytes])
+    }
+
+    fn words(&self) -> Result<impl Iterator<Item = u32>, BackendError> {
+        let (words, _) = self.bytes()?.as_chunks();
         Ok(words.iter().map(|word| u32::from_le_bytes(*word)))
     }
 }
@@ -356,9 +394,24 @@ impl<D: Driver + Open> Step for CudaStep<'_, D> {
         })
     }
 
-    /// A group has one rank: its sum is the sum.
     fn all_reduce(&mut self, x: CudaAct<D>) -> CudaAct<D> {
-        x
+        if self.device.ranks.is_none() {
+            return x;
+        }
+        self.queue(x.rows, x.width, |step| {
+            let device = &*step.device;
+            let sums = x.floats(device)?;
+            let count = x.rows * x.width;
+            if let Some(ranks) = &device.ranks {
+                ranks.sum(device, sums.address, count, Element::F32)?;
+            }
+            if device.bf16() {
+                let out = device.elements(count)?;
+                device.narrow(sums.address, out.address, count)?;
+                return Ok(Rc::new(out));
+            }
+            Ok(sums)
+        })
     }
 
     fn bias(&mut self, x: CudaAct<D>, bias: &CudaWeight<D>) -> CudaAct<D> {
@@ -385,7 +438,13 @@ impl<D: Driver + Open> Step for CudaStep<'_, D> {
     }
 
     fn moe(&mut self, x: &CudaAct<D>, moe: &Moe<'_, Device<D>>) -> CudaAct<D> {
-        self.queue(x.rows, x.width, |step| step.experts(x, moe))
+        let act = self.queue(x.rows, x.width, |step| step.experts(x, moe));
+        match act.state {
+            State::Ready(sums) if self.device.ranks.is_some() => {
+                CudaAct { state: State::Partial(sums), ..act }
+            }
+            _ => act,
+        }
     }
 
     fn export(&mut self, seq: SeqId, layer: usize, tokens: Range<u32>) -> Result<CudaExport<D>, KvError> {
@@ -400,9 +459,13 @@ impl<D: Driver + Open> Step for CudaStep<'_, D> {
             (Some(fault), _) => Outcome::Failed(fault),
             (None, out) => self.ending(out).unwrap_or_else(Outcome::Failed),
         };
+        if let Outcome::Failed(fault) = &outcome {
+            self.leave(fault);
+        }
+        let lost = self.device.ranks.as_ref().map_or_else(Lost::never, |ranks| ranks.lost());
         let ended = self.device.driver().record(Lane::Compute);
         match ended {
-            Ok(ended) => Box::new(Running { outcome, ended, driver: self.device.driver().clone() }),
+            Ok(ended) => Box::new(Running { outcome, ended, lost, driver: self.device.driver().clone() }),
             Err(error) => Box::new(Failed(error)),
         }
     }
@@ -420,10 +483,10 @@ impl<D: Driver + Open> CudaStep<'_, D> {
                 Outcome::Hidden(CudaAct { rows: act.rows, width: act.width, state: State::Ready(buffer) })
             }
             Out::Logits(act) => {
-                let logits = act.floats(self.device)?;
-                Outcome::Logits(Fetched::of(self.device, &logits, act.rows * act.width * 4)?)
+                let Some((logits, width)) = self.logits(&act)? else { return Ok(Outcome::Nothing) };
+                Outcome::Logits(Fetched::of(self.device, logits.address, act.rows * width * 4)?)
             }
-            Out::Draw(act, draws) => Outcome::Drawing(self.draw(&act, &draws)?),
+            Out::Draw(act, draws) => self.draw(&act, &draws)?.map_or(Outcome::Nothing, Outcome::Drawing),
         })
     }
 }
@@ -440,6 +503,7 @@ enum Outcome<D: Driver> {
 struct Running<D: Driver> {
     outcome: Outcome<D>,
     ended: D::Event,
+    lost: Lost,
     driver: D,
 }
 
@@ -449,7 +513,13 @@ impl<D: Driver> Pending<CudaAct<D>> for Running<D> {
     }
 
     fn wait(self: Box<Self>) -> Result<Output<CudaAct<D>>, BackendError> {
-        D::wait(&self.ended)?;
+        let ended = D::wait(&self.ended);
+        // Sums of a group that was given up are none, whether the device complains or not.
+        self.lost.check()?;
+        if let Outcome::Failed(error) = self.outcome {
+            return Err(error);
+        }
+        ended?;
         match self.outcome {
             Outcome::Nothing => Ok(Output::Nothing),
             Outcome::Hidden(act) => Ok(Output::Hidden(act)),
@@ -495,18 +565,16 @@ impl<D: Driver> Device<D> {
         broadcast: bool,
     ) -> Result<Buffer<D>, BackendError> {
         let out = self.elements(rows * width)?;
-        let count = (rows * width) as u64;
-        let args =
-            AddArgs { x, y, out: out.address, count, width: width as u32, broadcast: u32::from(broadcast) };
-        self.over_all(self.of_type("add_f32", "add_bf16"), rows * width, &args)?;
+        let args = AddArgs { x, y, out: out.address, width: width as u32, broadcast: u32::from(broadcast) };
+        self.by_columns(self.of_type("add_f32", "add_bf16"), rows, width, &args)?;
         Ok(out)
     }
 
     /// `silu(gate) * up`, `[rows, width]`.
     pub(crate) fn glu(&self, x: u64, rows: usize, width: usize) -> Result<Buffer<D>, BackendError> {
         let out = self.elements(rows * width)?;
-        let args = GluArgs { x, out: out.address, count: (rows * width) as u64, width: width as u32 };
-        self.over_all(self.of_type("glu_f32", "glu_bf16"), rows * width, &args)?;
+        let args = GluArgs { x, out: out.address, width: width as u32 };
+        self.by_columns(self.of_type("glu_f32", "glu_bf16"), rows, width, &args)?;
         Ok(out)
     }
 }

@@ -1,13 +1,48 @@
-//! The kernels keep the meaning of the seam: the whole suite on the emulated device. (On a GPU: `benches/h200.sh`.)
+//! The kernels keep the meaning of the seam: the whole suite on the emulated device, which checks every access of theirs and
+//! delays all work as long as it may. (On a GPU: `benches/h200.sh`.)
 
 use backend::conformance::{QUANTS, Suite, Tolerance};
-use backend::{Backend, DType, DeviceOptions, Group};
+use backend::{Backend, BackendError, DType, DeviceOptions, Group};
 use backend_cuda::EmulatedBackend;
+
+const TOLERANCE: Tolerance = Tolerance { f32: 3e-6, bf16: 2e-2 };
+const DTYPES: &[DType] = &[DType::F32, DType::BF16];
+
+fn suite<'a>(
+    open: &'a (dyn Fn(&DeviceOptions, Group) -> Result<EmulatedBackend, BackendError> + Sync),
+) -> Suite<'a, EmulatedBackend> {
+    Suite { open, tolerance: TOLERANCE, dtypes: DTYPES, group: None, quants: QUANTS, plain_experts: DTYPES }
+}
 
 #[test]
 fn conforms() {
-    let open = |options: &DeviceOptions, group: Group| EmulatedBackend::open(options, group);
-    let tolerance = Tolerance { f32: 3e-6, bf16: 2e-2 };
-    let dtypes = &[DType::F32, DType::BF16];
-    Suite { open: &open, tolerance, dtypes, group: None, quants: QUANTS, plain_experts: dtypes }.run();
+    suite(&EmulatedBackend::open).run();
+}
+
+/// A device with much shared memory takes larger tiles; one that shares the host's memory stages nothing.
+#[test]
+fn a_large_device_with_the_hosts_memory_conforms() {
+    let open = |options: &DeviceOptions, group: Group| {
+        EmulatedBackend::open(&DeviceOptions { device: 1, ..options.clone() }, group)
+    };
+    let suite = suite(&open);
+    for (name, case) in suite.cases() {
+        if ["kv, ", "latent"].iter().any(|part| name.contains(part)) {
+            println!("conformance: {name}");
+            case(&suite, DType::BF16);
+        }
+    }
+}
+
+/// Groups whose ranks are processes (here threads) of their own, joined by sockets: sums pass through the host.
+#[test]
+fn a_group_without_nccl_conforms() {
+    let mut suite = suite(&EmulatedBackend::open);
+    suite.group = Some(Group::local);
+    for (name, case) in suite.cases() {
+        if ["group", "ranks", "tensor parallel"].iter().any(|part| name.contains(part)) {
+            println!("conformance: {name}");
+            DTYPES.iter().for_each(|dtype| case(&suite, *dtype));
+        }
+    }
 }

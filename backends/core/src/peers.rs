@@ -1,4 +1,5 @@
-//! Collectives of a tensor-parallel group over one socket per pair of ranks. Sending and receiving go on at the same
+//! Collectives of a tensor-parallel group over one socket per pair of ranks, for backends whose sums pass through the
+//! host: the CPU, and GPUs without a fabric of their own. Sending and receiving go on at the same
 //! time, so payloads of any size cannot block each other; waits sleep in `poll`.
 
 use std::io::{self, ErrorKind, Read, Write};
@@ -6,7 +7,7 @@ use std::net::{Shutdown, TcpStream};
 use std::os::fd::AsRawFd;
 use std::time::{Duration, Instant};
 
-use backend::{BackendError, Group, Links};
+use crate::{BackendError, Group, Links};
 
 /// A rank from which nothing comes for so long, in the middle of a collective, is lost. Ranks run in lock-step, so
 /// they are at most a few steps apart; a killed process is seen at once by its closed socket.
@@ -16,7 +17,7 @@ const HEADER_BYTES: usize = 16;
 
 /// The other ranks of a group.
 #[derive(Debug)]
-pub(crate) struct Peers {
+pub struct Peers {
     rank: usize,
     world: usize,
     links: Vec<Option<TcpStream>>,
@@ -36,8 +37,9 @@ struct Transfer<P> {
 }
 
 impl Peers {
-    pub(crate) fn new(group: Group) -> Result<Self, BackendError> {
-        let refused = |reason| Err(BackendError::Unavailable { backend: "cpu", reason });
+    /// The ranks that `group`'s sockets lead to. Errors, in the words of `backend`, when one is missing.
+    pub fn new(group: Group, backend: &'static str) -> Result<Self, BackendError> {
+        let refused = |reason| Err(BackendError::Unavailable { backend, reason });
         let Group { rank, world, links } = group;
         if world == 0 || rank >= world {
             return refused(format!("rank {rank} of {world}"));
@@ -61,16 +63,18 @@ impl Peers {
         Ok(Peers { rank, world, links, operation: 0, lost: None, silence_max: SILENCE_MAX })
     }
 
-    pub(crate) fn rank(&self) -> usize {
+    /// This rank.
+    pub fn rank(&self) -> usize {
         self.rank
     }
 
-    pub(crate) fn world(&self) -> usize {
+    /// Number of ranks.
+    pub fn world(&self) -> usize {
         self.world
     }
 
     /// Sends `mine` to all ranks and receives theirs, of equal length, into `theirs[rank]` (own place unused).
-    pub(crate) fn exchange(&mut self, mine: &[u8], theirs: &mut [&mut [u8]]) -> Result<(), BackendError> {
+    pub fn exchange(&mut self, mine: &[u8], theirs: &mut [&mut [u8]]) -> Result<(), BackendError> {
         let others: Vec<usize> = (0..self.world).filter(|peer| *peer != self.rank).collect();
         let outgoing = others.iter().map(|peer| (*peer, mine)).collect();
         let rank = self.rank;
@@ -83,29 +87,38 @@ impl Peers {
     }
 
     /// Sends `mine` to rank 0.
-    pub(crate) fn give(&mut self, mine: &[u8]) -> Result<(), BackendError> {
+    pub fn give(&mut self, mine: &[u8]) -> Result<(), BackendError> {
         self.run(vec![(0, mine)], Vec::new())
     }
 
     /// Receives what every other rank gives, `(rank, place)` each.
-    pub(crate) fn take(&mut self, theirs: Vec<(usize, &mut [u8])>) -> Result<(), BackendError> {
+    pub fn take(&mut self, theirs: Vec<(usize, &mut [u8])>) -> Result<(), BackendError> {
         self.run(Vec::new(), theirs)
     }
 
     /// Sends `mine` from rank 0 to all others, who call [`Peers::hear`].
-    pub(crate) fn tell(&mut self, mine: &[u8]) -> Result<(), BackendError> {
+    pub fn tell(&mut self, mine: &[u8]) -> Result<(), BackendError> {
         self.run((1..self.world).map(|peer| (peer, mine)).collect(), Vec::new())
     }
 
     /// Receives what rank 0 tells.
-    pub(crate) fn hear(&mut self, theirs: &mut [u8]) -> Result<(), BackendError> {
+    pub fn hear(&mut self, theirs: &mut [u8]) -> Result<(), BackendError> {
         self.run(Vec::new(), vec![(0, theirs)])
     }
 
     /// Tells the other ranks, by closed links, that this one cannot go on.
-    pub(crate) fn leave(&mut self, reason: &str) {
+    pub fn leave(&mut self, reason: &str) {
         let rank = self.rank;
         self.lose(rank, reason.to_owned());
+    }
+
+    /// The links to the other ranks, to be watched by another thread: one that closes has lost its rank.
+    pub fn watched(&self) -> io::Result<Vec<(usize, TcpStream)>> {
+        let links = self.links.iter().enumerate();
+        links
+            .filter_map(|(peer, link)| Some((peer, link.as_ref()?)))
+            .map(|(peer, link)| Ok((peer, link.try_clone()?)))
+            .collect()
     }
 
     fn lose(&mut self, rank: usize, reason: String) -> BackendError {
@@ -269,7 +282,7 @@ mod tests {
     use super::*;
 
     fn pair() -> (Peers, Peers) {
-        let mut both = Group::local(2).unwrap().into_iter().map(|group| Peers::new(group).unwrap());
+        let mut both = Group::local(2).unwrap().into_iter().map(|group| Peers::new(group, "cpu").unwrap());
         (both.next().unwrap(), both.next().unwrap())
     }
 

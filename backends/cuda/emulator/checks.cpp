@@ -1,0 +1,227 @@
+// What compute-sanitizer looks for, on the emulated device: accesses outside of allocations, misaligned ones, reads of
+// shared memory that nobody wrote or that a copy is still filling, and accesses of two threads to one place, one of them a
+// write, that no barrier orders. The kernels' loads and stores come here through the calls that `g++ -fsanitize=thread` puts
+// in front of each.
+#include "device.h"
+#include <stdio.h>
+#include <stdlib.h>
+#include <map>
+#include <vector>
+
+extern u8 __start_baton_shared[] __attribute__((visibility("hidden")));
+extern u8 __stop_baton_shared[] __attribute__((visibility("hidden")));
+extern u8 __ehdr_start[] __attribute__((visibility("hidden")));
+extern u8 _end[] __attribute__((visibility("hidden")));
+
+namespace {
+const u32 WARPS_MAX = 32;
+
+// Of a byte of shared memory, or of two bytes of the device's. Times are counted over the whole process: barriers, blocks and
+// launches all begin a new one, so that nothing needs to be reset.
+struct Cell {
+    u32 written, written_warp, read, read_warp;  // times; of the warp's own barriers
+    u32 read_by_blocks;                          // launch in which several blocks read this
+    u16 writer, reader;
+    u8 lanes, warps;  // whether several lanes, several warps have read since the last barrier
+    u8 pending;
+};
+
+struct Region {
+    u64 begin = 0, end = 0;
+    u32 grain = 1;
+    Cell* cells = nullptr;
+};
+
+std::map<u64, Region> allocations;  // by end
+Region dynamic, fixed, *last;
+u64 stacks_begin, stacks_end, args_begin, args_end;
+u64 pending;  // bytes that copies will fill
+u32 now = 1, launch_begin, block_begin, warp_times[WARPS_MAX];
+std::string kernel, failure;
+
+Cell* cells_of(u64 count) {
+    // Pages that nobody touches cost nothing.
+    Cell* cells = (Cell*)calloc(count, sizeof(Cell));
+    if (!cells) abort();
+    return cells;
+}
+
+bool within(u64 at, u32 size, u64 begin, u64 end) {
+    return at >= begin && at + size <= end;
+}
+
+Region* region_of(u64 at, u32 size) {
+    if (within(at, size, dynamic.begin, dynamic.end)) return &dynamic;
+    if (within(at, size, fixed.begin, fixed.end)) return &fixed;
+    if (last && within(at, size, last->begin, last->end)) return last;
+    auto found = allocations.upper_bound(at);
+    if (found == allocations.end() || !within(at, size, found->second.begin, found->second.end)) return nullptr;
+    return last = &found->second;
+}
+
+std::string name(const Region* region, u64 at) {
+    char text[96];
+    const char* what = region == &dynamic ? "dynamic shared" : region == &fixed ? "shared" : "device";
+    snprintf(text, sizeof text, "byte %llu of %llu of %s memory", at - region->begin, region->end - region->begin, what);
+    return text;
+}
+
+// Whether an access of thread `by` at these times comes before what this thread does now.
+bool ordered(u32 time, u32 warp_time, u16 by, u16 me, bool several_lanes, bool several_warps) {
+    if (time < now) return true;
+    if (several_warps || by / 32 != me / 32) return false;
+    if (by == me && !several_lanes) return true;
+    return warp_time < warp_times[me / 32];
+}
+
+void check_cell(Region* region, u64 at, Cell& cell, bool write) {
+    const bool shared = region == &dynamic || region == &fixed;
+    const u16 me = (u16)threadIdx.x;
+    if (shared && cell.pending) return checks_fail("while a copy fills it: " + name(region, at));
+    if (shared && !write && cell.written < block_begin) return checks_fail("read before anybody wrote " + name(region, at));
+    const bool by_other_block = cell.written >= launch_begin && cell.written < block_begin;
+    if (!shared && by_other_block) return checks_fail("another block has written " + name(region, at));
+    if (cell.written >= block_begin && !ordered(cell.written, cell.written_warp, cell.writer, me, false, false))
+        return checks_fail("race with a write of thread " + std::to_string(cell.writer) + ": " + name(region, at));
+    if (write) {
+        const bool read_elsewhere = cell.read_by_blocks == launch_begin || (cell.read >= launch_begin && cell.read < block_begin);
+        if (!shared && read_elsewhere) return checks_fail("another block has read " + name(region, at));
+        if (cell.read >= block_begin && !ordered(cell.read, cell.read_warp, cell.reader, me, cell.lanes, cell.warps))
+            return checks_fail("race with a read of thread " + std::to_string(cell.reader) + ": " + name(region, at));
+        cell.written = now;
+        cell.written_warp = warp_times[me / 32];
+        cell.writer = me;
+        return;
+    }
+    if (cell.read >= launch_begin && cell.read < block_begin) cell.read_by_blocks = launch_begin;
+    if (cell.read < now) cell.lanes = cell.warps = 0;
+    else if (cell.reader / 32 != me / 32) cell.warps = 1;
+    else if (cell.reader != me) cell.lanes = 1;
+    cell.read = now;
+    cell.read_warp = warp_times[me / 32];
+    cell.reader = me;
+}
+}  // namespace
+
+void checks_launch(const char* name, const void* args, u32 args_bytes, u8* stacks, u64 stacks_bytes) {
+    kernel = name;
+    failure.clear();
+    args_begin = (u64)args, args_end = args_begin + args_bytes;
+    stacks_begin = (u64)stacks, stacks_end = stacks_begin + stacks_bytes;
+    launch_begin = ++now;
+    if (!fixed.cells) {
+        fixed.begin = (u64)__start_baton_shared, fixed.end = (u64)__stop_baton_shared;
+        fixed.cells = cells_of(fixed.end - fixed.begin);
+    }
+}
+
+void checks_block(u8* shared, u32 bytes) {
+    block_begin = ++now;
+    if (dynamic.end - dynamic.begin < bytes || !dynamic.cells) {
+        free(dynamic.cells);
+        dynamic.cells = cells_of(bytes + 1);
+    }
+    dynamic.begin = (u64)shared, dynamic.end = dynamic.begin + bytes;
+    memset((void*)fixed.begin, 0xff, fixed.end - fixed.begin);
+    memset((void*)dynamic.begin, 0xff, bytes);
+    for (u32& time : warp_times) time = now;
+    // A block that ended with copies on their way leaves their marks.
+    if (pending)
+        for (u64 i = 0; i < bytes; ++i) dynamic.cells[i].pending = 0;
+    pending = 0;
+}
+
+void checks_block_barrier() {
+    ++now;
+}
+
+void checks_warp_barrier(u32 warp) {
+    static u32 times = 0x40000000;
+    warp_times[warp] = ++times;
+}
+
+void checks_access(u64 at, u32 size, bool write) {
+    if (within(at, size, stacks_begin, stacks_end) || within(at, size, args_begin, args_end)) return;
+    Region* region = region_of(at, size);
+    if (!region) {
+        // Registers and constants of the library itself.
+        if (within(at, size, (u64)__ehdr_start, (u64)_end)) return;
+        char text[96];
+        snprintf(text, sizeof text, "%s of %u bytes outside of all memory, at %llx", write ? "write" : "read", size, at);
+        return checks_fail(text);
+    }
+    if (at % size) return checks_fail("misaligned access of " + std::to_string(size) + " bytes: " + name(region, at));
+    for (u64 i = at; i < at + size; i += region->grain)
+        check_cell(region, i, region->cells[(i - region->begin) / region->grain], write);
+}
+
+void checks_pending(u64 at, u32 size) {
+    checks_access(at, size, true);
+    Region* region = region_of(at, size);
+    if (!region) return;
+    for (u64 i = at; i < at + size; ++i) region->cells[(i - region->begin) / region->grain].pending = 1;
+    pending += size;
+}
+
+void checks_landed(u64 at, u32 size) {
+    Region* region = region_of(at, size);
+    if (!region) return;
+    for (u64 i = at; i < at + size; ++i) region->cells[(i - region->begin) / region->grain].pending = 0;
+    pending -= size;
+    checks_access(at, size, true);
+}
+
+void checks_fail(const std::string& what) {
+    char place[128];
+    snprintf(place, sizeof place, "block %u,%u,%u thread %u: ", blockIdx.x, blockIdx.y, blockIdx.z, threadIdx.x);
+    failure = place + what;
+    stop_block();
+}
+
+const std::string& checks_failure() {
+    return failure;
+}
+
+// Memory of the device, or of the host where the device reaches it.
+extern "C" void emulator_memory(u64 at, u64 bytes, int there) {
+    last = nullptr;
+    auto found = allocations.find(at + bytes);
+    if (found != allocations.end()) {
+        free(found->second.cells);
+        allocations.erase(found);
+    }
+    if (!there) return;
+    Region region;
+    region.begin = at, region.end = at + bytes, region.grain = 2, region.cells = cells_of(bytes / 2 + 1);
+    allocations[region.end] = region;
+}
+
+// g++ itself has put single bytes together.
+static void bytewise(void* at, u32 size, bool write) {
+    for (u32 i = 0; i < size; ++i) checks_access((u64)at + i, 1, write);
+}
+
+// What g++ calls before every load and store of a kernel.
+extern "C" {
+void __tsan_init() {}
+void __tsan_func_entry(void*) {}
+void __tsan_func_exit() {}
+void __tsan_vptr_update(void**, void*) {}
+void __tsan_vptr_read(void**) {}
+#define ACCESS(size)                                                                  \
+    void __tsan_read##size(void* at) { checks_access((u64)at, size, false); }          \
+    void __tsan_write##size(void* at) { checks_access((u64)at, size, true); }          \
+    void __tsan_unaligned_read##size(void* at) { bytewise(at, size, false); }          \
+    void __tsan_unaligned_write##size(void* at) { bytewise(at, size, true); }
+ACCESS(1)
+ACCESS(2)
+ACCESS(4)
+ACCESS(8)
+ACCESS(16)
+void __tsan_read_range(void* at, u64 size) {
+    for (u64 i = 0; i < size; i += 4) checks_access((u64)at + i, 4, false);
+}
+void __tsan_write_range(void* at, u64 size) {
+    for (u64 i = 0; i < size; i += 4) checks_access((u64)at + i, 4, true);
+}
+}

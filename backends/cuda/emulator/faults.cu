@@ -1,0 +1,69 @@
+// Kernels that do what a GPU would punish or, worse, would not: the checks must see each of them. See src/emulator.rs.
+#include "../kernels/device.cuh"
+
+struct FaultArgs {
+    u64 at;  // [64] u32
+    u32 wrong;
+};
+
+KERNEL(fault_race, FaultArgs, 64) {
+    __shared__ u32 x[64];
+    x[threadIdx.x] = 0;
+    __syncthreads();
+    x[threadIdx.x] = threadIdx.x;
+    if (!a.wrong) __syncthreads();
+    ((u32*)a.at)[threadIdx.x] = x[63 - threadIdx.x];
+}
+
+KERNEL(fault_race_back, FaultArgs, 64) {
+    __shared__ u32 x[64];
+    x[threadIdx.x] = threadIdx.x;
+    __syncthreads();
+    u32 other = x[63 - threadIdx.x];
+    if (!a.wrong) __syncthreads();
+    x[threadIdx.x] = other;
+    ((u32*)a.at)[threadIdx.x] = other;
+}
+
+KERNEL(fault_warp, FaultArgs, 64) {
+    __shared__ u32 x[64];
+    x[threadIdx.x] = 0;
+    __syncthreads();
+    x[threadIdx.x] = threadIdx.x;
+    if (!a.wrong) warp_sync();
+    ((u32*)a.at)[threadIdx.x] = x[threadIdx.x ^ 1];
+}
+
+KERNEL(fault_outside, FaultArgs, 64) {
+    ((u32*)a.at)[threadIdx.x + a.wrong] = 0;
+}
+
+KERNEL(fault_misaligned, FaultArgs, 64) {
+    if (threadIdx.x == 0) *(u32*)(a.at + 2 * a.wrong) = 0;
+}
+
+KERNEL(fault_unwritten, FaultArgs, 64) {
+    __shared__ u32 x[64];
+    if (!a.wrong) x[threadIdx.x] = 0;
+    ((u32*)a.at)[threadIdx.x] = x[threadIdx.x];
+}
+
+KERNEL(fault_copy, FaultArgs, 64) {
+    DYNAMIC_SHARED(u32, x);
+    if (threadIdx.x % 4 == 0) copy_async(x + threadIdx.x, (u32*)a.at + threadIdx.x, true);
+    copies_commit();
+    if (a.wrong) copies_wait<1>();
+    else copies_wait<0>();
+    __syncthreads();
+    ((u32*)a.at)[threadIdx.x] = x[threadIdx.x];
+}
+
+KERNEL(fault_blocks, FaultArgs, 64) {
+    ((u32*)a.at)[a.wrong ? 0 : blockIdx.x] = 1;
+}
+
+KERNEL(fault_barrier, FaultArgs, 64) {
+    if (a.wrong && threadIdx.x == 0) warp_sync();
+    __syncthreads();
+    ((u32*)a.at)[threadIdx.x] = 0;
+}
