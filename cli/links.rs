@@ -9,7 +9,8 @@ const SKEW_MS_MAX: i64 = 500;
 
 /// One row per sender and address, then what is wrong.
 pub fn table_of(reply: &StatusReply) -> String {
-    let mut rows = vec![["FROM", "TO", "RTT", "PROBED", "PUSHED", "SENT", "VIA", "STATE"].map(str::to_owned)];
+    let mut rows =
+        vec![["FROM", "TO", "RTT", "PROBED", "PUSHED", "SENT", "VIA", "BY", "STATE"].map(str::to_owned)];
     for (from, link) in links(reply) {
         let rate = |rate: f32| if rate > 0.0 { format!("{rate:.2} GB/s") } else { "-".to_owned() };
         let rtt = if link.rtt_us > 0 { format!("{} us", link.rtt_us) } else { "-".to_owned() };
@@ -27,6 +28,7 @@ pub fn table_of(reply: &StatusReply) -> String {
             rate(link.gbytes_per_s),
             amount(link.bytes),
             link.via.clone(),
+            if link.bytes > 0 { link.way.clone() } else { "-".into() },
             state.to_owned(),
         ]);
     }
@@ -111,9 +113,9 @@ mod tests {
         let reply = StatusReply { members: vec![member], ..Default::default() };
         assert_eq!(
             table_of(&reply),
-            "FROM  TO                RTT     PROBED     PUSHED  SENT  VIA                       STATE\n\
-             gpu   10.0.0.2:8011     120 us  1.17 GB/s  -       0 kB  eth1 mtu 9000 10000 Mb/s  ok\n\
-             gpu   192.168.1.2:8011  -       -          -       0 kB                            connection timed out\n\
+            "FROM  TO                RTT     PROBED     PUSHED  SENT  VIA                       BY  STATE\n\
+             gpu   10.0.0.2:8011     120 us  1.17 GB/s  -       0 kB  eth1 mtu 9000 10000 Mb/s  -   ok\n\
+             gpu   192.168.1.2:8011  -       -          -       0 kB                            -   connection timed out\n\
              \n\
              ! gpu: wlan0 is Wi-Fi: use a cable\n\
              ! gpu cannot reach 192.168.1.2:8011: connection timed out (a firewall that drops packets, or no way there)\n\

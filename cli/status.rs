@@ -212,6 +212,7 @@ fn json_of(reply: &StatusReply) -> Value {
                 "generated_tokens": counters.generated_tokens, "cached_tokens": counters.cached_tokens,
                 "kv_bytes": counters.kv_bytes, "preemptions": counters.preemptions,
                 "failed_sessions": counters.failed_sessions,
+                "kv_resumed": counters.kv_resumed, "kv_fallbacks": counters.kv_fallbacks,
             },
             "joined_ms_ago": member.joined_ms_ago,
             "reported_ms_ago": member.reported_ms_ago,

@@ -6,7 +6,7 @@ use std::path::PathBuf;
 use anyhow::{Result, ensure};
 use backend::DType;
 use kvtransfer::{Codec, CodecPolicy};
-use node::{BackendKind, LoadFormat};
+use node::{BackendKind, KvTransport, LoadFormat};
 
 use super::Entry;
 use super::setting::settings;
@@ -44,6 +44,8 @@ settings! {
         kv_memory: Size ["SIZE"] = "1GiB";
         /// How KV travels: exact, fp8, int8, int4, or auto (exact unless the link is slower than the computation)
         kv_codec: CodecPolicy ["NAME"] = "exact";
+        /// What carries KV: auto (shared memory or RDMA where both ends have UCX, else TCP), tcp, or ucx (RDMA also where a cluster with certificates encrypts: KV in clear)
+        kv_transport: KvTransport ["NAME"] = "auto";
         /// Connections per path of a KV push
         kv_streams: usize ["N"] = "1";
         /// Tokens per KV block
@@ -88,6 +90,7 @@ choice!(CodecPolicy {
     "fp8" => CodecPolicy::Always(Codec::Fp8), "int8" => CodecPolicy::Always(Codec::Int8),
     "int4" => CodecPolicy::Always(Codec::Int4),
 });
+choice!(KvTransport { "auto" => KvTransport::Auto, "tcp" => KvTransport::Tcp, "ucx" => KvTransport::Ucx });
 choice!(LoadFormat { "files" => LoadFormat::Files, "dummy" => LoadFormat::Dummy { seed: 0 } });
 
 impl NodeSettings {

@@ -4,6 +4,7 @@ use std::path::PathBuf;
 
 use anyhow::{Result, ensure};
 use backend::DType;
+use node::KvTransport;
 use router::placement::Disaggregation;
 
 use super::setting::settings;
@@ -35,6 +36,8 @@ settings! {
         max_batch: usize ["SEQUENCES"] = "16";
         /// Type of activations and KV: bf16 or f32
         dtype: DType ["TYPE"] = "bf16";
+        /// What carries KV between the processes: auto (shared memory by UCX where it is installed, else TCP), tcp or ucx
+        kv_transport: KvTransport ["NAME"] = "auto";
         /// Who computes prompts: always (prefill nodes), auto (whoever is estimated to be sooner) or never
         disaggregation: Disaggregation ["MODE"] = "always";
         /// Log filter of the processes

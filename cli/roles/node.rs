@@ -67,6 +67,7 @@ async fn start(settings: NodeSettings, role: &str) -> Result<Option<(NodeConfig,
         pace: None,
         kv_codec: settings.kv_codec,
         kv_streams: settings.kv_streams,
+        kv_transport: settings.kv_transport,
         land_deadline: LAND_DEADLINE,
         drain: settings.drain.0,
     };

@@ -62,6 +62,7 @@ pub fn plan(
         add(&mut arguments, "dtype", settings.dtype.name());
         add(&mut arguments, "kv-memory", settings.kv_memory.0);
         add(&mut arguments, "max-batch", settings.max_batch);
+        add(&mut arguments, "kv-transport", settings.kv_transport);
         add(&mut arguments, "threads", threads);
         arguments
     };

@@ -43,6 +43,8 @@ pub struct EngineOptions {
     pub kv_codec: kvtransfer::CodecPolicy,
     /// Connections per path of a KV push.
     pub kv_streams: usize,
+    /// Ways that KV payloads may take beside their connections.
+    pub kv_ways: kvtransfer::Ways,
     /// The cluster's secret for probes of KV links; without one nothing is probed.
     pub kv_probe: Option<kvtransfer::Ticket>,
 }
@@ -66,6 +68,7 @@ impl Default for EngineOptions {
             pace: None,
             kv_codec: kvtransfer::CodecPolicy::Always(kvtransfer::Codec::Exact),
             kv_streams: 1,
+            kv_ways: kvtransfer::Ways::NONE,
             kv_probe: None,
         }
     }

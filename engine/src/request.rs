@@ -293,4 +293,8 @@ pub struct Counters {
     pub preemptions: u64,
     /// KV sessions that failed.
     pub failed_sessions: u64,
+    /// Connections of KV pushes that were lost and replaced.
+    pub kv_resumed: u64,
+    /// Of them, those whose payloads went by UCX and go over the connection since.
+    pub kv_fallbacks: u64,
 }

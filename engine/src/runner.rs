@@ -59,6 +59,7 @@ impl<B: Backend> Runner<B> {
             rate_bytes_per_s: options.pace,
             codec: options.kv_codec,
             streams: options.kv_streams,
+            ways: options.kv_ways,
             probe: options.kv_probe.clone(),
             ..kvtransfer::Limits::default()
         };

@@ -31,6 +31,7 @@ pub use layout::PlanError;
 pub use limits::Limits;
 pub use receiver::{Expect, Landed, Peers, Receiver, Refused, Summary};
 pub use sender::{LinkStat, Push, PushSpec, Pushed, Sender, TargetSpec};
+pub use transport::ucx::Ways;
 
 /// How the prompt's computation ended: travels with the end of a session.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

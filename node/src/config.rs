@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use backend::DType;
+use kvtransfer::Ways;
 
 /// All that a prefill or decode process is told.
 #[derive(Clone, Debug)]
@@ -61,10 +62,45 @@ pub struct NodeConfig {
     pub kv_codec: kvtransfer::CodecPolicy,
     /// Connections per path of a KV push.
     pub kv_streams: usize,
+    /// What carries KV beside TCP.
+    pub kv_transport: KvTransport,
     /// Reservations without progress lapse after this.
     pub land_deadline: Duration,
     /// Time for running work to end after a stop signal.
     pub drain: Duration,
+}
+
+/// What carries KV.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum KvTransport {
+    /// UCX where both ends have it and nothing is lost by it: shared memory within a machine, and RDMA where the cluster talks in
+    /// clear anyway; TCP elsewhere.
+    Auto,
+    /// TCP alone.
+    Tcp,
+    /// As `Auto`, and RDMA in a cluster with certificates too: the KV cache crosses the network in clear.
+    Ucx,
+}
+
+impl std::fmt::Display for KvTransport {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(match self {
+            KvTransport::Auto => "auto",
+            KvTransport::Tcp => "tcp",
+            KvTransport::Ucx => "ucx",
+        })
+    }
+}
+
+impl KvTransport {
+    /// What a rank may use. `sealed`: its connections are encrypted.
+    pub fn ways(self, sealed: bool) -> Ways {
+        match self {
+            KvTransport::Tcp => Ways::NONE,
+            KvTransport::Auto => Ways { shm: true, rdma: !sealed, tcp: false },
+            KvTransport::Ucx => Ways { shm: true, rdma: true, tcp: false },
+        }
+    }
 }
 
 /// Where weights come from.
@@ -101,4 +137,22 @@ pub struct GroupConfig {
     pub rank: usize,
     /// Where the leader waits for the other ranks (bound by rank 0, dialled by the others); unused for one rank.
     pub leader: Option<String>,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Protects: what a cluster with certificates sends to other machines stays encrypted unless somebody says otherwise by name.
+    #[test]
+    fn rdma_in_clear_needs_a_word_where_connections_are_sealed() {
+        let ways = |transport: KvTransport, sealed| {
+            let Ways { shm, rdma, .. } = transport.ways(sealed);
+            (shm, rdma)
+        };
+        assert_eq!(ways(KvTransport::Auto, true), (true, false));
+        assert_eq!(ways(KvTransport::Auto, false), (true, true));
+        assert_eq!(ways(KvTransport::Ucx, true), (true, true));
+        assert_eq!(ways(KvTransport::Tcp, false), (false, false));
+    }
 }

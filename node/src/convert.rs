@@ -243,6 +243,7 @@ pub fn link_message(link: kvtransfer::LinkStat) -> v1::LinkReport {
         skew_ms: path.skew_ms.unwrap_or(0),
         error: path.error.unwrap_or_default(),
         striped: link.striped,
+        way: link.way.name().into(),
         via: via.unwrap_or_default(),
         faults,
     }
@@ -281,6 +282,8 @@ pub fn report_message(report: Report, ready: bool, draining: bool) -> v1::NodeRe
             kv_bytes: c.kv_bytes,
             preemptions: c.preemptions,
             failed_sessions: c.failed_sessions,
+            kv_resumed: c.kv_resumed,
+            kv_fallbacks: c.kv_fallbacks,
         }),
     }
 }

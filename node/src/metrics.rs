@@ -104,6 +104,8 @@ pub fn page(report: &Report, model: &str, name: &str, role: &str) -> String {
         ("baton_node_jobs_total", "Jobs accepted", counters.requests),
         ("baton_node_kv_bytes_total", "KV payload sent or received", counters.kv_bytes),
         ("baton_node_failed_sessions_total", "KV sessions that failed", counters.failed_sessions),
+        ("baton_kv_resumed_total", "Connections of KV pushes lost and replaced", counters.kv_resumed),
+        ("baton_kv_fallbacks_total", "Of them, those by UCX, now over TCP", counters.kv_fallbacks),
         ("baton_kv_audit_errors_total", "Audits of the idle store that failed", blocks.audit_errors.into()),
     ] {
         family(name, "counter", help, &one(value as f64));

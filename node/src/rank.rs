@@ -7,11 +7,12 @@ use std::time::{Instant, SystemTime, UNIX_EPOCH};
 use backend::{Backend, DeviceOptions, KvSpec};
 use backend_cpu::CpuBackend;
 use engine::{Commands, EngineOptions, Place, Runner, Terms};
+use kvtransfer::Ways;
 use kvtransfer::transport::tls::Tls;
 use models::{Checkpoint, Identity, Model};
 use tokio::sync::oneshot;
 
-use crate::config::{BackendKind, GroupConfig, LoadFormat, NodeConfig};
+use crate::config::{BackendKind, GroupConfig, KvTransport, LoadFormat, NodeConfig};
 use crate::error::NodeError;
 use crate::loading;
 use crate::memory::{self, Need};
@@ -207,6 +208,7 @@ fn serve<B: Backend>(
         pace: config.pace,
         kv_codec: config.kv_codec,
         kv_streams: config.kv_streams,
+        kv_ways: kv_ways(config)?,
         kv_probe: Some(kvtransfer::Ticket::probe(config.token.expose().as_bytes())),
         ..EngineOptions::default()
     };
@@ -227,6 +229,19 @@ fn serve<B: Backend>(
         native,
     };
     Ok(engine::serve(&mut runner, place, &terms, commands)?)
+}
+
+/// What carries KV beside TCP. Errors where UCX is asked for by name and is not there.
+fn kv_ways(config: &NodeConfig) -> Result<Ways, NodeError> {
+    let ways = config.kv_transport.ways(config.token.identity().is_some());
+    match kvtransfer::transport::ucx::available() {
+        Ok(version) if ways.any() => tracing::info!("UCX {version} carries KV where the other end has it"),
+        Err(words) if config.kv_transport == KvTransport::Ucx => {
+            return Err(NodeError::System { what: "kv-transport ucx", reason: std::io::Error::other(words) });
+        }
+        _ => {}
+    }
+    Ok(ways)
 }
 
 /// TLS for the KV wire, where this process has a certificate.

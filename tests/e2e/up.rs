@@ -45,6 +45,45 @@ async fn serves() {
     assert_eq!(said.trim_end(), text.trim_end());
 }
 
+/// Whatever carries the cache, the answer is the same, and status says what carried it. Shared memory needs UCX: without it there
+/// is TCP alone to ask for.
+#[tokio::test]
+async fn the_answer_is_the_same_whatever_carries_the_cache() {
+    let mut answers = Vec::new();
+    let ucx = kvtransfer::transport::ucx::available();
+    assert!(ucx.is_ok() || std::env::var_os("BATON_NEEDS_UCX").is_none(), "{ucx:?}");
+    let ways: &[(&str, &str)] =
+        if ucx.is_ok() { &[("tcp", "tcp"), ("ucx", "shm")] } else { &[("tcp", "tcp")] };
+    if let Err(why) = &ucx {
+        println!("skipped: shared memory, {why}");
+    }
+    for (transport, way) in ways {
+        let cluster = Cluster::up(&["--kv-transport", transport]).await;
+        // The ends agree on a way while the first cache goes over the connection.
+        for _ in 0..2 {
+            let answer = cluster.chat(question()).await;
+            answers.push(answer["choices"][0]["message"]["content"].clone());
+        }
+        let long = "What does a runner do with the baton? ".repeat(12);
+        let body =
+            json!({ "messages": [{ "role": "user", "content": long }], "max_tokens": 16, "temperature": 0 });
+        answers.push(cluster.chat(body).await["choices"][0]["message"]["content"].clone());
+        let port = cluster.port.to_string();
+        let begun = std::time::Instant::now();
+        loop {
+            let (ok, table, stderr) = output(&mut baton(&["status", "--links", "--up", &port]));
+            assert!(ok, "{stderr}");
+            if table.lines().skip(1).any(|line| line.split_whitespace().any(|word| word == *way)) {
+                break;
+            }
+            assert!(begun.elapsed() < crate::harness::PATIENCE, "{way} carried nothing:\n{table}");
+            tokio::time::sleep(std::time::Duration::from_millis(100)).await;
+        }
+        assert_eq!(cluster.metric("baton_kv_fallbacks_total", "prefill-0").await, 0.0);
+    }
+    assert!(answers.chunks(3).all(|of| of == &answers[..3]), "{answers:?}");
+}
+
 /// A part that dies is started again and said so; then the cluster serves as before.
 #[tokio::test]
 async fn what_dies_comes_back() {

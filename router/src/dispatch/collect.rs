@@ -162,6 +162,24 @@ impl ClusterMetrics {
             (label, member.report.counters.as_ref().map_or(0, |counters| counters.kv_bytes))
         });
         counters(encoder, "baton_node_kv_bytes", "KV payload that the node has sent or received", bytes)?;
+        let of = |value: fn(&proto::v1::Counters) -> u64| {
+            snapshot.members.iter().map(move |member| {
+                let label = NodeLabel { node: member.join.name.clone(), role: role(member) };
+                (label, member.report.counters.as_ref().map_or(0, value))
+            })
+        };
+        counters(
+            encoder,
+            "baton_kv_resumed",
+            "Connections of KV pushes lost and replaced",
+            of(|c| c.kv_resumed),
+        )?;
+        counters(
+            encoder,
+            "baton_kv_fallbacks",
+            "Of them, those by UCX, now over TCP",
+            of(|c| c.kv_fallbacks),
+        )?;
         let blocks = snapshot.members.iter().flat_map(|member| {
             let kv = member.report.kv.unwrap_or_default();
             let states = [

@@ -8,9 +8,9 @@ use std::str::FromStr;
 
 use anyhow::{Context, Result, bail};
 
-/// Addresses of the two ends.
-const FAR: &str = "10.213.7.1";
-const NEAR: &str = "10.213.7.2";
+/// Addresses of the two ends, port by port.
+const FAR: [&str; 2] = ["10.213.7.1", "10.213.8.1"];
+const NEAR: [&str; 2] = ["10.213.7.2", "10.213.8.2"];
 
 /// Jumbo frames, as on any 10GbE link that is set up for bulk.
 const MTU: u32 = 9000;
@@ -53,40 +53,45 @@ pub enum Link {
     /// Both sides on 127.0.0.1, the sender paces itself.
     Paced(Rate),
     /// Two network namespaces, named.
-    Shaped { rate: Rate, far: String, near: String },
+    Shaped { rate: Rate, ports: usize, far: String, near: String },
 }
 
 impl Link {
     /// Makes the link. Falls back to pacing, and says why, where the system allows no namespaces.
-    pub fn make(rate: Option<Rate>) -> Result<Link> {
+    pub fn make(rate: Option<Rate>, ports: usize) -> Result<Link> {
         let Some(rate) = rate else { return Ok(Link::Loopback) };
         let id = std::process::id();
-        let shaped = Link::Shaped { rate, far: format!("baton-far-{id}"), near: format!("baton-near-{id}") };
+        let ports = ports.clamp(1, FAR.len());
+        let shaped =
+            Link::Shaped { rate, ports, far: format!("baton-far-{id}"), near: format!("baton-near-{id}") };
         match shaped.up() {
             Ok(()) => Ok(shaped),
             Err(error) => {
-                eprintln!("handoff: no network namespaces here ({error:#}): the sender paces itself instead");
+                eprintln!("no network namespaces here ({error:#}): the sender paces itself instead");
                 Ok(Link::Paced(rate))
             }
         }
     }
 
     fn up(&self) -> Result<()> {
-        let Link::Shaped { rate, far, near } = self else { return Ok(()) };
+        let Link::Shaped { rate, ports, far, near } = self else { return Ok(()) };
         ip(&["netns", "add", far])?;
         ip(&["netns", "add", near])?;
         let mtu = MTU.to_string();
-        ip(&[
-            "link", "add", "bfar", "netns", far, "mtu", &mtu, "type", "veth", "peer", "name", "bnear",
-            "netns", near,
-        ])?;
-        for (space, device, address) in [(far, "bfar", FAR), (near, "bnear", NEAR)] {
-            ip(&["-n", space, "addr", "add", &format!("{address}/24"), "dev", device])?;
-            ip(&["-n", space, "link", "set", "lo", "up"])?;
-            ip(&["-n", space, "link", "set", device, "mtu", &mtu, "up", "txqueuelen", "10000"])?;
-            let bits = format!("{}bit", rate.0);
-            let shape = ["-n", space, "qdisc", "replace", "dev", device, "root", "tbf", "rate", &bits];
-            command("tc", &[&shape[..], &["burst", "4mb", "limit", "16mb"]].concat())?;
+        for port in 0..*ports {
+            let (there, here) = (format!("bfar{port}"), format!("bnear{port}"));
+            ip(&[
+                "link", "add", &there, "netns", far, "mtu", &mtu, "type", "veth", "peer", "name", &here,
+                "netns", near,
+            ])?;
+            for (space, device, address) in [(far, &there, FAR[port]), (near, &here, NEAR[port])] {
+                ip(&["-n", space, "addr", "add", &format!("{address}/24"), "dev", device])?;
+                ip(&["-n", space, "link", "set", "lo", "up"])?;
+                ip(&["-n", space, "link", "set", device, "mtu", &mtu, "up", "txqueuelen", "10000"])?;
+                let bits = format!("{}bit", rate.0);
+                let shape = ["-n", space, "qdisc", "replace", "dev", device, "root", "tbf", "rate", &bits];
+                command("tc", &[&shape[..], &["burst", "4mb", "limit", "16mb"]].concat())?;
+            }
         }
         Ok(())
     }
@@ -96,8 +101,9 @@ impl Link {
         match self {
             Link::Loopback => "loopback, not shaped".into(),
             Link::Paced(rate) => format!("loopback, the sender paced to {} Gbit/s", gigabits(*rate)),
-            Link::Shaped { rate, .. } => {
-                format!("two network namespaces, veth shaped to {} Gbit/s, MTU {MTU}", gigabits(*rate))
+            Link::Shaped { rate, ports, .. } => {
+                let veth = if *ports > 1 { format!("{ports} veth pairs, each") } else { "veth".into() };
+                format!("two network namespaces, {veth} shaped to {} Gbit/s, MTU {MTU}", gigabits(*rate))
             }
         }
     }
@@ -106,7 +112,8 @@ impl Link {
     pub fn bytes_per_s(&self) -> Option<f64> {
         match self {
             Link::Loopback => None,
-            Link::Paced(Rate(bits)) | Link::Shaped { rate: Rate(bits), .. } => Some(*bits as f64 / 8.0),
+            Link::Paced(Rate(bits)) => Some(*bits as f64 / 8.0),
+            Link::Shaped { rate: Rate(bits), ports, .. } => Some(*ports as f64 * *bits as f64 / 8.0),
         }
     }
 
@@ -121,9 +128,18 @@ impl Link {
     /// Address that a process on `side` binds.
     pub fn host(&self, side: Side) -> &'static str {
         match (self, side) {
-            (Link::Shaped { .. }, Side::Far) => FAR,
-            (Link::Shaped { .. }, Side::Near) => NEAR,
+            (Link::Shaped { .. }, Side::Far) => FAR[0],
+            (Link::Shaped { .. }, Side::Near) => NEAR[0],
             (Link::Loopback | Link::Paced(_), _) => "127.0.0.1",
+        }
+    }
+
+    /// Every address of the near side.
+    #[allow(dead_code)] // one of the benches that use this file has more than one port
+    pub fn near_hosts(&self) -> &'static [&'static str] {
+        match self {
+            Link::Shaped { ports, .. } => &NEAR[..*ports],
+            Link::Loopback | Link::Paced(_) => &["127.0.0.1"],
         }
     }
 
