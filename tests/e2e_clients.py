@@ -193,7 +193,8 @@ def schemathesis(url: str) -> None:
 
 
 def metrics(url: str) -> None:
-    with urllib.request.urlopen(f"{url}/metrics", timeout=10) as answer:
+    accepting = urllib.request.Request(f"{url}/metrics", headers={"Accept": "application/openmetrics-text"})
+    with urllib.request.urlopen(accepting, timeout=10) as answer:
         families = list(text_string_to_metric_families(answer.read().decode()))
     samples = {sample.name for family in families for sample in family.samples}
     names = samples | {family.name for family in families}

@@ -25,11 +25,11 @@ def free_port() -> int:
         return s.getsockname()[1]
 
 
-def start(baton: str, port: int) -> subprocess.Popen:
+def start(baton: str, port: int, *more: str) -> subprocess.Popen:
     """Returns when `up` has said that it serves, and goes on showing what it says."""
     env = {k: v for k, v in os.environ.items() if not k.startswith("BATON_")}
     up = subprocess.Popen(
-        [baton, "up", f"--port={port}"], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True, env=env
+        [baton, "up", f"--port={port}", *more], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True, env=env
     )
     serves = threading.Event()
 

@@ -34,6 +34,8 @@ settings! {
         kv_bind: SocketAddr ["ADDRESS:PORT"] = "127.0.0.1:0";
         /// Where Prometheus reads this node's own metrics [default: nowhere; the router shows those of all nodes]
         metrics_bind: Option<SocketAddr> ["ADDRESS:PORT"];
+        /// OpenTelemetry collector that spans are sent to, over OTLP/HTTP, such as http://127.0.0.1:4318 [default: no traces]
+        otlp_endpoint: Option<String> ["URL"];
         /// Host by which other machines reach this one [default: the bound address]
         advertise: Option<String> ["HOST"];
         /// Device: auto (the best of this build and machine), cuda, mlx or cpu

@@ -62,6 +62,10 @@ settings! {
         context: Option<u32> ["TOKENS"];
         /// Requests that may wait for room; more are refused with 429
         queue_max: usize ["REQUESTS"] = "1024";
+        /// OpenTelemetry collector that spans are sent to, over OTLP/HTTP, such as http://127.0.0.1:4318 [default: no traces]
+        otlp_endpoint: Option<String> ["URL"];
+        /// Of requests without a traceparent, how many per cent are traced
+        trace_percent: u32 ["PERCENT"] = "100";
         /// After a stop signal, running requests may go on for this long
         drain: Seconds ["SECONDS"] = "10";
         /// Let nodes join whose weights differ (same model, other format)
@@ -87,6 +91,8 @@ fn family_names() -> String {
 
 impl RouterSettings {
     fn check(&self) -> Result<()> {
+        let percent = self.trace_percent;
+        ensure!(percent <= 100, "trace-percent is {percent}: from 0 to 100");
         ensure!(self.queue_max > 0, "queue-max is 0: no request could ever be served");
         ensure!(
             self.insecure || self.host.is_loopback() || !self.api_key.is_empty() || self.key_file.is_some(),

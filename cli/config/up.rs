@@ -40,6 +40,10 @@ settings! {
         kv_transport: KvTransport ["NAME"] = "auto";
         /// Who computes prompts: always (prefill nodes), auto (whoever is estimated to be sooner) or never
         disaggregation: Disaggregation ["MODE"] = "always";
+        /// OpenTelemetry collector that spans are sent to, over OTLP/HTTP, such as http://127.0.0.1:4318 [default: no traces]
+        otlp_endpoint: Option<String> ["URL"];
+        /// First port of the nodes' own metrics pages: prefill nodes, then the leaders of decode groups [default: no pages]
+        metrics_port: Option<u16> ["PORT"];
         /// Log filter of the processes
         log: String ["FILTER"] = "warn,loading=info";
     }
@@ -50,6 +54,10 @@ impl UpSettings {
         ensure!(self.port > 0, "port is 0: clients must know where to ask");
         ensure!(self.decode > 0, "decode is 0: nobody would generate tokens");
         ensure!(self.tp > 0, "tp is 0: a decode group has at least one rank");
+        let pages = self.prefill.saturating_add(self.decode);
+        let room = 1 + usize::from(u16::MAX - self.metrics_port.unwrap_or(0));
+        ensure!(pages <= room, "metrics-port leaves {room} ports for {pages} pages");
+        ensure!(self.metrics_port != Some(0), "metrics-port is 0: a scraper must know where to ask");
         let processes = self.processes();
         ensure!(processes <= PROCESSES_MAX, "{processes} processes on one machine; at most {PROCESSES_MAX}");
         Ok(())

@@ -7,6 +7,7 @@ use std::path::Path;
 use std::time::Duration;
 
 use anyhow::Result;
+use cluster::traces::{TraceConfig, Tracer};
 use cluster::{ClusterToken, EnrollError, Shutdown, process};
 use hub::Want;
 
@@ -16,6 +17,9 @@ use crate::supervised;
 
 pub use node::{decode, prefill, prepare};
 pub use router::router;
+
+/// At its end a process has this long to send the spans that wait.
+const LAST_SPANS: Duration = Duration::from_secs(2);
 
 /// Between two attempts to reach a router that is away.
 const ENROLL_PAUSE: Duration = Duration::from_secs(1);
@@ -30,6 +34,12 @@ fn start(log: &str, format: process::LogFormat) -> Result<Shutdown> {
     let shutdown = process::shutdown_on_signals()?;
     supervised::watch_parent(&shutdown);
     Ok(shutdown)
+}
+
+/// Sends spans to `endpoint`, if there is one.
+fn tracer(endpoint: Option<String>, service: &'static str, name: &str, percent: u32) -> Result<Tracer> {
+    let config = |endpoint| TraceConfig { endpoint, service, instance: name.into(), percent };
+    Ok(endpoint.map(config).map(Tracer::start).transpose()?.unwrap_or_default())
 }
 
 /// The model on this machine, fetched if need be; `None` when told to stop meanwhile.

@@ -21,13 +21,19 @@ pub fn prepare(settings: &NodeSettings) {
 /// Runs one rank of a prefill node until a stop signal.
 pub async fn prefill(settings: NodeSettings) -> Result<()> {
     let Some((config, shutdown)) = start(settings, "prefill").await? else { return Ok(()) };
-    Ok(prefill_node::serve(config, shutdown).await?)
+    let tracer = config.tracer.clone();
+    let served = prefill_node::serve(config, shutdown).await;
+    tracer.flush(super::LAST_SPANS);
+    Ok(served?)
 }
 
 /// Runs one rank of a decode group until a stop signal.
 pub async fn decode(settings: NodeSettings) -> Result<()> {
     let Some((config, shutdown)) = start(settings, "decode").await? else { return Ok(()) };
-    Ok(decode_node::serve(config, shutdown).await?)
+    let tracer = config.tracer.clone();
+    let served = decode_node::serve(config, shutdown).await;
+    tracer.flush(super::LAST_SPANS);
+    Ok(served?)
 }
 
 /// `None`: told to stop before there was anything to serve.
@@ -40,8 +46,12 @@ async fn start(settings: NodeSettings, role: &str) -> Result<Option<(NodeConfig,
         LoadFormat::Dummy { .. } => Want::Text,
     };
     let Some(model) = super::model(&settings.model, want, &shutdown).await? else { return Ok(None) };
+    let name = settings.name.unwrap_or_else(|| format!("{role}@{}", system::host_name()));
+    let service = if role == "prefill" { "baton-prefill" } else { "baton-decode" };
+    // The router says which requests are traced.
+    let tracer = super::tracer(settings.otlp_endpoint, service, &name, 0)?;
     let config = NodeConfig {
-        name: settings.name.unwrap_or_else(|| format!("{role}@{}", system::host_name())),
+        name,
         served_name: settings.served_name.unwrap_or(model.name),
         model: model.path,
         load_format: settings.load_format,
@@ -50,6 +60,7 @@ async fn start(settings: NodeSettings, role: &str) -> Result<Option<(NodeConfig,
         bind: settings.bind,
         kv_bind: settings.kv_bind,
         metrics: settings.metrics_bind,
+        tracer,
         advertise: settings.advertise,
         insecure: settings.insecure,
         backend: settings.backend,

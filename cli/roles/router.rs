@@ -32,7 +32,10 @@ pub async fn router(settings: RouterSettings) -> Result<()> {
     let shutdown = super::start(&settings.log, settings.log_format)?;
     let (token, open) = cluster(&settings)?;
     let Some(model) = super::model(&settings.model, Want::Text, &shutdown).await? else { return Ok(()) };
-    let gateway = gateway(&settings, &model)?;
+    let mut gateway = gateway(&settings, &model)?;
+    let tracer =
+        super::tracer(settings.otlp_endpoint.clone(), "baton-router", "router", settings.trace_percent)?;
+    gateway.tracer = tracer.clone();
     let vocab = Vocab::read(&model.path)?;
     let for_clients = server::bind((settings.host, settings.port).into()).await?;
     let for_nodes = server::bind(settings.cluster_bind).await?;
@@ -86,6 +89,7 @@ pub async fn router(settings: RouterSettings) -> Result<()> {
     nodes.await.context("membership service")??;
     leases.await.context("leases")?;
     watch.await.context("dispatch")?;
+    tracer.flush(super::LAST_SPANS);
     served
 }
 

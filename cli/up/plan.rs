@@ -42,6 +42,9 @@ pub fn plan(
         add(&mut arguments, "served-name", served_name);
         add(&mut arguments, "log", &settings.log);
         add(&mut arguments, "drain", DRAIN.as_secs());
+        if let Some(endpoint) = &settings.otlp_endpoint {
+            add(&mut arguments, "otlp-endpoint", endpoint);
+        }
         if let Some(tokens) = settings.context {
             add(&mut arguments, "context", tokens);
         }
@@ -66,9 +69,18 @@ pub fn plan(
         add(&mut arguments, "threads", threads);
         arguments
     };
+    // Settings are checked: there are ports for all.
+    let mut pages = settings.metrics_port.map(|first| first..);
+    let mut page = |arguments: &mut Vec<String>| {
+        if let Some(port) = pages.as_mut().and_then(Iterator::next) {
+            add(arguments, "metrics-bind", local(port));
+        }
+    };
     for index in 0..settings.prefill {
         let name = format!("prefill-{index}");
-        all.push(Process { arguments: node("prefill", &name), name, wave: 1, joins: true });
+        let mut arguments = node("prefill", &name);
+        page(&mut arguments);
+        all.push(Process { arguments, name, wave: 1, joins: true });
     }
     for (group, &leader) in ports.leaders.iter().enumerate() {
         for rank in 0..settings.tp {
@@ -77,6 +89,9 @@ pub fn plan(
             add(&mut arguments, "tp", settings.tp);
             add(&mut arguments, "rank", rank);
             add(&mut arguments, "leader", local(leader));
+            if rank == 0 {
+                page(&mut arguments);
+            }
             all.push(Process { arguments, name, wave: 1, joins: rank == 0 });
         }
     }
@@ -118,14 +133,24 @@ mod tests {
     /// Every process of a plan is told only what its role knows and accepts, and the ranks of a group meet at one place.
     #[test]
     fn children_accept_their_arguments() {
-        let all =
-            processes(&["--prefill=2", "--decode=2", "--tp=2", "--context=512", "--kv-memory=64MiB"], 16);
+        let all = processes(
+            &[
+                "--prefill=2",
+                "--decode=2",
+                "--tp=2",
+                "--context=512",
+                "--kv-memory=64MiB",
+                "--metrics-port=9000",
+                "--otlp-endpoint=http://127.0.0.1:4318",
+            ],
+            16,
+        );
         let names: Vec<_> = all.iter().map(|p| p.name.as_str()).collect();
         assert_eq!(
             names,
             ["router", "prefill-0", "prefill-1", "decode-0.0", "decode-0.1", "decode-1.0", "decode-1.1"]
         );
-        let mut leaders = Vec::new();
+        let (mut leaders, mut pages) = (Vec::new(), Vec::new());
         for process in &all {
             let flags: Vec<_> = process.arguments[1..].iter().map(String::as_str).collect();
             match process.arguments[0].as_str() {
@@ -140,10 +165,13 @@ mod tests {
                         (64 << 20, Some(512), Some(2))
                     );
                     assert_eq!(node.router, "127.0.0.1:20000");
+                    assert_eq!(node.otlp_endpoint.as_deref(), Some("http://127.0.0.1:4318"));
+                    pages.extend(node.metrics_bind.map(|page| page.port()));
                     leaders.extend(node.leader.map(|leader| (leader, node.rank)));
                 }
             }
         }
+        assert_eq!(pages, [9000, 9001, 9002, 9003]);
         let of = |port: u16, rank: usize| (local(port), rank);
         assert_eq!(leaders, [of(21_000, 0), of(21_000, 1), of(21_001, 0), of(21_001, 1)]);
     }

@@ -11,6 +11,7 @@ pub mod membership;
 pub mod process;
 pub mod server;
 pub mod service;
+pub mod traces;
 pub mod trust;
 
 pub use admission::Refusal;

@@ -28,6 +28,8 @@ pub struct NodeConfig {
     pub kv_bind: SocketAddr,
     /// Where the node's own metrics are read, over HTTP; `None`: nowhere.
     pub metrics: Option<SocketAddr>,
+    /// Goes on with the traces of requests.
+    pub tracer: cluster::traces::Tracer,
     /// Host that other machines reach this one by; the bind addresses' own when `None`.
     pub advertise: Option<String>,
     /// Serve off loopback without encryption.

@@ -2,6 +2,7 @@
 //! Called by the command line and by tests.
 
 use cluster::server;
+use cluster::traces::{Scope, Span, Tracer};
 use engine::{Engine, Event, Events, Job};
 use futures::stream::{self, BoxStream, StreamExt};
 use node::{Grammars, NodeConfig, NodeError, convert};
@@ -13,8 +14,9 @@ use tonic::{Request, Response, Status};
 
 /// Runs one rank of a prefill node until `shutdown` ends.
 pub async fn serve(config: NodeConfig, shutdown: cluster::Shutdown) -> Result<(), NodeError> {
+    let tracer = config.tracer.clone();
     node::run(config, Role::Prefill, shutdown, |engine, grammars| {
-        Routes::new(server::prefill(Service { engine, grammars }))
+        Routes::new(server::prefill(Service { engine, grammars, tracer }))
     })
     .await
 }
@@ -22,6 +24,7 @@ pub async fn serve(config: NodeConfig, shutdown: cluster::Shutdown) -> Result<()
 struct Service {
     engine: Engine,
     grammars: Grammars,
+    tracer: Tracer,
 }
 
 #[tonic::async_trait]
@@ -32,12 +35,16 @@ impl Prefill for Service {
         &self,
         request: Request<v1::PrefillRequest>,
     ) -> Result<Response<Self::PrefillStream>, Status> {
+        let mut trace = Trace::new(self.tracer.join(request.metadata(), "prefill node"));
         let message = request.into_inner();
         let sequence = self.grammars.request(message.sequence).await?;
         let handoff = message.handoff.map(convert::handoff).transpose()?;
         let job = Job::Prefill(sequence, handoff);
-        let events = self.engine.submit(job).map_err(|refusal| convert::refusal_status(&refusal))?;
-        Ok(Response::new(stream(events)))
+        let events = self.engine.submit(job).map_err(|refusal| {
+            trace.node.fail(&refusal);
+            convert::refusal_status(&refusal)
+        })?;
+        Ok(Response::new(stream(events, trace)))
     }
 
     async fn probe(&self, _: Request<v1::ProbeRequest>) -> Result<Response<v1::ProbeReply>, Status> {
@@ -49,6 +56,31 @@ impl Prefill for Service {
     }
 }
 
+/// The spans of one call: its own, and that of what it does now.
+struct Trace {
+    node: Span,
+    within: Scope,
+    phase: Span,
+}
+
+impl Trace {
+    fn new(node: Span) -> Trace {
+        let within = node.scope();
+        Trace { phase: within.span("wait"), node, within }
+    }
+
+    fn heard(&mut self, event: &Event) {
+        match event {
+            Event::Started { .. } => self.phase = self.within.span("compute"),
+            Event::Token(_) => self.phase = self.within.span("push"),
+            Event::Failed(error) => self.node.fail(error),
+            Event::Preempted => self.node.fail("preempted"),
+            Event::Pushed { .. } | Event::Finished { .. } => self.phase = Span::default(),
+            Event::Admitted { .. } | Event::Landed { .. } => {}
+        }
+    }
+}
+
 /// What the router still needs of earlier events when a later one is reported.
 #[derive(Default)]
 struct Progress {
@@ -57,12 +89,13 @@ struct Progress {
 }
 
 /// The events as messages. Dropping the stream drops `events`, which cancels the job.
-fn stream(events: Events) -> BoxStream<'static, Result<v1::PrefillEvent, Status>> {
-    stream::unfold((events, Progress::default()), |(mut events, mut progress)| async {
+fn stream(events: Events, trace: Trace) -> BoxStream<'static, Result<v1::PrefillEvent, Status>> {
+    stream::unfold((events, Progress::default(), trace), |(mut events, mut progress, mut trace)| async {
         loop {
             let event = events.recv().await?;
+            trace.heard(&event);
             if let Some(message) = progress.message(event) {
-                return Some((message, (events, progress)));
+                return Some((message, (events, progress, trace)));
             }
         }
     })

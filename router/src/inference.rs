@@ -6,6 +6,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
+use cluster::traces::Scope;
 use futures::future::BoxFuture;
 use futures::stream::BoxStream;
 use prometheus_client::registry::Registry;
@@ -58,6 +59,8 @@ pub struct GenerateRequest {
     pub priority: i32,
     /// What the output must look like, in the dialect of the room `grammar`; checked by the gateway.
     pub grammar: Option<Arc<str>>,
+    /// Where its spans belong.
+    pub trace: Scope,
 }
 
 /// How tokens are drawn. Ranges as in `common.proto`; the gateway has checked them.

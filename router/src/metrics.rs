@@ -55,6 +55,12 @@ struct HttpLabel {
     status: u16,
 }
 
+/// What became of a span: `sent` or `dropped`.
+#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct SpanLabel {
+    outcome: &'static str,
+}
+
 /// All metrics of one gateway.
 #[derive(Debug)]
 pub struct Metrics {
@@ -88,6 +94,7 @@ struct Series {
     decisions: Family<DecisionLabel, Counter>,
     migrations: Counter,
     http: Family<HttpLabel, Counter>,
+    spans: Family<SpanLabel, Counter>,
 }
 
 impl Metrics {
@@ -109,6 +116,14 @@ impl Metrics {
         out
     }
 
+    /// Spans of traces, in all.
+    pub fn spans(&self, (sent, dropped): (u64, u64)) {
+        for (outcome, now) in [("sent", sent), ("dropped", dropped)] {
+            let counter = self.series.spans.get_or_create(&SpanLabel { outcome });
+            counter.inc_by(now.saturating_sub(counter.get()));
+        }
+    }
+
     /// Counts an answer. `path`: the route's pattern, of which there are few.
     pub fn http(&self, path: &str, status: u16) {
         self.series.http.get_or_create(&HttpLabel { path: path.into(), status }).inc();
@@ -118,6 +133,34 @@ impl Metrics {
     pub fn prepared(&self, took: Duration) {
         self.series.prepare.observe(took.as_secs_f64());
     }
+}
+
+/// An OpenMetrics page in Prometheus' older text form: there a counter's family has the name of its samples, and there is no
+/// mark of the end.
+pub fn classic(page: &str) -> String {
+    let mut out = String::with_capacity(page.len() + 1024);
+    let mut help = None;
+    for line in page.lines() {
+        if let Some(text) = line.strip_prefix("# HELP ") {
+            help = Some(text);
+            continue;
+        }
+        let Some(text) = line.strip_prefix("# TYPE ") else {
+            if !line.starts_with('#') {
+                out.push_str(line);
+                out.push('\n');
+            }
+            continue;
+        };
+        let (name, kind) = text.split_once(' ').unwrap_or((text, "untyped"));
+        let suffix = if kind == "counter" { "_total" } else { "" };
+        let kind = if kind == "unknown" { "untyped" } else { kind };
+        if let Some((_, help)) = help.take().and_then(|help: &str| help.split_once(' ')) {
+            out.push_str(&format!("# HELP {name}{suffix} {help}\n"));
+        }
+        out.push_str(&format!("# TYPE {name}{suffix} {kind}\n"));
+    }
+    out
 }
 
 impl Series {
@@ -196,6 +239,7 @@ impl Series {
                 "Attempts after the first, of finished sequences",
             ),
             http: family(r, "baton_http_responses", "Answers by route and status"),
+            spans: family(r, "baton_trace_spans", "Spans of traces by what became of them"),
         }
     }
 }
@@ -359,6 +403,16 @@ mod tests {
         drop(meter);
         drop(SequenceMeter::new(Arc::clone(&metrics), now, 1));
         metrics.http("/v1/models", 200);
+        let old = classic(&metrics.encode(Load::default()));
+        for part in [
+            "# HELP vllm:prompt_tokens_total Prompt tokens of sequences begun.\n# TYPE vllm:prompt_tokens_total counter\n",
+            "# TYPE vllm:num_requests_running gauge\n",
+            "# TYPE vllm:time_to_first_token_seconds histogram\n",
+            "\nvllm:prompt_tokens_total{model_name=\"tiny\"} 8\n",
+        ] {
+            assert!(old.contains(part), "{part} is not in\n{old}");
+        }
+        assert!(!old.contains("EOF"));
         let text = metrics.encode(Load { running: 3, queued: 2, waiting: 2 });
         for line in [
             "vllm:num_requests_running{model_name=\"tiny\"} 3",

@@ -16,13 +16,12 @@ use super::chat::{parse, prepare, read_conversation, render};
 use super::error::ApiError;
 use super::fields::{Fields, quoted};
 use super::head::Head;
-use super::quota::Caller;
 use super::reply;
-use super::run::{random, start};
+use super::run::{Asker, random, start};
 
 /// The handler of messages.
 pub async fn handle(State(gateway): State<Arc<Gateway>>, request: Request) -> Result<Response, ApiError> {
-    let caller = request.extensions().get::<Arc<Caller>>().cloned();
+    let asker = Asker::of(&request);
     let body = read_body(request, &gateway.config.limits).await?;
     let arrived = Instant::now();
     let (params, prompt, reading) = gateway
@@ -33,7 +32,7 @@ pub async fn handle(State(gateway): State<Arc<Gateway>>, request: Request) -> Re
         .await?;
     let head = Head::new("msg", random()?, SystemTime::now(), Arc::clone(&gateway.model));
     let input_tokens = prompt.tokens.len() as u32;
-    let mut answer = start(&gateway, &params, &[prompt], &reading, &head, arrived, caller.as_ref())?;
+    let mut answer = start(&gateway, &params, &[prompt], &reading, &head, arrived, &asker)?;
     let format = AnthropicFormat::new(head, input_tokens);
     if params.stream {
         answer.admitted().await?;

@@ -16,9 +16,8 @@ use super::form::{self, CallRule, Form, read_form};
 use super::head::Head;
 use super::messages::{ToolChoice, read_messages, read_tools};
 use super::params::{Params, TOP_LOGPROBS_MAX};
-use super::quota::Caller;
 use super::reply;
-use super::run::{Prompt, Reading, random, start};
+use super::run::{Asker, Prompt, Reading, random, start};
 use crate::text::answer::{self, Opening, Types};
 use crate::text::{Beginning, Conversation, template};
 
@@ -50,7 +49,7 @@ pub struct ChatRequest {
 
 /// The handler.
 pub async fn handle(State(gateway): State<Arc<Gateway>>, request: Request) -> Result<Response, ApiError> {
-    let caller = request.extensions().get::<Arc<Caller>>().cloned();
+    let asker = Asker::of(&request);
     let body = read_body(request, &gateway.config.limits).await?;
     let arrived = Instant::now();
     let (params, prompt, reading) = gateway
@@ -58,7 +57,7 @@ pub async fn handle(State(gateway): State<Arc<Gateway>>, request: Request) -> Re
         .await?;
     let params = &params;
     let head = Head::new("chatcmpl", random()?, SystemTime::now(), Arc::clone(&gateway.model));
-    let mut answer = start(&gateway, params, &[prompt], &reading, &head, arrived, caller.as_ref())?;
+    let mut answer = start(&gateway, params, &[prompt], &reading, &head, arrived, &asker)?;
     let pieces = Arc::clone(gateway.text.tokenizer.pieces());
     let format = ChatFormat::new(head, pieces, params.usage);
     if params.stream {

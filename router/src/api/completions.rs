@@ -15,9 +15,8 @@ use super::fields::{Fields, integer};
 use super::form::{self, Form, read_form};
 use super::head::Head;
 use super::params::{Params, TOP_LOGPROBS_MAX};
-use super::quota::Caller;
 use super::reply;
-use super::run::{Prompt, Reading, random, start};
+use super::run::{Asker, Prompt, Reading, random, start};
 use crate::text::Beginning;
 
 /// Output tokens where a request does not say; OpenAI's value.
@@ -44,7 +43,7 @@ struct CompletionRequest {
 
 /// The handler.
 pub async fn handle(State(gateway): State<Arc<Gateway>>, request: Request) -> Result<Response, ApiError> {
-    let caller = request.extensions().get::<Arc<Caller>>().cloned();
+    let asker = Asker::of(&request);
     let body = read_body(request, &gateway.config.limits).await?;
     let arrived = Instant::now();
     let (request, prompts, grammar) = gateway
@@ -60,7 +59,7 @@ pub async fn handle(State(gateway): State<Arc<Gateway>>, request: Request) -> Re
     let params = &request.params;
     let head = Head::new("cmpl", random()?, SystemTime::now(), Arc::clone(&gateway.model));
     let reading = Reading { grammar, ..Reading::plain(Beginning::Continuation, request.logprobs) };
-    let mut answer = start(&gateway, params, &prompts, &reading, &head, arrived, caller.as_ref())?;
+    let mut answer = start(&gateway, params, &prompts, &reading, &head, arrived, &asker)?;
     let echo = prompts.iter().flat_map(|prompt| vec![prompt.echo.clone(); params.n]).collect();
     let pieces = Arc::clone(gateway.text.tokenizer.pieces());
     let format = CompletionFormat::new(head, pieces, params.usage, echo);

@@ -4,6 +4,8 @@ use std::fmt;
 use std::path::PathBuf;
 use std::time::Duration;
 
+use cluster::traces::Tracer;
+
 use super::tls::TlsFiles;
 
 use crate::batch::BatchConfig;
@@ -37,6 +39,8 @@ pub struct GatewayConfig {
     pub reasoning_parser: Option<bool>,
     /// Where files and batches are kept; `None`: there are none.
     pub batch: Option<BatchConfig>,
+    /// Opens a trace for every request.
+    pub tracer: Tracer,
     /// Bounds.
     pub limits: Limits,
 }
@@ -57,6 +61,7 @@ impl GatewayConfig {
             tool_parser: None,
             reasoning_parser: None,
             batch: None,
+            tracer: Tracer::default(),
             limits: Limits::for_context(context_tokens),
         }
     }
@@ -78,6 +83,7 @@ impl fmt::Debug for GatewayConfig {
             .field("tool_parser", &self.tool_parser)
             .field("reasoning_parser", &self.reasoning_parser)
             .field("batch", &self.batch)
+            .field("tracer", &self.tracer)
             .field("limits", &self.limits)
             .finish()
     }

@@ -12,13 +12,13 @@ use axum::extract::{MatchedPath, Request, State};
 use axum::middleware::Next;
 use axum::response::{IntoResponse, Response};
 use bytes::Bytes;
+use cluster::traces::{Span, TRACEPARENT};
 use futures::FutureExt;
 use http::{HeaderName, HeaderValue, Method, StatusCode, header};
 use hyper::body::{Frame, SizeHint};
 
 use super::Gateway;
 use super::error::ApiError;
-use super::quota::Place;
 use super::run::random;
 
 const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
@@ -33,7 +33,7 @@ const CHECKS: [&str; 2] = ["/health", "/live"];
 const PREFLIGHT_S: &str = "600";
 
 /// Outermost: gives the request an id, catches panics, counts and logs the answer.
-pub async fn observe(State(gateway): State<Arc<Gateway>>, request: Request, next: Next) -> Response {
+pub async fn observe(State(gateway): State<Arc<Gateway>>, mut request: Request, next: Next) -> Response {
     let begun = Instant::now();
     let given = request.headers().get(REQUEST_ID).filter(|id| {
         let bytes = id.as_bytes();
@@ -49,6 +49,13 @@ pub async fn observe(State(gateway): State<Arc<Gateway>>, request: Request, next
     let method = request.method().clone();
     // Patterns, not paths: a label for every path that someone tries would fill the memory.
     let path = request.extensions().get::<MatchedPath>().map_or("other", MatchedPath::as_str).to_string();
+    let mut span = if path.starts_with("/v1/") {
+        let outer = request.headers().get(TRACEPARENT).and_then(|value| value.to_str().ok());
+        gateway.config.tracer.enter(outer, format!("{method} {path}"))
+    } else {
+        Span::default() // health, metrics and wrong ways: nobody's requests
+    };
+    request.extensions_mut().insert(span.scope());
     let mut response = match AssertUnwindSafe(next.run(request)).catch_unwind().await {
         Ok(response) => response,
         Err(_) => ApiError::internal("the server failed on this request").into_response(),
@@ -69,6 +76,16 @@ pub async fn observe(State(gateway): State<Arc<Gateway>>, request: Request, next
         tracing::warn!(id = id_text, %method, path, status, ms, "request failed");
     } else {
         tracing::debug!(id = id_text, %method, path, status, ms, "request");
+    }
+    if span.is_on() {
+        span.set("http.request.method", method.as_str());
+        span.set("http.route", path.as_str());
+        span.set("http.response.status_code", u32::from(status));
+        span.set("baton.request_id", id_text);
+        if status >= 500 {
+            span.fail(format_args!("status {status}"));
+        }
+        response = response.map(|body| Body::new(Held { body, _held: span }));
     }
     response.headers_mut().insert(REQUEST_ID, id);
     response
@@ -154,16 +171,16 @@ pub async fn key(
     let place = caller.enter(Instant::now()).map_err(|exhausted| ApiError::exhausted(&exhausted))?;
     request.extensions_mut().insert(caller);
     let response = next.run(request).await;
-    Ok(response.map(|body| Body::new(Held { body, _place: place })))
+    Ok(response.map(|body| Body::new(Held { body, _held: place })))
 }
 
-/// A body that keeps its caller's place until it ends.
-struct Held {
+/// A body that keeps something until it ends: its caller's place, its span.
+struct Held<T> {
     body: Body,
-    _place: Place,
+    _held: T,
 }
 
-impl HttpBody for Held {
+impl<T: Unpin> HttpBody for Held<T> {
     type Data = Bytes;
     type Error = axum::Error;
 

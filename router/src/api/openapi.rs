@@ -77,7 +77,7 @@ fn operation(method: &str, path: &str, summary: &str, body: Option<&str>) -> Val
         json!({"description": what, "content": {"application/json": {"schema": schema}}})
     };
     let content = match path {
-        "/metrics" => json!({"application/openmetrics-text": {}}),
+        "/metrics" => json!({"text/plain": {}, "application/openmetrics-text": {}}),
         "/live" | "/ping" | "/health" => json!({}),
         "/v1/files/{id}/content" => json!({"application/octet-stream": {}}),
         _ if body.is_some() => {

@@ -20,7 +20,7 @@ use super::head::Head;
 use super::quota::Caller;
 use super::reply;
 use super::responses_format::{Echo, ResponsesFormat};
-use super::run::{random, start};
+use super::run::{Asker, random, start};
 
 type Default = fn() -> Value;
 
@@ -47,8 +47,8 @@ const ECHOED: [(&str, Default); 17] = [
 
 /// The handler.
 pub async fn handle(State(gateway): State<Arc<Gateway>>, request: Request) -> Result<Response, ApiError> {
-    let caller = request.extensions().get::<Arc<Caller>>().cloned();
-    let owner = owner(caller.as_ref());
+    let asker = Asker::of(&request);
+    let owner = owner(asker.caller.as_ref());
     let body = read_body(request, &gateway.config.limits).await?;
     let arrived = Instant::now();
     let (params, prompt, reading, echo) = gateway
@@ -61,7 +61,7 @@ pub async fn handle(State(gateway): State<Arc<Gateway>>, request: Request) -> Re
         })
         .await?;
     let head = Head::new("resp", random()?, SystemTime::now(), Arc::clone(&gateway.model));
-    let mut answer = start(&gateway, &params, &[prompt], &reading, &head, arrived, caller.as_ref())?;
+    let mut answer = start(&gateway, &params, &[prompt], &reading, &head, arrived, &asker)?;
     let format = ResponsesFormat::new(head, echo, Arc::clone(&gateway));
     if params.stream {
         answer.admitted().await?;

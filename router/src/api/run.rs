@@ -3,6 +3,8 @@
 use std::sync::Arc;
 use std::time::Instant;
 
+use axum::extract::Request;
+use cluster::traces::Scope;
 use futures::stream::{self, StreamExt};
 
 use super::Gateway;
@@ -63,7 +65,24 @@ impl Reading {
     }
 }
 
-/// Starts the sequences of a request of `caller` that arrived at `arrived`. Nothing runs before the answer is polled.
+/// Who asks, and where the request's spans belong.
+#[derive(Debug, Clone, Default)]
+pub struct Asker {
+    /// `None` where nobody needs a key.
+    pub caller: Option<Arc<Caller>>,
+    /// Of the request's own span.
+    pub trace: Scope,
+}
+
+impl Asker {
+    /// As `guard` has noted it.
+    pub fn of(request: &Request) -> Self {
+        let noted = request.extensions();
+        Self { caller: noted.get().cloned(), trace: noted.get().cloned().unwrap_or_default() }
+    }
+}
+
+/// Starts the sequences of a request that arrived at `arrived`. Nothing runs before the answer is polled.
 pub fn start(
     gateway: &Gateway,
     params: &Params,
@@ -71,10 +90,13 @@ pub fn start(
     reading: &Reading,
     head: &Head,
     arrived: Instant,
-    caller: Option<&Arc<Caller>>,
+    asker: &Asker,
 ) -> Result<Answer, ApiError> {
     let background = caller.is_some_and(|caller| caller.background);
     let prepare = arrived.elapsed();
+    let mut span = asker.trace.span_since("tokenize", arrived);
+    span.set("baton.prompt_tokens", prompts.iter().map(|prompt| prompt.tokens.len()).sum::<usize>());
+    span.end();
     gateway.metrics.prepared(prepare);
     let seed = match params.seed {
         Some(seed) => seed,
@@ -100,12 +122,13 @@ pub fn start(
             cache_salt: params.cache_salt.clone(),
             priority: if background { BACKGROUND } else { params.priority },
             grammar: reading.grammar.clone(),
+            trace: asker.trace.clone(),
         };
         let pieces = Arc::clone(gateway.text.tokenizer.pieces());
         let choice = Choice::new(params, pieces, reading);
         let prompt_tokens = prompt.tokens.len() as u32;
         let meter =
-            SequenceMeter::new(Arc::clone(&gateway.metrics), arrived, prompt_tokens).of(caller.cloned());
+            SequenceMeter::new(Arc::clone(&gateway.metrics), arrived, prompt_tokens).of(asker.caller.clone());
         let stream = if request.max_tokens == 0 { nothing() } else { gateway.inference.generate(request) };
         (Lane::new(choice, meter, prompt_tokens), stream)
     });

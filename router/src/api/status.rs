@@ -6,18 +6,22 @@ use std::time::{Duration, Instant, UNIX_EPOCH};
 use axum::Json;
 use axum::extract::{Path, State};
 use axum::response::{IntoResponse, Response};
-use http::{StatusCode, header};
+use http::{HeaderMap, HeaderValue, StatusCode, header};
 use serde_json::{Value, json};
 use tokio::sync::Mutex;
 
 use super::Gateway;
 use super::error::ApiError;
+use crate::metrics::classic;
 
 /// A probe's result serves this long, so that asking often costs the nodes nothing.
 const HEALTH_AGE_MAX: Duration = Duration::from_secs(1);
 
 /// OpenMetrics, which prometheus-client writes.
 const METRICS_TYPE: &str = "application/openmetrics-text; version=1.0.0; charset=utf-8";
+
+/// Prometheus' own text, before OpenMetrics.
+const CLASSIC_TYPE: &str = "text/plain; version=0.0.4; charset=utf-8";
 
 /// The last probe; one runs at a time, whoever asks meanwhile waits for its result.
 #[derive(Debug, Default)]
@@ -59,9 +63,16 @@ pub async fn health(State(gateway): State<Arc<Gateway>>) -> Result<StatusCode, A
 }
 
 /// Prometheus' view.
-pub async fn metrics(State(gateway): State<Arc<Gateway>>) -> Response {
+pub async fn metrics(State(gateway): State<Arc<Gateway>>, headers: HeaderMap) -> Response {
+    gateway.metrics.spans(gateway.config.tracer.counts());
     let text = gateway.metrics.encode(gateway.inference.load());
-    ([(header::CONTENT_TYPE, METRICS_TYPE)], text).into_response()
+    // Whoever does not ask for the newer form gets the one that all readers know.
+    let accepts =
+        |value: &HeaderValue| value.to_str().is_ok_and(|v| v.contains("application/openmetrics-text"));
+    match headers.get_all(header::ACCEPT).iter().any(accepts) {
+        true => ([(header::CONTENT_TYPE, METRICS_TYPE)], text).into_response(),
+        false => ([(header::CONTENT_TYPE, CLASSIC_TYPE)], classic(&text)).into_response(),
+    }
 }
 
 /// All served names.

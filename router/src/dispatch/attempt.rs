@@ -18,7 +18,7 @@ use proto::v1::generate_event::Event as DecodeEvent;
 use proto::v1::prefill_event::Event as PrefillEvent;
 use proto::v1::{self, Role};
 use tokio::time::{Instant, sleep_until, timeout};
-use tonic::{Status, Streaming};
+use tonic::{Request, Status, Streaming};
 
 use super::book::Grant;
 use super::counts::Cause;
@@ -143,6 +143,11 @@ impl Attempt<'_> {
             sequence: Some(progress.sequence()),
             prefill_here: self.grant.prefill.is_none(),
         };
+        let within = progress.spans.within_attempt();
+        let mut request = Request::new(request);
+        within.mark(request.metadata_mut());
+        let mut span = within.span("reserve");
+        span.set("baton.node", decode.member.join.name.as_str());
         let call = async {
             let mut client = self.nodes.decode(&decode.member)?;
             let mut call = client.generate(request).await?.into_inner();
@@ -156,6 +161,10 @@ impl Attempt<'_> {
             }
             () = decode.departed.cancelled() => Err(Status::unavailable("it stopped reporting")),
         };
+        if let Err(status) = &answer {
+            span.fail(status.message());
+        }
+        span.end();
         match answer {
             Ok((call, Some(DecodeEvent::Admitted(admitted)))) => {
                 self.grant.admitted(admitted.cached_tokens, progress.blocks());
@@ -185,7 +194,8 @@ impl Attempt<'_> {
         progress: &mut Progress,
     ) -> Result<Streaming<v1::PrefillEvent>, Failure> {
         let asked = Instant::now();
-        let request = v1::PrefillRequest { sequence: Some(progress.sequence()), handoff };
+        let mut request = Request::new(v1::PrefillRequest { sequence: Some(progress.sequence()), handoff });
+        progress.spans.prefill(&prefill.member.join.name).mark(request.metadata_mut());
         let call = async {
             let mut client = self.nodes.prefill(&prefill.member)?;
             Ok::<_, Status>(client.prefill(request).await?.into_inner())
@@ -444,9 +454,10 @@ impl Course<'_> {
         }
     }
 
-    fn land(&mut self, progress: &Progress) {
+    fn land(&mut self, progress: &mut Progress) {
         if !self.landed {
             self.landed = true;
+            progress.spans.landed();
             self.doubt = None;
             self.attempt.grant.held_by_decode(progress.blocks());
         }

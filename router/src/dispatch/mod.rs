@@ -15,6 +15,7 @@ pub mod merge;
 pub mod nodes;
 pub mod prefix;
 pub mod request;
+pub mod spans;
 pub mod wire;
 
 use std::hash::RandomState;

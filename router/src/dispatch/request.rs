@@ -15,6 +15,7 @@ use super::book::Wanted;
 use super::counts::Cause;
 use super::merge::{Merge, TooFarAhead};
 use super::prefix::Chain;
+use super::spans::Spans;
 use super::wire;
 use crate::inference::{
     Decision, FinishReason, Finished, GenerateRequest, InferenceError, Started, Timings, Token, TokenEvent,
@@ -55,12 +56,15 @@ pub struct Progress {
     accepted_at: Option<Instant>,
     admitted_cached_tokens: u32,
     has_prompt: bool,
+    /// For its trace.
+    pub spans: Spans,
 }
 
 impl Progress {
     fn new(request: GenerateRequest, out: Out, shared: &Shared) -> Progress {
         let chain = Chain::new(&shared.hash_keys, &request.cache_salt, &request.tokens);
         Progress {
+            spans: Spans::new(&request),
             request,
             out,
             output: Vec::new(),
@@ -112,6 +116,7 @@ impl Progress {
     /// A node has accepted the attempt; the client hears of the first.
     pub async fn accepted(&mut self, started: Started, decision: Decision) {
         self.accepted_at = Some(Instant::now());
+        self.spans.accepted();
         self.admitted_cached_tokens = started.cached_tokens;
         if self.started.is_none() {
             self.started = Some(started);
@@ -126,6 +131,7 @@ impl Progress {
     /// The prompt is computed; `cached_tokens` of it were not.
     pub fn computed(&mut self, cached_tokens: u32) {
         self.has_prompt = true;
+        self.spans.computed();
         if self.cached_tokens.is_none() {
             self.cached_tokens = Some(cached_tokens.min(self.request.tokens.len() as u32));
             self.timings.prefill = self.accepted_at.map(|at| at.elapsed()).unwrap_or_default();
@@ -148,6 +154,7 @@ impl Progress {
     /// Sends what is in order to the client, each index once.
     pub async fn deliver(&mut self, token: Token) -> Result<(), TooFarAhead> {
         for token in self.merge.take(token)? {
+            self.spans.token();
             self.output.push(token.id);
             self.chain.push(token.id);
             let _ = self.out.send(Ok(TokenEvent::Token(token))).await;
@@ -219,6 +226,7 @@ pub async fn drive(shared: Arc<Shared>, request: GenerateRequest, out: Out) {
     ending.told = true;
     match result {
         Ok((finished, remains)) => {
+            progress.spans.finished(finished.output_tokens);
             shared.counts.has_finished();
             if !remains.is_empty() {
                 tokio::spawn(remains.run_out(REMAINS_MAX));
@@ -227,6 +235,7 @@ pub async fn drive(shared: Arc<Shared>, request: GenerateRequest, out: Out) {
         }
         Err(error) => {
             shared.counts.has_failed();
+            progress.spans.gave_up(&error.to_string());
             tracing::warn!(request = progress.request.id, %error, "request failed");
             let _ = progress.out.send(Err(error)).await;
         }
@@ -243,7 +252,9 @@ async fn serve(shared: &Arc<Shared>, progress: &mut Progress) -> Result<(Finishe
             Some(_) => trouble.since.unwrap_or_else(Instant::now) + shared.config.hold,
         };
         let asked = Instant::now();
+        let queue = progress.spans.queue();
         let grant = shared.book.place(progress.wanted(arrival, deadline)).await;
+        queue.end();
         if progress.started.is_none() {
             progress.queued += asked.elapsed();
         }
@@ -255,6 +266,7 @@ async fn serve(shared: &Arc<Shared>, progress: &mut Progress) -> Result<(Finishe
             grant => grant.map_err(|error| explained(error, &trouble))?,
         };
         progress.begin_attempt();
+        progress.spans.attempt(progress.attempt);
         let delivered = progress.next_index();
         let attempt =
             Attempt { nodes: &shared.nodes, config: &shared.config, counts: &shared.counts, grant: &grant };
@@ -266,6 +278,7 @@ async fn serve(shared: &Arc<Shared>, progress: &mut Progress) -> Result<(Finishe
             Err(failure) => failure,
         };
         drop(grant);
+        progress.spans.failed(&failure.message);
         if progress.next_index() > delivered {
             trouble = Trouble::default();
         }
@@ -303,6 +316,7 @@ async fn serve(shared: &Arc<Shared>, progress: &mut Progress) -> Result<(Finishe
                     "migrating"
                 );
                 shared.counts.migrated(cause);
+                progress.spans.migrate(cause);
                 progress.migrations += 1;
                 trouble.migrations += 1;
                 progress.next_attempt();

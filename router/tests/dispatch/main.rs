@@ -183,6 +183,7 @@ fn request(prompt: u32, max_tokens: u32) -> GenerateRequest {
         cache_salt: vec![],
         priority: 0,
         grammar: None,
+        trace: Default::default(),
     }
 }
 

@@ -65,6 +65,7 @@ pub async fn node(spec: &str) -> Result<()> {
         bind: any,
         kv_bind: any,
         metrics: None,
+        tracer: Default::default(),
         advertise: None,
         // The namespaces are reached from this machine alone.
         insecure: true,

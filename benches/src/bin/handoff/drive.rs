@@ -191,6 +191,7 @@ async fn answer(plan: &Plan, dispatch: &Dispatch, prompts: &mut Prompts, way: De
         cache_salt: Vec::new(),
         priority: 0,
         grammar: None,
+        trace: Default::default(),
     };
     let begun = Instant::now();
     let mut events = dispatch.generate(request);
