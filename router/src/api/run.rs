@@ -92,7 +92,7 @@ pub fn start(
     arrived: Instant,
     asker: &Asker,
 ) -> Result<Answer, ApiError> {
-    let background = caller.is_some_and(|caller| caller.background);
+    let background = asker.caller.as_ref().is_some_and(|caller| caller.background);
     let prepare = arrived.elapsed();
     let mut span = asker.trace.span_since("tokenize", arrived);
     span.set("baton.prompt_tokens", prompts.iter().map(|prompt| prompt.tokens.len()).sum::<usize>());
