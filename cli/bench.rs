@@ -2,8 +2,9 @@
 //! the same checkpoint where a Python that has it is named. Steps run as in serving: the device draws the tokens, and the next
 //! step is submitted before the one before is waited for.
 
+use std::io::{BufRead, BufReader, Lines, Write};
 use std::path::{Path, PathBuf};
-use std::process::Command;
+use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
 use std::time::Instant;
 
 use anyhow::{Context, Result, bail, ensure};
@@ -11,7 +12,6 @@ use backend::draw::{Draw, Rule};
 use backend::{Backend, Batch, DType, DeviceOptions, Group, KvStore, Out, Pending, SeqId, Step};
 use models::Checkpoint;
 use models::replay::Rank;
-use serde::Deserialize;
 
 /// Steps before the clock starts.
 const WARM_STEPS: usize = 4;
@@ -19,9 +19,9 @@ const WARM_STEPS: usize = 4;
 /// Prompt tokens per step.
 const CHUNK: usize = 512;
 
-/// What `python -c` runs: the loop of `mlx_lm.generate`, over a batch.
+/// What `python -c` runs: for every batch size that it reads, the loop of `mlx_lm.generate` over a batch.
 const MLX_LM: &str = r#"
-import json, sys, time
+import sys, time
 from pathlib import Path
 import mlx.core as mx
 from mlx_lm.utils import load_model
@@ -29,8 +29,9 @@ from mlx_lm.models.cache import make_prompt_cache
 path, context, tokens, warm = sys.argv[1], *map(int, sys.argv[2:5])
 model, config = load_model(Path(path))
 vocabulary = config.get("text_config", config)["vocab_size"]
-rates = []
-for batch in map(int, sys.argv[5].split(",")):
+print(mx.__version__, flush=True)
+for line in sys.stdin:
+    batch = int(line)
     cache = make_prompt_cache(model)
     prompt = mx.array([[(row * 7919 + i * 104729) % vocabulary for i in range(context)] for row in range(batch)])
     step = lambda ids: mx.argmax(model(ids, cache=cache)[:, -1, :], axis=-1)
@@ -45,8 +46,7 @@ for batch in map(int, sys.argv[5].split(",")):
         ids.tolist()
         ids = after
     mx.eval(ids)
-    rates.append(batch * tokens / (time.perf_counter() - begun))
-print(json.dumps({"version": mx.__version__, "rates": rates}))
+    print(batch * tokens / (time.perf_counter() - begun), flush=True)
 "#;
 
 /// Flags of `baton bench`.
@@ -74,6 +74,9 @@ pub struct DecodeArgs {
     /// Steps to measure
     #[arg(long, value_name = "STEPS", default_value_t = 64)]
     steps: usize,
+    /// Measurements of each batch size, in turns with mlx_lm's; the median counts
+    #[arg(long, value_name = "N", default_value_t = 5)]
+    rounds: usize,
     /// Type of activations and cache: f32, bf16 or f16
     #[arg(long, default_value = "bf16")]
     dtype: DType,
@@ -85,17 +88,12 @@ pub struct DecodeArgs {
     mlx_lm: Option<PathBuf>,
 }
 
-/// What one batch size gave.
-struct Rate {
-    tokens_per_s: f64,
-    gbytes_per_s: f64,
-}
-
-/// What the script of `mlx_lm` prints.
-#[derive(Deserialize)]
-struct Other {
-    version: String,
-    rates: Vec<f64>,
+/// What one batch size gave: tokens per second in every round, and the bytes that a token costs.
+#[derive(Default)]
+struct Rates {
+    ours: Vec<f64>,
+    others: Vec<f64>,
+    token_bytes: f64,
 }
 
 /// Measures and prints.
@@ -103,53 +101,86 @@ pub fn run(command: &BenchCommand) -> Result<()> {
     let BenchCommand::Decode(args) = command;
     ensure!(args.context > 0 && args.steps > 0, "--context and --steps are at least 1");
     ensure!(!args.batch.is_empty() && !args.batch.contains(&0), "--batch is at least 1");
+    ensure!(args.rounds > 0, "--rounds is at least 1");
     let checkpoint = Checkpoint::open(&args.model)?;
     let tokens = args.context + WARM_STEPS + args.steps + 1;
     let most = checkpoint.config().context;
     ensure!(tokens <= most, "{tokens} tokens per sequence, the model's context is {most}");
+    let mut other = args.mlx_lm.as_deref().map(|python| MlxLm::start(python, args)).transpose()?;
     let rates = match args.backend.as_str() {
-        "cpu" => measure::<backend_cpu::CpuBackend>(args, &checkpoint, tokens)?,
-        "cuda" => measure::<backend_cuda::CudaBackend>(args, &checkpoint, tokens)?,
+        "cpu" => measure::<backend_cpu::CpuBackend>(args, &checkpoint, tokens, &mut other)?,
+        "cuda" => measure::<backend_cuda::CudaBackend>(args, &checkpoint, tokens, &mut other)?,
         #[cfg(feature = "mlx")]
-        "mlx" => measure::<backend_mlx::MlxBackend>(args, &checkpoint, tokens)?,
-        other => bail!("no backend {other:?} in this build"),
+        "mlx" => measure::<backend_mlx::MlxBackend>(args, &checkpoint, tokens, &mut other)?,
+        name => bail!("no backend {name:?} in this build"),
     };
-    let other = args.mlx_lm.as_deref().map(|python| mlx_lm(python, args)).transpose()?;
-    let (name, dtype, context) = (&args.backend, args.dtype, args.context);
-    let mut text = format!("{name}, {dtype}, {context} tokens of context, {} steps\n", args.steps);
-    text += "batch    tok/s     GB/s";
-    if let Some(other) = &other {
-        text += &format!("   mlx_lm tok/s (mlx {})   ratio", other.version);
-    }
-    text += "\n";
-    for (at, (batch, rate)) in args.batch.iter().zip(&rates).enumerate() {
-        text += &format!("{batch:>5} {:>8.1} {:>8.2}", rate.tokens_per_s, rate.gbytes_per_s);
-        if let Some(other) = other.as_ref().and_then(|other| other.rates.get(at)) {
-            text += &format!("   {other:>12.1}   {:>6.2}", rate.tokens_per_s / other);
-        }
-        text += "\n";
-    }
-    crate::print(&text);
+    crate::print(&table(args, &rates, other.as_ref().map(|other| other.version.as_str())));
     Ok(())
 }
 
-fn measure<B: Backend>(args: &DecodeArgs, checkpoint: &Checkpoint, tokens: usize) -> Result<Vec<Rate>> {
+/// The report. `version`: of the MLX that was measured beside.
+fn table(args: &DecodeArgs, rates: &[Rates], version: Option<&str>) -> String {
+    let DecodeArgs { backend, dtype, context, steps, rounds, .. } = args;
+    let mut text = format!(
+        "{backend}, {dtype}, {context} tokens of context, {steps} steps, median of {rounds} (least to most)\n"
+    );
+    text += "batch    tok/s                    GB/s";
+    if let Some(version) = version {
+        text += &format!("   mlx_lm tok/s (mlx {version})     ratio");
+    }
+    text += "\n";
+    for (batch, rates) in args.batch.iter().zip(rates) {
+        let [low, ours, high] = spread(&rates.ours);
+        let gbytes = ours * rates.token_bytes / 1e9;
+        text += &format!("{batch:>5} {ours:>8.1} {:<19} {gbytes:>5.2}", format!("({low:.1} to {high:.1})"));
+        if version.is_some() {
+            let [low, others, high] = spread(&rates.others);
+            let range = format!("({low:.1} to {high:.1})");
+            text += &format!("   {others:>8.1} {range:<19} {:>5.2}", ours / others);
+        }
+        text += "\n";
+    }
+    text
+}
+
+/// Least, median and most.
+fn spread(rates: &[f64]) -> [f64; 3] {
+    let mut rates = rates.to_vec();
+    rates.sort_by(f64::total_cmp);
+    let at = |at: usize| rates.get(at).copied().unwrap_or(f64::NAN);
+    [at(0), at(rates.len().saturating_sub(1) / 2), at(rates.len().saturating_sub(1))]
+}
+
+fn measure<B: Backend>(
+    args: &DecodeArgs,
+    checkpoint: &Checkpoint,
+    tokens: usize,
+    other: &mut Option<MlxLm>,
+) -> Result<Vec<Rates>> {
     let options = DeviceOptions { dtype: args.dtype, threads: args.threads, ..DeviceOptions::default() };
     let most = args.batch.iter().copied().max().unwrap_or(1);
     let room = tokens.next_multiple_of(options.block_tokens as usize) * most;
     let mut rank: Rank<B> = Rank::open(&options, Group::alone(), checkpoint, room)?;
     let weights = checkpoint.rank_bytes(1)?.first().copied().unwrap_or(0);
-    args.batch.iter().map(|batch| one(&mut rank, args, *batch, tokens, weights)).collect()
+    // Every step reads all weights once, and every sequence's cache.
+    let cached = args.context + WARM_STEPS + args.steps / 2;
+    let cache = (cached * rank.model.kv_spec().token_bytes()) as f64;
+    let mut all: Vec<Rates> = Vec::new();
+    all.resize_with(args.batch.len(), Rates::default);
+    for _ in 0..args.rounds {
+        for (batch, rates) in args.batch.iter().zip(&mut all) {
+            rates.token_bytes = weights as f64 / *batch as f64 + cache;
+            rates.ours.push(one(&mut rank, args, *batch, tokens)?);
+            if let Some(other) = other {
+                rates.others.push(other.measure(*batch)?);
+            }
+        }
+    }
+    Ok(all)
 }
 
-/// One batch size: prompts, then steps of one token each.
-fn one<B: Backend>(
-    rank: &mut Rank<B>,
-    args: &DecodeArgs,
-    batch: usize,
-    tokens: usize,
-    weights: u64,
-) -> Result<Rate> {
+/// One batch size: prompts, then steps of one token each. Returns tokens per second.
+fn one<B: Backend>(rank: &mut Rank<B>, args: &DecodeArgs, batch: usize, tokens: usize) -> Result<f64> {
     let vocabulary = rank.model.vocab_size();
     let seqs: Vec<SeqId> = (0..batch as u64).map(SeqId).collect();
     for (row, seq) in seqs.iter().enumerate() {
@@ -187,28 +218,69 @@ fn one<B: Backend>(
         pending.wait()?;
     }
     let seconds = begun.elapsed().as_secs_f64();
-    // Every step reads all weights once, and every sequence's cache.
-    let cached = args.context + WARM_STEPS + args.steps / 2;
-    let cache = (batch * cached * rank.model.kv_spec().token_bytes()) as f64;
-    let bytes = (weights as f64 + cache) * args.steps as f64;
     for seq in &seqs {
         rank.end(*seq)?;
     }
     let _ = rank.kv.usage();
-    Ok(Rate { tokens_per_s: (batch * args.steps) as f64 / seconds, gbytes_per_s: bytes / seconds / 1e9 })
+    Ok((batch * args.steps) as f64 / seconds)
 }
 
-fn mlx_lm(python: &Path, args: &DecodeArgs) -> Result<Other> {
-    let batches: Vec<String> = args.batch.iter().map(usize::to_string).collect();
-    let output = Command::new(python)
-        .args(["-c", MLX_LM])
-        .arg(&args.model)
-        .args([args.context.to_string(), args.steps.to_string(), WARM_STEPS.to_string(), batches.join(",")])
-        .output()
-        .with_context(|| format!("{}", python.display()))?;
-    let said = String::from_utf8_lossy(&output.stderr);
-    ensure!(output.status.success(), "{}: {}", python.display(), said.trim());
-    let text = String::from_utf8_lossy(&output.stdout);
-    let line = text.lines().last().unwrap_or_default();
-    serde_json::from_str(line).with_context(|| format!("what {} said: {line}", python.display()))
+/// `mlx_lm` in a Python of its own.
+struct MlxLm {
+    child: Child,
+    asks: ChildStdin,
+    answers: Lines<BufReader<ChildStdout>>,
+    /// Of MLX.
+    version: String,
+}
+
+impl MlxLm {
+    /// Loads the model.
+    fn start(python: &Path, args: &DecodeArgs) -> Result<Self> {
+        let mut child = Command::new(python)
+            .args(["-c", MLX_LM])
+            .arg(&args.model)
+            .args([args.context, args.steps, WARM_STEPS].map(|number| number.to_string()))
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .spawn()
+            .with_context(|| format!("{}", python.display()))?;
+        let (asks, answers) = (child.stdin.take(), child.stdout.take());
+        let (asks, answers) = asks.zip(answers).context("pipes to python")?;
+        let answers = BufReader::new(answers).lines();
+        let mut other = MlxLm { child, asks, answers, version: String::new() };
+        other.version = other.line()?;
+        Ok(other)
+    }
+
+    /// Tokens per second.
+    fn measure(&mut self, batch: usize) -> Result<f64> {
+        writeln!(self.asks, "{batch}")?;
+        let line = self.line()?;
+        line.trim().parse().with_context(|| format!("what mlx_lm said: {line}"))
+    }
+
+    fn line(&mut self) -> Result<String> {
+        Ok(self.answers.next().context("mlx_lm ended; what it said is above")??)
+    }
+}
+
+impl Drop for MlxLm {
+    fn drop(&mut self) {
+        // It may have ended by itself.
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_median_is_between() {
+        assert_eq!(spread(&[3.0, 1.0, 2.0]), [1.0, 2.0, 3.0]);
+        assert_eq!(spread(&[5.0]), [5.0; 3]);
+        assert!(spread(&[])[1].is_nan());
+    }
 }

@@ -89,8 +89,11 @@ impl<'r, B: Backend> Executor<'r, B> {
                 self.open.insert(*seq);
             }
             Op::Grow { seq, tokens } => self.with_room(|kv| kv.grow(*seq, *tokens)).map_err(refused)?,
-            Op::Fork { from, to, tokens } => {
-                self.with_room(|kv| kv.fork(*from, *to, *tokens, Fork::Share)).map_err(refused)?;
+            Op::Fork { from, to, tokens, mode } => {
+                self.with_room(|kv| kv.fork(*from, *to, *tokens, *mode)).map_err(refused)?;
+                if *mode == Fork::Move {
+                    self.open.remove(from);
+                }
                 self.open.insert(*to);
             }
             Op::Truncate { seq, tokens } => self.kv.truncate(*seq, *tokens).map_err(refused)?,

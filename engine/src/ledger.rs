@@ -5,7 +5,7 @@
 use std::collections::HashMap;
 use std::ops::Range;
 
-use backend::{KvError, SeqId};
+use backend::{Fork, KvError, SeqId};
 
 use crate::request::Blocks;
 
@@ -98,8 +98,8 @@ impl Ledger {
         Ok(())
     }
 
-    /// As [`backend::KvStore::fork`] with [`backend::Fork::Share`].
-    pub fn fork(&mut self, from: SeqId, to: SeqId, tokens: u32) -> Result<(), KvError> {
+    /// As [`backend::KvStore::fork`].
+    pub fn fork(&mut self, from: SeqId, to: SeqId, tokens: u32, mode: Fork) -> Result<(), KvError> {
         if self.sequences.contains_key(&to) {
             return Err(KvError::Exists(to));
         }
@@ -112,7 +112,11 @@ impl Ledger {
             limit_start: 0,
             limit_end: held.len() as u64 * u64::from(self.block_tokens),
         })?;
-        let blocks = if self.shares {
+        let blocks = if mode == Fork::Move {
+            self.truncate(from, tokens)?;
+            self.sequences.remove(&from);
+            blocks
+        } else if self.shares {
             for &block in &blocks {
                 self.blocks[block as usize].sequences += 1;
             }
@@ -261,7 +265,7 @@ mod tests {
     fn shared_blocks_count_once_and_live_as_long_as_a_holder() {
         let mut ledger = Ledger::new(8, 4, true);
         ledger.open(A, 12).unwrap();
-        ledger.fork(A, B, 8).unwrap();
+        ledger.fork(A, B, 8, Fork::Share).unwrap();
         ledger.grow(B, 13).unwrap();
         assert_eq!(ledger.free(), 3);
         let counted = ledger.count(|seq| if seq == A { Owner::Cached } else { Owner::Running });
@@ -276,7 +280,7 @@ mod tests {
     fn freeable_blocks_are_those_that_nobody_else_holds() {
         let mut ledger = Ledger::new(8, 4, true);
         ledger.open(A, 16).unwrap();
-        ledger.fork(A, B, 4).unwrap();
+        ledger.fork(A, B, 4, Fork::Share).unwrap();
         ledger.lease(LeaseId(1), A, 12..16).unwrap();
         // A: [shared with B] [own] [own] [leased]
         assert_eq!(ledger.freeable(|seq| seq == A, None), 2);
@@ -292,8 +296,16 @@ mod tests {
     fn copies_take_their_own_blocks() {
         let mut ledger = Ledger::new(4, 4, false);
         ledger.open(A, 8).unwrap();
-        ledger.fork(A, B, 8).unwrap();
+        ledger.fork(A, B, 8, Fork::Share).unwrap();
         assert_eq!(ledger.free(), 0);
+    }
+
+    #[test]
+    fn a_move_takes_none() {
+        let mut ledger = Ledger::new(4, 4, false);
+        ledger.open(A, 12).unwrap();
+        ledger.fork(A, B, 8, Fork::Move).unwrap();
+        assert_eq!((ledger.free(), ledger.capacity(A), ledger.capacity(B)), (2, 0, 8));
     }
 
     #[test]
@@ -327,7 +339,7 @@ mod tests {
                 let _ = match op {
                     0 => ledger.open(from, tokens),
                     1 => ledger.grow(from, tokens),
-                    2 => ledger.fork(from, to, tokens),
+                    2 => ledger.fork(from, to, tokens, if b % 2 == 0 { Fork::Share } else { Fork::Move }),
                     3 => ledger.truncate(from, tokens),
                     4 => ledger.close(from),
                     5 => ledger.lease(LeaseId(b), from, tokens / 2..tokens),

@@ -53,6 +53,8 @@ pub struct Hit {
     pub seq: SeqId,
     /// Tokens to take over, a multiple of the block.
     pub tokens: u32,
+    /// Whether that is all that a kept sequence holds: whoever goes on from there makes it superfluous.
+    pub whole: bool,
 }
 
 /// What becomes of a sequence that has ended.
@@ -97,12 +99,15 @@ impl PrefixCache {
         for (index, block) in tokens.chunks_exact(self.block_tokens as usize).take(blocks).enumerate() {
             key = self.namer.next(key, block);
             let Some(&seq) = self.holders.get(&key).and_then(|held| held.last()) else { break };
-            hit = Some(Hit { seq, tokens: (index as u32 + 1) * self.block_tokens });
+            hit = Some(Hit { seq, tokens: (index as u32 + 1) * self.block_tokens, whole: false });
         }
-        let hit = hit?;
+        let mut hit = hit?;
         self.clock += 1;
-        if let Some(kept) = self.chains.get_mut(&hit.seq).and_then(|chain| chain.kept.as_mut()) {
+        if let Some(chain) = self.chains.get_mut(&hit.seq)
+            && let Some(kept) = chain.kept.as_mut()
+        {
             *kept = self.clock;
+            hit.whole = chain.keys.len() as u32 * self.block_tokens == hit.tokens;
         }
         Some(hit)
     }
@@ -200,12 +205,12 @@ mod tests {
     fn finds_the_longest_prefix_that_leaves_a_token() {
         let mut cache = cache();
         cache.extend(A, b"", &tokens(9));
-        assert_eq!(cache.find(b"", &tokens(9)), Some(Hit { seq: A, tokens: 8 }));
-        assert_eq!(cache.find(b"", &tokens(8)), Some(Hit { seq: A, tokens: 4 }));
+        assert_eq!(cache.find(b"", &tokens(9)), Some(Hit { seq: A, tokens: 8, whole: false }));
+        assert_eq!(cache.find(b"", &tokens(8)), Some(Hit { seq: A, tokens: 4, whole: false }));
         assert_eq!(cache.find(b"", &tokens(4)), None);
         let mut other = tokens(9);
         other[5] = 99;
-        assert_eq!(cache.find(b"", &other), Some(Hit { seq: A, tokens: 4 }));
+        assert_eq!(cache.find(b"", &other), Some(Hit { seq: A, tokens: 4, whole: false }));
         other[0] = 99;
         assert_eq!(cache.find(b"", &other), None);
     }
@@ -249,7 +254,7 @@ mod tests {
         assert_eq!(cache.retire(B), Retired { keep: 12, superfluous: vec![A] }, "covers A");
         cache.extend(A, b"", &tokens(3));
         assert_eq!(cache.retire(A), Retired { keep: 0, superfluous: vec![] }, "no full block");
-        assert_eq!(cache.find(b"", &tokens(13)), Some(Hit { seq: B, tokens: 12 }));
+        assert_eq!(cache.find(b"", &tokens(13)), Some(Hit { seq: B, tokens: 12, whole: true }));
     }
 
     #[test]
@@ -264,7 +269,7 @@ mod tests {
         assert_eq!(cache.oldest(|_| true), Some(B));
         assert_eq!(cache.oldest(|seq| seq == A), Some(A));
         cache.shorten(A, 1);
-        assert_eq!(cache.find(b"a", &tokens(9)), Some(Hit { seq: A, tokens: 4 }));
+        assert_eq!(cache.find(b"a", &tokens(9)), Some(Hit { seq: A, tokens: 4, whole: true }));
         cache.forget(A);
         assert_eq!(cache.find(b"a", &tokens(9)), None);
     }

@@ -2,7 +2,7 @@
 
 use std::time::Instant;
 
-use backend::SeqId;
+use backend::{Fork, SeqId};
 use kvtransfer::{SessionId, Ticket};
 use tokio::sync::mpsc::UnboundedSender;
 
@@ -170,7 +170,7 @@ impl Core {
             false => None,
         };
         // A copy needs room beside its source: without that, the source makes room.
-        let hit = hit.filter(|hit| self.setup.shares || self.has_room(capacity, Some(*hit)));
+        let hit = hit.filter(|hit| self.takes_over(*hit) || self.has_room(capacity, Some(*hit)));
         if !self.has_room(capacity, hit) {
             return Err(Refusal::NoRoom { tokens: capacity as usize });
         }
@@ -183,9 +183,14 @@ impl Core {
             }
             Some(hit) => {
                 // Shared blocks are held before others are evicted; a copy's source is spared until it is copied.
-                let fork = Op::Fork { from: hit.seq, to: seq, tokens: hit.tokens };
-                if self.setup.shares {
+                let moves = self.moves(hit);
+                let mode = if moves { Fork::Move } else { Fork::Share };
+                let fork = Op::Fork { from: hit.seq, to: seq, tokens: hit.tokens, mode };
+                if self.takes_over(hit) {
                     self.emit(fork);
+                    if moves {
+                        self.prefix.forget(hit.seq);
+                    }
                     self.evict(fresh, None);
                 } else {
                     self.evict(fresh, spared);
@@ -206,13 +211,24 @@ impl Core {
 
     /// Blocks to be taken for a sequence of `capacity` tokens that begins with `hit`.
     fn fresh_blocks(&self, capacity: u32, hit: Option<Hit>) -> u32 {
-        let shared = hit.filter(|_| self.setup.shares).map_or(0, |hit| self.ledger.blocks_of(hit.tokens));
+        let shared =
+            hit.filter(|hit| self.takes_over(*hit)).map_or(0, |hit| self.ledger.blocks_of(hit.tokens));
         self.ledger.blocks_of(capacity) - shared
+    }
+
+    /// Whether the blocks of `hit` serve the new sequence, shared or moved; else they are copied.
+    fn takes_over(&self, hit: Hit) -> bool {
+        self.setup.shares || self.moves(hit)
+    }
+
+    /// Whether a store that cannot share gives all that a kept sequence holds to the one that goes on from it.
+    fn moves(&self, hit: Hit) -> bool {
+        !self.setup.shares && hit.whole && self.evictable(hit.seq, None)
     }
 
     /// What must not be evicted for a sequence that begins with `hit`: the source of a copy.
     fn spared(&self, hit: Option<Hit>) -> Option<SeqId> {
-        hit.filter(|_| !self.setup.shares).map(|hit| hit.seq)
+        hit.filter(|hit| !self.takes_over(*hit)).map(|hit| hit.seq)
     }
 
     /// Whether those blocks are free or can be won back.
@@ -222,7 +238,7 @@ impl Core {
             return true;
         }
         let spared = self.spared(hit);
-        let shared = hit.filter(|_| self.setup.shares).map(|hit| (hit.seq, hit.tokens));
+        let shared = hit.filter(|hit| self.takes_over(*hit)).map(|hit| (hit.seq, hit.tokens));
         self.ledger.free() + self.ledger.freeable(|seq| self.evictable(seq, spared), shared) >= fresh
     }
 

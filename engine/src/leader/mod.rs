@@ -210,7 +210,7 @@ impl Core {
         let booked = match &op {
             Op::Open { seq, tokens } => self.ledger.open(*seq, *tokens),
             Op::Grow { seq, tokens } => self.ledger.grow(*seq, *tokens),
-            Op::Fork { from, to, tokens } => self.ledger.fork(*from, *to, *tokens),
+            Op::Fork { from, to, tokens, mode } => self.ledger.fork(*from, *to, *tokens, *mode),
             Op::Truncate { seq, tokens } => self.ledger.truncate(*seq, *tokens),
             Op::Close { seq } => self.ledger.close(*seq),
             Op::Land(land) => self.ledger.lease(land.lease, land.seq, land.tokens.clone()),

@@ -1,6 +1,6 @@
 //! Plans and notices as bytes, for the frames between the leader and its followers. Pure.
 
-use backend::{Batch, Draw, Input, Rule, Run, SeqId};
+use backend::{Batch, Draw, Fork, Input, Rule, Run, SeqId};
 use kvtransfer::{Close, SessionId, Ticket};
 
 use super::plan::{Arrived, Export, Land, Notice, Op, Plan, PushOp, Wanted};
@@ -99,9 +99,10 @@ impl Op {
         match self {
             Op::Open { seq, tokens } => numbers(w, 0, seq.0, *tokens),
             Op::Grow { seq, tokens } => numbers(w, 1, seq.0, *tokens),
-            Op::Fork { from, to, tokens } => {
+            Op::Fork { from, to, tokens, mode } => {
                 numbers(w, 2, from.0, *tokens);
                 w.u64(to.0);
+                w.u8(u8::from(*mode == Fork::Move));
             }
             Op::Truncate { seq, tokens } => numbers(w, 3, seq.0, *tokens),
             Op::Close { seq } => numbers(w, 4, seq.0, 0),
@@ -142,7 +143,13 @@ impl Op {
             1 => Op::Grow { seq: SeqId(r.u64()?), tokens: r.u32()? },
             2 => {
                 let (from, tokens) = (SeqId(r.u64()?), r.u32()?);
-                Op::Fork { from, to: SeqId(r.u64()?), tokens }
+                let to = SeqId(r.u64()?);
+                let mode = match r.u8()? {
+                    0 => Fork::Share,
+                    1 => Fork::Move,
+                    mode => return Err(WireError::Unknown { what: "fork", value: mode.to_string() }),
+                };
+                Op::Fork { from, to, tokens, mode }
             }
             3 => Op::Truncate { seq: SeqId(r.u64()?), tokens: r.u32()? },
             4 => Op::Close { seq: number(r)?.into() },
@@ -358,7 +365,8 @@ mod tests {
             ops: vec![
                 Op::Open { seq, tokens: 3 },
                 Op::Grow { seq, tokens: 4 },
-                Op::Fork { from: seq, to: SeqId(7), tokens: 64 },
+                Op::Fork { from: seq, to: SeqId(7), tokens: 64, mode: Fork::Share },
+                Op::Fork { from: seq, to: SeqId(8), tokens: 64, mode: Fork::Move },
                 Op::Truncate { seq, tokens: 64 },
                 Op::Close { seq },
                 Op::Land(Land {

@@ -4,7 +4,7 @@
 use std::ops::Range;
 use std::time::Duration;
 
-use backend::{Batch, Draw, SeqId};
+use backend::{Batch, Draw, Fork, SeqId};
 use kvtransfer::{Close, SessionId, Ticket};
 
 use crate::ledger::LeaseId;
@@ -52,8 +52,8 @@ pub enum Op {
     Open { seq: SeqId, tokens: u32 },
     /// See [`backend::KvStore::grow`].
     Grow { seq: SeqId, tokens: u32 },
-    /// See [`backend::KvStore::fork`], sharing.
-    Fork { from: SeqId, to: SeqId, tokens: u32 },
+    /// See [`backend::KvStore::fork`].
+    Fork { from: SeqId, to: SeqId, tokens: u32, mode: Fork },
     /// See [`backend::KvStore::truncate`].
     Truncate { seq: SeqId, tokens: u32 },
     /// See [`backend::KvStore::close`].

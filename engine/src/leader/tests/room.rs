@@ -84,12 +84,29 @@ fn a_prefix_that_cannot_be_copied_for_lack_of_room_makes_room() {
     sim.submit(Job::Generate(request(&[1; 32], 4)));
     sim.run();
     assert_eq!(sim.blocks().cached, 8);
-    // Nine blocks beside the eight of its prefix are more than there are.
-    let (_, mut receiver) = sim.submit(Job::Generate(request(&[1; 33], 4)));
+    // Nine blocks beside the eight, of which it has seven, are more than there are.
+    let mut other = [1; 33];
+    other[28..].fill(2);
+    let (_, mut receiver) = sim.submit(Job::Generate(request(&other, 4)));
     sim.run();
     let events = events(&mut receiver);
     assert!(matches!(events[0], Event::Admitted { cached_tokens: 0, .. }), "{:?}", events[0]);
+    assert_eq!(tokens(&events), expected(&request(&other, 4)));
+}
+
+/// A conversation's next turn: nothing is copied, and no room is needed for a copy.
+#[test]
+fn what_goes_on_from_a_kept_sequence_takes_it_over() {
+    let mut sim = Sim::with_store(1, 12, options(), false);
+    sim.submit(Job::Generate(request(&[1; 32], 4)));
+    sim.run();
+    let (_, mut receiver) = sim.submit(Job::Generate(request(&[1; 33], 4)));
+    sim.run();
+    let events = events(&mut receiver);
+    assert!(matches!(events[0], Event::Admitted { cached_tokens: 32, .. }), "{:?}", events[0]);
     assert_eq!(tokens(&events), expected(&request(&[1; 33], 4)));
+    // Nine full blocks of 37 tokens are kept; nobody holds the eight of before.
+    assert_eq!((sim.blocks().cached, sim.blocks().used), (9, 0));
 }
 
 #[test]

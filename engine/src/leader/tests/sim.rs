@@ -218,14 +218,17 @@ impl Sim {
                 held.insert(*seq, vec![]);
             }
             Op::Grow { seq, tokens } => pages.grow(*seq, *tokens).expect("room"),
-            Op::Fork { from, to, tokens } => {
-                if self.core.setup.shares {
-                    pages.fork(*from, *to, *tokens, Fork::Share).expect("a prefix");
+            Op::Fork { from, to, tokens, mode } => {
+                if self.core.setup.shares || *mode == Fork::Move {
+                    pages.fork(*from, *to, *tokens, *mode).expect("a prefix");
                 } else {
                     pages.open(*to, *tokens).expect("room for a copy");
                     pages.fill(*to, 0..1, 0..*tokens).expect("room");
                 }
                 let prefix = held[from][..*tokens as usize].to_vec();
+                if *mode == Fork::Move {
+                    held.remove(from);
+                }
                 held.insert(*to, prefix);
             }
             Op::Truncate { seq, tokens } => {
