@@ -8,12 +8,13 @@ mod latent;
 mod prepare;
 mod projection;
 mod span;
+mod weigh;
 
 use std::ops::Range;
 
 use backend::DType;
 
-use crate::kernel::Kernels;
+use crate::kernel::{Kernels, PairKernels};
 use crate::kv::Slab;
 use crate::lanes::LANES;
 use crate::memory::Arena;
@@ -35,6 +36,9 @@ const TASKS_PER_THREAD: usize = 4;
 /// One call of attention on one layer.
 pub(crate) struct Attention<'a> {
     pub(crate) kernels: &'a Kernels,
+    /// Where the level multiplies pairs of bf16, and q and the cache are such: q and the weights of the softmax are then
+    /// rounded to bf16.
+    pub(crate) pairs: Option<PairKernels>,
     pub(crate) slab: &'a Slab,
     pub(crate) layer: usize,
     pub(crate) runs: Vec<Rows<'a>>,
@@ -242,7 +246,7 @@ impl Attention<'_> {
         let size = self.sums_floats(queries).next_multiple_of(LANES);
         let q_floats = queries * self.key_dim.next_multiple_of(LANES);
         let turned = SPAN * self.key_dim.next_multiple_of(LANES);
-        let padded = SPAN * self.padded_dim();
+        let padded = (SPAN * self.padded_dim()).max(self.paired_floats()).next_multiple_of(LANES);
         let all = scratch.floats(q_floats + turned + padded + queries * SPAN + 2 * size);
         // SAFETY: the parts of the scratch follow each other; partial places are this unit's.
         unsafe {
@@ -256,7 +260,11 @@ impl Attention<'_> {
                 let (row, head) = (run.row + unit.rows.start + query / self.group(), query % self.group());
                 let head = unit.group * self.group() + head;
                 let from = self.q.add(row * self.q_stride + head * self.key_dim);
-                std::ptr::copy_nonoverlapping(from, all.add(query * self.key_dim), self.key_dim);
+                let to = all.add(query * self.key_dim);
+                match self.pairs {
+                    Some(_) => (self.kernels.narrow)(from, to.cast(), self.key_dim),
+                    None => std::ptr::copy_nonoverlapping(from, to, self.key_dim),
+                }
             }
             for span in unit.spans.clone() {
                 let place = match unit.partial {

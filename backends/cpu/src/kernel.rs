@@ -60,6 +60,9 @@ pub(crate) struct PairKernels {
     pub(crate) decode: unsafe fn(&Decode<'_>),
     /// As [`Stream`], `x` being pairs.
     pub(crate) stream: unsafe fn(&Stream<'_>),
+    /// `n` bf16 of `a` and `b` (zeros where null), side by side: `out[i / 16 * stride + i % 16 * 2]`, zeros up to whole 16.
+    pub(crate) interleave:
+        unsafe fn(a: *const u16, b: *const u16, n: usize, out: *mut u16, stride: usize),
 }
 
 /// `acc[row][panel * 16 + lane]` plus the sums over pairs of inputs, of bf16 by bf16.
@@ -190,6 +193,7 @@ pub(crate) static AVX512_BF16: Kernels = Kernels {
         multiply: pairs::pairs,
         decode: coded_pairs::decode,
         stream: coded_pairs::stream,
+        interleave: pairs::interleave,
     }),
     ..avx512::KERNELS
 };

@@ -169,6 +169,9 @@ impl CpuStep<'_> {
             // SAFETY: the pair's floats, written by this task only.
             unsafe { std::ptr::copy_nonoverlapping(row.as_ptr(), to.row(pair, x.width), x.width) };
         });
+        // All experts have the first one's shape, so what it wants all want.
+        let gathered_pairs = self.pairs(&gathered, &weights.gate_up[0]);
+        let shared_pairs = weights.shared.and_then(|(gate_up, _)| self.pairs(x, gate_up));
         let mut own = self.act(plan.pairs.len(), weights.gate_up[0].outputs);
         let mut shared = weights.shared.map(|(gate_up, _)| self.act(x.rows, gate_up.outputs));
         let shared_out = shared.as_mut().map(|act| act.floats.as_mut_ptr());
@@ -182,11 +185,14 @@ impl CpuStep<'_> {
                     x: gathered.floats.as_ptr().wrapping_add(start * x.width),
                     out: own_out.wrapping_add(start * weight.outputs),
                     rows: end - start,
-                    pairs: None,
+                    pairs: gathered_pairs
+                        .as_ref()
+                        .map(|pairs| pairs.floats.as_ptr().wrapping_add(start * pairs.width).cast()),
                 })
             }
             (None, Some((weight, _)), Some(out)) => {
-                Some(Product { kernels, weight, x: x.floats.as_ptr(), out, rows: x.rows, pairs: None })
+                let pairs = shared_pairs.as_ref().map(|pairs| pairs.floats.as_ptr().cast());
+                Some(Product { kernels, weight, x: x.floats.as_ptr(), out, rows: x.rows, pairs })
             }
             _ => None,
         };
@@ -242,8 +248,12 @@ impl CpuStep<'_> {
             enough = tiles.count + 1;
             tiles = Tiles::new(first, 1, enough);
         }
-        let pairs = plan.pairs.len() * inner;
-        let work = (pairs + shared.as_ref().map_or(0, |act| act.floats.len())) * first.outputs;
+        let own_pairs = self.pairs(own, first);
+        let shared_pairs = match (weights.shared, shared) {
+            (Some((_, weight)), Some(act)) => self.pairs(act, weight),
+            _ => None,
+        };
+        let work = (plan.pairs.len() * inner + shared.as_ref().map_or(0, |act| act.floats.len())) * first.outputs;
         self.device.pool.run(tiles.count, work, |task, scratch| {
             let Some(Tile { segment, panel, panels, .. }) = tiles.get(task) else { return };
             let width = panels * LANES;
@@ -257,13 +267,12 @@ impl CpuStep<'_> {
                 acc.write_bytes(0, ranges * size);
                 for (expert, weight) in weights.down.iter().enumerate() {
                     let pairs = &plan.pairs[plan.starts[expert]..plan.starts[expert + 1]];
-                    let x = own.floats.as_ptr().add(plan.starts[expert] * inner);
                     for range in (0..ranges).filter(|_| !pairs.is_empty()) {
                         weight.segments[segment].sum(
                             kernels,
                             (range, ranges),
                             (panel, panels),
-                            floats(x.add(range * weight.range_inputs()), inner),
+                            inputs(own, own_pairs.as_ref(), plan.starts[expert], weight, range),
                             pairs.len(),
                             part,
                             buffer,
@@ -281,7 +290,7 @@ impl CpuStep<'_> {
                             kernels,
                             (range, ranges),
                             (panel, panels),
-                            floats(act.floats.as_ptr().add(range * weight.range_inputs()), act.width),
+                            inputs(act, shared_pairs.as_ref(), 0, weight, range),
                             rows,
                             part,
                             buffer,
@@ -309,9 +318,13 @@ impl CpuStep<'_> {
     }
 }
 
-/// Rows of floats.
-fn floats(x: *const f32, stride: usize) -> Inputs {
-    Inputs { x, stride, pairs: None }
+/// Rows of `x` from `row` on, at the first input of a range, with their pairs.
+fn inputs(x: &CpuAct, pairs: Option<&CpuAct>, row: usize, weight: &Packed, range: usize) -> Inputs {
+    let (at, each) = (row * x.width + range * weight.range_inputs(), weight.range_inputs().div_ceil(2));
+    let pairs = pairs.map(|pairs| {
+        (pairs.floats.as_ptr().wrapping_add(row * pairs.width + range * each).cast(), pairs.width)
+    });
+    Inputs { x: x.floats.as_ptr().wrapping_add(at), stride: x.width, pairs }
 }
 
 /// Choices that tasks write disjoint parts of.

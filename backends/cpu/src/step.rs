@@ -3,13 +3,14 @@
 use std::ops::Range;
 
 use backend::{
-    Attend, BackendError, Batch, Glu, KvError, KvStore, Mla, Moe, NormSpan, Out, Output, Pending, QkNorm,
+    Attend, BackendError, Batch, DType, Glu, KvError, KvStore, Mla, Moe, NormSpan, Out, Output, Pending, QkNorm,
     Rope, RopeStyle, Run, SeqId, Step,
 };
 
 use crate::attend::{Attention, Planes, Prepare, PrepareLatent, Projection, Rows};
 use crate::device::CpuBackend;
 use crate::heads::HeadsProduct;
+use crate::kernel::PairKernels;
 use crate::kv::CpuKv;
 use crate::lease::CpuExport;
 use crate::memory::Floats;
@@ -140,11 +141,10 @@ impl<'a> CpuStep<'a> {
         out
     }
 
-    pub(crate) fn product(&self, x: &CpuAct, weight: &Packed) -> CpuAct {
-        let mut out = self.act(x.rows, weight.outputs);
-        out.rounded = !self.device.bf16();
+    /// Rows of `x`, rounded already, as pairs of bf16, where the level wants them for `weight`.
+    pub(crate) fn pairs(&self, x: &CpuAct, weight: &Packed) -> Option<CpuAct> {
         let kernels = self.device.kernels;
-        let pairs = (self.device.bf16() && Product::wants_pairs(kernels, weight)).then(|| {
+        (self.device.bf16() && Product::wants_pairs(kernels, weight)).then(|| {
             let width = Product::pairs_of(weight);
             let mut pairs = self.act(x.rows, width);
             let (from, to) = (x.floats.as_slice(), Raw(pairs.floats.as_mut_ptr()));
@@ -155,7 +155,14 @@ impl<'a> CpuStep<'a> {
                 };
             });
             pairs
-        });
+        })
+    }
+
+    pub(crate) fn product(&self, x: &CpuAct, weight: &Packed) -> CpuAct {
+        let mut out = self.act(x.rows, weight.outputs);
+        out.rounded = !self.device.bf16();
+        let kernels = self.device.kernels;
+        let pairs = self.pairs(x, weight);
         let product = Product {
             kernels,
             weight,
@@ -167,6 +174,12 @@ impl<'a> CpuStep<'a> {
         // SAFETY: x is [rows, inputs], out [rows, outputs], both alive until the product is done.
         unsafe { product.run(&self.device.pool) };
         out
+    }
+
+    /// How attention multiplies bf16, where the step and its cache are of it.
+    fn pair_kernels(&self) -> Option<PairKernels> {
+        let bf16 = self.device.bf16() && self.kv.spec().planes.iter().all(|plane| plane.dtype == DType::BF16);
+        self.device.kernels.pairs.filter(|_| bf16)
     }
 
     /// The angles of this step's rows; computed at the first layer that asks.
@@ -517,6 +530,7 @@ impl Step for CpuStep<'_> {
         unsafe { prepare.run(&runs, &self.device.pool) };
         let attention = Attention {
             kernels: self.device.kernels,
+            pairs: self.pair_kernels(),
             slab: self.kv.slab(),
             layer,
             runs,
@@ -612,6 +626,7 @@ impl Step for CpuStep<'_> {
         }
         let attention = Attention {
             kernels: self.device.kernels,
+            pairs: self.pair_kernels(),
             slab: self.kv.slab(),
             layer,
             runs,

@@ -5,7 +5,7 @@ use std::ops::Range;
 use backend::DType;
 
 use super::{Attention, QUERIES_CUT, Rows, SPAN, Sums, Unit};
-use crate::kernel::{Layout, Sweep};
+use crate::kernel::{Layout, Pairs, Sweep};
 use crate::lanes::LANES;
 
 impl Attention<'_> {
@@ -44,9 +44,12 @@ impl Attention<'_> {
                     to = to.add(words * LANES);
                 }
             }
-            let pad = !self.value_dim.is_multiple_of(LANES);
-            if pad {
-                self.pad_values(unit, base, low..high, v_padded);
+            match self.pairs {
+                Some(kernels) => self.pair_values(&kernels, unit, base, low..high, v_padded),
+                None if !self.value_dim.is_multiple_of(LANES) => {
+                    self.pad_values(unit, base, low..high, v_padded);
+                }
+                None => {}
             }
             std::ptr::write_bytes(sums.value, 0, queries * self.padded_dim());
             let mut query = 0;
@@ -70,7 +73,7 @@ impl Attention<'_> {
         of: Range<usize>,
         q: *const f32,
         k_turned: *const f32,
-        v_padded: *const f32,
+        v_padded: *mut f32,
         scores: *mut f32,
         sums: Sums,
     ) {
@@ -80,23 +83,39 @@ impl Attention<'_> {
         let high = present().map(|range| range.end).max().unwrap_or(low);
         let (first, panels) = (low / LANES, high.div_ceil(LANES));
         let panel_stride = self.key_dim * LANES;
-        let layout = if self.dtype(0) == DType::F32 { Layout::F32 } else { Layout::Bf16Pairs };
+        let acc = scores.wrapping_add(of.start * SPAN + first * LANES);
+        let w = k_turned.cast::<u8>().wrapping_add(first * panel_stride * self.dtype(0).bytes());
         // SAFETY: panels [first, panels) are turned; scores has a line of 256 floats per query row.
         unsafe {
-            (self.kernels.sweep)(&Sweep {
-                x: q.add(of.start * self.key_dim),
-                x_stride: self.key_dim,
-                rows: of.len(),
-                layout,
-                w: k_turned.cast::<u8>().add(first * panel_stride * self.dtype(0).bytes()),
-                panel_stride,
-                k_stride: LANES,
-                panels: panels - first,
-                k: self.key_dim,
-                acc: scores.add(of.start * SPAN + first * LANES),
-                acc_stride: SPAN,
-                fresh: true,
-            });
+            match self.pairs {
+                Some(kernels) => (kernels.multiply)(&Pairs {
+                    x: q.add(of.start * self.key_dim).cast(),
+                    // A row of pairs begins where one of floats would.
+                    x_stride: self.key_dim,
+                    rows: of.len(),
+                    w: w.cast(),
+                    panel_stride,
+                    panels: panels - first,
+                    pairs: self.key_dim / 2,
+                    acc,
+                    acc_stride: SPAN,
+                    fresh: true,
+                }),
+                None => (self.kernels.sweep)(&Sweep {
+                    x: q.add(of.start * self.key_dim),
+                    x_stride: self.key_dim,
+                    rows: of.len(),
+                    layout: if self.dtype(0) == DType::F32 { Layout::F32 } else { Layout::Bf16Pairs },
+                    w,
+                    panel_stride,
+                    k_stride: LANES,
+                    panels: panels - first,
+                    k: self.key_dim,
+                    acc,
+                    acc_stride: SPAN,
+                    fresh: true,
+                }),
+            }
             for query in of.clone() {
                 let range = range(query);
                 if !range.is_empty() {
@@ -104,7 +123,15 @@ impl Attention<'_> {
                     let (peak, total) = (self.kernels.softmax)(line, range.start, range.end, self.scale);
                     *sums.peak.add(query) = peak;
                     *sums.total.add(query) = total;
+                    if self.pairs.is_some() {
+                        let from = range.start / LANES * LANES;
+                        let count = range.end.next_multiple_of(LANES) - from;
+                        (self.kernels.narrow)(line.add(from), line.cast::<u16>().add(from), count);
+                    }
                 }
+            }
+            if let Some(kernels) = self.pairs {
+                return self.weigh(&kernels, unit, span, of, v_padded, scores, sums);
             }
             // Every row sums exactly its own positions: first those before all rows begin, one row at a time, then the
             // common ones together, then the rest.

@@ -1,0 +1,49 @@
+//! Time and memory of whole processes that load a model and generate one token.
+
+use std::path::Path;
+use std::process::{Command, Stdio};
+use std::time::Instant;
+
+use anyhow::{Context, Result, ensure};
+
+use crate::Args;
+use crate::table::median;
+use crate::theirs::Theirs;
+
+/// Prints both sides' medians.
+pub fn compare(args: &Args, format: &str, path: &Path, theirs: Option<&Theirs>) -> Result<()> {
+    let (mut own, mut peer) = (Vec::new(), Vec::new());
+    for _ in 0..args.rounds {
+        let mut command = Command::new(std::env::current_exe()?);
+        command.arg("--only-load").arg(path).args(["--threads", &args.threads.to_string()]);
+        own.push(run(command)?);
+        if let Some(theirs) = theirs {
+            peer.push(run(theirs.load(path))?);
+        }
+    }
+    let show = |who: &str, runs: &[(f64, f64)]| {
+        let part = |of: fn(&(f64, f64)) -> f64| median(&runs.iter().map(of).collect::<Vec<_>>());
+        println!("{format}, load and one token, {who}: {:.2} s, {:.0} MB at most", part(|r| r.0), part(|r| r.1) / 1e6);
+    };
+    show("ours", &own);
+    if !peer.is_empty() {
+        show("llama.cpp", &peer);
+    }
+    Ok(())
+}
+
+/// Seconds that a process takes, and the bytes of memory that it had at most.
+fn run(mut command: Command) -> Result<(f64, f64)> {
+    let begun = Instant::now();
+    let child = command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null()).spawn();
+    let child = child.with_context(|| format!("running {:?}", command.get_program()))?;
+    // SAFETY: zeros are a valid rusage; the call fills both places, and the child is ours and waited for once.
+    let (waited, status, usage) = unsafe {
+        let (mut status, mut usage) = (0, std::mem::zeroed::<libc::rusage>());
+        (libc::wait4(child.id() as i32, &mut status, 0, &mut usage), status, usage)
+    };
+    ensure!(waited > 0 && status == 0, "{:?} ended with {status}", command.get_program());
+    // Kilobytes, but on macOS.
+    let unit = if cfg!(target_os = "macos") { 1.0 } else { 1024.0 };
+    Ok((begun.elapsed().as_secs_f64(), usage.ru_maxrss as f64 * unit))
+}

@@ -1,0 +1,80 @@
+//! llama.cpp's side: its llama-bench and llama-batched-bench as child processes, one test each.
+
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+
+use anyhow::{Context, Result, bail, ensure};
+use serde_json::Value;
+
+/// The peer's executables.
+pub struct Theirs {
+    bench: PathBuf,
+    threads: usize,
+}
+
+impl Theirs {
+    /// `bench` is llama-bench; llama-batched-bench lies beside it.
+    pub fn new(bench: PathBuf, threads: usize) -> Result<Self> {
+        ensure!(bench.is_file(), "no llama-bench at {}: see benches/README.md on building it", bench.display());
+        Ok(Theirs { bench, threads })
+    }
+
+    /// Tokens per second of a prompt behind `depth` positions.
+    pub fn prefill(&self, model: &Path, tokens: usize, depth: usize) -> Result<f64> {
+        self.bench(model, &["-p", &tokens.to_string(), "-n", "0"], depth)
+    }
+
+    /// Tokens per second of one sequence behind `depth` positions, `steps` steps.
+    pub fn decode(&self, model: &Path, depth: usize, steps: usize) -> Result<f64> {
+        self.bench(model, &["-p", "0", "-n", &steps.to_string()], depth)
+    }
+
+    fn bench(&self, model: &Path, test: &[&str], depth: usize) -> Result<f64> {
+        let mut command = Command::new(&self.bench);
+        command.arg("-m").arg(model).args(test).args(["-r", "1", "-o", "jsonl"]);
+        command.args(["-t", &self.threads.to_string(), "-d", &depth.to_string()]);
+        speed(command, "avg_ts")
+    }
+
+    /// Tokens per second of `count` sequences together, behind prompts of `prompt` tokens.
+    pub fn batch(&self, model: &Path, count: usize, prompt: usize, steps: usize) -> Result<f64> {
+        let mut command = Command::new(self.bench.with_file_name("llama-batched-bench"));
+        let context = count * (prompt + steps) + 64;
+        command.arg("-m").arg(model).args(["--output-format", "jsonl"]);
+        for (flag, n) in [
+            ("-npp", prompt),
+            ("-ntg", steps),
+            ("-npl", count),
+            ("-c", context),
+            ("-t", self.threads),
+            ("-tb", self.threads),
+        ] {
+            command.args([flag, &n.to_string()]);
+        }
+        speed(command, "speed_tg")
+    }
+
+    /// A process that loads the model and generates one token.
+    pub fn load(&self, model: &Path) -> Command {
+        let mut command = Command::new(&self.bench);
+        command.arg("-m").arg(model).args(["-p", "0", "-n", "1", "-r", "1", "--no-warmup"]);
+        command.args(["-t", &self.threads.to_string()]);
+        command
+    }
+}
+
+/// Field `name` of the line of JSON that the command prints.
+fn speed(mut command: Command, name: &str) -> Result<f64> {
+    let out = command.stdin(Stdio::null()).stderr(Stdio::piped()).output();
+    let out = out.with_context(|| format!("running {:?}", command.get_program()))?;
+    let text = String::from_utf8_lossy(&out.stdout);
+    let line = text.lines().filter_map(|line| serde_json::from_str::<Value>(line.trim()).ok());
+    match line.filter_map(|line| line[name].as_f64()).next_back() {
+        Some(speed) if out.status.success() => Ok(speed),
+        _ => {
+            let errors = String::from_utf8_lossy(&out.stderr);
+            let last: Vec<_> = errors.lines().rev().take(5).collect();
+            bail!("{:?} ended with {}: {last:?}", command.get_program(), out.status)
+        }
+    }
+}
