@@ -4,7 +4,7 @@ use std::net::SocketAddr;
 use std::path::PathBuf;
 
 use anyhow::{Result, ensure};
-use backend::DType;
+use backend::{Activations, DType};
 use kvtransfer::{Codec, CodecPolicy};
 use node::{BackendKind, KvTransport, LoadFormat};
 
@@ -62,6 +62,12 @@ settings! {
         chunk_tokens: usize ["TOKENS"] = "512";
         /// CPU threads [default: one per core]
         threads: Option<usize> ["N"];
+        /// CPU instructions: portable, avx2, avx512, avx512bf16 or amx [default: the best of this machine]
+        cpu_level: Option<String> ["NAME"];
+        /// How activations meet quantised weights on the CPU: exact, or int8 (rounded to 8 bits: faster, coarser)
+        cpu_activations: Activations ["NAME"] = "exact";
+        /// Keep each CPU thread on a core of its own; for a process that has its cores alone
+        cpu_pin: bool [""];
         /// Processes that share the model, each holding a part (tensor parallel)
         tp: usize ["N"] = "1";
         /// Which of them this process is; rank 0 leads
@@ -86,6 +92,7 @@ settings! {
 }
 
 choice!(BackendKind { "auto" => BackendKind::Auto, "cpu" => BackendKind::Cpu, "cuda" => BackendKind::Cuda, "mlx" => BackendKind::Mlx });
+choice!(Activations { "exact" => Activations::Exact, "int8" => Activations::Int8 });
 choice!(DType { "bf16" => DType::BF16, "f32" => DType::F32 });
 choice!(CodecPolicy {
     "exact" => CodecPolicy::Always(Codec::Exact), "auto" => CodecPolicy::Auto,

@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 
 use anyhow::{Result, ensure};
-use backend::DType;
+use backend::{Activations, DType};
 use node::KvTransport;
 use router::placement::Disaggregation;
 
@@ -38,6 +38,8 @@ settings! {
         dtype: DType ["TYPE"] = "bf16";
         /// What carries KV between the processes: auto (shared memory by UCX where it is installed, else TCP), tcp or ucx
         kv_transport: KvTransport ["NAME"] = "auto";
+        /// How activations meet quantised weights on the CPU: exact, or int8 (rounded to 8 bits: faster, coarser)
+        cpu_activations: Activations ["NAME"] = "exact";
         /// Who computes prompts: always (prefill nodes), auto (whoever is estimated to be sooner) or never
         disaggregation: Disaggregation ["MODE"] = "always";
         /// OpenTelemetry collector that spans are sent to, over OTLP/HTTP, such as http://127.0.0.1:4318 [default: no traces]

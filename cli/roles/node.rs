@@ -1,6 +1,7 @@
 //! `baton prefill` and `baton decode`: settings into a node's configuration, then its `serve`.
 
 use anyhow::Result;
+use backend::CpuOptions;
 use cluster::Shutdown;
 use hub::Want;
 use node::{GroupConfig, LoadFormat, NodeConfig};
@@ -79,6 +80,11 @@ async fn start(settings: NodeSettings, role: &str) -> Result<Option<(NodeConfig,
         kv_codec: settings.kv_codec,
         kv_streams: settings.kv_streams,
         kv_transport: settings.kv_transport,
+        cpu: CpuOptions {
+            level: settings.cpu_level,
+            activations: settings.cpu_activations,
+            pin: settings.cpu_pin,
+        },
         land_deadline: LAND_DEADLINE,
         drain: settings.drain.0,
     };

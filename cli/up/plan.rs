@@ -67,6 +67,7 @@ pub fn plan(
         add(&mut arguments, "max-batch", settings.max_batch);
         add(&mut arguments, "kv-transport", settings.kv_transport);
         add(&mut arguments, "threads", threads);
+        add(&mut arguments, "cpu-activations", settings.cpu_activations.name());
         arguments
     };
     // Settings are checked: there are ports for all.

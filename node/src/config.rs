@@ -4,7 +4,7 @@ use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::time::Duration;
 
-use backend::DType;
+use backend::{CpuOptions, DType};
 use kvtransfer::Ways;
 
 /// All that a prefill or decode process is told.
@@ -42,6 +42,8 @@ pub struct NodeConfig {
     pub dtype: DType,
     /// CPU threads; 0: one per usable core.
     pub threads: usize,
+    /// What only a CPU is asked.
+    pub cpu: CpuOptions,
     /// Bytes for the KV store of this rank.
     pub kv_bytes: u64,
     /// Tokens per KV block.

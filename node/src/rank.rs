@@ -175,6 +175,7 @@ fn serve<B: Backend>(
         threads: config.threads,
         block_tokens: config.block_tokens,
         cache: config.cache.clone(),
+        cpu: config.cpu.clone(),
         ..DeviceOptions::default()
     };
     let links = engine::tp::unmet(rank, world)

@@ -9,6 +9,7 @@
 pub mod affine;
 pub mod batch;
 pub mod conformance;
+pub mod cpu_options;
 pub mod draw;
 pub mod dtype;
 pub mod error;
@@ -24,6 +25,7 @@ pub mod weight;
 
 pub use affine::{AffineForm, SuperScales};
 pub use batch::{Batch, Input, Run, SeqId};
+pub use cpu_options::{Activations, CpuOptions};
 pub use draw::{Draw, Drawn, Noise, Rule};
 pub use dtype::DType;
 pub use error::{BackendError, KvError};

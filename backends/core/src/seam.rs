@@ -8,7 +8,8 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 use crate::{
-    BackendError, Batch, DType, Draw, Drawn, Group, KvError, KvExport, KvLanding, KvSpec, SeqId, WeightSource,
+    BackendError, Batch, CpuOptions, DType, Draw, Drawn, Group, KvError, KvExport, KvLanding, KvSpec, SeqId,
+    WeightSource,
 };
 
 /// One device, or one tensor-parallel rank of several, on its owner thread.
@@ -62,11 +63,20 @@ pub struct DeviceOptions {
     pub device: usize,
     /// Folder for what a device compiles, kept between runs; `None`: nothing is kept.
     pub cache: Option<PathBuf>,
+    /// What only a CPU backend is asked.
+    pub cpu: CpuOptions,
 }
 
 impl Default for DeviceOptions {
     fn default() -> Self {
-        DeviceOptions { dtype: DType::BF16, threads: 0, block_tokens: 64, device: 0, cache: None }
+        DeviceOptions {
+            dtype: DType::BF16,
+            threads: 0,
+            block_tokens: 64,
+            device: 0,
+            cache: None,
+            cpu: CpuOptions::default(),
+        }
     }
 }
 

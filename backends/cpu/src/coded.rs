@@ -1,6 +1,7 @@
 //! Quantised matrices as the kernels read them: panels of 16 outputs, K-major, codes and scales as small as in the
 //! checkpoint. A panel is a row of blocks ([`Form`]); a block is the scales of its groups, 16 lanes each, and then the
-//! codes of 32 inputs after 32. Codes of 8 bits are lines of 16 bytes. Codes of 2 to 6 bits are planes of 16 words, one
+//! codes of 32 inputs after 32. Codes of 8 bits are lines of 16 bytes (of whole numbers the even inputs of eight come
+//! first, so that four lines are what a product of bytes takes). Codes of 2 to 6 bits are planes of 16 words, one
 //! per output: a plane holds 4, 2 or 1 bits of consecutive inputs, lowest first, so that a shift brings 16 outputs of
 //! an input in place:
 //!
@@ -21,7 +22,8 @@ use backend::{DType, GgufBlock, MatrixView, Quant, QuantView};
 use half::{bf16, f16};
 
 use crate::kernel::{
-    Code, Decode, E4M3_SCALE, Form, Kernels, Layout, PairKernels, Pairs, Scale, Stream, Sweep, Zero,
+    BLOCK, Bytes, Code, Decode, E4M3_SCALE, Eighths, Form, Kernels, Layout, ORDER, PairKernels, Pairs, Scale,
+    Stream, Sweep, Zero, sums_floats,
 };
 use crate::lanes::LANES;
 use crate::memory::Place;
@@ -35,8 +37,16 @@ const MANY_ROWS: (usize, usize) = (2, 128);
 /// Up to here rows are few.
 const ROWS_STREAMING: usize = 12;
 
+/// Inputs in 8 bits summed before the next panels come: 96 rows of them stay in the second cache.
+const BYTES_INPUTS: usize = 2048;
+
+/// Inputs of whole codes summed before the next panels come: 96 rows of them stay in the second cache.
+const WHOLE_INPUTS: usize = 1024;
+const WHOLE_ROWS: usize = 96;
+
 /// Floats that [`Coded::sum`] decodes into.
 pub(crate) const DECODED_FLOATS: usize = FEW_ROWS.0 * FEW_ROWS.1 * LANES;
+const _: () = assert!(sums_floats(WHOLE_ROWS, WHOLE_INPUTS) <= DECODED_FLOATS);
 const _: () = assert!(MANY_ROWS.0 * MANY_ROWS.1 * LANES <= DECODED_FLOATS);
 
 /// Panels of codes and scales.
@@ -139,6 +149,51 @@ impl Coded {
         }
     }
 
+    /// Whether ranges are whole blocks of 32 and codes whole numbers: what products of bytes are for.
+    pub(crate) fn has_bytes(&self, ranges: usize) -> bool {
+        (self.inputs / ranges).is_multiple_of(BLOCK) && self.form.is_whole()
+    }
+
+    /// As [`Coded::sum`], over whole blocks, of inputs in 8 bits.
+    ///
+    /// # Safety
+    /// As for [`Coded::sum`]; `x` are blocks, rows so many apart.
+    #[allow(clippy::too_many_arguments)] // the operands of one product
+    pub(crate) unsafe fn sum_bytes(
+        &self,
+        kernels: &Kernels,
+        (from, to): (usize, usize),
+        (panel, panels): (usize, usize),
+        (x, x_stride): (*const Eighths, usize),
+        rows: usize,
+        acc: *mut f32,
+    ) {
+        let panel_bytes = self.panel_bytes();
+        let deep = if rows > Stream::ROWS { BYTES_INPUTS / BLOCK } else { usize::MAX };
+        let (first, last) = (from / BLOCK, to / BLOCK);
+        let mut block = first;
+        while block < last {
+            let end = last.min(block.saturating_add(deep));
+            // SAFETY: the panels have these blocks, the rest is the caller's.
+            unsafe {
+                (kernels.bytes)(&Bytes {
+                    form: &self.form,
+                    panel: self.place.at(panel * panel_bytes),
+                    panel_bytes,
+                    panels,
+                    blocks: (block, end),
+                    x: x.add(block - first),
+                    x_stride,
+                    rows,
+                    acc,
+                    acc_stride: panels * LANES,
+                    fresh: block == first,
+                });
+            }
+            block = end;
+        }
+    }
+
     /// Whether ranges are whole octets, of which pairs are made.
     pub(crate) fn has_pairs(&self, ranges: usize) -> bool {
         (self.inputs / ranges).is_multiple_of(8)
@@ -161,10 +216,36 @@ impl Coded {
     ) {
         let (form, panel_bytes, acc_stride) = (&self.form, self.panel_bytes(), panels * LANES);
         let at = |panel: usize| self.place.at(panel * panel_bytes).cast_const();
-        if rows <= Stream::ROWS {
+        let blocks = (from | to).is_multiple_of(BLOCK) && form.is_whole();
+        let whole = blocks && matches!(form.code, Code::Planes(_));
+        if let Some(kernel) = kernels.whole.filter(|_| whole) {
+            for k in (from..to).step_by(WHOLE_INPUTS) {
+                for row in (0..rows).step_by(WHOLE_ROWS) {
+                    // SAFETY: the panels have these blocks, and the buffer room for sums of so many rows and inputs.
+                    unsafe {
+                        let stream = Stream {
+                            form,
+                            panel: at(panel),
+                            panel_bytes,
+                            panels,
+                            octets: (k / 8, to.min(k + WHOLE_INPUTS) / 8),
+                            x: x.add(row * x_stride + (k - from) / 2).cast(),
+                            x_stride,
+                            rows: WHOLE_ROWS.min(rows - row),
+                            acc: acc.add(row * acc_stride),
+                            acc_stride,
+                            fresh: k == from,
+                        };
+                        kernel(&stream, buffer);
+                    }
+                }
+            }
+            return;
+        }
+        if let Some(stream) = kernels.stream.filter(|_| rows <= Stream::ROWS) {
             // SAFETY: the panels have these octets, the rest is the caller's.
             return unsafe {
-                (kernels.stream)(&Stream {
+                stream(&Stream {
                     form,
                     panel: at(panel),
                     panel_bytes,
@@ -184,7 +265,8 @@ impl Coded {
         let deep = 2 * deep;
         let mut k = from;
         while k < to {
-            let end = to.min((k / deep + 1) * deep);
+            // Cut at multiples of 32 from where the sum begins, whatever the number of rows: tiles add 32 inputs apart.
+            let end = to.min(k + deep);
             for first in (0..panels).step_by(wide) {
                 let count = wide.min(panels - first);
                 // SAFETY: the panels have these octets, and the buffer room for `deep` inputs of `wide` panels.
@@ -297,8 +379,15 @@ impl Coded {
                 + at % per_block * self.form.chunk_bytes();
             let chunk = &mut out[start..start + self.form.chunk_bytes()];
             match self.form.code {
-                Code::Bytes | Code::E4m3 => {
+                Code::E4m3 => {
                     codes.iter().enumerate().for_each(|(k, code)| chunk[k * LANES + lane] = *code);
+                }
+                Code::Bytes => {
+                    for (octet, eight) in codes.as_chunks::<8>().0.iter().enumerate() {
+                        for (line, k) in ORDER.into_iter().enumerate() {
+                            chunk[(octet * 8 + line) * LANES + lane] = eight[k];
+                        }
+                    }
                 }
                 Code::Planes(bits) => put_planes(chunk, lane, codes, bits),
             }

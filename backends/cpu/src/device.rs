@@ -1,6 +1,8 @@
 //! Opening the CPU as one rank of a group.
 
-use backend::{Backend, BackendError, Batch, Caps, DType, DeviceOptions, Group, KvSpec, Peers, WeightSource};
+use backend::{
+    Activations, Backend, BackendError, Batch, Caps, DType, DeviceOptions, Group, KvSpec, Peers, WeightSource,
+};
 
 use crate::kernel::Kernels;
 use crate::kv::CpuKv;
@@ -15,6 +17,7 @@ use crate::step::{CpuAct, CpuStep};
 #[derive(Debug)]
 pub struct CpuBackend {
     level: Level,
+    activations: Activations,
     dtype: DType,
     block_tokens: u32,
     pub(crate) kernels: &'static Kernels,
@@ -40,10 +43,11 @@ impl CpuBackend {
         }
         Ok(CpuBackend {
             level,
+            activations: options.cpu.activations,
             dtype: options.dtype,
             block_tokens: options.block_tokens,
             kernels: level.kernels(),
-            pool: Pool::new(options.threads),
+            pool: Pool::new(options.threads, options.cpu.pin),
             arena: Arena::default(),
             peers: Peers::new(group, "cpu")?,
             plan: Plan::default(),
@@ -54,6 +58,11 @@ impl CpuBackend {
     /// The instruction level in use.
     pub fn level(&self) -> Level {
         self.level
+    }
+
+    /// Whether activations are rounded to 8 bits where quantised weights allow.
+    pub(crate) fn int8(&self) -> bool {
+        self.activations == Activations::Int8
     }
 
     pub(crate) fn bf16(&self) -> bool {
@@ -69,11 +78,19 @@ impl Backend for CpuBackend {
     type Step<'a> = CpuStep<'a>;
 
     fn open(options: &DeviceOptions, group: Group) -> Result<Self, BackendError> {
-        Self::with_level(options, group, Level::best())
+        let level = match &options.cpu.level {
+            None => Level::best(),
+            Some(name) => {
+                let refused = |reason| BackendError::Unavailable { backend: "cpu", reason };
+                name.parse().map_err(refused)?
+            }
+        };
+        Self::with_level(options, group, level)
     }
 
     fn caps(&self) -> Caps {
-        let device = format!("{}, {} threads", self.level, self.pool.threads());
+        let activations = if self.int8() { ", activations in 8 bits" } else { "" };
+        let device = format!("{}, {} threads{activations}", self.level, self.pool.threads());
         Caps { name: "cpu", device, exact: true }
     }
 

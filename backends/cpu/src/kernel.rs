@@ -1,6 +1,9 @@
 //! The inner loops, written once over [`Lanes`](crate::lanes::Lanes) and compiled per instruction level. Everything above
 //! works with a table of these functions, so no other file knows about instructions.
 
+mod bytes;
+#[cfg(target_arch = "x86_64")]
+mod bytes_vnni;
 #[cfg(target_arch = "x86_64")]
 mod coded_pairs;
 mod codes;
@@ -9,8 +12,13 @@ mod pairs;
 mod rows;
 mod stream;
 mod sweep;
+#[cfg(target_arch = "x86_64")]
+pub(crate) mod tiles;
+#[cfg(target_arch = "x86_64")]
+mod whole_pairs;
 
 use crate::lanes::LANES;
+pub(crate) use bytes::{BLOCK, BLOCK_FLOATS, Bytes, Eighths, ORDER};
 pub(crate) use codes::{Code, Decode, E4M3_SCALE, Form, Scale, Zero};
 pub(crate) use stream::Stream;
 pub(crate) use sweep::{Layout, Sweep};
@@ -24,8 +32,14 @@ pub(crate) struct Kernels {
     pub(crate) sweep: unsafe fn(&Sweep),
     /// Where the level multiplies pairs of bf16 as such.
     pub(crate) pairs: Option<PairKernels>,
+    /// The same for attention, whose rows see different positions.
+    pub(crate) attend: Option<PairKernels>,
     pub(crate) decode: unsafe fn(&Decode<'_>),
     pub(crate) stream: unsafe fn(&Stream<'_>),
+    /// Products of activations in 8 bits.
+    pub(crate) bytes: unsafe fn(&Bytes<'_>),
+    /// Blocks of 32 floats to 8 bits.
+    pub(crate) quantise: unsafe fn(x: *const f32, blocks: usize, out: *mut Eighths),
     /// `out = x / rms(x) * weight` of `n` floats.
     pub(crate) norm:
         unsafe fn(x: *const f32, weight: *const f32, out: *mut f32, n: usize, eps: f32, bf16: bool),
@@ -52,17 +66,25 @@ pub(crate) struct Kernels {
     pub(crate) exp: unsafe fn(f32) -> f32,
 }
 
+/// Floats that sums of inputs take: see [`PairKernels::whole`].
+pub(crate) const fn sums_floats(rows: usize, inputs: usize) -> usize {
+    rows * inputs / 16
+}
+
 /// Products of bf16 by bf16 in bf16 steps.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct PairKernels {
     pub(crate) multiply: unsafe fn(&Pairs),
     /// As [`Decode`], to [`Layout::Bf16Pairs`].
     pub(crate) decode: unsafe fn(&Decode<'_>),
-    /// As [`Stream`], `x` being pairs.
-    pub(crate) stream: unsafe fn(&Stream<'_>),
+    /// As [`Stream`], `x` being pairs; `None`: few rows are summed as many are.
+    pub(crate) stream: Option<unsafe fn(&Stream<'_>)>,
+    /// Codes of few bits as whole numbers, for any number of rows; a place for [`sums_floats`].
+    pub(crate) whole: Option<unsafe fn(&Stream<'_>, *mut f32)>,
+    /// Inputs that many rows pass by before the next, a multiple of 32: two panels of them stay in the first cache.
+    pub(crate) inputs_block: usize,
     /// `n` bf16 of `a` and `b` (zeros where null), side by side: `out[i / 16 * stride + i % 16 * 2]`, zeros up to whole 16.
-    pub(crate) interleave:
-        unsafe fn(a: *const u16, b: *const u16, n: usize, out: *mut u16, stride: usize),
+    pub(crate) interleave: unsafe fn(a: *const u16, b: *const u16, n: usize, out: *mut u16, stride: usize),
 }
 
 /// `acc[row][panel * 16 + lane]` plus the sums over pairs of inputs, of bf16 by bf16.
@@ -89,9 +111,9 @@ pub(crate) struct Pairs {
 macro_rules! level {
     ($level:ident, $lanes:ty $(, $features:literal)?) => {
         pub(crate) mod $level {
-            use super::{Decode, Kernels, LANES, Stream, Sweep};
+            use super::{Bytes, Decode, Eighths, Kernels, LANES, Stream, Sweep};
 
-            pub(crate) const KERNELS: Kernels = Kernels { sweep, pairs: None, decode, stream, norm, add, silu, round, rotate, narrow, transpose, softmax, blend, divide, exp };
+            pub(crate) const KERNELS: Kernels = Kernels { sweep, pairs: None, attend: None, decode, stream, bytes, quantise, norm, add, silu, round, rotate, narrow, transpose, softmax, blend, divide, exp };
 
             $(#[target_feature(enable = $features)])?
             unsafe fn sweep(s: &Sweep) {
@@ -109,6 +131,18 @@ macro_rules! level {
             unsafe fn stream(s: &Stream<'_>) {
                 // SAFETY: the caller's promise; the instructions are those of this level.
                 unsafe { super::stream::stream::<$lanes>(s) }
+            }
+
+            $(#[target_feature(enable = $features)])?
+            unsafe fn bytes(s: &Bytes<'_>) {
+                // SAFETY: the caller's promise; the instructions are those of this level.
+                unsafe { super::bytes::bytes::<$lanes>(s) }
+            }
+
+            $(#[target_feature(enable = $features)])?
+            unsafe fn quantise(x: *const f32, blocks: usize, out: *mut Eighths) {
+                // SAFETY: the caller's promise; the instructions are those of this level.
+                unsafe { super::bytes::quantise::<$lanes>(x, blocks, out) }
             }
 
             $(#[target_feature(enable = $features)])?
@@ -186,15 +220,41 @@ level!(avx2, crate::lanes::avx2::Avx2, "avx2,fma,f16c");
 #[cfg(target_arch = "x86_64")]
 level!(avx512, crate::lanes::avx512::Avx512, "avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c");
 
-/// AVX-512 with products of bf16.
+/// AVX-512 with products of bytes.
+#[cfg(target_arch = "x86_64")]
+pub(crate) static AVX512_VNNI: Kernels = Kernels { bytes: bytes_vnni::bytes, ..avx512::KERNELS };
+
+/// AVX-512 with products of bf16 and of bytes.
 #[cfg(target_arch = "x86_64")]
 pub(crate) static AVX512_BF16: Kernels = Kernels {
+    bytes: bytes_vnni::bytes,
+    pairs: Some(BF16_PAIRS),
+    attend: Some(BF16_PAIRS),
+    ..avx512::KERNELS
+};
+
+#[cfg(target_arch = "x86_64")]
+const BF16_PAIRS: PairKernels = PairKernels {
+    multiply: pairs::pairs,
+    decode: coded_pairs::decode,
+    stream: Some(coded_pairs::stream),
+    whole: Some(whole_pairs::whole),
+    inputs_block: 256,
+    interleave: pairs::interleave,
+};
+
+/// The same with tiles for products.
+#[cfg(target_arch = "x86_64")]
+pub(crate) static AMX: Kernels = Kernels {
+    bytes: bytes_vnni::bytes,
     pairs: Some(PairKernels {
-        multiply: pairs::pairs,
-        decode: coded_pairs::decode,
-        stream: coded_pairs::stream,
-        interleave: pairs::interleave,
+        multiply: tiles::pairs,
+        stream: None,
+        whole: None,
+        inputs_block: 512,
+        ..BF16_PAIRS
     }),
+    attend: Some(BF16_PAIRS),
     ..avx512::KERNELS
 };
 

@@ -8,6 +8,7 @@ use backend::{Glu, Moe};
 
 use crate::coded::DECODED_FLOATS;
 use crate::device::CpuBackend;
+use crate::kernel::{BLOCK, Eighths};
 use crate::lanes::LANES;
 use crate::packed::{Kind, Packed};
 use crate::plain::Inputs;
@@ -170,8 +171,8 @@ impl CpuStep<'_> {
             unsafe { std::ptr::copy_nonoverlapping(row.as_ptr(), to.row(pair, x.width), x.width) };
         });
         // All experts have the first one's shape, so what it wants all want.
-        let gathered_pairs = self.pairs(&gathered, &weights.gate_up[0]);
-        let shared_pairs = weights.shared.and_then(|(gate_up, _)| self.pairs(x, gate_up));
+        let gathered_other = self.operands(&gathered, &weights.gate_up[0]);
+        let shared_other = weights.shared.map(|(gate_up, _)| self.operands(x, gate_up));
         let mut own = self.act(plan.pairs.len(), weights.gate_up[0].outputs);
         let mut shared = weights.shared.map(|(gate_up, _)| self.act(x.rows, gate_up.outputs));
         let shared_out = shared.as_mut().map(|act| act.floats.as_mut_ptr());
@@ -185,14 +186,21 @@ impl CpuStep<'_> {
                     x: gathered.floats.as_ptr().wrapping_add(start * x.width),
                     out: own_out.wrapping_add(start * weight.outputs),
                     rows: end - start,
-                    pairs: gathered_pairs
-                        .as_ref()
-                        .map(|pairs| pairs.floats.as_ptr().wrapping_add(start * pairs.width).cast()),
+                    pairs: gathered_other.pairs_at(start),
+                    bytes: gathered_other.bytes_at(start),
                 })
             }
             (None, Some((weight, _)), Some(out)) => {
-                let pairs = shared_pairs.as_ref().map(|pairs| pairs.floats.as_ptr().cast());
-                Some(Product { kernels, weight, x: x.floats.as_ptr(), out, rows: x.rows, pairs })
+                let other = shared_other.as_ref();
+                Some(Product {
+                    kernels,
+                    weight,
+                    x: x.floats.as_ptr(),
+                    out,
+                    rows: x.rows,
+                    pairs: other.and_then(|other| other.pairs_at(0)),
+                    bytes: other.and_then(|other| other.bytes_at(0)),
+                })
             }
             _ => None,
         };
@@ -248,12 +256,13 @@ impl CpuStep<'_> {
             enough = tiles.count + 1;
             tiles = Tiles::new(first, 1, enough);
         }
-        let own_pairs = self.pairs(own, first);
-        let shared_pairs = match (weights.shared, shared) {
-            (Some((_, weight)), Some(act)) => self.pairs(act, weight),
-            _ => None,
-        };
-        let work = (plan.pairs.len() * inner + shared.as_ref().map_or(0, |act| act.floats.len())) * first.outputs;
+        let own_other = self.operands(own, first);
+        let shared = weights
+            .shared
+            .zip(shared.as_ref())
+            .map(|((_, weight), act)| (weight, act, self.operands(act, weight)));
+        let work = (plan.pairs.len() * inner + shared.as_ref().map_or(0, |(_, act, _)| act.floats.len()))
+            * first.outputs;
         self.device.pool.run(tiles.count, work, |task, scratch| {
             let Some(Tile { segment, panel, panels, .. }) = tiles.get(task) else { return };
             let width = panels * LANES;
@@ -272,7 +281,7 @@ impl CpuStep<'_> {
                             kernels,
                             (range, ranges),
                             (panel, panels),
-                            inputs(own, own_pairs.as_ref(), plan.starts[expert], weight, range),
+                            inputs(own, &own_other, plan.starts[expert], weight, range),
                             pairs.len(),
                             part,
                             buffer,
@@ -284,13 +293,13 @@ impl CpuStep<'_> {
                         }
                     }
                 }
-                if let (Some((_, weight)), Some(act)) = (weights.shared, shared) {
+                if let Some((weight, act, other)) = &shared {
                     for range in 0..ranges {
                         weight.segments[segment].sum(
                             kernels,
                             (range, ranges),
                             (panel, panels),
-                            inputs(act, shared_pairs.as_ref(), 0, weight, range),
+                            inputs(act, other, 0, weight, range),
                             rows,
                             part,
                             buffer,
@@ -318,13 +327,39 @@ impl CpuStep<'_> {
     }
 }
 
-/// Rows of `x` from `row` on, at the first input of a range, with their pairs.
-fn inputs(x: &CpuAct, pairs: Option<&CpuAct>, row: usize, weight: &Packed, range: usize) -> Inputs {
-    let (at, each) = (row * x.width + range * weight.range_inputs(), weight.range_inputs().div_ceil(2));
-    let pairs = pairs.map(|pairs| {
-        (pairs.floats.as_ptr().wrapping_add(row * pairs.width + range * each).cast(), pairs.width)
-    });
-    Inputs { x: x.floats.as_ptr().wrapping_add(at), stride: x.width, pairs }
+/// Rows of an activation as products take them besides floats.
+struct Operands {
+    pairs: Option<CpuAct>,
+    bytes: Option<CpuAct>,
+}
+
+impl Operands {
+    fn pairs_at(&self, row: usize) -> Option<*const i32> {
+        self.pairs.as_ref().map(|act| act.floats.as_ptr().wrapping_add(row * act.width).cast())
+    }
+
+    fn bytes_at(&self, row: usize) -> Option<*const Eighths> {
+        self.bytes.as_ref().map(|act| act.floats.as_ptr().wrapping_add(row * act.width).cast())
+    }
+}
+
+impl CpuStep<'_> {
+    fn operands(&self, x: &CpuAct, weight: &Packed) -> Operands {
+        Operands { pairs: self.pairs(x, weight), bytes: self.bytes(x, weight) }
+    }
+}
+
+/// Rows of `x` from `row` on, at the first input of a range.
+fn inputs(x: &CpuAct, other: &Operands, row: usize, weight: &Packed, range: usize) -> Inputs {
+    let first = range * weight.range_inputs();
+    let pairs = other.pairs_at(row).map(|at| at.wrapping_add(range * weight.range_inputs().div_ceil(2)));
+    let bytes = other.bytes_at(row).map(|at| at.wrapping_add(first / BLOCK));
+    Inputs {
+        x: x.floats.as_ptr().wrapping_add(row * x.width + first),
+        stride: x.width,
+        pairs: pairs.zip(Some(Product::pairs_of(weight))),
+        bytes: bytes.zip(Some(Product::blocks_of(weight))),
+    }
 }
 
 /// Choices that tasks write disjoint parts of.

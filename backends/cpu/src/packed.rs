@@ -131,6 +131,9 @@ impl Segment {
                 Panels::Coded(coded) => {
                     let each = coded.inputs / ranges;
                     let summed = (range * each, (range + 1) * each);
+                    if let Some(x) = inputs.bytes.filter(|_| coded.has_bytes(ranges)) {
+                        return coded.sum_bytes(kernels, summed, panels, x, rows, acc);
+                    }
                     match (kernels.pairs, inputs.pairs) {
                         (Some(pairs), Some(x)) if coded.has_pairs(ranges) => {
                             coded.sum_pairs(&pairs, summed, panels, x, rows, acc, buffer);
@@ -139,6 +142,14 @@ impl Segment {
                     }
                 }
             }
+        }
+    }
+
+    /// Whether products of activations in 8 bits are for these weights.
+    pub(crate) fn has_bytes(&self, ranges: usize) -> bool {
+        match &self.panels {
+            Panels::Plain(_) => false,
+            Panels::Coded(coded) => coded.has_bytes(ranges),
         }
     }
 

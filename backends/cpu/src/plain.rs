@@ -4,7 +4,7 @@
 use backend::{BackendError, DType, MatrixView, TensorView};
 use half::{bf16, f16};
 
-use crate::kernel::{Kernels, Layout, Pairs, Sweep};
+use crate::kernel::{Eighths, Kernels, Layout, Pairs, Sweep};
 use crate::lanes::LANES;
 use crate::memory::Place;
 use crate::pool::Pool;
@@ -23,6 +23,8 @@ pub(crate) struct Inputs {
     pub(crate) stride: usize,
     /// The same as pairs of bf16, rows so many pairs apart, where the level wants them and the values are bf16.
     pub(crate) pairs: Option<(*const i32, usize)>,
+    /// The same in 8 bits, rows so many blocks apart, where they are asked for.
+    pub(crate) bytes: Option<(*const Eighths, usize)>,
 }
 
 /// Panels of numbers.
@@ -126,7 +128,9 @@ impl Plain {
         acc: *mut f32,
     ) {
         let all = self.range_inputs();
-        let block = if rows > ROWS_STREAMING { INPUTS_BLOCK } else { all };
+        let many =
+            kernels.pairs.filter(|_| inputs.pairs.is_some()).map_or(INPUTS_BLOCK, |pairs| pairs.inputs_block);
+        let block = if rows > ROWS_STREAMING { many } else { all };
         for k in (0..all).step_by(block) {
             let (count, fresh) = (block.min(all - k), k == 0);
             let (w, panel_stride, acc_stride) =

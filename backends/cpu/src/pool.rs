@@ -66,8 +66,9 @@ struct Shared {
 }
 
 impl Pool {
-    /// `threads` in all, the caller included; `0`: as many as this process may use.
-    pub(crate) fn new(threads: usize) -> Self {
+    /// `threads` in all, the caller included; `0`: as many as this process may use, by its cores and its cgroup's share of
+    /// time. `pin`: each stays on a core of its own, as far as there are so many; the caller too.
+    pub(crate) fn new(threads: usize, pin: bool) -> Self {
         let usable = || std::thread::available_parallelism().map_or(1, |count| count.get());
         let threads = if threads == 0 { usable() } else { threads };
         let shared = Arc::new(Shared {
@@ -84,11 +85,18 @@ impl Pool {
             finished: Condvar::new(),
             publish: Mutex::new(()),
         });
+        let cores = if pin { cores() } else { Vec::new() };
         let worker = |at: usize| {
             let shared = shared.clone();
+            let core = cores.get(at).copied();
             // Fewer threads than wished only make steps slower.
-            std::thread::Builder::new().name(format!("cpu-{at}")).spawn(move || shared.work()).ok()
+            let spawned = std::thread::Builder::new().name(format!("cpu-{at}")).spawn(move || {
+                core.into_iter().for_each(stay);
+                shared.work();
+            });
+            spawned.ok()
         };
+        cores.first().copied().into_iter().for_each(stay);
         let workers = (1..threads).filter_map(worker).collect();
         Pool { shared, workers }
     }
@@ -217,6 +225,38 @@ impl Shared {
     }
 }
 
+/// Cores that this process may use.
+#[cfg(target_os = "linux")]
+fn cores() -> Vec<usize> {
+    // SAFETY: zeros are an empty set, which the call fills; on failure it stays empty.
+    let set = unsafe {
+        let mut set: libc::cpu_set_t = std::mem::zeroed();
+        libc::sched_getaffinity(0, size_of_val(&set), &mut set);
+        set
+    };
+    // SAFETY: every number is below the size of the set.
+    (0..libc::CPU_SETSIZE as usize).filter(|core| unsafe { libc::CPU_ISSET(*core, &set) }).collect()
+}
+
+#[cfg(not(target_os = "linux"))]
+fn cores() -> Vec<usize> {
+    Vec::new()
+}
+
+/// Keeps this thread on `core`; where the system refuses, it goes where it likes.
+#[cfg(target_os = "linux")]
+fn stay(core: usize) {
+    // SAFETY: zeros are an empty set, and `core` is below its size.
+    unsafe {
+        let mut set: libc::cpu_set_t = std::mem::zeroed();
+        libc::CPU_SET(core, &mut set);
+        libc::sched_setaffinity(0, size_of_val(&set), &set);
+    }
+}
+
+#[cfg(not(target_os = "linux"))]
+fn stay(_core: usize) {}
+
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
 }
@@ -228,7 +268,7 @@ mod tests {
     /// Every task of many small jobs runs exactly once, however the threads meet.
     #[test]
     fn each_task_runs_once() {
-        let pool = Pool::new(4);
+        let pool = Pool::new(4, false);
         for tasks in (0..2000).map(|round| round % 37) {
             let counts: Vec<AtomicUsize> = (0..tasks).map(|_| AtomicUsize::new(0)).collect();
             pool.run(tasks, usize::MAX, |task, _| {
@@ -241,7 +281,7 @@ mod tests {
     /// Two owners of one pool do not mix their jobs.
     #[test]
     fn callers_take_turns() {
-        let pool = Pool::new(3);
+        let pool = Pool::new(3, false);
         std::thread::scope(|scope| {
             for _ in 0..3 {
                 scope.spawn(|| {
@@ -260,7 +300,7 @@ mod tests {
     /// A panic in a task reaches the caller, and the pool still works.
     #[test]
     fn panics_come_out() {
-        let pool = Pool::new(2);
+        let pool = Pool::new(2, false);
         let ran = catch_unwind(AssertUnwindSafe(|| {
             pool.run(8, usize::MAX, |task, _| assert!(task != 5, "task 5"))
         }));

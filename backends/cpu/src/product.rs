@@ -1,7 +1,7 @@
 //! `x W^T`: cuts a product into tasks of some panels by some rows, each summing K in order.
 
 use crate::coded::DECODED_FLOATS;
-use crate::kernel::Kernels;
+use crate::kernel::{BLOCK, Eighths, Kernels};
 use crate::lanes::LANES;
 use crate::packed::{Packed, Segment};
 use crate::plain::Inputs;
@@ -26,6 +26,8 @@ pub(crate) struct Product<'a> {
     pub(crate) rows: usize,
     /// `x` as [`Product::pairs`] has it, where the level multiplies pairs.
     pub(crate) pairs: Option<*const i32>,
+    /// `x` in 8 bits, where asked for: [`Product::blocks_of`] a row.
+    pub(crate) bytes: Option<*const Eighths>,
 }
 
 /// Some panels of a segment by some rows: a task.
@@ -69,9 +71,21 @@ impl Product<'_> {
         kernels.pairs.is_some() && weight.segments.iter().any(|segment| segment.has_pairs(weight.ranges))
     }
 
-    /// Pairs of a row: each range filled up to whole ones.
+    /// Pairs from one row to the next: each range filled up to whole ones, the row to an odd number of cache lines, so
+    /// that the same pair of several rows does not fall into the same places of the cache.
     pub(crate) fn pairs_of(weight: &Packed) -> usize {
-        weight.ranges * weight.range_inputs().div_ceil(2)
+        const LINE: usize = 16;
+        (weight.ranges * weight.range_inputs().div_ceil(2)).next_multiple_of(2 * LINE) + LINE
+    }
+
+    /// Whether rows are wanted in 8 bits, where these are asked for.
+    pub(crate) fn wants_bytes(weight: &Packed) -> bool {
+        weight.segments.iter().any(|segment| segment.has_bytes(weight.ranges))
+    }
+
+    /// Blocks of a row in 8 bits; 0 where ranges are not whole blocks.
+    pub(crate) fn blocks_of(weight: &Packed) -> usize {
+        weight.inputs / BLOCK
     }
 
     /// A row's pairs.
@@ -112,8 +126,11 @@ impl Product<'_> {
                 let (acc, buffer) = (sums.add(slot * size), sums.add(TREE_LEVELS * size));
                 let (each, stride) = (inputs.div_ceil(2), Self::pairs_of(w));
                 let pairs = self.pairs.map(|pairs| (pairs.add(row * stride + range * each), stride));
+                let stride = Self::blocks_of(w);
+                let bytes =
+                    self.bytes.map(|bytes| (bytes.add(row * stride + range * inputs / BLOCK), stride));
                 let x = self.x.add(row * w.inputs + range * inputs);
-                let inputs = Inputs { x, stride: w.inputs, pairs };
+                let inputs = Inputs { x, stride: w.inputs, pairs, bytes };
                 let panels = (tile.panel, tile.panels);
                 segment.sum(self.kernels, (range, w.ranges), panels, inputs, rows, acc, buffer);
                 // As in binary counting: a carry joins two sums of equally many ranges.

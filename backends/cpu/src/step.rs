@@ -3,14 +3,14 @@
 use std::ops::Range;
 
 use backend::{
-    Attend, BackendError, Batch, DType, Glu, KvError, KvStore, Mla, Moe, NormSpan, Out, Output, Pending, QkNorm,
-    Rope, RopeStyle, Run, SeqId, Step,
+    Attend, BackendError, Batch, DType, Glu, KvError, KvStore, Mla, Moe, NormSpan, Out, Output, Pending,
+    QkNorm, Rope, RopeStyle, Run, SeqId, Step,
 };
 
 use crate::attend::{Attention, Planes, Prepare, PrepareLatent, Projection, Rows};
 use crate::device::CpuBackend;
 use crate::heads::HeadsProduct;
-use crate::kernel::PairKernels;
+use crate::kernel::{BLOCK_FLOATS, PairKernels};
 use crate::kv::CpuKv;
 use crate::lease::CpuExport;
 use crate::memory::Floats;
@@ -158,11 +158,30 @@ impl<'a> CpuStep<'a> {
         })
     }
 
+    /// Rows of `x` in 8 bits, where these are asked for and `weight` is for them.
+    pub(crate) fn bytes(&self, x: &CpuAct, weight: &Packed) -> Option<CpuAct> {
+        let kernels = self.device.kernels;
+        (self.device.int8() && Product::wants_bytes(weight)).then(|| {
+            let blocks = Product::blocks_of(weight);
+            let width = blocks * BLOCK_FLOATS;
+            let mut bytes = self.act(x.rows, width);
+            let (from, to) = (x.floats.as_slice(), Raw(bytes.floats.as_mut_ptr()));
+            self.each_row(x.rows, x.width, |row| {
+                // SAFETY: the row's floats, and room for its blocks, which only this task writes.
+                unsafe {
+                    let to = to.row(row, width).cast();
+                    (kernels.quantise)(from[row * x.width..].as_ptr(), blocks, to);
+                };
+            });
+            bytes
+        })
+    }
+
     pub(crate) fn product(&self, x: &CpuAct, weight: &Packed) -> CpuAct {
         let mut out = self.act(x.rows, weight.outputs);
         out.rounded = !self.device.bf16();
         let kernels = self.device.kernels;
-        let pairs = self.pairs(x, weight);
+        let (pairs, bytes) = (self.pairs(x, weight), self.bytes(x, weight));
         let product = Product {
             kernels,
             weight,
@@ -170,6 +189,7 @@ impl<'a> CpuStep<'a> {
             out: out.floats.as_mut_ptr(),
             rows: x.rows,
             pairs: pairs.as_ref().map(|pairs| pairs.floats.as_ptr().cast()),
+            bytes: bytes.as_ref().map(|bytes| bytes.floats.as_ptr().cast()),
         };
         // SAFETY: x is [rows, inputs], out [rows, outputs], both alive until the product is done.
         unsafe { product.run(&self.device.pool) };
@@ -179,7 +199,7 @@ impl<'a> CpuStep<'a> {
     /// How attention multiplies bf16, where the step and its cache are of it.
     fn pair_kernels(&self) -> Option<PairKernels> {
         let bf16 = self.device.bf16() && self.kv.spec().planes.iter().all(|plane| plane.dtype == DType::BF16);
-        self.device.kernels.pairs.filter(|_| bf16)
+        self.device.kernels.attend.filter(|_| bf16)
     }
 
     /// The angles of this step's rows; computed at the first layer that asks.

@@ -1,9 +1,9 @@
 //! The CPU backend keeps the meaning and the arithmetic contract of the seam at every instruction level of this machine.
 
-use backend::conformance::{QUANTS, Suite, TIGHT};
+use backend::conformance::{QUANTS, Suite, TIGHT, Tolerance};
 use backend::{
-    Backend, Batch, DType, DeviceOptions, Group, KSum, KvSpec, Linear, Out, Output, SeqId, Step, TensorView,
-    WeightSource,
+    Activations, Backend, Batch, CpuOptions, DType, DeviceOptions, Group, KSum, KvSpec, Linear, Out, Output,
+    Quant, QuantView, SeqId, Step, TensorView, WeightSource,
 };
 use backend_cpu::{CpuBackend, Level};
 
@@ -43,6 +43,138 @@ fn avx512() {
 #[test]
 fn avx512_bf16() {
     conforms(Level::Avx512Bf16);
+}
+
+#[test]
+fn amx() {
+    conforms(Level::Amx);
+}
+
+/// Activations in 8 bits: within the error of those, and exact where the contract wants it (rows, chunks, ranks).
+fn conforms_in_bytes(level: Level) {
+    if !level.available() {
+        println!("this machine has no {level}: not tested");
+        return;
+    }
+    let open = |options: &DeviceOptions, group: Group| {
+        let cpu = CpuOptions { activations: Activations::Int8, ..CpuOptions::default() };
+        CpuBackend::with_level(&DeviceOptions { cpu, ..options.clone() }, group, level)
+    };
+    let tolerance = Tolerance { f32: 3e-2, bf16: 4e-2 };
+    let dtypes = &[DType::F32, DType::BF16];
+    Suite {
+        open: &open,
+        tolerance,
+        dtypes,
+        group: Some(Group::local),
+        quants: QUANTS,
+        plain_experts: dtypes,
+    }
+    .run();
+}
+
+#[test]
+fn avx2_in_bytes() {
+    conforms_in_bytes(Level::Avx2);
+}
+
+#[test]
+fn avx512_bf16_in_bytes() {
+    conforms_in_bytes(Level::Avx512Bf16);
+}
+
+/// Whole numbers are exact, so what multiplies them does not matter: levels differ in the rounding of f32 sums only.
+#[test]
+fn levels_agree_in_bytes() {
+    use backend::GgufBlock::{Q4_0, Q4K, Q5_1, Q5K, Q6K, Q8_0};
+    let (rows, inputs, outputs) = (7, 512, 50);
+    let mut state = 7u64;
+    let mut next = || {
+        state ^= state << 13;
+        state ^= state >> 7;
+        state ^= state << 17;
+        (state >> 32) as u8
+    };
+    let x: Vec<u8> =
+        (0..rows * inputs).flat_map(|_| (f32::from(next()) * 0.01 - 1.2).to_le_bytes()).collect();
+    for (block, halves) in
+        [(Q4_0, &[0][..]), (Q5_1, &[0, 2]), (Q8_0, &[0]), (Q4K, &[0, 2]), (Q5K, &[0, 2]), (Q6K, &[208])]
+    {
+        let count = outputs * inputs / block.cols();
+        let mut bytes: Vec<u8> = (0..count * block.bytes()).map(|_| next()).collect();
+        for stored in bytes.chunks_exact_mut(block.bytes()) {
+            halves
+                .iter()
+                .for_each(|at| stored[*at..at + 2].copy_from_slice(&half::f16::from_f32(0.01).to_le_bytes()));
+        }
+        let view = QuantView {
+            name: "test",
+            format: Quant::Gguf(block),
+            rows: outputs,
+            cols: inputs,
+            row_stride_bytes: inputs / block.cols() * block.bytes(),
+            bytes: &bytes,
+            scales: None,
+            biases: None,
+            origin: (0, 0),
+        };
+        let run = |level: Level, rows: std::ops::Range<u32>| {
+            let cpu = CpuOptions { activations: Activations::Int8, ..CpuOptions::default() };
+            let options = DeviceOptions { dtype: DType::F32, cpu, ..DeviceOptions::default() };
+            let mut backend = CpuBackend::with_level(&options, Group::alone(), level).unwrap();
+            let mut kv = backend.kv(&KvSpec::gqa(1, 1, 0..1, 8, DType::F32), 1 << 16).unwrap();
+            let table = TensorView {
+                name: "x",
+                dtype: DType::F32,
+                rows: 7,
+                cols: inputs,
+                row_stride_bytes: inputs * 4,
+                bytes: &x,
+            };
+            let table = backend.load(&WeightSource::Embedding(table.into())).unwrap();
+            let linear = Linear { parts: vec![view.into()], bias: None, sum: KSum::Ascending };
+            let linear = backend.load(&WeightSource::Linear(linear)).unwrap();
+            let mut batch = Batch::default();
+            rows.for_each(|row| batch.push(SeqId(row.into()), 0, &[row]));
+            let mut step = backend.step(&mut kv, &batch);
+            let x = step.embed(&table);
+            let x = step.linear(&x, &linear);
+            match step.submit(Out::Logits(x)).wait().unwrap() {
+                Output::Logits(logits) => logits,
+                _ => panic!("no logits"),
+            }
+        };
+        let plain = run(Level::Portable, 0..rows as u32);
+        let largest = plain.iter().fold(0f32, |largest, x| largest.max(x.abs()));
+        for level in Level::ALL.into_iter().filter(|level| level.available()) {
+            let all = run(level, 0..rows as u32);
+            for (a, b) in plain.iter().zip(&all) {
+                assert!((a - b).abs() <= 2e-6 * largest, "{level}, {}: {b}, portable {a}", block.name());
+            }
+            assert_eq!(
+                all[2 * outputs..3 * outputs],
+                run(level, 2..3),
+                "{level}, {}: a row alone",
+                block.name()
+            );
+        }
+    }
+}
+
+/// A level by name: what this machine lacks and what nobody knows is refused in words.
+#[test]
+fn levels_are_forced_by_name() {
+    let open = |name: &str| {
+        let cpu = CpuOptions { level: Some(name.to_owned()), ..CpuOptions::default() };
+        CpuBackend::open(&DeviceOptions { cpu, ..DeviceOptions::default() }, Group::alone())
+    };
+    assert_eq!(open("portable").unwrap().level(), Level::Portable);
+    let unknown = open("sse9").unwrap_err().to_string();
+    assert!(unknown.contains("\"sse9\"") && unknown.contains("avx512"), "{unknown}");
+    for level in Level::ALL.into_iter().filter(|level| !level.available()) {
+        let refused = open(level.name()).unwrap_err().to_string();
+        assert!(refused.contains(&format!("this machine has no {level} instructions")), "{refused}");
+    }
 }
 
 /// Levels differ in rounding only.

@@ -23,6 +23,12 @@ impl Limits {
         let free = f64::INFINITY;
         Limits { error_max: free, kl_median: 3.0 * reference.max(3e-4), kl_max: free, margin: 0.25 }
     }
+
+    /// Activations in 8 bits where weights are quantised.
+    pub fn loose(reference: f64) -> Limits {
+        let free = f64::INFINITY;
+        Limits { error_max: free, kl_median: 10.0 * reference.max(3e-4), kl_max: free, margin: 0.5 }
+    }
 }
 
 /// Panics with the measures of every row when `got` is not within `limits` of `want`, both `[rows, width]`.

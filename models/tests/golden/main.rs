@@ -175,6 +175,23 @@ cases! {
     qwen3_moe_q4_0: "qwen3_moe-gguf-q4_0",
 }
 
+/// Activations in 8 bits, a setting, are as near as those of llama.cpp have to be, and keep the contract.
+#[test]
+fn activations_in_8_bits_are_near() {
+    let quantised = ["llama-mlx_widths", "qwen3_moe-mlx", "kimi_k2-int4", "deepseek_v3-mlx"];
+    for case in quantised.iter().chain(GGUF_CASES) {
+        let fixture = Fixture::open(case);
+        for (i, prompt) in fixture.prompts.iter().enumerate() {
+            let run = Run { int8: true, ..Run::new(DType::BF16) };
+            let got = run.logits(&fixture.checkpoint, prompt);
+            let limits = Limits::loose(prompt.bf16_kl_median);
+            check(&format!("{case} int8 p{i}"), &fixture.logits(i), &got, fixture.vocab(), &limits);
+            let chunked = Run { chunk: 7, ..run }.logits(&fixture.checkpoint, prompt);
+            assert!(got == chunked, "{case} int8 p{i}: chunks give other bits");
+        }
+    }
+}
+
 /// A GGUF model has the numbers of its Hugging Face original, whatever words its file has for them, and one rank at least.
 #[test]
 fn gguf_graphs_are_those_of_the_originals() {

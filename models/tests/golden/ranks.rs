@@ -3,7 +3,7 @@
 use std::sync::mpsc;
 use std::thread;
 
-use backend::{DType, Group, KvExport, KvLanding, KvStore, Piece};
+use backend::{Activations, CpuOptions, DType, DeviceOptions, Group, KvExport, KvLanding, KvStore, Piece};
 use backend_cpu::CpuBackend;
 use models::Checkpoint;
 use models::replay::Rank;
@@ -20,19 +20,22 @@ pub struct Run {
     pub chunk: usize,
     /// The prompt is computed by one rank, and its cache given to `world` others.
     pub handoff: bool,
+    /// Activations in 8 bits.
+    pub int8: bool,
 }
 
 impl Run {
     pub fn new(dtype: DType) -> Run {
-        Run { dtype, world: 1, chunk: 512, handoff: false }
+        Run { dtype, world: 1, chunk: 512, handoff: false, int8: false }
     }
 
     /// Logits `[steps, vocabulary]`: after the prompt, and after each id of `greedy` but the last.
     pub fn logits(self, checkpoint: &Checkpoint, prompt: &Prompt) -> Vec<f32> {
         let len = prompt.prompt.len();
-        let open = |group| {
-            Rank::<CpuBackend>::open(&options(self.dtype), group, checkpoint, len + prompt.greedy.len())
-        };
+        let activations = if self.int8 { Activations::Int8 } else { Activations::Exact };
+        let cpu = CpuOptions { activations, ..CpuOptions::default() };
+        let options = DeviceOptions { cpu, ..options(self.dtype) };
+        let open = |group| Rank::<CpuBackend>::open(&options, group, checkpoint, len + prompt.greedy.len());
         let mut logits = Vec::new();
         let mut source = None;
         if self.handoff {

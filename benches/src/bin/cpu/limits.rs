@@ -42,8 +42,7 @@ impl Probe {
     fn together(&self, work: impl Fn(&[u64]) -> f64 + Sync) -> f64 {
         let begun = Instant::now();
         let done: f64 = std::thread::scope(|scope| {
-            let threads: Vec<_> =
-                self.memory.iter().map(|memory| scope.spawn(|| work(memory))).collect();
+            let threads: Vec<_> = self.memory.iter().map(|memory| scope.spawn(|| work(memory))).collect();
             threads.into_iter().filter_map(|thread| thread.join().ok()).sum()
         });
         done / begun.elapsed().as_secs_f64()

@@ -16,6 +16,7 @@ mod theirs;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail};
+use backend::{Activations, CpuOptions};
 use clap::Parser;
 
 use blocks::Recipe;
@@ -56,6 +57,16 @@ struct Args {
     /// Sequences that decode together
     #[arg(long, value_delimiter = ',', default_value = "16")]
     batches: Vec<usize>,
+    /// Count the processor's time instead of the clock's, tokens per second of it: for a machine that others use too. With
+    /// one thread, as threads that wait for each other count as well
+    #[arg(long)]
+    cpu_time: bool,
+    /// Ours with activations in 8 bits, as llama.cpp has them always
+    #[arg(long)]
+    int8: bool,
+    /// Ours at this instruction level: portable, avx2, avx512, avx512bf16 or amx
+    #[arg(long)]
+    level: Option<String>,
     /// Steps of a decode
     #[arg(long, default_value_t = 32)]
     steps: usize,
@@ -85,19 +96,18 @@ fn main() -> Result<()> {
         neighbour::spin();
     }
     if let Some(path) = &args.only_load {
-        return Ours::open(path, args.threads, 64)?.decode(1, 0, 1).map(drop);
+        return Ours::open(path, args.threads, args.cpu(), 64)?.decode(1, 0, 1).map(drop);
     }
     let shape = Shape::named(&args.shape).with_context(|| {
         format!("no shape {:?}: {}", args.shape, SHAPES.map(|shape| shape.name).join(", "))
     })?;
     let theirs = match args.vs.as_deref() {
         None => None,
-        Some("llama.cpp") => Some(Theirs::new(args.llama_bench.clone(), args.threads)?),
+        Some("llama.cpp") => Some(Theirs::new(args.llama_bench.clone(), args.threads, args.cpu_time)?),
         Some(other) => bail!("no peer {other:?}: llama.cpp"),
     };
     if args.curve {
-        (args.prompts, args.depths) =
-            (vec![128, 512, 2048, 8192, 16_384], vec![0, 512, 2048, 8192, 16_384]);
+        (args.prompts, args.depths) = (vec![128, 512, 2048, 8192, 16_384], vec![0, 512, 2048, 8192, 16_384]);
         args.batches.clear();
     }
     let dir = args.dir.clone().unwrap_or_else(|| std::env::temp_dir().join("baton-bench-cpu"));
@@ -109,6 +119,13 @@ fn main() -> Result<()> {
         measure(&args, shape, recipe, format, &path, theirs.as_ref(), at == 0)?;
     }
     Ok(())
+}
+
+impl Args {
+    fn cpu(&self) -> CpuOptions {
+        let activations = if self.int8 { Activations::Int8 } else { Activations::Exact };
+        CpuOptions { level: self.level.clone(), activations, ..CpuOptions::default() }
+    }
 }
 
 /// The tests of `args`, the longest last.
@@ -140,7 +157,8 @@ fn measure(
         Test::Disturbed => args.steps + 64,
     };
     let most = tests.iter().map(tokens).max().unwrap_or(0).next_multiple_of(64);
-    let mut ours = Ours::open(path, args.threads, most)?;
+    let mut ours = Ours::open(path, args.threads, args.cpu(), most)?;
+    ours.cpu_time = args.cpu_time;
     let probe = Probe::new(args.threads);
     let mut limits = Limits::default();
     (0..3).for_each(|_| limits = limits.best(probe.measure()));
@@ -158,7 +176,9 @@ fn measure(
                 Test::Decode { count, depth } => ours.decode(count, depth, args.steps)?,
                 Test::Disturbed => ours.decode(1, 0, args.steps)?,
             });
-            let Some(theirs) = theirs else { continue };
+            // Batches of theirs are one run, of which the processor's time cannot be told from loading.
+            let apart = args.cpu_time && matches!(test, Test::Decode { count: 2.., .. });
+            let Some(theirs) = theirs.filter(|_| !apart) else { continue };
             peer.push(match test {
                 Test::Prefill { tokens, depth } => theirs.prefill(path, tokens, depth)?,
                 Test::Decode { count: 1, depth } => theirs.decode(path, depth, args.steps)?,

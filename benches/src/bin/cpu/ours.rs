@@ -1,10 +1,9 @@
 //! Our side of the comparison: the model of a file on the CPU backend, in this process.
 
 use std::path::Path;
-use std::time::Instant;
 
 use anyhow::Result;
-use backend::{Batch, DType, DeviceOptions, Draw, Group, KvStore, Out, Pending, SeqId};
+use backend::{Batch, CpuOptions, DType, DeviceOptions, Draw, Group, KvStore, Out, Pending, SeqId};
 use backend_cpu::{CpuAct, CpuBackend};
 use models::replay::Rank;
 use models::{Checkpoint, ModelError};
@@ -18,14 +17,20 @@ pub const BATCH_PROMPT: usize = 128;
 pub struct Ours {
     rank: Rank<CpuBackend>,
     next: u64,
+    /// Whether seconds are the processor's.
+    pub cpu_time: bool,
 }
 
 impl Ours {
     /// Loads `path` with a cache for `tokens`.
-    pub fn open(path: &Path, threads: usize, tokens: usize) -> Result<Self> {
-        let options = DeviceOptions { dtype: DType::BF16, threads, ..DeviceOptions::default() };
+    pub fn open(path: &Path, threads: usize, cpu: CpuOptions, tokens: usize) -> Result<Self> {
+        let options = DeviceOptions { dtype: DType::BF16, threads, cpu, ..DeviceOptions::default() };
         let checkpoint = Checkpoint::open(path)?;
-        Ok(Ours { rank: Rank::open(&options, Group::alone(), &checkpoint, tokens)?, next: 0 })
+        Ok(Ours {
+            rank: Rank::open(&options, Group::alone(), &checkpoint, tokens)?,
+            next: 0,
+            cpu_time: false,
+        })
     }
 
     /// What computes.
@@ -38,11 +43,11 @@ impl Ours {
     pub fn prefill(&mut self, tokens: usize, depth: usize) -> Result<f64> {
         let seq = self.begin(depth, tokens)?;
         let ids = ids(self.next, tokens, self.rank.model.vocab_size());
-        let begun = Instant::now();
+        let begun = self.now();
         self.rank.feed(seq, depth as u32, &ids, CHUNK)?;
-        let took = begun.elapsed();
+        let took = self.now() - begun;
         self.rank.end(seq)?;
-        Ok(tokens as f64 / took.as_secs_f64())
+        Ok(tokens as f64 / took)
     }
 
     /// Tokens per second of `count` sequences together, each behind `depth` positions, `steps` steps.
@@ -56,7 +61,7 @@ impl Ours {
         }
         let draws = vec![Draw::Token(backend::draw::Rule::GREEDY); count];
         let mut last: Option<Box<dyn Pending<CpuAct>>> = None;
-        let mut begun = Instant::now();
+        let mut begun = self.now();
         for at in 0..=steps {
             let Rank { backend, model, kv } = &mut self.rank;
             let mut step = backend::Backend::step(backend, kv, &batch);
@@ -67,7 +72,7 @@ impl Ours {
             }
             if at == 0 {
                 // The first warms up.
-                begun = Instant::now();
+                begun = self.now();
             }
             batch = Batch::default();
             for (row, seq) in sequences.iter().enumerate() {
@@ -77,11 +82,20 @@ impl Ours {
         if let Some(last) = last {
             last.wait()?;
         }
-        let took = begun.elapsed();
+        let took = self.now() - begun;
         for seq in sequences {
             self.rank.end(seq)?;
         }
-        Ok((count * steps) as f64 / took.as_secs_f64())
+        Ok((count * steps) as f64 / took)
+    }
+
+    /// Seconds of the clock, or of the processor for this process.
+    fn now(&self) -> f64 {
+        let mut time = libc::timespec { tv_sec: 0, tv_nsec: 0 };
+        let clock = if self.cpu_time { libc::CLOCK_PROCESS_CPUTIME_ID } else { libc::CLOCK_MONOTONIC };
+        // SAFETY: the call fills `time`.
+        unsafe { libc::clock_gettime(clock, &mut time) };
+        time.tv_sec as f64 + time.tv_nsec as f64 * 1e-9
     }
 
     /// A sequence with `depth` positions of cache (zeros are as good as any) and room for `more`.

@@ -16,14 +16,21 @@ pub fn compare(args: &Args, format: &str, path: &Path, theirs: Option<&Theirs>) 
     for _ in 0..args.rounds {
         let mut command = Command::new(std::env::current_exe()?);
         command.arg("--only-load").arg(path).args(["--threads", &args.threads.to_string()]);
+        if args.int8 {
+            command.arg("--int8");
+        }
         own.push(run(command)?);
         if let Some(theirs) = theirs {
             peer.push(run(theirs.load(path))?);
         }
     }
-    let show = |who: &str, runs: &[(f64, f64)]| {
-        let part = |of: fn(&(f64, f64)) -> f64| median(&runs.iter().map(of).collect::<Vec<_>>());
-        println!("{format}, load and one token, {who}: {:.2} s, {:.0} MB at most", part(|r| r.0), part(|r| r.1) / 1e6);
+    let show = |who: &str, runs: &[Ended]| {
+        let part = |of: fn(&Ended) -> f64| median(&runs.iter().map(of).collect::<Vec<_>>());
+        println!(
+            "{format}, load and one token, {who}: {:.2} s, {:.0} MB at most",
+            part(|run| run.took),
+            part(|run| run.memory) / 1e6
+        );
     };
     show("ours", &own);
     if !peer.is_empty() {
@@ -32,8 +39,18 @@ pub fn compare(args: &Args, format: &str, path: &Path, theirs: Option<&Theirs>) 
     Ok(())
 }
 
-/// Seconds that a process takes, and the bytes of memory that it had at most.
-fn run(mut command: Command) -> Result<(f64, f64)> {
+/// What a process took.
+pub struct Ended {
+    /// Seconds.
+    pub took: f64,
+    /// Seconds of processors.
+    pub busy: f64,
+    /// Bytes of memory at most.
+    pub memory: f64,
+}
+
+/// Runs a process to its end.
+pub fn run(mut command: Command) -> Result<Ended> {
     let begun = Instant::now();
     let child = command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null()).spawn();
     let child = child.with_context(|| format!("running {:?}", command.get_program()))?;
@@ -45,5 +62,10 @@ fn run(mut command: Command) -> Result<(f64, f64)> {
     ensure!(waited > 0 && status == 0, "{:?} ended with {status}", command.get_program());
     // Kilobytes, but on macOS.
     let unit = if cfg!(target_os = "macos") { 1.0 } else { 1024.0 };
-    Ok((begun.elapsed().as_secs_f64(), usage.ru_maxrss as f64 * unit))
+    let seconds = |time: libc::timeval| time.tv_sec as f64 + time.tv_usec as f64 * 1e-6;
+    Ok(Ended {
+        took: begun.elapsed().as_secs_f64(),
+        busy: seconds(usage.ru_utime) + seconds(usage.ru_stime),
+        memory: usage.ru_maxrss as f64 * unit,
+    })
 }

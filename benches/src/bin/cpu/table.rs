@@ -81,9 +81,19 @@ impl Test {
 }
 
 pub fn heading(shape: &Shape, limits: Limits, device: &str, threads: usize) {
-    println!("{} ({device}); reads at most {:.1} GB/s with {threads} threads,", shape.name, limits.read / 1e9);
-    println!("multiplies at most {:.0} GFLOP/s of bf16, {:.0} GOP/s of int8.\n", limits.bf16 / 1e9, limits.int8 / 1e9);
-    println!("| weights | what | ours, tok/s | llama.cpp | ratio | reads GB/s | of the limit | GFLOP/s | of the limit |");
+    println!(
+        "{} ({device}); reads at most {:.1} GB/s with {threads} threads,",
+        shape.name,
+        limits.read / 1e9
+    );
+    println!(
+        "multiplies at most {:.0} GFLOP/s of bf16, {:.0} GOP/s of int8.\n",
+        limits.bf16 / 1e9,
+        limits.int8 / 1e9
+    );
+    println!(
+        "| weights | what | ours, tok/s | llama.cpp | ratio | reads GB/s | of the limit | GFLOP/s | of the limit |"
+    );
     println!("|---|---|---|---|---|---|---|---|---|");
 }
 

@@ -6,41 +6,63 @@ use std::process::{Command, Stdio};
 use anyhow::{Context, Result, bail, ensure};
 use serde_json::Value;
 
+use crate::process;
+
 /// The peer's executables.
 pub struct Theirs {
     bench: PathBuf,
     threads: usize,
+    /// Whether seconds are the processor's.
+    cpu_time: bool,
 }
 
 impl Theirs {
     /// `bench` is llama-bench; llama-batched-bench lies beside it.
-    pub fn new(bench: PathBuf, threads: usize) -> Result<Self> {
-        ensure!(bench.is_file(), "no llama-bench at {}: see benches/README.md on building it", bench.display());
-        Ok(Theirs { bench, threads })
+    pub fn new(bench: PathBuf, threads: usize, cpu_time: bool) -> Result<Self> {
+        ensure!(
+            bench.is_file(),
+            "no llama-bench at {}: see benches/README.md on building it",
+            bench.display()
+        );
+        Ok(Theirs { bench, threads, cpu_time })
     }
 
     /// Tokens per second of a prompt behind `depth` positions.
     pub fn prefill(&self, model: &Path, tokens: usize, depth: usize) -> Result<f64> {
-        self.bench(model, &["-p", &tokens.to_string(), "-n", "0"], depth)
+        self.bench(model, &["-p", &tokens.to_string(), "-n", "0"], depth, tokens)
     }
 
     /// Tokens per second of one sequence behind `depth` positions, `steps` steps.
     pub fn decode(&self, model: &Path, depth: usize, steps: usize) -> Result<f64> {
-        self.bench(model, &["-p", "0", "-n", &steps.to_string()], depth)
+        self.bench(model, &["-p", "0", "-n", &steps.to_string()], depth, steps)
     }
 
-    fn bench(&self, model: &Path, test: &[&str], depth: usize) -> Result<f64> {
+    fn bench(&self, model: &Path, test: &[&str], depth: usize, tokens: usize) -> Result<f64> {
         let mut command = Command::new(&self.bench);
-        command.arg("-m").arg(model).args(test).args(["-r", "1", "-o", "jsonl"]);
+        command.arg("-m").arg(model).args(test).args(["-o", "jsonl"]);
         command.args(["-t", &self.threads.to_string(), "-d", &depth.to_string()]);
+        if self.cpu_time {
+            // Loading and the first repetition are in both.
+            let run = |runs: &str| {
+                let mut again = Command::new(&self.bench);
+                again.args(command.get_args()).args(["--no-warmup", "-r", runs]);
+                process::run(again)
+            };
+            return Ok(2.0 * tokens as f64 / (run("3")?.busy - run("1")?.busy));
+        }
+        command.args(["-r", "1"]);
         speed(command, "avg_ts")
     }
 
     /// Tokens per second of `count` sequences together, behind prompts of `prompt` tokens.
     pub fn batch(&self, model: &Path, count: usize, prompt: usize, steps: usize) -> Result<f64> {
         let mut command = Command::new(self.bench.with_file_name("llama-batched-bench"));
-        let context = count * (prompt + steps) + 64;
+        // Of a context each sequence gets an equal part, in whole pages of 256.
+        let context = count * (prompt + steps).next_multiple_of(256);
         command.arg("-m").arg(model).args(["--output-format", "jsonl"]);
+        if self.cpu_time {
+            bail!("llama-batched-bench has no repetitions: not with --cpu-time");
+        }
         for (flag, n) in [
             ("-npp", prompt),
             ("-ntg", steps),

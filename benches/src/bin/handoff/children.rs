@@ -85,6 +85,7 @@ pub async fn node(spec: &str) -> Result<()> {
         kv_codec: kvtransfer::CodecPolicy::Always(kvtransfer::Codec::Exact),
         kv_streams: 1,
         kv_transport: node::KvTransport::Tcp,
+        cpu: backend::CpuOptions::default(),
         land_deadline: Duration::from_secs(120),
         drain: Duration::from_secs(1),
     };

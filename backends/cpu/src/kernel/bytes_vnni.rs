@@ -1,0 +1,233 @@
+//! [`super::bytes`] with the instruction that AVX-512 VNNI has for it: four inputs of 16 outputs at once. Codes are unpacked
+//! in registers, so that weights stream from memory as small as they are.
+
+use std::arch::x86_64::*;
+
+use super::bytes::{Bytes, at};
+use super::codes::{BYTES, Code, scale_of};
+use crate::lanes::avx512::Avx512;
+use crate::lanes::{LANES, Lanes};
+
+/// Bytes that are asked for ahead of use.
+const AHEAD_BYTES: usize = 1024;
+
+/// As [`super::bytes::bytes`].
+///
+/// # Safety
+/// As there; this machine has AVX-512 VNNI and VBMI.
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx512vbmi,avx2,fma,f16c")]
+pub(super) unsafe fn bytes(s: &Bytes<'_>) {
+    // SAFETY: the caller's.
+    unsafe {
+        match s.form.code {
+            Code::Planes(2) => panels::<2>(s),
+            Code::Planes(3) => panels::<3>(s),
+            Code::Planes(4) => panels::<4>(s),
+            Code::Planes(5) => panels::<5>(s),
+            Code::Planes(_) => panels::<6>(s),
+            Code::Bytes | Code::E4m3 => panels::<BYTES>(s),
+        }
+    }
+}
+
+/// All panels and rows of a product: two panels at once, so that enough sums are in flight.
+#[inline(always)]
+unsafe fn panels<const CODE: usize>(s: &Bytes<'_>) {
+    let mut panel = 0;
+    while panel < s.panels {
+        let two = panel + 2 <= s.panels;
+        let mut row = 0;
+        while row < s.rows {
+            // SAFETY: rows and panels stay within the product.
+            row += unsafe {
+                match (s.rows - row, two) {
+                    (6.., true) => tile::<CODE, 6, 2>(s, row, panel),
+                    (2.., true) => tile::<CODE, 2, 2>(s, row, panel),
+                    (_, true) => tile::<CODE, 1, 2>(s, row, panel),
+                    (_, false) => tile::<CODE, 1, 1>(s, row, panel),
+                }
+            };
+        }
+        panel += if two { 2 } else { 1 };
+    }
+}
+
+/// For each byte of two words: the bit of both words where eight bits are taken, `from` and then every `step`.
+const fn fields(from: i32, step: i32) -> [u8; 64] {
+    let mut out = [0; 64];
+    let mut at = 0;
+    while at < 64 {
+        let (word, byte) = (at / 4 % 2, at % 4);
+        out[at] = ((word as i32 * 32 + from + step * byte as i32) & 63) as u8;
+        at += 1;
+    }
+    out
+}
+
+/// Bits of `words` for the four even inputs (`odd` 0) or odd inputs (1) of eight in bytes: `bits` of each input, from bit
+/// `from` of the word on, moved up by `up`; other bits are arbitrary.
+#[inline(always)]
+unsafe fn spread<const BITS: i32, const UP: i32>(words: __m512i, from: usize, odd: usize) -> __m512i {
+    // Fields begin at multiples of 8 bits.
+    let tables: &'static [[[u8; 64]; 2]; 4] = const {
+        &[
+            [fields(-UP, 2 * BITS), fields(BITS - UP, 2 * BITS)],
+            [fields(8 - UP, 2 * BITS), fields(8 + BITS - UP, 2 * BITS)],
+            [fields(16 - UP, 2 * BITS), fields(16 + BITS - UP, 2 * BITS)],
+            [fields(24 - UP, 2 * BITS), fields(24 + BITS - UP, 2 * BITS)],
+        ]
+    };
+    // SAFETY: 64 bytes of a table, and register arithmetic.
+    unsafe {
+        let control = _mm512_loadu_si512(tables[from / 8][odd].as_ptr().cast());
+        _mm512_multishift_epi64_epi8(control, words)
+    }
+}
+
+/// Line `n` of a chunk of codes.
+#[inline(always)]
+unsafe fn line(chunk: *const u8, n: usize) -> __m512i {
+    // SAFETY: the caller's chunk has this line.
+    unsafe { _mm512_loadu_si512(chunk.add(n * 64).cast()) }
+}
+
+/// `low` where `mask` has bits, else `high`, without what is above the code.
+#[inline(always)]
+unsafe fn joined(low: __m512i, high: __m512i, mask: i8, code: i8) -> __m512i {
+    const SELECT: i32 = 0xca;
+    // SAFETY: register arithmetic.
+    unsafe {
+        let both = _mm512_ternarylogic_epi32::<SELECT>(_mm512_set1_epi8(mask), low, high);
+        _mm512_and_si512(both, _mm512_set1_epi8(code))
+    }
+}
+
+/// The codes of eight inputs: four bytes per output, the even inputs and then the odd ones.
+#[inline(always)]
+unsafe fn octet_of<const CODE: usize>(chunk: *const u8, octet: usize) -> [__m512i; 2] {
+    // SAFETY: the caller's chunk is of this code.
+    unsafe {
+        match CODE {
+            2 => {
+                let (words, from) = (line(chunk, octet / 2), 16 * (octet % 2));
+                [0, 1].map(|odd| _mm512_and_si512(spread::<2, 0>(words, from, odd), _mm512_set1_epi8(3)))
+            }
+            3 => {
+                let (words, from) = (line(chunk, octet / 2), 16 * (octet % 2));
+                let high = line(chunk, 2);
+                [0, 1].map(|odd| {
+                    let high = spread::<1, 2>(high, 8 * octet, odd);
+                    joined(spread::<2, 0>(words, from, odd), high, 3, 7)
+                })
+            }
+            4 => {
+                let words = line(chunk, octet);
+                let mask = _mm512_set1_epi8(15);
+                [_mm512_and_si512(words, mask), _mm512_and_si512(_mm512_srli_epi32::<4>(words), mask)]
+            }
+            5 => {
+                let (words, high) = (line(chunk, octet), line(chunk, 4));
+                let low = [words, _mm512_srli_epi32::<4>(words)];
+                [0, 1].map(|odd| joined(low[odd], spread::<1, 4>(high, 8 * octet, odd), 15, 31))
+            }
+            6 => {
+                let (words, high) = (line(chunk, octet), line(chunk, 4 + octet / 2));
+                let low = [words, _mm512_srli_epi32::<4>(words)];
+                let from = 16 * (octet % 2);
+                [0, 1].map(|odd| joined(low[odd], spread::<2, 4>(high, from, odd), 15, 63))
+            }
+            _ => {
+                // Four lines of 16 outputs, turned.
+                const TURNED: [u8; 64] = {
+                    let mut order = [0; 64];
+                    let mut at = 0;
+                    while at < 64 {
+                        order[at] = (at % 4 * 16 + at / 4) as u8;
+                        at += 1;
+                    }
+                    order
+                };
+                let order = _mm512_loadu_si512(TURNED.as_ptr().cast());
+                [0, 1].map(|odd| _mm512_permutexvar_epi8(order, line(chunk, octet * 2 + odd)))
+            }
+        }
+    }
+}
+
+#[inline(always)]
+#[allow(clippy::needless_range_loop)] // rows and panels index sums, scales and addresses alike
+unsafe fn tile<const CODE: usize, const R: usize, const P: usize>(
+    s: &Bytes<'_>,
+    row: usize,
+    panel: usize,
+) -> usize {
+    // SAFETY: the panels have these blocks, x the rows and blocks, acc the rows and panels.
+    unsafe {
+        let first = s.panel.add(panel * s.panel_bytes);
+        let out = s.acc.add(row * s.acc_stride + panel * LANES);
+        let mut acc = [[Avx512::splat(0.0); P]; R];
+        if !s.fresh {
+            for r in 0..R {
+                for p in 0..P {
+                    acc[r][p] = Avx512::load(out.add(r * s.acc_stride + p * LANES));
+                }
+            }
+        }
+        let halves = s.form.group == 16;
+        let parts = if halves { 2 } else { 1 };
+        let chunk_bytes = s.form.chunk_bytes();
+        for block in s.blocks.0..s.blocks.1 {
+            let x = s.x.add(row * s.x_stride + block - s.blocks.0);
+            let (base, group, codes) = at(s.form, block);
+            for p in 0..P {
+                let mut ahead = first.wrapping_add(p * s.panel_bytes + codes + AHEAD_BYTES).cast::<i8>();
+                for _ in 0..chunk_bytes / 64 {
+                    _mm_prefetch::<_MM_HINT_T0>(ahead);
+                    ahead = ahead.wrapping_add(64);
+                }
+            }
+            for part in 0..parts {
+                let mut dots = [[_mm512_setzero_si512(); P]; R];
+                let mut octets = |from: usize, to: usize| {
+                    for octet in from..to {
+                        let mut weights = [[_mm512_setzero_si512(); 2]; P];
+                        for p in 0..P {
+                            weights[p] = octet_of::<CODE>(first.add(p * s.panel_bytes + codes), octet);
+                        }
+                        for odd in 0..2 {
+                            for r in 0..R {
+                                let x = (*x.add(r * s.x_stride)).codes.as_ptr().cast::<i32>();
+                                let factor = _mm512_set1_epi32(*x.add(octet * 2 + odd));
+                                for p in 0..P {
+                                    dots[r][p] = _mm512_dpbusd_epi32(dots[r][p], weights[p][odd], factor);
+                                }
+                            }
+                        }
+                    }
+                };
+                match (halves, part) {
+                    (false, _) => octets(0, 4),
+                    (true, 0) => octets(0, 2),
+                    (true, _) => octets(2, 4),
+                }
+                for p in 0..P {
+                    let scales = first.add(p * s.panel_bytes + base);
+                    let (scale, offset) = scale_of::<Avx512>(s.form, scales, group + part);
+                    for r in 0..R {
+                        let x = &*x.add(r * s.x_stride);
+                        let sum = if halves { x.halves[part] } else { x.sum };
+                        let dot = Avx512(_mm512_cvtepi32_ps(dots[r][p]));
+                        let scaled = scale.mul(Avx512::splat(x.scale));
+                        acc[r][p] = acc[r][p].madd(dot, scaled).madd(offset, Avx512::splat(sum));
+                    }
+                }
+            }
+        }
+        for r in 0..R {
+            for p in 0..P {
+                acc[r][p].store(out.add(r * s.acc_stride + p * LANES));
+            }
+        }
+    }
+    R
+}
