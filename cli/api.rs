@@ -1,13 +1,48 @@
-//! The router's HTTP side as a client sees it. Called by `chat` and `up`.
+//! The router's HTTP side as a client sees it. Called by `chat`, `batch` and `up`.
 
 use std::collections::VecDeque;
+use std::io::Write;
+use std::path::{Path, PathBuf};
 
-use anyhow::{Context, Result, bail};
-use reqwest::{Client, RequestBuilder, Response};
+use anyhow::{Context, Result, bail, ensure};
+use futures::stream::{self, StreamExt};
+use reqwest::{Certificate, Client, RequestBuilder, Response, StatusCode};
 use serde_json::{Value, json};
+use tokio::io::AsyncReadExt;
+
+use crate::{certificate, dirs};
 
 /// Longest event of a stream that is taken in; the router's are a few hundred bytes.
 const EVENT_BYTES_MAX: usize = 1 << 20;
+
+/// Read from the disk and sent at once.
+const PIECE_BYTES: usize = 256 << 10;
+
+/// Which server, and how it is trusted.
+#[derive(Clone, Debug, clap::Args)]
+pub struct Server {
+    /// The server
+    #[arg(long, default_value = "http://127.0.0.1:8000", env = "BATON_URL")]
+    url: String,
+    /// API key, if the server asks for one
+    #[arg(long, value_name = "KEY", env = "BATON_API_KEY", hide_env_values = true)]
+    api_key: Option<String>,
+    /// Certificate to trust for https, in PEM [default: this machine's own of --tls-self-signed, and the system's]
+    #[arg(long, value_name = "FILE", env = "BATON_CA")]
+    ca: Option<PathBuf>,
+}
+
+impl Server {
+    /// Its client.
+    pub fn api(&self) -> Result<Api> {
+        Api::new(&self.url, self.api_key.clone(), self.ca.as_deref())
+    }
+
+    /// As the user wrote it.
+    pub fn url(&self) -> &str {
+        &self.url
+    }
+}
 
 /// An OpenAI-style server.
 pub struct Api {
@@ -27,15 +62,94 @@ pub struct Choice {
 }
 
 impl Api {
-    /// A client of the server at `url`, with or without `/v1` at its end.
-    pub fn new(url: &str, key: Option<String>) -> Result<Self> {
+    /// A client of the server at `url`, with or without `/v1` at its end. `ca`: the only certificate that is trusted for https.
+    pub fn new(url: &str, key: Option<String>, ca: Option<&Path>) -> Result<Self> {
         let url = url.trim_end_matches('/');
         let url = url.strip_suffix("/v1").unwrap_or(url).to_owned();
-        if !url.starts_with("http://") {
-            bail!("{url}: expected http://host:port");
+        let mut builder = Client::builder().no_proxy();
+        if url.starts_with("https://") {
+            let own = dirs::data().map(|dir| dir.join(certificate::FILE)).ok().filter(|path| path.exists());
+            builder = match (ca, own) {
+                (Some(path), _) => builder.tls_certs_only(certificates(path)?),
+                (None, Some(path)) => builder.tls_certs_merge(certificates(&path)?),
+                (None, None) => builder,
+            };
+        } else if !url.starts_with("http://") {
+            bail!("{url}: expected http://host:port or https://host:port");
         }
-        let client = Client::builder().no_proxy().build().context("no HTTP client")?;
+        let client = builder.build().context("no HTTP client")?;
         Ok(Api { client, url, key })
+    }
+
+    /// Where it is, without `/v1`.
+    pub fn url(&self) -> &str {
+        &self.url
+    }
+
+    /// What is at `path`.
+    pub async fn get(&self, path: &str) -> Result<Value> {
+        self.try_get(path).await.map_err(|(_, error)| error)
+    }
+
+    /// As [`Api::get`]; the error comes with the server's status, if it answered.
+    pub async fn try_get(&self, path: &str) -> Result<Value, (Option<StatusCode>, anyhow::Error)> {
+        let none = |error: anyhow::Error| (None, error);
+        let response = self.answer(self.client.get(format!("{}{path}", self.url))).await.map_err(none)?;
+        let status = response.status();
+        if !status.is_success() {
+            return Err((Some(status), anyhow::anyhow!("{}", error_message(response).await)));
+        }
+        response.json().await.context("the server's answer is not JSON").map_err(none)
+    }
+
+    /// The answer to `body` at `path`.
+    pub async fn post(&self, path: &str, body: &Value) -> Result<Value> {
+        let answer = self.send(self.client.post(format!("{}{path}", self.url)).json(body)).await?;
+        answer.json().await.context("the server's answer is not JSON")
+    }
+
+    /// Uploads a file for a batch: its id there.
+    pub async fn upload(&self, path: &Path) -> Result<String> {
+        const BOUNDARY: &str = "baton-2c1d9a4e7f3b4c0f8e5a6d7b9c0e1f2a";
+        let at = || format!("cannot read {}", path.display());
+        let mut file = tokio::fs::File::open(path).await.with_context(at)?;
+        let bytes = file.metadata().await.with_context(at)?.len();
+        let name = path.file_name().unwrap_or_default().to_string_lossy().replace('"', "%22");
+        let head = format!(
+            "--{BOUNDARY}\r\nContent-Disposition: form-data; name=\"purpose\"\r\n\r\nbatch\r\n--{BOUNDARY}\r\n\
+             Content-Disposition: form-data; name=\"file\"; filename=\"{name}\"\r\n\
+             Content-Type: application/jsonl\r\n\r\n"
+        );
+        let tail = format!("\r\n--{BOUNDARY}--\r\n");
+        let length = head.len() as u64 + bytes + tail.len() as u64;
+        file.set_max_buf_size(PIECE_BYTES);
+        // A file that grows meanwhile must not.
+        let content = stream::try_unfold(file.take(bytes), |mut file| async move {
+            let mut piece = vec![0; PIECE_BYTES];
+            let read = file.read(&mut piece).await?;
+            piece.truncate(read);
+            Ok::<_, std::io::Error>((read > 0).then_some((piece, file)))
+        });
+        let whole = |text: String| stream::once(async { Ok(text.into_bytes()) });
+        let body = whole(head).chain(content).chain(whole(tail));
+        let request = self
+            .client
+            .post(format!("{}/v1/files", self.url))
+            .header("content-type", format!("multipart/form-data; boundary={BOUNDARY}"))
+            .header("content-length", length)
+            .body(reqwest::Body::wrap_stream(body));
+        let file: Value =
+            self.send(request).await?.json().await.context("the server's answer is not JSON")?;
+        Ok(file["id"].as_str().context("the server's file has no id")?.to_owned())
+    }
+
+    /// Writes what is at `path` to `to`, as it comes.
+    pub async fn download(&self, path: &str, to: &mut impl Write) -> Result<()> {
+        let mut response = self.send(self.client.get(format!("{}{path}", self.url))).await?;
+        while let Some(piece) = response.chunk().await.context("the download broke off")? {
+            to.write_all(&piece).context("cannot write the answers")?;
+        }
+        to.flush().context("cannot write the answers")
     }
 
     /// The first model that the server names.
@@ -61,21 +175,38 @@ impl Api {
         Ok(Answer { response: self.send(request).await?, events: Events::default() })
     }
 
+    /// An answer that is no refusal.
     async fn send(&self, request: RequestBuilder) -> Result<Response> {
+        let response = self.answer(request).await?;
+        if response.status().is_success() { Ok(response) } else { bail!("{}", error_message(response).await) }
+    }
+
+    async fn answer(&self, request: RequestBuilder) -> Result<Response> {
         let request = match &self.key {
             Some(key) => request.bearer_auth(key),
             None => request,
         };
-        let response = request.send().await.map_err(|error| {
+        request.send().await.map_err(|error| {
+            let mut causes = std::iter::successors(std::error::Error::source(&error), |cause| cause.source());
+            let last = causes.by_ref().last().map(ToString::to_string).unwrap_or_default();
+            if last.contains("certificate") {
+                return anyhow::anyhow!("{}: not trusted ({last}): give --ca FILE", self.url);
+            }
             let why = if error.is_connect() {
                 "nobody answers there (is `baton up` running?)"
             } else {
                 "no answer"
             };
             anyhow::anyhow!("{}: {why}", self.url)
-        })?;
-        if response.status().is_success() { Ok(response) } else { bail!("{}", error_message(response).await) }
+        })
     }
+}
+
+fn certificates(path: &Path) -> Result<Vec<Certificate>> {
+    let pem = std::fs::read(path).with_context(|| format!("cannot read {}", path.display()))?;
+    let all = Certificate::from_pem_bundle(&pem).with_context(|| path.display().to_string())?;
+    ensure!(!all.is_empty(), "{} has no certificate in PEM", path.display());
+    Ok(all)
 }
 
 /// What a refusal says: the message of the OpenAI error envelope, else the status.

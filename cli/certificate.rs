@@ -1,5 +1,5 @@
 //! The gateway's own certificate: self-signed, made once and kept, so that clients can trust the one they have seen.
-//! Called by `router` with `--tls-self-signed`.
+//! Called by `router` with `--tls-self-signed`, and by clients on the same machine.
 
 use std::fs::{self, File};
 use std::io::Write;
@@ -12,9 +12,12 @@ use router::TlsFiles;
 
 use crate::system;
 
+/// The certificate's name in the user's data directory.
+pub const FILE: &str = "gateway-cert.pem";
+
 /// The certificate and key in `dir` for a server at `host`, made if they are not there.
 pub fn own(dir: &Path, host: IpAddr) -> Result<TlsFiles> {
-    let files = TlsFiles { cert: dir.join("gateway-cert.pem"), key: dir.join("gateway-key.pem") };
+    let files = TlsFiles { cert: dir.join(FILE), key: dir.join("gateway-key.pem") };
     if files.cert.exists() && files.key.exists() {
         return Ok(files);
     }

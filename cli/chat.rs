@@ -7,7 +7,7 @@ use serde_json::{Value, json};
 use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::sync::mpsc;
 
-use crate::api::{Api, Choice};
+use crate::api::{Api, Choice, Server};
 use crate::print;
 
 /// What is asked of whom.
@@ -15,9 +15,6 @@ use crate::print;
 pub struct Args {
     /// One question; without it, a conversation
     question: Vec<String>,
-    /// The server
-    #[arg(long, default_value = "http://127.0.0.1:8000", env = "BATON_URL")]
-    url: String,
     /// Model to ask for [default: the server's first]
     #[arg(long, value_name = "NAME")]
     model: Option<String>,
@@ -30,14 +27,13 @@ pub struct Args {
     /// Longest answer
     #[arg(long, value_name = "TOKENS")]
     max_tokens: Option<u32>,
-    /// API key, if the server asks for one
-    #[arg(long, value_name = "KEY", env = "BATON_API_KEY", hide_env_values = true)]
-    api_key: Option<String>,
+    #[command(flatten)]
+    server: Server,
 }
 
 /// Talks until the question is answered, or `/exit`, end of input, or Ctrl-C at the prompt.
 pub async fn run(args: Args) -> Result<()> {
-    let api = Api::new(&args.url, args.api_key)?;
+    let api = args.server.api()?;
     let model = match args.model {
         Some(model) => model,
         None => api.model().await?,
@@ -57,7 +53,10 @@ pub async fn run(args: Args) -> Result<()> {
 
     let is_terminal = stdin().is_terminal();
     if is_terminal {
-        print(&format!("{model} at {}. /exit or Ctrl-D ends, Ctrl-C cuts an answer short.\n", args.url));
+        print(&format!(
+            "{model} at {}. /exit or Ctrl-D ends, Ctrl-C cuts an answer short.\n",
+            args.server.url()
+        ));
     }
     let mut lines = lines();
     loop {

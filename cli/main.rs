@@ -1,6 +1,7 @@
 //! The `baton` executable. Each role of a cluster is a subcommand: parse, load settings, serve, drain.
 
 mod api;
+mod batch;
 mod bench;
 mod bundled;
 mod certificate;
@@ -50,6 +51,8 @@ enum Command {
     Decode(Flags<NodeSettings>),
     /// Talk to a model in this terminal
     Chat(chat::Args),
+    /// Have the lines of a file answered as a batch job
+    Batch(batch::Args),
     /// Show the nodes of a cluster, their load and their links
     Status(status::Args),
     /// Look for what is wrong: this machine's ports, the router, the links between nodes
@@ -82,6 +85,8 @@ enum ConfigCommand {
 }
 
 fn main() -> ExitCode {
+    // TLS of clients. There is none before.
+    _ = rustls::crypto::ring::default_provider().install_default();
     match run(Cli::parse().command) {
         Ok(code) => code,
         Err(error) => {
@@ -106,6 +111,7 @@ fn run(command: Command) -> Result<ExitCode> {
             Command::Prefill(flags) => roles::prefill(config::load("prefill", &flags)?).await?,
             Command::Decode(flags) => roles::decode(config::load("decode", &flags)?).await?,
             Command::Chat(args) => chat::run(args).await?,
+            Command::Batch(args) => return batch::run(args).await,
             Command::Status(args) => status::run(args).await?,
             Command::Doctor(args) => return doctor::run(args).await,
             Command::Pull(args) => pull::run(args).await?,

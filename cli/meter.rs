@@ -1,4 +1,5 @@
-//! How far a transfer is, how fast, and how long it will take, in words. Pure: the time is an argument. Called by `pull`.
+//! How far a transfer is, how fast, and how long it will take, in words. Pure: the time is an argument. Called by `pull`; the rate
+//! also by `batch`.
 
 use std::collections::VecDeque;
 use std::time::{Duration, Instant};
@@ -10,28 +11,58 @@ const WINDOW: Duration = Duration::from_secs(15);
 /// Samples are at least this far apart.
 const SAMPLE: Duration = Duration::from_millis(500);
 
+/// How fast something goes on.
+pub struct Rate {
+    /// All that was done.
+    done: u64,
+    samples: VecDeque<(Instant, u64)>,
+}
+
+impl Rate {
+    /// Nothing is done yet.
+    pub fn new(now: Instant) -> Self {
+        Rate { done: 0, samples: VecDeque::from([(now, 0)]) }
+    }
+
+    /// So much more is done.
+    pub fn add(&mut self, amount: u64, now: Instant) {
+        self.done += amount;
+        if self.samples.back().is_none_or(|(at, _)| now.saturating_duration_since(*at) >= SAMPLE) {
+            self.samples.push_back((now, self.done));
+        }
+    }
+
+    /// Per second, of late.
+    pub fn per_second(&mut self, now: Instant) -> f64 {
+        while self.samples.len() > 1
+            && self.samples.get(1).is_some_and(|(at, _)| now.saturating_duration_since(*at) >= WINDOW)
+        {
+            self.samples.pop_front();
+        }
+        let (from, done) = self.samples.front().copied().unwrap_or((now, self.done));
+        let seconds = now.saturating_duration_since(from).as_secs_f64();
+        if seconds > 0.0 { (self.done - done) as f64 / seconds } else { 0.0 }
+    }
+}
+
 /// One transfer.
 pub struct Meter {
     total: u64,
     there: u64,
-    /// Bytes that were moved, whatever was there before.
-    moved: u64,
-    samples: VecDeque<(Instant, u64)>,
+    /// Of bytes that were moved, whatever was there before.
+    rate: Rate,
 }
 
 impl Meter {
     /// A transfer of `total` bytes, `there` of them done before.
     pub fn new(total: u64, there: u64, now: Instant) -> Self {
-        Meter { total, there, moved: 0, samples: VecDeque::from([(now, 0)]) }
+        Meter { total, there, rate: Rate::new(now) }
     }
 
     /// `bytes` more are done.
     pub fn moved(&mut self, bytes: u64, now: Instant) {
         self.there += bytes;
-        self.moved += bytes;
-        if self.samples.back().is_none_or(|(at, _)| now.saturating_duration_since(*at) >= SAMPLE) {
-            self.samples.push_back((now, self.moved));
-        }
+        self.rate.add(bytes, now);
     }
 
     /// What was thought to be there is `less`, or more.
@@ -41,14 +72,7 @@ impl Meter {
 
     /// `1.20 GB of 4.80 GB, 112.3 MB/s, 32 s left`
     pub fn line(&mut self, now: Instant) -> String {
-        while self.samples.len() > 1
-            && self.samples.get(1).is_some_and(|(at, _)| now.saturating_duration_since(*at) >= WINDOW)
-        {
-            self.samples.pop_front();
-        }
-        let (from, moved) = self.samples.front().copied().unwrap_or((now, self.moved));
-        let seconds = now.saturating_duration_since(from).as_secs_f64();
-        let rate = if seconds > 0.0 { (self.moved - moved) as f64 / seconds } else { 0.0 };
+        let rate = self.rate.per_second(now);
         let so_far = format!("{} of {}", Bytes(self.there.min(self.total)), Bytes(self.total));
         if rate < 1.0 {
             return so_far;
@@ -59,7 +83,7 @@ impl Meter {
 }
 
 /// `32 s`, `5 min 3 s`, `2 h 4 min`.
-fn duration(seconds: f64) -> String {
+pub fn duration(seconds: f64) -> String {
     let seconds = seconds.ceil() as u64;
     match seconds {
         0..60 => format!("{seconds} s"),

@@ -1,4 +1,8 @@
-//! The few system calls that the standard library lacks. Called by `up`, `supervised`, `dirs` and `inspect`.
+//! The few system calls that the standard library lacks. Called by `up`, `supervised`, `dirs`, `inspect` and the router.
+
+use std::io;
+use std::net::TcpListener;
+use std::os::fd::{FromRawFd, OwnedFd, RawFd};
 
 /// What a process can be told.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -18,6 +22,40 @@ pub fn signal(pid: u32, signal: Signal) {
     };
     // SAFETY: kill takes two numbers and touches no memory of ours. An error means that the child has ended.
     unsafe { libc::kill(pid, number) };
+}
+
+/// Lets a descriptor stay open in the program that this process turns into. For between fork and exec: one call, no memory.
+pub fn pass_on(descriptor: RawFd) -> io::Result<()> {
+    // SAFETY: takes numbers; clears the only flag that descriptors have.
+    match unsafe { libc::fcntl(descriptor, libc::F_SETFD, 0) } {
+        0 => Ok(()),
+        _ => Err(io::Error::last_os_error()),
+    }
+}
+
+/// The listening socket that whoever started this process left open for it. Errors when there is none under this number. To be
+/// called once per number.
+pub fn inherited(descriptor: RawFd) -> io::Result<TcpListener> {
+    let none = || io::Error::new(io::ErrorKind::InvalidInput, "no listening socket");
+    // Those are of the process itself.
+    if descriptor <= libc::STDERR_FILENO {
+        return Err(none());
+    }
+    let (mut listens, mut bytes): (libc::c_int, libc::socklen_t) =
+        (0, size_of::<libc::c_int>() as libc::socklen_t);
+    // SAFETY: the number is checked by the system; the buffer is ours and its length is passed.
+    let found = unsafe {
+        let value = (&raw mut listens).cast();
+        libc::getsockopt(descriptor, libc::SOL_SOCKET, libc::SO_ACCEPTCONN, value, &raw mut bytes)
+    };
+    if found != 0 || listens == 0 {
+        return Err(none());
+    }
+    // SAFETY: sets a flag of an open descriptor, so that no child of ours gets it.
+    unsafe { libc::fcntl(descriptor, libc::F_SETFD, libc::FD_CLOEXEC) };
+    // SAFETY: it is open, it is a socket, and it was left to us: nobody else in this process has it.
+    let socket = unsafe { OwnedFd::from_raw_fd(descriptor) };
+    Ok(TcpListener::from(socket))
 }
 
 /// The user that this process acts for.

@@ -2,7 +2,7 @@
 
     python tests/e2e_clients.py target/debug/baton target/ci/node
 
-openai (structured output, demanded and streamed calls, responses), anthropic, litellm, langchain-openai and the `llm`
+openai (structured output, demanded and streamed calls, responses, files and batches), anthropic, litellm, langchain-openai and the `llm`
 command from PyPI, openai from npm, schemathesis on the served OpenAPI document, and the metrics page as Prometheus' own
 parser reads it. Ends with status 0 and the cluster stopped, or says what differs.
 """
@@ -14,6 +14,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import time
 import urllib.request
 
 import anthropic
@@ -113,6 +114,74 @@ def messages(url: str) -> None:
     jsonschema.validate(called.content[-1].input, WEATHER)
     refused(anthropic.NotFoundError, lambda: client.messages.create(**{**ask, "model": "claude"}), "claude")
     print(f"message: {text!r}")
+
+
+def batch_input(count: int) -> bytes:
+    lines = (
+        {"custom_id": f"c{i}", "method": "POST", "url": "/v1/chat/completions",
+         "body": {"model": MODEL, "messages": QUESTION, "max_tokens": 8, "temperature": 0 if i else 9}}
+        for i in range(count)
+    )
+    return "".join(json.dumps(line) + "\n" for line in lines).encode()
+
+
+def batches(client: openai.OpenAI) -> None:
+    """Files and batches with the official client: lists page by page, answers once each, errors apart, cancelling."""
+    file = client.files.create(file=("in.jsonl", batch_input(12)), purpose="batch",
+                               expires_after={"anchor": "created_at", "seconds": 3600})
+    assert (file.purpose, file.bytes, file.status) == ("batch", len(batch_input(12)), "processed"), file
+    assert file.expires_at == file.created_at + 3600, file
+    assert client.files.retrieve(file.id) == file
+    assert client.files.content(file.id).read() == batch_input(12)
+    batch = client.batches.create(input_file_id=file.id, endpoint="/v1/chat/completions", completion_window="24h",
+                                  metadata={"of": "the clients' test"})
+    until = time.monotonic() + PATIENCE_S
+    while batch.status not in ("completed", "failed", "expired", "cancelled"):
+        assert time.monotonic() < until, batch
+        time.sleep(0.1)
+        batch = client.batches.retrieve(batch.id)
+    counts = batch.request_counts
+    assert (batch.status, counts.total, counts.completed, counts.failed) == ("completed", 12, 11, 1), batch
+    answers = [json.loads(line) for line in client.files.content(batch.output_file_id).text.splitlines()]
+    assert sorted(answer["custom_id"] for answer in answers) == sorted(f"c{i}" for i in range(1, 12)), answers
+    (text,) = {answer["response"]["body"]["choices"][0]["message"]["content"] for answer in answers}
+    (error,) = [json.loads(line) for line in client.files.content(batch.error_file_id).text.splitlines()]
+    assert error["custom_id"] == "c0" and error["response"]["body"]["error"]["param"] == "temperature", error
+
+    wrong = client.files.create(file=("in.jsonl", b"{}\n"), purpose="batch")
+    failed = client.batches.create(input_file_id=wrong.id, endpoint="/v1/chat/completions", completion_window="24h")
+    while failed.status == "validating":
+        failed = client.batches.retrieve(failed.id)
+    assert failed.status == "failed" and failed.errors.data[0].line == 1, failed
+    other = client.batches.create(input_file_id=file.id, endpoint="/v1/chat/completions", completion_window="24h")
+    try:
+        assert client.batches.cancel(other.id).status == "cancelling"
+    except openai.ConflictError:
+        assert client.batches.retrieve(other.id).status in ("finalizing", "completed")
+    listed = [listed.id for listed in client.batches.list(limit=1)]
+    assert listed == [other.id, failed.id, batch.id], listed
+    assert {f.id for f in client.files.list(limit=2, order="asc")} >= {file.id, wrong.id, batch.output_file_id}
+    assert client.files.delete(batch.output_file_id).deleted
+    refused(openai.NotFoundError, lambda: client.files.retrieve(batch.output_file_id), batch.output_file_id)
+    refused(openai.BadRequestError, lambda: client.files.create(file=("x", b"x"), purpose="fine-tune"), "purpose")
+    print(f"batches: 11 times {text!r}")
+
+
+def litellm_batches(base: str) -> None:
+    os.environ["LITELLM_LOCAL_MODEL_COST_MAP"] = "True"
+    import litellm
+
+    to = dict(custom_llm_provider="openai", api_base=base, api_key="none")
+    file = litellm.create_file(file=("in.jsonl", batch_input(3)), purpose="batch", **to)
+    batch = litellm.create_batch(completion_window="24h", endpoint="/v1/chat/completions", input_file_id=file.id, **to)
+    until = time.monotonic() + PATIENCE_S
+    while batch.status != "completed":
+        assert time.monotonic() < until, batch
+        time.sleep(0.1)
+        batch = litellm.retrieve_batch(batch_id=batch.id, **to)
+    content = litellm.file_content(file_id=batch.output_file_id, **to).content
+    assert len(content.splitlines()) == batch.request_counts.completed == 2, batch
+    print("litellm's batches are served")
 
 
 def litellm(base: str) -> None:

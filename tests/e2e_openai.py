@@ -10,6 +10,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 import urllib.request
@@ -17,6 +18,8 @@ import urllib.request
 import openai
 
 PATIENCE_S = 180
+# Files and batches are kept here, and not in the home of whoever runs this.
+DATA = tempfile.TemporaryDirectory()
 
 
 def free_port() -> int:
@@ -28,6 +31,7 @@ def free_port() -> int:
 def start(baton: str, port: int, *more: str) -> subprocess.Popen:
     """Returns when `up` has said that it serves, and goes on showing what it says."""
     env = {k: v for k, v in os.environ.items() if not k.startswith("BATON_")}
+    env["XDG_DATA_HOME"] = DATA.name
     up = subprocess.Popen(
         [baton, "up", f"--port={port}", *more], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True, env=env
     )

@@ -24,6 +24,8 @@ settings! {
         host: IpAddr ["ADDRESS"] = "127.0.0.1";
         /// Port for HTTP clients
         port: u16 ["PORT"] = "8000";
+        /// Take HTTP clients from this listening socket, which whoever starts the router keeps open (systemd: 3): none is refused while it restarts
+        listen_fd: Option<u32> ["NUMBER"];
         /// Where nodes join; gRPC
         cluster_bind: SocketAddr ["ADDRESS:PORT"] = "127.0.0.1:8001";
         /// Where the cluster's certificate authority and join tokens are kept [default: cluster in the user's data directory]

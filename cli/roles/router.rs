@@ -4,7 +4,7 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
 use cluster::{
     Authority, ClusterService, ClusterToken, Enrolment, Members, MembershipConfig, Shutdown,
     require_loopback_or_insecure, server,
@@ -14,12 +14,13 @@ use router::batch::BatchConfig;
 use router::dispatch::{Dispatch, DispatchConfig};
 use router::inference::Inference;
 use router::{GatewayConfig, TlsFiles, serve};
+use tokio::net::TcpListener;
 use tonic::service::Routes;
 use vocab::Vocab;
 
 use crate::config::{RouterSettings, Secret};
 use crate::model::Located;
-use crate::{certificate, dirs, token};
+use crate::{certificate, dirs, system, token};
 
 /// At the end, nodes and `status` have this long to take their last answer.
 const CLUSTER_DRAIN: Duration = Duration::from_secs(1);
@@ -36,8 +37,9 @@ pub async fn router(settings: RouterSettings) -> Result<()> {
     let tracer =
         super::tracer(settings.otlp_endpoint.clone(), "baton-router", "router", settings.trace_percent)?;
     gateway.tracer = tracer.clone();
+    gateway.refusals = Arc::clone(token.refusals());
     let vocab = Vocab::read(&model.path)?;
-    let for_clients = server::bind((settings.host, settings.port).into()).await?;
+    let for_clients = listen(&settings).await?;
     let for_nodes = server::bind(settings.cluster_bind).await?;
 
     // Running requests need the cluster until they have ended, so what is behind the gateway stops after it.
@@ -93,6 +95,26 @@ pub async fn router(settings: RouterSettings) -> Result<()> {
     served
 }
 
+/// The socket for HTTP clients: made here, or by whoever started us.
+async fn listen(settings: &RouterSettings) -> Result<TcpListener> {
+    let Some(number) = settings.listen_fd else {
+        return Ok(server::bind((settings.host, settings.port).into()).await?);
+    };
+    let opened = || format!("listen-fd {number}");
+    let listener = system::inherited(i32::try_from(number).with_context(opened)?).with_context(opened)?;
+    let address = listener.local_addr().with_context(opened)?;
+    // What may be served without keys or in clear was judged by the address of the settings.
+    ensure!(
+        address.ip() == settings.host,
+        "listen-fd {number} listens on {}, host is {}: give --host={}",
+        address.ip(),
+        settings.host,
+        address.ip()
+    );
+    listener.set_nonblocking(true).with_context(opened)?;
+    TcpListener::from_std(listener).with_context(opened)
+}
+
 fn gateway(settings: &RouterSettings, located: &Located) -> Result<GatewayConfig> {
     let model = settings.served_name.clone().unwrap_or_else(|| located.name.clone());
     let context = match settings.context {
@@ -120,7 +142,9 @@ fn cluster(settings: &RouterSettings) -> Result<(ClusterToken, Routes)> {
     }
     let authority = Arc::new(Authority::open(&token::cluster_dir(settings.cluster_dir.clone())?)?);
     tracing::info!("the cluster's certificates and join tokens are in {}", authority.folder().display());
-    Ok((authority.router()?, Routes::new(Enrolment::service(authority))))
+    let token = authority.router()?;
+    let enrolment = Enrolment::service(authority, Arc::clone(token.refusals()));
+    Ok((token, Routes::new(enrolment)))
 }
 
 /// How files and batch jobs are kept; `None` where this user has no directory for them.

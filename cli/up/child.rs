@@ -85,6 +85,10 @@ fn command(process: &Process, settings_file: &Path) -> std::io::Result<Command> 
         .stderr(Stdio::piped())
         .process_group(0)
         .kill_on_drop(true);
+    if let Some(descriptor) = process.passes {
+        // SAFETY: runs between fork and exec, where one system call is allowed.
+        unsafe { command.pre_exec(move || system::pass_on(descriptor)) };
+    }
     Ok(command)
 }
 

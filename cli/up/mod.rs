@@ -10,6 +10,7 @@ mod supervisor;
 use std::fs;
 use std::io::Write;
 use std::net::{Ipv4Addr, TcpListener};
+use std::os::fd::AsRawFd;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
@@ -37,12 +38,12 @@ pub use supervisor::STOP_GRACE;
 
 /// Runs until Ctrl-C, SIGTERM or the loss of the terminal.
 pub async fn run(settings: UpSettings) -> Result<ExitCode> {
-    require_free(settings.port)?;
+    let clients = listen(settings.port)?;
     let (model, served_name) = model(&settings).await?;
     let planned = (settings.clone(), model.clone());
     tokio::task::spawn_blocking(move || require_room(&planned.0, &planned.1)).await??;
     let mut internal = ports::free(1 + settings.decode)?;
-    let ports = Ports { leaders: internal.split_off(1), cluster: internal[0] };
+    let ports = Ports { clients: clients.as_raw_fd(), leaders: internal.split_off(1), cluster: internal[0] };
     let cores = available_parallelism().map_or(1, usize::from);
     let processes = plan::plan(&settings, &model, &served_name, &ports, cores);
 
@@ -53,10 +54,11 @@ pub async fn run(settings: UpSettings) -> Result<ExitCode> {
     Up::new(processes, run_file).serve(settings.port, &served_name, ready).await
 }
 
-/// Says which port is taken before anything is started.
-fn require_free(port: u16) -> Result<()> {
+/// Takes the port before anything is started, and says when it is taken. The router serves on it; while one is away, clients
+/// wait for the next.
+fn listen(port: u16) -> Result<TcpListener> {
     match TcpListener::bind((Ipv4Addr::LOCALHOST, port)) {
-        Ok(_) => Ok(()),
+        Ok(listener) => Ok(listener),
         Err(error) if error.kind() == std::io::ErrorKind::AddrInUse => {
             bail!("port {port} is taken by another process: choose one with --port")
         }

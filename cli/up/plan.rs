@@ -1,5 +1,6 @@
 //! The processes of one `up`: what runs under which name with which arguments. Pure.
 
+use std::os::fd::RawFd;
 use std::path::Path;
 
 use super::supervisor::DRAIN;
@@ -16,11 +17,15 @@ pub struct Process {
     pub wave: u8,
     /// It joins the router under its name; the other ranks of a group stand behind their first.
     pub joins: bool,
+    /// A descriptor of ours that it gets.
+    pub passes: Option<RawFd>,
 }
 
 /// Ports that [`plan`] hands out.
 #[derive(Clone, Debug)]
 pub struct Ports {
+    /// The router's for clients: a listening socket of ours, by its number. It outlives the router.
+    pub clients: RawFd,
     /// The router's for nodes.
     pub cluster: u16,
     /// One per decode group, where its ranks meet.
@@ -52,9 +57,16 @@ pub fn plan(
     };
     let mut router = common("router");
     add(&mut router, "port", settings.port);
+    add(&mut router, "listen-fd", ports.clients);
     add(&mut router, "cluster-bind", local(ports.cluster));
     add(&mut router, "disaggregation", settings.disaggregation);
-    let mut all = vec![Process { name: "router".into(), arguments: router, wave: 0, joins: false }];
+    let mut all = vec![Process {
+        name: "router".into(),
+        arguments: router,
+        wave: 0,
+        joins: false,
+        passes: Some(ports.clients),
+    }];
 
     // Prompts and generation overlap, so every process gets a part of the cores of its own.
     let threads = (cores / (settings.processes() - 1)).max(1);
@@ -81,7 +93,7 @@ pub fn plan(
         let name = format!("prefill-{index}");
         let mut arguments = node("prefill", &name);
         page(&mut arguments);
-        all.push(Process { arguments, name, wave: 1, joins: true });
+        all.push(Process { arguments, name, wave: 1, joins: true, passes: None });
     }
     for (group, &leader) in ports.leaders.iter().enumerate() {
         for rank in 0..settings.tp {
@@ -93,7 +105,7 @@ pub fn plan(
             if rank == 0 {
                 page(&mut arguments);
             }
-            all.push(Process { arguments, name, wave: 1, joins: rank == 0 });
+            all.push(Process { arguments, name, wave: 1, joins: rank == 0, passes: None });
         }
     }
     all
@@ -128,7 +140,7 @@ mod tests {
     fn processes(flags: &[&str], cores: usize) -> Vec<Process> {
         let settings = settings(flags);
         let leaders = (0..settings.decode as u16).map(|group| 21_000 + group).collect();
-        plan(&settings, Path::new("/m"), "demo", &Ports { cluster: 20_000, leaders }, cores)
+        plan(&settings, Path::new("/m"), "demo", &Ports { clients: 9, cluster: 20_000, leaders }, cores)
     }
 
     /// Every process of a plan is told only what its role knows and accepts, and the ranks of a group meet at one place.

@@ -14,6 +14,7 @@ use tonic::metadata::{Ascii, MetadataValue};
 use tonic::service::Interceptor;
 use tonic::{Request, Status};
 
+use crate::refusals::{Door, Refusals};
 use crate::trust::Identity;
 
 /// Random bytes in a token: 256 bits.
@@ -32,6 +33,8 @@ pub struct ClusterToken {
     header: MetadataValue<Ascii>,
     /// Off loopback: who this process is, by certificate.
     identity: Option<Arc<Identity>>,
+    /// Who was turned away by this process.
+    refusals: Arc<Refusals>,
 }
 
 impl ClusterToken {
@@ -57,7 +60,7 @@ impl ClusterToken {
         let mut header: MetadataValue<Ascii> =
             format!("bearer {hex}").parse().map_err(|_| TokenError::NotHex)?;
         header.set_sensitive(true);
-        Ok(ClusterToken { hex: hex.into(), header, identity: None })
+        Ok(ClusterToken { hex: hex.into(), header, identity: None, refusals: Arc::default() })
     }
 
     /// Reads a token from a file.
@@ -95,6 +98,11 @@ impl ClusterToken {
         self.identity.as_ref()
     }
 
+    /// Who was turned away by this process, at all its doors.
+    pub fn refusals(&self) -> &Arc<Refusals> {
+        &self.refusals
+    }
+
     /// Puts the token into every call of a client.
     pub fn client(&self) -> ClientAuth {
         ClientAuth { header: self.header.clone() }
@@ -102,7 +110,8 @@ impl ClusterToken {
 
     /// Refuses every call to a server that lacks the token.
     pub fn server(&self) -> ServerAuth {
-        ServerAuth { header: self.header.clone(), identity: self.identity.clone() }
+        let refusals = Arc::clone(&self.refusals);
+        ServerAuth { header: self.header.clone(), identity: self.identity.clone(), refusals }
     }
 }
 
@@ -131,15 +140,20 @@ impl Interceptor for ClientAuth {
 pub struct ServerAuth {
     header: MetadataValue<Ascii>,
     identity: Option<Arc<Identity>>,
+    refusals: Arc<Refusals>,
 }
 
 impl Interceptor for ServerAuth {
     fn call(&mut self, request: Request<()>) -> Result<Request<()>, Status> {
         if let Some(identity) = &self.identity {
             let certs = request.peer_certs().unwrap_or_default();
-            identity.admits(&certs).map_err(Status::unauthenticated)?;
+            if let Err(reason) = identity.admits(&certs) {
+                self.refusals.count(Door::Grpc, reason);
+                return Err(Status::unauthenticated(reason));
+            }
         }
         let Some(given) = request.metadata().get(proto::AUTHORIZATION) else {
+            self.refusals.count(Door::Grpc, "no cluster token");
             return Err(Status::unauthenticated(
                 "no cluster token: calls carry `authorization: bearer <token>`",
             ));
@@ -148,6 +162,7 @@ impl Interceptor for ServerAuth {
         if bool::from(given.as_encoded_bytes().ct_eq(self.header.as_encoded_bytes())) {
             Ok(request)
         } else {
+            self.refusals.count(Door::Grpc, "wrong cluster token");
             Err(Status::unauthenticated("wrong cluster token"))
         }
     }

@@ -9,6 +9,7 @@ pub mod channel;
 pub mod client;
 pub mod membership;
 pub mod process;
+pub mod refusals;
 pub mod server;
 pub mod service;
 pub mod traces;
@@ -19,6 +20,7 @@ pub use auth::{ClusterToken, TokenError, require_loopback_or_insecure};
 pub use channel::{NodeChannel, connect_lazy};
 pub use client::{JoinError, JoinEvent, join};
 pub use membership::{Member, Membership, MembershipConfig};
+pub use refusals::{Door, Refusals};
 pub use service::{ClusterService, Members, Snapshot};
 /// Cancelled when the process is to stop. From [`process::shutdown_on_signals`], or made by a test.
 pub use tokio_util::sync::CancellationToken as Shutdown;

@@ -8,8 +8,8 @@ use std::time::{Duration, Instant};
 
 use cluster::channel::{cluster_client, decode_client};
 use cluster::{
-    Authority, ClusterService, ClusterToken, EnrollError, Enrolment, JoinToken, Members, MembershipConfig,
-    Tokens, connect_lazy, enroll, server,
+    Authority, ClusterService, ClusterToken, Door, EnrollError, Enrolment, JoinToken, Members,
+    MembershipConfig, Refusals, Tokens, connect_lazy, enroll, server,
 };
 use proto::v1::decode_server::Decode;
 use proto::v1::{
@@ -26,6 +26,7 @@ const PATIENCE: Duration = Duration::from_secs(30);
 struct Router {
     folder: PathBuf,
     authority: Arc<Authority>,
+    refusals: Arc<Refusals>,
     address: SocketAddr,
     stop: CancellationToken,
 }
@@ -38,16 +39,17 @@ impl Router {
         let stop = CancellationToken::new();
         let members = Members::new(MembershipConfig::default());
         let service = server::cluster(ClusterService::new(members, Arc::new(|| (0, 0)), stop.clone()));
-        let open = Routes::new(Enrolment::service(Arc::clone(&authority)));
         let listener = server::bind(([127, 0, 0, 1], 0).into()).await.unwrap();
         let address = listener.local_addr().unwrap();
         let (token, ends) = (authority.router().unwrap(), stop.clone());
+        let refusals = Arc::clone(token.refusals());
+        let open = Routes::new(Enrolment::service(Arc::clone(&authority), Arc::clone(&refusals)));
         tokio::spawn(async move {
             server::serve_open(listener, &token, Routes::new(service), open, ends, Duration::ZERO)
                 .await
                 .unwrap();
         });
-        Router { folder, authority, address, stop }
+        Router { folder, authority, refusals, address, stop }
     }
 
     fn token(&self, name: &str) -> JoinToken {
@@ -160,6 +162,7 @@ async fn strangers_stay_out() {
         tonic::service::interceptor::InterceptedService::new(endpoint.connect_lazy(), secret.client());
     let refused = cluster_client(channel).status(StatusRequest {}).await.unwrap_err();
     assert_eq!((refused.code(), refused.message()), (Code::Unauthenticated, "no certificate"));
+    assert_eq!(router.refusals.all(), [(Door::Join, "join token", 2), (Door::Grpc, "no certificate", 1)]);
     // A certificate of another cluster.
     let theirs = elsewhere.enroll(&elsewhere.token("x")).await.unwrap();
     assert!(router.status(&theirs).await.is_err());

@@ -17,7 +17,13 @@ pub struct Client {
 impl Client {
     /// Of a router that need not be there yet.
     pub fn new(port: u16) -> Client {
-        Client { port, http: reqwest::Client::builder().no_proxy().build().expect("a client") }
+        Client { port, http: builder().build().expect("a client") }
+    }
+
+    /// As [`Client::new`], with a connection of its own for every request.
+    pub fn without_pool(port: u16) -> Client {
+        let http = builder().pool_max_idle_per_host(0).build();
+        Client { port, http: http.expect("a client") }
     }
 
     /// Address of `path` on the router.
@@ -88,6 +94,13 @@ impl Client {
     pub async fn migrations(&self, cause: &str) -> f64 {
         self.metric("baton_migrations_by_cause_total", &format!("cause=\"{cause}")).await
     }
+}
+
+/// What HTTP clients are made of.
+pub fn builder() -> reqwest::ClientBuilder {
+    // The first one's holds for all.
+    _ = rustls::crypto::ring::default_provider().install_default();
+    reqwest::Client::builder().no_proxy()
 }
 
 /// The request with the model's name where it has none.

@@ -3,6 +3,7 @@
 use std::fs;
 use std::time::Instant;
 
+use crate::client::builder;
 use crate::harness::{LOOK, PATIENCE, baton, folder, output};
 use crate::parts::Parts;
 
@@ -18,7 +19,7 @@ async fn made_used_and_revoked() {
     let (alice, stderr) = key(&["create", "alice", "--requests-per-minute=100"]);
     assert!(alice.starts_with("sk-baton-") && stderr.contains(&file), "{alice}{stderr}");
     let router = Parts::router(&[&format!("--key-file={file}")]);
-    let http = reqwest::Client::builder().no_proxy().build().expect("a client");
+    let http = builder().build().expect("a client");
     let ask = async |key: &str, host: Option<&str>| {
         let request = http.get(router.url("/v1/models")).bearer_auth(key.trim()).timeout(PATIENCE);
         let request = match host {

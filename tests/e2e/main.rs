@@ -1,5 +1,6 @@
 //! End to end: the real executable in real processes. Each module protects one promise of the README.
 
+mod batch;
 mod chat;
 mod client;
 mod errors;
@@ -12,6 +13,7 @@ mod joining;
 mod keys;
 mod parity;
 mod parts;
+mod rolling;
 mod settings;
 mod traces;
 mod trust;

@@ -10,7 +10,10 @@
 //! ```
 
 use std::fs;
+use std::net::TcpListener;
 use std::ops::Deref;
+use std::os::fd::{AsRawFd, RawFd};
+use std::os::unix::process::CommandExt;
 use std::path::PathBuf;
 use std::process::{Child, ChildStdin, ExitStatus, Stdio};
 use std::sync::{Arc, Mutex};
@@ -51,6 +54,8 @@ pub struct Parts {
     folder: PathBuf,
     processes: Vec<Part>,
     client: Client,
+    /// The router's socket, where it is ours.
+    listener: Option<TcpListener>,
 }
 
 impl Deref for Parts {
@@ -65,6 +70,8 @@ struct Part {
     name: String,
     arguments: Vec<String>,
     child: Child,
+    /// A socket of ours that it gets.
+    passes: Option<RawFd>,
     /// As with `up`: a part ends when this closes, so that a killed test leaves nothing behind.
     _lifeline: Option<ChildStdin>,
     log: Arc<Mutex<String>>,
@@ -73,19 +80,26 @@ struct Part {
 impl Parts {
     /// A router with these flags, not waited for.
     pub fn router(flags: &[&str]) -> Parts {
-        Self::begin(false, flags)
+        Self::begin(false, None, flags)
     }
 
     /// As [`Parts::router`], of a cluster with certificates.
     pub fn certified(flags: &[&str]) -> Parts {
-        Self::begin(true, flags)
+        Self::begin(true, None, flags)
     }
 
-    fn begin(certified: bool, flags: &[&str]) -> Parts {
-        let (port, cluster) = (free_port(), free_port());
+    /// As [`Parts::router`], serving on a socket that stays when it ends.
+    pub fn router_on(listener: TcpListener, flags: &[&str]) -> Parts {
+        Self::begin(false, Some(listener), flags)
+    }
+
+    fn begin(certified: bool, listener: Option<TcpListener>, flags: &[&str]) -> Parts {
+        let cluster = free_port();
+        let own = listener.as_ref().map(|listener| listener.local_addr().expect("an address").port());
+        let port = own.unwrap_or_else(free_port);
         let folder = folder(&format!("parts-{port}"));
         let client = Client::new(port);
-        let mut parts = Parts { certified, cluster, folder, processes: Vec::new(), client };
+        let mut parts = Parts { certified, cluster, folder, processes: Vec::new(), client, listener };
         let token = if certified { parts.token(&["create"]) } else { TOKEN.into() };
         fs::write(parts.folder.join("token"), token).expect("writes");
         let own = [format!("--port={port}"), format!("--cluster-bind=127.0.0.1:{cluster}")];
@@ -134,7 +148,9 @@ impl Parts {
         arguments.extend_from_slice(own);
         // The last one given wins.
         arguments.extend(flags.iter().map(|&flag| flag.to_owned()));
-        self.processes.push(Part::start(name.to_owned(), arguments));
+        let passes = self.listener.as_ref().filter(|_| role == "router").map(AsRawFd::as_raw_fd);
+        arguments.extend(passes.map(|number| format!("--listen-fd={number}")));
+        self.processes.push(Part::start(name.to_owned(), arguments, passes));
     }
 
     /// What `baton token` prints about this cluster.
@@ -168,7 +184,7 @@ impl Parts {
     pub fn restart(&mut self, name: &str) {
         let part = self.part(name);
         assert!(part.child.try_wait().expect("a child").is_some(), "{name} still runs");
-        *part = Part::start(part.name.clone(), part.arguments.clone());
+        *part = Part::start(part.name.clone(), part.arguments.clone(), part.passes);
     }
 
     /// kill -9 of all ranks of a node, then starts them again.
@@ -251,9 +267,20 @@ impl Parts {
 }
 
 impl Part {
-    fn start(name: String, arguments: Vec<String>) -> Part {
+    fn start(name: String, arguments: Vec<String>, passes: Option<RawFd>) -> Part {
         let arguments_text: Vec<_> = arguments.iter().map(String::as_str).collect();
-        let mut child = baton(&arguments_text)
+        let mut command = baton(&arguments_text);
+        if let Some(number) = passes {
+            // SAFETY: one system call between fork and exec, with a number; the socket is open as long as the parts are.
+            unsafe {
+                command.pre_exec(move || {
+                    (libc::fcntl(number, libc::F_SETFD, 0) == 0)
+                        .then_some(())
+                        .ok_or_else(std::io::Error::last_os_error)
+                })
+            };
+        }
+        let mut child = command
             .env("BATON_SUPERVISED", "1")
             .stdin(Stdio::piped())
             .stdout(Stdio::null())
@@ -263,7 +290,7 @@ impl Part {
         let log = Arc::default();
         collect(child.stderr.take().expect("piped"), &log);
         let lifeline = child.stdin.take();
-        Part { name, arguments, child, _lifeline: lifeline, log }
+        Part { name, arguments, child, passes, _lifeline: lifeline, log }
     }
 }
 

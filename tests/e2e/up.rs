@@ -4,6 +4,7 @@ use std::net::{Ipv4Addr, TcpListener};
 
 use serde_json::{Value, json};
 
+use crate::client::builder;
 use crate::harness::{Cluster, baton, output, text_of, wait_until_gone};
 
 fn question() -> Value {
@@ -102,7 +103,7 @@ async fn what_dies_comes_back() {
 
 async fn wait_until_healthy(cluster: &Cluster) {
     let begun = std::time::Instant::now();
-    let client = reqwest::Client::builder().no_proxy().build().expect("a client");
+    let client = builder().build().expect("a client");
     loop {
         match client.get(cluster.url("/health")).send().await {
             Ok(answer) if answer.status().is_success() => return,

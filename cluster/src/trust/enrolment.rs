@@ -18,6 +18,7 @@ use super::pinned::Pinned;
 use super::{Authority, Identity, JoinToken, ROUTER, Tokens};
 use crate::auth::ClusterToken;
 use crate::channel::{BadAddress, CONNECT_TIMEOUT, endpoint};
+use crate::refusals::{Door, Refusals};
 
 /// A router that answers takes no longer.
 const TIMEOUT: Duration = Duration::from_secs(10);
@@ -27,12 +28,13 @@ const MESSAGE_BYTES_MAX: usize = 16 << 10;
 /// The router's end.
 pub struct Enrolment {
     authority: Arc<Authority>,
+    refusals: Arc<Refusals>,
 }
 
 impl Enrolment {
-    /// Lets in whoever has a token of `authority`'s cluster.
-    pub fn service(authority: Arc<Authority>) -> EnrolmentServer<Enrolment> {
-        EnrolmentServer::new(Enrolment { authority }).max_decoding_message_size(MESSAGE_BYTES_MAX)
+    /// Lets in whoever has a token of `authority`'s cluster, and counts the others.
+    pub fn service(authority: Arc<Authority>, refusals: Arc<Refusals>) -> EnrolmentServer<Enrolment> {
+        EnrolmentServer::new(Enrolment { authority, refusals }).max_decoding_message_size(MESSAGE_BYTES_MAX)
     }
 }
 
@@ -42,6 +44,11 @@ impl Service for Enrolment {
         let request = request.into_inner();
         let authority = Arc::clone(&self.authority);
         let enrolled = tokio::task::spawn_blocking(move || admit(&authority, &request)).await;
+        if let Ok(Err(status)) = &enrolled
+            && status.code() == Code::Unauthenticated
+        {
+            self.refusals.count(Door::Join, "join token");
+        }
         enrolled.unwrap_or_else(|_| Err(Status::internal("the router failed"))).map(Response::new)
     }
 }

@@ -2,12 +2,13 @@
 
 use std::fmt;
 use std::path::PathBuf;
+use std::sync::Arc;
 use std::time::Duration;
 
+use cluster::Refusals;
 use cluster::traces::Tracer;
 
 use super::tls::TlsFiles;
-
 use crate::batch::BatchConfig;
 use crate::text::answer::Family;
 
@@ -41,6 +42,8 @@ pub struct GatewayConfig {
     pub batch: Option<BatchConfig>,
     /// Opens a trace for every request.
     pub tracer: Tracer,
+    /// Counts who is turned away.
+    pub refusals: Arc<Refusals>,
     /// Bounds.
     pub limits: Limits,
 }
@@ -62,6 +65,7 @@ impl GatewayConfig {
             reasoning_parser: None,
             batch: None,
             tracer: Tracer::default(),
+            refusals: Arc::default(),
             limits: Limits::for_context(context_tokens),
         }
     }

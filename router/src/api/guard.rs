@@ -17,6 +17,8 @@ use futures::FutureExt;
 use http::{HeaderName, HeaderValue, Method, StatusCode, header};
 use hyper::body::{Frame, SizeHint};
 
+use cluster::Door;
+
 use super::Gateway;
 use super::error::ApiError;
 use super::run::random;
@@ -105,6 +107,7 @@ pub async fn host(
         });
         let given = given.unwrap_or_default();
         if !allowed.iter().any(|name| name.eq_ignore_ascii_case(given)) {
+            gateway.config.refusals.count(Door::Http, "host");
             return Err(ApiError::forbidden(format!("The host '{given}' is not served here.")));
         }
     }
@@ -137,6 +140,7 @@ pub async fn cors(State(gateway): State<Arc<Gateway>>, request: Request, next: N
         // A page of another site: its browser would hide the answer from it, but the work would be done.
         return match request.headers().get(header::ORIGIN) {
             Some(origin) if !is_own(origin, &request) => {
+                gateway.config.refusals.count(Door::Http, "origin");
                 let origin = String::from_utf8_lossy(origin.as_bytes());
                 ApiError::forbidden(format!("The origin '{origin}' is not allowed here.")).into_response()
             }
@@ -167,8 +171,14 @@ pub async fn key(
     mut request: Request,
     next: Next,
 ) -> Result<Response, ApiError> {
-    let Some(caller) = gateway.keys.caller(request.headers())? else { return Ok(next.run(request).await) };
-    let place = caller.enter(Instant::now()).map_err(|exhausted| ApiError::exhausted(&exhausted))?;
+    let refusals = &gateway.config.refusals;
+    let caller = gateway.keys.caller(request.headers());
+    let caller = caller.inspect_err(|_| refusals.count(Door::Http, "key"))?;
+    let Some(caller) = caller else { return Ok(next.run(request).await) };
+    let place = caller.enter(Instant::now()).map_err(|exhausted| {
+        refusals.count(Door::Http, exhausted.what);
+        ApiError::exhausted(&exhausted)
+    })?;
     request.extensions_mut().insert(caller);
     let response = next.run(request).await;
     Ok(response.map(|body| Body::new(Held { body, _held: place })))

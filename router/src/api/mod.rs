@@ -29,6 +29,7 @@ mod multipart;
 mod openapi;
 mod params;
 mod quota;
+mod refused;
 mod reply;
 mod response_store;
 mod responses;
@@ -133,6 +134,7 @@ pub async fn serve<I: Inference>(
     }
     let mut registry = Registry::default();
     inference.register(&mut registry);
+    registry.register_collector(Box::new(refused::Refused(Arc::clone(&config.refusals))));
     let batches = config.batch.clone().map(Batches::new);
     if let Some(batches) = &batches {
         batches.register(&mut registry);

@@ -76,6 +76,7 @@ pub struct Book {
     config: DispatchConfig,
     counts: Arc<Counts>,
     arrivals: AtomicU64,
+    begun: Instant,
 }
 
 /// A place in the cluster. Dropping it gives everything back.
@@ -97,7 +98,14 @@ type Answers = Vec<(oneshot::Sender<Result<Grant, InferenceError>>, Result<Grant
 impl Book {
     /// Empty.
     pub fn new(config: DispatchConfig, members: Members, counts: Arc<Counts>) -> Book {
-        Book { state: Mutex::default(), members, config, counts, arrivals: AtomicU64::new(0) }
+        Book {
+            state: Mutex::default(),
+            members,
+            config,
+            counts,
+            arrivals: AtomicU64::new(0),
+            begun: Instant::now(),
+        }
     }
 
     /// A number that is higher than all before.
@@ -258,7 +266,11 @@ impl Book {
     /// A new request need not wait where no decode group has been for as long as one may take to come back.
     fn nobody_comes(&self, state: &State, turn: &Turn, now: Instant) -> bool {
         let fresh = state.waiting.get(turn).is_some_and(|waiting| waiting.wanted.fresh);
-        fresh && state.decode_seen.is_none_or(|seen| now.duration_since(seen) >= self.config.hold)
+        let (since, limit) = match state.decode_seen {
+            Some(seen) => (seen, self.config.hold),
+            None => (self.begun, self.config.start_grace),
+        };
+        fresh && now.duration_since(since) >= limit
     }
 
     fn is_over_full(&self, turn: &Turn) -> bool {
@@ -507,12 +519,17 @@ mod tests {
         assert_eq!(world.book.load(), Load::default());
     }
 
-    /// Protects: where no decode group ever was, a request hears so at once; where one just left, it is held.
+    /// Protects: where no decode group ever was, a request hears so; not just after the start, and where one just left, it is
+    /// held.
     #[tokio::test(start_paused = true)]
     async fn nobody_and_somebody() {
-        let world = World::new(|_| {});
+        let world = World::new(|config| config.start_grace = Duration::from_secs(10));
+        let early = world.spawn(world.wanted(10, 0));
+        world.until_waiting(1).await;
+        tokio::time::advance(Duration::from_secs(10)).await;
         let error = world.book.place(world.wanted(10, 0)).await.err();
-        assert_eq!(error, Some(InferenceError::Unavailable("no decode group has joined the router".into())));
+        let nobody = Some(InferenceError::Unavailable("no decode group has joined the router".into()));
+        assert_eq!((early.await.unwrap().err(), error), (nobody.clone(), nobody));
         let group = world.join("d0", Role::Decode, 10);
         world.report(&group);
         world.members.leave(&group.member_id);

@@ -58,6 +58,8 @@ pub struct DispatchConfig {
     pub start_within: Duration,
     /// A stream whose group is lost is held for this long.
     pub hold: Duration,
+    /// After the start, requests wait so long for a decode group to join: nodes come back to a router that was restarted.
+    pub start_grace: Duration,
     /// Migrations in a row that bring no token, before the request fails.
     pub migrations_without_token_max: u32,
     /// A node answers a request for room within this.
@@ -78,6 +80,7 @@ impl Default for DispatchConfig {
             queue_deadline: Duration::from_secs(60),
             start_within: Duration::from_secs(2),
             hold: Duration::from_secs(60),
+            start_grace: Duration::from_secs(10),
             migrations_without_token_max: 5,
             admission_max: Duration::from_secs(15),
             prompt_silence_max: Duration::from_secs(15 * 60),

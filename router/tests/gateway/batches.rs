@@ -261,6 +261,8 @@ async fn keys_are_apart() {
     let gateway = Gateway::with(config, |_| says("x")).await;
     let (alice, bob) = (Client(&gateway, Some("alice")), Client(&gateway, Some("bob")));
     assert_eq!(Client(&gateway, None).json(Method::GET, "/v1/files", None).await.0, 401);
+    let metrics = gateway.get("/metrics").await.text().await.unwrap();
+    assert!(metrics.contains("baton_refused_total{door=\"http\",reason=\"key\"} 1"), "{metrics}");
     let file = alice.upload(&line(0, "a")).await;
     let (_, batch) = alice.create(&file).await;
     let id = batch["id"].as_str().unwrap();

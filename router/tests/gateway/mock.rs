@@ -179,6 +179,8 @@ impl Gateway {
             dropped: sender,
             go: Arc::new(tokio::sync::Semaphore::new(0)),
         });
+        // For clients; the first test's holds for all.
+        _ = rustls::crypto::ring::default_provider().install_default();
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let url = format!("http://{}", listener.local_addr().unwrap());
         let shutdown = CancellationToken::new();

@@ -1,0 +1,219 @@
+//! `baton batch run`: from an input to a file of answers in its order. What has been done is remembered beside the output: in
+//! `OUT.batch.json` the batch that is under way, in OUT the answers that there are. Started again, only lines without a good
+//! answer are asked for.
+
+use std::collections::BTreeMap;
+use std::collections::HashMap;
+use std::fs::{self, File};
+use std::io::{BufWriter, Read, Write};
+use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+
+use anyhow::{Context, Result, bail};
+use reqwest::StatusCode;
+use serde_json::{Value, json};
+use sha2::{Digest, Sha256};
+
+use super::input::{Form, Input};
+use super::order::{Place, places};
+use super::{How, ended, fetch, status, submit, wait_for};
+use crate::api::{Api, Server};
+
+/// What is read at once.
+const PIECE_BYTES: usize = 1 << 20;
+
+/// What is asked of whom.
+#[derive(clap::Args)]
+pub struct Args {
+    /// Lines in OpenAI's batch format, bodies of requests, or plain prompts
+    #[arg(short, long, value_name = "FILE")]
+    input: PathBuf,
+    /// Answers, in the order of the lines
+    #[arg(short, long, value_name = "FILE")]
+    output: PathBuf,
+    #[command(flatten)]
+    how: How,
+    #[command(flatten)]
+    server: Server,
+}
+
+/// What is uploaded.
+pub struct Prepared {
+    /// What its lines ask for.
+    pub endpoint: &'static str,
+    /// A file of our own, removed in the end; `None`: the input as it is.
+    made: Option<Made>,
+    lines: usize,
+}
+
+struct Made(PathBuf);
+
+impl Drop for Made {
+    fn drop(&mut self) {
+        let _ = fs::remove_file(&self.0);
+    }
+}
+
+impl Prepared {
+    /// Where it is; `input`: the user's file.
+    pub fn path<'p>(&'p self, input: &'p Path) -> &'p Path {
+        self.made.as_ref().map_or(input, |made| &made.0)
+    }
+}
+
+/// Makes what a server takes of an input, without the lines that are in `done`. `beside`: where the user's files are.
+pub async fn prepare(
+    api: &Api,
+    input: &Input,
+    how: &How,
+    done: &BTreeMap<String, ()>,
+    beside: Option<&Path>,
+) -> Result<Prepared> {
+    let endpoint = input.endpoint;
+    if input.form == Form::OpenAi && done.is_empty() {
+        let mut lines = 0;
+        input.each(how, "", |_| {
+            lines += 1;
+            Ok(())
+        })?;
+        return Ok(Prepared { endpoint, made: None, lines });
+    }
+    let model = match &how.model {
+        Some(model) => model.clone(),
+        None if input.form == Form::OpenAi => String::new(),
+        None => api.model().await?,
+    };
+    let name = format!("baton-batch-{}.jsonl", std::process::id());
+    let path = beside.map_or_else(|| std::env::temp_dir().join(name), |output| beside_of(output, ".asked"));
+    let file = File::create(&path).with_context(|| format!("cannot write {}", path.display()))?;
+    let made = Made(path.clone());
+    let (mut file, mut lines) = (BufWriter::new(file), 0);
+    let written = input.each(how, &model, |request| {
+        if !done.contains_key(&request.id) {
+            lines += 1;
+            writeln!(file, "{}", request.line)?;
+        }
+        Ok(())
+    });
+    written.and_then(|()| Ok(file.flush()?)).with_context(|| format!("cannot write {}", path.display()))?;
+    Ok(Prepared { endpoint, made: Some(made), lines })
+}
+
+/// Runs it.
+pub async fn run(args: Args) -> Result<ExitCode> {
+    let Args { input, output, how, server } = args;
+    let api = server.api()?;
+    let source = Input::open(&input, how.text)?;
+    let (state, answers) = (beside_of(&output, ".batch.json"), beside_of(&output, ".part"));
+    let digest = digest(&input)?;
+    // A batch of the same input that is under way, or has ended without our seeing it.
+    let mut id = None;
+    if let Ok(text) = fs::read_to_string(&state) {
+        let known: Value = serde_json::from_str(&text).unwrap_or_default();
+        if known["input"] == digest && known["url"] == api.url() {
+            id = known["batch"].as_str().map(str::to_owned);
+        } else {
+            bail!("{} is of another input or server: remove it to begin anew", state.display());
+        }
+    }
+    if let Some(known) = &id
+        && let Err((Some(StatusCode::NOT_FOUND), _)) = api.try_get(&format!("/v1/batches/{known}")).await
+    {
+        id = None;
+    }
+    let mut before: HashMap<String, Place> = if output.exists() { places(&output)? } else { HashMap::new() };
+    before.retain(|_, place| place.good);
+    let id = match id {
+        Some(id) => {
+            eprintln!("going on with {id}");
+            id
+        }
+        None => {
+            let done = before.keys().map(|id| (id.clone(), ())).collect();
+            let prepared = prepare(&api, &source, &how, &done, Some(&output)).await?;
+            if prepared.lines == 0 {
+                eprintln!("all lines are answered already: {}", output.display());
+                return Ok(ExitCode::SUCCESS);
+            }
+            let id = submit(&api, prepared.path(&input), &how.window, prepared.endpoint).await?;
+            let known = json!({"batch": id, "input": digest, "url": api.url()});
+            fs::write(&state, known.to_string())
+                .with_context(|| format!("cannot write {}", state.display()))?;
+            id
+        }
+    };
+    let waited = tokio::select! {
+        waited = wait_for(&api, &id) => waited,
+        _ = tokio::signal::ctrl_c() => {
+            bail!("interrupted: {id} goes on at the server; run the same again to fetch the answers, or `baton batch cancel {id}`")
+        }
+    };
+    let batch = waited?;
+    let mut file = File::create(&answers).with_context(|| format!("cannot write {}", answers.display()))?;
+    let _part = Made(answers.clone());
+    fetch(&api, &batch, &mut file).await?;
+    let good = write(&source, &how, &output, &before, &answers)?;
+    let _ = fs::remove_file(&state);
+    if batch["errors"]["data"].as_array().is_some_and(|problems| !problems.is_empty()) {
+        return ended(&batch);
+    }
+    eprintln!("{}: {} of {} lines have answers, in {}", status(&batch), good.0, good.1, output.display());
+    Ok(if good.0 == good.1 { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+}
+
+/// Writes the answers of `before` (in `output`) and of the file `answers` in the order of the input. Nobody finds half of
+/// it. Returns how many are good, and how many lines there are.
+fn write(
+    source: &Input,
+    how: &How,
+    output: &Path,
+    before: &HashMap<String, Place>,
+    answers: &Path,
+) -> Result<(usize, usize)> {
+    let fresh = places(answers)?;
+    let path = beside_of(output, ".new");
+    let failed = || format!("cannot write {}", path.display());
+    let mut to = BufWriter::new(File::create(&path).with_context(failed)?);
+    let new = File::open(answers)?;
+    let old = if before.is_empty() { None } else { Some(File::open(output)?) };
+    let (mut good, mut all, mut line) = (0, 0, Vec::new());
+    source.each(how, "", |request| {
+        all += 1;
+        let found = match (fresh.get(&request.id), before.get(&request.id), &old) {
+            (Some(place), ..) => Some((place, &new)),
+            (None, Some(place), Some(old)) => Some((place, old)),
+            _ => None,
+        };
+        let Some((place, file)) = found else { return Ok(()) };
+        good += usize::from(place.good);
+        line.resize(place.bytes, 0);
+        file.read_exact_at(&mut line, place.begin)?;
+        line.push(b'\n');
+        Ok(to.write_all(&line)?)
+    })?;
+    to.into_inner()
+        .map_err(|error| error.into_error())
+        .and_then(|file| file.sync_all())
+        .with_context(failed)?;
+    fs::rename(&path, output).with_context(|| format!("cannot write {}", output.display()))?;
+    Ok((good, all))
+}
+
+fn beside_of(path: &Path, end: &str) -> PathBuf {
+    let mut name = path.file_name().unwrap_or_default().to_owned();
+    name.push(end);
+    path.with_file_name(name)
+}
+
+/// SHA-256 of a file, in hex.
+fn digest(path: &Path) -> Result<String> {
+    let mut file = File::open(path).with_context(|| format!("cannot read {}", path.display()))?;
+    let (mut sum, mut piece) = (Sha256::new(), vec![0; PIECE_BYTES]);
+    loop {
+        match file.read(&mut piece).with_context(|| format!("cannot read {}", path.display()))? {
+            0 => return Ok(sum.finalize().iter().map(|byte| format!("{byte:02x}")).collect()),
+            read => sum.update(&piece[..read]),
+        }
+    }
+}

@@ -1,0 +1,203 @@
+//! Promise: `baton batch` has every line of a file answered, in its order, whoever dies meanwhile.
+
+use std::fs;
+use std::path::Path;
+use std::process::Command;
+use std::time::Duration;
+
+use serde_json::{Value, json};
+
+use crate::harness::{Cluster, PATIENCE, baton, folder, output};
+use crate::parts::Parts;
+
+/// Runs `baton batch` with these arguments: (succeeded, standard output, standard error).
+fn batch(url: &str, arguments: &[&str]) -> (bool, String, String) {
+    output(baton(&["batch"]).args(arguments).args(["--url", url]))
+}
+
+fn lines(path: &Path) -> Vec<Value> {
+    let text = fs::read_to_string(path).expect("reads");
+    text.lines().map(|line| serde_json::from_str(line).expect("JSON")).collect()
+}
+
+/// `count` completions of a few tokens each, and what their ids are.
+fn input(path: &Path, count: usize) {
+    let line = |i: usize| {
+        let body = json!({ "model": "baton-demo", "prompt": format!("Line {i}:"), "max_tokens": 8, "temperature": 0 });
+        json!({ "custom_id": format!("id-{i}"), "method": "POST", "url": "/v1/completions", "body": body })
+    };
+    let text: String = (0..count).map(|i| format!("{}\n", line(i))).collect();
+    fs::write(path, text).expect("writes");
+}
+
+/// Prompts become answers in their order; what is there is not asked again, what was refused is; and the single steps do the
+/// same.
+#[tokio::test]
+async fn a_file_is_answered() {
+    let cluster = Cluster::up(&["--tp=1"]).await;
+    let url = cluster.url("");
+    let folder = folder("batch");
+    let (prompts, answers) = (folder.join("prompts.txt"), folder.join("answers.jsonl"));
+    let (input_path, answers_path) = (prompts.display().to_string(), answers.display().to_string());
+    fs::write(&prompts, "Who are you?\n\nWhat is baton?\nHello\n").expect("writes");
+    let run = ["run", "-i", &input_path, "-o", &answers_path, "--max-tokens=8", "--temperature=0"];
+    let (ok, _, stderr) = batch(&url, &run);
+    assert!(ok && stderr.contains("completed: 3 of 3 lines"), "{stderr}");
+    let got = lines(&answers);
+    let ids: Vec<_> = got.iter().map(|line| line["custom_id"].as_str().expect("an id")).collect();
+    assert_eq!(ids, ["line-1", "line-3", "line-4"]);
+    assert!(got.iter().all(|line| line["response"]["body"]["choices"][0]["message"]["content"].is_string()));
+    let asked = cluster.metric("baton_batch_lines_total", "").await;
+    let (ok, _, stderr) = batch(&url, &run);
+    assert!(ok && stderr.contains("all lines are answered already"), "{stderr}");
+    // One answer is lost: one line is asked again, and the file is whole again.
+    let text = fs::read_to_string(&answers).expect("reads");
+    let without: Vec<&str> = text.lines().filter(|line| !line.contains("line-3")).collect();
+    fs::write(&answers, without.join("\n") + "\n{\"custom_id\": \"li").expect("writes");
+    let (ok, _, stderr) = batch(&url, &run);
+    assert!(ok, "{stderr}");
+    assert_eq!(cluster.metric("baton_batch_lines_total", "").await, asked + 1.0);
+    let again: Vec<_> = lines(&answers).iter().map(|line| line["custom_id"].clone()).collect();
+    assert_eq!(again, ["line-1", "line-3", "line-4"]);
+
+    // Step by step; a line that cannot be served shows in the exit code and in the results.
+    let two = folder.join("two.jsonl");
+    input(&two, 2);
+    let text = fs::read_to_string(&two).expect("reads").replacen("\"max_tokens\":8", "\"max_tokens\":0.5", 1);
+    fs::write(&two, text).expect("writes");
+    let (ok, id, stderr) = batch(&url, &["submit", &two.display().to_string()]);
+    assert!(ok && id.starts_with("batch_"), "{stderr}");
+    let id = id.trim();
+    let (ok, shown, _) = batch(&url, &["status", id, "--wait"]);
+    assert!(!ok && shown.contains("completed") && shown.contains("2 of 2, 1 failed"), "{shown}");
+    let (ok, results, _) = batch(&url, &["results", id]);
+    assert!(!ok && results.lines().count() == 2 && results.contains("max_tokens"), "{results}");
+    let (ok, list, _) = batch(&url, &["list"]);
+    assert!(ok && list.lines().next().is_some_and(|line| line.contains(id)), "{list}");
+    let (ok, _, stderr) = batch(&url, &["cancel", id]);
+    assert!(!ok && stderr.contains("completed"), "{stderr}");
+    fs::write(&two, "{\"custom_id\": 1, \"url\": \"/v1/completions\", \"body\": {}}\n").expect("writes");
+    let (ok, _, stderr) = batch(&url, &["submit", &two.display().to_string(), "--wait"]);
+    assert!(!ok && stderr.contains("custom_id"), "{stderr}");
+    fs::remove_dir_all(folder).expect("cleans up");
+}
+
+/// The router is killed again and again while a batch runs: `baton batch run` waits for it, and every line is answered once, as
+/// it would have been.
+#[tokio::test]
+async fn a_batch_survives_its_router() {
+    const LINES: usize = 60;
+    const KILLS: u64 = 6;
+    let folder = folder("batch-kills");
+    let kept = folder.join("kept").display().to_string();
+    let mut parts = Parts::router(&["--disaggregation=never", &format!("--batch-dir={kept}")]);
+    parts.decode("d", 1, &[]);
+    parts.wait_until_ready(&["d.0"]).await;
+    let (input_path, answers) = (folder.join("in.jsonl"), folder.join("out.jsonl"));
+    input(&input_path, LINES);
+    let url = parts.url("");
+    let (of, to) = (input_path.display().to_string(), answers.display().to_string());
+    let run = tokio::task::spawn_blocking(move || batch(&url, &["run", "-i", &of, "-o", &to]));
+    let mut random = u64::from(std::process::id()) | 1;
+    for _ in 0..KILLS {
+        random ^= random << 13;
+        random ^= random >> 7;
+        random ^= random << 17;
+        tokio::time::sleep(Duration::from_millis(300 + random % 900)).await;
+        parts.kill("router");
+        parts.restart("router");
+        if run.is_finished() {
+            break;
+        }
+    }
+    let (ok, _, stderr) = tokio::time::timeout(PATIENCE, run).await.expect("ends").expect("runs");
+    assert!(ok, "{stderr}\n{}", parts.log());
+    let got = lines(&answers);
+    let ids: Vec<_> = got.iter().map(|line| line["custom_id"].as_str().expect("an id").to_owned()).collect();
+    assert_eq!(ids, (0..LINES).map(|i| format!("id-{i}")).collect::<Vec<_>>());
+    // The same as over HTTP: the model is greedy.
+    parts.wait_until_ready(&["d.0"]).await;
+    let text = |line: &Value| line["response"]["body"]["choices"][0]["text"].clone();
+    for i in [0, LINES - 1] {
+        let body = json!({ "prompt": format!("Line {i}:"), "max_tokens": 8, "temperature": 0 });
+        assert_eq!(text(&got[i]), parts.complete(&body).await["text"], "line {i}");
+    }
+    drop(parts);
+    fs::remove_dir_all(folder).expect("cleans up");
+}
+
+/// Over https: with a certificate that is named, with this machine's own, and not without; OpenSSL and curl agree.
+#[tokio::test]
+async fn over_https() {
+    let folder = folder("https");
+    let made = rcgen::generate_simple_self_signed(["127.0.0.1".to_owned()]).expect("a certificate");
+    let (cert, key) = (folder.join("cert.pem"), folder.join("key.pem"));
+    fs::write(&cert, made.cert.pem()).expect("writes");
+    fs::write(&key, made.signing_key.serialize_pem()).expect("writes");
+    let (cert, key) = (cert.display().to_string(), key.display().to_string());
+    let flags = [&format!("--tls-cert={cert}"), &format!("--tls-key={key}"), "--disaggregation=never"];
+    let mut parts = Parts::router(&flags);
+    parts.decode("d", 1, &[]);
+    let url = parts.url("").replace("http:", "https:");
+    let chat = |more: &[&str]| output(baton(&["chat", "--url", &url, "--max-tokens=4", "Hello"]).args(more));
+    let begun = std::time::Instant::now();
+    while !chat(&["--ca", &cert]).0 {
+        assert!(begun.elapsed() < PATIENCE, "{:?}\n{}", chat(&["--ca", &cert]), parts.log());
+        tokio::time::sleep(Duration::from_millis(100)).await;
+    }
+    let (ok, _, stderr) = chat(&[]);
+    assert!(!ok && stderr.contains("not trusted"), "{stderr}");
+    let prompts = folder.join("prompts");
+    fs::write(&prompts, "Hello\n").expect("writes");
+    let out = folder.join("out").display().to_string();
+    let (ok, _, stderr) = batch(
+        &url,
+        &["run", "-i", &prompts.display().to_string(), "-o", &out, "--ca", &cert, "--max-tokens=4"],
+    );
+    assert!(ok, "{stderr}");
+
+    let address = url.trim_start_matches("https://");
+    let curl = Command::new("curl")
+        .args([
+            "--silent",
+            "--show-error",
+            "--fail",
+            "--noproxy",
+            "*",
+            "--cacert",
+            &cert,
+            &format!("{url}/v1/models"),
+        ])
+        .output();
+    match curl {
+        Ok(curl) => {
+            let text = String::from_utf8_lossy(&curl.stdout);
+            assert!(curl.status.success() && text.contains("baton-demo"), "{curl:?}");
+        }
+        Err(error) => println!("skipped: curl: {error}"),
+    }
+    for version in ["-tls1_2", "-tls1_3"] {
+        let openssl = Command::new("openssl")
+            .args([
+                "s_client",
+                "-connect",
+                address,
+                "-CAfile",
+                &cert,
+                "-verify_return_error",
+                "-brief",
+                version,
+            ])
+            .stdin(std::process::Stdio::null())
+            .output();
+        match openssl {
+            Ok(openssl) => {
+                let text = String::from_utf8_lossy(&openssl.stderr);
+                assert!(openssl.status.success() && text.contains("Verification: OK"), "{version}: {text}");
+            }
+            Err(error) => println!("skipped: openssl: {error}"),
+        }
+    }
+    drop(parts);
+    fs::remove_dir_all(folder).expect("cleans up");
+}
