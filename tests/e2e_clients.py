@@ -287,6 +287,8 @@ def main() -> None:
     try:
         structured(client)
         tools(client)
+        batches(client)
+        litellm_batches(base)
         responses(client)
         messages(url)
         litellm(base)

@@ -398,9 +398,15 @@ impl Store {
     pub fn validate(&self, id: &str, rules: &Rules) -> Result<(), StoreError> {
         let Some(record) = self.record(id) else { return Ok(()) };
         let path = self.content(&record.input_file_id);
-        let checked = File::open(&path)
-            .and_then(|file| input::check(BufReader::with_capacity(256 << 10, file), rules))
-            .map_err(|error| StoreError::at(&path, error))?;
+        let checked =
+            File::open(&path).and_then(|file| input::check(BufReader::with_capacity(256 << 10, file), rules));
+        let checked = match checked {
+            Ok(checked) => checked,
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {
+                return self.fail(id, "input_file_changed", "The input file is gone.");
+            }
+            Err(error) => return Err(StoreError::at(&path, error)),
+        };
         if checked.stopped {
             return Ok(());
         }

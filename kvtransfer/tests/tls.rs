@@ -5,11 +5,11 @@ mod common;
 use std::io::{Read, Write};
 use std::net::TcpStream;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use backend::{DType, KvSpec};
-use common::net::{LOCAL, session};
-use common::{CLOSE, Case};
+use common::net::{LOCAL, expect_all, open, session};
+use common::{CLOSE, Cache, Case, MemExport};
 use kvtransfer::transport::Dialer;
 use kvtransfer::transport::tls::{Tls, TlsDialer};
 use kvtransfer::{Limits, Receiver, Sender};
@@ -101,4 +101,52 @@ fn strangers_are_refused_both_ways() {
     let silent = std::net::TcpListener::bind(LOCAL).unwrap();
     let silent = silent.local_addr().unwrap().to_string();
     assert!(TlsDialer(tls(&ours, &ours)).dial(&silent, Duration::from_millis(50)).is_err());
+}
+
+/// What encryption costs on loopback: sessions of 64 MiB by turns in clear and over TLS, between the same two ends. Run by hand:
+/// `cargo test --release -p kvtransfer --test tls -- --ignored --nocapture`
+#[test]
+#[ignore = "a measurement"]
+fn cost() {
+    const RUNS: usize = 15;
+    let ours = authority();
+    let limits = || Limits { frame_bytes: 1 << 20, ..Limits::default() };
+    // 16 layers x 2 planes x 8 heads x 128 x 2 B = 64 KiB per token, 1024 tokens.
+    let spec = || vec![KvSpec::gqa(16, 8, 0..8, 128, DType::BF16)];
+    let cache = Arc::new(Cache::full(&spec()[0], 0..1024, 64));
+    let ends = [None, Some(tls(&ours, &ours))].map(|tls| {
+        let receiver = Receiver::bind_with(LOCAL, limits(), tls.clone()).unwrap();
+        let sender = match tls {
+            None => Sender::new(limits()),
+            Some(tls) => Sender::with_dialer(limits(), Box::new(TlsDialer(tls))),
+        };
+        (receiver, sender)
+    });
+    let mut rates = [const { Vec::new() }; 2];
+    for _ in 0..RUNS {
+        for ((receiver, sender), rates) in ends.iter().zip(&mut rates) {
+            let case = Case::new(spec(), spec(), 0..1024);
+            let landed = expect_all(&case, std::slice::from_ref(receiver), 64, true);
+            let begun = Instant::now();
+            let (push, end) = open(&case, 0, sender, &[vec![receiver.local_addr().to_string()]]);
+            for layer in 0..16 {
+                let cache = cache.clone();
+                push.layer(MemExport { cache, layers: layer..layer + 1, tokens: 0..1024, direct: true });
+            }
+            push.close(CLOSE);
+            let pushed = end.recv().unwrap().unwrap();
+            rates.push(pushed.bytes as f64 / (pushed.acknowledged - begun).as_secs_f64() / 1e9);
+            assert!(landed.iter().all(|(_, end)| end.result.is_ok()));
+        }
+    }
+    let mut ratios: Vec<f64> = rates[0].iter().zip(&rates[1]).map(|(clear, tls)| tls / clear).collect();
+    ratios.sort_by(f64::total_cmp);
+    rates.iter_mut().for_each(|rates| rates.sort_by(f64::total_cmp));
+    let median = |rates: &[f64]| rates[RUNS / 2];
+    println!(
+        "in clear {:.2} GB/s, over TLS 1.3 {:.2} GB/s (medians of {RUNS}); of neighbouring runs {:.2} of the rate",
+        median(&rates[0]),
+        median(&rates[1]),
+        median(&ratios)
+    );
 }

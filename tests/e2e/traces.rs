@@ -7,6 +7,7 @@ use std::sync::{Arc, Mutex};
 
 use serde_json::{Value, json};
 
+use crate::client::builder;
 use crate::harness::{Cluster, LOOK, PATIENCE};
 
 /// A collector of OTLP over HTTP. Spans by name, each with its service.
@@ -85,7 +86,7 @@ async fn a_request_is_one_trace_over_all_processes() {
     let cluster = Cluster::up(&[&format!("--otlp-endpoint={}", collector.url)]).await;
     let trace = "4bf92f3577b34da6a3ce929d0e0e4736";
     let body = json!({"model": "baton-demo", "messages": [{"role": "user", "content": "What is baton?"}], "max_tokens": 8});
-    let answer = reqwest::Client::builder().no_proxy().build().expect("a client");
+    let answer = builder().build().expect("a client");
     let answer = answer
         .post(cluster.url("/v1/chat/completions"))
         .header("traceparent", format!("00-{trace}-00f067aa0ba902b7-01"))

@@ -12,7 +12,7 @@ use tokio_util::sync::CancellationToken;
 use crate::inference::Load;
 
 /// Lines at once at the most: each costs some memory here and a connection's worth of work.
-const LINES_MAX: usize = 4096;
+const LINES_MAX: usize = 1024;
 
 /// Lines at once before anything is known.
 const LINES_FIRST: usize = 2;
