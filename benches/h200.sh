@@ -1,34 +1,94 @@
 #!/usr/bin/env bash
-# On a machine with an NVIDIA GPU: conformance, golden cases, and the table of benches/README.md, from prebuilt executables.
-#   cargo build --release -p baton -p benches --bin baton --bin device     (where there is a compiler)
-#   benches/h200.sh DIR-OF-EXECUTABLES [PEAK-TFLOPS]                       (where there is a GPU)
-set -euo pipefail
+# Everything that wants an NVIDIA GPU, in one call within 10 minutes, from executables built elsewhere; one table at the end.
+#   cargo build --release -p benches --bin device       (where there is a compiler)
+#   benches/h200.sh DIR-OF-EXECUTABLES [PEAK-TFLOPS]    (where there is a GPU; 989: dense bf16 of an H200)
+#   benches/h200.sh DIR-OF-EXECUTABLES --dry-run        (anywhere: the same on the CPU with a tiny model)
+# A stage that fails or lacks something is a row of the table, and the next one begins.
+set -uo pipefail
 cd "$(dirname "$0")/.."
 bin=${1:-target/release}
-peak=${2:-989} # dense bf16 of an H200
-cache=$(mktemp -d)
-trap 'rm -rf "$cache"' EXIT
+peak=${2:-989}
+backend=cuda config=benches/configs/llama-3-8b.json prompt=8192 shapes=60
+if [ "$peak" = --dry-run ]; then
+  backend=cpu config=benches/configs/tiny.json prompt=256 shapes=6 peak=1
+fi
+BUDGET=590 # seconds for all stages
+[ -x "$bin/device" ] || { echo "no executable $bin/device" >&2; exit 2; }
+work=$(mktemp -d)
+trap 'rm -rf "$work"' EXIT
+table=$work/table
 say() { printf '\n=== %4d s  %s\n' "$SECONDS" "$*"; }
+row() { printf '| %s | %s | %s |\n' "$1" "$2" "${3:-}" | tee -a "$table"; }
 
-nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv,noheader
-say "conformance suite"
-"$bin/device" --backend cuda --conformance --cache "$cache" | tail -n 1
+# stage NAME SECONDS COMMAND...: rows that the command prints go to the table; so does its failure.
+stage() {
+  local name=$1 most=$2 left=$((BUDGET - SECONDS)) status
+  shift 2
+  say "$name"
+  if [ "$left" -lt 15 ]; then row "$name" "not run" "no time left"; return 1; fi
+  [ "$most" -gt "$left" ] && most=$left
+  timeout "$most" "$@" > "$work/log" 2>&1
+  status=$?
+  grep '^| ' "$work/log" >> "$table"
+  if [ "$status" -ne 0 ]; then
+    tail -n 25 "$work/log"
+    case $status in
+      124) row "$name" "FAILED" "not done within $most s" ;;
+      *) row "$name" "FAILED" "status $status: $(grep -v '^ \|^$\|^note:\|stack backtrace' "$work/log" | tail -n 1 | tr '|\n' '/ ' | cut -c 1-200)" ;;
+    esac
+  else
+    tail -n 12 "$work/log"
+  fi
+  return "$status"
+}
 
-say "golden cases"
-for dir in tests/golden/*/; do
-  [ -e "$dir/golden.json" ] || continue
-  for dtype in f32 bf16; do
-    "$bin/baton" logits --backend cuda --model "$dir" --golden "$dir/golden.json" --dtype "$dtype" --out "$cache/cuda"
-    "$bin/baton" logits --backend cpu --model "$dir" --golden "$dir/golden.json" --dtype "$dtype" --out "$cache/cpu"
-    python3 benches/compare_logits.py "$dir" "$dtype" "$cache/cpu" "$cache/cuda"
+# NVRTC and cuBLASLt lie where the toolkit or PyTorch's packages put them.
+if [ "$backend" = cuda ]; then
+  dirs=$(python3 - 2> /dev/null << 'PY'
+import glob, site, sys
+roots = {p for p in sys.path + site.getsitepackages() if p}
+print(":".join(sorted({d for r in roots for d in glob.glob(r + "/nvidia/cu13/lib") + glob.glob(r + "/nvidia/*/lib")})))
+PY
+  )
+  for dir in /usr/local/cuda/lib64 /usr/local/cuda-13*/lib64 /usr/local/cuda/targets/*/lib; do
+    [ -d "$dir" ] && dirs=${dirs:+$dirs:}$dir
   done
-done
+  export LD_LIBRARY_PATH=${LD_LIBRARY_PATH:+$LD_LIBRARY_PATH:}$dirs
+  nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv,noheader
+fi
+device=("$bin/device" --backend "$backend" --cache "$work/kernels")
 
-if command -v compute-sanitizer > /dev/null; then
-  say "compute-sanitizer"
-  compute-sanitizer --error-exitcode 1 "$bin/device" --backend cuda --conformance --cache "$cache" | tail -n 3
+# The first one also compiles the kernels.
+stage "attention against float64" 120 "${device[@]}" --attention "$shapes"
+stage "conformance suite" 150 "${device[@]}" --conformance
+stage "golden cases" 150 "${device[@]}" --golden tests/golden
+
+beside=()
+if python3 -c "import torch" 2> /dev/null; then
+  stage "PyTorch on this card" 150 python3 benches/h200_torch.py "$config" "$work/torch.json" "$prompt"
+  [ -e "$work/torch.json" ] && beside=(--beside "$work/torch.json")
+else
+  row "PyTorch on this card" "not run" "python3 has no torch here"
 fi
 
-say "Llama-3-8B shape, random weights"
-"$bin/device" --backend cuda --config benches/configs/llama-3-8b.json --peak-tflops "$peak" --cache "$cache"
+stage "attention alone" 60 "${device[@]}" --attention-speed --prompt "$prompt" "${beside[@]}"
+stage "Llama-3-8B shape, random weights" 240 "${device[@]}" --config "$config" --prompt "$prompt" --peak-tflops "$peak" "${beside[@]}"
+
+if [ "$backend" = cpu ]; then
+  row "compute-sanitizer" "not run" "no GPU here"
+elif command -v compute-sanitizer > /dev/null; then
+  # Every kernel, with shapes that are small enough for it.
+  for tool in memcheck racecheck synccheck; do
+    stage "compute-sanitizer $tool" 90 compute-sanitizer --tool "$tool" --error-exitcode 1 "${device[@]}" --attention 6 \
+      && row "compute-sanitizer $tool" "ok" "attention of 6 shapes in 2 types"
+  done
+  stage "compute-sanitizer memcheck, conformance" 200 compute-sanitizer --error-exitcode 1 "${device[@]}" --conformance \
+    && row "compute-sanitizer memcheck, conformance" "ok"
+else
+  row "compute-sanitizer" "not run" "not installed here"
+fi
+
 say "done"
+printf '\n| what | result | |\n|---|---|---|\n'
+cat "$table"
+! grep -q FAILED "$table"

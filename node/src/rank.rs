@@ -102,7 +102,7 @@ pub fn start(
             BackendKind::Mlx => {
                 let native = engine::Native { about: backend_mlx::describe(), renew: crate::renew::renew };
                 let native = (config.group.world > 1).then_some(native);
-                serve::<backend_mlx::MlxBackend>(&config, opened, &place, native, &commands, loaded)
+                serve::<backend_mlx::MlxBackend>(&config, opened, &place, native, 0, &commands, loaded)
             }
             #[cfg(not(feature = "mlx"))]
             BackendKind::Mlx => {
@@ -110,10 +110,13 @@ pub fn start(
                 Err(backend::BackendError::Unavailable { backend: "mlx", reason }.into())
             }
             BackendKind::Cuda => {
-                serve::<backend_cuda::CudaBackend>(&config, opened, &place, None, &commands, loaded)
+                // Ranks of one machine take its GPUs in turn.
+                let gpus = backend_cuda::probe().map_or(1, |gpus| gpus.max(1) as usize);
+                let device = config.group.rank % gpus;
+                serve::<backend_cuda::CudaBackend>(&config, opened, &place, None, device, &commands, loaded)
             }
             BackendKind::Auto | BackendKind::Cpu => {
-                serve::<CpuBackend>(&config, opened, &place, None, &commands, loaded)
+                serve::<CpuBackend>(&config, opened, &place, None, 0, &commands, loaded)
             }
         };
         // A process that is ending does not ask.
@@ -126,8 +129,8 @@ pub fn start(
     Ok(ended)
 }
 
-/// What `auto` means: MLX in builds that have it, else an NVIDIA GPU where there is one, else the CPU. Several ranks compute
-/// with MLX or on the CPU so far.
+/// What `auto` means: MLX in builds that have it, else an NVIDIA GPU where there is one, else the CPU. Several ranks must all
+/// have the same, so there a GPU is asked for by name.
 fn chosen(asked: BackendKind, world: usize) -> BackendKind {
     if asked == BackendKind::Auto && cfg!(feature = "mlx") {
         return BackendKind::Mlx;
@@ -166,6 +169,7 @@ fn serve<B: Backend>(
     opened: Opened,
     place: &Place,
     native: Option<engine::Native>,
+    device: usize,
     commands: &Commands,
     loaded: oneshot::Sender<Loaded>,
 ) -> Result<(), NodeError> {
@@ -174,9 +178,9 @@ fn serve<B: Backend>(
         dtype: config.dtype,
         threads: config.threads,
         block_tokens: config.block_tokens,
+        device,
         cache: config.cache.clone(),
         cpu: config.cpu.clone(),
-        ..DeviceOptions::default()
     };
     let links = engine::tp::unmet(rank, world)
         .map_err(|reason| NodeError::System { what: "sockets between ranks", reason })?;

@@ -31,14 +31,21 @@ __device__ __forceinline__ u64 token_at(const AttendArgs& a, u32 run, u32 positi
 template <int D, int BN, int THREADS>
 __device__ __forceinline__ void load_tile(bf16* to, const bf16* base, u32 stride, u32 dim, const AttendArgs& a, u32 run,
                                           u32 first, u32 end) {
-    const bool whole = !a.tables || (1u << a.block_shift) >= BN;
-    const u64 begin = token_at(a, run, first);
+    const bf16* row = base + token_at(a, run, first) * stride;
+    if (!a.tables || (1u << a.block_shift) >= BN) {
 #pragma unroll
+        for (int i = threadIdx.x; i < BN * D / 8; i += THREADS) {
+            u32 at = i / (D / 8), c = i % (D / 8) * 8;
+            bool there = first + at < end && c < dim;
+            copy_async(to + at * (D + 8) + c, row + (there ? at * stride + c : 0), there);
+        }
+        return;
+    }
+#pragma unroll 1
     for (int i = threadIdx.x; i < BN * D / 8; i += THREADS) {
-        int at = i / (D / 8), c = i % (D / 8) * 8;
-        bool there = first + at < end && c < (int)dim;
-        u64 token = !there ? begin : whole ? begin + at : token_at(a, run, first + at);
-        copy_async(to + at * (D + 8) + c, base + token * stride + (there ? c : 0), there);
+        u32 at = i / (D / 8), c = i % (D / 8) * 8;
+        bool there = first + at < end && c < dim;
+        copy_async(to + at * (D + 8) + c, there ? base + token_at(a, run, first + at) * stride + c : row, there);
     }
 }
 

@@ -3,7 +3,7 @@
 
 use std::ffi::{CStr, CString, c_char, c_int, c_void};
 use std::sync::atomic::{AtomicPtr, Ordering};
-use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError};
 
 use backend::BackendError;
 
@@ -59,7 +59,8 @@ pub(crate) struct Communicator {
     using: Mutex<()>,
 }
 
-static NAMED: OnceLock<String> = OnceLock::new();
+#[cfg(feature = "emulator")]
+static NAMED: std::sync::OnceLock<String> = std::sync::OnceLock::new();
 
 /// Where emulated devices look for the library, once said.
 #[cfg(feature = "emulator")]

@@ -3,6 +3,8 @@
 //!
 //! `device --backend cuda --config benches/configs/llama-3-8b.json --peak-tflops 989`
 
+mod attention;
+mod golden;
 mod measure;
 
 use std::path::PathBuf;
@@ -36,6 +38,18 @@ struct Args {
     /// Run the conformance suite first
     #[arg(long)]
     conformance: bool,
+    /// Compare golden cases below this folder with the CPU's
+    #[arg(long, value_name = "DIR")]
+    golden: Option<PathBuf>,
+    /// Compare attention with a float64 reference over so many random shapes
+    #[arg(long, value_name = "SHAPES")]
+    attention: Option<usize>,
+    /// Measure attention by itself over the long prompt
+    #[arg(long)]
+    attention_speed: bool,
+    /// Another implementation's seconds, as h200_torch.py writes them, to be shown beside
+    #[arg(long, value_name = "FILE")]
+    beside: Option<PathBuf>,
     /// Tokens of the long prompt
     #[arg(long, default_value_t = 8192)]
     prompt: usize,
@@ -68,6 +82,28 @@ fn run<B: Backend>(args: &Args) -> Result<()> {
     let device = B::open(&options, Group::alone())?;
     println!("{}: {}", device.caps().name, device.caps().device);
     drop(device);
+    let beside = match &args.beside {
+        Some(path) => {
+            serde_json::from_slice(&std::fs::read(path)?).with_context(|| path.display().to_string())?
+        }
+        None => serde_json::Value::Null,
+    };
+    let mut passed = true;
+    if let Some(shapes) = args.attention {
+        passed &= attention::check::<B>(shapes, &options)?;
+    }
+    if let Some(root) = &args.golden {
+        passed &= golden::run::<B>(root, &options)?;
+    }
+    if args.attention_speed {
+        let time = attention::speed::<B>(args.prompt, args.runs.max(1), &options)?;
+        let rate = attention::flops(args.prompt) / time.as_secs_f64() / 1e12;
+        let beside = measure::times(&beside, "attention", time, "torch's flash SDPA (goal 0.8)");
+        println!(
+            "| attention alone, {} tokens, 32 heads of 128 on 8 | {time:.2?} | {rate:.1} TFLOP/s{beside} |",
+            args.prompt
+        );
+    }
     if args.conformance {
         let open = |options: &DeviceOptions, group: Group| {
             B::open(&DeviceOptions { cache: args.cache.clone(), ..options.clone() }, group)
@@ -75,7 +111,10 @@ fn run<B: Backend>(args: &Args) -> Result<()> {
         let tolerance = Tolerance { f32: 1e-5, bf16: 2e-2 };
         let dtypes = &[DType::F32, DType::BF16];
         Suite { open: &open, tolerance, dtypes, group: None, quants: QUANTS, plain_experts: dtypes }.run();
-        println!("conformance suite: passed");
+        println!("| conformance suite, f32 and bf16 | ok | |");
+    }
+    if !passed {
+        bail!("a comparison failed");
     }
     let Some(config) = &args.config else { return Ok(()) };
     let config = shortened(config, args.layers)?;
@@ -85,7 +124,7 @@ fn run<B: Backend>(args: &Args) -> Result<()> {
     let tokens = args.prompt.max(measure::RAGGED_TOKENS) + 1024;
     let rank = Rank::<B>::open(&options, Group::alone(), &checkpoint, tokens)?;
     let mut bench = Bench { rank, runs: args.runs.max(1), next: 0 };
-    bench.table(args.prompt, parameters, args.peak_tflops)
+    bench.table(args.prompt, parameters, args.peak_tflops, &beside)
 }
 
 /// The config.json, with fewer layers where asked.

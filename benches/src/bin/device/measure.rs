@@ -36,6 +36,12 @@ pub fn parameters(config: &Config) -> f64 {
     config.parameters().active as f64 - tables as f64
 }
 
+/// How many times as fast as another implementation's seconds under `name`; nothing where there are none.
+pub fn times(beside: &serde_json::Value, name: &str, ours: Duration, whom: &str) -> String {
+    let theirs = beside.get(name).and_then(serde_json::Value::as_f64);
+    theirs.map_or_else(String::new, |theirs| format!(", {:.2} times {whom}", theirs / ours.as_secs_f64()))
+}
+
 fn median(mut times: Vec<Duration>) -> Duration {
     times.sort_unstable();
     times[times.len() / 2]
@@ -55,7 +61,13 @@ fn ids(seed: u64, count: usize, vocabulary: usize) -> Vec<u32> {
 
 impl<B: Backend> Bench<B> {
     /// All measurements as a table.
-    pub fn table(&mut self, prompt: usize, parameters: f64, peak_tflops: Option<f64>) -> Result<()> {
+    pub fn table(
+        &mut self,
+        prompt: usize,
+        parameters: f64,
+        peak_tflops: Option<f64>,
+        beside: &serde_json::Value,
+    ) -> Result<()> {
         let config = self.rank.model.config().clone();
         // The first step compiles, plans and allocates.
         self.prompts(&[prompt.min(512)], false)?;
@@ -68,31 +80,32 @@ impl<B: Backend> Bench<B> {
         };
         let attended = |n: usize| 2.0 * (n * n) as f64 * (config.attended() * config.layers) as f64;
         let flops = |n: usize| 2.0 * parameters * n as f64 + attended(n);
-        println!("| what | time | rate | |\n|---|---|---|---|");
         let one = self.timed(&[prompt], false)?;
         let rate = |n: usize, time: Duration| format!("{:.0} tok/s", n as f64 / time.as_secs_f64());
         println!(
-            "| prompt of {prompt} | {one:.2?} | {} | {} |",
+            "| prompt of {prompt} | {one:.2?} | {}, {} (goal 60 %){} |",
             rate(prompt, one),
-            share(flops(prompt), one)
+            share(flops(prompt), one),
+            times(beside, "prompt", one, "Hugging Face (goal 1.15)")
         );
         let ragged = self.timed(&RAGGED, false)?;
         let (sum, all) = (RAGGED.iter().sum::<usize>(), RAGGED.iter().map(|n| flops(*n)).sum());
         println!(
-            "| 16 prompts, {sum} tokens | {ragged:.2?} | {} | {} |",
+            "| 16 prompts, {sum} tokens | {ragged:.2?} | {}, {}{} |",
             rate(sum, ragged),
-            share(all, ragged)
+            share(all, ragged),
+            times(beside, "ragged", ragged, "Hugging Face (goal 1.5)")
         );
         let leaving = self.timed(&[prompt], true)?;
         let exposed = leaving.saturating_sub(one);
         let percent = exposed.as_secs_f64() / one.as_secs_f64() * 100.0;
         println!(
-            "| the same prompt, its cache to the host | {leaving:.2?} | {} | exposed {exposed:.2?}, {percent:.1} % |",
+            "| the same prompt, its cache to the host | {leaving:.2?} | {}, exposed {exposed:.2?}, {percent:.1} % (goal at most 5) |",
             rate(prompt, leaving)
         );
         for batch in [1, 4, 16] {
             let step = self.generation(batch)?;
-            println!("| generation, batch {batch} | {step:.2?} a step | {} | |", rate(batch, step));
+            println!("| generation, batch {batch} | {step:.2?} a step | {} |", rate(batch, step));
         }
         Ok(())
     }
