@@ -101,3 +101,40 @@ async fn a_slow_head_does_not_hold_a_connection_for_ever() {
     let mut answer = Vec::new();
     tokio::time::timeout(PATIENCE, connection.read_to_end(&mut answer)).await.expect("it is closed").unwrap();
 }
+
+/// Protects: a client that asks for a stream and then reads nothing of it is cut off, and what it had in the cluster is freed.
+#[tokio::test]
+async fn a_client_that_reads_no_more_is_cut_off() {
+    let mut config = config();
+    config.limits.write_stall = Duration::from_millis(200);
+    // More than the sockets of both sides hold.
+    let mut gateway = Gateway::with(config, |_| {
+        std::iter::once(started()).chain((0..200_000).map(|i| token(i, 40))).collect()
+    })
+    .await;
+    let body = r#"{"model": "tiny", "prompt": "x", "stream": true}"#;
+    let head = format!(
+        "POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: {}\r\n\r\n",
+        body.len()
+    );
+    let socket = tokio::net::TcpSocket::new_v4().unwrap();
+    socket.set_recv_buffer_size(4096).unwrap();
+    let address = gateway.url.trim_start_matches("http://").parse().unwrap();
+    let mut connection = socket.connect(address).await.unwrap();
+    connection.write_all(format!("{head}{body}").as_bytes()).await.unwrap();
+    assert!(!gateway.gone().await.1, "it was not sent to its end");
+}
+
+/// Protects: a client that begins a body and does not go on gets an answer and loses its connection.
+#[tokio::test]
+async fn a_body_that_does_not_come_is_not_waited_for() {
+    let mut config = config();
+    config.limits.body_read = Duration::from_millis(50);
+    let gateway = Gateway::with(config, |_| says("x")).await;
+    let mut connection = TcpStream::connect(gateway.url.trim_start_matches("http://")).await.unwrap();
+    let head = "POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: 100\r\n\r\n{";
+    connection.write_all(head.as_bytes()).await.unwrap();
+    let mut answer = String::new();
+    tokio::time::timeout(PATIENCE, connection.read_to_string(&mut answer)).await.expect("an answer").unwrap();
+    assert!(answer.starts_with("HTTP/1.1 408 ") && answer.contains("request_timeout"), "{answer}");
+}
