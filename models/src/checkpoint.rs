@@ -81,7 +81,7 @@ impl Checkpoint {
         generation: Generation,
         weights: Weights,
     ) -> Result<Checkpoint, ModelError> {
-        let Weights { files, table, tensors: mut found, interleaved } = weights;
+        let Weights { files, table, tensors: mut found, own_name, interleaved } = weights;
         match interleaved {
             Some(true) => config.rope.style = RopeStyle::Interleaved,
             Some(false) => config.rope.style = RopeStyle::HalfSplit,
@@ -99,7 +99,7 @@ impl Checkpoint {
                 let Some(stored) = found.remove(&spec.name) else {
                     return Err(ModelError::Missing {
                         path: table,
-                        name: spec.name,
+                        name: own_name(&spec.name).unwrap_or(spec.name),
                         model_type: config.model_type.into(),
                         shape: spec.shape,
                     });

@@ -44,9 +44,7 @@ pub enum ModelError {
         supported: String,
     },
     /// The architecture has a tensor that the checkpoint lacks.
-    #[error(
-        "{path}: tensor {name} is missing; the {model_type} model of config.json has it with shape {shape:?}"
-    )]
+    #[error("{path}: tensor {name} is missing; the {model_type} model has it with shape {shape:?}")]
     Missing {
         /// Index or weight file.
         path: String,
@@ -58,7 +56,7 @@ pub enum ModelError {
         shape: Vec<usize>,
     },
     /// The checkpoint has a tensor that the architecture lacks: leaving it out would be another model.
-    #[error("{path}: tensor {name} is not part of the {model_type} model of config.json")]
+    #[error("{path}: tensor {name} is not part of the {model_type} model")]
     Unexpected {
         /// Weight file.
         path: String,
@@ -68,7 +66,7 @@ pub enum ModelError {
         model_type: String,
     },
     /// A tensor has another shape than `config.json` gives.
-    #[error("{path}: tensor {name} has shape {got:?}, config.json gives {want:?}")]
+    #[error("{path}: tensor {name} has shape {got:?}, the model's numbers give {want:?}")]
     Shape {
         /// Weight file.
         path: String,

@@ -29,7 +29,9 @@ pub(crate) fn open(path: &Path) -> Result<(Config, Generation, Weights), ModelEr
     }
     let tensors = by_name(&gguf, &config)?;
     let interleaved = gguf::rope_interleaved(&gguf)?.then_some(true);
-    let weights = Weights { files, table: gguf.path().into(), tensors, interleaved };
+    let architecture = gguf.architecture()?.to_owned();
+    let own_name = Box::new(move |name: &str| gguf::place(&architecture, name).map(|place| place.tensor));
+    let weights = Weights { files, table: gguf.path().into(), tensors, own_name, interleaved };
     Ok((config, generation, weights))
 }
 

@@ -49,7 +49,8 @@ pub(crate) fn open(dir: &Path, config: &Config) -> Result<Weights, ModelError> {
         }
     }
     let files = files.into_iter().map(|file| file.data).collect();
-    Ok(Weights { files, table: table.display().to_string(), tensors, interleaved: None })
+    let own_name = Box::new(|_: &str| None);
+    Ok(Weights { files, table: table.display().to_string(), tensors, own_name, interleaved: None })
 }
 
 /// Where each tensor lies, by its name in the file.

@@ -18,6 +18,8 @@ pub(crate) struct Weights {
     pub(crate) table: String,
     /// By Hugging Face name; experts one by one.
     pub(crate) tensors: BTreeMap<String, Stored>,
+    /// What the format calls a tensor, where it has names of its own.
+    pub(crate) own_name: Box<dyn Fn(&str) -> Option<String>>,
     /// Whether the rows of q and k pair for the rotation as `(2 i, 2 i + 1)`, where the format says so itself.
     pub(crate) interleaved: Option<bool>,
 }

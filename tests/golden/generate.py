@@ -6,6 +6,7 @@
     venv/bin/python tests/golden/generate.py --out DIR --only fp8   # those with `fp8` in their names
     venv/bin/python tests/golden/generate.py --out DIR --seed 7     # other weights and prompts
     venv/bin/python tests/golden/generate.py --out DIR --more       # cases that the repository does not carry, too
+    venv/bin/python tests/golden/generate.py --out DIR --seed 7 --variant rand   # other numbers of the configurations
 
 README.md beside this file says what a case holds; `BATON_GOLDEN=DIR cargo test -p models --test golden -- --ignored`
 compares the engine with all cases in DIR.
@@ -23,12 +24,16 @@ import numpy as np
 import torch
 from safetensors.torch import save_file
 
+import gguf_file
+
 VOCAB, STEPS, PROMPTS, TRIES = 160, 12, (1, 13, 40), 12
 
 COMMON = dict(hidden_act="silu", torch_dtype="bfloat16", vocab_size=VOCAB, tie_word_embeddings=False, hidden_size=64,
               num_hidden_layers=2, rms_norm_eps=1e-6, max_position_embeddings=1024, eos_token_id=3)
 LLAMA = dict(COMMON, model_type="llama", intermediate_size=96, num_attention_heads=4, num_key_value_heads=2, head_dim=16,
              rope_theta=10000.0)
+QWEN2 = dict(LLAMA, model_type="qwen2", attention_bias=True, rope_theta=1e6)
+QWEN3 = dict(LLAMA, model_type="qwen3", rope_theta=1e6)
 QWEN3_MOE = dict(COMMON, model_type="qwen3_moe", head_dim=16, intermediate_size=64, moe_intermediate_size=32,
                  num_attention_heads=4, num_key_value_heads=2, num_experts=8, num_experts_per_tok=3, norm_topk_prob=True,
                  decoder_sparse_step=1, mlp_only_layers=[], rope_theta=1e6)
@@ -65,6 +70,13 @@ GATES = {f"model.layers.{i}.mlp.gate": dict(group_size=32, bits=8) for i in (0, 
 WIDTHS = {f"model.layers.0.{p}_proj": dict(group_size=32, bits=b) for p, b in (
     ("self_attn.q", 2), ("self_attn.k", 3), ("self_attn.o", 5), ("mlp.gate", 6), ("mlp.down", 8))}
 
+# Types of matrices by parts of their names in a GGUF file; the first that fits.
+WIDE = dict(hidden_size=256, intermediate_size=256, head_dim=64, num_hidden_layers=1)
+Q4_K_M = {"attn_v": "Q6_K", "ffn_down": "Q6_K", "attn_output": "Q4_K", "output": "Q6_K", "": "Q4_K"}
+Q5_K_M = {name: kind.replace("Q4_K", "Q5_K") for name, kind in Q4_K_M.items()}
+OLDER = {"attn_q": "Q5_0", "attn_k": "Q5_1", "attn_v": "Q8_0", "attn_output": "Q4_1", "ffn_gate": "BF16", "ffn_up": "F16",
+         "token_embd": "Q4_0", "": "Q8_0"}
+
 # name: configuration, what the weights are stored as. Keys with `_` steer this file and are not written.
 CASES = {
     "qwen3_moe-mixed": dict(QWEN3_MOE, num_hidden_layers=3, mlp_only_layers=[1]),
@@ -85,6 +97,11 @@ CASES = {
     "llama-mlx_widths": dict(MLX_WIDE, quantization=mlx(4, 32, **WIDTHS, **{"model.layers.1.mlp.up_proj": False})),
     "qwen3_moe-mlx": dict(QWEN3_MOE, moe_intermediate_size=128, num_experts=6, head_dim=32, quantization=mlx(4, 64, **{
         name: dict(group_size=64, bits=8) for name in GATES})),
+    "llama-gguf-q4_k_m": dict(LLAMA, **WIDE, _gguf=Q4_K_M),
+    "qwen2-gguf-mixed": dict(QWEN2, _gguf=OLDER, _parts=2),
+    "qwen3-gguf-q5_k_m": dict(QWEN3, **WIDE, _gguf=Q5_K_M),
+    "deepseek_v3-gguf-q8_0": dict(DEEPSEEK, hidden_size=64, q_lora_rank=64, qk_nope_head_dim=32, v_head_dim=32,
+                                  moe_intermediate_size=32, n_shared_experts=1, _gguf={"": "Q8_0"}),
 }
 
 # Corners of the configurations, which the repository does not carry.
@@ -100,8 +117,32 @@ MORE = {
     "minimax_m2-uneven": dict(MINIMAX, num_attention_heads=6, num_key_value_heads=3, head_dim=32, rotary_dim=16),
     "glm4_moe-groups": dict(GLM, n_group=2, topk_group=1, partial_rotary_factor=0.25),
     "glm4_moe-yarn": dict(GLM, rope_scaling=dict(YARN)),
+    "llama-gguf-q4_0": dict(LLAMA, _gguf={"output": "Q8_0", "": "Q4_0"}),
+    "llama-gguf-q6_k": dict(LLAMA, **WIDE, attention_bias=True, mlp_bias=False, tie_word_embeddings=True, _gguf={"": "Q6_K"}),
+    "qwen3_moe-gguf-q4_k_m": dict(QWEN3_MOE, **WIDE, moe_intermediate_size=256, num_experts=4, _gguf=Q4_K_M),
+    "qwen3_moe-gguf-q8_0": dict(QWEN3_MOE, _gguf={"": "Q8_0"}),
+    "deepseek_v3-gguf-mscale": dict(DEEPSEEK, rope_scaling=dict(YARN, mscale=0.5, mscale_all_dim=0.5), _gguf=OLDER),
     "llama-mscale": dict(LLAMA, rope_scaling=dict(YARN, mscale=1.0, mscale_all_dim=0.7)),
 }
+
+
+def varied(c, seed):
+    """The configuration with other numbers. Sizes that formats divide stay as they are."""
+    r, c = rng(seed, f"numbers/{c['model_type']}"), dict(c)
+    pick = lambda *of: of[int(r.integers(len(of)))]
+    dense = c.get("first_k_dense_replace", 0)
+    c.update(num_hidden_layers=int(r.integers(max(c["num_hidden_layers"], dense + 1), 4)) if dense < 3 else c["num_hidden_layers"],
+             rope_theta=float(pick(1e4, 1e5, 5e5, 1e6)), rms_norm_eps=pick(1e-5, 1e-6),
+             tie_word_embeddings=pick(True, False) if "kv_lora_rank" not in c else False)
+    if "kv_lora_rank" not in c:
+        c["num_key_value_heads"] = pick(*(n for n in (1, 2, 4) if c["num_attention_heads"] % n == 0))
+    if "num_experts_per_tok" in c:
+        c["num_experts_per_tok"] = int(r.integers(1, 4))
+    if "routed_scaling_factor" in c:
+        c["routed_scaling_factor"] = pick(1.0, 1.5, 2.5)
+    if "norm_topk_prob" in c:
+        c["norm_topk_prob"] = pick(True, False)
+    return c
 
 
 def rng(seed, name):
@@ -139,8 +180,8 @@ def shapes(c):
         dim, kv = c["head_dim"], c["num_key_value_heads"]
         for part, n, gain in (("q", heads, 1.4), ("k", kv, 1.4), ("v", kv, 1.0)):
             linear(f"{p}.{part}_proj", n * dim, hidden, gain, bias)
-        linear(f"{p}.o_proj", hidden, heads * dim, 1.2, bias and mt != "glm4_moe")
-        if mt in ("qwen3_moe", "minimax_m2") or c.get("use_qk_norm"):
+        linear(f"{p}.o_proj", hidden, heads * dim, 1.2, bias and mt not in ("glm4_moe", "qwen2"))
+        if mt in ("qwen3", "qwen3_moe", "minimax_m2") or c.get("use_qk_norm"):
             whole = mt == "minimax_m2"
             out[f"{p}.q_norm.weight"] = ((heads * dim if whole else dim,), "norm")
             out[f"{p}.k_norm.weight"] = ((kv * dim if whole else dim,), "norm")
@@ -163,7 +204,7 @@ def shapes(c):
     out["model.embed_tokens.weight"] = ((c["vocab_size"], hidden), 2.5)
     for i in range(c["num_hidden_layers"] + c.get("num_nextn_predict_layers", 0)):
         layer = f"model.layers.{i}"
-        sparse = {"llama": False, "minimax_m2": True, "qwen3_moe": i not in c.get("mlp_only_layers", [])}
+        sparse = {"llama": False, "qwen2": False, "qwen3": False, "minimax_m2": True, "qwen3_moe": i not in c.get("mlp_only_layers", [])}
         attention(f"{layer}.self_attn")
         if sparse.get(mt, i >= c.get("first_k_dense_replace", 0)):
             experts(layer)
@@ -249,6 +290,8 @@ def stored(c, plain):
     """The tensors as the files have them, and as transformers is given them."""
     if "quantization" in c:
         return stored_mlx(c, plain)
+    if "_gguf" in c:
+        return gguf_file.stored(c, plain, lambda name: next(k for part, k in c["_gguf"].items() if part in name))
     kind = c.get("quantization_config", {}).get("quant_method")
     files, means = dict(plain), {name: w.float() for name, w in plain.items()}
     for name, w in plain.items():
@@ -367,24 +410,31 @@ def reference(c, means, seed):
 
 
 # ---------------------------------------------------------------- a vocabulary, so that a case can be served
-def tokenizer(out):
+TEMPLATE = "{% for message in messages %}{{ message['content'] }}\n{% endfor %}"
+SPECIAL = ["<pad>", "<s>", "<unk>", "</s>"]
+
+
+def vocabulary():
     """Ids 4 and up are single bytes, in the alphabet of byte-level vocabularies; not all bytes have one."""
     plain = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = {b: 256 + i for i, b in enumerate(b for b in range(256) if b not in plain)}
     letters = [chr(b) for b in plain[:94]] + [chr(others[b]) for b in (32, 10)] + [chr(b) for b in plain[94:]]
-    special = ["<pad>", "<s>", "<unk>", "</s>"]
+    return SPECIAL + letters[: VOCAB - len(SPECIAL)]
+
+
+def tokenizer(out):
     added = [dict(id=i, content=t, single_word=False, lstrip=False, rstrip=False, normalized=False, special=True)
-             for i, t in enumerate(special)]
+             for i, t in enumerate(SPECIAL)]
     bytes_ = dict(type="ByteLevel", add_prefix_space=False, trim_offsets=True, use_regex=True)
     model = dict(type="BPE", dropout=None, unk_token=None, continuing_subword_prefix=None, end_of_word_suffix=None,
                  fuse_unk=False, byte_fallback=False, ignore_merges=False, merges=[],
-                 vocab={t: i for i, t in enumerate(special + letters[: VOCAB - len(special)])})
+                 vocab={t: i for i, t in enumerate(vocabulary())})
     (out / "tokenizer.json").write_text(json.dumps(dict(
         version="1.0", truncation=None, padding=None, added_tokens=added, normalizer=None, pre_tokenizer=bytes_,
         post_processor=None, decoder=bytes_, model=model)) + "\n")
     (out / "tokenizer_config.json").write_text(json.dumps(dict(
         bos_token="<s>", eos_token="</s>", tokenizer_class="PreTrainedTokenizerFast",
-        chat_template="{% for message in messages %}{{ message['content'] }}\n{% endfor %}")) + "\n")
+        chat_template=TEMPLATE)) + "\n")
 
 
 def main():
@@ -393,6 +443,7 @@ def main():
     args.add_argument("--only", default="")
     args.add_argument("--more", action="store_true")
     args.add_argument("--seed", type=int, default=1)
+    args.add_argument("--variant", choices=["base", "rand"], default="base")
     args = args.parse_args()
     torch.set_num_threads(1)
     torch.backends.mkldnn.enabled = False
@@ -402,14 +453,19 @@ def main():
             continue
         out = args.out / name
         out.mkdir(parents=True, exist_ok=True)
+        c = varied(c, args.seed) if args.variant == "rand" else c
         files, means = stored(c, tensors(c, args.seed))
         cases, blob = reference(c, means, args.seed)
-        config = {k: v for k, v in c.items() if not k.startswith("_")}
-        (out / "config.json").write_text(json.dumps(config, indent=1) + "\n")
-        form = "mlx" if "quantization" in c else "pt"
-        save_file({n: w.contiguous() for n, w in files.items()}, out / "model.safetensors", metadata={"format": form})
+        if "_gguf" in c:
+            gguf_file.write(out / f"model-{name.split('-')[-1]}.gguf", c, files, vocabulary(), TEMPLATE,
+                            c.get("_parts", 1))
+        else:
+            config = {k: v for k, v in c.items() if not k.startswith("_")}
+            (out / "config.json").write_text(json.dumps(config, indent=1) + "\n")
+            form = "mlx" if "quantization" in c else "pt"
+            save_file({n: w.contiguous() for n, w in files.items()}, out / "model.safetensors", metadata={"format": form})
+            tokenizer(out)
         save_file(blob, out / "golden.safetensors")
-        tokenizer(out)
         meta = dict(seed=args.seed, torch=torch.__version__, transformers=transformers.__version__, steps=STEPS)
         (out / "golden.json").write_text(json.dumps(dict(meta, cases=cases)) + "\n")
         size = sum(f.stat().st_size for f in out.iterdir())

@@ -172,6 +172,9 @@ cases! {
     GGUF_CASES
     llama_q4_0: "llama-gguf-q4_0",
     llama_q4_k_m: "llama-gguf-q4_k_m",
+    qwen2_mixed: "qwen2-gguf-mixed",
+    qwen3_q5_k_m: "qwen3-gguf-q5_k_m",
+    deepseek_v3_q8_0: "deepseek_v3-gguf-q8_0",
     qwen3_moe_q4_0: "qwen3_moe-gguf-q4_0",
 }
 
