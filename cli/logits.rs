@@ -32,7 +32,7 @@ const CHUNK: usize = 512;
 /// Flags of `baton logits`.
 #[derive(clap::Args, Debug)]
 pub struct LogitsArgs {
-    /// Model directory; with `--load-format dummy` its config.json is enough
+    /// Model directory or GGUF file; with `--load-format dummy` its config.json is enough
     #[arg(long, value_name = "DIR")]
     model: PathBuf,
     /// JSON file with `cases`, each of `prompt` ids and `greedy` ids to feed after it

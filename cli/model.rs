@@ -48,9 +48,13 @@ pub fn on_hub(named: &Path) -> Option<ModelName> {
     }
 }
 
-/// The name under which the model in `path` is served unless told otherwise: that of its directory.
+/// The name under which the model in `path` is served unless told otherwise: that of its directory, or of its GGUF file
+/// (without the number of a part).
 fn model_name(path: &Path) -> String {
-    // `.` and `..` have a name, too.
+    // `.` and `..` have a name, too. A link's own name is its model's, whatever it leads to.
+    if let Some(name) = path.file_name().and_then(|name| name.to_str()?.strip_suffix(".gguf")) {
+        return name.rsplit_once("-00001-of-").map_or(name, |(name, _)| name).to_owned();
+    }
     let path = path.canonicalize().unwrap_or_else(|_| path.to_owned());
     let directory = if path.is_file() { path.parent().unwrap_or(&path) } else { &path };
     directory.file_name().map_or_else(|| "model".into(), |name| name.to_string_lossy().into_owned())
@@ -77,6 +81,8 @@ mod tests {
     fn names_of_directories() {
         assert_eq!(model_name(Path::new("models/demo")), "demo");
         assert_eq!(model_name(Path::new("models/demo/README.md")), "demo");
+        assert_eq!(model_name(Path::new("/nowhere/Qwen3-8B-Q4_K_M.gguf")), "Qwen3-8B-Q4_K_M");
+        assert_eq!(model_name(Path::new("R1-Q4_K_M-00001-of-00009.gguf")), "R1-Q4_K_M");
         assert_eq!(model_name(Path::new("/nowhere/x")), "x");
     }
 }

@@ -188,6 +188,8 @@ fn context_of(model: &Path) -> Result<usize> {
             (path, config)
         }
     };
-    let tokens = config["max_position_embeddings"].as_u64().and_then(|tokens| usize::try_from(tokens).ok());
+    // Models that see pictures have their text model's numbers inside.
+    let text = if config["text_config"].is_object() { &config["text_config"] } else { &config };
+    let tokens = text["max_position_embeddings"].as_u64().and_then(|tokens| usize::try_from(tokens).ok());
     tokens.with_context(|| format!("{} has no max_position_embeddings: give --context", path.display()))
 }

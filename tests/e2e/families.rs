@@ -31,7 +31,13 @@ async fn quantised_models_go_on_after_a_handoff() {
 
 #[tokio::test]
 async fn gguf_models_go_on_after_a_handoff() {
-    handoffs(&["llama-gguf-q4_k_m/model-q4_k_m.gguf", "qwen3_moe-gguf-q4_0/model-q4_0.gguf"]).await;
+    handoffs(&[
+        "llama-gguf-q4_k_m/model-q4_k_m.gguf",
+        "qwen2-gguf-mixed/model-mixed-00001-of-00002.gguf",
+        "qwen3_moe-gguf-q4_0/model-q4_0.gguf",
+        "deepseek_v3-gguf-q8_0",
+    ])
+    .await;
 }
 
 async fn handoffs(cases: &[&str]) {

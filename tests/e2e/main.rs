@@ -7,6 +7,7 @@ mod errors;
 mod families;
 mod faults;
 mod forms;
+mod gguf;
 mod harness;
 mod hub;
 mod joining;
