@@ -13,7 +13,8 @@ const PART: &str =
 #[test]
 fn a_file_and_its_directory_are_the_same_model() {
     let inspected = |model: &str| {
-        let (ok, json, stderr) = output(&mut baton(&["inspect", model, "--json", "--ranks=2", "--memory=1GB"]));
+        let (ok, json, stderr) =
+            output(&mut baton(&["inspect", model, "--json", "--ranks=2", "--memory=1GB"]));
         assert!(ok, "{stderr}");
         let mut facts: Value = serde_json::from_str(&json).expect("JSON");
         facts["model"] = Value::Null;
@@ -24,8 +25,12 @@ fn a_file_and_its_directory_are_the_same_model() {
     assert_eq!((&facts["architecture"], &facts["context_tokens"]), (&json!("qwen2"), &json!(1024)));
     // 2 layers of 2 planes of 2 heads of 16 numbers.
     assert_eq!(facts["kv"]["token_bytes"], 256);
-    let formats: Vec<&str> =
-        facts["formats"].as_array().expect("formats").iter().filter_map(|entry| entry["format"].as_str()).collect();
+    let formats: Vec<&str> = facts["formats"]
+        .as_array()
+        .expect("formats")
+        .iter()
+        .filter_map(|entry| entry["format"].as_str())
+        .collect();
     for format in ["Q5_0", "Q5_1", "Q8_0", "Q4_1", "Q4_0", "bf16", "f16", "f32"] {
         assert!(formats.contains(&format), "{format} among {formats:?}");
     }
@@ -33,7 +38,8 @@ fn a_file_and_its_directory_are_the_same_model() {
     let folder = folder("gguf-logits");
     let logits = |model: &str, tp: &str| {
         let out = folder.join("out.safetensors");
-        let flags = [format!("--model={model}"), format!("--golden={CASE}/golden.json"), format!("--tp={tp}")];
+        let flags =
+            [format!("--model={model}"), format!("--golden={CASE}/golden.json"), format!("--tp={tp}")];
         let flags: Vec<&str> = flags.iter().map(String::as_str).collect();
         let place = format!("--out={}", out.display());
         let (ok, _, stderr) = output(&mut baton(&[&["logits", &place][..], &flags].concat()));

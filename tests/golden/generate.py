@@ -98,10 +98,10 @@ CASES = {
     "qwen3_moe-mlx": dict(QWEN3_MOE, moe_intermediate_size=128, num_experts=6, head_dim=32, quantization=mlx(4, 64, **{
         name: dict(group_size=64, bits=8) for name in GATES})),
     "llama-gguf-q4_k_m": dict(LLAMA, **WIDE, _gguf=Q4_K_M),
-    "qwen2-gguf-mixed": dict(QWEN2, _gguf=OLDER, _parts=2),
+    "qwen2-gguf-mixed": dict(QWEN2, intermediate_size=128, _gguf=OLDER, _parts=2),
     "qwen3-gguf-q5_k_m": dict(QWEN3, **WIDE, _gguf=Q5_K_M),
     "deepseek_v3-gguf-q8_0": dict(DEEPSEEK, hidden_size=64, q_lora_rank=64, qk_nope_head_dim=32, v_head_dim=32,
-                                  moe_intermediate_size=32, n_shared_experts=1, _gguf={"": "Q8_0"}),
+                                  moe_intermediate_size=64, n_shared_experts=1, _gguf={"": "Q8_0"}),
 }
 
 # Corners of the configurations, which the repository does not carry.
