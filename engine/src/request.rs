@@ -152,6 +152,10 @@ pub enum Event {
         bytes: u64,
         /// From the end of the last layer's compute to the last acknowledgement.
         exposed: Duration,
+        /// What that was estimated to be when the push began, where the rates were known.
+        estimate: Option<Duration>,
+        /// How the numbers travelled.
+        codec: kvtransfer::Codec,
     },
     /// The answer, or a prefill without handoff, is complete. Ends the job.
     Finished {

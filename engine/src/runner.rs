@@ -231,6 +231,7 @@ impl<B: Backend> Runner<B> {
             group.epoch,
             targets,
             group.rank,
+            self.options.chunk_tokens as u32,
         );
         Executor::new(&mut self.backend, &self.model, &mut self.kv, transfers, notify)
     }

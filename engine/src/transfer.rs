@@ -11,7 +11,7 @@ use kvtransfer::{Close, Expect, Landed, Peers, Push, PushSpec, Receiver, Sender,
 
 use crate::error::EngineError;
 use crate::ledger::LeaseId;
-use crate::tp::plan::{Arrived, Land, Notice, PushOp};
+use crate::tp::plan::{Arrived, Land, Notice, PushOp, Sent};
 
 /// Takes notices to the leader, from any thread.
 pub(crate) type Notify = Arc<dyn Fn(Notice) + Send + Sync>;
@@ -34,6 +34,8 @@ pub(crate) struct Transfers<K: KvStore> {
     /// Every rank's cache and KV addresses, and this rank's index.
     targets: Vec<TargetSpec>,
     rank: usize,
+    /// Rows of one prompt in a step, at most.
+    chunk_tokens: u32,
 }
 
 impl<K: KvStore> Transfers<K> {
@@ -44,6 +46,7 @@ impl<K: KvStore> Transfers<K> {
         epoch: u64,
         targets: Vec<TargetSpec>,
         rank: usize,
+        chunk_tokens: u32,
     ) -> Self {
         Transfers {
             receiver,
@@ -56,6 +59,7 @@ impl<K: KvStore> Transfers<K> {
             epoch,
             targets,
             rank,
+            chunk_tokens,
         }
     }
 
@@ -133,6 +137,7 @@ impl<K: KvStore> Transfers<K> {
             tokens: handoff.tokens.clone(),
             deadline: handoff.deadline,
             compute_bytes_per_s: self.made_bytes_per_s,
+            chunk_tokens: self.chunk_tokens,
         };
         let (lease, notify) = (op.lease, self.notify.clone());
         let push = self.sender.open(spec, move |result| {
@@ -140,7 +145,9 @@ impl<K: KvStore> Transfers<K> {
                 Ok(pushed) => Instant::now().saturating_duration_since(pushed.acknowledged),
                 Err(_) => Duration::ZERO,
             };
-            let result = result.map(|pushed| pushed.bytes).map_err(|error| error.to_string());
+            let result = result
+                .map(|pushed| Sent { bytes: pushed.bytes, codec: pushed.codec, estimate: pushed.estimate })
+                .map_err(|error| error.to_string());
             notify(Notice::Pushed { lease, result, age });
         });
         self.pushes.insert(lease, (push, Mutex::default()));

@@ -7,6 +7,7 @@ pub mod codec;
 pub mod coverage;
 pub mod crc;
 pub mod error;
+pub mod estimate;
 pub mod frame;
 pub mod id;
 pub mod interface;

@@ -56,6 +56,8 @@ pub struct PushSpec {
     pub deadline: Duration,
     /// At which rate the prompt's computation makes bytes of cache, where that is known: the codec policy needs it.
     pub compute_bytes_per_s: Option<f64>,
+    /// Tokens that are computed at once: those of the last piece cannot leave before the end.
+    pub chunk_tokens: u32,
 }
 
 /// One receiver.
@@ -78,6 +80,8 @@ pub struct Pushed {
     pub resumed: u32,
     /// How the numbers travelled.
     pub codec: Codec,
+    /// What the time from the end of the computation to the acknowledgement was estimated to be when the push began.
+    pub estimate: Option<Duration>,
     /// When the last acknowledgement came.
     pub acknowledged: Instant,
 }

@@ -218,18 +218,19 @@ pub fn micros(duration: Duration) -> u64 {
     duration.as_micros() as u64
 }
 
+/// What macOS says to a process without the permission, as if there were no way: its own words would mislead.
+fn blocked(error: Option<&str>, macos: bool) -> Option<&'static str> {
+    let route = error.is_some_and(|error| error.contains("No route to host"));
+    (macos && route)
+        .then_some("macOS blocks it: allow baton in System Settings, Privacy & Security, Local Network")
+}
+
 /// A measured link as a heartbeat has it, with what is wrong with it.
 pub fn link_message(link: kvtransfer::LinkStat) -> v1::LinkReport {
     let path = link.path;
     let rate = path.bytes_per_s.or((link.gbytes_per_s > 0.0).then_some(f64::from(link.gbytes_per_s) * 1e9));
     let mut faults = kvtransfer::interface::faults(path.via.as_ref(), rate);
-    if path.error.as_ref().is_some_and(|error| error.contains("No route to host"))
-        && cfg!(target_os = "macos")
-    {
-        faults.push(
-            "macOS blocks it: allow baton in System Settings, Privacy & Security, Local Network".into(),
-        );
-    }
+    faults.extend(blocked(path.error.as_deref(), cfg!(target_os = "macos")).map(str::to_owned));
     let via = path.via.map(|via| match via.mbps {
         0 => format!("{} mtu {}", via.name, via.mtu),
         mbps => format!("{} mtu {} {mbps} Mb/s", via.name, via.mtu),
@@ -285,5 +286,18 @@ pub fn report_message(report: Report, ready: bool, draining: bool) -> v1::NodeRe
             kv_resumed: c.kv_resumed,
             kv_fallbacks: c.kv_fallbacks,
         }),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Protects: on a Mac the missing permission is named, elsewhere a missing route is what it says.
+    #[test]
+    fn the_local_network_permission_is_named_on_macs_only() {
+        let error = Some("No route to host (os error 65)");
+        assert!(blocked(error, true).is_some_and(|words| words.contains("Local Network")));
+        assert_eq!((blocked(error, false), blocked(Some("timed out"), true), blocked(None, true)), (None, None, None));
     }
 }

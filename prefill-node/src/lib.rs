@@ -117,9 +117,12 @@ impl Progress {
                 compute_us: self.started.map_or(0, |at| convert::micros(at.elapsed())),
                 token: Some(convert::token_message(&token)),
             }),
-            Event::Pushed { bytes, exposed } => {
-                Message::Pushed(v1::Pushed { bytes, exposed_us: convert::micros(exposed) })
-            }
+            Event::Pushed { bytes, exposed, estimate, codec } => Message::Pushed(v1::Pushed {
+                bytes,
+                exposed_us: convert::micros(exposed),
+                estimated_us: estimate.map_or(0, convert::micros),
+                codec: codec.to_string(),
+            }),
             Event::Failed(error) => return Some(Err(convert::error_status(&error))),
             Event::Preempted => {
                 return Some(Err(Status::aborted("preempted: no room to compute the prompt")));

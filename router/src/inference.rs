@@ -189,6 +189,36 @@ impl Decision {
     }
 }
 
+/// How the numbers of a cache travelled.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum KvCodec {
+    /// Bit for bit.
+    Exact,
+    /// See the prefill node's `--kv-codec`.
+    Fp8,
+    /// As above.
+    Int8,
+    /// As above.
+    Int4,
+}
+
+impl KvCodec {
+    /// As a prefill node says it.
+    pub fn parse(text: &str) -> Option<Self> {
+        [KvCodec::Exact, KvCodec::Fp8, KvCodec::Int8, KvCodec::Int4].into_iter().find(|codec| codec.as_str() == text)
+    }
+
+    /// As clients see it.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            KvCodec::Exact => "exact",
+            KvCodec::Fp8 => "fp8",
+            KvCodec::Int8 => "int8",
+            KvCodec::Int4 => "int4",
+        }
+    }
+}
+
 /// Parts of a request's time; zero where a part did not happen or is not known.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct Timings {
@@ -200,6 +230,10 @@ pub struct Timings {
     pub prefill: Duration,
     /// From the end of the prompt's compute to the cache being usable by the decode group.
     pub transfer_exposed: Duration,
+    /// What that was estimated to be when the push began.
+    pub transfer_estimated: Duration,
+    /// How the numbers of the cache travelled; `None`: they did not.
+    pub kv_codec: Option<KvCodec>,
     /// From the cache being usable to the first decode step's start.
     pub first_step_wait: Duration,
     /// The first decode step.

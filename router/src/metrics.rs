@@ -89,6 +89,7 @@ struct Series {
     prepare: Histogram,
     admission: Histogram,
     transfer_exposed: Histogram,
+    transfer_estimated: Histogram,
     first_step_wait: Histogram,
     first_step: Histogram,
     decisions: Family<DecisionLabel, Counter>,
@@ -225,6 +226,12 @@ impl Series {
                 "From the end of the prompt's compute to the cache being usable",
                 &PART_S,
             ),
+            transfer_estimated: histogram(
+                r,
+                "baton_transfer_estimated_seconds",
+                "What the former was estimated to be when the push began",
+                &PART_S,
+            ),
             first_step_wait: histogram(
                 r,
                 "baton_first_step_wait_seconds",
@@ -351,6 +358,7 @@ impl SequenceMeter {
         let parts = [
             (&m.prefill, t.prefill),
             (&m.transfer_exposed, t.transfer_exposed),
+            (&m.transfer_estimated, t.transfer_estimated),
             (&m.first_step_wait, t.first_step_wait),
             (&m.first_step, t.first_step),
         ];

@@ -2,7 +2,7 @@
 
 use std::time::{Duration, Instant};
 
-use kvtransfer::Close;
+use kvtransfer::{Close, Codec};
 
 use super::{Core, since};
 use crate::ledger::LeaseId;
@@ -18,6 +18,10 @@ pub(super) struct Lease {
     /// Ranks that have said how it ended for them; they hold no block for it any more.
     ended: Vec<bool>,
     bytes: u64,
+    /// The coarsest of the ranks'.
+    codec: Codec,
+    /// The longest of the ranks'.
+    estimate: Option<Duration>,
     close: Option<Close>,
     /// When the last rank's last frame or acknowledgement came.
     last: Option<Instant>,
@@ -32,6 +36,8 @@ impl Lease {
             landing: true,
             ended: vec![false; ranks],
             bytes: 0,
+            codec: Codec::Exact,
+            estimate: None,
             close: None,
             last: None,
             computed: None,
@@ -58,7 +64,11 @@ impl Core {
                 self.ended(now, rank, lease, result, age);
             }
             Notice::Pushed { lease, result, age } => {
-                self.ended(now, rank, lease, result.map(|bytes| (bytes, None)), age);
+                if let (Ok(sent), Some(lease)) = (&result, self.leases.get_mut(&lease)) {
+                    lease.codec = lease.codec.max(sent.codec);
+                    lease.estimate = lease.estimate.max(sent.estimate);
+                }
+                self.ended(now, rank, lease, result.map(|sent| (sent.bytes, None)), age);
             }
             Notice::Audited { disagreement: Some(text) } => {
                 tracing::error!(rank, "store audit: {text}");
@@ -130,7 +140,8 @@ impl Core {
                     (Some(last), Some(computed)) => since(last, computed),
                     _ => Duration::ZERO,
                 };
-                self.end(job, Event::Pushed { bytes: lease.bytes, exposed });
+                let Lease { bytes, codec, estimate, .. } = lease;
+                self.end(job, Event::Pushed { bytes, exposed, codec, estimate });
             }
         }
         self.ledger.unlease(id);

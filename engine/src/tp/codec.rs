@@ -1,9 +1,9 @@
 //! Plans and notices as bytes, for the frames between the leader and its followers. Pure.
 
 use backend::{Batch, Draw, Fork, Input, Rule, Run, SeqId};
-use kvtransfer::{Close, SessionId, Ticket};
+use kvtransfer::{Close, Codec, SessionId, Ticket};
 
-use super::plan::{Arrived, Export, Land, Notice, Op, Plan, PushOp, Wanted};
+use super::plan::{Arrived, Export, Land, Notice, Op, Plan, PushOp, Sent, Wanted};
 use super::wire::{Reader, WireError, Writer};
 use crate::ledger::LeaseId;
 use crate::request::{Handoff, Target};
@@ -267,7 +267,11 @@ impl Notice {
                 w.u8(2);
                 w.u64(lease.0);
                 w.duration(*age);
-                outcome(&mut w, result, |w, bytes| w.u64(*bytes));
+                outcome(&mut w, result, |w, sent| {
+                    w.u64(sent.bytes);
+                    w.u8(sent.codec as u8);
+                    w.list(sent.estimate.as_slice(), |w, estimate| w.duration(*estimate));
+                });
             }
             Notice::Audited { disagreement } => {
                 w.u8(3);
@@ -296,7 +300,13 @@ impl Notice {
             }
             2 => {
                 let (lease, age) = (LeaseId(r.u64()?), r.duration()?);
-                Notice::Pushed { lease, result: taken(&mut r, |r| r.u64())?, age }
+                let result = taken(&mut r, |r| {
+                    let (bytes, number) = (r.u64()?, r.u8()?);
+                    let codec = Codec::from_number(number)
+                        .ok_or(WireError::Unknown { what: "codec", value: number.to_string() })?;
+                    Ok(Sent { bytes, codec, estimate: r.list(Reader::duration)?.pop() })
+                })?;
+                Notice::Pushed { lease, result, age }
             }
             3 => Notice::Audited { disagreement: r.list(Reader::text)?.pop() },
             4 => Notice::Failed { reason: r.text()? },
@@ -418,7 +428,7 @@ mod tests {
             Notice::Executed { step: 9 },
             Notice::Landed { lease, result: Ok(arrived), age },
             Notice::Landed { lease, result: Err("late".into()), age },
-            Notice::Pushed { lease, result: Ok(7), age },
+            Notice::Pushed { lease, result: Ok(Sent { bytes: 7, codec: Codec::Int8, estimate: Some(age) }), age },
             Notice::Pushed { lease, result: Err("lost".into()), age },
             Notice::Audited { disagreement: None },
             Notice::Audited { disagreement: Some("1 of 2".into()) },

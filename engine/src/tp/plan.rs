@@ -5,7 +5,7 @@ use std::ops::Range;
 use std::time::Duration;
 
 use backend::{Batch, Draw, Fork, SeqId};
-use kvtransfer::{Close, SessionId, Ticket};
+use kvtransfer::{Close, Codec, SessionId, Ticket};
 
 use crate::ledger::LeaseId;
 use crate::request::Handoff;
@@ -110,6 +110,17 @@ pub struct PushOp {
     pub handoff: Handoff,
 }
 
+/// A push of one rank that every receiver has acknowledged.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Sent {
+    /// Bytes of cache.
+    pub bytes: u64,
+    /// How the numbers travelled.
+    pub codec: Codec,
+    /// What was estimated to be exposed of it.
+    pub estimate: Option<Duration>,
+}
+
 /// What a rank tells the leader.
 #[derive(Clone, Debug, PartialEq)]
 pub enum Notice {
@@ -117,8 +128,8 @@ pub enum Notice {
     Executed { step: u64 },
     /// A landing ended, `age` ago by its last frame.
     Landed { lease: LeaseId, result: Result<Arrived, String>, age: Duration },
-    /// A push ended, `age` ago by its last acknowledgement; payload bytes of this rank.
-    Pushed { lease: LeaseId, result: Result<u64, String>, age: Duration },
+    /// A push ended, `age` ago by its last acknowledgement.
+    Pushed { lease: LeaseId, result: Result<Sent, String>, age: Duration },
     /// The idle store was compared; what disagreed.
     Audited { disagreement: Option<String> },
     /// The rank cannot go on.

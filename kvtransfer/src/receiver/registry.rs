@@ -70,6 +70,7 @@ impl Drop for Place {
 
 impl Registry {
     pub fn new(limits: Limits) -> Self {
+        ucx::warm(limits.ways);
         Registry {
             limits,
             sessions: Mutex::default(),

@@ -61,6 +61,7 @@ pub(super) struct Admission {
 
 impl Pool {
     pub fn new(limits: Limits, dialer: Box<dyn Dialer>) -> Self {
+        ucx::warm(limits.ways);
         let pace = limits.rate_bytes_per_s.map(|rate| Mutex::new(Pace::new(rate)));
         Pool {
             limits,

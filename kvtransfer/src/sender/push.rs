@@ -6,11 +6,12 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 use std::thread;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use backend::{KvExport, Piece};
 
 use crate::coverage::{CoverageError, Intervals};
+use crate::estimate::Plan as Estimate;
 use crate::layout::{self, Part, Plan, describe, plan};
 use crate::limits::{PAYLOAD_BYTES_MAX, PEER_BASE, RANKS_MAX, REQUEST_BYTES_MAX, SPEC_BYTES_MAX};
 use crate::receiver::Peers;
@@ -45,6 +46,7 @@ struct End {
     bytes: u64,
     resumed: u32,
     codec: Codec,
+    estimate: Option<Duration>,
     acknowledged: Option<Instant>,
     error: Option<SessionError>,
     done: Option<Done>,
@@ -53,19 +55,21 @@ struct End {
 impl Push {
     pub(super) fn open(pool: &Arc<Pool>, spec: PushSpec, done: Done) -> Push {
         let prepared = prepare(pool, &spec, Instant::now());
-        Push::start(pool, spec.tokens, prepared, done)
+        let estimate = prepared.as_ref().ok().and_then(|(_, pairs)| estimate(pool, &spec, pairs));
+        Push::start(pool, spec.tokens, prepared, estimate, done)
     }
 
     /// A push to the other ranks of the own group, whose rectangles come by [`Push::piece`].
     pub(super) fn relay(pool: &Arc<Pool>, expect: &Expect, peers: &Peers, done: Done) -> Push {
         let prepared = prepare_relay(pool, expect, peers, Instant::now());
-        Push::start(pool, expect.tokens.clone(), prepared.map(|pairs| (0, pairs)), done)
+        Push::start(pool, expect.tokens.clone(), prepared.map(|pairs| (0, pairs)), None, done)
     }
 
     fn start(
         pool: &Arc<Pool>,
         tokens: Range<u32>,
         prepared: Result<(usize, Vec<Arc<Pair>>), SessionError>,
+        estimate: Option<Duration>,
         done: Done,
     ) -> Push {
         let prepared = prepared.and_then(|(layers, pairs)| {
@@ -82,6 +86,7 @@ impl Push {
             bytes: 0,
             resumed: 0,
             codec,
+            estimate,
             acknowledged: None,
             error: None,
             done: Some(done),
@@ -125,6 +130,7 @@ impl Push {
                 bytes: 0,
                 resumed: 0,
                 codec: Codec::Exact,
+                estimate: None,
                 acknowledged: Instant::now(),
             }));
         }
@@ -290,7 +296,13 @@ impl End {
             Some(error) => Err(error),
             None => {
                 let acknowledged = self.acknowledged.unwrap_or_else(Instant::now);
-                Ok(Pushed { bytes: self.bytes, resumed: self.resumed, codec: self.codec, acknowledged })
+                Ok(Pushed {
+                    bytes: self.bytes,
+                    resumed: self.resumed,
+                    codec: self.codec,
+                    estimate: self.estimate,
+                    acknowledged,
+                })
             }
         };
         Some((done, result))
@@ -355,6 +367,33 @@ fn prepare_relay(
             Ok(Arc::new(Pair::new(pair, target.addresses.clone(), paths, parts, Codec::Exact, opened)))
         })
         .collect()
+}
+
+/// What is going to be exposed of this rank's push: of the receiver that has it last.
+fn estimate(pool: &Pool, spec: &PushSpec, pairs: &[Arc<Pair>]) -> Option<Duration> {
+    let made = spec.compute_bytes_per_s?;
+    let total: u64 = pairs.iter().map(|pair| pair.spec.bytes).sum();
+    let of = |pair: &Arc<Pair>| {
+        let rows = |tokens: usize| {
+            pair.parts.iter().map(move |part| (part, part.heads.len() * tokens)).collect::<Vec<_>>()
+        };
+        let wire = |tokens: usize| {
+            rows(tokens).into_iter().map(|(part, rows)| pair.codec.wire_bytes(part.row, rows) as u64).sum::<u64>()
+        };
+        let exact = |tokens: usize| {
+            rows(tokens).into_iter().map(|(part, rows)| Codec::Exact.wire_bytes(part.row, rows) as u64).sum::<u64>()
+        };
+        let whole = exact(1).max(1) as f64;
+        let plan = Estimate {
+            bytes: pair.spec.bytes,
+            wire_bytes: (pair.spec.bytes as f64 * wire(1) as f64 / whole) as u64,
+            last_wire_bytes: wire((spec.chunk_tokens as usize).min(spec.tokens.len())),
+            made_bytes_per_s: made * pair.spec.bytes as f64 / total.max(1) as f64,
+            link_bytes_per_s: pool.bytes_per_s(&pair.addresses)?,
+        };
+        plan.exposed()
+    };
+    pairs.iter().filter(|pair| pair.spec.bytes > 0).map(of).collect::<Option<Vec<_>>>()?.into_iter().max()
 }
 
 fn described(target: &TargetSpec) -> Result<String, SessionError> {

@@ -121,6 +121,7 @@ pub fn transfer<E: KvExport + 'static, L: KvLanding + 'static>(
             tokens: tokens.clone(),
             deadline: TRANSFER_DEADLINE,
             compute_bytes_per_s: None,
+            chunk_tokens: tokens.len() as u32,
         };
         let failing: Vec<Receiver> = receivers.clone();
         let push = sender.open(push, move |result| {

@@ -104,6 +104,24 @@ impl Ways {
     }
 }
 
+/// Makes ready in the background what the first connection would otherwise wait for: the library and its contexts take a tenth
+/// of a second.
+pub(crate) fn warm(ways: Ways) {
+    if !ways.any() {
+        return;
+    }
+    let work = move || {
+        let ways = ways.here();
+        for (way, wanted) in [(Way::Shm, ways.shm), (Way::Rdma, ways.rdma), (Way::Tcp, ways.tcp)] {
+            if wanted && let Err(words) = device::context(way).and_then(device::Worker::new) {
+                tracing::debug!(way = way.name(), words, "UCX way not to be had");
+            }
+        }
+    };
+    // Without a thread the first connection waits.
+    let _ = std::thread::Builder::new().name("kv-ucx-warm".into()).spawn(work);
+}
+
 /// The release of UCX on this machine, or why there is none, in words.
 pub fn available() -> Result<String, String> {
     let (a, b, c) = ucx_sys::load().map_err(|error| error.to_string())?.version;

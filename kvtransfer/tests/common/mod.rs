@@ -268,6 +268,7 @@ impl Case {
             tokens: self.tokens.clone(),
             deadline: self.deadline,
             compute_bytes_per_s: None,
+            chunk_tokens: 512,
         }
     }
 }

@@ -230,6 +230,12 @@ impl Answer {
             let t = &finished.timings;
             value["prefill_ms"] = ms(t.prefill).into();
             value["transfer_exposed_ms"] = ms(t.transfer_exposed).into();
+            if !t.transfer_estimated.is_zero() {
+                value["transfer_estimated_ms"] = ms(t.transfer_estimated).into();
+            }
+            if let Some(codec) = t.kv_codec {
+                value["kv_codec"] = codec.as_str().into();
+            }
             value["first_step_wait_ms"] = ms(t.first_step_wait).into();
             value["first_step_ms"] = ms(t.first_step).into();
             value["decision"] = finished.decision.as_str().into();

@@ -376,7 +376,7 @@ impl Course<'_> {
                 Ok(finish.or((self.decode.is_none()).then_some(FinishReason::Length)))
             }
             Some(PrefillEvent::Pushed(pushed)) => {
-                progress.pushed(Duration::from_micros(pushed.exposed_us));
+                progress.pushed(&pushed);
                 Ok(None)
             }
             Some(PrefillEvent::Started(_)) | None => Ok(None),

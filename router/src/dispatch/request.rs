@@ -17,9 +17,7 @@ use super::merge::{Merge, TooFarAhead};
 use super::prefix::Chain;
 use super::spans::Spans;
 use super::wire;
-use crate::inference::{
-    Decision, FinishReason, Finished, GenerateRequest, InferenceError, Started, Timings, Token, TokenEvent,
-};
+use crate::inference::{Decision, FinishReason, Finished, GenerateRequest, InferenceError, KvCodec, Started, Timings, Token, TokenEvent};
 use crate::placement::Ask;
 
 /// Where the client's events go.
@@ -138,10 +136,12 @@ impl Progress {
         }
     }
 
-    /// The push is acknowledged; so long after the end of its compute.
-    pub fn pushed(&mut self, exposed: Duration) {
+    /// The push is acknowledged.
+    pub fn pushed(&mut self, pushed: &proto::v1::Pushed) {
         if self.migrations == 0 {
-            self.timings.transfer_exposed = exposed;
+            self.timings.transfer_exposed = Duration::from_micros(pushed.exposed_us);
+            self.timings.transfer_estimated = Duration::from_micros(pushed.estimated_us);
+            self.timings.kv_codec = KvCodec::parse(&pushed.codec);
         }
     }
 

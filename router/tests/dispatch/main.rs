@@ -221,7 +221,10 @@ async fn a_handoff() {
 
     // What the push took is told by the prefill node; a group that is done before that is heard does not wait for it.
     for _ in 0..50 {
-        if world.ask(&asked).finish(&asked).await.timings.transfer_exposed == Duration::from_micros(11) {
+        let timings = world.ask(&asked).finish(&asked).await.timings;
+        if timings.transfer_exposed == Duration::from_micros(11) {
+            assert_eq!(timings.transfer_estimated, Duration::from_micros(7));
+            assert_eq!(timings.kv_codec.map(|codec| codec.as_str()), Some("int8"));
             return;
         }
     }

@@ -128,15 +128,16 @@ fn pattern(seed: u64, at: u64) -> u64 {
     (at ^ seed << 40).wrapping_mul(0x9e37_79b9_7f4a_7c15)
 }
 
-/// A lease on one layer.
+/// A lease on some tokens of one layer.
 pub struct Lease {
     pub cache: Arc<Cache>,
     pub layer: usize,
+    pub tokens: Range<u32>,
 }
 
 impl KvExport for Lease {
     fn tokens(&self) -> Range<u32> {
-        0..self.cache.tokens
+        self.tokens.clone()
     }
 
     fn layers(&self) -> Range<usize> {
@@ -159,9 +160,9 @@ impl KvExport for Lease {
     }
 }
 
-/// Exports of all layers, in order.
-pub fn leases(cache: &Arc<Cache>) -> impl Iterator<Item = Lease> {
-    (0..LAYERS).map(|layer| Lease { cache: cache.clone(), layer })
+/// Exports of some tokens of all layers, in order.
+pub fn leases(cache: &Arc<Cache>, tokens: Range<u32>) -> impl ExactSizeIterator<Item = Lease> {
+    (0..LAYERS).map(move |layer| Lease { cache: cache.clone(), layer, tokens: tokens.clone() })
 }
 
 /// A cache to be filled.

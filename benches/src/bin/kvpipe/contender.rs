@@ -19,6 +19,7 @@ pub struct Field<'a> {
     pub frame_bytes: usize,
     pub python: Option<PathBuf>,
     pub mooncake: Option<PathBuf>,
+    pub made: Option<(f64, u32)>,
 }
 
 /// One transfer. `rate`: GB/s, where there are no bytes of ours to count.
@@ -28,6 +29,8 @@ pub struct Sample {
     pub cpu_s: f64,
     pub rate: f64,
     pub way: String,
+    pub exposed_s: f64,
+    pub estimated_s: f64,
 }
 
 /// One of those that are compared.
@@ -38,7 +41,14 @@ pub struct Contender {
 
 enum Kind {
     Iperf { hosts: Vec<(Vec<String>, Vec<String>)> },
-    Own { receiver: Process, sender: Process, addresses: Vec<Vec<String>>, seed: u8, total_bytes: usize },
+    Own {
+        receiver: Process,
+        sender: Process,
+        addresses: Vec<Vec<String>>,
+        seed: u8,
+        total_bytes: usize,
+        made: Option<(f64, u32)>,
+    },
     Peer { target: Process, initiator: Process, total_bytes: usize },
 }
 
@@ -57,6 +67,10 @@ impl Contender {
         };
         let ucx = kvtransfer::transport::ucx::available();
         let mut all = Vec::new();
+        if field.made.is_some() {
+            // The wait for a computation says nothing of those that have none.
+            return Ok(vec![Contender::own(field, "baton tcp", &own)?]);
+        }
         if wanted("iperf3") {
             match Contender::iperf(field) {
                 Ok(iperf) => all.push(iperf),
@@ -66,15 +80,15 @@ impl Contender {
         let tls = || Ok::<_, anyhow::Error>(Spec { tls: Some(certificates()?), ..own.clone() });
         let mut variants = vec![
             ("baton tcp", own.clone()),
-            ("baton tcp, no checksums", Spec { crc: false, ..own.clone() }),
+            ("baton tcp without sums", Spec { crc: false, ..own.clone() }),
             ("baton tls", tls()?),
-            ("baton tcp, to 2 ranks", Spec { ranks: 2, ..own.clone() }),
-            ("baton tcp, to 4 ranks", Spec { ranks: 4, ..own.clone() }),
+            ("baton tcp to 2 ranks", Spec { ranks: 2, ..own.clone() }),
+            ("baton tcp to 4 ranks", Spec { ranks: 4, ..own.clone() }),
         ];
         match (&ucx, loopback) {
             (Ok(_), true) => variants.extend([
                 ("baton shm", Spec { shm: true, ..own.clone() }),
-                ("baton shm, no checksums", Spec { shm: true, crc: false, ..own.clone() }),
+                ("baton shm without sums", Spec { shm: true, crc: false, ..own.clone() }),
             ]),
             (Err(words), true) => eprintln!("kvpipe: no shared memory: {words}"),
             _ => {}
@@ -87,7 +101,7 @@ impl Contender {
         if let Some(python) = &field.python {
             let mut peers = vec![("nixl tcp", "nixl_peer.py", "tcp")];
             if loopback {
-                peers.push(("nixl shm", "nixl_peer.py", "posix,cma,self"));
+                peers.push(("nixl shm", "nixl_peer.py", "posix,cma,self,tcp"));
             }
             if field.mooncake.is_some() {
                 peers.push(("mooncake tcp", "mooncake_peer.py", "tcp"));
@@ -137,7 +151,7 @@ impl Contender {
         let addresses = ports.iter().map(reached).collect();
         let sender = start(Side::Far, "send", spec)?;
         let (receiver, sender) = (receiver.asleep(), sender.asleep());
-        let kind = Kind::Own { receiver, sender, addresses, seed: 0, total_bytes: field.total_bytes };
+        let kind = Kind::Own { receiver, sender, addresses, seed: 0, total_bytes: field.total_bytes, made: field.made };
         Ok(Contender { name: name.into(), kind })
     }
 
@@ -153,6 +167,8 @@ impl Contender {
             let (program, leading) = field.link.start(side, python);
             let mut command = Command::new(program);
             command.args(leading).arg(&script).args(arguments).env("UCX_TLS", transports);
+            // A UCX that was pointed out to us is not the one that a peer brings along.
+            command.env_remove("LD_LIBRARY_PATH");
             if let Some(directory) = &field.mooncake {
                 command.env("PYTHONPATH", directory);
             }
@@ -173,10 +189,10 @@ impl Contender {
     pub fn go(&mut self, block_bytes: usize) -> Result<Sample> {
         match &mut self.kind {
             Kind::Iperf { hosts } => iperf(hosts),
-            Kind::Own { receiver, sender, addresses, seed, total_bytes } => {
+            Kind::Own { receiver, sender, addresses, seed, total_bytes, made } => {
                 *seed = seed.wrapping_add(1).max(1);
                 let go =
-                    Go { seed: *seed, total_bytes: *total_bytes, block_bytes, addresses: addresses.clone() };
+                    Go { seed: *seed, total_bytes: *total_bytes, block_bytes, addresses: addresses.clone(), made: *made };
                 receiver.wake();
                 sender.wake();
                 receiver.tell(&go)?;
@@ -187,7 +203,8 @@ impl Contender {
                 sender.sleep();
                 ensure!(landed.right, "wrong bytes landed");
                 let cpu_s = sent.cpu_s + landed.cpu_s;
-                Ok(Sample { seconds: sent.seconds, cpu_s, rate: 0.0, way: sent.way })
+                let Said { seconds, way, exposed_s, estimated_s, .. } = sent;
+                Ok(Sample { seconds, cpu_s, rate: 0.0, way, exposed_s, estimated_s })
             }
             Kind::Peer { target, initiator, total_bytes } => {
                 target.wake();
@@ -197,7 +214,7 @@ impl Contender {
                 target.sleep();
                 initiator.sleep();
                 ensure!(said.right, "wrong bytes landed");
-                Ok(Sample { seconds: said.seconds, cpu_s: said.cpu_s, rate: 0.0, way: said.way })
+                Ok(Sample { seconds: said.seconds, cpu_s: said.cpu_s, way: said.way, ..Sample::default() })
             }
         }
     }

@@ -45,6 +45,8 @@ pub struct Go {
     pub block_bytes: usize,
     /// Of every rank, every path.
     pub addresses: Vec<Vec<String>>,
+    /// The cache is made at so many tokens per second, in chunks of so many tokens, layer by layer; `None`: all is there at once.
+    pub made: Option<(f64, u32)>,
 }
 
 /// What an end says after a transfer.
@@ -54,6 +56,11 @@ pub struct Said {
     pub cpu_s: f64,
     pub right: bool,
     pub way: String,
+    /// From the last layer's making to the acknowledgement, and what that was estimated to be.
+    #[serde(default)]
+    pub exposed_s: f64,
+    #[serde(default)]
+    pub estimated_s: f64,
 }
 
 const DEADLINE: Duration = Duration::from_secs(60);
@@ -237,19 +244,32 @@ pub fn send(spec: &Spec) -> Result<()> {
             to: go.addresses.iter().enumerate().map(target).collect(),
             tokens: 0..tokens,
             deadline: DEADLINE,
-            compute_bytes_per_s: None,
+            compute_bytes_per_s: go.made.map(|(rate, _)| rate * TOKEN_BYTES as f64),
+            chunk_tokens: go.made.map_or(tokens, |(_, chunk)| chunk),
         };
         let (pushed, end) = channel();
         let (before, begun) = (cpu_s(), Instant::now());
         let push = sender.open(push, move |result| drop(pushed.send(result)));
-        for lease in leases(&cache) {
-            push.layer(lease);
+        let (rate, chunk) = go.made.unwrap_or((f64::INFINITY, tokens));
+        for start in (0..tokens).step_by(chunk.max(1) as usize) {
+            let part = start..(start + chunk).min(tokens);
+            let (size, all) = (part.len() as f64, leases(&cache, part));
+            let layers = all.len() as f64;
+            for (layer, lease) in all.enumerate() {
+                // As a device would: the layers of a chunk one after another, evenly.
+                let made = (f64::from(start) + size * (layer + 1) as f64 / layers) / rate;
+                std::thread::sleep((begun + Duration::from_secs_f64(made)).saturating_duration_since(Instant::now()));
+                push.layer(lease);
+            }
         }
+        let made = Instant::now();
         push.close(Close { token: 1, finish: 0 });
         let pushed = end.recv().context("no end")?.map_err(|error| anyhow!(error))?;
         let seconds = (pushed.acknowledged - begun).as_secs_f64();
         let way = sender.links().iter().map(|link| link.way.name()).next_back().unwrap_or("-").to_owned();
-        say(&Said { seconds, cpu_s: cpu_s() - before, right: true, way })?;
+        let exposed_s = pushed.acknowledged.saturating_duration_since(made).as_secs_f64();
+        let estimated_s = pushed.estimate.map_or(0.0, |estimate| estimate.as_secs_f64());
+        say(&Said { seconds, cpu_s: cpu_s() - before, right: true, way, exposed_s, estimated_s })?;
         kept = Some((go.total_bytes, go.block_bytes, cache));
     }
     Ok(())

@@ -64,6 +64,14 @@ struct Args {
     #[arg(long, value_name = "DIR")]
     mooncake: Option<PathBuf>,
 
+    /// Make the cache at this rate, and measure what is exposed of its transfer: 5500 as a DGX Spark does an 8B model
+    #[arg(long, value_name = "TOKENS_PER_S")]
+    made: Option<f64>,
+
+    /// Tokens that are made at once, with --made
+    #[arg(long, default_value_t = 512, value_name = "TOKENS")]
+    chunk: u32,
+
     /// Print JSON instead of a table
     #[arg(long)]
     json: bool,
@@ -113,6 +121,7 @@ fn compare(args: &Args, link: &Link, total_bytes: usize) -> Result<()> {
         frame_bytes: args.frame << 10,
         python: args.python.clone(),
         mooncake: args.mooncake.clone(),
+        made: args.made.map(|rate| (rate, args.chunk)),
     };
     let mut contenders = Contender::all(&field, &args.only)?;
     let mut rows: Vec<(String, usize, Vec<Sample>)> = Vec::new();
@@ -158,6 +167,9 @@ fn print(args: &Args, link: &Link, total_bytes: usize, rows: &[(String, usize, V
         args.runs,
         load()
     );
+    if args.made.is_some() {
+        return print_exposed(args, link, gb, rows);
+    }
     println!("| blocks | | GB/s | of iperf3 | spread | CPU s/GB | by |\n|---|---|---|---|---|---|---|");
     for (name, block, samples) in rows {
         let rate = |s: &Sample| if s.rate > 0.0 { s.rate } else { gb / s.seconds };
@@ -174,6 +186,19 @@ fn print(args: &Args, link: &Link, total_bytes: usize, rows: &[(String, usize, V
             rates[rates.len() - 1],
             samples[samples.len() - 1].way
         );
+    }
+}
+
+/// How much of a transfer shows where the cache is made meanwhile.
+fn print_exposed(args: &Args, link: &Link, gb: f64, rows: &[(String, usize, Vec<Sample>)]) {
+    println!("| blocks | made in ms | exposed ms | of bytes / link rate | estimated ms |\n|---|---|---|---|---|");
+    for (_, block, samples) in rows {
+        let of = |value: fn(&Sample) -> f64| median(&sorted(samples.iter().map(value)));
+        let exposed = of(|s| s.exposed_s);
+        let share = link.bytes_per_s().map_or("-".into(), |rate| format!("{:.2} %", exposed / (gb * 1e9 / rate) * 1e2));
+        let made = gb * 1e9 / cache::TOKEN_BYTES as f64 / args.made.unwrap_or(f64::INFINITY);
+        let estimated = of(|s| s.estimated_s) * 1e3;
+        println!("| {block} KiB | {:.0} | {:.2} | {share} | {estimated:.2} |", made * 1e3, exposed * 1e3);
     }
 }
 

@@ -6,14 +6,14 @@ use std::time::{Duration, Instant};
 
 use backend::paged::{Access, LeaseId as PageLease, Pages};
 use backend::{Drawn, Fork, Input, KvSpec, KvUsage, SeqId};
-use kvtransfer::Close;
+use kvtransfer::{Close, Codec};
 use tokio::sync::mpsc::{UnboundedReceiver, unbounded_channel};
 
 use crate::leader::{Core, Setup, Step, Totals};
 use crate::ledger::LeaseId;
 use crate::options::EngineOptions;
 use crate::request::{Blocks, Event, Handoff, Job, JobError, Refusal, Request, Target, Token};
-use crate::tp::plan::{Arrived, Notice, Op, Plan};
+use crate::tp::plan::{Arrived, Notice, Op, Plan, Sent};
 
 pub const VOCABULARY: usize = 32;
 const BLOCK: u32 = 4;
@@ -304,7 +304,7 @@ impl Sim {
             if let Some((_, page)) = self.ranks[rank].leases.remove(&lease) {
                 self.ranks[rank].pages.release(page);
             }
-            self.core.notice(self.now, rank, Notice::Pushed { lease, result: Ok(50), age: Duration::ZERO });
+            self.core.notice(self.now, rank, Notice::Pushed { lease, result: Ok(Sent { bytes: 50, codec: Codec::Int4, estimate: None }), age: Duration::ZERO });
         }
     }
 
