@@ -128,7 +128,10 @@ mod tests {
             link("d:1", &[mac], "No route to host (os error 65)", 0),
             link("e:1", &[], "", 7_200_000),
         ];
-        let reply = StatusReply { members: vec![member("gpu", Some(links)), member("mac2", None)], ..Default::default() };
+        let reply = StatusReply {
+            members: vec![member("gpu", Some(links)), member("mac2", None)],
+            ..Default::default()
+        };
         let mut wanted = vec![
             "gpu cannot reach b:1: connection timed out (a firewall that drops packets, or no way there)".to_owned(),
             "gpu cannot reach c:1: Connection refused (os error 61) (nobody listens there, or a firewall refuses)".into(),

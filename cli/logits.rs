@@ -337,6 +337,7 @@ fn prefill<B: Backend>(
             tokens: 0..len,
             deadline: SILENCE,
             compute_bytes_per_s: None,
+            chunk_tokens: 512,
         };
         let push = sender.open(push, move |result| drop(done.send(result)));
         for layer in 0..rank.model.kv_spec().layers {

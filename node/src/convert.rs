@@ -298,6 +298,9 @@ mod tests {
     fn the_local_network_permission_is_named_on_macs_only() {
         let error = Some("No route to host (os error 65)");
         assert!(blocked(error, true).is_some_and(|words| words.contains("Local Network")));
-        assert_eq!((blocked(error, false), blocked(Some("timed out"), true), blocked(None, true)), (None, None, None));
+        assert_eq!(
+            (blocked(error, false), blocked(Some("timed out"), true), blocked(None, true)),
+            (None, None, None)
+        );
     }
 }

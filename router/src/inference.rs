@@ -205,7 +205,9 @@ pub enum KvCodec {
 impl KvCodec {
     /// As a prefill node says it.
     pub fn parse(text: &str) -> Option<Self> {
-        [KvCodec::Exact, KvCodec::Fp8, KvCodec::Int8, KvCodec::Int4].into_iter().find(|codec| codec.as_str() == text)
+        [KvCodec::Exact, KvCodec::Fp8, KvCodec::Int8, KvCodec::Int4]
+            .into_iter()
+            .find(|codec| codec.as_str() == text)
     }
 
     /// As clients see it.

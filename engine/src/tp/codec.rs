@@ -428,7 +428,11 @@ mod tests {
             Notice::Executed { step: 9 },
             Notice::Landed { lease, result: Ok(arrived), age },
             Notice::Landed { lease, result: Err("late".into()), age },
-            Notice::Pushed { lease, result: Ok(Sent { bytes: 7, codec: Codec::Int8, estimate: Some(age) }), age },
+            Notice::Pushed {
+                lease,
+                result: Ok(Sent { bytes: 7, codec: Codec::Int8, estimate: Some(age) }),
+                age,
+            },
             Notice::Pushed { lease, result: Err("lost".into()), age },
             Notice::Audited { disagreement: None },
             Notice::Audited { disagreement: Some("1 of 2".into()) },

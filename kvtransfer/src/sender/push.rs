@@ -378,10 +378,16 @@ fn estimate(pool: &Pool, spec: &PushSpec, pairs: &[Arc<Pair>]) -> Option<Duratio
             pair.parts.iter().map(move |part| (part, part.heads.len() * tokens)).collect::<Vec<_>>()
         };
         let wire = |tokens: usize| {
-            rows(tokens).into_iter().map(|(part, rows)| pair.codec.wire_bytes(part.row, rows) as u64).sum::<u64>()
+            rows(tokens)
+                .into_iter()
+                .map(|(part, rows)| pair.codec.wire_bytes(part.row, rows) as u64)
+                .sum::<u64>()
         };
         let exact = |tokens: usize| {
-            rows(tokens).into_iter().map(|(part, rows)| Codec::Exact.wire_bytes(part.row, rows) as u64).sum::<u64>()
+            rows(tokens)
+                .into_iter()
+                .map(|(part, rows)| Codec::Exact.wire_bytes(part.row, rows) as u64)
+                .sum::<u64>()
         };
         let whole = exact(1).max(1) as f64;
         let plan = Estimate {

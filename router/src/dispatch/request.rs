@@ -17,7 +17,10 @@ use super::merge::{Merge, TooFarAhead};
 use super::prefix::Chain;
 use super::spans::Spans;
 use super::wire;
-use crate::inference::{Decision, FinishReason, Finished, GenerateRequest, InferenceError, KvCodec, Started, Timings, Token, TokenEvent};
+use crate::inference::{
+    Decision, FinishReason, Finished, GenerateRequest, InferenceError, KvCodec, Started, Timings, Token,
+    TokenEvent,
+};
 use crate::placement::Ask;
 
 /// Where the client's events go.

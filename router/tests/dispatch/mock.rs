@@ -357,7 +357,13 @@ impl Service {
             self.script.push.pass().await;
             let _ = session.send(close);
         }
-        tell(PrefillEvent::Pushed(v1::Pushed { bytes: 1, exposed_us: 11, estimated_us: 7, codec: "int8".into() })).await
+        tell(PrefillEvent::Pushed(v1::Pushed {
+            bytes: 1,
+            exposed_us: 11,
+            estimated_us: 7,
+            codec: "int8".into(),
+        }))
+        .await
     }
 }
 

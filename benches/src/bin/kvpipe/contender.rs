@@ -40,7 +40,9 @@ pub struct Contender {
 }
 
 enum Kind {
-    Iperf { hosts: Vec<(Vec<String>, Vec<String>)> },
+    Iperf {
+        hosts: Vec<(Vec<String>, Vec<String>)>,
+    },
     Own {
         receiver: Process,
         sender: Process,
@@ -49,7 +51,11 @@ enum Kind {
         total_bytes: usize,
         made: Option<(f64, u32)>,
     },
-    Peer { target: Process, initiator: Process, total_bytes: usize },
+    Peer {
+        target: Process,
+        initiator: Process,
+        total_bytes: usize,
+    },
 }
 
 impl Contender {
@@ -151,7 +157,14 @@ impl Contender {
         let addresses = ports.iter().map(reached).collect();
         let sender = start(Side::Far, "send", spec)?;
         let (receiver, sender) = (receiver.asleep(), sender.asleep());
-        let kind = Kind::Own { receiver, sender, addresses, seed: 0, total_bytes: field.total_bytes, made: field.made };
+        let kind = Kind::Own {
+            receiver,
+            sender,
+            addresses,
+            seed: 0,
+            total_bytes: field.total_bytes,
+            made: field.made,
+        };
         Ok(Contender { name: name.into(), kind })
     }
 
@@ -191,8 +204,13 @@ impl Contender {
             Kind::Iperf { hosts } => iperf(hosts),
             Kind::Own { receiver, sender, addresses, seed, total_bytes, made } => {
                 *seed = seed.wrapping_add(1).max(1);
-                let go =
-                    Go { seed: *seed, total_bytes: *total_bytes, block_bytes, addresses: addresses.clone(), made: *made };
+                let go = Go {
+                    seed: *seed,
+                    total_bytes: *total_bytes,
+                    block_bytes,
+                    addresses: addresses.clone(),
+                    made: *made,
+                };
                 receiver.wake();
                 sender.wake();
                 receiver.tell(&go)?;

@@ -258,7 +258,9 @@ pub fn send(spec: &Spec) -> Result<()> {
             for (layer, lease) in all.enumerate() {
                 // As a device would: the layers of a chunk one after another, evenly.
                 let made = (f64::from(start) + size * (layer + 1) as f64 / layers) / rate;
-                std::thread::sleep((begun + Duration::from_secs_f64(made)).saturating_duration_since(Instant::now()));
+                std::thread::sleep(
+                    (begun + Duration::from_secs_f64(made)).saturating_duration_since(Instant::now()),
+                );
                 push.layer(lease);
             }
         }

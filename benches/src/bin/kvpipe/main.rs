@@ -191,11 +191,15 @@ fn print(args: &Args, link: &Link, total_bytes: usize, rows: &[(String, usize, V
 
 /// How much of a transfer shows where the cache is made meanwhile.
 fn print_exposed(args: &Args, link: &Link, gb: f64, rows: &[(String, usize, Vec<Sample>)]) {
-    println!("| blocks | made in ms | exposed ms | of bytes / link rate | estimated ms |\n|---|---|---|---|---|");
+    println!(
+        "| blocks | made in ms | exposed ms | of bytes / link rate | estimated ms |\n|---|---|---|---|---|"
+    );
     for (_, block, samples) in rows {
         let of = |value: fn(&Sample) -> f64| median(&sorted(samples.iter().map(value)));
         let exposed = of(|s| s.exposed_s);
-        let share = link.bytes_per_s().map_or("-".into(), |rate| format!("{:.2} %", exposed / (gb * 1e9 / rate) * 1e2));
+        let share = link
+            .bytes_per_s()
+            .map_or("-".into(), |rate| format!("{:.2} %", exposed / (gb * 1e9 / rate) * 1e2));
         let made = gb * 1e9 / cache::TOKEN_BYTES as f64 / args.made.unwrap_or(f64::INFINITY);
         let estimated = of(|s| s.estimated_s) * 1e3;
         println!("| {block} KiB | {:.0} | {:.2} | {share} | {estimated:.2} |", made * 1e3, exposed * 1e3);

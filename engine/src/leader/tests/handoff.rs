@@ -75,7 +75,9 @@ fn a_prefill_waits_for_rows_pushes_and_ends_when_it_is_acknowledged() {
     assert_eq!(events.len(), 2);
     sim.pushed();
     sim.run();
-    let Ok(Event::Pushed { bytes: 50, codec: Codec::Int4, .. }) = receiver.try_recv() else { panic!("not pushed") };
+    let Ok(Event::Pushed { bytes: 50, codec: Codec::Int4, .. }) = receiver.try_recv() else {
+        panic!("not pushed")
+    };
     assert_eq!(sim.blocks().cached, 5);
 }
 

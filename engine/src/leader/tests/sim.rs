@@ -304,7 +304,15 @@ impl Sim {
             if let Some((_, page)) = self.ranks[rank].leases.remove(&lease) {
                 self.ranks[rank].pages.release(page);
             }
-            self.core.notice(self.now, rank, Notice::Pushed { lease, result: Ok(Sent { bytes: 50, codec: Codec::Int4, estimate: None }), age: Duration::ZERO });
+            self.core.notice(
+                self.now,
+                rank,
+                Notice::Pushed {
+                    lease,
+                    result: Ok(Sent { bytes: 50, codec: Codec::Int4, estimate: None }),
+                    age: Duration::ZERO,
+                },
+            );
         }
     }
 
