@@ -120,7 +120,7 @@ impl Attention<'_> {
 
     /// V of `position` without its neighbour, in the place for edges.
     unsafe fn edge(&self, v: *mut f32, position: usize) {
-        let keep = if position % 2 == 0 { 0x0000_ffff } else { 0xffff_0000u32 };
+        let keep = if position.is_multiple_of(2) { 0x0000_ffff } else { 0xffff_0000u32 };
         for panel in 0..self.padded_dim() / LANES {
             // SAFETY: every panel has this position and a place for edges.
             unsafe {
