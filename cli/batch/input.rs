@@ -153,8 +153,12 @@ mod tests {
         let path = std::env::temp_dir().join(format!("baton-batch-{name}-{}", std::process::id()));
         std::fs::write(&path, content)?;
         let mut all = Vec::new();
-        let read = Input::open(&path, text)
-            .and_then(|input| input.each(&how(), "m", |request| Ok(all.push(request))));
+        let read = Input::open(&path, text).and_then(|input| {
+            input.each(&how(), "m", |request| {
+                all.push(request);
+                Ok(())
+            })
+        });
         std::fs::remove_file(path)?;
         read.map(|()| all)
     }
