@@ -282,7 +282,7 @@ async fn keys_are_apart() {
         assert_ne!(alice.json(Method::GET, path, None).await.1["data"], json!([]), "{path}");
     }
     // A kept response, too.
-    let ask = json!({"input": "a"}).to_string();
+    let ask = json!({"model": "tiny", "input": "a"}).to_string();
     let (_, kept) = alice.json(Method::POST, "/v1/responses", Some(("application/json".into(), ask))).await;
     let path = format!("/v1/responses/{}", kept["id"].as_str().unwrap());
     assert_eq!(alice.send(Method::GET, &path, None).await.0, 200);
