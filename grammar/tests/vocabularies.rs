@@ -149,6 +149,9 @@ fn pieces_gguf(dir: &Path) {
     gguf.write(dir);
 }
 
+/// Writes a vocabulary into a directory.
+type Make = fn(&Path);
+
 /// The ids of `text`, longest first.
 fn ids(vocab: &Vocab, text: &str) -> Vec<u32> {
     let (mut rest, mut ids) = (text.as_bytes(), Vec::new());
@@ -171,7 +174,7 @@ fn a_schema_holds_for_every_kind_of_vocabulary() {
     let schema = json!({"type": "object", "properties": {"name": {"type": "string"}, "ok": {"type": "boolean"}},
         "required": ["name", "ok"], "additionalProperties": false});
     let lark = lark::grammar(&lark::json(&schema));
-    let kinds: [(&str, fn(&Path)); 4] = [
+    let kinds: [(&str, Make); 4] = [
         ("tokenizer.json", tokenizer_json),
         ("tiktoken.model", tiktoken),
         ("byte-level gguf", byte_level_gguf),

@@ -19,10 +19,13 @@ pub(crate) struct Weights {
     /// By Hugging Face name; experts one by one.
     pub(crate) tensors: BTreeMap<String, Stored>,
     /// What the format calls a tensor, where it has names of its own.
-    pub(crate) own_name: Box<dyn Fn(&str) -> Option<String>>,
+    pub(crate) own_name: OwnName,
     /// Whether the rows of q and k pair for the rotation as `(2 i, 2 i + 1)`, where the format says so itself.
     pub(crate) interleaved: Option<bool>,
 }
+
+/// From a Hugging Face name to the format's.
+pub(crate) type OwnName = Box<dyn Fn(&str) -> Option<String>>;
 
 /// Bytes of a file.
 #[derive(Clone, Debug)]
