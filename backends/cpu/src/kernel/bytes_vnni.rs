@@ -110,15 +110,18 @@ unsafe fn octet_of<const CODE: usize>(chunk: *const u8, octet: usize) -> [__m512
         match CODE {
             2 => {
                 let (words, from) = (line(chunk, octet / 2), 16 * (octet % 2));
-                [0, 1].map(|odd| _mm512_and_si512(spread::<2, 0>(words, from, odd), _mm512_set1_epi8(3)))
+                let mask = _mm512_set1_epi8(3);
+                let (even, odd) = (spread::<2, 0>(words, from, 0), spread::<2, 0>(words, from, 1));
+                [_mm512_and_si512(even, mask), _mm512_and_si512(odd, mask)]
             }
             3 => {
                 let (words, from) = (line(chunk, octet / 2), 16 * (octet % 2));
                 let high = line(chunk, 2);
-                [0, 1].map(|odd| {
-                    let high = spread::<1, 2>(high, 8 * octet, odd);
-                    joined(spread::<2, 0>(words, from, odd), high, 3, 7)
-                })
+                let (even, odd) = (spread::<1, 2>(high, 8 * octet, 0), spread::<1, 2>(high, 8 * octet, 1));
+                [
+                    joined(spread::<2, 0>(words, from, 0), even, 3, 7),
+                    joined(spread::<2, 0>(words, from, 1), odd, 3, 7),
+                ]
             }
             4 => {
                 let words = line(chunk, octet);
@@ -128,13 +131,15 @@ unsafe fn octet_of<const CODE: usize>(chunk: *const u8, octet: usize) -> [__m512
             5 => {
                 let (words, high) = (line(chunk, octet), line(chunk, 4));
                 let low = [words, _mm512_srli_epi32::<4>(words)];
-                [0, 1].map(|odd| joined(low[odd], spread::<1, 4>(high, 8 * octet, odd), 15, 31))
+                let (even, odd) = (spread::<1, 4>(high, 8 * octet, 0), spread::<1, 4>(high, 8 * octet, 1));
+                [joined(low[0], even, 15, 31), joined(low[1], odd, 15, 31)]
             }
             6 => {
                 let (words, high) = (line(chunk, octet), line(chunk, 4 + octet / 2));
                 let low = [words, _mm512_srli_epi32::<4>(words)];
                 let from = 16 * (octet % 2);
-                [0, 1].map(|odd| joined(low[odd], spread::<2, 4>(high, from, odd), 15, 63))
+                let (even, odd) = (spread::<2, 4>(high, from, 0), spread::<2, 4>(high, from, 1));
+                [joined(low[0], even, 15, 63), joined(low[1], odd, 15, 63)]
             }
             _ => {
                 // Four lines of 16 outputs, turned.
@@ -148,7 +153,10 @@ unsafe fn octet_of<const CODE: usize>(chunk: *const u8, octet: usize) -> [__m512
                     order
                 };
                 let order = _mm512_loadu_si512(TURNED.as_ptr().cast());
-                [0, 1].map(|odd| _mm512_permutexvar_epi8(order, line(chunk, octet * 2 + odd)))
+                [
+                    _mm512_permutexvar_epi8(order, line(chunk, octet * 2)),
+                    _mm512_permutexvar_epi8(order, line(chunk, octet * 2 + 1)),
+                ]
             }
         }
     }
@@ -188,27 +196,22 @@ unsafe fn tile<const CODE: usize, const R: usize, const P: usize>(
             }
             for part in 0..parts {
                 let mut dots = [[_mm512_setzero_si512(); P]; R];
-                let mut octets = |from: usize, to: usize| {
-                    for octet in from..to {
-                        let mut weights = [[_mm512_setzero_si512(); 2]; P];
-                        for p in 0..P {
-                            weights[p] = octet_of::<CODE>(first.add(p * s.panel_bytes + codes), octet);
-                        }
-                        for odd in 0..2 {
-                            for r in 0..R {
-                                let x = (*x.add(r * s.x_stride)).codes.as_ptr().cast::<i32>();
-                                let factor = _mm512_set1_epi32(*x.add(octet * 2 + odd));
-                                for p in 0..P {
-                                    dots[r][p] = _mm512_dpbusd_epi32(dots[r][p], weights[p][odd], factor);
-                                }
+                // Plain loops: a closure would not have this level's instructions.
+                let (from, to) = if halves { (2 * part, 2 * part + 2) } else { (0, 4) };
+                for octet in from..to {
+                    let mut weights = [[_mm512_setzero_si512(); 2]; P];
+                    for p in 0..P {
+                        weights[p] = octet_of::<CODE>(first.add(p * s.panel_bytes + codes), octet);
+                    }
+                    for odd in 0..2 {
+                        for r in 0..R {
+                            let x = (*x.add(r * s.x_stride)).codes.as_ptr().cast::<i32>();
+                            let factor = _mm512_set1_epi32(*x.add(octet * 2 + odd));
+                            for p in 0..P {
+                                dots[r][p] = _mm512_dpbusd_epi32(dots[r][p], weights[p][odd], factor);
                             }
                         }
                     }
-                };
-                match (halves, part) {
-                    (false, _) => octets(0, 4),
-                    (true, 0) => octets(0, 2),
-                    (true, _) => octets(2, 4),
                 }
                 for p in 0..P {
                     let scales = first.add(p * s.panel_bytes + base);

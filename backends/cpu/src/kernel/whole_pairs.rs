@@ -153,12 +153,12 @@ unsafe fn select(mask: i32, low: __m512i, high: __m512i) -> __m512i {
 unsafe fn pair_of<const CODE: usize>(chunk: *const u8, octet: usize, pair: usize) -> __m512i {
     // SAFETY: the caller's chunk is of this code.
     unsafe {
-        let twos = |first: usize| line(chunk, first + octet / 2);
+        let two = octet / 2;
         number::<CODE>(match CODE {
-            2 => spread::<2, 0>(twos(0), 2 * (octet % 2), pair),
+            2 => spread::<2, 0>(line(chunk, two), 2 * (octet % 2), pair),
             3 => {
                 let high = spread::<1, 2>(line(chunk, 2), octet, pair);
-                select(3, spread::<2, 0>(twos(0), 2 * (octet % 2), pair), high)
+                select(3, spread::<2, 0>(line(chunk, two), 2 * (octet % 2), pair), high)
             }
             4 => spread::<4, 0>(line(chunk, octet), 0, pair),
             5 => {
@@ -166,7 +166,7 @@ unsafe fn pair_of<const CODE: usize>(chunk: *const u8, octet: usize, pair: usize
                 select(15, spread::<4, 0>(line(chunk, octet), 0, pair), high)
             }
             _ => {
-                let high = spread::<2, 4>(twos(4), 2 * (octet % 2), pair);
+                let high = spread::<2, 4>(line(chunk, 4 + two), 2 * (octet % 2), pair);
                 select(15, spread::<4, 0>(line(chunk, octet), 0, pair), high)
             }
         })
@@ -211,28 +211,22 @@ unsafe fn tile<const CODE: usize, const R: usize, const P: usize>(
             }
             for part in 0..parts {
                 let mut dots = [[_mm512_setzero_ps(); P]; R];
-                let mut octets = |from: usize, to: usize| {
-                    for octet in from..to {
-                        for pair in 0..4 {
-                            let mut weights = [_mm512_setzero_si512(); P];
+                // Plain loops: a closure would not have this level's instructions.
+                let (from, to) = if halved { (2 * part, 2 * part + 2) } else { (0, 4) };
+                for octet in from..to {
+                    for pair in 0..4 {
+                        let mut weights = [_mm512_setzero_si512(); P];
+                        for p in 0..P {
+                            let chunk = first.add(p * s.panel_bytes + codes);
+                            weights[p] = pair_of::<CODE>(chunk, octet, pair);
+                        }
+                        for r in 0..R {
+                            let factor = _mm512_set1_epi32(*x.add(r * s.x_stride + octet * 4 + pair));
                             for p in 0..P {
-                                let chunk = first.add(p * s.panel_bytes + codes);
-                                weights[p] = pair_of::<CODE>(chunk, octet, pair);
-                            }
-                            for r in 0..R {
-                                let factor = _mm512_set1_epi32(*x.add(r * s.x_stride + octet * 4 + pair));
-                                for p in 0..P {
-                                    dots[r][p] =
-                                        _mm512_dpbf16_ps(dots[r][p], halves(weights[p]), halves(factor));
-                                }
+                                dots[r][p] = _mm512_dpbf16_ps(dots[r][p], halves(weights[p]), halves(factor));
                             }
                         }
                     }
-                };
-                match (halved, part) {
-                    (false, _) => octets(0, 4),
-                    (true, 0) => octets(0, 2),
-                    (true, _) => octets(2, 4),
                 }
                 for p in 0..P {
                     let scales = first.add(p * s.panel_bytes + base);
