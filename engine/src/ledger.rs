@@ -339,7 +339,7 @@ mod tests {
                 let _ = match op {
                     0 => ledger.open(from, tokens),
                     1 => ledger.grow(from, tokens),
-                    2 => ledger.fork(from, to, tokens, if b % 2 == 0 { Fork::Share } else { Fork::Move }),
+                    2 => ledger.fork(from, to, tokens, if b.is_multiple_of(2) { Fork::Share } else { Fork::Move }),
                     3 => ledger.truncate(from, tokens),
                     4 => ledger.close(from),
                     5 => ledger.lease(LeaseId(b), from, tokens / 2..tokens),

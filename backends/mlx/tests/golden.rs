@@ -3,6 +3,7 @@
 #![cfg(feature = "mlx")]
 
 #[path = "../../../models/tests/golden/compare.rs"]
+#[allow(dead_code)]
 mod compare;
 #[path = "../../../models/tests/golden/fixture.rs"]
 #[allow(dead_code)]
