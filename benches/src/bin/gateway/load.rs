@@ -96,6 +96,11 @@ async fn one(port: u16, tokens: u32, first: Duration, interval: Duration) -> Res
         let got = stream.read_buf(&mut read).await?;
         ensure!(got > 0, "the stream broke off: {}", String::from_utf8_lossy(&read));
         let now = Instant::now();
+        // Heads name a server too.
+        if seen == 0 {
+            let Some(end) = find(&read, b"\r\n\r\n") else { continue };
+            seen = end;
+        }
         while let Some(at) = find(&read[seen..], WORD.as_bytes()) {
             seen += at + WORD.len();
             let due = asked + first + interval * times.len() as u32;
