@@ -211,9 +211,11 @@ impl<B: Backend> Runner<B> {
         if group.is_native() {
             group.run(commands)?;
         }
+        let joining = group.joining();
         if let Some(collective) = group.collective() {
             self.backend.regroup(collective)?;
         }
+        drop(joining);
         Ok(group.run(commands)?)
     }
 

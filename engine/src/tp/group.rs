@@ -13,6 +13,9 @@ use super::{Frame, wire::WireError};
 use crate::handle::{Command, Commands};
 use crate::request::Target;
 
+/// Longest time for a backend's own fabric to come up between ranks that have met.
+const JOIN_MAX: Duration = Duration::from_secs(20);
+
 /// Time for a rank to leave an epoch that another rank has left.
 const WEDGED_AFTER: Duration = Duration::from_secs(1);
 
@@ -120,6 +123,16 @@ impl Group {
         self.renew = Some(renew);
     }
 
+    /// Watches over the backend's own fabric coming up, until the guard is dropped: a rank that still waits for the others
+    /// after [`JOIN_MAX`] is started anew.
+    pub(crate) fn joining(&self) -> Option<Joining> {
+        let renew = self.renew.filter(|_| self.is_native())?;
+        let joined = Arc::new(AtomicBool::new(false));
+        let reason = format!("the ranks' fabric did not come up in {} s", JOIN_MAX.as_secs());
+        watch_over(renew, joined.clone(), JOIN_MAX, reason);
+        Some(Joining(joined))
+    }
+
     /// Whether the backend has a fabric of its own, which waits for the other ranks by itself.
     pub(crate) fn is_native(&self) -> bool {
         matches!(self.links, Links::Native(_))
@@ -147,7 +160,9 @@ impl Group {
                 if let Err(error) = &frame {
                     close_all(&shut);
                     if let Some(renew) = renew {
-                        watch_over(renew, left.clone(), format!("rank {rank} lost: {error}"));
+                        let reason = format!("rank {rank} lost: {error}");
+                        tracing::warn!("{reason}");
+                        watch_over(renew, left.clone(), WEDGED_AFTER, format!("{reason}; the device hangs"));
                     }
                 }
                 // A runner that has ended needs no frames.
@@ -203,13 +218,21 @@ impl Drop for Group {
     }
 }
 
-/// Gives this rank [`WEDGED_AFTER`] to leave the epoch by itself.
-fn watch_over(renew: fn(&str), left: Arc<AtomicBool>, reason: String) {
-    tracing::warn!("{reason}");
+/// A fabric that is coming up.
+pub(crate) struct Joining(Arc<AtomicBool>);
+
+impl Drop for Joining {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::Release);
+    }
+}
+
+/// Starts this rank anew unless it is `done` by itself after `wait`.
+fn watch_over(renew: fn(&str), done: Arc<AtomicBool>, wait: Duration, reason: String) {
     let watch = move || {
-        std::thread::sleep(WEDGED_AFTER);
-        if !left.load(Ordering::Acquire) {
-            renew(&format!("{reason}; the device hangs"));
+        std::thread::sleep(wait);
+        if !done.load(Ordering::Acquire) {
+            renew(&reason);
         }
     };
     // Without a thread nothing watches; the runner ends by itself unless the device hangs.

@@ -312,6 +312,8 @@ fn welcome(
     ranks.extend(joined.values().map(|rank| (rank.mesh, rank.member.target.clone())));
     let nonce = nonce()?;
     let native = native(leader, &ours, &listener, &joined)?;
+    // Nobody may reach our listener who means that of the fabric, which takes its port: it would wait for ever.
+    let listener = native.is_none().then_some(listener);
     let mut w = Writer::default();
     w.u64(epoch);
     w.0.extend_from_slice(&nonce);
@@ -326,12 +328,11 @@ fn welcome(
         entry.halves.out.send(&frame).map_err(lost(*rank))?;
     }
     let (addresses, targets): (Vec<SocketAddr>, Vec<Target>) = ranks.into_iter().unzip();
-    let collective = match native {
-        Some(specification) => {
-            drop(listener);
-            Links::Native(specification)
+    let collective = match (native, listener) {
+        (None, Some(listener)) => {
+            Links::Sockets(mesh::connect(&listener, &mesh_key(secret, &nonce), 0, &addresses)?)
         }
-        None => Links::Sockets(mesh::connect(&listener, &mesh_key(secret, &nonce), 0, &addresses)?),
+        (specification, _) => Links::Native(specification.unwrap_or_default()),
     };
     let mut links = Vec::new();
     for (rank, mut entry) in joined {
