@@ -30,25 +30,36 @@ pub(super) unsafe fn bytes(s: &Bytes<'_>) {
     }
 }
 
-/// All panels and rows of a product: two panels at once, so that enough sums are in flight.
+/// All panels and rows of a product: four panels at once for few rows, so that enough sums are in
+/// flight.
 #[inline(always)]
 unsafe fn panels<const CODE: usize>(s: &Bytes<'_>) {
     let mut panel = 0;
     while panel < s.panels {
-        let two = panel + 2 <= s.panels;
         let mut row = 0;
+        let wide = match s.panels - panel {
+            4.. => 4,
+            2.. => 2,
+            _ => 1,
+        };
         while row < s.rows {
             // SAFETY: rows and panels stay within the product.
-            row += unsafe {
-                match (s.rows - row, two) {
-                    (6.., true) => tile::<CODE, 6, 2>(s, row, panel),
-                    (2.., true) => tile::<CODE, 2, 2>(s, row, panel),
-                    (_, true) => tile::<CODE, 1, 2>(s, row, panel),
-                    (_, false) => tile::<CODE, 1, 1>(s, row, panel),
-                }
-            };
+            unsafe {
+                row += match (s.rows - row, wide) {
+                    (6.., 4) => {
+                        tile::<CODE, 6, 2>(s, row, panel);
+                        tile::<CODE, 6, 2>(s, row, panel + 2)
+                    }
+                    (6.., 2) => tile::<CODE, 6, 2>(s, row, panel),
+                    (2.., 4) => tile::<CODE, 2, 4>(s, row, panel),
+                    (2.., 2) => tile::<CODE, 2, 2>(s, row, panel),
+                    (_, 4) => tile::<CODE, 1, 4>(s, row, panel),
+                    (_, 2) => tile::<CODE, 1, 2>(s, row, panel),
+                    (_, _) => tile::<CODE, 1, 1>(s, row, panel),
+                };
+            }
         }
-        panel += if two { 2 } else { 1 };
+        panel += wide;
     }
 }
 
