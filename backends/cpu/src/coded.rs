@@ -23,7 +23,7 @@ use half::{bf16, f16};
 
 use crate::kernel::{
     BLOCK, Bytes, Code, Decode, E4M3_SCALE, Eighths, Form, Kernels, Layout, ORDER, PairKernels, Pairs, Scale,
-    Stream, Sweep, Zero, sums_floats,
+    Stream, Sweep, Zero,
 };
 use crate::lanes::LANES;
 use crate::memory::Place;
@@ -40,13 +40,8 @@ const ROWS_STREAMING: usize = 12;
 /// Inputs in 8 bits summed before the next panels come: 96 rows of them stay in the second cache.
 const BYTES_INPUTS: usize = 2048;
 
-/// Inputs of whole codes summed before the next panels come: 96 rows of them stay in the second cache.
-const WHOLE_INPUTS: usize = 1024;
-const WHOLE_ROWS: usize = 96;
-
 /// Floats that [`Coded::sum`] decodes into.
 pub(crate) const DECODED_FLOATS: usize = FEW_ROWS.0 * FEW_ROWS.1 * LANES;
-const _: () = assert!(sums_floats(WHOLE_ROWS, WHOLE_INPUTS) <= DECODED_FLOATS);
 const _: () = assert!(MANY_ROWS.0 * MANY_ROWS.1 * LANES <= DECODED_FLOATS);
 
 /// Panels of codes and scales.
@@ -216,32 +211,6 @@ impl Coded {
     ) {
         let (form, panel_bytes, acc_stride) = (&self.form, self.panel_bytes(), panels * LANES);
         let at = |panel: usize| self.place.at(panel * panel_bytes).cast_const();
-        let blocks = (from | to).is_multiple_of(BLOCK) && form.is_whole();
-        let whole = blocks && matches!(form.code, Code::Planes(_));
-        if let Some(kernel) = kernels.whole.filter(|_| whole) {
-            for k in (from..to).step_by(WHOLE_INPUTS) {
-                for row in (0..rows).step_by(WHOLE_ROWS) {
-                    // SAFETY: the panels have these blocks, and the buffer room for sums of so many rows and inputs.
-                    unsafe {
-                        let stream = Stream {
-                            form,
-                            panel: at(panel),
-                            panel_bytes,
-                            panels,
-                            octets: (k / 8, to.min(k + WHOLE_INPUTS) / 8),
-                            x: x.add(row * x_stride + (k - from) / 2).cast(),
-                            x_stride,
-                            rows: WHOLE_ROWS.min(rows - row),
-                            acc: acc.add(row * acc_stride),
-                            acc_stride,
-                            fresh: k == from,
-                        };
-                        kernel(&stream, buffer);
-                    }
-                }
-            }
-            return;
-        }
         if let Some(stream) = kernels.stream.filter(|_| rows <= Stream::ROWS) {
             // SAFETY: the panels have these octets, the rest is the caller's.
             return unsafe {

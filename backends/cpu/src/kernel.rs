@@ -14,8 +14,6 @@ mod stream;
 mod sweep;
 #[cfg(target_arch = "x86_64")]
 pub(crate) mod tiles;
-#[cfg(target_arch = "x86_64")]
-mod whole_pairs;
 
 use crate::lanes::LANES;
 pub(crate) use bytes::{BLOCK, BLOCK_FLOATS, Bytes, Eighths, ORDER};
@@ -66,11 +64,6 @@ pub(crate) struct Kernels {
     pub(crate) exp: unsafe fn(f32) -> f32,
 }
 
-/// Floats that sums of inputs take: see [`PairKernels::whole`].
-pub(crate) const fn sums_floats(rows: usize, inputs: usize) -> usize {
-    rows * inputs / 16
-}
-
 /// Products of bf16 by bf16 in bf16 steps.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct PairKernels {
@@ -79,8 +72,6 @@ pub(crate) struct PairKernels {
     pub(crate) decode: unsafe fn(&Decode<'_>),
     /// As [`Stream`], `x` being pairs; `None`: few rows are summed as many are.
     pub(crate) stream: Option<unsafe fn(&Stream<'_>)>,
-    /// Codes of few bits as whole numbers, for any number of rows; a place for [`sums_floats`].
-    pub(crate) whole: Option<unsafe fn(&Stream<'_>, *mut f32)>,
     /// Inputs that many rows pass by before the next, a multiple of 32: two panels of them stay in the first cache.
     pub(crate) inputs_block: usize,
     /// `n` bf16 of `a` and `b` (zeros where null), side by side: `out[i / 16 * stride + i % 16 * 2]`, zeros up to whole 16.
@@ -238,7 +229,6 @@ const BF16_PAIRS: PairKernels = PairKernels {
     multiply: pairs::pairs,
     decode: coded_pairs::decode,
     stream: Some(coded_pairs::stream),
-    whole: Some(whole_pairs::whole),
     inputs_block: 256,
     interleave: pairs::interleave,
 };
@@ -247,13 +237,7 @@ const BF16_PAIRS: PairKernels = PairKernels {
 #[cfg(target_arch = "x86_64")]
 pub(crate) static AMX: Kernels = Kernels {
     bytes: bytes_vnni::bytes,
-    pairs: Some(PairKernels {
-        multiply: tiles::pairs,
-        stream: None,
-        whole: None,
-        inputs_block: 512,
-        ..BF16_PAIRS
-    }),
+    pairs: Some(PairKernels { multiply: tiles::pairs, stream: None, inputs_block: 512, ..BF16_PAIRS }),
     attend: Some(BF16_PAIRS),
     ..avx512::KERNELS
 };

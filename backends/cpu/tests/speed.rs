@@ -4,8 +4,9 @@
 use std::time::Instant;
 
 use backend::{
-    Attend, Backend, Batch, DType, DeviceOptions, GgufBlock, Glu, Group, KSum, KvSpec, KvStore, Linear, Moe,
-    Out, Quant, QuantView, Rope, RopeStyle, Routing, Score, SeqId, Step, TensorView, WeightSource,
+    Activations, Attend, Backend, Batch, CpuOptions, DType, DeviceOptions, GgufBlock, Glu, Group, KSum,
+    KvSpec, KvStore, Linear, Moe, Out, Quant, QuantView, Rope, RopeStyle, Routing, Score, SeqId, Step,
+    TensorView, WeightSource,
 };
 use backend_cpu::{CpuBackend, CpuWeight, Level};
 
@@ -175,8 +176,9 @@ fn read_bandwidth(memory: &[u64]) -> f64 {
 
 /// Quantised products of one thread beside those of bf16 and plain reading: the three alternate, so that a busy machine
 /// slows all.
-fn quantised(level: Level, rows: usize) {
-    let options = DeviceOptions { threads: 1, ..DeviceOptions::default() };
+fn quantised(level: Level, rows: usize, activations: Activations) {
+    let cpu = CpuOptions { activations, ..CpuOptions::default() };
+    let options = DeviceOptions { threads: 1, cpu, ..DeviceOptions::default() };
     let mut backend = CpuBackend::with_level(&options, Group::alone(), level).unwrap();
     let table = weight(&mut backend, DType::BF16, rows, true);
     let mut kv = backend.kv(&KvSpec::gqa(1, 1, 0..1, 8, DType::BF16), 1 << 20).unwrap();
@@ -224,8 +226,17 @@ fn quantised(level: Level, rows: usize) {
 fn quantised_products() {
     for level in Level::ALL.into_iter().rev().filter(|level| level.available()) {
         for rows in [96, 32, 16, 8, 4, 2, 1] {
-            quantised(level, rows);
+            quantised(level, rows, Activations::Exact);
         }
+    }
+}
+
+/// The same with activations in 8 bits.
+#[test]
+#[ignore = "a measurement"]
+fn quantised_products_in_bytes() {
+    for rows in [96, 16, 4, 1] {
+        quantised(Level::best(), rows, Activations::Int8);
     }
 }
 
