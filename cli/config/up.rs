@@ -38,7 +38,7 @@ settings! {
         dtype: DType ["TYPE"] = "bf16";
         /// What carries KV between the processes: auto (shared memory by UCX where it is installed, else TCP), tcp or ucx
         kv_transport: KvTransport ["NAME"] = "auto";
-        /// How activations meet quantised weights on the CPU: exact, or int8 (rounded to 8 bits: faster, coarser)
+        /// How activations meet quantised weights on the CPU: exact, or int8 (rounded to 8 bits: coarser, faster for few rows)
         cpu_activations: Activations ["NAME"] = "exact";
         /// Who computes prompts: always (prefill nodes), auto (whoever is estimated to be sooner) or never
         disaggregation: Disaggregation ["MODE"] = "always";

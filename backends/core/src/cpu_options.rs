@@ -19,7 +19,7 @@ pub enum Activations {
     /// In the step's dtype.
     #[default]
     Exact,
-    /// Rounded to 8 bits, 32 inputs by 32: several times faster and coarser. What llama.cpp always does.
+    /// Rounded to 8 bits, 32 inputs by 32: coarser, and faster for few rows of 4-bit weights. What llama.cpp always does.
     Int8,
 }
 
