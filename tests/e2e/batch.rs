@@ -7,6 +7,7 @@ use std::time::Duration;
 
 use serde_json::{Value, json};
 
+use crate::client::builder;
 use crate::harness::{Cluster, PATIENCE, baton, folder, output};
 use crate::parts::Parts;
 
@@ -82,12 +83,20 @@ async fn a_file_is_answered() {
     fs::remove_dir_all(folder).expect("cleans up");
 }
 
+/// Lines of the newest batch that have answers; none while the router is away.
+async fn answered(parts: &Parts) -> usize {
+    let asked = builder().build().expect("a client").get(parts.url("/v1/batches?limit=1")).send().await;
+    let Ok(answer) = asked else { return 0 };
+    let list: Value = answer.json().await.unwrap_or_default();
+    list["data"][0]["request_counts"]["completed"].as_u64().unwrap_or(0) as usize
+}
+
 /// The router is killed again and again while a batch runs: `baton batch run` waits for it, and every line is answered once, as
 /// it would have been.
 #[tokio::test]
 async fn a_batch_survives_its_router() {
     const LINES: usize = 240;
-    const KILLS: u64 = 6;
+    const KILLS: usize = 6;
     let folder = folder("batch-kills");
     let kept = folder.join("kept").display().to_string();
     let mut parts = Parts::router(&["--disaggregation=never", &format!("--batch-dir={kept}")]);
@@ -98,13 +107,11 @@ async fn a_batch_survives_its_router() {
     let url = parts.url("");
     let (of, to) = (input_path.display().to_string(), answers.display().to_string());
     let run = tokio::task::spawn_blocking(move || batch(&url, &["run", "-i", &of, "-o", &to]));
-    let mut random = u64::from(std::process::id()) | 1;
     let mut hits = 0;
-    for _ in 0..KILLS {
-        random ^= random << 13;
-        random ^= random >> 7;
-        random ^= random << 17;
-        tokio::time::sleep(Duration::from_millis(300 + random % 900)).await;
+    for kill in 0..KILLS {
+        while !run.is_finished() && answered(&parts).await <= kill * LINES / KILLS {
+            tokio::time::sleep(Duration::from_millis(2)).await;
+        }
         if run.is_finished() {
             break;
         }
