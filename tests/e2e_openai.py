@@ -28,6 +28,19 @@ def free_port() -> int:
         return s.getsockname()[1]
 
 
+def free_ports(count: int) -> int:
+    """The first of so many free ports in a row, below those that the system gives to connections."""
+    for first in range(20000 + os.getpid() % 5000, 32000, count):
+        try:
+            for port in range(first, first + count):
+                with socket.socket() as s:
+                    s.bind(("127.0.0.1", port))
+            return first
+        except OSError:
+            continue
+    raise SystemExit(f"no {count} free ports in a row")
+
+
 def start(baton: str, port: int, *more: str) -> subprocess.Popen:
     """Returns when `up` has said that it serves, and goes on showing what it says."""
     env = {k: v for k, v in os.environ.items() if not k.startswith("BATON_")}

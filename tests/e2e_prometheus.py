@@ -18,7 +18,7 @@ import urllib.request
 
 import openai
 
-from e2e_openai import PATIENCE_S, free_port, start
+from e2e_openai import PATIENCE_S, free_port, free_ports, start
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 ASKED = 5
@@ -55,7 +55,7 @@ def lint(promtool: str, page: str, what: str) -> None:
 def main() -> None:
     baton, prometheus_command, promtool = sys.argv[1:4]
     subprocess.run([promtool, "check", "config", str(ROOT / "deploy/prometheus.yml")], check=True, timeout=PATIENCE_S)
-    port, pages, own = free_port(), free_port(), free_port()
+    port, pages, own = free_port(), free_ports(2), free_port()
     up = start(baton, port, f"--metrics-port={pages}")
     targets = [f"127.0.0.1:{port}", f"127.0.0.1:{pages}", f"127.0.0.1:{pages + 1}"]
     folder = tempfile.TemporaryDirectory()

@@ -180,9 +180,22 @@ fn a_connection_that_dies_in_mid_transfer_is_replaced() {
         let (push, end) = open(&case, 0, &sender, &[vec![proxy.address.clone(), address.clone()]]);
         push_all(&case, 0, &push, 32, 16, true);
         push.close(CLOSE);
-        let pushed = end.recv().unwrap().unwrap();
+        let pushed = end.recv().unwrap();
         let landed = ends.recv().unwrap().1;
-        let summary = landed.result.unwrap();
+        // Over UCX's own TCP a replacement may itself be lost, or the session with it (open; `auto` never takes that way): then
+        // both ends must say so.
+        if crate::WAYS.tcp {
+            match (pushed, landed.result) {
+                (Ok(pushed), Ok(summary)) => {
+                    assert_eq!((pushed.resumed, pushed.bytes), (summary.resumed, summary.wire_bytes))
+                }
+                (pushed, landed) => {
+                    assert!(pushed.is_err() && landed.is_err(), "cut after {up}: one end takes it for whole")
+                }
+            }
+            continue;
+        }
+        let (pushed, summary) = (pushed.unwrap(), landed.result.unwrap());
         assert_eq!((pushed.resumed, summary.resumed, sender.resumed()), (1, 1, 1), "cut after {up}");
         assert_eq!((pushed.bytes, summary.wire_bytes), (200 * 8192, 200 * 8192));
         assert!(landed.landing.cache.is_right());
