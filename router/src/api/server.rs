@@ -22,6 +22,9 @@ use super::stall::Stalling;
 /// After an error of `accept` that will pass (no more file descriptors).
 const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
 
+/// At a shutdown, how long a connection on which nothing has come yet is waited for: its request may be on its way.
+const FIRST_WORD: Duration = Duration::from_secs(1);
+
 /// Serves until `shutdown`, then waits for running requests, `limits.drain` at the longest; what runs still is cut off.
 /// With `tls`, HTTPS.
 pub async fn run(
@@ -84,6 +87,7 @@ struct Ends {
 }
 
 async fn serve(stream: impl AsyncRead + AsyncWrite + Unpin, app: Router, limits: &Limits, ends: Ends) {
+    let heard = CancellationToken::new();
     let connection = http1::Builder::new()
         .timer(TokioTimer::new())
         .header_read_timeout(limits.head_read)
@@ -91,13 +95,19 @@ async fn serve(stream: impl AsyncRead + AsyncWrite + Unpin, app: Router, limits:
         .max_header_size(limits.head_bytes)
         .max_headers(limits.headers)
         .serve_connection(
-            TokioIo::new(Stalling::new(stream, limits.write_stall)),
+            TokioIo::new(Stalling::new(stream, limits.write_stall, heard.clone())),
             TowerToHyperService::new(app),
         );
     let mut connection = std::pin::pin!(connection);
+    // `graceful_shutdown` closes a connection that has said nothing at once.
+    let last_call = async {
+        ends.shutdown.cancelled().await;
+        _ = timeout(FIRST_WORD, heard.cancelled()).await;
+    };
     let result = tokio::select! {
         result = &mut connection => result,
-        () = ends.shutdown.cancelled() => {
+        () = ends.cut_off.cancelled() => Ok(()),
+        () = last_call => {
             connection.as_mut().graceful_shutdown();
             tokio::select! {
                 result = connection => result,
@@ -118,4 +128,41 @@ async fn accept(
     let place = Arc::clone(places).acquire_owned().await.ok();
     let (stream, _) = listener.accept().await?;
     Ok((stream, place))
+}
+
+#[cfg(test)]
+mod tests {
+    use axum::routing::get;
+    use tokio::io::{AsyncReadExt, AsyncWriteExt, DuplexStream, duplex};
+    use tokio::time::Instant;
+
+    use super::*;
+
+    /// A client's end of a connection that was accepted just before a shutdown.
+    fn at_shutdown() -> DuplexStream {
+        let (client, server) = duplex(4096);
+        let ends = Ends { shutdown: CancellationToken::new(), cut_off: CancellationToken::new() };
+        ends.shutdown.cancel();
+        let app = Router::new().route("/", get(async || "here"));
+        tokio::spawn(async move { serve(server, app, &Limits::for_context(0), ends).await });
+        client
+    }
+
+    /// Protects: a request that is on its way on a new connection when the shutdown comes is answered.
+    #[tokio::test(start_paused = true)]
+    async fn the_first_request_of_a_connection_is_waited_for() {
+        let mut client = at_shutdown();
+        tokio::time::sleep(FIRST_WORD / 2).await;
+        client.write_all(b"GET / HTTP/1.1\r\nhost: a\r\n\r\n").await.unwrap();
+        let mut answer = String::new();
+        client.read_to_string(&mut answer).await.unwrap();
+        assert!(answer.starts_with("HTTP/1.1 200") && answer.ends_with("here"), "{answer}");
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_connection_that_stays_silent_does_not_hold_a_shutdown() {
+        let (mut client, begun) = (at_shutdown(), Instant::now());
+        assert_eq!(client.read(&mut [0]).await.unwrap(), 0);
+        assert_eq!(begun.elapsed(), FIRST_WORD);
+    }
 }

@@ -1,5 +1,5 @@
 //! A connection whose peer has stopped reading ends: else its answer would hold a place, and room in the cluster, for ever.
-//! Used by `server` around every connection.
+//! And it tells when the peer has said its first word. Used by `server` around every connection.
 
 use std::future::Future;
 use std::io::{self, IoSlice};
@@ -9,6 +9,7 @@ use std::time::Duration;
 
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::time::{Sleep, sleep};
+use tokio_util::sync::CancellationToken;
 
 /// A stream that fails when nothing could be written for `limit`.
 pub struct Stalling<S> {
@@ -16,12 +17,13 @@ pub struct Stalling<S> {
     limit: Duration,
     /// Runs while a write waits; made anew only then, so that idle connections cost nothing.
     waiting: Option<Pin<Box<Sleep>>>,
+    heard: CancellationToken,
 }
 
 impl<S> Stalling<S> {
-    /// Writes to `stream` may wait for `limit`.
-    pub fn new(stream: S, limit: Duration) -> Self {
-        Self { stream, limit, waiting: None }
+    /// Writes to `stream` may wait for `limit`; `heard` is cancelled when something has come on it.
+    pub fn new(stream: S, limit: Duration, heard: CancellationToken) -> Self {
+        Self { stream, limit, waiting: None, heard }
     }
 
     /// Counts the time of a write that waits.
@@ -43,7 +45,12 @@ impl<S: AsyncRead + Unpin> AsyncRead for Stalling<S> {
         cx: &mut Context<'_>,
         buf: &mut ReadBuf<'_>,
     ) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.stream).poll_read(cx, buf)
+        let before = buf.filled().len();
+        let poll = Pin::new(&mut self.stream).poll_read(cx, buf);
+        if buf.filled().len() > before && !self.heard.is_cancelled() {
+            self.heard.cancel();
+        }
+        poll
     }
 }
 
@@ -87,7 +94,7 @@ mod tests {
     async fn a_peer_that_stops_reading_is_given_up_and_one_that_goes_on_is_not() {
         let limit = Duration::from_secs(30);
         let (ours, mut theirs) = tokio::io::duplex(4);
-        let mut ours = Stalling::new(ours, limit);
+        let mut ours = Stalling::new(ours, limit, CancellationToken::new());
         ours.write_all(b"1234").await.expect("room");
         let reader = tokio::spawn(async move {
             for _ in 0..3 {
