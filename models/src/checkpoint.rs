@@ -38,8 +38,8 @@ enum Source {
 
 impl Checkpoint {
     /// Opens the model at `path`: a directory with `config.json` and `model.safetensors`, whole or sharded by an index; a
-    /// GGUF file, whole or any part of a split one; or a directory that has one instead. Every tensor of the architecture
-    /// must be there with its shape, and no other.
+    /// GGUF file under whatever name, whole or any part of a split one; or a directory that has one instead. Every tensor of
+    /// the architecture must be there with its shape, and no other.
     pub fn open(path: &Path) -> Result<Checkpoint, ModelError> {
         let dir = path;
         if !huggingface::is_model(dir)
@@ -48,6 +48,10 @@ impl Checkpoint {
             let (config, generation, weights) = gguf_file::open(&file)?;
             let generation = if path.is_dir() { Generation::read(path, &config)? } else { generation };
             return Checkpoint::assemble(path, config, generation, weights);
+        }
+        if path.is_file() {
+            let reason = "neither a model's directory nor a GGUF file".into();
+            return Err(ModelError::Format { path: path.display().to_string(), reason });
         }
         let config = Config::read(&dir.join("config.json"))?;
         let generation = Generation::read(dir, &config)?;

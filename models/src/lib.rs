@@ -16,6 +16,7 @@ mod fields;
 mod file;
 mod generation;
 mod gguf_file;
+pub mod golden;
 mod huggingface;
 pub mod identity;
 mod load;

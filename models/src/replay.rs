@@ -1,8 +1,9 @@
-//! One rank that computes given tokens through its cache and shows the logits: `baton logits` and the golden tests
-//! drive one or several of them. Serving goes through the engine instead.
+//! One rank that computes given tokens through its cache and shows the logits: `baton logits`, the bench of devices and the
+//! golden tests drive one or several of them. Serving goes through the engine instead.
 
 use backend::{Backend, Batch, DeviceOptions, Group, KvStore, Out, Output, SeqId, Step};
 
+use crate::golden::Case;
 use crate::{Checkpoint, Model, ModelError};
 
 /// Bytes of a cache are rounded up to this many spare blocks.
@@ -62,6 +63,25 @@ impl<B: Backend> Rank<B> {
             }
         }
         Ok(None)
+    }
+
+    /// Feeds the ids of `case` that come after its prompt, one at a time. Returns the logits after each, on rank 0.
+    pub fn follow(&mut self, seq: SeqId, case: &Case) -> Result<Vec<f32>, ModelError> {
+        let mut rows = Vec::new();
+        for (at, id) in (case.prompt.len() as u32..).zip(case.fed()) {
+            rows.extend(self.feed(seq, at, &[*id], 1)?.into_iter().flatten());
+        }
+        Ok(rows)
+    }
+
+    /// Computes `case` as the sequence `seq`, its prompt in chunks of at most `chunk` tokens. Returns the logits after the
+    /// prompt and after each id that is fed, `[ids, vocabulary]`, on rank 0.
+    pub fn replay(&mut self, seq: SeqId, case: &Case, chunk: usize) -> Result<Vec<f32>, ModelError> {
+        self.begin(seq, case.tokens())?;
+        let mut rows: Vec<f32> = self.feed(seq, 0, &case.prompt, chunk)?.into_iter().flatten().collect();
+        rows.extend(self.follow(seq, case)?);
+        self.end(seq)?;
+        Ok(rows)
     }
 
     /// Opens `seq` with room for `tokens`.

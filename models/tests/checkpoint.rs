@@ -5,7 +5,9 @@ use std::collections::HashMap;
 use std::fs;
 use std::path::Path;
 
-use models::{Checkpoint, Config, Identity, ModelError, shards, tensors};
+use backend::{Backend, DType, DeviceOptions, Group};
+use backend_cpu::CpuBackend;
+use models::{Checkpoint, Config, Identity, Model, ModelError, shards, tensors};
 use safetensors::tensor::{Dtype, TensorView, serialize_to_file};
 use tempfile::TempDir;
 
@@ -177,6 +179,31 @@ fn shards_open_and_a_broken_index_is_refused() {
     bad["weight_map"][norm] = "a.safetensors".into();
     write(&bad);
     assert_eq!(error(&dir), "model.safetensors.index.json: tensor model.norm.weight is not in a.safetensors");
+    // An index that names itself, and a link that leads to itself: followed once.
+    bad["weight_map"][norm] = "model.safetensors.index.json".into();
+    write(&bad);
+    let text = error(&dir);
+    assert!(text.starts_with("model.safetensors.index.json: not a safetensors file: header of "), "{text}");
+    std::os::unix::fs::symlink("c.safetensors", dir.path().join("c.safetensors")).unwrap();
+    bad["weight_map"][norm] = "c.safetensors".into();
+    write(&bad);
+    assert!(error(&dir).starts_with("c.safetensors: "), "{}", error(&dir));
+    fs::create_dir(dir.path().join("d.safetensors")).unwrap();
+    bad["weight_map"][norm] = "d.safetensors".into();
+    write(&bad);
+    assert_eq!(error(&dir), "d.safetensors: not a regular file");
+    // Deep or broken text, and values of other types.
+    for (text, reason) in [
+        ("[".repeat(100_000), "invalid type: sequence"),
+        (format!(r#"{{"weight_map": {}"#, r#"{"a": "#.repeat(100_000)), "invalid type: map"),
+        (r#"{"weight_map": {"a": 3}}"#.into(), "invalid type: integer"),
+        (r#"{"metadata": {}}"#.into(), "missing field `weight_map`"),
+        (r#"{"weight_map": {"a": "b"#.into(), "EOF while parsing"),
+    ] {
+        fs::write(dir.path().join("model.safetensors.index.json"), text).unwrap();
+        let text = error(&dir);
+        assert!(text.starts_with("model.safetensors.index.json: ") && text.contains(reason), "{text}");
+    }
     let mut bad = index.clone();
     bad["weight_map"].as_object_mut().unwrap().remove(norm);
     write(&bad);
@@ -187,6 +214,42 @@ fn shards_open_and_a_broken_index_is_refused() {
     write(&index);
     fs::remove_file(dir.path().join("b.safetensors")).unwrap();
     assert!(error(&dir).starts_with("b.safetensors: "), "{}", error(&dir));
+}
+
+/// A file that shrinks, or goes, between the look at its tables and the reading of its weights is an error with its name on
+/// every rank, where a mapping would end the process.
+#[test]
+fn a_file_that_shrinks_before_it_is_loaded_is_an_error() {
+    let load = |checkpoint: &Checkpoint| {
+        let options = DeviceOptions { dtype: DType::F32, threads: 1, ..DeviceOptions::default() };
+        let mut backend = CpuBackend::open(&options, Group::alone()).unwrap();
+        Model::load(&mut backend, checkpoint, 0, 1, DType::F32, &mut |_| {})
+            .err()
+            .map(|error| error.to_string())
+    };
+    // Dense weights, and experts, which threads read ahead of the device.
+    let experts = r#"{"model_type": "qwen3_moe", "vocab_size": 32, "hidden_size": 16, "intermediate_size": 24,
+        "moe_intermediate_size": 24, "num_experts": 8, "num_experts_per_tok": 2, "num_hidden_layers": 1,
+        "num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 64, "torch_dtype": "float32"}"#;
+    for config in [CONFIG, experts] {
+        let specs = tensors(&Config::parse("c", config.as_bytes()).unwrap());
+        let zero = |shape: &[usize]| vec![0; shape.iter().product::<usize>() * 4];
+        let all =
+            specs.into_iter().map(|t| (t.name, (Dtype::F32, t.shape.clone(), zero(&t.shape)))).collect();
+        let dir = directory(config, &all);
+        let path = dir.path().join("model.safetensors");
+        let len = fs::metadata(&path).unwrap().len();
+        for left in [len - 1, len / 2, 8, 0] {
+            let checkpoint = Checkpoint::open(dir.path()).unwrap();
+            assert_eq!(load(&checkpoint), None);
+            fs::File::options().write(true).open(&path).unwrap().set_len(left).unwrap();
+            let error = load(&checkpoint).expect("an error");
+            let wanted =
+                format!("model.safetensors: changed while it was read: it had {len} bytes and has {left}");
+            assert!(error.contains(&wanted), "{error}");
+            write_file(&path, &all);
+        }
+    }
 }
 
 /// A model directory of one weight file and the given configuration.

@@ -180,6 +180,8 @@ def numbers(c):
         own.update({"expert_count": c.get("num_experts") or c["n_routed_experts"],
                     "expert_used_count": c["num_experts_per_tok"],
                     "expert_feed_forward_length": c["moe_intermediate_size"]})
+    if not c.get("norm_topk_prob", True):
+        own["expert_weights_norm"] = False
     if "kv_lora_rank" in c:
         nope, rope, value, latent = (c[k] for k in ("qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim", "kv_lora_rank"))
         scaling = c["rope_scaling"]

@@ -60,13 +60,17 @@ pub fn config_json(gguf: &Gguf) -> Result<Value, GgufError> {
     Ok(config)
 }
 
-/// Ids of the tokens that end an answer, without repeats: `eos`, `eot` and `eom`, and control tokens of known names.
+/// Ids of the tokens that end an answer, without repeats: `eos`, `eot` and `eom`, Ollama's list, and control tokens of known
+/// names.
 pub fn end_ids(metadata: &Metadata) -> Result<Vec<u32>, GgufError> {
     let mut ids = Vec::new();
     for name in ["eos", "eot", "eom"] {
         let id = metadata.count(&format!("tokenizer.ggml.{name}_token_id"))?;
         ids.extend(id.and_then(|id| u32::try_from(id).ok()));
     }
+    // Ollama's: all that generation_config.json lists.
+    let more = metadata.numbers("tokenizer.ggml.eos_token_ids")?.unwrap_or_default();
+    ids.extend(more.into_iter().filter(|id| (0.0..=f64::from(u32::MAX)).contains(id)).map(|id| id as u32));
     let tokens = metadata.texts("tokenizer.ggml.tokens")?.unwrap_or_default();
     let types = metadata.numbers("tokenizer.ggml.token_type")?.unwrap_or_default();
     const CONTROL: f64 = 3.0;
@@ -150,12 +154,13 @@ fn head_dim(keys: &Keys<'_>, config: &mut Value) -> Result<u64, GgufError> {
             }
         },
     };
-    match keys.opt_count("attention.value_length")? {
-        Some(value) if value != dim => {
-            return Err(keys.error("attention.value_length", format!("{value}, keys have {dim}")));
+    // The second is Ollama's word.
+    for key in ["attention.value_length", "attention.head_dim"] {
+        if let Some(other) = keys.opt_count(key)?.filter(|other| *other != dim) {
+            return Err(keys.error(key, format!("{other}, keys have {dim}")));
         }
-        _ => config["head_dim"] = json!(dim),
     }
+    config["head_dim"] = json!(dim);
     Ok(dim)
 }
 
@@ -230,12 +235,27 @@ fn qwen3moe(keys: &Keys<'_>, config: &mut Value) -> Result<(), GgufError> {
     let layers = config["num_hidden_layers"].as_u64().unwrap_or_default();
     let dense: Vec<u64> =
         (0..layers).filter(|layer| has(keys, &format!("blk.{layer}.ffn_gate.weight"))).collect();
-    let inner = keys.count("expert_feed_forward_length")?;
+    let inner = match keys.opt_count("expert_feed_forward_length")? {
+        Some(inner) => inner,
+        // Ollama leaves it out: it is the rows of every matrix in the stack.
+        None => match keys.gguf.tensors().find(|(name, _)| name.ends_with(".ffn_gate_exps.weight")) {
+            Some((_, tensor)) if tensor.shape.len() == 3 => tensor.shape[1] as u64,
+            _ => keys.count("expert_feed_forward_length")?,
+        },
+    };
     if config["intermediate_size"].is_null() {
         // Of dense layers, which there are none of then.
         config["intermediate_size"] = json!(inner);
     }
     no_scale(keys)?;
+    // The second is Ollama's word.
+    let (norm, again) = (keys.opt_flag("expert_weights_norm")?, keys.opt_flag("norm_top_k_prob")?);
+    if let (Some(norm), Some(again)) = (norm, again)
+        && norm != again
+    {
+        return Err(keys.error("norm_top_k_prob", format!("{again}, expert_weights_norm is {norm}")));
+    }
+    let norm = norm.or(again).unwrap_or(true);
     add(
         config,
         json!({
@@ -247,7 +267,7 @@ fn qwen3moe(keys: &Keys<'_>, config: &mut Value) -> Result<(), GgufError> {
             "moe_intermediate_size": inner,
             "decoder_sparse_step": 1,
             "mlp_only_layers": dense,
-            "norm_topk_prob": keys.opt_flag("expert_weights_norm")?.unwrap_or(true),
+            "norm_topk_prob": norm,
         }),
     );
     gating(keys, SOFTMAX)

@@ -7,7 +7,7 @@ use std::ops::Range;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
-use crate::header::HEADER_BYTES_MAX;
+use crate::header::{HEADER_BYTES_MAX, MAGIC};
 use crate::{Fault, GgufError, Header, Metadata, Type};
 
 /// Bytes of a header that are read at first; as many again and again until it is whole.
@@ -171,12 +171,13 @@ impl Gguf {
     }
 }
 
-/// The GGUF file of a model at `path`: itself, when it is a file whose name ends in `.gguf`; the only one of a directory, or
-/// the first part of the only split one; `None` when there is none. Errors when a directory has several.
+/// The GGUF file of a model at `path`: itself, when it is a file whose name ends in `.gguf`, or that begins as they all do
+/// (Ollama's have names like `sha256-3f1c`); the only one of a directory, or the first part of the only split one; `None`
+/// when there is none. Errors when a directory has several.
 pub fn find(path: &Path) -> Result<Option<PathBuf>, GgufError> {
     let is_gguf = |path: &Path| path.extension().is_some_and(|end| end.eq_ignore_ascii_case("gguf"));
     if !path.is_dir() {
-        return Ok(is_gguf(path).then(|| path.into()));
+        return Ok((is_gguf(path) || begins(path)).then(|| path.into()));
     }
     let io = |reason| GgufError::Io { path: path.display().to_string(), reason };
     let mut files = Vec::new();
@@ -199,6 +200,16 @@ pub fn find(path: &Path) -> Result<Option<PathBuf>, GgufError> {
             Err(GgufError::format(&path.display().to_string(), "GGUF files", reason))
         }
     }
+}
+
+/// Whether the file at `path` begins as a GGUF file does. Devices and pipes are not asked.
+fn begins(path: &Path) -> bool {
+    let first = || -> std::io::Result<[u8; MAGIC.len()]> {
+        let mut first = [0; MAGIC.len()];
+        File::open(path)?.read_exact(&mut first)?;
+        Ok(first)
+    };
+    path.is_file() && first().is_ok_and(|first| first == *MAGIC)
 }
 
 /// 2 of `x-00002-of-00003.gguf`.

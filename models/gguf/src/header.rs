@@ -8,6 +8,9 @@ use crate::cursor::Cursor;
 use crate::metadata::{Metadata, short};
 use crate::{GgufError, Type};
 
+/// What every file begins with.
+pub(crate) const MAGIC: &[u8; 4] = b"GGUF";
+
 /// Headers are shorter than this; the largest known have 20 MB.
 pub(crate) const HEADER_BYTES_MAX: u64 = 256 << 20;
 
@@ -82,7 +85,7 @@ impl Header {
     /// tensor begins off alignment, ends behind the file or shares bytes with another.
     pub fn parse(path: &str, bytes: &[u8], len: u64) -> Result<Header, Fault> {
         let mut cursor = Cursor::new(bytes, len);
-        if cursor.take(4)? != b"GGUF" {
+        if cursor.take(MAGIC.len() as u64)? != MAGIC {
             return Err(cursor.wrong("not a GGUF file"));
         }
         let version = cursor.u32()?;

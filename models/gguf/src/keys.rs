@@ -8,13 +8,16 @@ use crate::{Gguf, GgufError, List, Value};
 
 /// Keys that do not touch the forward pass, without the architecture's prefix.
 const HARMLESS: &[&str] = &[
+    // Of the norm that subtracts the mean, which no family here has.
+    "attention.layer_norm_epsilon",
     "block_count_full",
     "context_length",
     "decoder_start_token_id",
     "embedding_length_per_head",
     "pooling_type",
-    // How positions of pictures are told apart; of text they are all the same.
+    // How positions of pictures are told apart; of text they are all the same. The second is Ollama's word.
     "rope.dimension_sections",
+    "rope.mrope_section",
     "rope.scaling.finetuned",
     "suppress_tokens",
     "tensor_data_layout",

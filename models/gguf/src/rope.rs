@@ -29,7 +29,8 @@ pub(crate) fn scaling(keys: &Keys<'_>, theta: f64, dims: u64, mla: bool) -> Resu
     let table = keys.gguf.rope_freqs().filter(|table| table.iter().any(|divisor| *divisor != 1.0));
     let factor = keys.opt_number("rope.scaling.factor")?;
     let original = keys.opt_number("rope.scaling.original_context_length")?;
-    let kind = match keys.opt_text("rope.scaling.type")? {
+    // Ollama writes an empty name for none.
+    let kind = match keys.opt_text("rope.scaling.type")?.filter(|kind| !kind.is_empty()) {
         Some("none") | None if factor.is_none_or(|factor| factor == 1.0 || factor == 0.0) => "none",
         // The type is left out by old writers, which knew only this one.
         None => "linear",

@@ -12,8 +12,10 @@ use backend::{
     Backend, Batch, DType, DeviceOptions, Group, KSum, KvExport, KvStore, Out, Output, Piece, SeqId, Step,
 };
 use backend_cpu::CpuBackend;
+use half::{bf16, f16};
 use models::replay::Rank;
 use models::{Checkpoint, ModelError, shards};
+use safetensors::{Dtype, SafeTensors};
 
 use crate::compare::{Limits, check, f32_error};
 use crate::fixture::Fixture;
@@ -333,6 +335,49 @@ fn dummy_weights_run() {
         assert!((0.3..3.0).contains(&deviation), "{case}: deviation {deviation}");
         let other = Checkpoint::dummy(&dir, 8).unwrap();
         assert!(plain != Run::new(DType::BF16).logits(&other, &prompt), "{case}: the seed does nothing");
+    }
+}
+
+/// The same numbers in bf16, f16 and f32 files are the same model, to the bit.
+#[test]
+fn plain_types_differ_in_nothing_but_size() {
+    let source = fixture::root().join("qwen3_moe-mixed");
+    let bytes = std::fs::read(source.join("model.safetensors")).unwrap();
+    let tensors = SafeTensors::deserialize(&bytes).unwrap();
+    let dir = tempfile::tempdir().unwrap();
+    let config = std::fs::read_to_string(source.join("config.json")).unwrap();
+    let wide = |bytes: &[u8]| bf16::from_le_bytes([bytes[0], bytes[1]]).to_f32();
+    // Numbers that all three types have: the smallest are below what f16 has.
+    let kept = |x: f32| if f16::from_f32(x).to_f32() == x { x } else { 0.0 };
+    let logits = |dtype: Dtype| {
+        let store = |x: f32| match dtype {
+            Dtype::BF16 => bf16::from_f32(x).to_le_bytes().to_vec(),
+            Dtype::F16 => f16::from_f32(x).to_le_bytes().to_vec(),
+            _ => x.to_le_bytes().to_vec(),
+        };
+        let stored: Vec<(&str, Vec<usize>, Vec<u8>)> = tensors
+            .iter()
+            .map(|(name, tensor)| {
+                assert_eq!(tensor.dtype(), Dtype::BF16, "{name}");
+                let numbers = tensor.data().chunks_exact(2).map(|bytes| kept(wide(bytes)));
+                (name, tensor.shape().to_vec(), numbers.flat_map(store).collect())
+            })
+            .collect();
+        let views = stored.iter().map(|(name, shape, bytes)| {
+            (*name, safetensors::tensor::TensorView::new(dtype, shape.clone(), bytes).unwrap())
+        });
+        let name = dtype.to_string().to_lowercase();
+        safetensors::serialize_to_file(views, None, &dir.path().join("model.safetensors")).unwrap();
+        std::fs::write(dir.path().join("config.json"), &config).unwrap();
+        let checkpoint = Checkpoint::open(dir.path()).unwrap();
+        assert!(checkpoint.formats().iter().all(|(format, _)| *format == name), "{:?}", checkpoint.formats());
+        let prompt = fixture::Prompt { prompt: vec![5, 99, 3, 7], greedy: vec![1, 9], bf16_kl_median: 0.0 };
+        [1, 2].map(|world| Run { world, ..Run::new(DType::F32) }.logits(&checkpoint, &prompt))
+    };
+    let narrow = logits(Dtype::BF16);
+    assert!(narrow[0] == narrow[1], "two ranks give other bits");
+    for dtype in [Dtype::F16, Dtype::F32] {
+        assert!(logits(dtype) == narrow, "{dtype} gives other bits");
     }
 }
 

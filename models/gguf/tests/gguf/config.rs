@@ -264,6 +264,81 @@ fn what_changes_the_math_and_cannot_be_said_is_named() {
     );
 }
 
+/// Keys of other tools that change nothing are passed over, and Ollama's words for what changes something are read: with
+/// or without them the model is the same.
+#[test]
+fn keys_that_other_tools_add_change_nothing_or_are_read() {
+    let plain = base("llama");
+    let more = |writer: Writer| {
+        writer
+            .text("general.name", "Llama")
+            .text("general.basename", "llama")
+            .text("general.size_label", "8B")
+            .text("general.type", "model")
+            .texts("general.tags", &["text-generation"])
+            .count("general.file_type", 15)
+            .count("general.quantization_version", 2)
+            .count("general.parameter_count", 8_030_261)
+            .text("ollama.version", "0.13")
+            .text("quantize.imatrix.file", "imatrix.dat")
+            .text("tokenizer.ggml.model", "gpt2")
+            .text("tokenizer.ggml.pre", "llama-bpe")
+            .flag("tokenizer.ggml.add_bos_token", true)
+            .flag("tokenizer.ggml.add_padding_token", true)
+            .count("tokenizer.ggml.padding_token_id", 0)
+            .count("tokenizer.ggml.unknown_token_id", 0)
+            .count("tokenizer.ggml.eos_token_id", 3)
+            .texts("tokenizer.ggml.tokens", &["a", "b", "c", "<|end|>", "<|more|>"])
+            .text("tokenizer.chat_template", "{{ messages }}")
+    };
+    let llama = more(plain.clone())
+        .count("llama.vocab_size", 32)
+        .count("llama.attention.head_dim", 16)
+        .number("llama.attention.layer_norm_epsilon", 1e-5)
+        .text("llama.rope.scaling.type", "")
+        .number("llama.rope.scaling.factor", 0.0);
+    let with_end = |mut config: Value, ids: &[u32]| {
+        config["eos_token_id"] = json!(ids);
+        config
+    };
+    assert_eq!(config(&llama), with_end(config(&plain), &[3]));
+    let ends = llama.clone().counts("tokenizer.ggml.eos_token_ids", &[3, 4]);
+    assert_eq!(config(&ends), with_end(config(&plain), &[3, 4]));
+    for key in ["qwen2.rope.dimension_sections", "qwen2.rope.mrope_section"] {
+        let pictures = more(base("qwen2")).counts(key, &[16, 24, 24]);
+        assert_eq!(config(&pictures), with_end(config(&base("qwen2")), &[3]), "{key}");
+    }
+    let experts = base("qwen3moe")
+        .count("qwen3moe.expert_count", 8)
+        .count("qwen3moe.expert_used_count", 3)
+        .ones("blk.0.ffn_gate_exps.weight", &[8, 48, 64]);
+    check(&config(&experts), json!({ "moe_intermediate_size": 48, "norm_topk_prob": true }));
+    let unnormed = experts.clone().flag("qwen3moe.norm_top_k_prob", false);
+    check(&config(&unnormed), json!({ "norm_topk_prob": false }));
+    assert_eq!(
+        error(&unnormed.flag("qwen3moe.expert_weights_norm", true)),
+        "f: qwen3moe.norm_top_k_prob: false, expert_weights_norm is true"
+    );
+    // What would change the model is named, whoever writes it.
+    for (writer, want) in [
+        (plain.clone().count("llama.attention.head_dim", 8), "f: llama.attention.head_dim: 8, keys have 16"),
+        (
+            plain.clone().counts("llama.rope.scaling.sections", &[1]),
+            "f: llama.rope.scaling.sections: a list of 1 is not supported: it may change the computation",
+        ),
+        (
+            plain.clone().count("llama.vision.block_count", 32),
+            "f: llama.vision.block_count: 32 is not supported: it may change the computation",
+        ),
+        (
+            plain.text("tokenizer.ggml.eos_token_ids", "3"),
+            "f: tokenizer.ggml.eos_token_ids: \"3\" is not a list of numbers",
+        ),
+    ] {
+        assert_eq!(error(&writer), want);
+    }
+}
+
 #[test]
 fn ends_are_ids_and_known_names() {
     let writer = Writer::new("x")

@@ -94,6 +94,11 @@ fn the_file_of_a_directory_is_found() {
     assert_eq!(found(dir.path()).unwrap().unwrap(), first);
     assert_eq!(found(&dir.path().join(first)).unwrap().unwrap(), first);
     assert_eq!(found(&dir.path().join("README.md")).unwrap(), None);
+    // A file of another name is known by how it begins; a directory's files are not opened for that.
+    write(&dir, "sha256-3f1c", &Writer::new("llama").ones("a", &[1]));
+    assert_eq!(found(&dir.path().join("sha256-3f1c")).unwrap().unwrap(), "sha256-3f1c");
+    assert_eq!(found(dir.path()).unwrap().unwrap(), first);
+    assert_eq!(found(&dir.path().join("sha256-none")).unwrap(), None);
     assert_eq!(found(tempfile::tempdir().unwrap().path()).unwrap(), None);
     fs::write(dir.path().join("n.gguf"), "").unwrap();
     let error = found(dir.path()).unwrap_err().to_string();
