@@ -15,10 +15,10 @@ use kvtransfer::{
     Close, Codec, CodecPolicy, Expect, Landed, Limits, Peers, PushSpec, Receiver, Sender, SessionId,
     TargetSpec, Ticket,
 };
+use models::golden::Case;
 use models::replay::Rank;
 use models::{Checkpoint, ModelError};
 use safetensors::tensor::{Dtype, TensorView};
-use serde::Deserialize;
 
 /// The one sequence of a run.
 const SEQ: SeqId = SeqId(0);
@@ -75,17 +75,6 @@ enum LoadFormat {
     Dummy,
 }
 
-#[derive(Deserialize)]
-struct Golden {
-    cases: Vec<Case>,
-}
-
-#[derive(Deserialize)]
-struct Case {
-    prompt: Vec<u32>,
-    greedy: Vec<u32>,
-}
-
 /// Logits per case, `[ids, vocabulary]`.
 type Rows = Vec<Vec<f32>>;
 
@@ -97,38 +86,21 @@ const BACKENDS: &str = if cfg!(feature = "mlx") { "cpu, cuda, mlx" } else { "cpu
 
 /// Reads the golden file and the model, computes, writes.
 pub fn run(args: &LogitsArgs) -> Result<()> {
-    let path = args.golden.display();
-    let json = std::fs::read(&args.golden).with_context(|| format!("{path}"))?;
-    let golden: Golden = serde_json::from_slice(&json).with_context(|| format!("{path}"))?;
     ensure!(args.tp > 0 && args.chunk > 0, "--tp and --chunk are at least 1");
     let checkpoint = match args.load_format {
         LoadFormat::Auto => Checkpoint::open(&args.model)?,
         LoadFormat::Dummy => Checkpoint::dummy(&args.model, 0)?,
     };
-    let (vocab, context) = (checkpoint.config().vocab_size, checkpoint.config().context);
-    for (i, case) in golden.cases.iter().enumerate() {
-        ensure!(!case.prompt.is_empty() && !case.greedy.is_empty(), "{path}: case {i} has no ids");
-        let len = case.tokens();
-        ensure!(len <= context, "{path}: case {i} has {len} tokens, the model's context is {context}");
-        if let Some(id) = case.prompt.iter().chain(&case.greedy).find(|id| **id as usize >= vocab) {
-            bail!("{path}: case {i}: id {id} is not below the vocabulary of {vocab}");
-        }
-    }
+    let vocab = checkpoint.config().vocab_size;
+    let cases = Case::read(&args.golden, checkpoint.config())?;
     let rows = match args.backend.as_str() {
-        "cpu" => compute::<backend_cpu::CpuBackend>(args, &checkpoint, &golden.cases)?,
-        "cuda" => compute::<backend_cuda::CudaBackend>(args, &checkpoint, &golden.cases)?,
+        "cpu" => compute::<backend_cpu::CpuBackend>(args, &checkpoint, &cases)?,
+        "cuda" => compute::<backend_cuda::CudaBackend>(args, &checkpoint, &cases)?,
         #[cfg(feature = "mlx")]
-        "mlx" => compute::<backend_mlx::MlxBackend>(args, &checkpoint, &golden.cases)?,
+        "mlx" => compute::<backend_mlx::MlxBackend>(args, &checkpoint, &cases)?,
         other => bail!("no backend {other:?} in this build (it has: {BACKENDS})"),
     };
     write(args, vocab, &rows)
-}
-
-impl Case {
-    /// Tokens that are computed in all.
-    fn tokens(&self) -> usize {
-        self.prompt.len() + self.greedy.len() - 1
-    }
 }
 
 fn write(args: &LogitsArgs, vocab: usize, rows: &Rows) -> Result<()> {
@@ -169,16 +141,7 @@ fn compute<B: Backend>(args: &LogitsArgs, checkpoint: &Checkpoint, cases: &[Case
     ensure!(args.kv_codec == EXACT, "--kv-codec needs --handoff");
     ranks(args.tp, |group| {
         let mut rank: Rank<B> = work.open(group)?;
-        let mut all = Rows::new();
-        for case in cases {
-            rank.begin(SEQ, case.tokens())?;
-            let mut rows: Vec<f32> =
-                rank.feed(SEQ, 0, &case.prompt, args.chunk)?.into_iter().flatten().collect();
-            follow(&mut rank, case, &mut rows)?;
-            rank.end(SEQ)?;
-            all.push(rows);
-        }
-        Ok(all)
+        cases.iter().map(|case| Ok(rank.replay(SEQ, case, args.chunk)?)).collect()
     })
 }
 
@@ -215,7 +178,6 @@ fn ranks(world: usize, each: impl Fn(Group) -> Result<Rows> + Sync) -> Result<Ro
     results.swap_remove(cause.unwrap_or(0))
 }
 
-/// Whether an error only says that another rank is gone, and is not the cause.
 /// How far `rows` are from `exact`: KL divergence of the probabilities after each id, mean and largest in nats, and how
 /// often the likeliest id is the same.
 fn divergence(codec: &CodecPolicy, exact: &Rows, rows: &Rows, vocab: usize) -> String {
@@ -242,19 +204,11 @@ fn log_softmax(logits: &[f32]) -> Vec<f64> {
     shifted.map(|logit| logit - log_sum).collect()
 }
 
+/// Whether an error only says that another rank is gone, and is not the cause.
 fn saw_another_go(error: &anyhow::Error) -> bool {
     matches!(error.downcast_ref(), Some(ModelError::Backend(BackendError::Group { .. })))
         || error.is::<mpsc::RecvError>()
         || error.is::<mpsc::SendError<()>>()
-}
-
-/// Feeds the ids of `case` one at a time and appends the logits after each.
-fn follow<B: Backend>(rank: &mut Rank<B>, case: &Case, rows: &mut Vec<f32>) -> Result<()> {
-    let (_, fed) = case.greedy.split_last().context("no ids")?;
-    for (at, id) in (case.prompt.len() as u32..).zip(fed) {
-        rows.extend(rank.feed(SEQ, at, &[*id], 1)?.into_iter().flatten());
-    }
-    Ok(())
 }
 
 /// A decode rank's word to the prefill rank: this is where the next session may come.
@@ -389,10 +343,8 @@ fn decode<B: Backend>(
         let Landed { landing, result, .. } = landed.recv().context("the session ended without a result")?;
         result?;
         rank.kv.commit(landing)?;
-        let mut rows = Vec::new();
-        follow(&mut rank, case, &mut rows)?;
+        all.push(rank.follow(SEQ, case)?);
         rank.end(SEQ)?;
-        all.push(rows);
     }
     receiver.stop();
     Ok(all)

@@ -51,10 +51,16 @@ pub fn on_hub(named: &Path) -> Option<ModelName> {
 /// The name under which the model in `path` is served unless told otherwise: that of its directory, or of its GGUF file
 /// (without the number of a part).
 fn model_name(path: &Path) -> String {
-    // `.` and `..` have a name, too. A link's own name is its model's, whatever it leads to.
-    if let Some(name) = path.file_name().and_then(|name| name.to_str()?.strip_suffix(".gguf")) {
-        return name.rsplit_once("-00001-of-").map_or(name, |(name, _)| name).to_owned();
+    // A link's own name is its model's, whatever it leads to.
+    if let Some(name) = path.file_name().and_then(|name| name.to_str()) {
+        // A blob of Ollama's is known by what is in it.
+        let blob = || !path.is_dir() && gguf::find(path).is_ok_and(|file| file.is_some());
+        let stem = name.strip_suffix(".gguf");
+        if let Some(name) = stem.or_else(|| blob().then_some(name)) {
+            return name.rsplit_once("-00001-of-").map_or(name, |(name, _)| name).to_owned();
+        }
     }
+    // `.` and `..` have a name, too.
     let path = path.canonicalize().unwrap_or_else(|_| path.to_owned());
     let directory = if path.is_file() { path.parent().unwrap_or(&path) } else { &path };
     directory.file_name().map_or_else(|| "model".into(), |name| name.to_string_lossy().into_owned())

@@ -8,36 +8,70 @@ use crate::parts::Parts;
 /// Ids of the golden cases are below this.
 const VOCAB: u32 = 160;
 
+/// Every case that the project carries, as `--model` takes it: all families, and all formats of each.
+const DENSE: &[&str] =
+    &["llama-base-s1", "llama-gqa_tied-s1", "llama-mqa_bias-s1", "mistral-swa-s1", "qwen2-yarn-s1"];
+const NORMED: &[&str] = &["qwen3-base-s1", "qwen3-tied_sharded-s1", "llama-mlx_widths", "qwen3-gguf-q5_k_m"];
+const EXPERTS: &[&str] =
+    &["qwen3_moe-mixed", "qwen3_moe-unnormed", "minimax_m2-base", "glm4_moe-base", "glm4_moe-plain"];
+const LATENTS: &[&str] = &["deepseek_v3-mscale", "deepseek_v3-no_q_lora", "kimi_k2-base"];
+const QUANTISED_EXPERTS: &[&str] = &["qwen3_moe-mlx", "minimax_m2-fp8", "minimax_m2-mlx"];
+const QUANTISED_LATENTS: &[&str] = &["deepseek_v3-fp8", "deepseek_v3-mlx", "kimi_k2-int4"];
+const GGUF: &[&str] = &[
+    "llama-gguf-q4_0",
+    "llama-gguf-q4_k_m/model-q4_k_m.gguf",
+    "qwen2-gguf-mixed/model-mixed-00001-of-00002.gguf",
+    "qwen3_moe-gguf-q4_0/model-q4_0.gguf",
+    "deepseek_v3-gguf-q8_0",
+];
+
+#[test]
+fn no_case_is_left_out() {
+    let lists = [DENSE, NORMED, EXPERTS, LATENTS, QUANTISED_EXPERTS, QUANTISED_LATENTS, GGUF].concat();
+    let mut listed: Vec<&str> = lists.iter().map(|case| case.split('/').next().unwrap_or(case)).collect();
+    listed.sort_unstable();
+    let root = format!("{}/tests/golden", env!("CARGO_MANIFEST_DIR"));
+    let entries = std::fs::read_dir(root).expect("the cases").map(|entry| entry.expect("an entry"));
+    let cases = entries.filter(|entry| entry.path().join("golden.json").exists());
+    let mut cases: Vec<String> =
+        cases.map(|entry| entry.file_name().to_string_lossy().into_owned()).collect();
+    cases.sort_unstable();
+    assert_eq!(listed, cases);
+}
+
 #[tokio::test]
 async fn dense_models_go_on_after_a_handoff() {
-    handoffs(&["llama-mqa_bias-s1", "mistral-swa-s1", "qwen2-yarn-s1", "qwen3-tied_sharded-s1"]).await;
+    handoffs(DENSE).await;
+}
+
+#[tokio::test]
+async fn models_with_normed_heads_go_on_after_a_handoff() {
+    handoffs(NORMED).await;
 }
 
 #[tokio::test]
 async fn experts_go_on_after_a_handoff() {
-    handoffs(&["qwen3_moe-mixed", "minimax_m2-base", "glm4_moe-base", "glm4_moe-plain"]).await;
+    handoffs(EXPERTS).await;
 }
 
 #[tokio::test]
 async fn latents_go_on_after_a_handoff() {
-    handoffs(&["deepseek_v3-mscale", "deepseek_v3-no_q_lora", "kimi_k2-base"]).await;
+    handoffs(LATENTS).await;
 }
 
 #[tokio::test]
-async fn quantised_models_go_on_after_a_handoff() {
-    handoffs(&["llama-mlx_widths", "qwen3_moe-mlx", "minimax_m2-fp8", "deepseek_v3-mlx", "kimi_k2-int4"])
-        .await;
+async fn quantised_experts_go_on_after_a_handoff() {
+    handoffs(QUANTISED_EXPERTS).await;
+}
+
+#[tokio::test]
+async fn quantised_latents_go_on_after_a_handoff() {
+    handoffs(QUANTISED_LATENTS).await;
 }
 
 #[tokio::test]
 async fn gguf_models_go_on_after_a_handoff() {
-    handoffs(&[
-        "llama-gguf-q4_k_m/model-q4_k_m.gguf",
-        "qwen2-gguf-mixed/model-mixed-00001-of-00002.gguf",
-        "qwen3_moe-gguf-q4_0/model-q4_0.gguf",
-        "deepseek_v3-gguf-q8_0",
-    ])
-    .await;
+    handoffs(GGUF).await;
 }
 
 async fn handoffs(cases: &[&str]) {

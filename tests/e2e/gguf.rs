@@ -49,6 +49,36 @@ fn a_file_and_its_directory_are_the_same_model() {
     assert!(logits(PART, "1") == logits(CASE, "2"), "a file on one rank, its directory on two");
 }
 
+/// Ollama keeps its files under names without an ending, beside others that are no models.
+#[tokio::test]
+async fn a_blob_of_ollamas_is_known_by_how_it_begins() {
+    const FILE: &str =
+        concat!(env!("CARGO_MANIFEST_DIR"), "/tests/golden/llama-gguf-q4_k_m/model-q4_k_m.gguf");
+    let folder = folder("ollama-blobs");
+    let blob = folder.join("sha256-3f1c");
+    std::fs::copy(FILE, &blob).expect("a copy");
+    std::fs::write(folder.join("sha256-77aa"), "MIT License").expect("another blob");
+    let blob = blob.display().to_string();
+    let inspected = |model: &str| {
+        let (ok, json, stderr) = output(&mut baton(&["inspect", model, "--json"]));
+        assert!(ok, "{stderr}");
+        let mut facts: Value = serde_json::from_str(&json).expect("JSON");
+        facts["model"] = Value::Null;
+        facts
+    };
+    assert_eq!(inspected(&blob), inspected(FILE));
+    let other = folder.join("sha256-77aa").display().to_string();
+    let (ok, _, stderr) = output(&mut baton(&["inspect", &other]));
+    assert!(!ok && stderr.contains("neither a model's directory nor a GGUF file"), "{stderr}");
+
+    let cluster = Cluster::up(&[&format!("--model={blob}")]).await;
+    let asked = json!({
+        "model": "sha256-3f1c", "messages": [{ "role": "user", "content": "Hello" }], "max_tokens": 8, "temperature": 0
+    });
+    let (status, answer) = cluster.post("/v1/chat/completions", &asked).await;
+    assert_eq!(status, 200, "{answer}");
+}
+
 #[tokio::test]
 async fn a_file_is_served_with_its_own_template_and_tokenizer() {
     let cluster = Cluster::up(&[&format!("--model={PART}")]).await;

@@ -6,25 +6,14 @@ use anyhow::{Context, Result, ensure};
 use backend::{Backend, DType, DeviceOptions, Group, SeqId};
 use backend_cpu::CpuBackend;
 use models::Checkpoint;
+use models::golden::Case;
 use models::replay::Rank;
-use serde::Deserialize;
 
 /// Largest differences that pass, in standard deviations of the CPU's logits.
 const LIMIT_F32: f64 = 2e-4;
 const LIMIT_BF16: f64 = 0.5;
 /// Prompt tokens per step.
 const CHUNK: usize = 512;
-
-#[derive(Deserialize)]
-struct Golden {
-    cases: Vec<Case>,
-}
-
-#[derive(Deserialize)]
-struct Case {
-    prompt: Vec<u32>,
-    greedy: Vec<u32>,
-}
 
 /// Runs every model below `root` that has a golden.json; a row of the table for each dtype. Whether all passed.
 pub fn run<B: Backend>(root: &Path, options: &DeviceOptions) -> Result<bool> {
@@ -65,10 +54,10 @@ pub fn run<B: Backend>(root: &Path, options: &DeviceOptions) -> Result<bool> {
 }
 
 fn compare<B: Backend>(model: &Path, options: &DeviceOptions) -> Result<f64> {
-    let golden: Golden = serde_json::from_slice(&std::fs::read(model.join("golden.json"))?)?;
     let checkpoint = Checkpoint::open(model)?;
-    let want = logits::<CpuBackend>(&checkpoint, &golden, options)?;
-    let got = logits::<B>(&checkpoint, &golden, options)?;
+    let cases = Case::read(&model.join("golden.json"), checkpoint.config())?;
+    let want = logits::<CpuBackend>(&checkpoint, &cases, options)?;
+    let got = logits::<B>(&checkpoint, &cases, options)?;
     ensure!(want.len() == got.len(), "{} logits, not {}", got.len(), want.len());
     let mean = want.iter().map(|x| f64::from(*x)).sum::<f64>() / want.len() as f64;
     let variance = want.iter().map(|x| (f64::from(*x) - mean).powi(2)).sum::<f64>() / want.len() as f64;
@@ -80,19 +69,12 @@ fn compare<B: Backend>(model: &Path, options: &DeviceOptions) -> Result<f64> {
 }
 
 /// Of all cases one after the other: after the prompt, and after each id that is fed.
-fn logits<B: Backend>(checkpoint: &Checkpoint, golden: &Golden, options: &DeviceOptions) -> Result<Vec<f32>> {
-    let tokens = golden.cases.iter().map(|case| case.prompt.len() + case.greedy.len()).max().unwrap_or(1);
+fn logits<B: Backend>(checkpoint: &Checkpoint, cases: &[Case], options: &DeviceOptions) -> Result<Vec<f32>> {
+    let tokens = cases.iter().map(Case::tokens).max().unwrap_or(1);
     let mut rank = Rank::<B>::open(options, Group::alone(), checkpoint, tokens)?;
     let mut all = Vec::new();
-    for (number, case) in golden.cases.iter().enumerate() {
-        let seq = SeqId(number as u64);
-        rank.begin(seq, case.prompt.len() + case.greedy.len())?;
-        all.extend(rank.feed(seq, 0, &case.prompt, CHUNK)?.into_iter().flatten());
-        for (at, id) in case.greedy.iter().enumerate().take(case.greedy.len().saturating_sub(1)) {
-            let position = (case.prompt.len() + at) as u32;
-            all.extend(rank.feed(seq, position, &[*id], 1)?.into_iter().flatten());
-        }
-        rank.end(seq)?;
+    for (seq, case) in (0..).map(SeqId).zip(cases) {
+        all.extend(rank.replay(seq, case, CHUNK)?);
     }
     Ok(all)
 }
