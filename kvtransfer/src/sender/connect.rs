@@ -4,11 +4,13 @@
 use std::io::IoSlice;
 use std::time::{Duration, Instant};
 
+use crate::frame::FrameError;
 use crate::id::fill_random;
 use crate::sender::pair::Pair;
 use crate::sender::pool::Pool;
 use crate::session::send::retryable;
 use crate::session::{Outcome, Sending, parse};
+use crate::transport::ucx::Ways;
 use crate::wire::{Incoming, Wire, WireError, control_payload};
 use crate::{Limits, SessionError};
 
@@ -25,25 +27,47 @@ pub(super) struct Connected {
     pub sending: Sending,
 }
 
-/// Connects a lane of a pair. A push that was given up meanwhile is not waited for, but one round is made by the first
-/// lane: its receiver should hear of it, and not hold its reservation until the deadline.
+/// Why a connection did not become a lane's.
+struct Ungreeted {
+    error: SessionError,
+    /// It led to the session's own receiver, which has said so.
+    refused: bool,
+}
+
+impl From<SessionError> for Ungreeted {
+    fn from(error: SessionError) -> Self {
+        Ungreeted { error, refused: false }
+    }
+}
+
+impl From<FrameError> for Ungreeted {
+    fn from(error: FrameError) -> Self {
+        SessionError::from(error).into()
+    }
+}
+
+/// Connects a lane of a pair, whose payloads may go by `ways`. A push that was given up meanwhile is not waited for, but one
+/// round is made by the first lane: its receiver should hear of it, and not hold its reservation until the deadline.
 pub(super) fn connect(
     pair: &Pair,
     index: usize,
     pool: &Pool,
+    ways: Ways,
     until: Instant,
 ) -> Result<Connected, SessionError> {
     let path = &pair.paths[index];
     let mut backoff = BACKOFF_MIN;
     loop {
-        // Idle connections may have died unnoticed; each is tried once.
-        while let Some((address, wire)) = pool.take_idle(&pair.addresses, path) {
+        // Idle connections may have died unnoticed; each is tried once. They have agreed on a way already.
+        while ways == pool.limits.ways
+            && let Some((address, wire)) = pool.take_idle(&pair.addresses, path)
+        {
             match greet(pair, index, &pool.limits, wire, until) {
                 Ok((wire, sending)) => return Ok(Connected { address, wire, sending }),
-                Err(error) if retryable(&error) => {
+                Err(Ungreeted { error, .. }) if retryable(&error) => {
                     tracing::debug!(address, %error, "idle kv connection was gone")
                 }
-                Err(error) => return Err(error),
+                Err(Ungreeted { error, .. }) => return Err(error),
             }
         }
         let mut last = SessionError::Connect { peer: pair.addresses.join(", "), reason: "no address".into() };
@@ -53,17 +77,23 @@ pub(super) fn connect(
             if left.is_zero() || (index > 0 && pair.over()) {
                 break;
             }
-            let dialed = pool.dial(&address, pool.limits.connect.min(left));
+            let dialed = pool.dial(&address, ways, pool.limits.connect.min(left));
             let greeted = dialed
                 .map_err(|error| SessionError::Connect { peer: address.clone(), reason: error.to_string() })
+                .map_err(Ungreeted::from)
                 .and_then(|wire| greet(pair, index, &pool.limits, wire, until));
-            pool.note(&address, greeted.is_ok());
+            pool.note(&address, greeted.as_ref().err().is_none_or(|ungreeted| ungreeted.refused));
             match greeted {
                 Ok((wire, sending)) => return Ok(Connected { address, wire, sending }),
                 // The address may be another machine's: the next one may still be right.
-                Err(error) => {
+                Err(Ungreeted { error, refused }) => {
                     again |= retryable(&error);
                     last = error;
+                    // A receiver that has not let go of the lane's last connection yet: it is the same behind every address,
+                    // and nothing is wrong with this one.
+                    if refused {
+                        break;
+                    }
                 }
             }
         }
@@ -87,7 +117,7 @@ fn greet(
     limits: &Limits,
     mut wire: Wire,
     until: Instant,
-) -> Result<(Wire, Sending), SessionError> {
+) -> Result<(Wire, Sending), Ungreeted> {
     // The receiver may wait for its own engine to expect the session, as long as its handshake may take.
     let until = until.min(Instant::now() + 2 * limits.handshake);
     let peer = wire.peer.clone();
@@ -112,23 +142,25 @@ fn greet(
             }
         }
         match sending.outcome() {
-            Some(Outcome::Failed(error)) => return Err(error.clone()),
+            Some(Outcome::Failed(error)) => {
+                return Err(Ungreeted { error: error.clone(), refused: sending.refused() });
+            }
             Some(Outcome::Acknowledged(_)) => {
-                return Err(SessionError::Protocol("acknowledged at once".into()));
+                return Err(SessionError::Protocol("acknowledged at once".into()).into());
             }
             None if sending.accepted() => return Ok((wire, sending)),
             None => {}
         }
         let head = match wire.source.head(Some(until)) {
             Ok(Incoming::Head(head)) => head,
-            Ok(Incoming::Timeout) => return Err(lost("no answer to the handshake".into())),
-            Ok(Incoming::End) => return Err(lost("closed in the handshake".into())),
-            Err(WireError::Io(error)) => return Err(io(error)),
+            Ok(Incoming::Timeout) => return Err(lost("no answer to the handshake".into()).into()),
+            Ok(Incoming::End) => return Err(lost("closed in the handshake".into()).into()),
+            Err(WireError::Io(error)) => return Err(io(error).into()),
             Err(WireError::Frame(error)) => return Err(error.into()),
         };
         let message = match control_payload(&mut *wire.source, &head, Some(until)) {
             Ok((payload, crc)) => parse(&head, &payload, crc)?,
-            Err(WireError::Io(error)) => return Err(io(error)),
+            Err(WireError::Io(error)) => return Err(io(error).into()),
             Err(WireError::Frame(error)) => return Err(error.into()),
         };
         say = sending.message(message, Instant::now());

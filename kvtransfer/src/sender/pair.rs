@@ -23,6 +23,7 @@ use crate::sender::export::SharedExport;
 use crate::sender::pool::{Admission, Pool};
 use crate::session::{LaneStart, Outcome, PairSpec};
 use crate::sync::lock;
+use crate::transport::ucx::{Way, Ways};
 use crate::{Close, Codec, SessionError};
 
 use lane::{Lane, Live};
@@ -223,14 +224,16 @@ impl Pair {
             return Err(self.aborted().unwrap_or(SessionError::Busy { what: "connections", max }));
         }
         let mut until = opened;
+        // A lane that lost a connection whose payloads went beside it comes back without that.
+        let mut ways = pool.limits.ways;
         for turn in 0..=RESUMES_MAX {
-            let connected = match connect(self, index, pool, until) {
+            let connected = match connect(self, index, pool, ways, until) {
                 Ok(connected) => connected,
                 // The other lanes carry everything, or have done so.
                 Err(_) if turn == 0 && (index > 0 || self.accepted()) => return Ok(None),
                 Err(error) => return Err(self.aborted().unwrap_or(error)),
             };
-            let address = connected.address.clone();
+            let (address, way) = (connected.address.clone(), connected.wire.way.clone());
             match self.converse(index, pool, connected) {
                 Outcome::Acknowledged(at) => return Ok(Some(at)),
                 Outcome::Failed(error) => {
@@ -243,6 +246,9 @@ impl Pair {
                     }
                     tracing::debug!(address, %error, "kv lane lost its connection");
                     pool.note(&address, false);
+                    if way.get() != Way::Stream {
+                        ways = Ways::NONE;
+                    }
                 }
             }
             if self.over() {

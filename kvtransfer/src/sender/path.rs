@@ -82,7 +82,8 @@ impl Paths {
     }
 
     /// `addresses` from the best to the worst: those that have not just failed, then the faster (differences below a
-    /// fifth do not count), then the nearer, then as they were given. `first` leads unless it has just failed.
+    /// fifth do not count), then the nearer, then as they were given. `first` leads unless it has just failed. Of those that
+    /// have, the one that failed last comes last.
     pub fn order(&self, addresses: &[String], first: &String, now: Instant) -> Vec<String> {
         let mut order: Vec<&String> = addresses.iter().collect();
         order.sort_by_cached_key(|address| {
@@ -97,16 +98,17 @@ impl Paths {
         order.into_iter().cloned().collect()
     }
 
-    fn shunned(&self, address: &str, now: Instant) -> bool {
+    /// When it has just failed, if it has.
+    fn shunned(&self, address: &str, now: Instant) -> Option<Instant> {
         let failed = self.known.get(address).and_then(|path| path.failed);
-        failed.is_some_and(|at| now.saturating_duration_since(at) < SHUNNED)
+        failed.filter(|at| now.saturating_duration_since(*at) < SHUNNED)
     }
 
     /// The paths to use together: those found to add up, of which none has just failed, or the best one.
     pub fn stripe(&self, addresses: &[String], now: Instant) -> Vec<String> {
         let Some(given) = addresses.first() else { return vec![String::new()] };
         let together = self.stripes.get(given).map_or(&[][..], Vec::as_slice);
-        let usable = |path: &&String| addresses.contains(path) && !self.shunned(path, now);
+        let usable = |path: &&String| addresses.contains(path) && self.shunned(path, now).is_none();
         let together: Vec<String> = together.iter().filter(usable).cloned().collect();
         if together.is_empty() { self.order(addresses, &String::new(), now)[..1].to_vec() } else { together }
     }
@@ -152,6 +154,12 @@ mod tests {
         assert_eq!(paths.order(&all, &String::new(), now), names(&["near", "fast", "slow", "wifi"]));
         paths.note("near", false, now);
         assert_eq!(paths.order(&all, &"near".into(), now), names(&["fast", "slow", "wifi", "near"]));
+        // Where all have failed, they take turns.
+        for (name, ms) in [("fast", 3), ("slow", 1), ("wifi", 2)] {
+            paths.note(name, false, now + Duration::from_millis(ms));
+        }
+        let soon = now + Duration::from_millis(4);
+        assert_eq!(paths.order(&all, &"fast".into(), soon), names(&["near", "slow", "wifi", "fast"]));
         let later = now + SHUNNED;
         assert_eq!(paths.order(&all, &String::new(), later)[0], "near");
     }

@@ -78,11 +78,11 @@ impl Pool {
         }
     }
 
-    /// A new connection, which offers what else may carry its payloads.
-    pub fn dial(&self, address: &str, timeout: Duration) -> io::Result<Wire> {
+    /// A new connection, which offers `ways` that may carry its payloads, unless they have just failed there.
+    pub fn dial(&self, address: &str, ways: Ways, timeout: Duration) -> io::Result<Wire> {
         let wire = self.dialer.dial(address, timeout)?;
         let without = lock(&self.without).get(address).is_some_and(|at| at.elapsed() < WITHOUT);
-        Ok(ucx::give(wire, if without { Ways::NONE } else { self.limits.ways }))
+        Ok(ucx::give(wire, if without { Ways::NONE } else { ways }))
     }
 
     /// A connection to `address` was lost while its payloads went another `way`.

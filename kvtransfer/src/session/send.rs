@@ -86,6 +86,8 @@ pub struct Sending {
     hello: Vec<u8>,
     state: State,
     peer: String,
+    /// The peer has proved that it holds the ticket.
+    met: bool,
     number: u64,
     limit_bytes: u64,
     frame_bytes_max: usize,
@@ -127,6 +129,7 @@ impl Sending {
             hello: hello.encode(),
             state: State::Greeting,
             peer: peer.to_owned(),
+            met: false,
             number: 0,
             limit_bytes: 0,
             frame_bytes_max: pair.frame_bytes,
@@ -153,6 +156,11 @@ impl Sending {
     /// Whether the receiver has accepted this sender.
     pub fn accepted(&self) -> bool {
         matches!(self.state, State::Open | State::Closing)
+    }
+
+    /// Whether the session's own receiver, and nobody else at its address, has refused it.
+    pub fn refused(&self) -> bool {
+        self.met && matches!(&self.state, State::Over(Outcome::Failed(SessionError::Refused { .. })))
     }
 
     /// Payload bytes sent on the lane.
@@ -235,7 +243,7 @@ impl Sending {
                 if !verify(&self.pair.ticket, End::Receiver, &self.hello, &nonce, &proof) {
                     return self.fail(SessionError::Proof(self.peer.clone()));
                 }
-                self.state = State::Proving;
+                (self.state, self.met) = (State::Proving, true);
                 Some(Message::Proof { proof: prove(&self.pair.ticket, End::Sender, &self.hello, &nonce) })
             }
             (

@@ -7,6 +7,8 @@ use std::sync::mpsc::{Receiver as Results, channel};
 use std::sync::{Arc, Mutex};
 use std::thread;
 
+use kvtransfer::frame::{Head, Kind};
+use kvtransfer::limits::HEADER_BYTES;
 use kvtransfer::{Landed, Limits, Push, Pushed, Receiver, Sender, SessionError};
 
 use super::{CLOSE, Cache, Case, MemExport, MemLanding};
@@ -87,6 +89,9 @@ pub enum Harm {
     None,
     /// Both directions close after so many bytes.
     CutAfter(usize),
+    /// Both directions close behind the head of the so manieth frame that brings cache or ends it, from 1: the same place in a
+    /// session whatever its payloads go by.
+    CutInFrame(usize),
     /// One bit of the byte at this offset flips.
     FlipAt(usize),
 }
@@ -132,15 +137,23 @@ fn pipe(
     count: Option<Arc<AtomicUsize>>,
 ) {
     thread::spawn(move || {
-        let (mut passed, mut buffer) = (0, vec![0; 16 << 10]);
+        let (mut passed, mut buffer, mut frames) = (0, vec![0; 16 << 10], Frames::default());
         while let Ok(bytes @ 1..) = from.read(&mut buffer) {
-            let mut part = &mut buffer[..bytes];
+            let (mut part, mut cut) = (&mut buffer[..bytes], false);
             match harm {
+                Harm::CutInFrame(count) => {
+                    if let Some(end) = frames.head_of(count, part) {
+                        part = &mut part[..end];
+                        cut = true;
+                    }
+                }
                 Harm::FlipAt(at) if (passed..passed + bytes).contains(&at) => part[at - passed] ^= 0x10,
-                Harm::CutAfter(at) if passed + bytes > at => part = &mut part[..at - passed],
+                Harm::CutAfter(at) if passed + bytes > at => {
+                    part = &mut part[..at - passed];
+                    cut = true;
+                }
                 _ => {}
             }
-            let cut = part.len() < bytes;
             if to.write_all(part).is_err() || cut {
                 break;
             }
@@ -149,10 +162,50 @@ fn pipe(
                 count.fetch_add(bytes, Ordering::SeqCst);
             }
         }
-        if matches!(harm, Harm::CutAfter(_)) {
+        if matches!(harm, Harm::CutAfter(_) | Harm::CutInFrame(_)) {
             let ends = ends.lock().unwrap();
             let _ = (ends.0.shutdown(Shutdown::Both), ends.1.shutdown(Shutdown::Both));
         }
         let _ = to.shutdown(Shutdown::Write);
     });
+}
+
+/// Where a stream is in its frames.
+#[derive(Default)]
+struct Frames {
+    /// Of the head that is coming.
+    head: Vec<u8>,
+    /// Of the payload that is coming.
+    payload_bytes_left: usize,
+    /// Heads of frames that bring cache or end it.
+    count: usize,
+}
+
+impl Frames {
+    /// Goes on through `bytes`; where in them the head of the `wanted`th frame ends, if it does.
+    fn head_of(&mut self, wanted: usize, bytes: &[u8]) -> Option<usize> {
+        let mut at = 0;
+        while at < bytes.len() {
+            let left = bytes.len() - at;
+            if self.payload_bytes_left > 0 {
+                let skipped = self.payload_bytes_left.min(left);
+                self.payload_bytes_left -= skipped;
+                at += skipped;
+                continue;
+            }
+            let more = (HEADER_BYTES - self.head.len()).min(left);
+            self.head.extend_from_slice(&bytes[at..at + more]);
+            at += more;
+            if let Ok(whole) = self.head[..].try_into() {
+                let head = Head::decode(whole).expect("a sender's frame");
+                self.head.clear();
+                self.payload_bytes_left = head.payload_bytes as usize;
+                self.count += usize::from(matches!(head.kind, Kind::Data | Kind::Fetch | Kind::Done));
+                if self.count == wanted {
+                    return Some(at);
+                }
+            }
+        }
+        None
+    }
 }

@@ -10,7 +10,7 @@ use backend::{DType, KvSpec};
 use kvtransfer::transport::ucx::{Way, Ways, available};
 use kvtransfer::{Limits, Receiver, Sender, SessionError, SessionId, Ticket};
 
-use crate::common::net::{LOCAL, expect_all, open, push_all};
+use crate::common::net::{Harm, LOCAL, Proxy, expect_all, open, push_all};
 use crate::common::{CLOSE, Cache, Case, MemExport};
 
 const TOKENS: u32 = 3000;
@@ -207,4 +207,29 @@ fn a_receiver_without_the_way_is_served_over_the_connection() {
     let (pushed, landed) = crate::common::net::session(&case(11), &sender, &receiver, &address);
     assert!(pushed.is_ok() && landed.result.is_ok() && landed.landing.cache.is_right());
     assert_eq!(sender.links()[0].way, Way::Stream);
+}
+
+/// Protects: a lane that is lost while its payloads go beside the connection goes on over a connection alone, wherever that leads.
+#[test]
+fn a_lane_that_is_lost_comes_back_without_the_way() {
+    if !here() {
+        return;
+    }
+    let receiver = Receiver::bind(LOCAL, limits()).unwrap();
+    let (address, sender) = (receiver.local_addr().to_string(), Sender::new(limits()));
+    // 94 exports of 2 layers of 2 planes and a Done are a session; the connection is used again, and lost in the next one.
+    let frames = TOKENS.div_ceil(32) as usize * 4 + 1;
+    let proxy = Proxy::new(receiver.local_addr(), Harm::CutInFrame(frames + 100), Harm::None);
+    let (pushed, landed) = crate::common::net::session(&case(12), &sender, &receiver, &proxy.address);
+    assert!(pushed.is_ok() && landed.result.is_ok());
+    let case = case(13);
+    let ends = expect_all(&case, std::slice::from_ref(&receiver), 16, true);
+    let (push, end) = open(&case, 0, &sender, &[vec![proxy.address.clone(), address.clone()]]);
+    push_all(&case, 0, &push, 32, 16, true);
+    push.close(CLOSE);
+    let (pushed, landed) = (end.recv().unwrap().unwrap(), ends.recv().unwrap().1);
+    assert_eq!((pushed.resumed, landed.result.unwrap().resumed, sender.fallbacks()), (1, 1, 1));
+    assert!(landed.landing.cache.is_right());
+    let way = |peer: &String| sender.links().iter().find(|link| link.peer == *peer).map(|link| link.way);
+    assert_eq!((way(&proxy.address), way(&address)), (Some(crate::WAY), Some(Way::Stream)));
 }
