@@ -273,6 +273,16 @@ def metrics(url: str) -> None:
             for name in re.findall(r"(?:vllm:|baton_)\w+", target["expr"]):
                 base = re.sub(r"_(total|bucket|sum|count)$", "", name)
                 assert name in names or base in names, f"{panel['title']}: {name} is not on the metrics page"
+    # The board of vLLM's own repository, by what its expressions name and select by.
+    labelled = {sample.name for family in families for sample in family.samples if "model_name" in sample.labels}
+    board = [f"{name}_{series}" for series in ("bucket", "sum", "count") for name in (
+        "e2e_request_latency_seconds", "time_per_output_token_seconds", "inter_token_latency_seconds", "time_to_first_token_seconds",
+        "request_prompt_tokens", "request_generation_tokens", "request_queue_time_seconds", "request_prefill_time_seconds",
+        "request_decode_time_seconds", "request_max_num_generation_tokens")]
+    board += ["prompt_tokens_total", "generation_tokens_total", "num_requests_running", "num_requests_waiting", "kv_cache_usage_perc",
+              "request_success_total", "prefix_cache_queries_total", "prefix_cache_hits_total", "num_preemptions_total"]
+    missing = [name for name in board if f"vllm:{name}" not in labelled]
+    assert not missing, f"not on the metrics page, or without model_name: {missing}"
     engines = {s.labels["engine"] for f in families for s in f.samples if s.name == "vllm:kv_cache_usage_perc"}
     assert len(engines) == 2, f"one prefill node and one decode group, not {engines}"
     print(f"metrics: {len(samples)} series names, the dashboard finds all of its own")

@@ -2,7 +2,7 @@
 //! begin with `baton_`. Written by `api::answer` through one `SequenceMeter` per sequence, read by `GET /metrics`.
 
 use std::sync::{Arc, Mutex};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use prometheus_client::encoding::{EncodeLabelSet, text};
 use prometheus_client::metrics::counter::Counter;
@@ -11,8 +11,11 @@ use prometheus_client::metrics::gauge::Gauge;
 use prometheus_client::metrics::histogram::Histogram;
 use prometheus_client::registry::Registry;
 
-use crate::api::Caller;
-use crate::inference::{Finished, Load, Started};
+mod sequence;
+
+pub use sequence::SequenceMeter;
+
+use crate::inference::Load;
 
 /// Seconds to the first token; upper bounds of buckets.
 const TTFT_S: [f64; 20] = [
@@ -37,6 +40,9 @@ const TOKENS: [f64; 17] = [
     1.0, 4.0, 16.0, 32.0, 64.0, 128.0, 256.0, 512.0, 1024.0, 2048.0, 4096.0, 8192.0, 16384.0, 32768.0,
     65536.0, 131072.0, 1048576.0,
 ];
+
+/// Choices of a prompt.
+const CHOICES: [f64; 5] = [1.0, 2.0, 5.0, 10.0, 20.0];
 
 /// How a sequence ended, as a label: `stop`, `length`, `abort` (the client went away), `error`.
 #[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
@@ -79,13 +85,19 @@ struct Series {
     ended: Family<Reason, Counter>,
     ttft: Histogram,
     itl: Histogram,
+    /// As `itl`, by the name that boards of some years know.
+    itl_before: Histogram,
     tpot: Histogram,
     e2e: Histogram,
     queue: Histogram,
     prefill: Histogram,
     decode: Histogram,
+    inference: Histogram,
     request_prompt: Histogram,
     request_generation: Histogram,
+    request_generation_max: Histogram,
+    asked_tokens: Histogram,
+    asked_choices: Histogram,
     prepare: Histogram,
     admission: Histogram,
     transfer_exposed: Histogram,
@@ -128,6 +140,12 @@ impl Metrics {
     /// Counts an answer. `path`: the route's pattern, of which there are few.
     pub fn http(&self, path: &str, status: u16) {
         self.series.http.get_or_create(&HttpLabel { path: path.into(), status }).inc();
+    }
+
+    /// A prompt's answer is begun: `n` choices of `max_tokens` each at the most.
+    pub fn asked(&self, n: usize, max_tokens: u32) {
+        self.series.asked_choices.observe(n as f64);
+        self.series.asked_tokens.observe(max_tokens.into());
     }
 
     /// A request is checked, rendered and tokenized.
@@ -181,6 +199,12 @@ impl Series {
                 &TTFT_S,
             ),
             itl: histogram(r, "vllm:inter_token_latency_seconds", "Between tokens of a sequence", &ITL_S),
+            itl_before: histogram(
+                r,
+                "vllm:time_per_output_token_seconds",
+                "Between tokens of a sequence, by its older name",
+                &ITL_S,
+            ),
             tpot: histogram(
                 r,
                 "vllm:request_time_per_output_token_seconds",
@@ -201,6 +225,12 @@ impl Series {
                 "From the first token to the last",
                 &REQUEST_S,
             ),
+            inference: histogram(
+                r,
+                "vllm:request_inference_time_seconds",
+                "From a node's acceptance to the last token",
+                &REQUEST_S,
+            ),
             request_prompt: histogram(r, "vllm:request_prompt_tokens", "Prompt tokens per sequence", &TOKENS),
             request_generation: histogram(
                 r,
@@ -208,6 +238,19 @@ impl Series {
                 "Tokens generated per sequence",
                 &TOKENS,
             ),
+            request_generation_max: histogram(
+                r,
+                "vllm:request_max_num_generation_tokens",
+                "Tokens of the longest choice; here each choice counts for itself",
+                &TOKENS,
+            ),
+            asked_tokens: histogram(
+                r,
+                "vllm:request_params_max_tokens",
+                "Output tokens that a prompt may have",
+                &TOKENS,
+            ),
+            asked_choices: histogram(r, "vllm:request_params_n", "Choices asked for of a prompt", &CHOICES),
             prepare: histogram(
                 r,
                 "baton_prepare_seconds",
@@ -278,127 +321,27 @@ fn histogram(registry: &mut Registry, name: &str, help: &str, bounds: &[f64]) ->
     metric
 }
 
-/// Follows one sequence. Dropped before an end was reported, it counts as aborted: the client went away.
-#[derive(Debug)]
-pub struct SequenceMeter {
-    metrics: Arc<Metrics>,
-    arrived: Instant,
-    first: Option<Instant>,
-    last: Instant,
-    prompt_tokens: u32,
-    tokens: u32,
-    ended: bool,
-    /// Whose tokens they are; `None` where nobody needs a key.
-    caller: Option<Arc<Caller>>,
-}
-
-impl SequenceMeter {
-    /// `arrived`: when the request's body was complete.
-    pub fn new(metrics: Arc<Metrics>, arrived: Instant, prompt_tokens: u32) -> Self {
-        metrics.series.prompt_tokens.inc_by(prompt_tokens.into());
-        let (first, last) = (None, arrived);
-        Self { metrics, arrived, first, last, prompt_tokens, tokens: 0, ended: false, caller: None }
-    }
-
-    /// Counts the sequence's tokens as `caller`'s.
-    pub fn of(mut self, caller: Option<Arc<Caller>>) -> Self {
-        if let Some(caller) = &caller {
-            caller.used(self.prompt_tokens, self.arrived);
-        }
-        self.caller = caller;
-        self
-    }
-
-    /// The sequence is admitted.
-    pub fn started(&self, started: &Started) {
-        self.metrics.series.queue.observe(started.queue.as_secs_f64());
-        self.metrics.series.admission.observe(started.admission.as_secs_f64());
-    }
-
-    /// A token came.
-    pub fn token(&mut self, now: Instant) {
-        self.tokens += 1;
-        self.metrics.series.generation_tokens.inc();
-        if let Some(caller) = &self.caller {
-            caller.used(1, now);
-        }
-        match self.first {
-            None => {
-                self.first = Some(now);
-                self.metrics.series.ttft.observe((now - self.arrived).as_secs_f64());
-            }
-            Some(_) => self.metrics.series.itl.observe((now - self.last).as_secs_f64()),
-        }
-        self.last = now;
-    }
-
-    /// From the request to the first token.
-    pub fn ttft(&self) -> Option<Duration> {
-        self.first.map(|first| first - self.arrived)
-    }
-
-    /// The sequence is complete. `reason`: `stop` or `length`. `finished`: what the cluster said; none if a stop string ended it.
-    pub fn finished(&mut self, reason: &'static str, finished: Option<&Finished>) {
-        self.end(reason);
-        let m = &self.metrics.series;
-        m.e2e.observe(self.arrived.elapsed().as_secs_f64());
-        m.request_prompt.observe(self.prompt_tokens.into());
-        m.request_generation.observe(self.tokens.into());
-        if let Some(first) = self.first.filter(|_| self.tokens > 1) {
-            let decode = (self.last - first).as_secs_f64();
-            m.decode.observe(decode);
-            m.tpot.observe(decode / f64::from(self.tokens - 1));
-        }
-        let Some(finished) = finished else { return };
-        m.prefix_queries.inc_by(self.prompt_tokens.into());
-        m.prefix_hits.inc_by(finished.cached_tokens.into());
-        m.decisions.get_or_create(&DecisionLabel { decision: finished.decision.as_str() }).inc();
-        m.migrations.inc_by(finished.migrations.into());
-        let t = &finished.timings;
-        let parts = [
-            (&m.prefill, t.prefill),
-            (&m.transfer_exposed, t.transfer_exposed),
-            (&m.transfer_estimated, t.transfer_estimated),
-            (&m.first_step_wait, t.first_step_wait),
-            (&m.first_step, t.first_step),
-        ];
-        for (metric, part) in parts.into_iter().filter(|(_, part)| !part.is_zero()) {
-            metric.observe(part.as_secs_f64());
-        }
-    }
-
-    /// The sequence failed.
-    pub fn failed(&mut self) {
-        self.end("error");
-    }
-
-    fn end(&mut self, finished_reason: &'static str) {
-        self.ended = true;
-        self.metrics.series.ended.get_or_create(&Reason { finished_reason }).inc();
-    }
-}
-
-impl Drop for SequenceMeter {
-    fn drop(&mut self) {
-        if !self.ended {
-            self.end("abort");
-        }
-    }
-}
-
 #[cfg(test)]
 mod tests {
+    use std::time::Instant;
+
     use super::*;
-    use crate::inference::{Decision, FinishReason, Timings};
+    use crate::inference::{Decision, FinishReason, Finished, Started, Timings};
 
     #[test]
     fn a_dashboard_for_vllm_finds_its_names() {
         let metrics = Metrics::new(Registry::default(), "tiny");
         let mut meter = SequenceMeter::new(Arc::clone(&metrics), Instant::now(), 7);
         let now = Instant::now();
+        metrics.asked(1, 16);
+        meter.started(&Started { queue: Duration::from_millis(1), ..Started::default() });
         meter.token(now);
         meter.token(now);
-        let timings = Timings { first_step: Duration::from_millis(2), ..Timings::default() };
+        let timings = Timings {
+            first_step: Duration::from_millis(2),
+            prefill: Duration::from_millis(3),
+            ..Timings::default()
+        };
         let finished = Finished {
             reason: FinishReason::Stop,
             output_tokens: 2,
@@ -439,6 +382,30 @@ mod tests {
             "baton_http_responses_total{model_name=\"tiny\",path=\"/v1/models\",status=\"200\"} 1",
         ] {
             assert!(text.lines().any(|l| l == line), "{line} is not in\n{text}");
+        }
+        // Of the board that vLLM's repository offers, and of its other names of the same kind: each with a value.
+        for name in [
+            "e2e_request_latency_seconds",
+            "time_per_output_token_seconds",
+            "inter_token_latency_seconds",
+            "time_to_first_token_seconds",
+            "request_prompt_tokens",
+            "request_generation_tokens",
+            "request_max_num_generation_tokens",
+            "request_queue_time_seconds",
+            "request_prefill_time_seconds",
+            "request_decode_time_seconds",
+            "request_inference_time_seconds",
+            "request_time_per_output_token_seconds",
+            "request_params_max_tokens",
+            "request_params_n",
+        ] {
+            for series in ["count", "sum", "bucket"] {
+                let begin = format!("vllm:{name}_{series}{{model_name=\"tiny\"");
+                assert!(old.lines().any(|line| line.starts_with(&begin)), "{begin} is not in\n{old}");
+            }
+            let count = format!("vllm:{name}_count{{model_name=\"tiny\"}} 1");
+            assert!(old.lines().any(|line| line == count), "{count} is not in\n{old}");
         }
     }
 }
