@@ -16,6 +16,13 @@ use super::mock::MODEL;
 /// A gateway that does not answer by then does not come.
 const START_MAX: Duration = Duration::from_secs(180);
 
+/// A gateway that has work left of streams that were given up is waited for so long.
+const SETTLE_MAX: Duration = Duration::from_secs(60);
+
+/// How often it is looked at meanwhile, and the share of a core below which it is idle.
+const SETTLE_LOOK: Duration = Duration::from_millis(500);
+const IDLE_CORE: f64 = 0.05;
+
 /// A running gateway; dropping it ends it.
 pub struct Gateway {
     /// For the table.
@@ -64,6 +71,8 @@ impl Gateway {
             .args(["--host", "127.0.0.1", "--num_workers", "1", "--port", &port.to_string(), "--config"])
             .arg(config.path())
             .envs([("LITELLM_LOG", "ERROR"), ("LITELLM_LOCAL_MODEL_COST_MAP", "True"), ("NO_DOCS", "True")])
+            // As many connections to the mock as there are streams: by itself it holds the others back.
+            .envs([("AIOHTTP_CONNECTOR_LIMIT", "0"), ("AIOHTTP_CONNECTOR_LIMIT_PER_HOST", "0")])
             .stdout(Stdio::null())
             .stderr(Stdio::null())
             .spawn()
@@ -82,6 +91,19 @@ impl Gateway {
             sleep(Duration::from_millis(100)).await;
         }
         Ok(())
+    }
+
+    /// Waits until the process has nothing left to do, so that the next run is not about this one.
+    pub async fn settle(&self) -> Result<()> {
+        let begun = Instant::now();
+        loop {
+            let (before, at) = (self.cpu_s()?, Instant::now());
+            sleep(SETTLE_LOOK).await;
+            let busy = (self.cpu_s()? - before) / at.elapsed().as_secs_f64();
+            if busy < IDLE_CORE || begun.elapsed() > SETTLE_MAX {
+                return Ok(());
+            }
+        }
     }
 
     /// Seconds of CPU that the process has used.

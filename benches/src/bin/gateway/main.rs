@@ -84,6 +84,7 @@ async fn measure(args: &Args) -> Result<()> {
     let mut rows = Vec::new();
     for round in 0..args.rounds {
         for gateway in &gateways {
+            eprintln!("round {round}: {} requests to {}", args.requests, gateway.name);
             rows.push(table::Row::cost(round, gateway, args.requests).await?);
         }
         for &streams in &args.streams {
@@ -94,7 +95,9 @@ async fn measure(args: &Args) -> Result<()> {
                     ramp_s: args.ramp,
                     interval_ms: args.interval,
                 };
+                eprintln!("round {round}: {streams} streams through {}", gateway.name);
                 rows.push(table::Row::latency(round, gateway, schedule).await?);
+                gateway.settle().await?;
             }
         }
     }
