@@ -132,6 +132,7 @@ for endpoint in ("chat", "completions"):
         {"metadata": {"a": "b"}}, {"store": False}, {"service_tier": "auto"}, {"service_tier": "default"},
         {"stream": False}, {"max_tokens": 4.0}, {"suffix": None}, {"response_format": {"type": "text"}},
         {"guided_json": None, "structured_outputs": None}, {"truncate_prompt_tokens": None, "prompt_logprobs": None},
+        {"prompt_logprobs": 0}, {"prompt_logprobs": 20}, {"metadata": {}}, {"service_tier": "flex"}, {"prompt_cache_retention": "24h"},
         {"use_beam_search": False, "length_penalty": 1.0, "early_stopping": False, "bad_words": [], "best_of": 1},
         {"safety_identifier": "s", "prompt_cache_key": "k"}, {"return_token_ids": False, "return_tokens_as_token_ids": False},
         {name: None for name in ("n", "stop", "seed", "user", "logit_bias", "stream", "stream_options", "logprobs", "presence_penalty",
@@ -164,7 +165,14 @@ for endpoint in ("chat", "completions"):
         ({"guided_regex": "("}, "guided_regex"), ({"guided_choice": []}, "guided_choice"), ({"guided_grammar": "root ="}, "guided_grammar"),
         ({"guided_json": 5}, "guided_json"), ({"structured_outputs": {"nonsense": 1}}, "structured_outputs.nonsense"),
         ({"structured_outputs": {"regex": "a"}, "guided_regex": "b"}, "structured_outputs.regex"),
-        ({"prompt_logprobs": 1}, "prompt_logprobs"), ({"use_beam_search": True}, "use_beam_search"), ({"store": True}, "store"),
+        ({"prompt_logprobs": -1}, "prompt_logprobs"), ({"prompt_logprobs": 21}, "prompt_logprobs"), ({"prompt_logprobs": 1.5}, "prompt_logprobs"),
+        ({"prompt_logprobs": "1"}, "prompt_logprobs"), ({"prompt_logprobs": 1, "stream": True}, "prompt_logprobs"),
+        ({"metadata": {"a": 1}}, "metadata"), ({"metadata": {"a": "x" * 513}}, "metadata"), ({"metadata": {str(i): "" for i in range(17)}}, "metadata"),
+        ({"stop": "x" * 5000}, "stop"), ({"stop": [""]}, "stop[0]"), ({"stop": ""}, "stop"), ({"logit_bias": {str(i): 0 for i in range(2000)}}, "logit_bias"),
+        ({"safety_identifier": 5}, "safety_identifier"), ({"prompt_cache_key": 5}, "prompt_cache_key"), ({"prompt_cache_retention": "9y"}, "prompt_cache_retention"),
+        ({"stream": True, "stream_options": {"include_obfuscation": True}}, "stream_options.include_obfuscation"), ({"stream_options": []}, "stream_options"),
+        ({"temperature": -(2**70)}, "temperature"), ({"max_tokens": 2**70}, "max_tokens"), ({"moderation": {}}, "moderation"), ({"truncation": "auto"}, "truncation"),
+        ({"use_beam_search": True}, "use_beam_search"), ({"store": True}, "store"),
     )], is_refused)
 
 table("chat serves", [("chat", fields) for fields in (
@@ -206,17 +214,26 @@ table("chat refuses", [("chat", fields, param) for fields, param in (
     ({"tools": [TOOL], "tool_choice": "nonsense"}, "tool_choice"), ({"tool_choice": "required"}, "tool_choice"),
     ({"tools": [TOOL], "tool_choice": {"type": "function", "function": {"name": "other"}}}, "tool_choice.function.name"),
     ({"tools": [TOOL], "parallel_tool_calls": 1}, "parallel_tool_calls"), ({"reasoning_effort": "enormous"}, "reasoning_effort"),
-    ({"best_of": 2}, "best_of"), ({"echo": True}, "echo"),
+    ({"best_of": 2}, "best_of"), ({"echo": True}, "echo"), ({"max_output_tokens": 5}, "max_output_tokens"), ({"prompt": "x"}, "prompt"),
+    ({"verbosity": "low"}, "verbosity"), ({"verbosity": "loud"}, "verbosity"), ({"function_call": {"name": "f"}}, "function_call"),
+    ({"messages": [{"role": "tool", "content": "x", "tool_call_id": 5}]}, "messages[0].tool_call_id"),
+    ({"messages": [*QUESTION, {"role": "assistant", "tool_calls": [{"type": "function", "function": {"name": "f", "arguments": "{}"}}]}]},
+     "messages[1].tool_calls[0].id"),
+    ({"messages": [{"role": "user", "content": [{"type": "input_audio", "input_audio": {"data": "", "format": "wav"}}]}]}, "messages[0].content[0]"),
+    ({"messages": [{"role": "user", "content": [{"type": "file", "file": {"file_id": "f"}}]}]}, "messages[0].content[0]"),
+    ({"tools": [TOOL] * 129}, "tools"), ({"tools": [{**TOOL, "nonsense": 1}]}, "tools[0].nonsense"),
 )], is_refused)
 table("completions serve", [("completions", fields) for fields in (
     {"prompt": ["Once", "Twice"]}, {"prompt": [5, 6, 7]}, {"prompt": [[5, 6], [7]]}, {"echo": False}, {"echo": True}, {"suffix": ""},
     {"logprobs": 0}, {"logprobs": 5}, {"best_of": 2, "n": 1}, {"best_of": 3, "n": 2}, {"max_tokens": 0, "echo": True}, {"max_tokens": 0},
+    {"echo": True, "logprobs": 0}, {"echo": True, "logprobs": 20, "prompt_logprobs": 5},
 )], is_served)
 table("completions refuse", [("completions", fields, param) for fields, param in (
     ({"prompt": ...}, "prompt"), ({"prompt": 5}, "prompt"), ({"prompt": []}, "prompt"), ({"prompt": ""}, "prompt"), ({"prompt": [5, "x"]}, "prompt[1]"),
     ({"prompt": [10**9]}, "prompt[0]"), ({"prompt": [[-1]]}, "prompt[0][0]"), ({"logprobs": -1}, "logprobs"), ({"logprobs": 100}, "logprobs"),
     ({"logprobs": True}, "logprobs"), ({"best_of": 1, "n": 2}, "best_of"), ({"best_of": 0}, "best_of"), ({"best_of": 10**6}, "best_of"),
-    ({"best_of": 2, "stream": True}, "best_of"), ({"echo": "yes"}, "echo"), ({"echo": True, "logprobs": 1}, "echo"), ({"tools": [TOOL]}, "tools"),
+    ({"best_of": 2, "stream": True}, "best_of"), ({"echo": "yes"}, "echo"), ({"tools": [TOOL]}, "tools"),
+    ({"max_output_tokens": 5}, "max_output_tokens"), ({"messages": QUESTION}, "messages"), ({"prompt": ["x"] * 17}, "prompt"),
 )], is_refused)
 
 
@@ -417,6 +434,74 @@ def logprobs_of_a_completion_have_the_legacy_shape():
 
 
 @check
+def an_echo_with_logprobs_scores_the_prompt():
+    """How lm-eval scores a text: the prompt's tokens first, null before the first of them."""
+    prompt = "Once upon a time"
+    said = served(complete(prompt=prompt, logprobs=2, max_tokens=6))["choices"][0]
+    whole = prompt + said["text"]
+    for max_tokens in (0, 1):
+        answer = served(complete(prompt=whole, echo=True, logprobs=2, max_tokens=max_tokens))
+        choice = answer["choices"][0]
+        logprobs = choice["logprobs"]
+        count = answer["usage"]["prompt_tokens"] + max_tokens
+        assert answer["usage"]["completion_tokens"] == max_tokens and choice["finish_reason"] == "length", answer
+        assert all(len(logprobs[name]) == count for name in ("tokens", "token_logprobs", "top_logprobs", "text_offset")), logprobs
+        assert logprobs["token_logprobs"][0] is None and logprobs["top_logprobs"][0] is None
+        assert "".join(logprobs["tokens"]) == choice["text"] and choice["text"].startswith(whole), choice
+        assert logprobs["text_offset"] == [len("".join(logprobs["tokens"][:i])) for i in range(count)], logprobs["text_offset"]
+        # What was said greedily is scored as it was when it was drawn, where the tokenizer cuts it as it was said.
+        scored = logprobs["token_logprobs"][count - max_tokens - 6 : count - max_tokens]
+        if logprobs["tokens"][count - max_tokens - 6 : count - max_tokens] == said["logprobs"]["tokens"]:
+            assert all(abs(a - b) < 0.02 for a, b in zip(scored, said["logprobs"]["token_logprobs"])), (scored, said["logprobs"])
+    streamed = complete(prompt=whole, echo=True, logprobs=2, max_tokens=1, stream=True).events
+    assert [x for e in streamed for x in (e["choices"][0]["logprobs"] or {"tokens": []})["tokens"]] == logprobs["tokens"], streamed
+
+
+@check
+def prompt_logprobs_are_a_list():
+    answer = served(complete(prompt=[5, 6, 7, 8], prompt_logprobs=3, max_tokens=1))
+    listed = answer["choices"][0]["prompt_logprobs"]
+    assert len(listed) == 4 and listed[0] is None and answer["choices"][0]["logprobs"] is None, answer
+    for token, entry in zip([6, 7, 8], listed[1:]):
+        own = entry[str(token)]
+        assert set(own) == {"logprob", "rank", "decoded_token"} and own["logprob"] <= 0 and 3 <= len(entry) <= 4, entry
+        assert [e["rank"] for e in sorted(entry.values(), key=lambda e: -e["logprob"])][:3] == [1, 2, 3], entry
+        assert own["rank"] >= 1 and sum(math.exp(e["logprob"]) for e in entry.values()) < 1.001
+    whole = served(chat(prompt_logprobs=0, max_tokens=1, n=2))
+    assert len(whole["prompt_logprobs"]) == whole["usage"]["prompt_tokens"] and all(len(e) == 1 for e in whole["prompt_logprobs"][1:]), whole
+    assert "prompt_logprobs" not in served(chat(max_tokens=1))
+
+
+@check
+def scores_do_not_depend_on_what_is_cached():
+    prompt = "Tell me about baton, its router and what travels between its nodes. " * 6
+    ask = lambda: served(complete(prompt=prompt, echo=True, logprobs=1, max_tokens=2))
+    first, second = ask(), ask()
+    served(complete(prompt=prompt, max_tokens=2))
+    assert first["choices"] == second["choices"] == ask()["choices"]
+    assert second["usage"]["prompt_tokens_details"]["cached_tokens"] == 0, second["usage"]
+
+
+@check
+def a_tier_that_is_asked_for_is_told():
+    assert served(chat(service_tier="auto", max_tokens=1))["service_tier"] == "default"
+    assert all(e["service_tier"] == "default" for e in chat(service_tier="flex", max_tokens=1, stream=True).events)
+    assert "service_tier" not in served(chat(max_tokens=1))
+
+
+@check
+def characters_are_never_cut():
+    words = "\u00e9\u00e8 \u20ac \U0001f600\U0001f680 end"
+    for stream in (False, True):
+        answer = complete(guided_choice=[words], max_tokens=60, stream=stream)
+        said = [e["choices"][0]["text"] for e in answer.events] if stream else [text(answer)]
+        assert "".join(said) == words and not any("\ufffd" in part for part in said), said
+        answer = complete(guided_choice=[words], max_tokens=60, stream=stream, stop="\U0001f680")
+        said = [e["choices"][0]["text"] for e in answer.events] if stream else [text(answer)]
+        assert "".join(said) == words[: words.index("\U0001f680")], said
+
+
+@check
 def best_of_gives_the_likeliest():
     ask = dict(temperature=1.5, seed=11, logprobs=1, max_tokens=6)
     mean = lambda c: sum(c["logprobs"]["token_logprobs"]) / len(c["logprobs"]["token_logprobs"])
@@ -536,7 +621,26 @@ def not_allowed(method: str, path: str) -> None:
 table("no such method", [("GET", CHAT), ("PUT", COMPLETIONS), ("DELETE", "/v1/models"), ("POST", "/v1/models")], not_allowed)
 table("no JSON", [(body,) for body in ("", "{", "{'a': 1}", "[" * 10_000, '{"temperature": NaN}', '{"a": 1} x', '{"a": "\\ud800"}')],
       lambda body: refused(http_ask("POST", CHAT, body.encode()), None, 400, "invalid_json"))
+table("no JSON in bytes", [(body,) for body in (
+    b'\xef\xbb\xbf{"model": "x"}', b'{"temperature": 1e400}', b'{"a": "\x00"}', b'{"a": 1,}', b"\x00", b'{"a": Infinity}', '{"a": 1}'.encode("utf-16"),
+)], lambda body: refused(http_ask("POST", CHAT, body), None, 400, "invalid_json"))
 table("no object", [("[]",), ("5",), ('"x"',), ("null",)], lambda body: refused(http_ask("POST", CHAT, body.encode()), None, 400))
+
+
+@check
+def of_a_name_that_comes_twice_the_last_counts():
+    body = f'{{"model": "{MODEL}", "prompt": "x", "max_tokens": 9, "max_tokens": 2}}'.encode()
+    assert served(http_ask("POST", COMPLETIONS, body))["usage"]["completion_tokens"] <= 2
+
+
+@check
+def deep_nesting_is_refused_where_it_is_read():
+    deep = {}
+    for _ in range(100):
+        deep = {"type": "object", "properties": {"a": deep}}
+    answer = chat(response_format={"type": "json_schema", "json_schema": {"name": "x", "strict": True, "schema": deep}})
+    assert answer.status in (200, 400), answer.body
+    refused(http_ask("POST", CHAT, ('{"model": "x", "messages": ' + "[" * 5000 + "]" * 5000 + "}").encode()), None, 400, "invalid_json")
 
 
 @check
@@ -568,6 +672,60 @@ def a_request_id_comes_back_or_is_made():
     assert given.headers["x-request-id"] == "mine-1"
     assert chat().headers["x-request-id"] != chat().headers["x-request-id"]
     assert http_ask("GET", "/nowhere").headers["x-request-id"]
+
+
+def respond(**fields) -> Answer:
+    ask = {"model": MODEL, "input": "What is baton?", "max_output_tokens": 8, "temperature": 0, **fields}
+    return http_ask("POST", "/v1/responses", {name: value for name, value in ask.items() if value is not ...})
+
+
+table("responses serve", [(fields,) for fields in (
+    {}, {"input": QUESTION}, {"instructions": "Be brief."}, {"metadata": {"a": "b"}}, {"store": False}, {"top_p": 0.5}, {"truncation": "disabled"},
+    {"background": False}, {"include": []}, {"text": {"format": {"type": "text"}, "verbosity": "medium"}}, {"parallel_tool_calls": True}, {"user": "u"},
+    {"stream_options": {"include_obfuscation": False}, "stream": False}, {"prompt_cache_key": "k", "safety_identifier": "s"}, {"top_logprobs": 0},
+    {"text": {"format": {"type": "json_schema", "name": "s", "strict": True, "schema": SCHEMA}}}, {"service_tier": "auto"}, {"max_output_tokens": None},
+    {"tools": [{"type": "function", **TOOL["function"], "strict": True}], "tool_choice": "none"},
+)], lambda fields: served(respond(**fields)))
+table("responses refuse", [(fields, param) for fields, param in (
+    ({"input": ...}, "input"), ({"input": []}, "input"), ({"input": 5}, "input"), ({"input": [{"type": "nonsense"}]}, "input[0]"),
+    ({"background": True}, "background"), ({"truncation": "auto"}, "truncation"), ({"top_logprobs": 3}, "top_logprobs"), ({"max_tokens": 5}, "max_tokens"),
+    ({"messages": QUESTION}, "messages"), ({"conversation": "c"}, "conversation"), ({"prompt": {"id": "p"}}, "prompt"), ({"max_tool_calls": 1}, "max_tool_calls"),
+    ({"include": ["file_search_call.results"]}, "include"), ({"tools": [{"type": "web_search"}]}, "tools[0]"), ({"text": {"verbosity": "low"}}, "text.verbosity"),
+    ({"reasoning": {"summary": "auto"}}, "reasoning.summary"), ({"reasoning": {"nonsense": 1}}, "reasoning.nonsense"), ({"metadata": {"a": 5}}, "metadata"),
+    ({"previous_response_id": "resp_unknown"}, "previous_response_id"), ({"max_output_tokens": 0}, "max_output_tokens"), ({"temperature": 3}, "temperature"),
+    ({"context_management": [{}]}, "context_management"), ({"prompt_logprobs": 1}, "prompt_logprobs"), ({"nonsense": 1}, "nonsense"), ({"model": ...}, "model"),
+    ({"input": [{"role": "user", "content": [{"type": "input_image", "image_url": "data:"}]}]}, "input[0].content[0]"),
+)], lambda fields, param: refused(respond(**fields), param))
+
+
+@check
+def a_response_is_kept_and_goes_on():
+    first = served(respond())
+    assert first["object"] == "response" and first["status"] in ("completed", "incomplete") and first["output"], first
+    path = f"/v1/responses/{first['id']}"
+    assert served(http_ask("GET", path))["id"] == first["id"]
+    second = served(respond(input="And?", previous_response_id=first["id"]))
+    assert second["usage"]["input_tokens"] > first["usage"]["input_tokens"]
+    assert served(http_ask("DELETE", path))["deleted"] is True
+    refused(http_ask("GET", path), None, 404)
+    not_kept = served(respond(store=False))
+    refused(http_ask("GET", f"/v1/responses/{not_kept['id']}"), None, 404)
+
+
+@check
+def what_a_model_cannot_do_is_told():
+    refused(http_ask("POST", "/v1/embeddings", {"model": MODEL, "input": "x"}), "model", 400, "unsupported_model")
+    for path in ("/v1/audio/speech", "/v1/images/generations", "/v1/moderations", "/v1/fine_tuning/jobs", "/v1/assistants", "/v1/vector_stores"):
+        refused(http_ask("POST", path, {}), None, 404, "unknown_url")
+
+
+@check
+def anthropics_errors_have_anthropics_form():
+    answer = http_ask("POST", "/v1/messages", {"model": MODEL, "messages": []})
+    error = answer.json
+    assert answer.status == 400 and error["type"] == "error" and error["error"]["type"] == "invalid_request_error" and error["error"]["message"], error
+    message = served(http_ask("POST", "/v1/messages", {"model": MODEL, "max_tokens": 5, "messages": QUESTION}))
+    assert message["type"] == "message" and message["content"] and message["usage"]["output_tokens"] <= 5, message
 
 
 @check

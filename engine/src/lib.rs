@@ -16,6 +16,7 @@ mod request;
 mod runner;
 pub mod sampler;
 mod scheduler;
+pub mod score;
 mod sequence;
 mod serve;
 pub mod tp;
@@ -29,4 +30,5 @@ pub use request::{
     Token,
 };
 pub use runner::{EpochEnd, Runner};
+pub use score::Score;
 pub use serve::{Native, Place, Terms, serve};

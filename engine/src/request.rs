@@ -7,6 +7,8 @@ use std::time::Duration;
 
 use backend::KvSpec;
 
+use crate::score::Score;
+
 /// A prompt and what was generated of its answer so far.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Request {
@@ -34,6 +36,9 @@ pub struct Request {
     pub priority: i32,
     /// What the output must look like, and how far it has come in it.
     pub grammar: Option<grammar::Automaton>,
+    /// Whoever computes the prompt tells how likely each of its tokens is, with this many of the most likely ids; it
+    /// computes all of it then, whatever its cache holds.
+    pub prompt_logprobs: Option<u32>,
 }
 
 /// How tokens are drawn: a pure function of (seed, position, logits, tokens so far).
@@ -143,6 +148,14 @@ pub enum Event {
         bytes: u64,
         /// From the last frame to the cache being usable.
         ready_after: Duration,
+    },
+    /// [`Request::prompt_logprobs`], before the first token: those of the prompt's tokens from `start` on, in order. The
+    /// first is of position 1, for nothing comes before position 0.
+    Scored {
+        /// Position of the first.
+        start: usize,
+        /// Of consecutive tokens, at least one.
+        scores: Vec<Score>,
     },
     /// A token, in order of index.
     Token(Token),

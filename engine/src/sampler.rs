@@ -9,10 +9,11 @@ use std::borrow::Cow;
 use std::collections::{HashMap, HashSet};
 
 use backend::Rule;
-use backend::draw::{draw, greatest, not_finite};
+use backend::draw::{draw, not_finite};
 use grammar::Mask;
 
 use crate::request::{Request, Sampling};
+use crate::score::score;
 
 /// A drawn token.
 #[derive(Clone, Debug, PartialEq)]
@@ -96,6 +97,7 @@ pub fn on_device(request: &Request, position: usize) -> Option<Rule> {
         cache_salt: _,
         priority: _,
         grammar,
+        prompt_logprobs: _,
     } = request;
     let Sampling {
         temperature: _,
@@ -169,19 +171,8 @@ fn report(logits: &[f32], id: u32, request: &Request) -> (Option<f32>, Vec<(u32,
     if !sampling.logprobs {
         return (None, Vec::new());
     }
-    let max = greatest(logits);
-    let sum: f64 = logits.iter().map(|&x| (f64::from(x) - f64::from(max)).exp()).sum();
-    let norm = f64::from(max) + sum.ln();
-    let logprob = |id: u32| (f64::from(logits[id as usize]) - norm) as f32;
-    let wanted = (sampling.top_logprobs as usize).min(logits.len());
-    let mut ids: Vec<u32> = (0..logits.len() as u32).collect();
-    let order = |a: &u32, b: &u32| logits[*b as usize].total_cmp(&logits[*a as usize]).then(a.cmp(b));
-    if wanted > 0 && wanted < ids.len() {
-        ids.select_nth_unstable_by(wanted, order);
-    }
-    ids.truncate(wanted);
-    ids.sort_unstable_by(order);
-    (Some(logprob(id)), ids.into_iter().map(|id| (id, logprob(id))).collect())
+    let score = score(logits, id, sampling.top_logprobs as usize);
+    (Some(score.logprob), score.top)
 }
 
 #[cfg(test)]

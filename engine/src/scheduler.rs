@@ -1,6 +1,9 @@
 //! Decides which rows run in the next step: every generating sequence its one, then prompts in chunks as far as the
 //! token budget goes, so that a long prompt never stalls a running stream. Pure: no I/O, no clock. Called by the runner.
 
+/// Rows of a step whose logits go to the host because a prompt's tokens are scored: 64 rows of 152k ids are 39 MB.
+const SCORED_ROWS_MAX: usize = 64;
+
 /// Bounds of a step.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Limits {
@@ -21,6 +24,8 @@ pub struct Want {
     pub rows: usize,
     /// It generates: its one row goes first.
     pub generating: bool,
+    /// Its rows are scored: their logits go to the host.
+    pub scored: bool,
 }
 
 /// Rows that a sequence gets in the next step.
@@ -39,10 +44,18 @@ pub fn next(limits: Limits, wants: &[Want]) -> Vec<Share> {
     let mut budget = limits.step_tokens.saturating_sub(shares.len());
     let mut prompts: Vec<&Want> = wants.iter().filter(|w| !w.generating).collect();
     prompts.sort_by_key(|w| (std::cmp::Reverse(w.priority), w.job));
+    let mut scored = SCORED_ROWS_MAX;
     for want in prompts {
-        let rows = want.rows.min(limits.chunk_tokens).min(budget);
+        let mut rows = want.rows.min(limits.chunk_tokens).min(budget);
         if rows == 0 {
             break;
+        }
+        if want.scored {
+            rows = rows.min(scored);
+            scored -= rows;
+            if rows == 0 {
+                continue;
+            }
         }
         budget -= rows;
         shares.push(Share { job: want.job, rows });
@@ -63,11 +76,11 @@ mod tests {
     const LIMITS: Limits = Limits { step_tokens: 64, chunk_tokens: 24 };
 
     fn prompt(job: u64, priority: i32, rows: usize) -> Want {
-        Want { job, priority, rows, generating: false }
+        Want { job, priority, rows, generating: false, scored: false }
     }
 
     fn generating(job: u64) -> Want {
-        Want { job, priority: 0, rows: 1, generating: true }
+        Want { job, priority: 0, rows: 1, generating: true, scored: false }
     }
 
     #[test]
@@ -82,6 +95,15 @@ mod tests {
         let wants = [prompt(1, -1, 100), prompt(3, 0, 100), prompt(2, 0, 5)];
         let order: Vec<(u64, usize)> = next(LIMITS, &wants).iter().map(|s| (s.job, s.rows)).collect();
         assert_eq!(order, [(2, 5), (3, 24), (1, 24)]);
+    }
+
+    #[test]
+    fn scored_rows_are_few_and_hold_no_other_prompt_up() {
+        let limits = Limits { step_tokens: 1000, chunk_tokens: 500 };
+        let scored = |job, rows| Want { scored: true, ..prompt(job, 0, rows) };
+        let shares = next(limits, &[scored(1, 40), scored(2, 400), scored(3, 5), prompt(4, 0, 700)]);
+        let rows: Vec<(u64, usize)> = shares.iter().map(|s| (s.job, s.rows)).collect();
+        assert_eq!(rows, [(1, 40), (2, SCORED_ROWS_MAX - 40), (4, 500)]);
     }
 
     #[test]
@@ -100,6 +122,7 @@ mod tests {
                     priority,
                     rows: if generating { 1 } else { rows },
                     generating,
+                    scored: false,
                 })
                 .collect()
         })

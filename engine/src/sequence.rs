@@ -1,5 +1,6 @@
 //! A job on the runner: its request as far as it has come, and its place in the store.
 
+use std::ops::Range;
 use std::time::{Duration, Instant};
 
 use backend::SeqId;
@@ -105,7 +106,19 @@ impl Sequence {
             priority: self.request.priority,
             rows: self.remaining(),
             generating: self.generating(),
+            scored: !self.scored(self.computed, self.len() as u32).is_empty(),
         }
+    }
+
+    /// Whether tokens of its prompt are scored here: then nothing of it is taken from the cache.
+    pub fn scores(&self) -> bool {
+        self.request.prompt_logprobs.is_some() && !matches!(self.kind, Kind::Land)
+    }
+
+    /// Of its rows `[start, end)`, those whose logits score the prompt's next token.
+    pub fn scored(&self, start: u32, end: u32) -> Range<u32> {
+        let last = self.request.output_start.saturating_sub(1) as u32;
+        if self.scores() { start..end.min(last).max(start) } else { start..start }
     }
 
     pub fn output_tokens(&self) -> usize {

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::time::Duration;
 
 use backend::{DType, KvSpec, Plane, Sharding};
-use engine::{Event, Finish, Handoff, JobError, Refusal, Report, Request, Sampling, Target, Token};
+use engine::{Event, Finish, Handoff, JobError, Refusal, Report, Request, Sampling, Score, Target, Token};
 use proto::v1;
 use tonic::Status;
 
@@ -44,7 +44,16 @@ pub(crate) fn request(sequence: Option<v1::Sequence>) -> Result<Request, Status>
         cache_salt: s.cache_salt,
         priority: s.priority,
         grammar: None,
+        prompt_logprobs: prompt_logprobs(s.prompt_logprobs)?,
     })
+}
+
+/// Alternatives to a token of the prompt, of which there may be many.
+fn prompt_logprobs(top: Option<u32>) -> Result<Option<u32>, Status> {
+    match top.filter(|top| *top > proto::PROMPT_LOGPROBS_MAX) {
+        Some(top) => Err(invalid(format!("prompt_logprobs {top}, at most {}", proto::PROMPT_LOGPROBS_MAX))),
+        None => Ok(top),
+    }
 }
 
 fn sampling(s: v1::Sampling) -> Result<Sampling, Status> {
@@ -156,8 +165,18 @@ pub fn token_message(token: &Token) -> v1::Token {
         index: token.index as u32,
         id: token.id,
         logprob: token.logprob,
-        top: token.top.iter().map(|&(id, logprob)| v1::TopLogprob { id, logprob }).collect(),
+        top: top_message(&token.top),
     }
+}
+
+fn top_message(top: &[(u32, f32)]) -> Vec<v1::TopLogprob> {
+    top.iter().map(|&(id, logprob)| v1::TopLogprob { id, logprob }).collect()
+}
+
+/// How likely tokens of the prompt are, as a message.
+pub fn scored_message(start: usize, scores: &[Score]) -> v1::Scored {
+    let score = |s: &Score| v1::Score { logprob: s.logprob, rank: s.rank, top: top_message(&s.top) };
+    v1::Scored { start: start as u32, scores: scores.iter().map(score).collect() }
 }
 
 /// Why an answer ended, as a message's value.
@@ -199,6 +218,7 @@ pub fn generate_event(event: Event) -> Option<Result<v1::GenerateEvent, Status>>
         Event::Landed { bytes, ready_after } => {
             E::Landed(v1::Landed { bytes, last_frame_to_ready_us: micros(ready_after) })
         }
+        Event::Scored { start, scores } => E::Scored(scored_message(start, &scores)),
         Event::Token(token) => E::Tokens(v1::Tokens { tokens: vec![token_message(&token)] }),
         Event::Finished { reason, output_tokens, first_step_wait, first_step } => E::Finished(v1::Finished {
             reason: finish_message(Some(reason)),

@@ -76,7 +76,7 @@ impl Trace {
             Event::Failed(error) => self.node.fail(error),
             Event::Preempted => self.node.fail("preempted"),
             Event::Pushed { .. } | Event::Finished { .. } => self.phase = Span::default(),
-            Event::Admitted { .. } | Event::Landed { .. } => {}
+            Event::Admitted { .. } | Event::Landed { .. } | Event::Scored { .. } => {}
         }
     }
 }
@@ -111,6 +111,7 @@ impl Progress {
                 self.started = Some(std::time::Instant::now());
                 Message::Started(v1::PrefillStarted { queued_us: convert::micros(queued) })
             }
+            Event::Scored { start, scores } => Message::Scored(convert::scored_message(start, &scores)),
             Event::Token(token) => Message::First(v1::FirstToken {
                 finish: convert::finish_message(token.finish),
                 cached_tokens: self.cached_tokens,

@@ -8,10 +8,13 @@ pub mod v1 {
 }
 
 /// Version of the gRPC messages and of the KV wire. Nodes of another version are refused at join.
-pub const PROTOCOL: u32 = 3;
+pub const PROTOCOL: u32 = 4;
 
 /// Tokens of one sequence at the most; bounds every message that carries one.
 pub const SEQUENCE_TOKENS_MAX: usize = 1 << 20;
+
+/// Alternatives that are told of a token of a prompt, at the most.
+pub const PROMPT_LOGPROBS_MAX: u32 = 20;
 
 /// Bytes of one gRPC message: a longest sequence at 5 bytes a varint, and room for the rest.
 pub const MESSAGE_BYTES_MAX: usize = 8 << 20;

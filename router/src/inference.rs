@@ -13,8 +13,8 @@ use prometheus_client::registry::Registry;
 
 /// The cluster, as the gateway sees it.
 pub trait Inference: Send + Sync + 'static {
-    /// Starts one sequence. The stream yields `Started` once, then `Token`s with indices 0, 1, 2, ... without gaps, then
-    /// `Finished` once; or an error, which ends it. Nothing is sent anywhere before the stream is first polled.
+    /// Starts one sequence. The stream yields `Started` once, then `Scored` until all of the prompt is, where asked for,
+    /// then `Token`s with indices 0, 1, 2, ... without gaps, then `Finished` once; or an error, which ends it. Nothing is sent anywhere before the stream is first polled.
     /// Dropping the stream cancels everything behind it: the group frees its blocks, the prefill stops.
     fn generate(&self, request: GenerateRequest) -> TokenStream;
 
@@ -59,6 +59,8 @@ pub struct GenerateRequest {
     pub priority: i32,
     /// What the output must look like, in the dialect of the room `grammar`; checked by the gateway.
     pub grammar: Option<Arc<str>>,
+    /// Tell how likely each token of the prompt is, with this many alternatives.
+    pub prompt_logprobs: Option<u32>,
     /// Where its spans belong.
     pub trace: Scope,
 }
@@ -114,6 +116,8 @@ impl Default for Sampling {
 pub enum TokenEvent {
     /// The prompt is admitted and being computed. Before the first token.
     Started(Started),
+    /// How likely the next tokens of the prompt are: from position 1 on, in order, each once.
+    Scored(Vec<Score>),
     /// One output token.
     Token(Token),
     /// The answer is complete. The last event.
@@ -141,6 +145,17 @@ pub struct Token {
     /// With `Sampling::logprobs`: the natural logarithm of its probability.
     pub logprob: Option<f32>,
     /// With `Sampling::top_logprobs`: the likeliest ids, best first.
+    pub top: Vec<(u32, f32)>,
+}
+
+/// How likely the model holds a token of the prompt to be.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Score {
+    /// The natural logarithm of its probability.
+    pub logprob: f32,
+    /// 1: no id is more likely.
+    pub rank: u32,
+    /// The likeliest ids, best first.
     pub top: Vec<(u32, f32)>,
 }
 

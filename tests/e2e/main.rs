@@ -15,6 +15,7 @@ mod keys;
 mod parity;
 mod parts;
 mod rolling;
+mod scores;
 mod settings;
 mod traces;
 mod trust;

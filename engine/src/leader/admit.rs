@@ -160,12 +160,12 @@ impl Core {
         self.reserve(sequence, self.setup.block_tokens)
     }
 
-    /// Opens the sequence with room for its prompt and `extra` tokens, sharing what the prefix cache holds of it.
-    /// Returns the tokens found there. Nothing changes on refusal.
+    /// Opens the sequence with room for its prompt and `extra` tokens, sharing what the prefix cache holds of it,
+    /// unless all of it has to be computed. Returns the tokens found there. Nothing changes on refusal.
     fn reserve(&mut self, sequence: &mut Sequence, extra: u32) -> Result<u32, Refusal> {
         let capacity = sequence.prompt_len as u32 + extra;
         let request = &sequence.request;
-        let hit = match self.setup.options.prefix_cache {
+        let hit = match self.setup.options.prefix_cache && !sequence.scores() {
             true => self.prefix.find(&request.cache_salt, &request.tokens),
             false => None,
         };

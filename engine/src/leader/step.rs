@@ -1,6 +1,7 @@
 //! What every rank does next, and what becomes of the tokens that it draws.
 
 use std::cmp::Reverse;
+use std::ops::Range;
 use std::time::{Duration, Instant};
 
 use backend::{Draw, Drawn, Rule, SeqId};
@@ -9,6 +10,7 @@ use super::{Core, since};
 use crate::request::{Event, JobError, Token};
 use crate::sampler::{self, Sampled};
 use crate::scheduler::{self, Limits, Share, Want};
+use crate::score;
 use crate::sequence::{Flight, Kind, Sequence, Stage, finish_code};
 use crate::tp::plan::{Export, Op, Plan, Wanted};
 use kvtransfer::Close;
@@ -38,6 +40,8 @@ struct Part {
     end: u32,
     /// It generates, rather than reads its prompt.
     generating: bool,
+    /// Of these, the ones whose logits score the prompt's next token.
+    scored: Range<u32>,
     /// Its last row gives a token.
     draws: bool,
 }
@@ -83,6 +87,7 @@ impl Core {
         self.measure(&step, took);
         let mut drawn = drawn.into_iter();
         for part in &step.parts {
+            let scored: Vec<Drawn> = drawn.by_ref().take(part.scored.len()).collect();
             let drawn = part.draws.then(|| drawn.next());
             // Its answer has ended meanwhile: this part was planned in advance, and too many.
             let Some(sequence) = self.sequences.get_mut(&part.job) else { continue };
@@ -96,6 +101,10 @@ impl Core {
                 // All rows before were drawn by steps that are done.
                 let computed = &sequence.request.tokens[..part.end as usize];
                 self.prefix.extend(sequence.seq, &sequence.request.cache_salt, computed);
+            }
+            if let Err(reason) = tell_scores(&part.scored, &scored, sequence) {
+                self.fail(part.job, JobError::Engine(reason));
+                continue;
             }
             let Some(drawn) = drawn else { continue };
             match sampled(drawn, sequence) {
@@ -151,6 +160,10 @@ impl Core {
             Some(flight) => plan.batch.push_drawn(sequence.seq, start, flight.row),
             None => plan.batch.push(sequence.seq, start, &known[start as usize..end as usize]),
         }
+        let scored = sequence.scored(start, end);
+        let first = plan.batch.rows() as u32 - share.rows as u32;
+        let row = |position| Wanted { row: first + (position - start), draw: Draw::Logits };
+        plan.rows.extend(scored.clone().map(row));
         let draws = end as usize == sequence.len();
         if draws {
             let rule = sampler::on_device(&sequence.request, end as usize);
@@ -159,7 +172,7 @@ impl Core {
             plan.rows.push(wanted(plan, rule));
         }
         sequence.computed = end;
-        let part = Part { job: share.job, start, end, generating, draws };
+        let part = Part { job: share.job, start, end, generating, scored, draws };
         let Kind::Prefill(Some(handoff)) = &sequence.kind else { return Some(part) };
         let tokens = start.max(handoff.tokens.start)..end.min(handoff.tokens.end);
         if let Some(lease) = sequence.lease
@@ -256,13 +269,26 @@ impl Core {
         };
         let (prompt, generated) = (rows(false), rows(true));
         self.totals.counters.prompt_tokens += prompt as u64;
-        self.totals.rates.step(prompt, generated, took);
+        // Rows that are scored cost the host more than the device: they say nothing of other prompts.
+        if step.parts.iter().all(|part| part.scored.is_empty()) {
+            self.totals.rates.step(prompt, generated, took);
+        }
     }
 }
 
 /// The plan's last row so far, for the device to draw from by `rule`, or for the host.
 fn wanted(plan: &Plan, rule: Option<Rule>) -> Wanted {
     Wanted { row: plan.batch.rows() as u32 - 1, draw: rule.map_or(Draw::Logits, Draw::Token) }
+}
+
+/// Tells how likely the tokens after positions `scored` are. Errors say why nobody knows.
+fn tell_scores(scored: &Range<u32>, rows: &[Drawn], sequence: &Sequence) -> Result<(), String> {
+    let Some(top) = sequence.request.prompt_logprobs.filter(|_| !scored.is_empty()) else { return Ok(()) };
+    let start = scored.start as usize + 1;
+    let tokens = &sequence.request.tokens[start..scored.end as usize + 1];
+    let scores = score::scores(rows, tokens, start, top as usize)?;
+    sequence.tell(Event::Scored { start, scores });
+    Ok(())
 }
 
 /// The next token of `sequence`. Errors say why there is none.

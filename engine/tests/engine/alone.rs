@@ -3,7 +3,7 @@
 use backend::DType;
 use engine::{Event, Finish, Job, JobError, Refusal, Request};
 
-use crate::node::{Node, Outcome, Spec, direct, request, seeded, until};
+use crate::node::{Node, Outcome, Spec, direct, direct_scores, request, seeded, until};
 
 #[test]
 fn generation_is_the_models_own_in_both_types() {
@@ -91,6 +91,23 @@ fn a_prefill_without_handoff_gives_one_token() {
     assert_eq!(outcome.ids(), direct(&asked, DType::F32));
     assert_eq!(outcome.finish(), Finish::Length);
     assert_eq!(outcome.tokens[0].finish, Some(Finish::Length));
+}
+
+#[test]
+fn the_scores_of_a_prompt_are_the_models_own() {
+    for ranks in [1, 2] {
+        let node = Node::start(&Spec::world(ranks));
+        let plain = request(6, 150, 4);
+        let answer = node.generate(&plain).ids();
+        let asked = Request { prompt_logprobs: Some(3), ..plain.clone() };
+        let scores = direct_scores(&asked.tokens, 3);
+        let outcome = node.generate(&asked);
+        assert_eq!((outcome.scores, outcome.cached), (scores.clone(), 0), "{ranks} ranks");
+        assert_eq!(outcome.tokens.iter().map(|token| token.id).collect::<Vec<_>>(), answer);
+        let outcome = Outcome::of(node.submit(Job::Prefill(asked, None)));
+        assert_eq!((outcome.scores.clone(), outcome.ids()), (scores, answer[..1].to_vec()), "{ranks} ranks");
+        node.quiet();
+    }
 }
 
 #[test]

@@ -12,7 +12,7 @@ use backend_cpu::CpuBackend;
 use engine::sampler;
 use engine::{
     Commands, Engine, EngineError, EngineOptions, Event, Events, Finish, Handoff, Job, JobError, Place,
-    Request, Runner, Sampling, Terms, Token,
+    Request, Runner, Sampling, Score, Terms, Token,
 };
 use models::{Checkpoint, Model};
 
@@ -241,6 +241,8 @@ fn until_or(what: &str, mut is_so: impl FnMut() -> Result<(), String>) {
 pub struct Outcome {
     pub cached: usize,
     pub handoff: Option<Handoff>,
+    /// Of the prompt's tokens from position 1 on.
+    pub scores: Vec<Score>,
     pub tokens: Vec<Token>,
     pub bytes: u64,
     pub end: Option<Event>,
@@ -262,6 +264,10 @@ impl Outcome {
             }
             Event::Started { cached_tokens, .. } => self.cached = cached_tokens,
             Event::Landed { bytes, .. } => self.bytes = bytes,
+            Event::Scored { start, scores } => {
+                assert_eq!(start, 1 + self.scores.len());
+                self.scores.extend(scores);
+            }
             Event::Token(token) => self.tokens.push(token),
             event => {
                 assert!(self.end.is_none(), "{event:?} after {:?}", self.end);
@@ -313,6 +319,20 @@ pub fn seeded(text: u32, len: usize, max_tokens: usize, seed: u64) -> Request {
         ..Sampling::default()
     };
     Request { sampling, ..request(text, len, max_tokens) }
+}
+
+/// How likely the model itself holds the tokens of a prompt to be, from position 1 on: fed token by token.
+pub fn direct_scores(tokens: &[u32], top: usize) -> Vec<Score> {
+    let options = DeviceOptions { dtype: DType::F32, threads: 1, ..DeviceOptions::default() };
+    let mut rank =
+        models::replay::Rank::<CpuBackend>::open(&options, Group::alone(), checkpoint(), tokens.len())
+            .expect("the model alone");
+    rank.begin(SeqId(1), tokens.len()).expect("room");
+    let scored = |(at, pair): (usize, &[u32])| {
+        let logits = rank.feed(SeqId(1), at as u32, &pair[..1], usize::MAX).expect("a step").expect("logits");
+        engine::score::score(&logits, pair[1], top)
+    };
+    tokens.windows(2).enumerate().map(scored).collect()
 }
 
 /// What the model itself gives for `request`: one rank, one chunk, no engine.

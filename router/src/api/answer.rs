@@ -265,6 +265,10 @@ impl Running {
                     lane.meter.started(&started);
                     lane.started = Some(started);
                 }
+                TokenEvent::Scored(scores) => {
+                    lane.choice.scored(scores);
+                    return Poll::Ready(Ok(None));
+                }
                 TokenEvent::Token(token) => {
                     if token.index != lane.choice.tokens() {
                         let (got, expected) = (token.index, lane.choice.tokens());

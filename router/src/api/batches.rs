@@ -85,7 +85,8 @@ fn window_s(text: &str) -> Option<u64> {
     (1..=WINDOW_HOURS_MAX).contains(&hours).then_some(hours * 3600)
 }
 
-fn metadata(fields: Option<Fields>) -> Result<Option<BTreeMap<String, String>>, ApiError> {
+/// Pairs of texts that a client keeps with a request; also for requests whose pairs nobody reads.
+pub fn metadata(fields: Option<Fields>) -> Result<Option<BTreeMap<String, String>>, ApiError> {
     let Some(fields) = fields else { return Ok(None) };
     let mut metadata = BTreeMap::new();
     for (name, value) in fields.rest() {

@@ -15,7 +15,8 @@ use super::fields::Fields;
 use super::form::{self, CallRule, Form, read_form};
 use super::head::Head;
 use super::messages::{ToolChoice, read_messages, read_tools};
-use super::params::{Params, TOP_LOGPROBS_MAX};
+use super::params::{Params, TIER, TOP_LOGPROBS_MAX};
+use super::prompt_scores::ScoresWanted;
 use super::reply;
 use super::run::{Asker, Prompt, Reading, random, start};
 use crate::text::answer::{self, Opening, Types};
@@ -56,10 +57,12 @@ pub async fn handle(State(gateway): State<Arc<Gateway>>, request: Request) -> Re
         .on_text_thread(move |gateway| prepare(gateway, parse(gateway, Fields::parse(&body)?)?))
         .await?;
     let params = &params;
-    let head = Head::new("chatcmpl", random()?, SystemTime::now(), Arc::clone(&gateway.model));
+    let mut head = Head::new("chatcmpl", random()?, SystemTime::now(), Arc::clone(&gateway.model));
+    head.service_tier = params.names_tier.then_some(TIER);
+    let scored = reading.scores.list.map(|top| (Arc::clone(&prompt.tokens), top));
     let mut answer = start(&gateway, params, &[prompt], &reading, &head, arrived, &asker)?;
     let pieces = Arc::clone(gateway.text.tokenizer.pieces());
-    let format = ChatFormat::new(head, pieces, params.usage);
+    let format = ChatFormat::new(head, pieces, params.usage, scored);
     if params.stream {
         answer.admitted().await?;
         Ok(reply::stream(answer, format))
@@ -98,6 +101,7 @@ pub fn prepare(gateway: &Gateway, request: ChatRequest) -> Result<(Params, Promp
         single_call: !request.parallel,
         hide_reasoning: request.hide_reasoning,
         logprobs: request.logprobs,
+        scores: ScoresWanted { echo: None, list: request.params.prompt_logprobs },
     };
     Ok((request.params, Prompt { tokens: tokens.into(), max_tokens, echo: None }, reading))
 }

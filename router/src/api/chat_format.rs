@@ -10,6 +10,7 @@ use super::choice::{Delta, End, TokenLogprob};
 use super::head::{FINGERPRINT, Head};
 use super::logprobs::{finite, token_text};
 use super::params::UsageIn;
+use super::prompt_scores;
 use super::reply::{Events, Format, Whole};
 use crate::text::answer::Part;
 use crate::text::pieces::Pieces;
@@ -21,12 +22,15 @@ pub struct ChatFormat {
     /// Every chunk has `usage`, null but in the last or in none.
     usage: UsageIn,
     so_far: Option<Usage>,
+    /// The prompt whose tokens are scored, and how many alternatives are told of each.
+    scored: Option<(Arc<[u32]>, u32)>,
 }
 
 impl ChatFormat {
-    /// `pieces`: for the tokens of log probabilities.
-    pub fn new(head: Head, pieces: Arc<Pieces>, usage: UsageIn) -> Self {
-        Self { head, pieces, usage, so_far: None }
+    /// `pieces`: for the tokens of log probabilities. `scored`: the prompt, if its tokens are scored, with so many
+    /// alternatives.
+    pub fn new(head: Head, pieces: Arc<Pieces>, usage: UsageIn, scored: Option<(Arc<[u32]>, u32)>) -> Self {
+        Self { head, pieces, usage, so_far: None, scored }
     }
 
     fn chunk(&self, choices: &[ChunkChoice], usage: Option<Usage>, out: &mut Events) {
@@ -36,6 +40,7 @@ impl ChatFormat {
             created: self.head.created,
             model: &self.head.model,
             choices,
+            service_tier: self.head.service_tier,
             system_fingerprint: FINGERPRINT,
             usage: (self.usage != UsageIn::No).then_some(usage.or(self.so_far)),
         });
@@ -111,6 +116,8 @@ struct Chunk<'a> {
     created: u64,
     model: &'a str,
     choices: &'a [ChunkChoice],
+    #[serde(skip_serializing_if = "Option::is_none")]
+    service_tier: Option<&'static str>,
     system_fingerprint: &'static str,
     #[serde(skip_serializing_if = "Option::is_none")]
     usage: Option<Option<Usage>>,
@@ -221,6 +228,10 @@ impl Format for ChatFormat {
     }
 
     fn whole(self, choices: Vec<Whole>, usage: Usage) -> Value {
+        // Of all choices the prompt is the same.
+        let scores = choices.first().map_or(&[][..], |whole| &whole.delta.prompt);
+        let scored = self.scored.as_ref();
+        let scored = scored.map(|(prompt, top)| prompt_scores::list(&self.pieces, prompt, scores, *top));
         let choices = choices.into_iter().enumerate().map(|(index, whole)| {
             let message = self.message(index, &whole.delta);
             let mut choice = json!({
@@ -236,6 +247,10 @@ impl Format for ChatFormat {
             choice
         });
         let choices: Vec<Value> = choices.collect();
-        self.head.object("chat.completion", choices, usage)
+        let mut object = self.head.object("chat.completion", choices, usage);
+        if let Some(scored) = scored {
+            object["prompt_logprobs"] = scored;
+        }
+        object
     }
 }

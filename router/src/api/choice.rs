@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use super::params::Params;
 use super::run::Reading;
-use crate::inference::{FinishReason, Token};
+use crate::inference::{FinishReason, Score, Token};
 use crate::text::answer::{AnswerReader, Part, append};
 use crate::text::pieces::Pieces;
 use crate::text::{Detokenizer, StopMatcher, StopStrings};
@@ -15,6 +15,8 @@ use crate::text::{Detokenizer, StopMatcher, StopStrings};
 pub struct Delta {
     /// Words, reasoning and calls, in order.
     pub parts: Vec<Part>,
+    /// Of the prompt's tokens from the second on, if asked for.
+    pub prompt: Vec<Score>,
     /// One entry per token, if asked for.
     pub logprobs: Vec<TokenLogprob>,
     /// Calls that began before those in `parts`.
@@ -24,13 +26,14 @@ pub struct Delta {
 impl Delta {
     /// Nothing to tell.
     pub fn is_empty(&self) -> bool {
-        self.parts.is_empty() && self.logprobs.is_empty()
+        self.parts.is_empty() && self.logprobs.is_empty() && self.prompt.is_empty()
     }
 
     /// Told. Keeps the allocations.
     pub fn clear(&mut self) {
         self.calls_before += self.calls();
         self.parts.clear();
+        self.prompt.clear();
         self.logprobs.clear();
     }
 
@@ -151,6 +154,11 @@ impl Choice {
     /// What is new.
     pub fn delta(&mut self) -> &mut Delta {
         &mut self.delta
+    }
+
+    /// Takes the next scores of the prompt.
+    pub fn scored(&mut self, mut scores: Vec<Score>) {
+        self.delta.prompt.append(&mut scores);
     }
 
     /// Takes the next token. `Some`: the answer is at its end here, whatever else the cluster would send.

@@ -3,15 +3,28 @@
 use std::sync::Arc;
 
 use serde::Serialize;
-use serde_json::{Map, Value, json};
+use serde_json::{Value, json};
 
 use super::answer::Usage;
 use super::choice::{Delta, End, TokenLogprob};
 use super::head::{FINGERPRINT, Head};
-use super::logprobs::{finite, token_text};
+use super::logprobs::token_text;
 use super::params::UsageIn;
+use super::prompt_scores::{self, LegacyLogprobs, ScoresWanted};
 use super::reply::{Events, Format, Whole};
+use crate::inference::Score;
 use crate::text::pieces::Pieces;
+
+/// What a choice tells of its prompt.
+#[derive(Debug, Clone)]
+pub struct Echo {
+    /// What `echo` puts before the answer.
+    pub text: Option<Arc<str>>,
+    /// The prompt.
+    pub tokens: Arc<[u32]>,
+    /// How its tokens are scored.
+    pub scores: ScoresWanted,
+}
 
 /// Writes completions.
 pub struct CompletionFormat {
@@ -19,17 +32,21 @@ pub struct CompletionFormat {
     pieces: Arc<Pieces>,
     usage: UsageIn,
     so_far: Option<Usage>,
-    /// Per choice: what `echo` puts before the text.
-    echo: Vec<Option<Arc<str>>>,
+    /// Per choice.
+    echo: Vec<Echo>,
+    /// Per choice of a stream: scores of the prompt that wait for the rest of them.
+    scores: Vec<Vec<Score>>,
     /// Per choice: characters told, for `text_offset`.
     offsets: Vec<usize>,
 }
 
 impl CompletionFormat {
     /// `echo`: of each choice.
-    pub fn new(head: Head, pieces: Arc<Pieces>, usage: UsageIn, echo: Vec<Option<Arc<str>>>) -> Self {
-        let offsets = echo.iter().map(|echo| echo.as_ref().map_or(0, |text| text.chars().count())).collect();
-        Self { head, pieces, usage, so_far: None, echo, offsets }
+    pub fn new(head: Head, pieces: Arc<Pieces>, usage: UsageIn, echo: Vec<Echo>) -> Self {
+        let width = |echo: &Echo| echo.text.as_ref().map_or(0, |text| text.chars().count());
+        let offsets = echo.iter().map(width).collect();
+        let scores = vec![Vec::new(); echo.len()];
+        Self { head, pieces, usage, so_far: None, echo, scores, offsets }
     }
 
     fn chunk(&self, choices: &[ChunkChoice<'_>], usage: Option<Usage>, out: &mut Events) {
@@ -44,29 +61,36 @@ impl CompletionFormat {
         });
     }
 
-    fn logprobs(&mut self, index: usize, entries: &[TokenLogprob]) -> Option<Value> {
-        if entries.is_empty() {
-            return None;
-        }
-        let (mut tokens, mut logprobs, mut tops, mut offsets) =
-            (Vec::new(), Vec::new(), Vec::new(), Vec::new());
+    fn logprobs(&mut self, index: usize, entries: &[TokenLogprob], out: &mut LegacyLogprobs) {
         for entry in entries {
-            let text = token_text(&self.pieces, entry.id);
-            offsets.push(self.offsets[index]);
-            self.offsets[index] += text.chars().count();
-            let mut top = Map::new();
-            for &(id, logprob) in &entry.top {
-                // Parts of characters look alike; the likeliest of them is kept.
-                top.entry(token_text(&self.pieces, id)).or_insert_with(|| finite(logprob));
-            }
-            top.entry(text.clone()).or_insert_with(|| finite(entry.logprob));
-            tokens.push(text);
-            logprobs.push(finite(entry.logprob));
-            tops.push(if entry.top.is_empty() { Value::Null } else { Value::Object(top) });
+            let offset = self.offsets[index];
+            self.offsets[index] += token_text(&self.pieces, entry.id).chars().count();
+            out.push(&self.pieces, entry.id, Some(entry.logprob), &entry.top, offset);
         }
-        Some(
-            json!({"text_offset": offsets, "token_logprobs": logprobs, "tokens": tokens, "top_logprobs": tops}),
-        )
+    }
+
+    /// The scores of the prompt before those of the answer, where `echo` wants them.
+    fn prompt_logprobs(&self, index: usize, scores: &[Score], out: &mut LegacyLogprobs) {
+        let Echo { text, tokens, scores: wanted } = &self.echo[index];
+        if let (Some(text), Some(top)) = (text, wanted.echo) {
+            out.push_prompt(&self.pieces, tokens, text, scores, top);
+        }
+    }
+
+    /// The prompt of a streamed choice, as soon as all of it is scored that is to be.
+    fn echoed(&mut self, index: usize, scores: &[Score], out: &mut Events) {
+        let echo = self.echo[index].clone();
+        let Some(text) = &echo.text else { return };
+        let known = &mut self.scores[index];
+        known.extend_from_slice(scores);
+        if echo.scores.echo.is_some() && known.len() + 1 < echo.tokens.len() {
+            return;
+        }
+        let known = std::mem::take(known);
+        let mut logprobs = LegacyLogprobs::default();
+        self.prompt_logprobs(index, &known, &mut logprobs);
+        let choice = ChunkChoice { logprobs: logprobs.into_value(), ..ChunkChoice::new(index, text) };
+        self.chunk(&[choice], None, out);
     }
 }
 
@@ -110,13 +134,19 @@ impl Format for CompletionFormat {
     }
 
     fn open(&mut self, index: usize, out: &mut Events) {
-        if let Some(echo) = self.echo[index].clone() {
-            self.chunk(&[ChunkChoice::new(index, &echo)], None, out);
-        }
+        self.echoed(index, &[], out);
     }
 
     fn delta(&mut self, index: usize, delta: &Delta, out: &mut Events) {
-        let logprobs = self.logprobs(index, &delta.logprobs);
+        if !delta.prompt.is_empty() {
+            self.echoed(index, &delta.prompt, out);
+        }
+        if delta.parts.is_empty() && delta.logprobs.is_empty() {
+            return;
+        }
+        let mut logprobs = LegacyLogprobs::default();
+        self.logprobs(index, &delta.logprobs, &mut logprobs);
+        let logprobs = logprobs.into_value();
         self.chunk(&[ChunkChoice { logprobs, ..ChunkChoice::new(index, &delta.text()) }], None, out);
     }
 
@@ -140,17 +170,25 @@ impl Format for CompletionFormat {
     fn whole(mut self, choices: Vec<Whole>, usage: Usage) -> Value {
         let mut values = Vec::with_capacity(choices.len());
         for (index, whole) in choices.into_iter().enumerate() {
-            let text = match &self.echo[index] {
+            let mut logprobs = LegacyLogprobs::default();
+            self.prompt_logprobs(index, &whole.delta.prompt, &mut logprobs);
+            self.logprobs(index, &whole.delta.logprobs, &mut logprobs);
+            let text = match &self.echo[index].text {
                 Some(echo) => format!("{echo}{}", whole.delta.text()),
                 None => whole.delta.text(),
             };
             let mut choice = json!({
                 "index": index,
                 "text": text,
-                "logprobs": self.logprobs(index, &whole.delta.logprobs),
+                "logprobs": logprobs.into_value(),
                 "finish_reason": whole.end.as_str(),
                 "stop_reason": whole.end.stop_reason(),
             });
+            let Echo { tokens, scores, .. } = &self.echo[index];
+            if let Some(top) = scores.list {
+                choice["prompt_logprobs"] =
+                    prompt_scores::list(&self.pieces, tokens, &whole.delta.prompt, top);
+            }
             if let Some(timings) = whole.timings {
                 choice["baton"] = timings;
             }

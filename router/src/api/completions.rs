@@ -9,12 +9,13 @@ use serde_json::{Value, json};
 
 use super::Gateway;
 use super::body::read_body;
-use super::completion_format::CompletionFormat;
+use super::completion_format::{CompletionFormat, Echo};
 use super::error::ApiError;
 use super::fields::{Fields, integer};
 use super::form::{self, Form, read_form};
 use super::head::Head;
 use super::params::{Params, TOP_LOGPROBS_MAX};
+use super::prompt_scores::ScoresWanted;
 use super::reply;
 use super::run::{Asker, Prompt, Reading, random, start};
 use crate::text::Beginning;
@@ -58,9 +59,13 @@ pub async fn handle(State(gateway): State<Arc<Gateway>>, request: Request) -> Re
         .await?;
     let params = &request.params;
     let head = Head::new("cmpl", random()?, SystemTime::now(), Arc::clone(&gateway.model));
-    let reading = Reading { grammar, ..Reading::plain(Beginning::Continuation, request.logprobs) };
+    let scores =
+        ScoresWanted { echo: request.logprobs.filter(|_| request.echo), list: params.prompt_logprobs };
+    let reading = Reading { grammar, scores, ..Reading::plain(Beginning::Continuation, request.logprobs) };
     let mut answer = start(&gateway, params, &prompts, &reading, &head, arrived, &asker)?;
-    let echo = prompts.iter().flat_map(|prompt| vec![prompt.echo.clone(); params.n]).collect();
+    let echo =
+        |prompt: &Prompt| Echo { text: prompt.echo.clone(), tokens: Arc::clone(&prompt.tokens), scores };
+    let echo = prompts.iter().flat_map(|prompt| vec![echo(prompt); params.n]).collect();
     let pieces = Arc::clone(gateway.text.tokenizer.pieces());
     let format = CompletionFormat::new(head, pieces, params.usage, echo);
     if params.stream {
@@ -91,9 +96,6 @@ fn parse(gateway: &Gateway, body: &[u8]) -> Result<CompletionRequest, ApiError> 
         logprobs: fields.integer("logprobs", 0..=TOP_LOGPROBS_MAX)?.map(|top| top as u32),
         form: read_form(&mut fields)?,
     };
-    if request.echo && request.logprobs.is_some() {
-        return Err(ApiError::unsupported("echo", "together with 'logprobs' is not supported"));
-    }
     fields.only("suffix", &json!(""), "is not supported")?;
     fields.refuse(&UNSUPPORTED, "is not supported")?;
     fields.finish()?;

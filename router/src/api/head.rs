@@ -20,13 +20,15 @@ pub struct Head {
     pub created: u64,
     /// The served name.
     pub model: Arc<str>,
+    /// Of chats whose request names one.
+    pub service_tier: Option<&'static str>,
 }
 
 impl Head {
     /// `prefix`: `chatcmpl` or `cmpl`. `random`: 128 bits that nobody else has.
     pub fn new(prefix: &str, random: u128, now: SystemTime, model: Arc<str>) -> Self {
         let created = now.duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs());
-        Self { id: format!("{prefix}-{random:032x}"), created, model }
+        Self { id: format!("{prefix}-{random:032x}"), created, model, service_tier: None }
     }
 
     /// The id without its prefix.
@@ -36,7 +38,7 @@ impl Head {
 
     /// A complete response.
     pub fn object(&self, object: &str, choices: Vec<Value>, usage: Usage) -> Value {
-        json!({
+        let mut whole = json!({
             "id": self.id,
             "object": object,
             "created": self.created,
@@ -44,7 +46,11 @@ impl Head {
             "choices": choices,
             "usage": usage,
             "system_fingerprint": FINGERPRINT,
-        })
+        });
+        if let Some(tier) = self.service_tier {
+            whole["service_tier"] = tier.into();
+        }
+        whole
     }
 }
 

@@ -119,7 +119,9 @@ fn tool_calls(fields: &mut Fields) -> Result<Option<Vec<Value>>, ApiError> {
     let path = fields.name("tool_calls");
     // The older form: one call, without an id.
     let call = fields.object("function_call")?.map(|call| json!({"function": call.rest()}));
-    let calls = match (fields.array("tool_calls")?, call) {
+    let calls = fields.array("tool_calls")?;
+    let with_ids = calls.as_ref().map_or(0, Vec::len);
+    let calls = match (calls, call) {
         (None, None) => return Ok(None),
         (calls, call) => calls.unwrap_or_default().into_iter().chain(call).collect::<Vec<_>>(),
     };
@@ -135,6 +137,9 @@ fn tool_calls(fields: &mut Fields) -> Result<Option<Vec<Value>>, ApiError> {
         let arguments = arguments(&function.name("arguments"), function.take("arguments"))?;
         function.finish()?;
         fields.finish()?;
+        if id.is_none() && i < with_ids {
+            return Err(ApiError::missing(&format!("{path}.id")));
+        }
         let mut call = Map::new();
         id.into_iter().for_each(|id| _ = call.insert("id".into(), id.into()));
         call.insert("type".into(), "function".into());
@@ -348,6 +353,10 @@ mod tests {
             (
                 json!([{"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": "{"}}]}]),
                 "messages[0].tool_calls[0].function.arguments",
+            ),
+            (
+                json!([{"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": "{}"}}]}]),
+                "messages[0].tool_calls[0].id",
             ),
         ] {
             assert_eq!(messages(json.clone()).unwrap_err().param.as_deref(), Some(param), "{json}");

@@ -28,6 +28,7 @@ mod messages;
 mod multipart;
 mod openapi;
 mod params;
+mod prompt_scores;
 mod quota;
 mod refused;
 mod reply;

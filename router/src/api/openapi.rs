@@ -259,6 +259,7 @@ fn shared(model: &str, sequences: usize, chat: bool) -> Vec<Property> {
         ("store", json!({"enum": [false, null]})),
         ("cache_salt", string()),
         ("priority", integer(0, i64::from(i32::MAX))),
+        ("prompt_logprobs", integer(0, TOP_LOGPROBS_MAX)),
         ("baton_timings", boolean()),
         (
             "response_format",

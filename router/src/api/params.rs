@@ -3,6 +3,7 @@
 
 use serde_json::{Value, json};
 
+use super::batches::metadata;
 use super::config::Limits;
 use super::error::ApiError;
 use super::fields::{Fields, integer, number};
@@ -25,12 +26,11 @@ const STOP_IDS_MAX: usize = 128;
 const TEMPERATURE_MIN: f32 = 1e-4;
 
 /// Known to OpenAI's or vLLM's users, and not served.
-const UNSUPPORTED: [&str; 12] = [
+const UNSUPPORTED: [&str; 11] = [
     "dynatemp_range",
     "return_token_ids",
     "guided_decoding_backend",
     "guided_whitespace_pattern",
-    "prompt_logprobs",
     "truncate_prompt_tokens",
     "allowed_token_ids",
     "bad_words",
@@ -42,6 +42,9 @@ const UNSUPPORTED: [&str; 12] = [
 
 /// Known to others, with the value that changes nothing.
 const NEUTRAL: [(&str, f64); 4] = [("length_penalty", 1.0), ("typical_p", 1.0), ("top_a", 0.0), ("tfs", 1.0)];
+
+/// The tier that answers name: there is one.
+pub const TIER: &str = "default";
 
 /// OpenAI's words; all are served alike here.
 pub const TIERS: [&str; 6] = ["auto", "default", "flex", "scale", "priority", "standard_only"];
@@ -101,6 +104,10 @@ pub struct Params {
     pub cache_salt: Vec<u8>,
     /// 0 or lower; lower runs later.
     pub priority: i32,
+    /// Tell how likely each token of the prompt is, with so many alternatives.
+    pub prompt_logprobs: Option<u32>,
+    /// The request names a tier, so its answer does.
+    pub names_tier: bool,
     /// Choices tell where their time went.
     pub timings: bool,
 }
@@ -138,6 +145,8 @@ impl Params {
             cache_salt: fields.string("cache_salt")?.map(String::into_bytes).unwrap_or_default(),
             // vLLM counts the other way round: there, lower runs earlier. No client may overtake interactive requests.
             priority: -(fields.integer("priority", 0..=i64::from(i32::MAX))?.unwrap_or(0) as i32),
+            prompt_logprobs: fields.integer("prompt_logprobs", 0..=TOP_LOGPROBS_MAX)?.map(|top| top as u32),
+            names_tier: fields.word("service_tier", &TIERS)?.is_some(),
             timings: fields.boolean("baton_timings")?.unwrap_or(false),
         };
         params.check()?;
@@ -149,6 +158,9 @@ impl Params {
         if let Some(max) = self.max_tokens.filter(|&max| max < self.min_tokens) {
             let expected = format!("at most max_tokens, which is {max}");
             return Err(ApiError::wrong_value("min_tokens", expected, self.min_tokens));
+        }
+        if self.stream && self.prompt_logprobs.is_some() {
+            return Err(ApiError::unsupported("prompt_logprobs", "cannot be streamed"));
         }
         Ok(())
     }
@@ -177,9 +189,8 @@ fn tolerated(fields: &mut Fields) -> Result<(), ApiError> {
     for name in ["user", "safety_identifier", "prompt_cache_key"] {
         fields.string(name)?;
     }
-    fields.word("service_tier", &TIERS)?;
     fields.word("prompt_cache_retention", &["in_memory", "in-memory", "24h"])?;
-    fields.object("metadata")?;
+    metadata(fields.object("metadata")?)?;
     fields.only("store", &json!(false), "is not supported: nothing is stored")?;
     fields.only("use_beam_search", &json!(false), "is not supported")?;
     fields.only("early_stopping", &json!(false), "is not supported: there is no beam search")?;
@@ -275,10 +286,14 @@ fn stop_token_ids(fields: &mut Fields, vocab: usize) -> Result<Vec<u32>, ApiErro
 
 /// A string or a list of strings.
 fn stop_strings(fields: &mut Fields, most: usize) -> Result<StopStrings, ApiError> {
+    let mut alone = false;
     let items = match fields.take("stop") {
         None => return Ok(StopStrings::default()),
         Some(Value::Array(items)) => items,
-        Some(text @ Value::String(_)) => vec![text],
+        Some(text @ Value::String(_)) => {
+            alone = true;
+            vec![text]
+        }
         Some(other) => return Err(ApiError::wrong_type("stop", "a string or an array of strings", &other)),
     };
     if items.len() > most {
@@ -286,7 +301,7 @@ fn stop_strings(fields: &mut Fields, most: usize) -> Result<StopStrings, ApiErro
     }
     let mut strings = Vec::with_capacity(items.len());
     for (i, item) in items.iter().enumerate() {
-        let name = format!("stop[{i}]");
+        let name = if alone { "stop".into() } else { format!("stop[{i}]") };
         match item.as_str() {
             Some(text) if (1..=STOP_BYTES_MAX).contains(&text.len()) => strings.push(text),
             Some(text) => {

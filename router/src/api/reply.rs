@@ -111,6 +111,7 @@ pub async fn complete<F: Format>(mut answer: Answer, format: F) -> Result<Respon
         };
         let new = answer.delta(index);
         new.parts.iter().for_each(|part| append(&mut parts[index].parts, part.clone()));
+        parts[index].prompt.append(&mut new.prompt);
         parts[index].logprobs.append(&mut new.logprobs);
         new.clear();
     }
@@ -244,7 +245,7 @@ mod tests {
         let meter = SequenceMeter::new(Metrics::new(Registry::default(), "m"), std::time::Instant::now(), 1);
         let lane = (Lane::new(choice, meter, 1), futures::stream::pending().boxed());
         let head = Head::new("chatcmpl", 0, std::time::UNIX_EPOCH, "m".into());
-        stream(Answer::new(vec![lane], &params, 0.0), ChatFormat::new(head, pieces, UsageIn::No))
+        stream(Answer::new(vec![lane], &params, 0.0), ChatFormat::new(head, pieces, UsageIn::No, None))
     }
 
     #[tokio::test(start_paused = true)]

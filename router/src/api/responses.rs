@@ -156,13 +156,13 @@ fn to_chat(gateway: &Gateway, owner: String, mut fields: Fields) -> Result<(Chat
         options.boolean("include_obfuscation")?; // pads events; there is nothing to pad here
         options.finish()?;
     }
-    let max = fields.take("max_output_tokens");
+    let max = fields.integer("max_output_tokens", 1..=i64::from(u32::MAX))?;
     // Everything else is what chats know; what they do not know they refuse by the same name.
     fields.refuse(
-        &["max_tokens", "messages", "response_format", "stop", "logprobs"],
+        &["max_tokens", "messages", "response_format", "stop", "logprobs", "prompt_logprobs"],
         "is not supported here",
     )?;
-    chat.extend(max.map(|max| ("max_tokens".to_string(), max)));
+    chat.extend(max.map(|max| ("max_tokens".to_string(), max.into())));
     chat.extend(fields.rest());
     Ok((Chat { fields: Fields::top(chat), form }, Echo { fields: echoed, messages, store, owner }))
 }

@@ -13,9 +13,11 @@ use super::choice::Choice;
 use super::error::ApiError;
 use super::head::Head;
 use super::params::Params;
+use super::prompt_scores::ScoresWanted;
 use super::quota::Caller;
 use crate::inference::{
-    BACKGROUND, Decision, FinishReason, Finished, GenerateRequest, Started, Timings, TokenEvent, TokenStream,
+    BACKGROUND, Decision, FinishReason, Finished, GenerateRequest, InferenceError, Started, Timings,
+    TokenEvent, TokenStream,
 };
 use crate::metrics::SequenceMeter;
 use crate::text::{Beginning, answer};
@@ -48,6 +50,8 @@ pub struct Reading {
     pub marks: Arc<[u32]>,
     /// `Some`: with log probabilities, and of this many alternatives.
     pub logprobs: Option<u32>,
+    /// Of the prompt's tokens.
+    pub scores: ScoresWanted,
 }
 
 impl Reading {
@@ -61,6 +65,7 @@ impl Reading {
             hide_reasoning: false,
             marks: Arc::default(),
             logprobs,
+            scores: ScoresWanted::default(),
         }
     }
 }
@@ -93,11 +98,14 @@ pub fn start(
     asker: &Asker,
 ) -> Result<Answer, ApiError> {
     let background = asker.caller.as_ref().is_some_and(|caller| caller.background);
+    let prompt_tokens = prompts.iter().map(|prompt| prompt.tokens.len()).sum();
+    reading.scores.check(prompt_tokens, params.best_of)?;
     let prepare = arrived.elapsed();
     let mut span = asker.trace.span_since("tokenize", arrived);
-    span.set("baton.prompt_tokens", prompts.iter().map(|prompt| prompt.tokens.len()).sum::<usize>());
+    span.set("baton.prompt_tokens", prompt_tokens);
     span.end();
     gateway.metrics.prepared(prepare);
+    prompts.iter().for_each(|prompt| gateway.metrics.asked(params.n, prompt.max_tokens));
     let seed = match params.seed {
         Some(seed) => seed,
         None => random()? as u64,
@@ -122,6 +130,8 @@ pub fn start(
             cache_salt: params.cache_salt.clone(),
             priority: if background { BACKGROUND } else { params.priority },
             grammar: reading.grammar.clone(),
+            // Nothing comes before the first.
+            prompt_logprobs: reading.scores.top().filter(|_| prompt.tokens.len() > 1),
             trace: asker.trace.clone(),
         };
         let pieces = Arc::clone(gateway.text.tokenizer.pieces());
@@ -129,7 +139,15 @@ pub fn start(
         let prompt_tokens = prompt.tokens.len() as u32;
         let meter =
             SequenceMeter::new(Arc::clone(&gateway.metrics), arrived, prompt_tokens).of(asker.caller.clone());
-        let stream = if request.max_tokens == 0 { nothing() } else { gateway.inference.generate(request) };
+        let stream = match (request.max_tokens, request.prompt_logprobs) {
+            (0, None) => nothing(),
+            (0, Some(_)) => unanswered(gateway.inference.generate(GenerateRequest {
+                max_tokens: 1,
+                min_tokens: 0,
+                ..request
+            })),
+            _ => gateway.inference.generate(request),
+        };
         (Lane::new(choice, meter, prompt_tokens), stream)
     });
     Ok(Answer::new(lanes.collect(), params, prepare.as_secs_f64()))
@@ -146,6 +164,20 @@ fn nothing() -> TokenStream {
         timings: Timings::default(),
     };
     stream::iter([Ok(TokenEvent::Started(Started::default())), Ok(TokenEvent::Finished(finished))]).boxed()
+}
+
+/// An answer of no tokens whose prompt is scored: that one can be drawn behind it is nobody's concern.
+fn unanswered(stream: TokenStream) -> TokenStream {
+    let rest = |event: Result<TokenEvent, InferenceError>| match event {
+        Ok(TokenEvent::Token(_)) => None,
+        Ok(TokenEvent::Finished(finished)) => Some(Ok(TokenEvent::Finished(Finished {
+            reason: FinishReason::Length,
+            output_tokens: 0,
+            ..finished
+        }))),
+        other => Some(other),
+    };
+    stream.filter_map(move |event| std::future::ready(rest(event))).boxed()
 }
 
 /// 128 bits that nobody can guess.

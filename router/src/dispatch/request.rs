@@ -18,8 +18,8 @@ use super::prefix::Chain;
 use super::spans::Spans;
 use super::wire;
 use crate::inference::{
-    Decision, FinishReason, Finished, GenerateRequest, InferenceError, KvCodec, Started, Timings, Token,
-    TokenEvent,
+    Decision, FinishReason, Finished, GenerateRequest, InferenceError, KvCodec, Score, Started, Timings,
+    Token, TokenEvent,
 };
 use crate::placement::Ask;
 
@@ -37,11 +37,22 @@ const ASK_AGAIN_MAX: Duration = Duration::from_secs(1);
 const MIGRATE_AGAIN_MIN: Duration = Duration::from_millis(100);
 const MIGRATE_AGAIN_MAX: Duration = Duration::from_secs(5);
 
+/// A node scored tokens of the prompt that are not the next.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+#[error("it scored tokens {start}..{end} of the prompt, {next} is the next")]
+pub struct OutOfPlace {
+    start: u32,
+    end: usize,
+    next: u32,
+}
+
 /// What outlives an attempt.
 pub struct Progress {
     request: GenerateRequest,
     out: Out,
     output: Vec<u32>,
+    /// Tokens of the prompt that the client was told the likelihood of; the first has none and counts as told.
+    scored: u32,
     merge: Merge,
     chain: Chain,
     /// Counts every try that a node may have heard of, so that frames of an old one never land.
@@ -69,6 +80,7 @@ impl Progress {
             request,
             out,
             output: Vec::new(),
+            scored: 1,
             merge: Merge::default(),
             chain,
             attempt: 0,
@@ -86,7 +98,7 @@ impl Progress {
 
     /// The message of this attempt.
     pub fn sequence(&self) -> v1::Sequence {
-        wire::sequence(&self.request, &self.output, self.attempt)
+        wire::sequence(&self.request, &self.output, self.attempt, self.awaits_scores())
     }
 
     /// Hashes of the whole blocks of prompt and output.
@@ -165,6 +177,28 @@ impl Progress {
         Ok(())
     }
 
+    /// Tokens of the prompt are still to be scored.
+    pub fn awaits_scores(&self) -> bool {
+        self.request.prompt_logprobs.is_some() && (self.scored as usize) < self.request.tokens.len()
+    }
+
+    /// Sends what is new of the prompt's scores to the client: another attempt begins them again. Errors when a node left
+    /// some out, or tells what nobody asked.
+    pub async fn scored(&mut self, scored: proto::v1::Scored) -> Result<(), OutOfPlace> {
+        let end = scored.start as usize + scored.scores.len();
+        let asked = self.request.prompt_logprobs.is_some() && end <= self.request.tokens.len();
+        let Some(known) = self.scored.checked_sub(scored.start).filter(|_| asked) else {
+            return Err(OutOfPlace { start: scored.start, end, next: self.scored });
+        };
+        let new: Vec<Score> = wire::scores(scored.scores).skip(known as usize).collect();
+        if !new.is_empty() {
+            self.scored += new.len() as u32;
+            // Without a receiver this future is about to be dropped.
+            let _ = self.out.send(Ok(TokenEvent::Scored(new))).await;
+        }
+        Ok(())
+    }
+
     fn wanted(&self, arrival: u64, deadline: Instant) -> Wanted {
         let tokens = self.request.tokens.len() + self.output.len();
         Wanted {
@@ -174,7 +208,8 @@ impl Progress {
                 tokens: u32::try_from(tokens).unwrap_or(u32::MAX),
                 one_token: self.request.max_tokens.saturating_sub(self.next_index()) <= 1,
             },
-            blocks: self.chain.blocks().into(),
+            // A prompt that is scored is computed whole: it shares nothing.
+            blocks: if self.awaits_scores() { Arc::default() } else { self.chain.blocks().into() },
             fresh: self.started.is_none(),
             deadline,
         }

@@ -4,10 +4,11 @@
 
 use proto::v1;
 
-use crate::inference::{FinishReason, GenerateRequest, Token};
+use crate::inference::{FinishReason, GenerateRequest, Score, Token};
 
-/// The message of one attempt: the prompt and what was delivered of the answer.
-pub fn sequence(request: &GenerateRequest, output: &[u32], attempt: u32) -> v1::Sequence {
+/// The message of one attempt: the prompt and what was delivered of the answer. `score`: the prompt is still to be
+/// scored, where the request asks for it.
+pub fn sequence(request: &GenerateRequest, output: &[u32], attempt: u32, score: bool) -> v1::Sequence {
     let mut tokens = Vec::with_capacity(request.tokens.len() + output.len());
     tokens.extend_from_slice(&request.tokens);
     tokens.extend_from_slice(output);
@@ -37,17 +38,22 @@ pub fn sequence(request: &GenerateRequest, output: &[u32], attempt: u32) -> v1::
         cache_salt: request.cache_salt.clone(),
         priority: request.priority,
         grammar: request.grammar.as_deref().unwrap_or_default().to_string(),
+        prompt_logprobs: request.prompt_logprobs.filter(|_| score),
     }
 }
 
 /// A token of a node.
 pub fn token(token: v1::Token) -> Token {
-    Token {
-        index: token.index,
-        id: token.id,
-        logprob: token.logprob,
-        top: token.top.into_iter().map(|top| (top.id, top.logprob)).collect(),
-    }
+    Token { index: token.index, id: token.id, logprob: token.logprob, top: top(token.top) }
+}
+
+fn top(top: Vec<v1::TopLogprob>) -> Vec<(u32, f32)> {
+    top.into_iter().map(|top| (top.id, top.logprob)).collect()
+}
+
+/// How likely tokens of the prompt are.
+pub fn scores(scores: Vec<v1::Score>) -> impl Iterator<Item = Score> {
+    scores.into_iter().map(|s| Score { logprob: s.logprob, rank: s.rank, top: top(s.top) })
 }
 
 /// Why the answer ends, if it does.

@@ -38,6 +38,29 @@ pub fn answer(prompt: &[u32], seed: u64, count: usize) -> Vec<u32> {
     tokens.split_off(prompt.len())
 }
 
+/// How likely the model holds the token at `position` of a prompt, and `top` others.
+pub fn score(position: u32, top: u32) -> (f32, u32, Vec<(u32, f32)>) {
+    let logprob = -(position as f32) / 8.0;
+    (logprob, position, (0..top).map(|id| (id, logprob)).collect())
+}
+
+/// Tokens of a prompt that are scored in one message.
+const SCORED: u32 = 16;
+
+/// The scores of a prompt as a node tells them; none where nobody asks.
+fn scored(sequence: &v1::Sequence) -> impl Iterator<Item = v1::Scored> {
+    let top = sequence.prompt_logprobs;
+    let end = if top.is_some() { sequence.output_start } else { 1 };
+    let one = move |position| {
+        let (logprob, rank, top) = score(position, top.unwrap_or(0));
+        let top = top.into_iter().map(|(id, logprob)| v1::TopLogprob { id, logprob }).collect();
+        v1::Score { logprob, rank, top }
+    };
+    (1..end)
+        .step_by(SCORED as usize)
+        .map(move |start| v1::Scored { start, scores: (start..end.min(start + SCORED)).map(one).collect() })
+}
+
 /// A place where a node waits for permission to go on, one permit each time.
 pub struct Gate(Semaphore);
 
@@ -73,6 +96,8 @@ pub struct Call {
     pub seed: u64,
     /// Of a decode group: it computes the prompt. Of a prefill node: there is no handoff.
     pub alone: bool,
+    /// The prompt is to be scored.
+    pub scores: bool,
 }
 
 /// What a node is told by its test, and tells it.
@@ -86,6 +111,10 @@ pub struct Script {
     pub invalid: AtomicBool,
     /// Prefill: before the first token is told. Decode: before each token.
     pub token: Gate,
+    /// Before each message of a prompt's scores.
+    pub scores: Gate,
+    /// Scores nothing, whoever asks.
+    pub mute: AtomicBool,
     /// Prefill: before the session is closed.
     pub push: Gate,
     /// Prefill: the session is closed before the first token is told.
@@ -148,6 +177,8 @@ impl Node {
             refuse_full: AtomicU32::new(0),
             invalid: AtomicBool::new(false),
             token: Gate::open(),
+            scores: Gate::open(),
+            mute: AtomicBool::new(false),
             push: Gate::open(),
             push_first: AtomicBool::new(false),
             preempt: Mutex::new((0, 0)),
@@ -267,6 +298,7 @@ impl Service {
             output_start: sequence.output_start,
             seed: sequence.sampling.as_ref().map_or(0, |sampling| sampling.seed),
             alone,
+            scores: sequence.prompt_logprobs.is_some(),
         });
         let refuse = |count: u32| count.checked_sub(1);
         if script.refuse_full.fetch_update(Ordering::SeqCst, Ordering::SeqCst, refuse).is_ok() {
@@ -292,6 +324,10 @@ impl Service {
             sequence.tokens.push(close.token.id);
             if close.finish != FinishReason::None {
                 return say(&events, finished(close.finish, output(&sequence))).await;
+            }
+        } else {
+            for scored in scored(&sequence) {
+                say(&events, DecodeEvent::Scored(scored)).await?;
             }
         }
         while output(&sequence) < sequence.max_tokens {
@@ -328,6 +364,10 @@ impl Service {
             events.send(Ok(v1::PrefillEvent { event: Some(event) })).await.map_err(|_| Gone)
         };
         tell(PrefillEvent::Started(v1::PrefillStarted { queued_us: 5 })).await?;
+        for scored in scored(&sequence).filter(|_| !self.script.mute.load(Ordering::SeqCst)) {
+            self.script.scores.pass().await;
+            tell(PrefillEvent::Scored(scored)).await?;
+        }
         let seed = sequence.sampling.as_ref().map_or(0, |sampling| sampling.seed);
         let index = sequence.tokens.len() as u32 - sequence.output_start;
         let id = next_token(&sequence.tokens, seed);

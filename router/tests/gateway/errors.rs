@@ -79,7 +79,12 @@ async fn wrong_requests_are_told_what_is_wrong() {
         (json!({"prompt": "x", "best_of": 2, "stream": true}), "unsupported_parameter", "best_of"),
         (json!({"prompt": ["x", "y"], "best_of": 9}), "invalid_value", "prompt"),
         (json!({"prompt": "x", "suffix": "y"}), "unsupported_parameter", "suffix"),
-        (json!({"prompt": "x", "echo": true, "logprobs": 1}), "unsupported_parameter", "echo"),
+        (
+            json!({"prompt": "x", "stream": true, "prompt_logprobs": 1}),
+            "unsupported_parameter",
+            "prompt_logprobs",
+        ),
+        (json!({"prompt": "x", "prompt_logprobs": -1}), "invalid_value", "prompt_logprobs"),
         (json!({"prompt": ["x", "y"], "n": 9}), "invalid_value", "prompt"),
         (json!({"prompt": "x", "max_completion_tokens": 4}), "unknown_parameter", "max_completion_tokens"),
     ];

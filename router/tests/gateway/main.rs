@@ -8,6 +8,7 @@ mod interfaces;
 mod latency;
 mod mock;
 mod openapi;
+mod scores;
 mod status;
 mod tls;
 mod tools;

@@ -191,6 +191,7 @@ async fn answer(plan: &Plan, dispatch: &Dispatch, prompts: &mut Prompts, way: De
         cache_salt: Vec::new(),
         priority: 0,
         grammar: None,
+        prompt_logprobs: None,
         trace: Default::default(),
     };
     let begun = Instant::now();
@@ -199,7 +200,7 @@ async fn answer(plan: &Plan, dispatch: &Dispatch, prompts: &mut Prompts, way: De
     let mut finished: Option<Finished> = None;
     while let Some(event) = events.next().await {
         match event? {
-            TokenEvent::Started(_) => {}
+            TokenEvent::Started(_) | TokenEvent::Scored(_) => {}
             TokenEvent::Token(_) => tokens.push(begun.elapsed()),
             TokenEvent::Finished(how) => finished = Some(how),
         }

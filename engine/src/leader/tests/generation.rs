@@ -3,7 +3,7 @@
 use backend::Drawn;
 use tokio::sync::oneshot;
 
-use super::sim::{Sim, VOCABULARY, events, expected, options, request, tokens};
+use super::sim::{Sim, VOCABULARY, events, expected, next_token, options, request, tokens};
 use crate::request::{Event, Finish, Job, JobError, Request, Sampling};
 
 #[test]
@@ -70,6 +70,54 @@ fn a_full_context_ends_an_answer() {
     let events = events(&mut receiver);
     assert_eq!(tokens(&events).len(), 4);
     assert!(matches!(events.last(), Some(Event::Finished { reason: Finish::Length, .. })));
+}
+
+/// Protects: every token of a scored prompt but the first is scored once, in order, before the answer, over chunks and
+/// whatever the cache holds; and who waits for a landing leaves it to the node that computes.
+#[test]
+fn a_scored_prompt_is_computed_whole() {
+    for ahead in [false, true] {
+        let mut sim = Sim::new(1, 32, options()).ahead(ahead);
+        let asked = request(&(0..19).collect::<Vec<_>>(), 3);
+        sim.submit(Job::Generate(asked.clone()));
+        sim.run();
+        let scored = Request { prompt_logprobs: Some(1), ..asked.clone() };
+        for job in [Job::Generate(scored.clone()), Job::Prefill(scored.clone(), None)] {
+            let drawn = if matches!(job, Job::Prefill(..)) { 1 } else { 3 };
+            let (_, mut receiver) = sim.submit(job);
+            sim.run();
+            let events = events(&mut receiver);
+            assert!(
+                matches!(
+                    events[0],
+                    Event::Admitted { cached_tokens: 0, .. } | Event::Started { cached_tokens: 0, .. }
+                ),
+                "{:?}",
+                events[0]
+            );
+            let mut position = 1;
+            for event in &events {
+                match event {
+                    Event::Scored { start, scores } => {
+                        assert_eq!(*start, position);
+                        for score in scores {
+                            assert_eq!(score.top[0].0, next_token(&asked.tokens[..position]));
+                            assert_eq!(score.rank == 1, score.top[0].0 == asked.tokens[position]);
+                            position += 1;
+                        }
+                    }
+                    Event::Token(_) => assert_eq!(position, 19),
+                    _ => {}
+                }
+            }
+            assert_eq!(position, 19);
+            assert_eq!(tokens(&events), expected(&asked)[..drawn]);
+        }
+        let (_, mut landing) = sim.submit(Job::Land(scored));
+        sim.step();
+        let events = events(&mut landing);
+        assert!(matches!(events[0], Event::Admitted { cached_tokens: 16, .. }), "{:?}", events[0]);
+    }
 }
 
 #[test]

@@ -193,6 +193,7 @@ impl Sim {
         let mut row = 0;
         for run in &plan.batch.runs {
             let tokens = held.get_mut(&run.seq).expect("an open sequence");
+            let before = tokens.len();
             assert_eq!(tokens.len(), run.start as usize, "sequence {} has a gap", run.seq);
             pages.writable(run.seq, 0..1, run.start..run.start + run.len).expect("rows of its own");
             pages.fill(run.seq, 0..1, run.start..run.start + run.len).expect("room");
@@ -200,12 +201,13 @@ impl Sim {
                 Input::Id(id) => id,
                 Input::Drawn(row) => self.drawn[row as usize].expect("a token drawn by the step before"),
             }));
-            row += run.len;
-            if let Some(wanted) = plan.rows.iter().find(|wanted| wanted.row == row - 1) {
+            for wanted in plan.rows.iter().filter(|wanted| (row..row + run.len).contains(&wanted.row)) {
+                let seen = &tokens[..before + (wanted.row - row) as usize + 1];
                 let mut logits = vec![0.0; VOCABULARY];
-                logits[next_token(tokens) as usize] = 1.0;
+                logits[next_token(seen) as usize] = 1.0;
                 drawn.push(backend::draw::drawn(&logits, &wanted.draw));
             }
+            row += run.len;
         }
         drawn
     }
