@@ -58,6 +58,8 @@ pub struct Terms {
 pub struct Native {
     /// What this rank's backend tells those of the others.
     pub about: String,
+    /// Longest time for the fabric to come up between ranks that have met.
+    pub join_max: Duration,
     /// Starts this process anew, for the given reason: such a fabric is joined once per process. Does not return.
     pub renew: fn(&str),
 }
@@ -111,7 +113,7 @@ pub fn serve<B: Backend>(
             group.blocks
         );
         if let Some(native) = &terms.native {
-            group.watch(native.renew);
+            group.watch(native.renew, native.join_max);
         }
         let ended = match place {
             Place::Follow { .. } => runner.follow(group, commands),

@@ -17,6 +17,10 @@ use crate::error::NodeError;
 use crate::loading;
 use crate::memory::{self, Need};
 
+/// Longest time for MLX's fabric to come up between ranks that have met: it tries for as long as it lives.
+#[cfg(feature = "mlx")]
+const JOIN_MAX: std::time::Duration = std::time::Duration::from_secs(20);
+
 /// A model's files and numbers, before any weight is read.
 pub struct Opened {
     pub checkpoint: Checkpoint,
@@ -60,6 +64,10 @@ pub fn open(config: &NodeConfig) -> Result<Opened, NodeError> {
             reason,
         });
     }
+    #[cfg(feature = "mlx")]
+    if chosen(config.backend, config.group.world) == BackendKind::Mlx {
+        backend_mlx::fits(need.weights, need.kv)?;
+    }
     let identity = Identity::read(&checkpoint).map_err(named)?;
     let most = checkpoint.config().context;
     let context_tokens = match config.context_tokens {
@@ -100,7 +108,8 @@ pub fn start(
         let result = match chosen(config.backend, config.group.world) {
             #[cfg(feature = "mlx")]
             BackendKind::Mlx => {
-                let native = engine::Native { about: backend_mlx::describe(), renew: crate::renew::renew };
+                let about = backend_mlx::describe();
+                let native = engine::Native { about, join_max: JOIN_MAX, renew: crate::renew::renew };
                 let native = (config.group.world > 1).then_some(native);
                 serve::<backend_mlx::MlxBackend>(&config, opened, &place, native, 0, &commands, loaded)
             }

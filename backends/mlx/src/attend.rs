@@ -9,151 +9,11 @@ use mlx_rs::ops;
 use mlx_rs::{Array, Dtype};
 
 use crate::device::{MlxBackend, interleaved};
-use crate::graph::{
-    Failure, Recorded, first, indices, int, last, mlx_type, put_run, put_tokens, second, window,
-};
-use crate::plan::{Call, Sight, calls};
+use crate::graph::{Failure, Recorded, int, last, mlx_type, put_column, put_run, put_tokens, second, window};
+use crate::plan::calls;
+use crate::ready::{Attention, Put, Ready, Seen, Sighted};
 use crate::step::{MlxAct, MlxStep};
 use crate::weight::MlxWeight;
-
-/// The attention of a step, prepared when its first layer asks.
-#[derive(Debug)]
-pub(crate) struct Attention {
-    pub(crate) calls: Vec<Ready>,
-    /// Position of each row: `[rows]`.
-    pub(crate) positions: Array,
-    /// Where each row of the batch is among the calls' rows; `None`: there already.
-    order: Option<Array>,
-    /// Per window that a layer asked for, what each call sees.
-    sights: Vec<(Option<u32>, Vec<Seen>)>,
-}
-
-/// A call with its indices on the device.
-#[derive(Debug)]
-pub(crate) struct Ready {
-    pub(crate) call: Call,
-    /// Of tokens: rows `[n]`, slots and positions `[n, 1]`.
-    tokens: Option<[Array; 3]>,
-}
-
-/// What a call sees of its keys.
-#[derive(Debug)]
-pub(crate) struct Seen {
-    keys: Range<usize>,
-    pub(crate) mask: Sighted,
-}
-
-#[derive(Debug)]
-pub(crate) enum Sighted {
-    All,
-    Causal,
-    /// `[rows, keys]` of a chunk, `[slots, 1, 1, keys]` of tokens: true where seen.
-    Mask(Array),
-}
-
-impl Attention {
-    fn new(calls: Vec<Call>) -> Self {
-        let rows: Vec<usize> = calls.iter().flat_map(Call::rows).collect();
-        let mut positions = vec![0; rows.len()];
-        let mut order = vec![0; rows.len()];
-        let all = calls.iter().flat_map(Call::positions);
-        for (at, (row, position)) in rows.iter().zip(all).enumerate() {
-            positions[*row] = position as usize;
-            order[*row] = at;
-        }
-        let flat = |values: Vec<usize>| {
-            let shape = [int(values.len())];
-            indices(values, &shape)
-        };
-        let sorted = rows.is_sorted();
-        Attention {
-            calls: calls.into_iter().map(Ready::new).collect(),
-            positions: flat(positions),
-            order: (!sorted).then(|| flat(order)),
-            sights: Vec::new(),
-        }
-    }
-
-    /// What each call sees through `window`; made before by [`MlxStep::prepared`].
-    pub(crate) fn seen(&self, window: Option<u32>) -> &[Seen] {
-        self.sights.iter().find(|(known, _)| *known == window).map_or(&[], |(_, seen)| seen)
-    }
-
-    /// The calls' results, `[rows of the call, width]` each, in the order of the batch.
-    pub(crate) fn in_order(&self, mut outs: Vec<Array>) -> Recorded {
-        let out = match outs.len() {
-            1 => outs.swap_remove(0),
-            _ => ops::concatenate(&outs, 0)?,
-        };
-        match &self.order {
-            Some(order) => Ok(out.take_axis(order, 0)?),
-            None => Ok(out),
-        }
-    }
-}
-
-impl Ready {
-    fn new(call: Call) -> Self {
-        let tokens = match &call {
-            Call::Chunk { .. } => None,
-            Call::Tokens { slots, rows, positions, .. } => {
-                let n = int(rows.len());
-                Some([
-                    indices(rows.iter().copied(), &[n]),
-                    indices(slots.clone(), &[n, 1]),
-                    indices(positions.iter().map(|position| *position as usize), &[n, 1]),
-                ])
-            }
-        };
-        Ready { call, tokens }
-    }
-
-    /// This call's rows of `[rows, heads, dim]`, as attention takes them: `[n, heads, rows of each, dim]`.
-    pub(crate) fn rows_of(&self, x: &Array) -> Recorded {
-        match (&self.call, &self.tokens) {
-            (Call::Chunk { rows, .. }, _) => {
-                Ok(first(x, rows.clone())?.transpose_axes(&[1, 0, 2])?.expand_dims(0)?)
-            }
-            (_, Some([rows, ..])) => Ok(x.take_axis(rows, 0)?.expand_dims(2)?),
-            (_, None) => Err(Failure("tokens without indices".to_owned())),
-        }
-    }
-}
-
-impl Seen {
-    fn new(call: &Call, window: Option<u32>) -> Result<Self, Failure> {
-        let (keys, sight) = call.sight(window);
-        let keys = keys.start as usize..keys.end as usize;
-        let mask = match sight {
-            Sight::All => Sighted::All,
-            Sight::Causal => Sighted::Causal,
-            Sight::Masked => Sighted::Mask(mask(call, &keys, window)?),
-        };
-        Ok(Seen { keys, mask })
-    }
-
-    /// The same as an explicit mask; `None`: all keys are seen.
-    pub(crate) fn mask(&self, call: &Call) -> Result<Option<Array>, Failure> {
-        match &self.mask {
-            Sighted::All => Ok(None),
-            Sighted::Causal => mask(call, &self.keys, None).map(Some),
-            Sighted::Mask(mask) => Ok(Some(mask.clone())),
-        }
-    }
-}
-
-/// True where a row sees a key.
-fn mask(call: &Call, keys: &Range<usize>, window: Option<u32>) -> Recorded {
-    let positions = call.positions();
-    let rows = int(positions.len());
-    let shape = if matches!(call, Call::Tokens { .. }) { vec![rows, 1, 1, 1] } else { vec![rows, 1] };
-    let at = indices(positions.into_iter().map(|position| position as usize), &shape);
-    let key = ops::arange::<i32, i32>(int(keys.start), int(keys.end), 1)?;
-    let seen = key.le(&at)?;
-    let Some(window) = window else { return Ok(seen) };
-    let hidden = at.subtract(Array::from_int(int(window as usize)))?;
-    Ok(seen.logical_and(key.gt(&hidden)?)?)
-}
 
 impl MlxStep<'_> {
     /// [`backend::Step::attend`].
@@ -181,11 +41,7 @@ impl MlxStep<'_> {
             Some(attention) => attention,
             None => Attention::new(calls(self.batch, |seq| self.kv.place(seq))?),
         };
-        if attention.sights.iter().all(|(known, _)| *known != window) {
-            let seen = attention.calls.iter().map(|ready| Seen::new(&ready.call, window));
-            let seen = seen.collect::<Result<_, _>>()?;
-            attention.sights.push((window, seen));
-        }
+        attention.look(window)?;
         Ok(attention)
     }
 
@@ -222,7 +78,8 @@ impl MlxStep<'_> {
                 Sighted::Mask(mask) => fast::scaled_dot_product_attention(&q, &k, &v, scale, mask, None)?,
             };
             // [n, rows of each, heads, dim]: one of the first two is 1.
-            outs.push(out.transpose_axes(&[0, 2, 1, 3])?.reshape(&[-1, int(heads * head_dim)])?);
+            let out = out.transpose_axes(&[0, 2, 1, 3])?.reshape(&[-1, int(heads * head_dim)])?;
+            outs.push(ready.held(out)?);
         }
         Ok(attention.in_order(outs)?.as_dtype(mlx_type(self.device.dtype))?)
     }
@@ -235,24 +92,14 @@ impl MlxStep<'_> {
         ready: &Ready,
         seen: &Seen,
     ) -> Result<[Array; 2], Failure> {
-        let (bank, slots) = match &ready.call {
-            Call::Tokens { bank, slots, .. } => (*bank, slots.clone()),
-            Call::Chunk { place, .. } => (place.bank, place.slot..place.slot + 1),
-        };
+        let (bank, slots) = ready.slots();
         let mut write = |plane: usize| -> Recorded {
-            let values = &values[plane];
+            let values = ready.written(&values[plane])?;
             let cache = self.kv.array(bank, layer, plane);
-            let cache = match (&ready.call, &ready.tokens) {
-                (Call::Chunk { rows, start, place }, _) => {
-                    let values = first(values, rows.clone())?.transpose_axes(&[1, 0, 2])?.expand_dims(0)?;
-                    put_run(cache, place.slot, *start as usize..*start as usize + rows.len(), &values)?
-                }
-                (Call::Tokens { .. }, Some([rows, slots, positions])) => {
-                    let count = values.dim(1) as usize;
-                    let heads = indices(0..count, &[1, int(count)]);
-                    put_tokens(cache, slots, &heads, positions, &values.take_axis(rows, 0)?)?
-                }
-                (Call::Tokens { .. }, None) => return Err(Failure("tokens without indices".to_owned())),
+            let cache = match &ready.put {
+                Put::Run(tokens) => put_run(cache, slots.start, tokens.clone(), &values)?,
+                Put::Column(token) => put_column(cache, slots.clone(), *token, &values)?,
+                Put::Each { slots, positions } => put_tokens(cache, slots, positions, &values)?,
             };
             let view = window(&cache, slots.clone(), seen.keys.clone())?;
             self.kv.replace(bank, layer, plane, cache);

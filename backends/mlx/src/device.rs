@@ -2,6 +2,7 @@
 
 use std::rc::Rc;
 use std::sync::Arc;
+use std::sync::atomic::AtomicU64;
 
 use backend::{
     Backend, BackendError, Batch, Caps, DType, DeviceOptions, Group, KvSpec, Links, Rope, RopeStyle,
@@ -11,6 +12,7 @@ use mlx_rs::Array;
 
 use crate::draw::Flight;
 use crate::fabric::Fabric;
+use crate::fused::Fused;
 use crate::graph::{Failure, Recorded, int};
 use crate::kv::MlxKv;
 use crate::platform;
@@ -25,12 +27,14 @@ pub struct MlxBackend {
     ropes: Vec<RopeTable>,
     /// What the step before draws.
     pub(crate) flight: Option<Flight>,
+    pub(crate) fused: Fused,
     /// Rank and number of ranks.
     place: (usize, usize),
     /// Bytes that the device may use, where the system says.
     claimed: Option<u64>,
     /// Links to the other ranks, once they have met.
     fabric: Option<Rc<Fabric>>,
+    copied: Arc<AtomicU64>,
 }
 
 /// A rotary embedding as MLX takes it.
@@ -42,6 +46,11 @@ struct RopeTable {
 }
 
 impl MlxBackend {
+    /// Bytes that caches of this device have copied from slot to slot: what growth and prefixes cost that could not be moved.
+    pub fn copied_bytes(&self) -> Arc<AtomicU64> {
+        self.copied.clone()
+    }
+
     /// The periods of `rope`, made when a layer first asks.
     pub(crate) fn periods(&mut self, rope: &Rope) -> Array {
         let same = |table: &&RopeTable| {
@@ -104,6 +113,8 @@ impl Backend for MlxBackend {
             claimed: platform::claim(),
             fabric: None,
             flight: None,
+            fused: Fused::new(),
+            copied: Arc::default(),
         };
         // Other links are none yet: the ranks meet later.
         if matches!(group.links, Links::Native(_)) {
@@ -123,7 +134,7 @@ impl Backend for MlxBackend {
     fn kv(&mut self, spec: &KvSpec, bytes: u64) -> Result<MlxKv, BackendError> {
         let held = mlx_rs::memory::active_memory().map_err(Failure::from)?;
         platform::fits(held as u64, bytes, self.claimed)?;
-        MlxKv::new(spec, bytes, self.block_tokens)
+        MlxKv::new(spec, bytes, self.block_tokens, self.copied.clone())
     }
 
     /// Links that are MLX's own, once per process (or the same again).

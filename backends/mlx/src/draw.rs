@@ -7,13 +7,14 @@ use mlx_rs::{Array, Dtype, Stream, ops};
 use mlx_sys::{mlx_array, mlx_stream};
 
 use crate::fabric::Fabric;
-use crate::graph::{Failure, Recorded, indices, int, last};
+use crate::fused::Fused;
+use crate::graph::{Failure, Recorded, first, indices, int, last};
 use crate::step::MlxStep;
 
 /// Greatest random number below 1 that f32 has.
 const BELOW_ONE: f32 = 1.0 - f32::EPSILON / 2.0;
 
-/// What the rows of the step before drew: `[rows]` int32, or `-1 - id` where the logit of `id` was no number.
+/// What the rows of the step before drew: `[rows]` int32, -1 where some logit was no number.
 #[derive(Debug)]
 pub(crate) struct Flight {
     ids: Array,
@@ -28,6 +29,8 @@ pub(crate) struct Draws {
     /// `[rows of them, vocabulary]` f32 for the rows whose logits the host gets.
     pub(crate) logits: Option<Array>,
     drew: Vec<bool>,
+    /// `[rows, vocabulary]`, to find the logit that is no number. On rank 0.
+    all: Option<Array>,
 }
 
 impl MlxStep<'_> {
@@ -58,6 +61,11 @@ impl MlxStep<'_> {
             return Err(Failure(format!("row {row} of the step before drew no token")));
         }
         let Some(flight) = flight else { return Ok(ids) };
+        // Row by row, as in most steps: nothing to bring together.
+        let in_order = rows.iter().enumerate().all(|(at, row)| *row == Some(at));
+        if in_order && flight.drew.len() == rows.len() {
+            return Ok(ops::maximum(&flight.ids, Array::from_int(0))?);
+        }
         let from = indices(rows.iter().map(|row| row.unwrap_or(0)), &[int(rows.len())]);
         let flying: Vec<bool> = rows.iter().map(Option::is_some).collect();
         let flying = Array::from_slice(&flying, &[int(rows.len())]);
@@ -67,19 +75,18 @@ impl MlxStep<'_> {
 }
 
 impl Draws {
-    /// Records what becomes of the rows of `x = [rows, vocabulary]`.
-    pub(crate) fn record(x: &Array, draws: &[Draw]) -> Result<Self, Failure> {
+    /// Records what becomes of the rows of `x = [rows, vocabulary]`, of any type.
+    pub(crate) fn record(x: &Array, draws: &[Draw], fused: &mut Fused) -> Result<Self, Failure> {
         let rows = x.dim(0) as usize;
         if draws.len() != rows {
             return Err(Failure(format!("{} draws for {rows} rows of logits", draws.len())));
         }
-        let x = x.as_dtype(Dtype::Float32)?;
         let drew: Vec<bool> = draws.iter().map(|draw| matches!(draw, Draw::Token(_))).collect();
         let shown = (0..rows).filter(|row| !drew[*row]);
         let logits = match drew.iter().filter(|drew| !**drew).count() {
             0 => None,
-            all if all == rows => Some(x.contiguous()?),
-            count => Some(x.take_axis(indices(shown, &[int(count)]), 0)?),
+            all if all == rows => Some(x.as_dtype(Dtype::Float32)?.contiguous()?),
+            count => Some(x.take_axis(indices(shown, &[int(count)]), 0)?.as_dtype(Dtype::Float32)?),
         };
         let rules: Vec<Rule> = draws
             .iter()
@@ -89,22 +96,27 @@ impl Draws {
             })
             .collect();
         let ids = if drew.contains(&true) {
-            ids(&x, &rules)?
+            ids(x, &rules, fused)?
         } else {
             Array::from_slice(&vec![0i32; rows], &[int(rows)])
         };
-        Ok(Draws { ids, logits, drew })
+        Ok(Draws { ids, logits, drew, all: Some(x.clone()) })
     }
 
     /// The same in a group, `x` being the logits of all ranks side by side: rank 0 draws, and every rank has its ids.
-    pub(crate) fn in_group(x: &Array, draws: &[Draw], fabric: &Fabric) -> Result<Self, Failure> {
+    pub(crate) fn in_group(
+        x: &Array,
+        draws: &[Draw],
+        fused: &mut Fused,
+        fabric: &Fabric,
+    ) -> Result<Self, Failure> {
         let mut own = if fabric.rank() == 0 {
-            Draws::record(x, draws)?
+            Draws::record(x, draws, fused)?
         } else {
             // Zeros that come after the logits are there: every rank takes part in the same sums in the same order.
             let zeros = last(x, 0..1)?.is_finite()?.as_dtype(Dtype::Int32)?.multiply(Array::from_int(0))?;
             let drew = draws.iter().map(|draw| matches!(draw, Draw::Token(_))).collect();
-            Draws { ids: zeros.reshape(&[-1])?, logits: None, drew }
+            Draws { ids: zeros.reshape(&[-1])?, logits: None, drew, all: None }
         };
         if own.drew.contains(&true) {
             own.ids = fabric.sum(&own.ids)?;
@@ -135,34 +147,40 @@ impl Draws {
         };
         let shown = self.drew.iter().filter(|drew| !**drew).count();
         let mut logits = logits.chunks_exact((logits.len() / shown.max(1)).max(1));
-        let row = |(drew, id): (&bool, &i32)| match (drew, *id) {
-            (false, _) => Drawn::Logits(logits.next().unwrap_or_default().to_vec()),
-            (true, id @ 0..) => Drawn::Token(id as u32),
-            (true, id) => Drawn::NotFinite { id: (-1 - id) as u32 },
+        let row = |(row, (drew, id)): (usize, (&bool, &i32))| {
+            Ok(match (drew, *id) {
+                (false, _) => Drawn::Logits(logits.next().unwrap_or_default().to_vec()),
+                (true, id @ 0..) => Drawn::Token(id as u32),
+                (true, _) => Drawn::NotFinite { id: self.not_finite(row)? },
+            })
         };
-        Ok(self.drew.iter().zip(ids).map(row).collect())
+        self.drew.iter().zip(ids).enumerate().map(row).collect()
+    }
+
+    /// The first logit of `row` that is no number.
+    fn not_finite(&self, row: usize) -> Result<u32, Failure> {
+        let Some(all) = &self.all else { return Ok(0) };
+        let row = first(all, row..row + 1)?.as_dtype(Dtype::Float32)?.contiguous()?;
+        row.eval()?;
+        let row = row.try_as_slice::<f32>().map_err(|error| Failure(error.to_string()))?;
+        Ok(backend::draw::not_finite(row).map_or(0, |(id, _)| id as u32))
     }
 }
 
-/// `[rows]` int32 as [`Flight`] has them. `x = [rows, vocabulary]` f32.
-fn ids(x: &Array, rules: &[Rule]) -> Recorded {
-    // What is no number counts as the greatest, so that one search finds both.
-    let sound = ops::select(&x.is_finite()?, x, Array::from_f32(f32::INFINITY))?;
-    let top = argmax_axis(&sound, -1, true)?;
-    let max = take_along_axis(&sound, &top, -1)?;
-    let top = top.as_dtype(Dtype::Int32)?;
-    let finite = max.is_finite()?;
-    let mut ids = top.clone();
+/// `[rows]` int32 as [`Flight`] has them. `x = [rows, vocabulary]`.
+fn ids(x: &Array, rules: &[Rule], fused: &mut Fused) -> Recorded {
+    let (greatest, least) = (x.max_axis(-1, true)?, x.min_axis(-1, true)?);
+    let mut ids = argmax_axis(x, -1, true)?;
     if !rules.iter().all(Rule::is_greedy) {
         let warm: Vec<bool> = rules.iter().map(|rule| !rule.is_greedy()).collect();
-        let drawn = warm_ids(&sound.subtract(&max)?, rules)?;
-        ids = ops::select(Array::from_slice(&warm, &[int(warm.len()), 1]), &drawn, &top)?;
+        let wide = x.as_dtype(Dtype::Float32)?;
+        let drawn = warm_ids(&wide.subtract(&greatest)?, rules)?;
+        ids = ops::select(Array::from_slice(&warm, &[int(warm.len()), 1]), &drawn, &ids)?;
     }
-    let none = Array::from_int(-1).subtract(&top)?;
-    Ok(ops::select(&finite, &ids, &none)?.reshape(&[int(rules.len())])?)
+    Ok(fused.judged(&ids, &greatest, &least)?.reshape(&[int(rules.len())])?)
 }
 
-/// `[rows, 1]` int32 of rows drawn by noise; rows of greedy rules give anything. `x`: logits less the greatest of the row.
+/// `[rows, 1]` ids of rows drawn by noise; rows of greedy rules give anything. `x`: logits less the greatest of the row.
 fn warm_ids(x: &Array, rules: &[Rule]) -> Recorded {
     let temperature = |rule: &Rule| if rule.is_greedy() { 1.0 } else { rule.temperature };
     let z = x.divide(column(rules, temperature))?;
@@ -171,7 +189,7 @@ fn warm_ids(x: &Array, rules: &[Rule]) -> Recorded {
         Some(edges) => ops::select(&z.ge(&edges)?, &score, Array::from_f32(f32::NEG_INFINITY))?,
         None => score,
     };
-    Ok(argmax_axis(&score, -1, true)?.as_dtype(Dtype::Int32)?)
+    Ok(argmax_axis(&score, -1, true)?)
 }
 
 /// `[rows, 1]`: the least value of `z` that each row's filters keep. `None`: no row has any.

@@ -7,7 +7,7 @@
 
 use std::cell::RefCell;
 use std::collections::HashMap;
-use std::ffi::{CStr, CString, c_char, c_void};
+use std::ffi::{CStr, CString, OsString, c_char, c_void};
 use std::io::Write;
 use std::net::{IpAddr, SocketAddr};
 use std::os::unix::fs::OpenOptionsExt;
@@ -35,17 +35,25 @@ const RANK: &str = "MLX_RANK";
 /// The process has one thread: the environment is written.
 pub unsafe fn prepare(rank: usize, leader: &str) {
     let since = std::time::UNIX_EPOCH.elapsed().map_or(0, |since| since.as_nanos());
-    let file = |what| std::env::temp_dir().join(format!("baton-{what}-{}-{since}.json", std::process::id()));
+    let mark = format!("{}-{since}", std::process::id());
+    for (variable, value) in environment(rank, leader, &std::env::temp_dir(), &mark) {
+        // SAFETY: the caller's promise.
+        unsafe { std::env::set_var(variable, value) };
+    }
+}
+
+/// What MLX reads of the environment. `mark`: in the names of its files in `dir`, this process's own.
+fn environment(rank: usize, leader: &str, dir: &Path, mark: &str) -> [(&'static str, OsString); 4] {
+    let file = |what| dir.join(format!("baton-{what}-{mark}.json")).into_os_string();
     let coordinator = leader
         .rsplit_once(':')
         .and_then(|(host, port)| Some(format!("{host}:{}", port.parse::<u16>().ok()?.checked_add(1)?)));
-    // SAFETY: the caller's promise.
-    unsafe {
-        std::env::set_var(RANK, rank.to_string());
-        std::env::set_var(HOST_FILE, file("hosts"));
-        std::env::set_var(DEVICE_FILE, file("devices"));
-        std::env::set_var(COORDINATOR, coordinator.unwrap_or_default());
-    }
+    [
+        (RANK, rank.to_string().into()),
+        (HOST_FILE, file("hosts")),
+        (DEVICE_FILE, file("devices")),
+        (COORDINATOR, coordinator.unwrap_or_default().into()),
+    ]
 }
 
 /// What this machine tells the others about its links besides its address.
@@ -78,25 +86,13 @@ impl Fabric {
         let Links::Native(spec) = links else {
             return Err(unavailable("a group over sockets that are not MLX's own".to_owned()));
         };
-        let ranks: Vec<(&str, &str)> =
-            spec.lines().map(|line| line.split_once('\t').unwrap_or((line, ""))).collect();
-        if ranks.len() != world {
-            return Err(unavailable(format!("{} addresses for {world} ranks", ranks.len())));
-        }
-        for (address, _) in &ranks {
-            allowed(address).map_err(unavailable)?;
-        }
+        let way = Way::choose(spec, world, is_available(c"jaccl")).map_err(unavailable)?;
         let mut joined = JOINED.lock().unwrap_or_else(PoisonError::into_inner);
         if joined.as_ref().is_some_and(|joined| joined != spec) {
             return Err(unavailable("this process was a rank of another group already".to_owned()));
         }
-        let devices = rdma::devices(&ranks).filter(|_| is_available(c"jaccl"));
-        let (name, variable, content) = match &devices {
-            Some(devices) => (c"jaccl", DEVICE_FILE, devices.clone()),
-            None => (c"ring", HOST_FILE, hosts(&ranks)),
-        };
-        let file = HandedOver::write(variable, &content)?;
-        let group = init(name).map_err(|failure| lost(rank, world, failure.0))?;
+        let file = HandedOver::write(way.variable, std::env::var_os(way.variable), &way.content)?;
+        let group = init(way.name).map_err(|failure| lost(rank, world, failure.0))?;
         drop(file);
         // SAFETY: a live handle.
         let got = unsafe {
@@ -174,6 +170,35 @@ impl Drop for Fabric {
     }
 }
 
+/// What joins the ranks, and the file that tells MLX about them.
+#[derive(Debug, PartialEq, Eq)]
+struct Way {
+    /// MLX's.
+    name: &'static CStr,
+    /// Names the file.
+    variable: &'static str,
+    content: String,
+}
+
+impl Way {
+    /// `jaccl` where MLX has it and every rank has a cable to every other, else `ring`. Errors when the specification is of
+    /// another number of ranks, or when a rank's address is not of a network of one's own.
+    fn choose(specification: &str, world: usize, has_jaccl: bool) -> Result<Self, String> {
+        let ranks: Vec<(&str, &str)> =
+            specification.lines().map(|line| line.split_once('\t').unwrap_or((line, ""))).collect();
+        if ranks.len() != world {
+            return Err(format!("{} addresses for {world} ranks", ranks.len()));
+        }
+        for (address, _) in &ranks {
+            allowed(address)?;
+        }
+        Ok(match rdma::devices(&ranks).filter(|_| has_jaccl) {
+            Some(content) => Way { name: c"jaccl", variable: DEVICE_FILE, content },
+            None => Way { name: c"ring", variable: HOST_FILE, content: hosts(&ranks) },
+        })
+    }
+}
+
 /// MLX does not say which rank is gone; in a ring it is a neighbour.
 fn lost(rank: usize, world: usize, reason: String) -> BackendError {
     BackendError::Group { rank: (rank + 1) % world.max(1), reason }
@@ -187,9 +212,10 @@ fn unavailable(reason: String) -> BackendError {
 struct HandedOver(PathBuf);
 
 impl HandedOver {
-    fn write(variable: &'static str, content: &str) -> Result<Self, BackendError> {
+    /// `path`: what the environment's `variable` says.
+    fn write(variable: &str, path: Option<OsString>, content: &str) -> Result<Self, BackendError> {
         let failed = |reason: std::io::Error| unavailable(format!("{variable}: {reason}"));
-        let path = std::env::var_os(variable)
+        let path = path
             .map(PathBuf::from)
             .ok_or_else(|| unavailable(format!("{variable} is not set: nobody prepared this process")))?;
         // Ours alone: what lies there already is not followed.
@@ -323,10 +349,67 @@ mod tests {
         }
     }
 
+    /// The file of `ring` has addresses only, that of `jaccl` devices; what MLX lacks or cables do not join is not chosen.
     #[test]
-    fn host_files_name_every_rank() {
-        let ranks = [("10.0.0.1:5", ""), ("10.0.0.2:6", "")];
-        assert_eq!(hosts(&ranks), r#"[["10.0.0.1:5"],["10.0.0.2:6"]]"#);
-        assert_eq!(specification(ranks), "10.0.0.1:5\t\n10.0.0.2:6\t\n");
+    fn jaccl_is_chosen_where_it_can_be() {
+        let cabled = [("10.0.0.1:5", "A1>B2>rdma_en2"), ("10.0.0.2:6", "B2>A1>rdma_en5")];
+        let specification = specification(cabled);
+        assert_eq!(specification, "10.0.0.1:5\tA1>B2>rdma_en2\n10.0.0.2:6\tB2>A1>rdma_en5\n");
+        let ring = Way {
+            name: c"ring",
+            variable: "MLX_HOSTFILE",
+            content: r#"[["10.0.0.1:5"],["10.0.0.2:6"]]"#.into(),
+        };
+        let jaccl = Way {
+            name: c"jaccl",
+            variable: "MLX_IBV_DEVICES",
+            content: r#"[[null,"rdma_en2"],["rdma_en5",null]]"#.into(),
+        };
+        assert_eq!(Way::choose(&specification, 2, true), Ok(jaccl));
+        assert_eq!(Way::choose(&specification, 2, false).as_ref(), Ok(&ring));
+        assert_eq!(Way::choose("10.0.0.1:5\t\n10.0.0.2:6\t\n", 2, true), Ok(ring));
+        assert_eq!(Way::choose(&specification, 3, true).unwrap_err(), "2 addresses for 3 ranks");
+    }
+
+    /// Before anything is connected, or a file written.
+    #[test]
+    fn a_group_with_a_public_rank_is_not_joined() {
+        let links = Links::Native("10.0.0.1:5\t\n8.8.8.8:6\t\n".into());
+        let error = Fabric::join(0, 2, &links).map(drop).unwrap_err().to_string();
+        assert!(error.contains("8.8.8.8:6 is not a private address"), "{error}");
+    }
+
+    #[test]
+    fn the_environment_is_of_this_process() {
+        let made = environment(1, "mac1.local:8020", Path::new("/tmp"), "7-9");
+        let made: Vec<String> =
+            made.iter().map(|(name, value)| format!("{name}={}", value.to_str().unwrap())).collect();
+        let wanted = [
+            "MLX_RANK=1",
+            "MLX_HOSTFILE=/tmp/baton-hosts-7-9.json",
+            "MLX_IBV_DEVICES=/tmp/baton-devices-7-9.json",
+            "MLX_JACCL_COORDINATOR=mac1.local:8021",
+        ];
+        assert_eq!(made, wanted);
+    }
+
+    /// A file of ours alone, that does not outlive its use, whatever lay there before.
+    #[test]
+    fn files_are_private_and_gone_after_use() {
+        use std::os::unix::fs::PermissionsExt;
+        let path = std::env::temp_dir().join(format!("baton-handed-{}.json", std::process::id()));
+        let elsewhere = path.with_extension("victim");
+        std::fs::write(&elsewhere, "untouched").unwrap();
+        std::os::unix::fs::symlink(&elsewhere, &path).unwrap();
+        let file = HandedOver::write(HOST_FILE, Some(path.clone().into_os_string()), "[]").unwrap();
+        assert_eq!(std::fs::read_to_string(&path).unwrap(), "[]");
+        assert_eq!(std::fs::read_to_string(&elsewhere).unwrap(), "untouched");
+        let mode = std::fs::symlink_metadata(&path).unwrap().permissions().mode();
+        assert_eq!(mode & 0o777, 0o600);
+        drop(file);
+        assert!(std::fs::symlink_metadata(&path).is_err());
+        std::fs::remove_file(&elsewhere).unwrap();
+        let error = HandedOver::write(HOST_FILE, None, "[]").map(drop).unwrap_err().to_string();
+        assert!(error.contains("MLX_HOSTFILE is not set"), "{error}");
     }
 }

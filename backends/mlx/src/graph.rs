@@ -93,14 +93,15 @@ pub(crate) fn put_run(cache: &Array, slot: usize, tokens: Range<usize>, values: 
     Ok(cache.try_index_update(at, values, UpdateMode::Replace)?)
 }
 
-/// The cache with `values = [n, heads, dim]` at token `tokens[i]` of slot `slots[i]`; `slots` and `tokens` are `[n, 1]`,
-/// `heads` counts `[1, heads]`. In place when nobody else holds `cache`.
-pub(crate) fn put_tokens(
-    cache: &Array,
-    slots: &Array,
-    heads: &Array,
-    tokens: &Array,
-    values: &Array,
-) -> Recorded {
-    Ok(cache.try_index_update((slots, heads, tokens), values, UpdateMode::Replace)?)
+/// The cache with `values = [slots, heads, 1, dim]` at one token of neighbouring slots. In place as above.
+pub(crate) fn put_column(cache: &Array, slots: Range<usize>, token: usize, values: &Array) -> Recorded {
+    let at = (int(slots.start)..int(slots.end), .., int(token)..int(token + 1));
+    Ok(cache.try_index_update(at, values, UpdateMode::Replace)?)
+}
+
+/// The cache with `values = [n, heads, 1, dim]` at token `tokens[i]` of slot `slots[i]`, both `[n, 1]`. In place as above.
+pub(crate) fn put_tokens(cache: &Array, slots: &Array, tokens: &Array, values: &Array) -> Recorded {
+    let count = values.dim(1) as usize;
+    let heads = indices(0..count, &[1, int(count)]);
+    Ok(cache.try_index_update((slots, &heads, tokens), values.squeeze_axes(&[2])?, UpdateMode::Replace)?)
 }

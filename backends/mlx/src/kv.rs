@@ -11,6 +11,7 @@
 use std::cell::RefCell;
 use std::ops::Range;
 use std::rc::Rc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 
 use backend::paged::{Access, LeaseId, Pages};
@@ -36,10 +37,18 @@ pub struct MlxKv {
     line: Rc<RefCell<Line>>,
     /// Landings that were dropped since the store looked last.
     ended: Arc<Mutex<Vec<LeaseId>>>,
+    /// Bytes copied from slot to slot.
+    copied: Arc<AtomicU64>,
 }
 
 impl MlxKv {
-    pub(crate) fn new(spec: &KvSpec, bytes: u64, block_tokens: u32) -> Result<Self, BackendError> {
+    /// `copied` counts the bytes that are copied from slot to slot.
+    pub(crate) fn new(
+        spec: &KvSpec,
+        bytes: u64,
+        block_tokens: u32,
+        copied: Arc<AtomicU64>,
+    ) -> Result<Self, BackendError> {
         let refused = |reason| Err(BackendError::Unavailable { backend: "mlx", reason });
         if !block_tokens.is_power_of_two() {
             return refused(format!("{block_tokens} tokens per KV block is not a power of two"));
@@ -65,6 +74,7 @@ impl MlxKv {
             recorded: Vec::new(),
             line: Rc::default(),
             ended: Arc::default(),
+            copied,
         })
     }
 
@@ -178,14 +188,25 @@ impl MlxKv {
         Ok(())
     }
 
+    /// Layer by layer, so that little more memory is taken than before.
     fn copy(&mut self, from: Place, to: Place, tokens: usize) -> Result<(), Failure> {
         self.calm()?;
-        for (layer, plane) in self.planes() {
-            let kept = window(self.array(from.bank, layer, plane), from.slot..from.slot + 1, 0..tokens)?;
-            let array = put_run(self.array(to.bank, layer, plane), to.slot, 0..tokens, &kept)?;
-            self.replace(to.bank, layer, plane, array);
+        for layer in 0..self.spec.layers {
+            let kept = |plane| -> Recorded {
+                let array = self.array(from.bank, layer, plane);
+                Ok(window(array, from.slot..from.slot + 1, 0..tokens)?.contiguous()?)
+            };
+            let kept = (0..self.spec.planes.len()).map(kept).collect::<Result<Vec<_>, _>>()?;
+            // Arrays of their own before the update begins: beside a view of it, MLX would copy the whole bank.
+            transforms::eval(&kept)?;
+            for (plane, kept) in kept.iter().enumerate() {
+                let array = put_run(self.array(to.bank, layer, plane), to.slot, 0..tokens, kept)?;
+                self.replace(to.bank, layer, plane, array);
+            }
+            self.begin()?;
         }
-        self.begin()
+        self.copied.fetch_add((tokens * self.spec.token_bytes()) as u64, Ordering::Relaxed);
+        Ok(())
     }
 
     /// Submits the recorded updates, which begin at once: everything before has ended.

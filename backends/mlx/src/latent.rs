@@ -7,10 +7,10 @@ use mlx_rs::fast::{self, ScaledDotProductAttentionMask as Mask};
 use mlx_rs::ops;
 use mlx_rs::{Array, Dtype};
 
-use crate::attend::{Attention, Ready, Seen, Sighted};
 use crate::device::MlxBackend;
 use crate::graph::{Recorded, int, last, mlx_type};
 use crate::plan::Call;
+use crate::ready::{Attention, Ready, Seen, Sighted};
 use crate::step::{MlxAct, MlxStep};
 
 /// Whether `rows` of one sequence cost less expanded: per key, `rows` dot products of `2 latent` elements against `rows` of
@@ -69,7 +69,10 @@ impl MlxStep<'_> {
                 Call::Chunk { rows, .. } if is_expanded(rows.len(), mla) => {
                     expanded(&ready.rows_of(&q)?, &turned, &views, seen, mla)?
                 }
-                _ => absorbed_call(&ready.rows_of(&absorbed)?, &turned, &views, ready, seen, mla)?,
+                _ => {
+                    let absorbed = ready.rows_of(&absorbed)?;
+                    ready.held(absorbed_call(&absorbed, &turned, &views, ready, seen, mla)?)?
+                }
             });
         }
         let out = attention.in_order(outs)?;

@@ -4,7 +4,8 @@
 //! [`MlxBackend`] is opened by node start-up on the thread that owns all MLX state from then on. A step is one lazy graph:
 //! its operations (`step`, `attend`) only record, [`backend::Step::submit`] puts it in line (`line`) to be evaluated, waiting
 //! reads the result. The cache (`kv`) is slots of capacity classes (`slots`): MLX has no paged attention. Leases (`lease`) carry
-//! evaluated arrays and host memory, nothing else leaves the thread. `draw` picks tokens on the device. `graph` holds what MLX calls have in common.
+//! evaluated arrays and host memory, nothing else leaves the thread. `draw` picks tokens on the device. `fused` holds what MLX
+//! makes one kernel of, `graph` what its calls have in common.
 //!
 //! [`backend::Caps::exact`] is false: sums are MLX's, and its kernels differ by shape.
 #![cfg(feature = "mlx")]
@@ -13,6 +14,7 @@ mod attend;
 mod device;
 mod draw;
 mod fabric;
+mod fused;
 mod graph;
 mod host;
 mod kv;
@@ -24,6 +26,7 @@ mod part;
 mod plan;
 mod platform;
 mod rdma;
+mod ready;
 mod slots;
 mod stack;
 mod step;
@@ -35,3 +38,9 @@ pub use kv::MlxKv;
 pub use lease::{MlxExport, MlxLanding};
 pub use step::{MlxAct, MlxStep};
 pub use weight::MlxWeight;
+
+/// Whether `weights` and a cache of `kv` bytes fit into the memory that the GPU may use, before any of it is read. Errors with
+/// the sums, and the setting that binds. Weights that grow as they are loaded are found out when the cache is made.
+pub fn fits(weights: u64, kv: u64) -> Result<(), backend::BackendError> {
+    platform::fits(weights, kv, platform::limit())
+}

@@ -7,15 +7,16 @@ use mlx_rs::ops::indexing::topk_axis;
 use mlx_rs::{Array, Dtype};
 
 use crate::device::MlxBackend;
+use crate::fused::Fused;
 use crate::graph::{Failure, Recorded, int, last};
 use crate::part::Part;
-use crate::step::{MlxAct, gated};
+use crate::step::MlxAct;
 
 /// Rows times experts from which rows are put in the order of their experts first, so that an expert's weight is read once.
 const SORTED_MIN: usize = 64;
 
 /// [`backend::Step::moe`]: `[rows, hidden]` in f32.
-pub(crate) fn experts(x: &MlxAct, moe: &Moe<'_, MlxBackend>) -> Recorded {
+pub(crate) fn experts(fused: &mut Fused, x: &MlxAct, moe: &Moe<'_, MlxBackend>) -> Recorded {
     let routing = moe.routing;
     check(routing).map_err(Failure)?;
     let (gate_up, down) = (moe.gate_up.experts(routing.experts)?, moe.down.experts(routing.experts)?);
@@ -35,15 +36,15 @@ pub(crate) fn experts(x: &MlxAct, moe: &Moe<'_, MlxBackend>) -> Recorded {
         let from =
             order.floor_divide(Array::from_slice(&[routing.top_k as u32], &[1]).as_dtype(order.dtype())?)?;
         let x = x.0.take_axis(&from, 0)?.expand_dims(1)?;
-        let out = through(&x, gate_up, down, moe, &experts, true)?;
+        let out = through(fused, &x, [gate_up, down], moe, &experts, true)?;
         out.squeeze_axes(&[1])?.take_axis(&back, 0)?.reshape(&[int(rows), int(routing.top_k), -1])?
     } else {
         let x = x.0.expand_dims(1)?.expand_dims(1)?;
-        through(&x, gate_up, down, moe, &chosen, false)?.squeeze_axes(&[2])?
+        through(fused, &x, [gate_up, down], moe, &chosen, false)?.squeeze_axes(&[2])?
     };
     out = out.as_dtype(Dtype::Float32)?.multiply(&weights.expand_dims(-1)?)?.sum_axis(1, false)?;
     if let Some((gate_up, down)) = moe.shared {
-        let inner = gated(&gate_up.product()?.of(&x.0)?, moe.glu)?;
+        let inner = fused.gated(&gate_up.product()?.of(&x.0)?, moe.glu)?;
         out = out.add(down.product()?.of(&inner)?.as_dtype(Dtype::Float32)?)?;
     }
     Ok(out)
@@ -51,9 +52,9 @@ pub(crate) fn experts(x: &MlxAct, moe: &Moe<'_, MlxBackend>) -> Recorded {
 
 /// Rows `[.., 1, hidden]` through the experts of each.
 fn through(
+    fused: &mut Fused,
     x: &Array,
-    gate_up: &[Part],
-    down: &[Part],
+    [gate_up, down]: [&[Part]; 2],
     moe: &Moe<'_, MlxBackend>,
     experts: &Array,
     sorted: bool,
@@ -66,7 +67,7 @@ fn through(
             _ => Ok(ops::concatenate(&outs, -1)?),
         }
     };
-    product(&gated(&product(x, gate_up)?, moe.glu)?, down)
+    product(&fused.gated(&product(x, gate_up)?, moe.glu)?, down)
 }
 
 /// The experts of every row and their weights, `[rows, top_k]`, from the router's products `[rows, experts]` in f32.

@@ -1,7 +1,9 @@
 //! How the rows of a step become attention calls. Pure.
 //!
-//! Single tokens of neighbouring slots go together, `[slots, heads, 1, dim]` against `[slots, heads, keys, dim]`; a chunk
-//! of a prompt goes alone, `[1, heads, rows, dim]`. Both write their K and V first, the tokens with one indexed update.
+//! Single tokens of a bank go together, `[slots, heads, 1, dim]` against `[slots, heads, keys, dim]`; a chunk of a prompt
+//! goes alone, `[1, heads, rows, dim]`. Both write their K and V first, the tokens with one indexed update. Between the slots
+//! of a call some may have no row: they are computed, and dropped, as long as they are not more than the others (Metal skips
+//! keys that are masked).
 
 use std::ops::Range;
 
@@ -12,13 +14,16 @@ use crate::slots::Place;
 /// The rows of one call.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) enum Call {
-    /// One row of each of the slots `slots..`, two at least.
+    /// One row of each of some slots, two at least.
     Tokens {
         bank: usize,
+        /// From the first to the last.
         slots: Range<usize>,
-        /// Row of the batch, per slot.
+        /// Slot of each row, ascending.
+        held: Vec<usize>,
+        /// Row of the batch.
         rows: Vec<usize>,
-        /// Position, per slot.
+        /// Position of each row.
         positions: Vec<u32>,
     },
     /// Consecutive rows of one sequence.
@@ -42,6 +47,16 @@ impl Call {
         match self {
             Call::Tokens { positions, .. } => positions.clone(),
             Call::Chunk { rows, start, .. } => (*start..*start + rows.len() as u32).collect(),
+        }
+    }
+
+    /// Which of the call's rows each of its slots has, if any. The rows of a chunk have one each.
+    pub(crate) fn spread(&self) -> Vec<Option<usize>> {
+        match self {
+            Call::Tokens { slots, held, .. } => {
+                slots.clone().map(|slot| held.binary_search(&slot).ok()).collect()
+            }
+            Call::Chunk { rows, .. } => (0..rows.len()).map(Some).collect(),
         }
     }
 
@@ -81,15 +96,25 @@ pub(crate) fn calls<E>(batch: &Batch, place: impl Fn(SeqId) -> Result<Place, E>)
         row += len;
     }
     tokens.sort_unstable();
-    let neighbours =
-        |a: &(Place, usize, u32), b: &(Place, usize, u32)| a.0.bank == b.0.bank && a.0.slot + 1 == b.0.slot;
-    for group in tokens.chunk_by(neighbours) {
-        let (place, row, start) = group[0];
+    let mut groups: Vec<Vec<(Place, usize, u32)>> = Vec::new();
+    for token in tokens {
+        let near = |group: &&mut Vec<(Place, usize, u32)>| {
+            let first = group[0].0;
+            first.bank == token.0.bank && token.0.slot + 1 - first.slot <= 2 * (group.len() + 1)
+        };
+        match groups.last_mut().filter(near) {
+            Some(group) => group.push(token),
+            None => groups.push(vec![token]),
+        }
+    }
+    for group in groups {
+        let (first, row, start) = group[0];
         calls.push(match group.len() {
-            1 => Call::Chunk { place, rows: row..row + 1, start },
+            1 => Call::Chunk { place: first, rows: row..row + 1, start },
             len => Call::Tokens {
-                bank: place.bank,
-                slots: place.slot..place.slot + len,
+                bank: first.bank,
+                slots: first.slot..group[len - 1].0.slot + 1,
+                held: group.iter().map(|token| token.0.slot).collect(),
                 rows: group.iter().map(|token| token.1).collect(),
                 positions: group.iter().map(|token| token.2).collect(),
             },
@@ -114,18 +139,38 @@ mod tests {
         calls(&batch(runs), place).unwrap()
     }
 
-    /// Tokens of neighbouring slots are one call, whatever their order; a gap, another bank or a chunk is another.
+    /// Tokens of a bank are one call, whatever their order; a wide gap, another bank or a chunk is another.
     #[test]
     fn neighbours_go_together() {
-        let got = planned(&[(3, 30, 1), (7, 0, 4), (2, 20, 1), (12, 9, 1), (5, 50, 1)]);
+        let got = planned(&[(3, 30, 1), (9, 0, 4), (0, 20, 1), (12, 9, 1), (8, 50, 1)]);
         let chunk = |bank, slot, rows, start| Call::Chunk { place: Place { bank, slot }, rows, start };
         let want = [
-            chunk(0, 7, 1..5, 0),
-            Call::Tokens { bank: 0, slots: 2..4, rows: vec![5, 0], positions: vec![20, 30] },
-            chunk(0, 5, 7..8, 50),
+            chunk(0, 9, 1..5, 0),
+            Call::Tokens {
+                bank: 0,
+                slots: 0..4,
+                held: vec![0, 3],
+                rows: vec![5, 0],
+                positions: vec![20, 30],
+            },
+            chunk(0, 8, 7..8, 50),
             chunk(1, 2, 6..7, 9),
         ];
         assert_eq!(got, want);
+        assert_eq!(got[1].spread(), [Some(0), None, None, Some(1)]);
+    }
+
+    /// Not more slots without a row are computed than with one.
+    #[test]
+    fn gaps_are_bridged_up_to_a_half() {
+        let spans = |slots: &[u64]| -> Vec<usize> {
+            let runs: Vec<_> = slots.iter().map(|slot| (*slot, 5, 1)).collect();
+            planned(&runs).iter().map(|call| call.spread().len()).collect()
+        };
+        assert_eq!(spans(&[0, 2, 4, 6, 8]), [9]);
+        assert_eq!(spans(&[0, 1, 5]), [6]);
+        assert_eq!(spans(&[0, 1, 6]), [2, 1]);
+        assert_eq!(spans(&[0, 4]), [1, 1]);
     }
 
     /// Masks are made only where the shape does not say it already, and keys outside every window are left out.

@@ -1,6 +1,8 @@
 //! What differs between Apple Silicon and MLX's CPU library on Linux, and nothing else of the backend does. What is compiled
 //! for Apple only has not been run yet.
 
+use std::process::{Command, Stdio};
+
 use backend::BackendError;
 
 /// Whether quantised products sum in f32 when activations are 16 bits wide. Metal's kernels do; the CPU library adds up in
@@ -16,19 +18,24 @@ pub(crate) const DEVICE: &str = if cfg!(target_vendor = "apple") { "metal" } els
 /// Lets the GPU keep as much memory as this machine gives it, and the machine awake while this process lives. Returns the
 /// bytes; `None` where nothing but the system's memory bounds them.
 pub(crate) fn claim() -> Option<u64> {
-    if !cfg!(target_vendor = "apple") {
-        return None;
-    }
-    // Ends with this process; without it the machine may sleep, which is no reason not to serve.
-    let awake = std::process::Command::new("caffeinate")
-        .args(["-i", "-s", "-w", &std::process::id().to_string()])
-        .stdin(std::process::Stdio::null())
-        .spawn();
-    drop(awake);
-    let limit = working_set()?;
+    let limit = limit()?;
+    // Without it the machine may sleep, which is no reason not to serve.
+    drop(awake(std::process::id()).spawn());
     // Refused before macOS 15: memory is then wired as it is used.
     let _ = mlx_rs::memory::set_wired_limit(usize::try_from(limit).ok()?);
     Some(limit)
+}
+
+/// Bytes that the GPU may use; `None` where nothing but the system's memory bounds them.
+pub(crate) fn limit() -> Option<u64> {
+    cfg!(target_vendor = "apple").then(working_set).flatten()
+}
+
+/// Keeps the machine from falling asleep until `process` ends.
+fn awake(process: u32) -> Command {
+    let mut command = Command::new("caffeinate");
+    command.args(["-i", "-s", "-w", &process.to_string()]).stdin(Stdio::null());
+    command
 }
 
 /// After the end of an evaluation was seen: waits until the device has let go of its inputs. Metal does that in a handler
@@ -79,6 +86,21 @@ pub(crate) fn fits(held: u64, kv: u64, claimed: Option<u64>) -> Result<(), Backe
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    /// As long as this process lives, and no longer: `-i` against idle sleep, `-s` on mains power, `-w` until it ends.
+    #[test]
+    fn the_machine_is_kept_awake_for_this_process() {
+        let command = awake(4711);
+        assert_eq!(command.get_program(), "caffeinate");
+        assert!(command.get_args().eq(["-i", "-s", "-w", "4711"]));
+    }
+
+    /// Only Apple's GPUs share memory that has to be claimed.
+    #[test]
+    #[cfg(not(target_vendor = "apple"))]
+    fn nothing_is_claimed_elsewhere() {
+        assert_eq!(claim(), None);
+    }
 
     /// The refusal says its sums and names the setting.
     #[test]

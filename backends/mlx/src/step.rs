@@ -8,16 +8,16 @@ use std::rc::Rc;
 use backend::{
     Attend, BackendError, Batch, Draw, Glu, KvError, KvStore, Mla, Moe, Out, Output, Pending, SeqId, Step,
 };
-use mlx_rs::{Array, Dtype, fast, ops, transforms};
+use mlx_rs::{Array, Dtype, fast, transforms};
 
-use crate::attend::Attention;
 use crate::device::MlxBackend;
 use crate::draw::Draws;
 use crate::fabric::Fabric;
-use crate::graph::{Failure, Recorded, available, indices, int, last, mlx_type};
+use crate::graph::{Failure, Recorded, available, indices, int, mlx_type};
 use crate::kv::MlxKv;
 use crate::lease::MlxExport;
 use crate::line::{Line, Ticket};
+use crate::ready::Attention;
 use crate::weight::MlxWeight;
 
 /// An activation `[rows, width]` of the step's dtype: a node of the graph.
@@ -109,13 +109,16 @@ impl Step for MlxStep<'_> {
     }
 
     fn glu(&mut self, x: MlxAct, kind: Glu) -> MlxAct {
-        self.record(|_| gated(&x.0, kind))
+        self.record(|step| step.device.fused.gated(&x.0, kind))
     }
 
     fn rows(&mut self, x: MlxAct, rows: &[u32]) -> MlxAct {
         self.record(|_| -> Recorded {
             if let Some(row) = rows.iter().find(|row| **row as usize >= x.rows()) {
                 return Err(Failure(format!("row {row} of {}", x.rows())));
+            }
+            if rows.iter().map(|row| *row as usize).eq(0..x.rows()) {
+                return Ok(x.0.clone());
             }
             let rows = indices(rows.iter().map(|row| *row as usize), &[int(rows.len())]);
             Ok(x.0.take_axis(&rows, 0)?)
@@ -140,7 +143,7 @@ impl Step for MlxStep<'_> {
     }
 
     fn moe(&mut self, x: &MlxAct, moe: &Moe<'_, MlxBackend>) -> MlxAct {
-        self.record(|_| crate::moe::experts(x, moe))
+        self.record(|step| crate::moe::experts(&mut step.device.fused, x, moe))
     }
 
     /// Evaluation of the graph up to here begins.
@@ -190,12 +193,14 @@ impl MlxStep<'_> {
     }
 
     /// What becomes of the rows: rank 0 draws, and every rank has its ids for the next step.
-    fn draws(&self, x: &Array, draws: &[Draw]) -> Result<Asked, Failure> {
-        match self.device.fabric()? {
-            None => Ok(Asked::Draws(Draws::record(x, draws)?)),
+    fn draws(&mut self, x: &Array, draws: &[Draw]) -> Result<Asked, Failure> {
+        let fabric = self.device.fabric()?.cloned();
+        let fused = &mut self.device.fused;
+        match fabric {
+            None => Ok(Asked::Draws(Draws::record(x, draws, fused)?)),
             Some(fabric) => {
                 let all = fabric.side_by_side(x)?;
-                Ok(Asked::Draws(Draws::in_group(&all, draws, fabric)?))
+                Ok(Asked::Draws(Draws::in_group(&all, draws, fused, &fabric)?))
             }
         }
     }
@@ -207,16 +212,6 @@ fn failed(fabric: Option<&Fabric>, failure: Failure) -> BackendError {
         Some(fabric) => fabric.lost(failure.0),
         None => failure.into(),
     }
-}
-
-/// `act(gate) * up` of `[.., gate | up]`.
-pub(crate) fn gated(x: &Array, kind: Glu) -> Recorded {
-    let half = x.dim(-1) as usize / 2;
-    let (gate, up) = (last(x, 0..half)?, last(x, half..2 * half)?);
-    let gate = match kind {
-        Glu::Silu => gate.multiply(ops::sigmoid(&gate)?)?,
-    };
-    Ok(gate.multiply(&up)?)
 }
 
 /// What a running step is asked for.

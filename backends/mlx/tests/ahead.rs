@@ -7,12 +7,15 @@
 mod fixture;
 
 use std::collections::VecDeque;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::thread::JoinHandle;
 
 use backend::{
     Backend, Batch, DType, DeviceOptions, Draw, Drawn, Group, Out, Output, Pending, Rule, SeqId, Step,
 };
 use backend_mlx::{MlxAct, MlxBackend};
-use engine::{EngineOptions, Event, Job, Place, Request, Runner, Terms};
+use engine::{EngineOptions, Event, Events, Job, Place, Request, Runner, Terms};
 use models::Model;
 use models::replay::Rank;
 
@@ -63,67 +66,125 @@ fn greedy_in_flight_is_the_reference() {
     }
 }
 
+/// An engine on MLX and what it tells besides events.
+struct Served {
+    engine: engine::Engine,
+    thread: JoinHandle<Result<(), String>>,
+    fixture: Fixture,
+    /// Bytes copied from slot to slot.
+    copied: Arc<AtomicU64>,
+    token_bytes: u64,
+}
+
+impl Served {
+    fn start() -> Self {
+        let (engine, commands) = engine::engine();
+        let (tell, told) = std::sync::mpsc::channel();
+        let thread = std::thread::spawn(move || {
+            let fixture = Fixture::open(CASE);
+            let mut backend = MlxBackend::open(&options(), Group::alone()).unwrap();
+            let checkpoint = &fixture.checkpoint;
+            let model = Model::load(&mut backend, checkpoint, 0, 1, DType::F32, &mut |_| {}).unwrap();
+            let token_bytes = model.kv_spec().token_bytes() as u64;
+            tell.send((backend.copied_bytes(), token_bytes)).unwrap();
+            let kv_bytes = 2048 * token_bytes;
+            let options = EngineOptions { kv_bytes, context_tokens: 512, ..EngineOptions::default() };
+            let mut runner = Runner::new(backend, model, options).unwrap();
+            let terms = Terms {
+                secret: b"cluster".to_vec(),
+                version: "1".into(),
+                identity: CASE.into(),
+                first_epoch: 1,
+                native: None,
+            };
+            engine::serve(&mut runner, &Place::Alone, &terms, &commands).map_err(|error| error.to_string())
+        });
+        let (copied, token_bytes) = told.recv().unwrap();
+        let begun = std::time::Instant::now();
+        while !engine.ready() {
+            assert!(begun.elapsed().as_secs() < 60, "the engine does not start");
+            std::thread::sleep(std::time::Duration::from_millis(5));
+        }
+        Served { engine, thread, fixture: Fixture::open(CASE), copied, token_bytes }
+    }
+
+    fn submit(&self, tokens: &[u32], max_tokens: usize, stop_ids: Vec<u32>) -> Events {
+        let tokens = tokens.to_vec();
+        let output_start = tokens.len();
+        let request = Request { output_start, tokens, max_tokens, stop_ids, ..Request::default() };
+        self.engine.submit(Job::Generate(request)).unwrap()
+    }
+
+    fn copied_bytes(&self) -> u64 {
+        self.copied.load(Ordering::Relaxed)
+    }
+
+    /// Stops, and checks that nothing is left over.
+    fn end(self) {
+        self.engine.stop();
+        self.thread.join().unwrap().unwrap();
+        let blocks = self.engine.report().blocks;
+        assert_eq!((blocks.used, blocks.audit_errors), (0, 0), "{blocks:?}");
+    }
+}
+
+/// Tokens that the cache held of the prompt, and the answer.
+fn answer(mut events: Events) -> (usize, Vec<u32>) {
+    let (mut cached, mut ids) = (0, Vec::new());
+    while let Some(event) = events.blocking_recv() {
+        match event {
+            Event::Token(token) => ids.push(token.id),
+            Event::Admitted { cached_tokens, .. } => cached = cached_tokens,
+            Event::Finished { .. } => {}
+            other => panic!("{other:?}"),
+        }
+    }
+    (cached, ids)
+}
+
 /// The engine on MLX: answers of different lengths, one ended by a stop id and one that nobody reads to its end.
 #[test]
 fn the_engine_runs_ahead_to_the_reference() {
-    let (engine, commands) = engine::engine();
-    let serving = std::thread::spawn(move || {
-        let fixture = Fixture::open(CASE);
-        let mut backend = MlxBackend::open(&options(), Group::alone()).unwrap();
-        let checkpoint = &fixture.checkpoint;
-        let model = Model::load(&mut backend, checkpoint, 0, 1, DType::F32, &mut |_| {}).unwrap();
-        let kv_bytes = 2048 * model.kv_spec().token_bytes() as u64;
-        let options = EngineOptions { kv_bytes, context_tokens: 512, ..EngineOptions::default() };
-        let mut runner = Runner::new(backend, model, options).unwrap();
-        let terms = Terms {
-            secret: b"cluster".to_vec(),
-            version: "1".into(),
-            identity: CASE.into(),
-            first_epoch: 1,
-            native: None,
-        };
-        engine::serve(&mut runner, &Place::Alone, &terms, &commands).map_err(|error| error.to_string())
-    });
-    let begun = std::time::Instant::now();
-    while !engine.ready() {
-        assert!(begun.elapsed().as_secs() < 60, "the engine does not start");
-        std::thread::sleep(std::time::Duration::from_millis(5));
-    }
-    let fixture = Fixture::open(CASE);
-    let submit = |i: usize, max_tokens: usize, stop: Option<usize>| {
-        let prompt = &fixture.prompts[i];
-        let request = Request {
-            output_start: prompt.prompt.len(),
-            tokens: prompt.prompt.clone(),
-            max_tokens,
-            stop_ids: stop.map(|at| prompt.greedy[at]).into_iter().collect(),
-            ..Request::default()
-        };
-        engine.submit(Job::Generate(request)).unwrap()
-    };
-    let all = fixture.prompts[0].greedy.len().min(fixture.prompts[1].greedy.len());
-    let mut answers =
-        [submit(0, all, None), submit(1, all, None), submit(1, all, Some(all / 2)), submit(0, 3, None)];
-    let mut left = submit(0, all, None);
+    let served = Served::start();
+    let [first, second] = [0, 1].map(|i| &served.fixture.prompts[i]);
+    let all = first.greedy.len().min(second.greedy.len());
+    let stop = second.greedy[all / 2];
+    let answers = [
+        served.submit(&first.prompt, all, vec![]),
+        served.submit(&second.prompt, all, vec![]),
+        served.submit(&second.prompt, all, vec![stop]),
+        served.submit(&first.prompt, 3, vec![]),
+    ];
+    let mut left = served.submit(&first.prompt, all, vec![]);
     assert!(matches!(left.blocking_recv(), Some(Event::Admitted { .. })));
     drop(left);
-    for (answer, (prompt, wanted)) in answers.iter_mut().zip([(0, all), (1, all), (1, all / 2 + 1), (0, 3)]) {
-        let mut got = Vec::new();
-        while let Some(event) = answer.blocking_recv() {
-            match event {
-                Event::Token(token) => got.push(token.id),
-                Event::Admitted { .. } | Event::Finished { .. } => {}
-                other => panic!("{other:?}"),
-            }
-        }
-        let greedy = &fixture.prompts[prompt].greedy;
-        // A stop id may come before the place it was taken from.
-        let stop =
-            if wanted == all / 2 + 1 { greedy.iter().position(|id| *id == greedy[all / 2]) } else { None };
-        assert_eq!(got[..], greedy[..stop.map_or(wanted, |at| at + 1)]);
+    // A stop id may come before the place it was taken from.
+    let stopped = second.greedy.iter().position(|id| *id == stop).unwrap() + 1;
+    let wanted = [&first.greedy[..all], &second.greedy[..all], &second.greedy[..stopped], &first.greedy[..3]];
+    for (events, wanted) in answers.into_iter().zip(wanted) {
+        assert_eq!(answer(events).1, wanted);
     }
-    engine.stop();
-    serving.join().unwrap().unwrap();
-    let blocks = engine.report().blocks;
-    assert_eq!((blocks.used, blocks.audit_errors), (0, 0), "{blocks:?}");
+    served.end();
+}
+
+/// A prompt that goes on where an ended answer left off gets that answer's slot as it is; one that shares only its beginning
+/// gets a copy of that, once. Both go on to the reference's tokens.
+#[test]
+fn a_shared_prefix_is_moved_or_copied_once() {
+    let served = Served::start();
+    let fixture = &served.fixture;
+    let prompt = fixture.prompts.iter().max_by_key(|prompt| prompt.prompt.len()).unwrap();
+    let (text, greedy) = (&prompt.prompt, &prompt.greedy);
+    assert_eq!((text.len(), greedy.len()), (70, 24));
+    assert_eq!(answer(served.submit(text, 10, vec![])), (0, greedy[..10].to_vec()));
+    assert_eq!(served.copied_bytes(), 0);
+    // 79 tokens were computed, 4 blocks of 16 are kept; the next turn takes all of them.
+    let longer = [text, &greedy[..10]].concat();
+    assert_eq!(answer(served.submit(&longer, 10, vec![])), (64, greedy[10..20].to_vec()));
+    assert_eq!(served.copied_bytes(), 0, "the slot was to be moved");
+    // 89 tokens are 5 blocks: the prompt by itself shares 4 of them.
+    assert_eq!(answer(served.submit(text, 24, vec![])), (64, greedy.to_vec()));
+    assert_eq!(served.copied_bytes(), 64 * served.token_bytes);
+    assert_eq!(served.engine.report().counters.cached_tokens, 128);
+    served.end();
 }

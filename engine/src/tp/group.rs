@@ -1,8 +1,11 @@
 //! One epoch of a group as one of its ranks holds it: links to the others, and what all of them agreed on.
 
+use std::convert::Infallible;
 use std::net::{Shutdown, TcpStream};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::mpsc::{self, RecvTimeoutError};
+use std::thread::JoinHandle;
 use std::time::Duration;
 
 use backend::Links;
@@ -12,9 +15,6 @@ use super::plan::{Notice, Plan};
 use super::{Frame, wire::WireError};
 use crate::handle::{Command, Commands};
 use crate::request::Target;
-
-/// Longest time for a backend's own fabric to come up between ranks that have met.
-const JOIN_MAX: Duration = Duration::from_secs(20);
 
 /// Time for a rank to leave an epoch that another rank has left.
 const WEDGED_AFTER: Duration = Duration::from_secs(1);
@@ -74,10 +74,19 @@ pub struct Group {
     /// The same sockets, to be shut when a rank is lost: a collective that waits for it ends then.
     shut: Arc<Vec<TcpStream>>,
     control: Control,
-    /// Starts this process anew, see [`Group::watch`].
-    renew: Option<fn(&str)>,
+    /// See [`Group::watch`].
+    watch: Option<Watch>,
     /// Whether this rank has left the epoch.
     left: Arc<AtomicBool>,
+}
+
+/// For a backend whose collectives may hang.
+#[derive(Clone, Copy)]
+struct Watch {
+    /// Starts this process anew.
+    renew: fn(&str),
+    /// Longest time for the backend's own fabric to come up between ranks that have met.
+    join_max: Duration,
 }
 
 /// Links to the other ranks: all of them on the leader, the leader's on a follower.
@@ -98,7 +107,7 @@ impl Group {
             links: Links::Alone,
             shut: Arc::default(),
             control,
-            renew: None,
+            watch: None,
             left: Arc::default(),
         }
     }
@@ -114,23 +123,24 @@ impl Group {
         let sockets = if let Links::Sockets(sockets) = &links { sockets.as_slice() } else { &[] };
         let shut = sockets.iter().flatten().map(TcpStream::try_clone).collect::<Result<_, _>>()?;
         let (shut, control) = (Arc::new(shut), Control::Met(control));
-        Ok(Group { rank, epoch, targets, blocks, links, shut, control, renew: None, left: Arc::default() })
+        Ok(Group { rank, epoch, targets, blocks, links, shut, control, watch: None, left: Arc::default() })
     }
 
     /// For a backend whose collectives may hang when a rank is lost: a rank that has not left the epoch [`WEDGED_AFTER`] a
-    /// loss is started anew by `renew`, from another thread.
-    pub(crate) fn watch(&mut self, renew: fn(&str)) {
-        self.renew = Some(renew);
+    /// loss, or whose fabric is not there `join_max` after the ranks have met, is started anew by `renew`, from another
+    /// thread.
+    pub(crate) fn watch(&mut self, renew: fn(&str), join_max: Duration) {
+        self.watch = Some(Watch { renew, join_max });
     }
 
-    /// Watches over the backend's own fabric coming up, until the guard is dropped: a rank that still waits for the others
-    /// after [`JOIN_MAX`] is started anew.
+    /// Watches over the backend's own fabric coming up, until the guard is dropped.
     pub(crate) fn joining(&self) -> Option<Joining> {
-        let renew = self.renew.filter(|_| self.is_native())?;
-        let joined = Arc::new(AtomicBool::new(false));
-        let reason = format!("the ranks' fabric did not come up in {} s", JOIN_MAX.as_secs());
-        watch_over(renew, joined.clone(), JOIN_MAX, reason);
-        Some(Joining(joined))
+        let Watch { renew, join_max } = self.watch.filter(|_| self.is_native())?;
+        let (joined, ended) = mpsc::channel();
+        // The guard sends nothing; it is gone when the fabric is there.
+        let is_there = move || ended.recv_timeout(join_max) != Err(RecvTimeoutError::Timeout);
+        let reason = format!("the ranks' fabric did not come up in {} s", join_max.as_secs_f32());
+        Some(Joining { watching: watch_over(renew, is_there, reason), _joined: joined })
     }
 
     /// Whether the backend has a fabric of its own, which waits for the other ranks by itself.
@@ -155,14 +165,19 @@ impl Group {
         let mut running = Vec::new();
         for (rank, halves) in std::mem::take(links) {
             let (epoch, sender, shut) = (self.epoch, commands.sender(), self.shut.clone());
-            let (renew, left) = (self.renew, self.left.clone());
+            let (watch, left) = (self.watch, self.left.clone());
             running.push(Link::start(halves, move |frame| {
                 if let Err(error) = &frame {
                     close_all(&shut);
-                    if let Some(renew) = renew {
+                    if let Some(Watch { renew, .. }) = watch {
                         let reason = format!("rank {rank} lost: {error}");
                         tracing::warn!("{reason}");
-                        watch_over(renew, left.clone(), WEDGED_AFTER, format!("{reason}; the device hangs"));
+                        let left = left.clone();
+                        let has_left = move || {
+                            std::thread::sleep(WEDGED_AFTER);
+                            left.load(Ordering::Acquire)
+                        };
+                        watch_over(renew, has_left, format!("{reason}; the device hangs"));
                     }
                 }
                 // A runner that has ended needs no frames.
@@ -219,27 +234,27 @@ impl Drop for Group {
 }
 
 /// A fabric that is coming up.
-pub(crate) struct Joining(Arc<AtomicBool>);
-
-impl Drop for Joining {
-    fn drop(&mut self) {
-        self.0.store(true, Ordering::Release);
-    }
+pub(crate) struct Joining {
+    _joined: mpsc::Sender<Infallible>,
+    /// Ends with the guard.
+    #[cfg_attr(not(test), expect(dead_code, reason = "waited for in tests"))]
+    watching: Option<JoinHandle<()>>,
 }
 
-/// Starts this rank anew unless it is `done` by itself after `wait`.
-fn watch_over(renew: fn(&str), done: Arc<AtomicBool>, wait: Duration, reason: String) {
+/// Starts this rank anew for `reason` unless `is_well`, which waits as long as it may take, says that it needs not.
+fn watch_over(
+    renew: fn(&str),
+    is_well: impl FnOnce() -> bool + Send + 'static,
+    reason: String,
+) -> Option<JoinHandle<()>> {
     let watch = move || {
-        std::thread::sleep(wait);
-        if !done.load(Ordering::Acquire) {
+        if !is_well() {
             renew(&reason);
         }
     };
     // Without a thread nothing watches; the runner ends by itself unless the device hangs.
     let started = std::thread::Builder::new().name("tp-watch".into()).spawn(watch);
-    if let Err(error) = started {
-        tracing::error!("nothing watches over a lost group: {error}");
-    }
+    started.inspect_err(|error| tracing::error!("nothing watches over a lost group: {error}")).ok()
 }
 
 fn close_all(sockets: &[TcpStream]) {
@@ -253,4 +268,48 @@ fn close_all(sockets: &[TcpStream]) {
 /// [`backend::Backend::regroup`], which [`crate::Runner`] does when they have.
 pub fn unmet(rank: usize, world: usize) -> std::io::Result<backend::Group> {
     Ok(backend::Group::local(world)?.swap_remove(rank))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use backend::{DType, KvSpec};
+    use std::sync::Mutex;
+
+    /// A group of two whose fabric has not come up yet.
+    fn native(renew: fn(&str), join_max: Duration) -> Group {
+        let spec = KvSpec::gqa(1, 1, 0..1, 8, DType::F32);
+        let target = |rank| Target { rank, addresses: Vec::new(), spec: spec.clone() };
+        let links = Links::Native("10.0.0.1:1\t\n10.0.0.2:1\t\n".into());
+        let mut group = Group::met(0, 1, vec![target(0), target(1)], 4, links, Vec::new()).unwrap();
+        group.watch(renew, join_max);
+        group
+    }
+
+    #[test]
+    fn a_fabric_that_does_not_come_up_starts_the_rank_anew() {
+        static SAID: Mutex<Vec<String>> = Mutex::new(Vec::new());
+        let group = native(|reason| SAID.lock().unwrap().push(reason.into()), Duration::from_millis(20));
+        let mut joining = group.joining().expect("a watch");
+        joining.watching.take().unwrap().join().unwrap();
+        assert_eq!(*SAID.lock().unwrap(), ["the ranks' fabric did not come up in 0.02 s"]);
+    }
+
+    #[test]
+    fn a_fabric_that_is_there_is_watched_no_more() {
+        let group = native(|reason| panic!("started anew: {reason}"), Duration::from_secs(3600));
+        let mut joining = group.joining().expect("a watch");
+        let watching = joining.watching.take().unwrap();
+        drop(joining);
+        watching.join().unwrap();
+    }
+
+    #[test]
+    fn sockets_are_not_watched() {
+        let spec = KvSpec::gqa(1, 1, 0..1, 8, DType::F32);
+        let target = Target { rank: 0, addresses: Vec::new(), spec };
+        let mut group = Group::alone(1, target, 4);
+        group.watch(|_| (), Duration::from_secs(1));
+        assert!(group.joining().is_none());
+    }
 }

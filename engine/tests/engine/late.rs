@@ -1,6 +1,7 @@
 //! The CPU backend as a device that computes by itself would look to the engine: what a step drew is there when it is
 //! waited for, not before. It notes the order of calls.
 
+use std::sync::mpsc::Receiver;
 use std::sync::{Arc, Mutex};
 
 use backend::{
@@ -27,6 +28,8 @@ pub struct Late {
     late: bool,
     steps: usize,
     calls: Calls,
+    /// Its own fabric comes up for as long as the other end is there, and then fails.
+    pub fabric: Option<Receiver<()>>,
 }
 
 impl Late {
@@ -37,7 +40,7 @@ impl Late {
         late: bool,
         calls: Calls,
     ) -> Result<Self, BackendError> {
-        Ok(Late { cpu: CpuBackend::open(options, group)?, late, steps: 0, calls })
+        Ok(Late { cpu: CpuBackend::open(options, group)?, late, steps: 0, calls, fabric: None })
     }
 }
 
@@ -97,6 +100,12 @@ impl Backend for Late {
     }
 
     fn regroup(&mut self, group: Group) -> Result<(), BackendError> {
+        if let Some(fabric) = &self.fabric {
+            // Nothing is sent.
+            let _ = fabric.recv();
+            let reason = "no fabric".to_owned();
+            return Err(BackendError::Unavailable { backend: "late", reason });
+        }
         self.cpu.regroup(group)
     }
 }

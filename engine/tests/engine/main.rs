@@ -2,6 +2,7 @@
 
 mod ahead;
 mod alone;
+mod fabric;
 mod faults;
 mod group;
 mod handoff;

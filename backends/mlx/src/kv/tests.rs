@@ -206,3 +206,37 @@ fn what_comes_between_waits_its_turn() {
     assert_eq!(before, after);
     running.pop().unwrap().wait().unwrap();
 }
+
+/// A prefix that is copied costs its own bytes, not a copy of the bank that both sequences lie in.
+#[test]
+fn forks_copy_in_place() {
+    let mut rig = Rig::new();
+    rig.kv.open(A, 250).unwrap();
+    rig.kv.open(B, 250).unwrap();
+    let ids: Vec<u32> = (0..20).collect();
+    let mut batch = Batch::default();
+    batch.push(A, 0, &ids);
+    batch.push(B, 0, &ids);
+    rig.step(&batch).wait().unwrap();
+    let before = rig.addresses();
+    let (bank_bytes, token_bytes) = (rig.kv.array(0, 0, 0).nbytes(), rig.kv.spec.token_bytes() as u64);
+    mlx_rs::memory::reset_peak_memory().unwrap();
+    let held = mlx_rs::memory::active_memory().unwrap();
+    rig.kv.fork(A, SeqId(3), 16, Fork::Share).unwrap();
+    let read = |kv: &mut MlxKv, seq| {
+        use backend::{KvExport, Piece};
+        let export = kv.export(seq, 0, 0..16).unwrap();
+        export.wait().unwrap();
+        let mut bytes = Vec::new();
+        export.read(&Piece { layer: 0, plane: 1, heads: 0..2, tokens: 0..16 }, &mut bytes).unwrap();
+        bytes
+    };
+    assert_eq!(read(&mut rig.kv, A), read(&mut rig.kv, SeqId(3)));
+    assert_eq!(rig.addresses(), before);
+    let more = mlx_rs::memory::peak_memory().unwrap() - held;
+    assert!(more < bank_bytes / 2, "{more} bytes more, one array of the cache has {bank_bytes}");
+    assert_eq!(rig.kv.copied.load(Ordering::Relaxed), 16 * token_bytes);
+    rig.kv.fork(A, SeqId(4), 16, Fork::Move).unwrap();
+    assert_eq!(rig.kv.copied.load(Ordering::Relaxed), 16 * token_bytes, "what is moved is not copied");
+    assert_eq!(read(&mut rig.kv, SeqId(4)), read(&mut rig.kv, SeqId(3)));
+}
