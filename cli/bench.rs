@@ -40,13 +40,13 @@ for line in sys.stdin:
     for at in range(warm + tokens):
         if at == warm:
             mx.eval(ids)
-            begun = time.perf_counter()
+            begun, busy = time.perf_counter(), time.process_time()
         after = step(ids[:, None])
         mx.async_eval(after)
         ids.tolist()
         ids = after
     mx.eval(ids)
-    print(batch * tokens / (time.perf_counter() - begun), flush=True)
+    print(time.perf_counter() - begun, time.process_time() - busy, flush=True)
 "#;
 
 /// Flags of `baton bench`.
@@ -88,11 +88,19 @@ pub struct DecodeArgs {
     mlx_lm: Option<PathBuf>,
 }
 
-/// What one batch size gave: tokens per second in every round, and the bytes that a token costs.
+/// The measured steps of one round.
+#[derive(Clone, Copy, Debug, PartialEq)]
+struct Took {
+    seconds: f64,
+    /// Of all processors together, in this process.
+    busy_seconds: f64,
+}
+
+/// What one batch size gave in every round, and the bytes that a token costs.
 #[derive(Default)]
 struct Rates {
-    ours: Vec<f64>,
-    others: Vec<f64>,
+    ours: Vec<Took>,
+    others: Vec<Took>,
     token_bytes: f64,
 }
 
@@ -124,19 +132,26 @@ fn table(args: &DecodeArgs, rates: &[Rates], version: Option<&str>) -> String {
     let mut text = format!(
         "{backend}, {dtype}, {context} tokens of context, {steps} steps, median of {rounds} (least to most)\n"
     );
-    text += "batch    tok/s                    GB/s";
+    text += "batch    tok/s                    GB/s   CPU ms/step";
     if let Some(version) = version {
-        text += &format!("   mlx_lm tok/s (mlx {version})     ratio");
+        text += &format!(
+            "   {:<28}   CPU ms/step   ratio of tok/s, of CPU",
+            format!("mlx_lm tok/s (mlx {version})")
+        );
     }
     text += "\n";
     for (batch, rates) in args.batch.iter().zip(rates) {
-        let [low, ours, high] = spread(&rates.ours);
+        let shown = |all: &[Took]| {
+            let [low, rate, high] = spread(all, |took| (batch * steps) as f64 / took.seconds);
+            let [_, busy, _] = spread(all, |took| 1e3 * took.busy_seconds / *steps as f64);
+            (rate, busy, format!("{rate:>8.1} {:<19}", format!("({low:.1} to {high:.1})")))
+        };
+        let (ours, our_busy, range) = shown(&rates.ours);
         let gbytes = ours * rates.token_bytes / 1e9;
-        text += &format!("{batch:>5} {ours:>8.1} {:<19} {gbytes:>5.2}", format!("({low:.1} to {high:.1})"));
+        text += &format!("{batch:>5} {range} {gbytes:>5.2} {our_busy:>13.2}");
         if version.is_some() {
-            let [low, others, high] = spread(&rates.others);
-            let range = format!("({low:.1} to {high:.1})");
-            text += &format!("   {others:>8.1} {range:<19} {:>5.2}", ours / others);
+            let (others, busy, range) = shown(&rates.others);
+            text += &format!("   {range} {busy:>13.2}   {:>5.2} {:>5.2}", ours / others, our_busy / busy);
         }
         text += "\n";
     }
@@ -144,11 +159,20 @@ fn table(args: &DecodeArgs, rates: &[Rates], version: Option<&str>) -> String {
 }
 
 /// Least, median and most.
-fn spread(rates: &[f64]) -> [f64; 3] {
-    let mut rates = rates.to_vec();
-    rates.sort_by(f64::total_cmp);
-    let at = |at: usize| rates.get(at).copied().unwrap_or(f64::NAN);
-    [at(0), at(rates.len().saturating_sub(1) / 2), at(rates.len().saturating_sub(1))]
+fn spread(all: &[Took], number: impl Fn(&Took) -> f64) -> [f64; 3] {
+    let mut numbers: Vec<f64> = all.iter().map(number).collect();
+    numbers.sort_by(f64::total_cmp);
+    let at = |at: usize| numbers.get(at).copied().unwrap_or(f64::NAN);
+    [at(0), at(numbers.len().saturating_sub(1) / 2), at(numbers.len().saturating_sub(1))]
+}
+
+/// Processor time of this process so far, in seconds.
+fn busy_seconds() -> f64 {
+    // SAFETY: plain numbers, for which zeros are a value.
+    let mut time: libc::timespec = unsafe { std::mem::zeroed() };
+    // SAFETY: a place of ours, that lives during the call. A clock that is not there leaves zeros.
+    unsafe { libc::clock_gettime(libc::CLOCK_PROCESS_CPUTIME_ID, &mut time) };
+    time.tv_sec as f64 + time.tv_nsec as f64 / 1e9
 }
 
 fn measure<B: Backend>(
@@ -179,8 +203,8 @@ fn measure<B: Backend>(
     Ok(all)
 }
 
-/// One batch size: prompts, then steps of one token each. Returns tokens per second.
-fn one<B: Backend>(rank: &mut Rank<B>, args: &DecodeArgs, batch: usize, tokens: usize) -> Result<f64> {
+/// One batch size: prompts, then steps of one token each.
+fn one<B: Backend>(rank: &mut Rank<B>, args: &DecodeArgs, batch: usize, tokens: usize) -> Result<Took> {
     let vocabulary = rank.model.vocab_size();
     let seqs: Vec<SeqId> = (0..batch as u64).map(SeqId).collect();
     for (row, seq) in seqs.iter().enumerate() {
@@ -190,14 +214,14 @@ fn one<B: Backend>(rank: &mut Rank<B>, args: &DecodeArgs, batch: usize, tokens: 
         rank.feed(*seq, 0, &prompt, CHUNK)?;
     }
     let mut before: Option<Box<dyn Pending<B::Hidden>>> = None;
-    let mut begun = Instant::now();
+    let (mut begun, mut busy) = (Instant::now(), 0.0);
     for step in 0..WARM_STEPS + args.steps {
         if step == WARM_STEPS {
             // What was submitted before counts as before.
             if let Some(pending) = before.take() {
                 pending.wait()?;
             }
-            begun = Instant::now();
+            (begun, busy) = (Instant::now(), busy_seconds());
         }
         let mut rows = Batch::default();
         for (row, seq) in seqs.iter().enumerate() {
@@ -217,12 +241,12 @@ fn one<B: Backend>(rank: &mut Rank<B>, args: &DecodeArgs, batch: usize, tokens: 
     if let Some(pending) = before {
         pending.wait()?;
     }
-    let seconds = begun.elapsed().as_secs_f64();
+    let took = Took { seconds: begun.elapsed().as_secs_f64(), busy_seconds: busy_seconds() - busy };
     for seq in &seqs {
         rank.end(*seq)?;
     }
     let _ = rank.kv.usage();
-    Ok((batch * args.steps) as f64 / seconds)
+    Ok(took)
 }
 
 /// `mlx_lm` in a Python of its own.
@@ -253,11 +277,10 @@ impl MlxLm {
         Ok(other)
     }
 
-    /// Tokens per second.
-    fn measure(&mut self, batch: usize) -> Result<f64> {
+    fn measure(&mut self, batch: usize) -> Result<Took> {
         writeln!(self.asks, "{batch}")?;
         let line = self.line()?;
-        line.trim().parse().with_context(|| format!("what mlx_lm said: {line}"))
+        took(&line).with_context(|| format!("what mlx_lm said: {line}"))
     }
 
     fn line(&mut self) -> Result<String> {
@@ -273,14 +296,61 @@ impl Drop for MlxLm {
     }
 }
 
+/// Seconds, and of the processor, as [`MLX_LM`] prints them.
+fn took(line: &str) -> Option<Took> {
+    let (seconds, busy) = line.trim().split_once(' ')?;
+    Some(Took { seconds: seconds.parse().ok()?, busy_seconds: busy.parse().ok()? })
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+    use clap::Parser;
+
+    fn took_of(seconds: f64) -> Took {
+        Took { seconds, busy_seconds: seconds / 2.0 }
+    }
 
     #[test]
     fn the_median_is_between() {
+        let spread =
+            |all: &[f64]| spread(&all.iter().copied().map(took_of).collect::<Vec<_>>(), |took| took.seconds);
         assert_eq!(spread(&[3.0, 1.0, 2.0]), [1.0, 2.0, 3.0]);
         assert_eq!(spread(&[5.0]), [5.0; 3]);
         assert!(spread(&[])[1].is_nan());
+    }
+
+    #[test]
+    fn what_mlx_lm_says_is_two_numbers() {
+        assert_eq!(took("0.5 0.25"), Some(took_of(0.5)));
+        assert_eq!(took("0.5"), None);
+        assert_eq!(took("Traceback (most recent call last):"), None);
+    }
+
+    #[derive(Parser)]
+    struct Line {
+        #[command(subcommand)]
+        command: BenchCommand,
+    }
+
+    /// Rates, bytes and ratios of numbers that can be worked out by hand.
+    #[test]
+    fn the_table_shows_both() {
+        let line = Line::parse_from(["b", "decode", "--model=m", "--backend=mlx", "--batch=4", "--steps=10"]);
+        let BenchCommand::Decode(args) = line.command;
+        let (ours, others) = (vec![took_of(0.5); 3], vec![took_of(1.0); 3]);
+        let rates = [Rates { ours, others, token_bytes: 1e8 }];
+        let text = table(&args, &rates, Some("1.2"));
+        let lines: Vec<&str> = text.lines().collect();
+        assert_eq!(lines[0], "mlx, bf16, 128 tokens of context, 10 steps, median of 5 (least to most)");
+        assert!(lines[1].contains("mlx_lm tok/s (mlx 1.2)"), "{text}");
+        let columns = "4 80.0 (80.0 to 80.0) 8.00 25.00 40.0 (40.0 to 40.0) 50.00 2.00 0.50";
+        assert_eq!(lines[2].split_whitespace().collect::<Vec<_>>().join(" "), columns);
+        let alone = table(&args, &rates, None);
+        let columns = "4 80.0 (80.0 to 80.0) 8.00 25.00";
+        assert_eq!(
+            alone.lines().last().map(|line| line.split_whitespace().collect::<Vec<_>>().join(" ")),
+            Some(columns.into())
+        );
     }
 }

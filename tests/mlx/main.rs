@@ -122,6 +122,47 @@ async fn cluster(tp: usize, backend: &str) -> Parts {
     parts
 }
 
+/// A prompt that begins like one before: the group's own cache has that part of it, and the client's usage says so.
+async fn what_is_held_is_not_sent_again(parts: &Parts) {
+    let cached = |nodes: &[Value]| {
+        let group = nodes.iter().find(|node| node["name"] == "d.0").expect("the group");
+        group["counters"]["cached_tokens"].as_u64().expect("a number")
+    };
+    let before = cached(&parts.wait_until_idle().await);
+    let prompt = [ids(1_000, 300), ids(9_000, 4)].concat();
+    let body = json!({ "prompt": prompt, "max_tokens": 2, "temperature": 0, "ignore_eos": true });
+    let (status, answer) = parts.post("/v1/completions", &client::with_model(&body)).await;
+    assert_eq!(status, 200, "{answer}");
+    // 300 tokens are 18 blocks of 16, and some.
+    assert_eq!(cached(&parts.wait_until_idle().await) - before, 288);
+    assert_eq!(answer["usage"]["prompt_tokens_details"]["cached_tokens"], 288, "{answer}");
+}
+
+/// The bench and the Python beside it speak to each other; here a stand-in that takes two
+/// seconds for everything.
+#[test]
+fn the_bench_shows_both_sides() {
+    let folder =
+        std::path::PathBuf::from(env!("CARGO_TARGET_TMPDIR")).join(format!("bench-{}", std::process::id()));
+    std::fs::create_dir_all(&folder).expect("a folder");
+    let python = folder.join("python");
+    let script = "#!/bin/sh\necho 9.9\nwhile read -r batch; do echo 2 1; done\n";
+    std::fs::write(&python, script).expect("writes");
+    std::fs::set_permissions(&python, std::os::unix::fs::PermissionsExt::from_mode(0o700)).expect("may");
+    let model = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden/llama-gqa_tied-s1");
+    let (model, python) = (format!("--model={}", model.display()), format!("--mlx-lm={}", python.display()));
+    let flags = ["--batch=1,4", "--context=8", "--steps=4", "--rounds=1", "--dtype=f32", "--backend=mlx"];
+    let mut command = harness::baton(&["bench", "decode", &model, &python]);
+    let (ok, table, errors) = harness::output(command.args(flags));
+    let _ = std::fs::remove_dir_all(&folder);
+    assert!(ok, "{errors}");
+    let lines: Vec<&str> = table.lines().collect();
+    assert!(lines[1].contains("GB/s") && lines[1].contains("mlx_lm tok/s (mlx 9.9)"), "{table}");
+    // 4 steps in 2 s, of 1 and of 4 sequences.
+    assert!(lines[2].contains("2.0 (2.0 to 2.0)") && lines[3].contains("8.0 (8.0 to 8.0)"), "{table}");
+    assert_eq!(lines.len(), 4, "{table}");
+}
+
 #[tokio::test]
 async fn mlx_ranks_go_on_where_a_cpu_node_left_off_and_survive_each_other() {
     let asks = [ask(1_000, 300, 60), ask(2_000, 33, 60), ask(3_000, 1, 30)];
@@ -140,6 +181,7 @@ async fn mlx_ranks_go_on_where_a_cpu_node_left_off_and_survive_each_other() {
         same += agree(&format!("answer {at}"), &wanted[at], &got);
     }
     assert!(same > 60, "only {same} tokens could be compared");
+    what_is_held_is_not_sent_again(&parts).await;
 
     // Either rank fails in the middle of an answer. Whoever watches over the machines starts what has ended; the rank that is
     // left starts itself anew, and so does one that hung when it is let go on.

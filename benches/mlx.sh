@@ -1,0 +1,33 @@
+#!/usr/bin/env bash
+# Generation on MLX beside mlx_lm, from nothing, with one command: a Python with mlx-lm, random checkpoints of one shape, a
+# release build with the feature mlx, then a table for bf16 and one for 4 bits, measured by turns. On Linux: MLX's CPU library.
+#   benches/mlx.sh                     about four minutes on two cores, once it is built
+#   benches/mlx.sh --rounds 5 ...      further flags of `baton bench decode`
+#   BATON=target/debug/baton ...       another executable than the release build's
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+out=target/mlx-bench
+python=$out/venv/bin/python
+export PIP_DISABLE_PIP_VERSION_CHECK=1
+if [ "$(uname)" = Linux ]; then
+  [ -e target/mlx-linux/cargo-config.toml ] || backends/mlx/linux/setup.sh
+  mlx=("mlx[cpu]==0.32.2") # the version that the backend is built against
+else
+  mlx=(mlx)
+fi
+if ! [ -x "$python" ]; then
+  python3 -m venv "$out/venv"
+  "$python" -m pip install --quiet "${mlx[@]}" "mlx-lm==0.32.2"
+fi
+[ -e "$out/4bit/config.json" ] || "$python" benches/peers/mlx_checkpoint.py "$out"
+baton=${BATON:-target/release/baton}
+[ -n "${BATON:-}" ] || cargo build --release --locked --features mlx -p baton
+# The CPU library sums 4-bit products in the type of the activations: only in f32 both do the same work there.
+[ "$(uname)" = Linux ] && wide=f32 || wide=bf16
+few=(--context 32 --steps 32 --rounds 3)
+for run in "bf16 bf16" "4bit $wide"; do
+  read -r model dtype <<< "$run"
+  echo "== $model"
+  "$baton" bench decode --backend mlx --model "$out/$model" --dtype "$dtype" --mlx-lm "$python" "${few[@]}" "$@"
+done
