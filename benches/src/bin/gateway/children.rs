@@ -71,8 +71,9 @@ impl Gateway {
             .args(["--host", "127.0.0.1", "--num_workers", "1", "--port", &port.to_string(), "--config"])
             .arg(config.path())
             .envs([("LITELLM_LOG", "ERROR"), ("LITELLM_LOCAL_MODEL_COST_MAP", "True"), ("NO_DOCS", "True")])
-            // As many connections to the mock as there are streams: by itself it holds the others back.
-            .envs([("AIOHTTP_CONNECTOR_LIMIT", "0"), ("AIOHTTP_CONNECTOR_LIMIT_PER_HOST", "0")])
+            // As many connections to the mock as there are streams: by itself it holds back all beyond 500. (0 would not
+            // lift the limit but fall back to 100.)
+            .envs([("AIOHTTP_CONNECTOR_LIMIT", "16384"), ("AIOHTTP_CONNECTOR_LIMIT_PER_HOST", "16384")])
             .stdout(Stdio::null())
             .stderr(Stdio::null())
             .spawn()
