@@ -92,8 +92,8 @@ pub enum Harm {
     /// Both directions close behind the head of the so manieth frame that brings cache or ends it, from 1: the same place in a
     /// session whatever its payloads go by.
     CutInFrame(usize),
-    /// One bit of the byte at this offset flips.
-    FlipAt(usize),
+    /// One bit of the first byte behind that head flips.
+    FlipInFrame(usize),
 }
 
 /// A TCP proxy in front of `target`. Counts connections.
@@ -137,7 +137,8 @@ fn pipe(
     count: Option<Arc<AtomicUsize>>,
 ) {
     thread::spawn(move || {
-        let (mut passed, mut buffer, mut frames) = (0, vec![0; 16 << 10], Frames::default());
+        let (mut passed, mut buffer) = (0, vec![0; 16 << 10]);
+        let (mut frames, mut flip) = (Frames::default(), false);
         while let Ok(bytes @ 1..) = from.read(&mut buffer) {
             let (mut part, mut cut) = (&mut buffer[..bytes], false);
             match harm {
@@ -147,7 +148,14 @@ fn pipe(
                         cut = true;
                     }
                 }
-                Harm::FlipAt(at) if (passed..passed + bytes).contains(&at) => part[at - passed] ^= 0x10,
+                Harm::FlipInFrame(count) => {
+                    let start = if std::mem::take(&mut flip) { Some(0) } else { frames.head_of(count, part) };
+                    match start.and_then(|start| part.get_mut(start)) {
+                        Some(byte) => *byte ^= 0x10,
+                        // The next to come.
+                        None => flip = start.is_some(),
+                    }
+                }
                 Harm::CutAfter(at) if passed + bytes > at => {
                     part = &mut part[..at - passed];
                     cut = true;
@@ -184,7 +192,7 @@ struct Frames {
 impl Frames {
     /// Goes on through `bytes`; where in them the head of the `wanted`th frame ends, if it does.
     fn head_of(&mut self, wanted: usize, bytes: &[u8]) -> Option<usize> {
-        let mut at = 0;
+        let (mut at, mut found) = (0, None);
         while at < bytes.len() {
             let left = bytes.len() - at;
             if self.payload_bytes_left > 0 {
@@ -200,12 +208,12 @@ impl Frames {
                 let head = Head::decode(whole).expect("a sender's frame");
                 self.head.clear();
                 self.payload_bytes_left = head.payload_bytes as usize;
-                self.count += usize::from(matches!(head.kind, Kind::Data | Kind::Fetch | Kind::Done));
-                if self.count == wanted {
-                    return Some(at);
+                if matches!(head.kind, Kind::Data | Kind::Fetch | Kind::Done) {
+                    self.count += 1;
+                    found = found.or((self.count == wanted).then_some(at));
                 }
             }
         }
-        None
+        found
     }
 }

@@ -4,6 +4,7 @@
 use std::ffi::CString;
 use std::ptr::{null, null_mut};
 use std::sync::OnceLock;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use ucx_sys::raw::{
@@ -230,6 +231,8 @@ impl Drop for Worker {
 pub(super) struct Reader {
     worker: Worker,
     ep: ucp_ep_h,
+    /// Set by [`peer_lost`]. It must be asked for nothing after: the library ends the process.
+    lost: Box<AtomicBool>,
 }
 
 // SAFETY: as its worker.
@@ -240,7 +243,9 @@ unsafe impl Send for Reader {}
 pub(super) struct RemoteKey(ucp_rkey_h);
 
 /// Called when a peer is lost: what is under way ends with an error, which says so too.
-unsafe extern "C" fn peer_lost(_: *mut libc::c_void, _: ucp_ep_h, status: ucs_status_t) {
+unsafe extern "C" fn peer_lost(lost: *mut libc::c_void, _: ucp_ep_h, status: ucs_status_t) {
+    // SAFETY: the reader's flag, which outlives its endpoint and its worker.
+    unsafe { &*lost.cast::<AtomicBool>() }.store(true, Ordering::Release);
     tracing::debug!(status, "UCX has lost a peer");
 }
 
@@ -248,6 +253,7 @@ impl Reader {
     /// A reader of the worker at `address`.
     pub fn new(context: &'static Context, address: &[u8]) -> Result<Self, String> {
         let worker = Worker::new(context)?;
+        let lost = Box::new(AtomicBool::new(false));
         // SAFETY: zeros are valid, the mask says what is set.
         let mut params: ucp_ep_params_t = unsafe { std::mem::zeroed() };
         params.field_mask = UCP_EP_PARAM_FIELD_REMOTE_ADDRESS | UCP_EP_PARAM_FIELD_ERR_HANDLING_MODE;
@@ -257,16 +263,22 @@ impl Reader {
         if context.way != Way::Shm {
             params.field_mask |= UCP_EP_PARAM_FIELD_ERR_HANDLER;
             params.err_mode = UCP_ERR_HANDLING_MODE_PEER;
-            params.err_handler = ucp_err_handler_t { cb: Some(peer_lost), arg: null_mut() };
+            params.err_handler = ucp_err_handler_t { cb: Some(peer_lost), arg: (&raw const *lost) as *mut libc::c_void };
         }
         let mut ep = null_mut();
         // SAFETY: the address lives through the call; a place for the endpoint.
         unsafe { context.ucx.check((context.ucx.ucp_ep_create)(worker.raw, &params, &mut ep))? };
-        Ok(Reader { worker, ep })
+        Ok(Reader { worker, ep, lost })
     }
 
     fn ucx(&self) -> &'static Ucx {
         self.worker.context.ucx
+    }
+
+    /// Whether the peer is gone, as far as is known: looks first.
+    pub fn lost(&self) -> bool {
+        self.worker.progress();
+        self.lost.load(Ordering::Acquire)
     }
 
     pub fn key(&self, packed: &[u8]) -> Result<RemoteKey, String> {

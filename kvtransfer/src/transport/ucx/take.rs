@@ -282,6 +282,9 @@ fn read(
                 place = places.next().ok_or("more than its place")?;
             }
             let bytes = left.min(place.1).min(PART_BYTES);
+            if reader.lost() {
+                return Err("its sender is gone".into());
+            }
             // SAFETY: the part is within a place that is borrowed until this returns; after an error the reader is dropped
             // before the borrow ends.
             let posted = unsafe { reader.get(place.0, bytes, address, key) };
