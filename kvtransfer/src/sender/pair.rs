@@ -56,6 +56,22 @@ impl Job {
     }
 }
 
+/// The piece of a push that is made last, see [`crate::estimate::Last`].
+pub(super) struct Tail {
+    /// The model's last layer.
+    pub layer: usize,
+    /// First token of the last chunk.
+    pub token: u32,
+    /// Payload of its frames that is aimed at.
+    pub frame_bytes: usize,
+}
+
+impl Tail {
+    fn has(&self, piece: &Piece) -> bool {
+        piece.layer == self.layer && piece.tokens.end > self.token
+    }
+}
+
 pub(super) struct Pair {
     pub spec: PairSpec,
     /// Every address of the receiver.
@@ -65,6 +81,8 @@ pub(super) struct Pair {
     pub parts: Vec<Part>,
     pub codec: Codec,
     pub opened: Instant,
+    /// What is made last and in which frames it travels, where that is known.
+    tail: Option<Tail>,
     state: Mutex<State>,
     changed: Condvar,
 }
@@ -99,7 +117,12 @@ impl Pair {
     ) -> Self {
         let lanes = paths.iter().map(|_| Lane::default()).collect();
         let state = Mutex::new(State { lanes, ..State::default() });
-        Pair { spec, addresses, paths, parts, codec, opened, state, changed: Condvar::new() }
+        Pair { spec, addresses, paths, parts, codec, opened, tail: None, state, changed: Condvar::new() }
+    }
+
+    /// The same, of which it is known what is made last.
+    pub fn ending(self, tail: Tail) -> Self {
+        Pair { tail: Some(tail), ..self }
     }
 
     /// Queues rectangles; dropped at once when the pair has ended.

@@ -11,12 +11,12 @@ use std::time::{Duration, Instant};
 use backend::{KvExport, Piece};
 
 use crate::coverage::{CoverageError, Intervals};
-use crate::estimate::Plan as Estimate;
+use crate::estimate::{Last, Plan as Estimate};
 use crate::layout::{self, Part, Plan, describe, plan};
 use crate::limits::{PAYLOAD_BYTES_MAX, PEER_BASE, RANKS_MAX, REQUEST_BYTES_MAX, SPEC_BYTES_MAX};
 use crate::receiver::Peers;
 use crate::sender::export::SharedExport;
-use crate::sender::pair::{Ended, Job, Pair};
+use crate::sender::pair::{Ended, Job, Pair, Tail};
 use crate::sender::pool::{Admission, Pool};
 use crate::sender::{PushSpec, Pushed};
 use crate::session::PairSpec;
@@ -374,32 +374,34 @@ fn estimate(pool: &Pool, spec: &PushSpec, pairs: &[Arc<Pair>]) -> Option<Duratio
     let made = spec.compute_bytes_per_s?;
     let total: u64 = pairs.iter().map(|pair| pair.spec.bytes).sum();
     let of = |pair: &Arc<Pair>| {
-        let rows = |tokens: usize| {
-            pair.parts.iter().map(move |part| (part, part.heads.len() * tokens)).collect::<Vec<_>>()
-        };
-        let wire = |tokens: usize| {
-            rows(tokens)
-                .into_iter()
-                .map(|(part, rows)| pair.codec.wire_bytes(part.row, rows) as u64)
-                .sum::<u64>()
-        };
-        let exact = |tokens: usize| {
-            rows(tokens)
-                .into_iter()
-                .map(|(part, rows)| Codec::Exact.wire_bytes(part.row, rows) as u64)
-                .sum::<u64>()
-        };
-        let whole = exact(1).max(1) as f64;
+        let wire = |codec| layer_wire_bytes(&pair.parts, codec, &spec.tokens) as f64;
+        let whole = wire(Codec::Exact).max(1.0);
         let plan = Estimate {
             bytes: pair.spec.bytes,
-            wire_bytes: (pair.spec.bytes as f64 * wire(1) as f64 / whole) as u64,
-            last_wire_bytes: wire((spec.chunk_tokens as usize).min(spec.tokens.len())),
+            wire_bytes: (pair.spec.bytes as f64 * wire(pair.codec) / whole) as u64,
+            last_wire_bytes: layer_wire_bytes(&pair.parts, pair.codec, &last_tokens(spec)),
             made_bytes_per_s: made * pair.spec.bytes as f64 / total.max(1) as f64,
             link_bytes_per_s: pool.bytes_per_s(&pair.addresses)?,
         };
         plan.exposed()
     };
     pairs.iter().filter(|pair| pair.spec.bytes > 0).map(of).collect::<Option<Vec<_>>>()?.into_iter().max()
+}
+
+/// Bytes on the wire of one layer's `tokens`.
+fn layer_wire_bytes(parts: &[Part], codec: Codec, tokens: &Range<u32>) -> u64 {
+    let of = |part: &Part| {
+        let tokens = part.share.count_within(tokens) as usize;
+        codec.wire_bytes(part.row, part.heads.len() * tokens) as u64
+    };
+    parts.iter().map(of).sum()
+}
+
+/// The last chunk of the prompt's computation, as far as it is pushed: what full chunks leave over.
+fn last_tokens(spec: &PushSpec) -> Range<u32> {
+    let end = spec.tokens.end;
+    let count = end.saturating_sub(1) % spec.chunk_tokens.max(1) + 1;
+    end.saturating_sub(count).max(spec.tokens.start)..end
 }
 
 fn described(target: &TargetSpec) -> Result<String, SessionError> {
@@ -447,5 +449,17 @@ fn pair(
         frame_bytes: pool.limits.frame_bytes.clamp(1, PAYLOAD_BYTES_MAX),
     };
     let (addresses, paths) = (target.addresses.clone(), pool.lanes(&target.addresses));
-    Ok(Pair::new(pair, addresses, paths, plan.between(spec.from_rank, receiver), codec, opened))
+    let (parts, last_tokens) = (plan.between(spec.from_rank, receiver), last_tokens(spec));
+    let last = Last {
+        wire_bytes: layer_wire_bytes(&parts, codec, &last_tokens),
+        coded: codec != Codec::Exact,
+        lanes: paths.len(),
+        link_bytes_per_s: pool.bytes_per_s(&target.addresses),
+    };
+    let tail = Tail {
+        layer: plan.layers.saturating_sub(1),
+        token: last_tokens.start,
+        frame_bytes: last.frame_bytes(pair.frame_bytes),
+    };
+    Ok(Pair::new(pair, addresses, paths, parts, codec, opened).ending(tail))
 }

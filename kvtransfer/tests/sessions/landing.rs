@@ -112,6 +112,22 @@ fn several_streams_carry_one_session() {
     }
 }
 
+/// Protects: what is made last, a layer of the last chunk, goes in smaller frames than the rest.
+#[test]
+fn the_last_piece_goes_in_frames_of_its_own_size() {
+    let (receiver, address) = one_receiver(&limits());
+    let case = whole(1024);
+    let ends = expect_all(&case, std::slice::from_ref(&receiver), 16, true);
+    let (push, end) = open(&case, 0, &Sender::new(limits()), &[vec![address]]);
+    push_all(&case, 0, &push, 512, 16, true);
+    push.close(CLOSE);
+    assert!(end.recv().unwrap().is_ok());
+    let landed = ends.recv().unwrap().1;
+    // 2 chunks of 4 layers of 2 planes of 512 KiB, a frame each; the last two of 365 KiB and the rest.
+    assert_eq!(landed.result.unwrap().frames, 16 + 2);
+    assert!(landed.landing.cache.is_right());
+}
+
 /// Protects: compressed sessions land what the codec makes of the cache, and say how few bytes crossed the link.
 #[test]
 fn a_codec_is_applied_on_the_way() {

@@ -144,6 +144,8 @@ impl Pair {
     /// The next frame, when its bytes are within credit.
     fn cut(&self, job: &mut Job, frame_bytes: usize, sending: &mut Sending) -> Option<Frame> {
         let (rect, token_bytes) = job.rects.front_mut()?;
+        let tail = self.tail.as_ref().filter(|tail| tail.has(rect));
+        let frame_bytes = tail.map_or(frame_bytes, |tail| tail.frame_bytes.min(frame_bytes));
         let mut rest = rect.clone();
         let piece = cut(&mut rest, *token_bytes, frame_bytes)?;
         let bytes = piece.tokens.len() * *token_bytes;

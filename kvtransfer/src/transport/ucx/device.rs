@@ -263,7 +263,8 @@ impl Reader {
         if context.way != Way::Shm {
             params.field_mask |= UCP_EP_PARAM_FIELD_ERR_HANDLER;
             params.err_mode = UCP_ERR_HANDLING_MODE_PEER;
-            params.err_handler = ucp_err_handler_t { cb: Some(peer_lost), arg: (&raw const *lost) as *mut libc::c_void };
+            params.err_handler =
+                ucp_err_handler_t { cb: Some(peer_lost), arg: (&raw const *lost) as *mut libc::c_void };
         }
         let mut ep = null_mut();
         // SAFETY: the address lives through the call; a place for the endpoint.
