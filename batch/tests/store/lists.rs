@@ -2,7 +2,7 @@
 
 use std::fs;
 
-use batch::{Space, Status, Store, StoreError};
+use batch::{NewBatch, Space, Status, Store, StoreError};
 
 use crate::{LINE_BYTES, batch_of, begin, check, folder, input, open, validate, work, work_all};
 
@@ -148,4 +148,49 @@ fn retention_and_room() {
     let left = |part: &str| fs::read_dir(folder.join(part)).expect("a folder").count();
     assert_eq!((left("files"), left("incoming")), (0, 0));
     fs::remove_dir_all(folder).expect("cleans up");
+}
+
+/// A machine whose clock was set to another century, and back to the beginning of time: nothing is deleted that has time left, time
+/// never goes back, and a batch goes on to answers for all its lines.
+#[test]
+fn a_clock_that_jumps_deletes_nothing() {
+    const BEGUN: u64 = 1_800_000_000;
+    const DAY: u64 = 24 * 3600;
+    let folder = folder("clock");
+    let open = |wall| Store::open_at(&folder, Space::default(), wall).expect("opens");
+    let store = open(BEGUN);
+    let new = NewBatch { window_s: 20 * DAY, ..batch_of("a", &begin_file(&store)) };
+    let batch = store.create(new).expect("no error").expect("a batch");
+    validate(&store, &batch.id).expect("validates");
+    assert!((BEGUN..BEGUN + 60).contains(&batch.created_at), "{}", batch.created_at);
+    drop(store);
+    let mut last = batch.created_at;
+    for wall in [BEGUN + 50 * 365 * DAY, 0, BEGUN] {
+        let store = open(wall);
+        store.sweep().expect("sweeps");
+        let now = store.now();
+        // As if the machine had been off for a week, once.
+        assert!((last..BEGUN + 8 * DAY).contains(&now), "clock at {wall}: {now}, before {last}");
+        last = now;
+        let kept = store.record(&batch.id).expect("a batch");
+        assert!(kept.expires_at > now && store.file("a", &kept.input_file_id).is_some());
+    }
+    let store = open(BEGUN);
+    work_all(&store).expect("works");
+    let batch = store.record(&batch.id).expect("a batch");
+    crate::check(&store, &batch, 3);
+    let times: Vec<u64> = [Status::Validating, Status::InProgress, Status::Finalizing, Status::Completed]
+        .iter()
+        .map(|status| batch.reached(*status).expect("was there"))
+        .collect();
+    assert!(times.is_sorted(), "{times:?}");
+    drop(store);
+    fs::remove_dir_all(folder).expect("cleans up");
+}
+
+/// The id of a file of three lines.
+fn begin_file(store: &Store) -> String {
+    let mut upload = store.upload().expect("begins");
+    upload.write(input(3).as_bytes()).expect("writes");
+    store.keep(upload, "a", "f", None).expect("keeps").id
 }
