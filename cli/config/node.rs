@@ -6,7 +6,7 @@ use std::path::PathBuf;
 use anyhow::{Result, ensure};
 use backend::{Activations, DType};
 use kvtransfer::{Codec, CodecPolicy};
-use node::{BackendKind, KvTransport, LoadFormat};
+use node::{BackendKind, KvTransport, LoadFormat, Sealing};
 
 use super::Entry;
 use super::setting::settings;
@@ -74,6 +74,8 @@ settings! {
         rank: usize ["R"] = "0";
         /// Where rank 0 waits for the other ranks
         leader: Option<String> ["HOST:PORT"];
+        /// Links between ranks in a cluster with certificates: auto (encrypted between machines), always, or control (activations in clear between machines, for a network that is yours alone)
+        rank_encryption: Sealing ["NAME"] = "auto";
         /// Join a cluster whose other nodes hold other weights of the same model
         allow_mixed_weights: bool [""];
         /// Weights: files, or dummy (seeded random numbers, for measurements)
@@ -100,6 +102,7 @@ choice!(CodecPolicy {
     "int4" => CodecPolicy::Always(Codec::Int4),
 });
 choice!(KvTransport { "auto" => KvTransport::Auto, "tcp" => KvTransport::Tcp, "ucx" => KvTransport::Ucx });
+choice!(Sealing { "auto" => Sealing::Network, "always" => Sealing::Always, "control" => Sealing::Control });
 choice!(LoadFormat { "files" => LoadFormat::Files, "dummy" => LoadFormat::Dummy { seed: 0 } });
 
 impl NodeSettings {

@@ -15,6 +15,7 @@ use router::dispatch::{Dispatch, DispatchConfig};
 use router::inference::Inference;
 use router::{GatewayConfig, TlsFiles, serve};
 use tokio::net::TcpListener;
+use tokio::signal::unix::{SignalKind, signal};
 use tonic::service::Routes;
 use vocab::Vocab;
 
@@ -31,6 +32,8 @@ const DAY_S: u64 = 24 * 3600;
 /// Runs until a stop signal, then lets running requests end.
 pub async fn router(settings: RouterSettings) -> Result<()> {
     let shutdown = super::start(&settings.log, settings.log_format)?;
+    // A file that must not grow further is an error of its write, not the end of the process.
+    let _size_limit = signal(SignalKind::from_raw(libc::SIGXFSZ)).context("signal handler")?;
     let (token, open) = cluster(&settings)?;
     let Some(model) = super::model(&settings.model, Want::Text, &shutdown).await? else { return Ok(()) };
     let mut gateway = gateway(&settings, &model)?;

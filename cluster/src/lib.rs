@@ -7,6 +7,7 @@ pub mod admission;
 pub mod auth;
 pub mod channel;
 pub mod client;
+mod doorway;
 pub mod membership;
 pub mod process;
 pub mod refusals;

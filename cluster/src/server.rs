@@ -5,12 +5,14 @@
 
 use std::io;
 use std::net::SocketAddr;
+use std::sync::Arc;
 use std::time::Duration;
 
 use proto::v1::cluster_server::{Cluster, ClusterServer};
 use proto::v1::decode_server::{Decode, DecodeServer};
 use proto::v1::prefill_server::{Prefill, PrefillServer};
 use tokio::net::TcpListener;
+use tokio_rustls::TlsAcceptor;
 use tokio_util::sync::CancellationToken;
 use tonic::service::{InterceptorLayer, Routes};
 use tonic::transport::Server;
@@ -18,6 +20,7 @@ use tonic::transport::server::TcpIncoming;
 
 use crate::auth::ClusterToken;
 use crate::channel::{CONNECTION_WINDOW_BYTES, KEEPALIVE_INTERVAL, KEEPALIVE_TIMEOUT, STREAM_WINDOW_BYTES};
+use crate::doorway;
 
 /// Calls at once on one connection; the router's queue holds the rest.
 const CALLS_PER_CONNECTION_MAX: u32 = 4096;
@@ -38,6 +41,14 @@ pub enum ServeError {
         address: SocketAddr,
         /// What the system says.
         error: io::Error,
+    },
+    /// This process's certificate cannot be used.
+    #[error("TLS on {address}: {error}")]
+    Tls {
+        /// The address served.
+        address: SocketAddr,
+        /// What is wrong.
+        error: rustls::Error,
     },
     /// The server broke while it ran.
     #[error("gRPC server on {address} failed: {error}")]
@@ -83,21 +94,30 @@ pub async fn serve_open(
     let guarded = routes.into_axum_router().layer(InterceptorLayer::new(token.server()));
     // What neither knows is refused as everything is that carries no token.
     let open = open.into_axum_router().reset_fallback();
-    let mut server = Server::builder();
-    if let Some(identity) = token.identity() {
-        server = server.tls_config(identity.server()).map_err(broken)?;
-    }
-    let server = server
+    let identity = token.identity().map(|identity| identity.server()).transpose();
+    let identity = identity.map_err(|error| ServeError::Tls { address, error })?;
+    let router = Server::builder()
         .http2_keepalive_interval(Some(KEEPALIVE_INTERVAL))
         .http2_keepalive_timeout(Some(KEEPALIVE_TIMEOUT))
         .initial_stream_window_size(STREAM_WINDOW_BYTES)
         .initial_connection_window_size(CONNECTION_WINDOW_BYTES)
         .max_concurrent_streams(CALLS_PER_CONNECTION_MAX)
-        .add_routes(open.merge(guarded).into())
-        .serve_with_incoming_shutdown(
-            TcpIncoming::from(listener).with_nodelay(Some(true)),
-            shutdown.clone().cancelled_owned(),
-        );
+        .add_routes(open.merge(guarded).into());
+    let server = async {
+        let end = shutdown.clone().cancelled_owned();
+        match identity {
+            None => {
+                let incoming = TcpIncoming::from(listener).with_nodelay(Some(true));
+                router.serve_with_incoming_shutdown(incoming, end).await
+            }
+            Some(config) => {
+                let (acceptor, refusals) =
+                    (TlsAcceptor::from(Arc::new(config)), Arc::clone(token.refusals()));
+                let incoming = doorway::sealed(listener, acceptor, refusals, shutdown.clone());
+                router.serve_with_incoming_shutdown(incoming, end).await
+            }
+        }
+    };
     let overdue = async {
         shutdown.cancelled().await;
         tokio::time::sleep(drain).await;

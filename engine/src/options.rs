@@ -33,6 +33,8 @@ pub struct EngineOptions {
     pub kv_advertise: Vec<String>,
     /// TLS on the KV wire, with certificates of both ends; `None`: in clear.
     pub kv_tls: Option<kvtransfer::transport::tls::Tls>,
+    /// Hears of connections to the KV port that are turned away.
+    pub kv_turned: kvtransfer::OnTurned,
     /// Keep ended sequences for the prompts that begin like them.
     pub prefix_cache: bool,
     /// A reservation without progress lapses after this.
@@ -63,6 +65,7 @@ impl Default for EngineOptions {
             kv_bind: SocketAddr::from(([127, 0, 0, 1], 0)),
             kv_advertise: Vec::new(),
             kv_tls: None,
+            kv_turned: kvtransfer::OnTurned::default(),
             prefix_cache: true,
             land_deadline: Duration::from_secs(10),
             pace: None,

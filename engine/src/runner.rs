@@ -63,7 +63,8 @@ impl<B: Backend> Runner<B> {
             probe: options.kv_probe.clone(),
             ..kvtransfer::Limits::default()
         };
-        let receiver = Receiver::bind_with(options.kv_bind, limits.clone(), options.kv_tls.clone())
+        let (tls, turned) = (options.kv_tls.clone(), options.kv_turned.clone());
+        let receiver = Receiver::bind_counted(options.kv_bind, limits.clone(), tls, turned)
             .map_err(|reason| EngineError::Port { addr: options.kv_bind.to_string(), reason })?;
         let mut secret = [0; 16];
         getrandom::fill(&mut secret).map_err(|e| EngineError::Options(format!("no random numbers: {e}")))?;

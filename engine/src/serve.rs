@@ -9,7 +9,7 @@ use backend::{Backend, BackendError};
 use crate::error::EngineError;
 use crate::handle::Commands;
 use crate::runner::{EpochEnd, Runner};
-use crate::tp::{Group, TpError, rendezvous};
+use crate::tp::{Group, TpError, Trust, rendezvous};
 
 /// Wait before a follower dials its leader again: from the first to the last, doubling.
 const RETRY: [Duration; 2] = [Duration::from_millis(100), Duration::from_secs(2)];
@@ -41,8 +41,8 @@ pub enum Place {
 /// What a group agrees on before it works.
 #[derive(Clone, Debug)]
 pub struct Terms {
-    /// The cluster's secret, never sent.
-    pub secret: Vec<u8>,
+    /// How its ranks know each other.
+    pub trust: Trust,
     /// Version of the program.
     pub version: String,
     /// Identity of the model: architecture, vocabulary and weights.
@@ -86,9 +86,9 @@ pub fn serve<B: Backend>(
         let met = match place {
             Place::Alone => Ok(Group::alone(epoch, member.target, member.blocks)),
             Place::Lead { listener, world } => {
-                rendezvous::lead(listener, &terms.secret, *world, epoch, &member, &stop)
+                rendezvous::lead(listener, &terms.trust, *world, epoch, &member, &stop)
             }
-            Place::Follow { leader, .. } => rendezvous::join(leader, &terms.secret, &member, &stop),
+            Place::Follow { leader, .. } => rendezvous::join(leader, &terms.trust, &member, &stop),
         };
         epoch += 1;
         let mut group = match met {

@@ -21,6 +21,7 @@ pub mod receiver;
 pub mod sender;
 pub mod session;
 pub mod transport;
+pub mod turned;
 pub mod wire;
 
 mod sync;
@@ -33,6 +34,7 @@ pub use limits::Limits;
 pub use receiver::{Expect, Landed, Peers, Receiver, Refused, Summary};
 pub use sender::{LinkStat, Push, PushSpec, Pushed, Sender, TargetSpec};
 pub use transport::ucx::Ways;
+pub use turned::{OnTurned, Turned};
 
 /// How the prompt's computation ended: travels with the end of a session.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

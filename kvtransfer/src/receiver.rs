@@ -26,7 +26,7 @@ use crate::sync::lock;
 use crate::transport::tcp;
 use crate::transport::tls::{self, Tls};
 use crate::wire::Wire;
-use crate::{Close, Limits, Sender, SessionError, SessionId, TargetSpec, Ticket};
+use crate::{Close, Limits, OnTurned, Sender, SessionError, SessionId, TargetSpec, Ticket};
 
 /// Pause after a failed accept (out of file descriptors, say), so that it is not tried at once again.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
@@ -146,9 +146,19 @@ impl Receiver {
 
     /// As [`Receiver::bind`]; with `tls`, connections are encrypted and their other ends have certificates.
     pub fn bind_with(addr: SocketAddr, limits: Limits, tls: Option<Tls>) -> std::io::Result<Self> {
+        Receiver::bind_counted(addr, limits, tls, OnTurned::default())
+    }
+
+    /// As [`Receiver::bind_with`]; `turned` hears of connections that were turned away.
+    pub fn bind_counted(
+        addr: SocketAddr,
+        limits: Limits,
+        tls: Option<Tls>,
+        turned: OnTurned,
+    ) -> std::io::Result<Self> {
         let listener = TcpListener::bind(addr)?;
         let local_addr = listener.local_addr()?;
-        let receiver = Receiver::new(limits, Some(local_addr));
+        let receiver = Receiver::new(limits, turned, Some(local_addr));
         let registry = receiver.0.registry.clone();
         let accepts = thread::Builder::new()
             .name("kv-accept".into())
@@ -159,11 +169,11 @@ impl Receiver {
 
     /// Without a port: connections are handed in by [`Receiver::attach`].
     pub fn detached(limits: Limits) -> Self {
-        Receiver::new(limits, None)
+        Receiver::new(limits, OnTurned::default(), None)
     }
 
-    fn new(limits: Limits, local_addr: Option<SocketAddr>) -> Self {
-        let registry = Arc::new(Registry::new(limits));
+    fn new(limits: Limits, turned: OnTurned, local_addr: Option<SocketAddr>) -> Self {
+        let registry = Arc::new(Registry::new(limits, turned));
         let watched = registry.clone();
         let watch =
             thread::Builder::new().name("kv-deadlines".into()).spawn(move || watched.watch_deadlines());

@@ -2,6 +2,7 @@
 //! others can listen, memory within a process. UCX takes the payloads of such a connection over where both ends have it.
 
 pub mod mem;
+pub mod sealed;
 pub mod tcp;
 pub mod tls;
 pub mod ucx;

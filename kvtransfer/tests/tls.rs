@@ -12,7 +12,7 @@ use common::net::{LOCAL, expect_all, open, session};
 use common::{CLOSE, Cache, Case, MemExport};
 use kvtransfer::transport::Dialer;
 use kvtransfer::transport::tls::{Tls, TlsDialer};
-use kvtransfer::{Limits, Receiver, Sender};
+use kvtransfer::{Limits, OnTurned, Receiver, Sender, Turned};
 use rcgen::{BasicConstraints, CertificateParams, CertifiedIssuer, IsCa, KeyPair};
 use rustls::crypto::ring;
 use rustls::pki_types::{PrivateKeyDer, ServerName};
@@ -89,7 +89,15 @@ fn sessions_land_over_tls() {
 #[test]
 fn strangers_are_refused_both_ways() {
     let (ours, theirs) = (authority(), authority());
-    let receiver = Receiver::bind_with(LOCAL, Limits::default(), Some(tls(&ours, &ours))).unwrap();
+    let (tell, told) = std::sync::mpsc::channel();
+    let turned = OnTurned::new(move |turned| {
+        if let Turned::Handshake(error) = turned {
+            // A test that has ended does not listen.
+            let _ = tell.send(error.to_string());
+        }
+    });
+    let own = Some(tls(&ours, &ours));
+    let receiver = Receiver::bind_counted(LOCAL, Limits::default(), own, turned).unwrap();
     let address = receiver.local_addr().to_string();
     let within = Duration::from_secs(10);
     // A receiver that the sender does not know.
@@ -97,6 +105,8 @@ fn strangers_are_refused_both_ways() {
     // A sender that the receiver does not know: it hears so as soon as it listens.
     let mut wire = TlsDialer(tls(&theirs, &ours)).dial(&address, within).unwrap();
     assert!(wire.source.head(None).is_err());
+    let mut told = std::iter::from_fn(|| told.recv_timeout(within).ok());
+    assert!(told.any(|reason: String| reason.contains("invalid peer certificate")), "nobody was told");
     // One that says nothing is given up on.
     let silent = std::net::TcpListener::bind(LOCAL).unwrap();
     let silent = silent.local_addr().unwrap().to_string();

@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use backend::{CpuOptions, DType};
+pub use engine::tp::Sealing;
 use kvtransfer::Ways;
 
 /// All that a prefill or decode process is told.
@@ -58,6 +59,8 @@ pub struct NodeConfig {
     pub chunk_tokens: usize,
     /// Tensor-parallel group.
     pub group: GroupConfig,
+    /// Which links between its ranks are encrypted where this process has a certificate.
+    pub sealing: Sealing,
     /// Join a cluster whose other nodes hold other weights of the same model.
     pub allow_mixed_weights: bool,
     /// KV bytes per second that a push may take; `None`: all that the link gives.

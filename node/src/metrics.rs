@@ -3,8 +3,10 @@
 //! one reader on a trusted network: one request per connection, nothing of it is kept.
 
 use std::fmt::Write;
+use std::sync::Arc;
 use std::time::Duration;
 
+use cluster::Refusals;
 use engine::{Engine, Report};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
@@ -23,7 +25,14 @@ const READERS_MAX: usize = 16;
 const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
 
 /// Serves until it is dropped. `model`, `name` and `role` are labels.
-pub async fn serve(listener: TcpListener, engine: Engine, model: String, name: String, role: &'static str) {
+pub async fn serve(
+    listener: TcpListener,
+    engine: Engine,
+    refusals: Arc<Refusals>,
+    model: String,
+    name: String,
+    role: &'static str,
+) {
     let mut readers = JoinSet::new();
     loop {
         while readers.len() >= READERS_MAX {
@@ -39,7 +48,7 @@ pub async fn serve(listener: TcpListener, engine: Engine, model: String, name: S
             }
         };
         while readers.try_join_next().is_some() {}
-        let text = page(&engine.report(), &model, &name, role);
+        let text = page(&engine.report(), &refusals, &model, &name, role);
         readers.spawn(tokio::time::timeout(TIME_MAX, answer(stream, text)));
     }
 }
@@ -68,7 +77,7 @@ async fn answer(mut stream: TcpStream, page: String) -> std::io::Result<()> {
 }
 
 /// The page. Names are vLLM's where vLLM has one.
-pub fn page(report: &Report, model: &str, name: &str, role: &str) -> String {
+pub fn page(report: &Report, refusals: &Refusals, model: &str, name: &str, role: &str) -> String {
     let labels = format!("model_name={},engine={},role={}", quoted(model), quoted(name), quoted(role));
     let mut out = String::new();
     let mut family = |name: &str, kind: &str, help: &str, samples: &[(String, f64)]| {
@@ -110,6 +119,16 @@ pub fn page(report: &Report, model: &str, name: &str, role: &str) -> String {
     ] {
         family(name, "counter", help, &one(value as f64));
     }
+    let refused = refusals.all().into_iter().map(|(door, reason, count)| {
+        (format!(",door={},reason={}", quoted(door.as_str()), quoted(reason)), count as f64)
+    });
+    let refused: Vec<_> = refused.collect();
+    family(
+        "baton_refused_total",
+        "counter",
+        "Connections and calls turned away, by door and reason",
+        &refused,
+    );
     let states = [
         ("free", blocks.free),
         ("used", blocks.used),
@@ -136,6 +155,7 @@ fn quoted(text: &str) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use cluster::Door;
     use engine::{Blocks, Counters};
 
     #[test]
@@ -147,13 +167,16 @@ mod tests {
             links: vec![("10.0.0.2:1".into(), 0.5, 9)],
             ..Report::default()
         };
-        let text = page(&report, "m\"1", "p0", "prefill");
+        let refusals = Refusals::default();
+        refusals.count(Door::Kv, "ticket not proved");
+        let text = page(&report, &refusals, "m\"1", "p0", "prefill");
         let labels = "model_name=\"m\\\"1\",engine=\"p0\",role=\"prefill\"";
         for line in [
             format!("vllm:num_requests_running{{{labels}}} 2"),
             format!("vllm:kv_cache_usage_perc{{{labels}}} 0.4"),
             format!("vllm:prompt_tokens_total{{{labels}}} 7"),
             format!("baton_kv_blocks{{{labels},state=\"cached\"}} 2"),
+            format!("baton_refused_total{{{labels},door=\"kv\",reason=\"ticket not proved\"}} 1"),
             format!("baton_link_bytes_per_second{{{labels},peer=\"10.0.0.2:1\"}} 500000000"),
         ] {
             assert!(text.lines().any(|known| known == line), "{line} is not in\n{text}");
@@ -165,7 +188,7 @@ mod tests {
         let listener = TcpListener::bind("127.0.0.1:0").await.expect("a port");
         let address = listener.local_addr().expect("bound");
         let (engine, _commands) = engine::engine();
-        tokio::spawn(serve(listener, engine, "m".into(), "n".into(), "decode"));
+        tokio::spawn(serve(listener, engine, Arc::default(), "m".into(), "n".into(), "decode"));
         for (request, begins) in [
             ("GET /metrics HTTP/1.1\r\nhost: x\r\n\r\n", "HTTP/1.1 200 OK\r\n"),
             ("GET / HTTP/1.1\r\n\r\n", "HTTP/1.1 404"),

@@ -6,9 +6,11 @@ use std::time::{Instant, SystemTime, UNIX_EPOCH};
 
 use backend::{Backend, DeviceOptions, KvSpec};
 use backend_cpu::CpuBackend;
+use cluster::Door;
+use engine::tp::Trust;
 use engine::{Commands, EngineOptions, Place, Runner, Terms};
-use kvtransfer::Ways;
 use kvtransfer::transport::tls::Tls;
+use kvtransfer::{OnTurned, Turned, Ways};
 use models::{Checkpoint, Identity, Model};
 use tokio::sync::oneshot;
 
@@ -80,7 +82,8 @@ pub fn open(config: &NodeConfig) -> Result<Opened, NodeError> {
 }
 
 /// This process's place in its group. Rank 0 of several opens the meeting place.
-pub fn place(group: &GroupConfig, insecure: bool) -> Result<Place, NodeError> {
+pub fn place(config: &NodeConfig) -> Result<Place, NodeError> {
+    let group = &config.group;
     if group.world == 1 {
         return Ok(Place::Alone);
     }
@@ -90,7 +93,11 @@ pub fn place(group: &GroupConfig, insecure: bool) -> Result<Place, NodeError> {
     }
     let failed = |reason| NodeError::Leader { address: address.clone(), reason };
     let listener = TcpListener::bind(&address).map_err(failed)?;
-    cluster::require_loopback_or_insecure(listener.local_addr().map_err(failed)?, insecure)?;
+    // MLX's ranks have links of their own, in clear.
+    let native = chosen(config.backend, group.world) == BackendKind::Mlx;
+    let encrypted = config.token.identity().is_some() && !native;
+    let bound = listener.local_addr().map_err(failed)?;
+    cluster::require_loopback_or_insecure(bound, config.insecure || encrypted)?;
     Ok(Place::Lead { listener, world: group.world })
 }
 
@@ -216,7 +223,8 @@ fn serve<B: Backend>(
         step_tokens: config.step_tokens,
         chunk_tokens: config.chunk_tokens,
         kv_bind: config.kv_bind,
-        kv_tls: kv_tls(config)?,
+        kv_tls: tls(config)?,
+        kv_turned: turned(config, Door::Kv),
         kv_advertise: config.advertise.iter().cloned().collect(),
         land_deadline: config.land_deadline,
         pace: config.pace,
@@ -236,7 +244,12 @@ fn serve<B: Backend>(
     let _ = loaded.send(about);
     let identity = &opened.identity;
     let terms = Terms {
-        secret: config.token.expose().as_bytes().to_vec(),
+        trust: Trust {
+            secret: config.token.expose().as_bytes().to_vec(),
+            tls: tls(config)?,
+            sealing: config.sealing,
+            turned: turned(config, Door::Rank),
+        },
         version: env!("CARGO_PKG_VERSION").into(),
         identity: format!("{} {} {} {}", identity.graph, identity.vocab, identity.weights, config.dtype),
         first_epoch: first_epoch(),
@@ -258,8 +271,17 @@ fn kv_ways(config: &NodeConfig) -> Result<Ways, NodeError> {
     Ok(ways)
 }
 
-/// TLS for the KV wire, where this process has a certificate.
-fn kv_tls(config: &NodeConfig) -> Result<Option<Tls>, NodeError> {
+/// Counts who is turned away at `door`.
+fn turned(config: &NodeConfig, door: Door) -> OnTurned {
+    let refusals = config.token.refusals().clone();
+    OnTurned::new(move |turned| match turned {
+        Turned::Handshake(error) => refusals.handshake(door, error),
+        Turned::Because(reason) => refusals.count(door, reason),
+    })
+}
+
+/// TLS for the KV wire and the links of ranks, where this process has a certificate.
+fn tls(config: &NodeConfig) -> Result<Option<Tls>, NodeError> {
     let Some(identity) = config.token.identity() else { return Ok(None) };
     let (server, client, name) = identity
         .nodes()

@@ -47,7 +47,7 @@ pub async fn run(
         }
         None => None,
     };
-    let place = rank::place(&config.group, config.insecure)?;
+    let place = rank::place(&config)?;
     let opening = config.clone();
     let opened = tokio::task::spawn_blocking(move || rank::open(&opening))
         .await
@@ -59,7 +59,8 @@ pub async fn run(
     if let Some(listener) = page {
         let name = if role == Role::Prefill { "prefill" } else { "decode" };
         let (model, node) = (config.served_name.clone(), config.name.clone());
-        pages.spawn(metrics::serve(listener, engine.clone(), model, node, name));
+        let refusals = config.token.refusals().clone();
+        pages.spawn(metrics::serve(listener, engine.clone(), refusals, model, node, name));
     }
     let request = match &listener {
         Some(listener) => {

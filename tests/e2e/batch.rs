@@ -135,7 +135,147 @@ async fn a_batch_survives_its_router() {
     fs::remove_dir_all(folder).expect("cleans up");
 }
 
-/// Over https: with a certificate that is named, with this machine's own, and not without; OpenSSL and curl agree.
+/// Sets how large files of a process may be; beyond, its disk is full. `None`: as large as they like.
+#[cfg(target_os = "linux")]
+fn room(pid: u32, bytes: Option<u64>) {
+    let limit =
+        libc::rlimit { rlim_cur: bytes.unwrap_or(libc::RLIM_INFINITY), rlim_max: libc::RLIM_INFINITY };
+    // SAFETY: reads one struct; changes a limit of another process.
+    let set = unsafe { libc::prlimit(pid as libc::pid_t, libc::RLIMIT_FSIZE, &limit, std::ptr::null_mut()) };
+    assert_eq!(set, 0, "{}", std::io::Error::last_os_error());
+}
+
+/// A disk without room: clients hear 507 and nothing else is lost; a batch that runs says what it waits for, and goes on by itself.
+#[cfg(target_os = "linux")]
+#[tokio::test]
+async fn a_full_disk_is_said_and_passes() {
+    const LINES: usize = 300;
+    let folder = folder("batch-full");
+    let kept = folder.join("kept").display().to_string();
+    let mut parts = Parts::router(&["--disaggregation=never", &format!("--batch-dir={kept}")]);
+    parts.decode("d", 1, &[]);
+    parts.wait_until_ready(&["d.0"]).await;
+    let path = folder.join("in.jsonl");
+    input(&path, LINES);
+    let lines_text = fs::read_to_string(&path).expect("reads");
+    let (status, file) = parts.upload(&lines_text).await;
+    assert_eq!(status, 200, "{file}");
+    let file = file["id"].as_str().expect("an id");
+    let router = parts.pid("router");
+
+    // Below all that is there: nothing can be written.
+    room(router, Some(1024));
+    for _ in 0..2 {
+        let (status, error) = parts.upload(&lines_text).await;
+        assert_eq!((status, &error["error"]["code"]), (507, &json!("insufficient_storage")), "{error}");
+        let (status, error) = parts.begin_batch(file).await;
+        assert_eq!((status, &error["error"]["code"]), (507, &json!("insufficient_storage")), "{error}");
+    }
+    // Reading goes on, and so do other requests.
+    let (status, content) = parts.get(&format!("/v1/files/{file}/content")).await;
+    assert_eq!((status, content.as_str()), (200, lines_text.as_str()));
+    parts.complete(&json!({ "prompt": "a", "max_tokens": 1 })).await;
+
+    room(router, None);
+    let (status, batch) = parts.begin_batch(file).await;
+    assert_eq!(status, 200, "{batch}");
+    let id = batch["id"].as_str().expect("an id").to_owned();
+    let until = async |what: &str, is_so: &dyn Fn(&Value) -> bool| {
+        let begun = std::time::Instant::now();
+        loop {
+            let batch = parts.batch(&id).await;
+            if is_so(&batch) {
+                return batch;
+            }
+            assert!(begun.elapsed() < PATIENCE, "not {what}: {batch}\n{}", parts.log());
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+    };
+    let completed = |batch: &Value| batch["request_counts"]["completed"].as_u64().unwrap_or(0) as usize;
+    until("begun", &|batch| completed(batch) > 0).await;
+    room(router, Some(1024));
+    let stuck = until("stuck", &|batch| {
+        batch["baton_waits_for"].as_str().is_some_and(|why| why.contains("disk is full"))
+    })
+    .await;
+    assert!(completed(&stuck) < LINES, "{stuck}");
+    room(router, None);
+    let ended = until("completed", &|batch| batch["status"] == "completed").await;
+    assert_eq!(completed(&ended), LINES, "{ended}");
+    let output = ended["output_file_id"].as_str().expect("an output file");
+    let (_, text) = parts.get(&format!("/v1/files/{output}/content")).await;
+    let mut ids: Vec<String> = text
+        .lines()
+        .map(|line| {
+            serde_json::from_str::<Value>(line).expect("JSON")["custom_id"].as_str().expect("an id").into()
+        })
+        .collect();
+    ids.sort();
+    let mut wanted: Vec<_> = (0..LINES).map(|i| format!("id-{i}")).collect();
+    wanted.sort();
+    assert_eq!(ids, wanted);
+    drop(parts);
+    fs::remove_dir_all(folder).expect("cleans up");
+}
+
+/// Most memory that a process ever had, in bytes.
+#[cfg(target_os = "linux")]
+fn memory_most(pid: u32) -> u64 {
+    let text = fs::read_to_string(format!("/proc/{pid}/status")).expect("a process");
+    let line = text.lines().find_map(|line| line.strip_prefix("VmHWM:")).expect("a number");
+    line.trim_end_matches("kB").trim().parse::<u64>().expect("kB") << 10
+}
+
+/// A file larger than anything that the router may hold goes to the disk as it comes, and back as it is read.
+#[cfg(target_os = "linux")]
+#[tokio::test]
+async fn large_files_are_streamed() {
+    const BYTES: usize = 160 << 20;
+    const HELD: u64 = 48 << 20;
+    let folder = folder("batch-large");
+    let kept = folder.join("kept").display().to_string();
+    let mut parts = Parts::router(&[&format!("--batch-dir={kept}")]);
+    let begun = std::time::Instant::now();
+    while !parts.is_ok("/v1/models").await {
+        assert!(begun.elapsed() < PATIENCE, "no router:\n{}", parts.log());
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+    let (status, small) = parts.upload("{}\n").await;
+    assert_eq!(status, 200, "{small}");
+    let router = parts.pid("router");
+    let before = memory_most(router);
+    let line = format!("{}\n", "x".repeat(1023));
+    let text = line.repeat(BYTES / line.len());
+    let (status, file) = parts.upload(&text).await;
+    assert_eq!((status, file["bytes"].as_u64()), (200, Some(BYTES as u64)), "{file}");
+    let path = format!("/v1/files/{}/content", file["id"].as_str().expect("an id"));
+    let (status, content) = parts.get(&path).await;
+    assert!(status == 200 && content == text, "{status}, {} bytes", content.len());
+    let grown = memory_most(router) - before;
+    assert!(grown < HELD, "{} MiB more for a file of {} MiB", grown >> 20, BYTES >> 20);
+    drop(parts);
+    fs::remove_dir_all(folder).expect("cleans up");
+}
+
+/// A router that makes its own certificate is trusted by clients on its machine, without a word.
+#[tokio::test]
+async fn an_own_certificate_is_trusted_here() {
+    let mut parts = Parts::router(&["--tls-self-signed", "--disaggregation=never"]);
+    parts.decode("d", 1, &[]);
+    let url = parts.url("").replace("http:", "https:");
+    let begun = std::time::Instant::now();
+    loop {
+        let (ok, answer, stderr) = output(&mut baton(&["chat", "--url", &url, "--max-tokens=4", "Hello"]));
+        if ok {
+            assert!(!answer.trim().is_empty(), "{stderr}");
+            return;
+        }
+        assert!(begun.elapsed() < PATIENCE, "{stderr}\n{}", parts.log());
+        tokio::time::sleep(Duration::from_millis(100)).await;
+    }
+}
+
+/// Over https: with a certificate that is named, and not without; OpenSSL and curl agree.
 #[tokio::test]
 async fn over_https() {
     let folder = folder("https");

@@ -55,6 +55,35 @@ impl Client {
         (answer.status().as_u16(), answer.json().await.expect("JSON"))
     }
 
+    /// Uploads the input of a batch: status and answer.
+    pub async fn upload(&self, content: &str) -> (u16, Value) {
+        const BOUNDARY: &str = "------------------------0123456789abcdef";
+        let part = |head: &str, body: &str| {
+            format!("--{BOUNDARY}\r\nContent-Disposition: form-data; {head}\r\n\r\n{body}\r\n")
+        };
+        let purpose = part("name=\"purpose\"", "batch");
+        let file = part("name=\"file\"; filename=\"in.jsonl\"", content);
+        let kind = format!("multipart/form-data; boundary={BOUNDARY}");
+        let request = self.http.post(self.url("/v1/files")).header("content-type", kind);
+        let body = format!("{purpose}{file}--{BOUNDARY}--\r\n");
+        let answer = request.body(body).timeout(PATIENCE).send().await.expect("an answer");
+        (answer.status().as_u16(), answer.json().await.expect("JSON"))
+    }
+
+    /// Begins a batch of completions: status and answer.
+    pub async fn begin_batch(&self, file: &str) -> (u16, Value) {
+        let body =
+            json!({ "input_file_id": file, "endpoint": "/v1/completions", "completion_window": "24h" });
+        self.post("/v1/batches", &body).await
+    }
+
+    /// A batch as it is now.
+    pub async fn batch(&self, id: &str) -> Value {
+        let (status, text) = self.get(&format!("/v1/batches/{id}")).await;
+        assert_eq!(status, 200, "{text}");
+        serde_json::from_str(&text).expect("JSON")
+    }
+
     /// A completion that must succeed: its only choice.
     pub async fn complete(&self, body: &Value) -> Value {
         let (status, answer) = self.post("/v1/completions", &with_model(body)).await;

@@ -14,6 +14,7 @@ mod joining;
 mod keys;
 mod parity;
 mod parts;
+mod priority;
 mod rolling;
 mod scores;
 mod settings;

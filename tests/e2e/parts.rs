@@ -194,6 +194,11 @@ impl Parts {
         names.iter().for_each(|name| self.restart(name));
     }
 
+    /// Process number of `name`.
+    pub fn pid(&mut self, name: &str) -> u32 {
+        self.part(name).child.id()
+    }
+
     /// Sends a signal to `name`.
     pub fn signal(&mut self, name: &str, number: libc::c_int) {
         signal(self.part(name).child.id(), number);

@@ -6,19 +6,48 @@ use std::time::Instant;
 
 use serde_json::json;
 
-use crate::harness::{LOOK, PATIENCE, baton, model, output};
+use crate::harness::{LOOK, PATIENCE, baton, free_port, model, output};
 use crate::parts::{Parts, TOKEN, ids};
 
 /// A whole cluster with certificates answers as it should; strangers are refused with a reason, and a token that is revoked lets
 /// nobody in.
 #[tokio::test]
 async fn by_token_and_certificate() {
+    let [grpc, kv, metrics] = [(); 3].map(|()| format!("127.0.0.1:{}", free_port()));
     let mut parts = Parts::certified(&["--disaggregation=always"]);
-    parts.prefill("p", 1, &[]);
-    parts.decode("d", 2, &[]);
+    let doors = [format!("--bind={grpc}"), format!("--kv-bind={kv}"), format!("--metrics-bind={metrics}")];
+    parts.prefill("p", 1, &doors.each_ref().map(String::as_str));
+    // Its ranks are on one machine, where links are in clear unless asked for.
+    parts.decode("d", 2, &["--rank-encryption=always"]);
     parts.wait_until_ready(&["p.0", "d.0"]).await;
-    let choice = parts.complete(&json!({ "prompt": ids(1, 40), "max_tokens": 4, "ignore_eos": true })).await;
+    let body = json!({ "prompt": ids(1, 40), "max_tokens": 12, "ignore_eos": true, "logprobs": 0 });
+    let choice = parts.complete(&body).await;
     assert_eq!(choice["finish_reason"], "length");
+    // The same as one rank says that talks to nobody.
+    let mut alone = Parts::router(&["--disaggregation=never"]);
+    alone.decode("e", 1, &[]);
+    alone.wait_until_ready(&["e.0"]).await;
+    assert_eq!(choice, alone.complete(&body).await);
+    drop(alone);
+
+    // A node's own page counts who is turned away at its doors.
+    for (door, address) in [("grpc", &grpc), ("kv", &kv)] {
+        let mut stranger = TcpStream::connect(address).expect("a port of the node");
+        stranger.write_all(b"GET / HTTP/1.1\r\n\r\n").expect("writes");
+        let wanted = format!("door=\"{door}\",reason=\"not TLS\"}} 1");
+        let begun = Instant::now();
+        loop {
+            let mut page = String::new();
+            let mut reader = TcpStream::connect(&metrics).expect("the node's metrics");
+            reader.write_all(b"GET /metrics HTTP/1.1\r\n\r\n").expect("writes");
+            reader.read_to_string(&mut page).expect("a page");
+            if page.lines().any(|line| line.starts_with("baton_refused_total{") && line.ends_with(&wanted)) {
+                break;
+            }
+            assert!(begun.elapsed() < PATIENCE, "no {wanted} in\n{page}");
+            tokio::time::sleep(LOOK).await;
+        }
+    }
 
     // The KV cache travelled in TLS: who speaks something else on that port hears an alert, record type 21.
     let begun = Instant::now();

@@ -1,7 +1,26 @@
 //! A tensor-parallel group as a backend sees it: its rank, and links to the other ranks.
 
-use std::io;
+use std::fmt;
+use std::io::{self, Read, Write};
 use std::net::{Ipv4Addr, TcpListener, TcpStream};
+
+/// A connection with another rank, as it is or encrypted. It blocks or not as its socket does. What a write has taken may still
+/// be on its way to the socket: it has left when a flush succeeds.
+pub trait RankLink: Read + Write + fmt::Debug + Send {
+    /// The socket below, to wait for, to watch and to shut.
+    fn socket(&self) -> &TcpStream;
+
+    /// Whether others on the network cannot read along.
+    fn is_sealed(&self) -> bool {
+        false
+    }
+}
+
+impl RankLink for TcpStream {
+    fn socket(&self) -> &TcpStream {
+        self
+    }
+}
 
 /// Membership of one tensor-parallel group.
 #[derive(Debug)]
@@ -19,8 +38,8 @@ pub struct Group {
 pub enum Links {
     /// One rank: nothing travels.
     Alone,
-    /// One connected socket per rank (`None` at this rank's own place), for backends that use sockets (CPU).
-    Sockets(Vec<Option<TcpStream>>),
+    /// One connection per rank (`None` at this rank's own place), for backends that use sockets (CPU).
+    Sockets(Vec<Option<Box<dyn RankLink>>>),
     /// The backend's own fabric, described by an environment-independent specification (MLX ring or jaccl host file,
     /// NCCL id).
     Native(String),
@@ -37,7 +56,7 @@ impl Group {
         if world == 1 {
             return Ok(vec![Group::alone()]);
         }
-        let mut links: Vec<Vec<Option<TcpStream>>> =
+        let mut links: Vec<Vec<Option<Box<dyn RankLink>>>> =
             (0..world).map(|_| (0..world).map(|_| None).collect()).collect();
         let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0))?;
         let pairs = (0..world).flat_map(|low| (low + 1..world).map(move |high| (low, high)));
@@ -52,8 +71,8 @@ impl Group {
             };
             near.set_nodelay(true)?;
             far.set_nodelay(true)?;
-            links[low][high] = Some(near);
-            links[high][low] = Some(far);
+            links[low][high] = Some(Box::new(near));
+            links[high][low] = Some(Box::new(far));
         }
         let group = |(rank, links)| Group { rank, world, links: Links::Sockets(links) };
         Ok(links.into_iter().enumerate().map(group).collect())
@@ -62,8 +81,6 @@ impl Group {
 
 #[cfg(test)]
 mod tests {
-    use std::io::{Read, Write};
-
     use super::*;
 
     #[test]

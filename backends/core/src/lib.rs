@@ -29,7 +29,7 @@ pub use cpu_options::{Activations, CpuOptions};
 pub use draw::{Draw, Drawn, Noise, Rule};
 pub use dtype::DType;
 pub use error::{BackendError, KvError};
-pub use group::{Group, Links};
+pub use group::{Group, Links, RankLink};
 pub use lease::{KvExport, KvLanding, Piece};
 pub use peers::Peers;
 pub use quant::{GgufBlock, MatrixView, Quant, QuantView};

@@ -1,13 +1,13 @@
-//! Collectives of a tensor-parallel group over one socket per pair of ranks, for backends whose sums pass through the
+//! Collectives of a tensor-parallel group over one connection per pair of ranks, for backends whose sums pass through the
 //! host: the CPU, and GPUs without a fabric of their own. Sending and receiving go on at the same
 //! time, so payloads of any size cannot block each other; waits sleep in `poll`.
 
-use std::io::{self, ErrorKind, Read, Write};
+use std::io::{self, ErrorKind};
 use std::net::{Shutdown, TcpStream};
 use std::os::fd::AsRawFd;
 use std::time::{Duration, Instant};
 
-use crate::{BackendError, Group, Links};
+use crate::{BackendError, Group, Links, RankLink};
 
 /// A rank from which nothing comes for so long, in the middle of a collective, is lost. Ranks run in lock-step, so
 /// they are at most a few steps apart; a killed process is seen at once by its closed socket.
@@ -20,7 +20,7 @@ const HEADER_BYTES: usize = 16;
 pub struct Peers {
     rank: usize,
     world: usize,
-    links: Vec<Option<TcpStream>>,
+    links: Vec<Option<Box<dyn RankLink>>>,
     /// Collectives so far: both ends of a link count alike.
     operation: u64,
     /// The first failure; every later collective repeats it.
@@ -34,6 +34,14 @@ struct Transfer<P> {
     header: [u8; HEADER_BYTES],
     payload: P,
     done: usize,
+    /// All of it has left, or come.
+    over: bool,
+}
+
+impl<P> Transfer<P> {
+    fn new(peer: usize, header: [u8; HEADER_BYTES], payload: P) -> Self {
+        Transfer { peer, header, payload, done: 0, over: false }
+    }
 }
 
 impl Peers {
@@ -52,7 +60,8 @@ impl Peers {
         };
         for (peer, link) in links.iter().enumerate() {
             match link {
-                Some(socket) => {
+                Some(link) => {
+                    let socket = link.socket();
                     let ready = socket.set_nonblocking(true).and_then(|()| socket.set_nodelay(true));
                     ready.map_err(|error| BackendError::Group { rank: peer, reason: error.to_string() })?;
                 }
@@ -71,6 +80,11 @@ impl Peers {
     /// Number of ranks.
     pub fn world(&self) -> usize {
         self.world
+    }
+
+    /// Whether a link is encrypted: then what the ranks exchange must not leave the machine another way.
+    pub fn is_sealed(&self) -> bool {
+        self.links.iter().flatten().any(|link| link.is_sealed())
     }
 
     /// Sends `mine` to all ranks and receives theirs, of equal length, into `theirs[rank]` (own place unused).
@@ -117,14 +131,14 @@ impl Peers {
         let links = self.links.iter().enumerate();
         links
             .filter_map(|(peer, link)| Some((peer, link.as_ref()?)))
-            .map(|(peer, link)| Ok((peer, link.try_clone()?)))
+            .map(|(peer, link)| Ok((peer, link.socket().try_clone()?)))
             .collect()
     }
 
     fn lose(&mut self, rank: usize, reason: String) -> BackendError {
         for link in self.links.iter().flatten() {
             // A link that is closed already needs no closing.
-            let _ = link.shutdown(Shutdown::Both);
+            let _ = link.socket().shutdown(Shutdown::Both);
         }
         let (rank, reason) = self.lost.get_or_insert((rank, reason)).clone();
         BackendError::Group { rank, reason }
@@ -138,18 +152,16 @@ impl Peers {
         let number = self.operation;
         let mut sends: Vec<Transfer<&[u8]>> = out
             .into_iter()
-            .map(|(peer, payload)| Transfer { peer, header: header(number, payload.len()), payload, done: 0 })
+            .map(|(peer, payload)| Transfer::new(peer, header(number, payload.len()), payload))
             .collect();
-        let mut receives: Vec<Transfer<&mut [u8]>> = into
-            .into_iter()
-            .map(|(peer, payload)| Transfer { peer, header: [0; HEADER_BYTES], payload, done: 0 })
-            .collect();
+        let mut receives: Vec<Transfer<&mut [u8]>> =
+            into.into_iter().map(|(peer, payload)| Transfer::new(peer, [0; HEADER_BYTES], payload)).collect();
         let mut progress = Instant::now();
         loop {
             let mut moved = false;
             for send in &mut sends {
                 let Some(link) = &mut self.links[send.peer] else { continue };
-                match send.send(link) {
+                match send.send(&mut **link) {
                     Ok(bytes) => moved |= bytes > 0,
                     Err(error) => {
                         let peer = send.peer;
@@ -159,7 +171,7 @@ impl Peers {
             }
             for receive in &mut receives {
                 let Some(link) = &mut self.links[receive.peer] else { continue };
-                match receive.receive(link, number) {
+                match receive.receive(&mut **link, number) {
                     Ok(bytes) => moved |= bytes > 0,
                     Err(error) => {
                         let peer = receive.peer;
@@ -167,8 +179,8 @@ impl Peers {
                     }
                 }
             }
-            sends.retain(|send| send.done < HEADER_BYTES + send.payload.len());
-            receives.retain(|receive| receive.done < HEADER_BYTES + receive.payload.len());
+            sends.retain(|send| !send.over);
+            receives.retain(|receive| !receive.over);
             if sends.is_empty() && receives.is_empty() {
                 return Ok(());
             }
@@ -193,7 +205,8 @@ impl Peers {
         left: Duration,
     ) {
         let poll = |peer: usize, events| {
-            self.links[peer].as_ref().map(|link| libc::pollfd { fd: link.as_raw_fd(), events, revents: 0 })
+            let fd = self.links[peer].as_ref()?.socket().as_raw_fd();
+            Some(libc::pollfd { fd, events, revents: 0 })
         };
         let mut waits: Vec<libc::pollfd> = sends
             .filter_map(|peer| poll(peer, libc::POLLOUT))
@@ -207,7 +220,7 @@ impl Peers {
 
 impl Transfer<&[u8]> {
     /// Sends as much as the link takes now.
-    fn send(&mut self, link: &mut TcpStream) -> io::Result<usize> {
+    fn send(&mut self, link: &mut dyn RankLink) -> io::Result<usize> {
         let before = self.done;
         while self.done < HEADER_BYTES + self.payload.len() {
             let ready = if self.done < HEADER_BYTES {
@@ -224,13 +237,18 @@ impl Transfer<&[u8]> {
                 Err(error) => return Err(error),
             }
         }
+        match link.flush() {
+            Ok(()) => self.over = self.done == HEADER_BYTES + self.payload.len(),
+            Err(error) if matches!(error.kind(), ErrorKind::WouldBlock | ErrorKind::Interrupted) => {}
+            Err(error) => return Err(error),
+        }
         Ok(self.done - before)
     }
 }
 
 impl Transfer<&mut [u8]> {
     /// Receives as much as has come.
-    fn receive(&mut self, link: &mut TcpStream, number: u64) -> io::Result<usize> {
+    fn receive(&mut self, link: &mut dyn RankLink, number: u64) -> io::Result<usize> {
         let before = self.done;
         while self.done < HEADER_BYTES + self.payload.len() {
             let ready = if self.done < HEADER_BYTES {
@@ -253,6 +271,7 @@ impl Transfer<&mut [u8]> {
                 )));
             }
         }
+        self.over = self.done == HEADER_BYTES + self.payload.len();
         Ok(self.done - before)
     }
 }

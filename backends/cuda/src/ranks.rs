@@ -1,6 +1,6 @@
 //! The other ranks of a tensor-parallel group: sums over all of them, as operations of the step. One process a GPU. Ranks
-//! meet over the sockets they are given; where all have NCCL and a GPU of their own, sums go through it and the sockets
-//! only tell who is gone, else sums pass through the host.
+//! meet over the links they are given; where all have NCCL and a GPU of their own and links are in clear, sums go through it and
+//! the links only tell who is gone, else sums pass through the host.
 
 use std::cell::RefCell;
 use std::collections::HashMap;
@@ -26,7 +26,7 @@ const WATCH: Duration = Duration::from_millis(100);
 const GRACE: Duration = Duration::from_millis(500);
 /// Logits per row that one rank may announce.
 const VOCABULARY_MAX: usize = 1 << 24;
-/// What a rank tells first: whether it has NCCL, and its device.
+/// What a rank tells first: whether it has NCCL and may use it, and its device.
 const HELLO_BYTES: usize = 17;
 
 /// Logits of the whole vocabulary in f32, with its size.
@@ -102,7 +102,8 @@ impl Ranks {
         }
         let nccl = Nccl::open(&driver.nccl_library());
         let mut hello = [0; HELLO_BYTES];
-        hello[0] = u8::from(nccl.is_some());
+        // NCCL encrypts nothing: it is not for groups whose links are.
+        hello[0] = u8::from(nccl.is_some() && !self.peers.borrow().is_sealed());
         hello[1..].copy_from_slice(&driver.identity());
         let mut all = self.exchange(&hello)?;
         let everybody = all.iter().all(|hello| hello[0] == 1);

@@ -91,7 +91,7 @@ impl Served {
             let options = EngineOptions { kv_bytes, context_tokens: 512, ..EngineOptions::default() };
             let mut runner = Runner::new(backend, model, options).unwrap();
             let terms = Terms {
-                secret: b"cluster".to_vec(),
+                trust: engine::tp::Trust::in_clear(b"cluster".to_vec()),
                 version: "1".into(),
                 identity: CASE.into(),
                 first_epoch: 1,

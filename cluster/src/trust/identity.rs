@@ -12,7 +12,7 @@ use rustls::pki_types::{CertificateDer, PrivateKeyDer, ServerName};
 use rustls::server::WebPkiClientVerifier;
 use rustls::version::TLS13;
 use rustls::{ClientConfig, RootCertStore, ServerConfig};
-use tonic::transport::{Certificate, ClientTlsConfig, ServerTlsConfig};
+use tonic::transport::{Certificate, ClientTlsConfig};
 use webpki::EndEntityCert;
 
 use super::{NODE, ROUTER, TOKEN_SUFFIX, Tokens};
@@ -62,13 +62,11 @@ impl Identity {
         Identity { cert_pem, key_pem, authority_pem, peers: Peers::Router }
     }
 
-    /// How to serve. Everybody shows a certificate, except who comes to the router for one.
-    pub(crate) fn server(&self) -> ServerTlsConfig {
-        ServerTlsConfig::new()
-            .identity(tonic::transport::Identity::from_pem(&self.cert_pem, &self.key_pem))
-            .client_ca_root(Certificate::from_pem(&self.authority_pem))
-            .client_auth_optional(matches!(self.peers, Peers::Nodes(_)))
-            .timeout(HANDSHAKE)
+    /// How to serve gRPC. Everybody shows a certificate, except who comes to the router for one.
+    pub(crate) fn server(&self) -> Result<ServerConfig, rustls::Error> {
+        let mut server = self.serving(matches!(self.peers, Peers::Nodes(_)))?;
+        server.alpn_protocols = vec![b"h2".to_vec()];
+        Ok(server)
     }
 
     /// How to call: the router calls nodes, nodes call the router.
@@ -88,27 +86,41 @@ impl Identity {
     pub fn nodes(
         &self,
     ) -> Result<(Arc<ServerConfig>, Arc<ClientConfig>, ServerName<'static>), rustls::Error> {
-        let wrong = |error: &dyn fmt::Display| rustls::Error::General(error.to_string());
-        let chain = CertificateDer::pem_slice_iter(self.cert_pem.as_bytes()).collect::<Result<Vec<_>, _>>();
-        let chain = chain.map_err(|error| wrong(&error))?;
-        let key = || PrivateKeyDer::from_pem_slice(self.key_pem.as_bytes()).map_err(|error| wrong(&error));
-        let mut roots = RootCertStore::empty();
-        let authority = CertificateDer::from_pem_slice(self.authority_pem.as_bytes());
-        roots.add(authority.map_err(|error| wrong(&error))?)?;
-        let (roots, provider) = (Arc::new(roots), Arc::new(ring::default_provider()));
-        let verifier = WebPkiClientVerifier::builder_with_provider(roots.clone(), provider.clone()).build();
-        let mut server = ServerConfig::builder_with_provider(provider.clone())
-            .with_protocol_versions(&[&TLS13])?
-            .with_client_cert_verifier(verifier.map_err(|error| wrong(&error))?)
-            .with_single_cert(chain.clone(), key()?)?;
+        let mut server = self.serving(false)?;
         // An idle connection on which something has come is not used again: nothing comes unasked.
         server.send_tls13_tickets = 0;
-        let client = ClientConfig::builder_with_provider(provider)
+        let client = ClientConfig::builder_with_provider(Arc::new(ring::default_provider()))
             .with_protocol_versions(&[&TLS13])?
-            .with_root_certificates(roots)
-            .with_client_auth_cert(chain, key()?)?;
+            .with_root_certificates(self.roots()?)
+            .with_client_auth_cert(self.chain()?, self.key()?)?;
         let name = ServerName::try_from(NODE).map_err(|error| wrong(&error))?;
         Ok((Arc::new(server), Arc::new(client), name))
+    }
+
+    fn serving(&self, nameless: bool) -> Result<ServerConfig, rustls::Error> {
+        let provider = Arc::new(ring::default_provider());
+        let verifier = WebPkiClientVerifier::builder_with_provider(self.roots()?, provider.clone());
+        let verifier = if nameless { verifier.allow_unauthenticated() } else { verifier };
+        ServerConfig::builder_with_provider(provider)
+            .with_protocol_versions(&[&TLS13])?
+            .with_client_cert_verifier(verifier.build().map_err(|error| wrong(&error))?)
+            .with_single_cert(self.chain()?, self.key()?)
+    }
+
+    fn chain(&self) -> Result<Vec<CertificateDer<'static>>, rustls::Error> {
+        let chain = CertificateDer::pem_slice_iter(self.cert_pem.as_bytes()).collect::<Result<_, _>>();
+        chain.map_err(|error| wrong(&error))
+    }
+
+    fn key(&self) -> Result<PrivateKeyDer<'static>, rustls::Error> {
+        PrivateKeyDer::from_pem_slice(self.key_pem.as_bytes()).map_err(|error| wrong(&error))
+    }
+
+    fn roots(&self) -> Result<Arc<RootCertStore>, rustls::Error> {
+        let authority = CertificateDer::from_pem_slice(self.authority_pem.as_bytes());
+        let mut roots = RootCertStore::empty();
+        roots.add(authority.map_err(|error| wrong(&error))?)?;
+        Ok(Arc::new(roots))
     }
 
     /// Whether who shows this certificate, which the authority has signed, may call. The error says why not.
@@ -129,6 +141,10 @@ impl Identity {
             }
         }
     }
+}
+
+fn wrong(error: &dyn fmt::Display) -> rustls::Error {
+    rustls::Error::General(error.to_string())
 }
 
 impl Standing {

@@ -36,6 +36,19 @@ pub enum TpError {
     /// The other end does not hold the cluster's secret.
     #[error("tensor-parallel link: the other end does not hold the cluster's token")]
     Proof,
+    /// It left as the leader proved itself.
+    #[error(
+        "tensor-parallel link: left instead of proving itself: it may hold another token than this leader"
+    )]
+    Unproved,
+    /// It talks in clear where links are encrypted.
+    #[error(
+        "tensor-parallel link: in clear, but links of this group are encrypted: every rank needs a certificate of the cluster and the same --rank-encryption"
+    )]
+    InClear,
+    /// The other end is not let in by TLS.
+    #[error("tensor-parallel link: TLS: {0}")]
+    Tls(std::io::Error),
     /// Nothing came.
     #[error("silent for {ms} ms")]
     Silent {
@@ -121,7 +134,8 @@ impl Group {
         control: Vec<(usize, Halves)>,
     ) -> Result<Self, TpError> {
         let sockets = if let Links::Sockets(sockets) = &links { sockets.as_slice() } else { &[] };
-        let shut = sockets.iter().flatten().map(TcpStream::try_clone).collect::<Result<_, _>>()?;
+        let shut =
+            sockets.iter().flatten().map(|link| link.socket().try_clone()).collect::<Result<_, _>>()?;
         let (shut, control) = (Arc::new(shut), Control::Met(control));
         Ok(Group { rank, epoch, targets, blocks, links, shut, control, watch: None, left: Arc::default() })
     }

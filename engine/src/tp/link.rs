@@ -12,6 +12,7 @@ use sha2::Sha256;
 use subtle::ConstantTimeEq;
 
 use super::TpError;
+use super::trust::Duplex;
 
 /// Time between two heartbeats.
 const PING_EVERY: Duration = Duration::from_millis(400);
@@ -108,35 +109,35 @@ impl Frame {
 }
 
 /// The sending half of a link.
-#[derive(Debug)]
 pub(super) struct Outgoing {
     stream: TcpStream,
+    writer: Box<dyn Write + Send>,
     key: [u8; 32],
     sent: u64,
 }
 
 /// The receiving half of a link.
-#[derive(Debug)]
 pub(super) struct Incoming {
     stream: TcpStream,
+    reader: Box<dyn Read + Send>,
     key: [u8; 32],
     received: u64,
 }
 
 /// Both halves, before the link runs by itself.
-#[derive(Debug)]
 pub(super) struct Halves {
     pub out: Outgoing,
     pub into: Incoming,
 }
 
 impl Halves {
-    /// Over `stream`, with one key for each direction.
-    pub fn new(stream: TcpStream, out_key: [u8; 32], in_key: [u8; 32]) -> Result<Self, TpError> {
+    /// Over `duplex`, with one key for each direction.
+    pub fn new(duplex: Duplex, out_key: [u8; 32], in_key: [u8; 32]) -> Result<Self, TpError> {
+        let Duplex { stream, reader, writer } = duplex;
         stream.set_nodelay(true)?;
         stream.set_write_timeout(Some(SILENCE_MAX))?;
-        let out = Outgoing { stream: stream.try_clone()?, key: out_key, sent: 0 };
-        Ok(Halves { out, into: Incoming { stream, key: in_key, received: 0 } })
+        let out = Outgoing { stream: stream.try_clone()?, writer, key: out_key, sent: 0 };
+        Ok(Halves { out, into: Incoming { stream, reader, key: in_key, received: 0 } })
     }
 }
 
@@ -161,7 +162,7 @@ impl Outgoing {
         bytes.extend_from_slice(&proof[..PROOF_BYTES]);
         bytes.extend_from_slice(payload);
         self.sent += 1;
-        Ok(self.stream.write_all(&bytes)?)
+        Ok(self.writer.write_all(&bytes)?)
     }
 }
 
@@ -189,7 +190,7 @@ impl Incoming {
     fn read(&mut self, bytes: &mut [u8], silence: Duration) -> Result<(), TpError> {
         let (mut done, mut looks) = (0, Duration::ZERO);
         while done < bytes.len() {
-            match self.stream.read(&mut bytes[done..]) {
+            match self.reader.read(&mut bytes[done..]) {
                 Ok(0) => return Err(TpError::Closed),
                 Ok(count) => (done, looks) = (done + count, Duration::ZERO),
                 Err(error) if matches!(error.kind(), ErrorKind::WouldBlock | ErrorKind::TimedOut) => {
@@ -282,10 +283,15 @@ mod tests {
     use std::net::TcpListener;
     use std::sync::mpsc::channel;
 
+    fn duplex(stream: TcpStream) -> Duplex {
+        let reader = Box::new(stream.try_clone().unwrap());
+        Duplex { reader, writer: Box::new(stream.try_clone().unwrap()), stream }
+    }
+
     fn pair(keys: [[u8; 32]; 2]) -> (Halves, Halves) {
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
-        let near = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
-        let far = listener.accept().unwrap().0;
+        let near = duplex(TcpStream::connect(listener.local_addr().unwrap()).unwrap());
+        let far = duplex(listener.accept().unwrap().0);
         (Halves::new(near, [1; 32], [2; 32]).unwrap(), Halves::new(far, keys[0], keys[1]).unwrap())
     }
 

@@ -2,15 +2,15 @@
 //! they are, and when all are there, tells everyone about everyone and they connect pairwise.
 
 use std::collections::BTreeMap;
-use std::io::{ErrorKind, Read, Write};
+use std::io::{ErrorKind, Write};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener, TcpStream, ToSocketAddrs};
 use std::time::{Duration, Instant};
 
 use backend::Links;
-use subtle::ConstantTimeEq;
 
 use super::link::{Halves, proof};
 use super::mesh::{self, ACCEPT_EVERY};
+use super::trust::{Duplex, Trust, Use, check, read_by};
 use super::wire::{Reader, Writer};
 use super::{Frame, Group, TpError};
 use crate::request::Target;
@@ -59,7 +59,7 @@ struct Joined {
 /// Gathers the other `world - 1` ranks on `listener`. Ends early, with [`TpError::Stopped`], when `stop` says so.
 pub fn lead(
     listener: &TcpListener,
-    secret: &[u8],
+    trust: &Trust,
     world: usize,
     epoch: u64,
     member: &Member,
@@ -73,13 +73,16 @@ pub fn lead(
             return Err(TpError::Stopped);
         }
         match listener.accept() {
-            Ok((stream, from)) => match greet(stream, secret, world, member) {
+            Ok((stream, from)) => match greet(stream, trust, world, member) {
                 Ok(rank) => {
                     tracing::info!("rank {} of {world} joined from {from}", rank.member.target.rank);
                     // A rank that comes again has lost its earlier connection.
                     joined.insert(rank.member.target.rank, rank);
                 }
-                Err(error) => tracing::warn!("{from} did not join the group: {error}"),
+                Err(error) => {
+                    trust.turned_away(&error);
+                    tracing::warn!("{from} did not join the group: {error}");
+                }
             },
             Err(error) if error.kind() == ErrorKind::WouldBlock => std::thread::sleep(ACCEPT_EVERY),
             Err(error) => return Err(error.into()),
@@ -89,14 +92,14 @@ pub fn lead(
             joined.retain(|_, rank| rank.halves.out.send(&Frame::Ping).is_ok());
         }
     }
-    welcome(secret, epoch, member, joined)
+    welcome(trust, epoch, member, joined)
 }
 
 /// Joins the group that is led at `leader` (`host:port`). Errors at once when nobody listens there.
-pub fn join(leader: &str, secret: &[u8], member: &Member, stop: &dyn Fn() -> bool) -> Result<Group, TpError> {
+pub fn join(leader: &str, trust: &Trust, member: &Member, stop: &dyn Fn() -> bool) -> Result<Group, TpError> {
     let stream = dial(leader)?;
     let (near, far) = (stream.local_addr()?, stream.peer_addr()?);
-    let mut halves = prove(stream, secret, stop)?;
+    let mut halves = prove(stream, trust, stop)?;
     // A backend with a fabric of its own listens there itself later: until then the port is ours.
     let listener = TcpListener::bind((near.ip(), 0))?;
     let mut w = Writer::default();
@@ -137,7 +140,7 @@ pub fn join(leader: &str, secret: &[u8], member: &Member, stop: &dyn Fn() -> boo
         halves.out.send(&Frame::Ready)?;
         return Group::met(rank, epoch, targets, blocks, Links::Native(native), vec![(0, halves)]);
     }
-    let sockets = mesh::connect(&listener, &mesh_key(secret, &nonce), rank, &mesh)?;
+    let sockets = mesh::connect(&listener, trust, &mesh_key(&trust.secret, &nonce), rank, &mesh)?;
     halves.out.send(&Frame::Ready)?;
     Group::met(rank, epoch, targets, blocks, Links::Sockets(sockets), vec![(0, halves)])
 }
@@ -154,18 +157,31 @@ fn dial(leader: &str) -> Result<TcpStream, TpError> {
 }
 
 /// Follower's side of the proof: `magic | nonce`, then the leader's `nonce | proof`, then ours.
-fn prove(mut stream: TcpStream, secret: &[u8], stop: &dyn Fn() -> bool) -> Result<Halves, TpError> {
-    timeouts(&stream, GREETING_WAIT)?;
+fn prove(stream: TcpStream, trust: &Trust, stop: &dyn Fn() -> bool) -> Result<Halves, TpError> {
+    stream.set_nodelay(true)?;
+    let mut answered = false;
+    let wait = |stream: &TcpStream| {
+        answered = true;
+        await_answer(stream, stop)?;
+        Ok(Instant::now() + GREETING_WAIT)
+    };
+    let opened = trust.dialled(Use::Control, stream, Instant::now() + GREETING_WAIT, wait)?;
+    let mut link = opened.duplex()?;
+    timeouts(&link.stream, GREETING_WAIT)?;
     let mine = nonce()?;
-    stream.write_all(&MAGIC)?;
-    stream.write_all(&mine)?;
-    await_answer(&stream, stop)?;
+    link.writer.write_all(&MAGIC)?;
+    link.writer.write_all(&mine)?;
+    if !answered {
+        await_answer(&link.stream, stop)?;
+    }
+    let until = Instant::now() + GREETING_WAIT;
     let (mut theirs, mut answer) = ([0; 32], [0; 32]);
-    stream.read_exact(&mut theirs)?;
-    stream.read_exact(&mut answer)?;
+    read_by(&mut link.reader, &link.stream, &mut theirs, until)?;
+    read_by(&mut link.reader, &link.stream, &mut answer, until)?;
+    let secret = &trust.secret;
     check(&answer, &proof(secret, &[b"baton group leader", &mine, &theirs]))?;
-    stream.write_all(&proof(secret, &[b"baton group rank", &mine, &theirs]))?;
-    keys(stream, secret, &mine, &theirs, false)
+    link.writer.write_all(&proof(secret, &[b"baton group rank", &mine, &theirs]))?;
+    keys(link, secret, &mine, &theirs, false)
 }
 
 /// Until the leader has said something: it may still be busy with the group that was.
@@ -189,28 +205,28 @@ fn await_answer(stream: &TcpStream, stop: &dyn Fn() -> bool) -> Result<(), TpErr
 }
 
 /// Leader's side of the proof.
-fn ask_proof(mut stream: TcpStream, secret: &[u8]) -> Result<Halves, TpError> {
-    stream.set_nonblocking(false)?;
-    timeouts(&stream, GREETING_WAIT)?;
+fn ask_proof(stream: TcpStream, trust: &Trust) -> Result<Halves, TpError> {
+    let until = Instant::now() + GREETING_WAIT;
+    stream.set_nodelay(true)?;
+    let mut link = trust.accepted(Use::Control, stream, until)?.duplex()?;
+    timeouts(&link.stream, GREETING_WAIT)?;
     let (mut magic, mut theirs, mut answer) = ([0; 8], [0; 32], [0; 32]);
-    stream.read_exact(&mut magic)?;
+    read_by(&mut link.reader, &link.stream, &mut magic, until)?;
     if magic != MAGIC {
         return Err(TpError::Protocol("not a rank of this version".into()));
     }
-    stream.read_exact(&mut theirs)?;
-    let mine = nonce()?;
-    stream.write_all(&mine)?;
-    stream.write_all(&proof(secret, &[b"baton group leader", &theirs, &mine]))?;
-    match stream.read_exact(&mut answer) {
-        Err(error) if left(&error) => return Err(TpError::Protocol(UNPROVED.into())),
+    read_by(&mut link.reader, &link.stream, &mut theirs, until)?;
+    let (mine, secret) = (nonce()?, &trust.secret);
+    link.writer.write_all(&mine)?;
+    link.writer.write_all(&proof(secret, &[b"baton group leader", &theirs, &mine]))?;
+    match read_by(&mut link.reader, &link.stream, &mut answer, until) {
+        // A rank that finds that the leader has another secret than itself leaves without a word.
+        Err(TpError::Io(error)) if left(&error) => return Err(TpError::Unproved),
         read => read?,
     }
     check(&answer, &proof(secret, &[b"baton group rank", &theirs, &mine]))?;
-    keys(stream, secret, &theirs, &mine, true)
+    keys(link, secret, &theirs, &mine, true)
 }
-
-/// A rank that finds that the leader has another secret than itself leaves without a word.
-const UNPROVED: &str = "left instead of proving itself: it may hold another token than this leader";
 
 /// Whether the other end is gone.
 fn left(error: &std::io::Error) -> bool {
@@ -221,7 +237,7 @@ fn left(error: &std::io::Error) -> bool {
 }
 
 fn keys(
-    stream: TcpStream,
+    link: Duplex,
     secret: &[u8],
     rank: &[u8; 32],
     leader: &[u8; 32],
@@ -230,13 +246,13 @@ fn keys(
     let down = proof(secret, &[b"baton group down", rank, leader]);
     let up = proof(secret, &[b"baton group up", rank, leader]);
     let (out, into) = if leads { (down, up) } else { (up, down) };
-    Halves::new(stream, out, into)
+    Halves::new(link, out, into)
 }
 
 /// Lets one connection prove itself and compares what it is; the reason of a refusal is told to it.
-fn greet(stream: TcpStream, secret: &[u8], world: usize, leader: &Member) -> Result<Joined, TpError> {
+fn greet(stream: TcpStream, trust: &Trust, world: usize, leader: &Member) -> Result<Joined, TpError> {
     let from = stream.peer_addr()?;
-    let mut halves = ask_proof(stream, secret)?;
+    let mut halves = ask_proof(stream, trust)?;
     let Frame::Join(bytes) = halves.into.receive(GREETING_WAIT)? else {
         return Err(TpError::Protocol("no introduction".into()));
     };
@@ -288,7 +304,7 @@ fn agree(world: usize, leader: &Member, member: &Member) -> Result<(), String> {
 
 /// Tells everyone about everyone and connects.
 fn welcome(
-    secret: &[u8],
+    trust: &Trust,
     epoch: u64,
     leader: &Member,
     mut joined: BTreeMap<usize, Joined>,
@@ -330,7 +346,7 @@ fn welcome(
     let (addresses, targets): (Vec<SocketAddr>, Vec<Target>) = ranks.into_iter().unzip();
     let collective = match (native, listener) {
         (None, Some(listener)) => {
-            Links::Sockets(mesh::connect(&listener, &mesh_key(secret, &nonce), 0, &addresses)?)
+            Links::Sockets(mesh::connect(&listener, trust, &mesh_key(&trust.secret, &nonce), 0, &addresses)?)
         }
         (specification, _) => Links::Native(specification.unwrap_or_default()),
     };
@@ -370,10 +386,6 @@ fn nonce() -> Result<[u8; 32], TpError> {
     let mut bytes = [0; 32];
     getrandom::fill(&mut bytes).map_err(|error| TpError::Protocol(format!("no random numbers: {error}")))?;
     Ok(bytes)
-}
-
-fn check(theirs: &[u8; 32], ours: &[u8; 32]) -> Result<(), TpError> {
-    if ours.ct_eq(theirs).into() { Ok(()) } else { Err(TpError::Proof) }
 }
 
 fn timeouts(stream: &TcpStream, wait: Duration) -> Result<(), TpError> {
@@ -416,138 +428,4 @@ fn target(r: &mut Reader<'_>) -> Result<Target, super::wire::WireError> {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-    use backend::{DType, KvSpec};
-
-    fn member(rank: usize) -> Member {
-        Member {
-            version: "1".into(),
-            identity: "graph".into(),
-            target: Target {
-                rank,
-                addresses: vec![format!("rank{rank}:1")],
-                spec: KvSpec::gqa(2, 4, rank..rank + 1, 8, DType::F32),
-            },
-            blocks: 100 - rank as u32,
-            block_tokens: 16,
-            native: None,
-        }
-    }
-
-    fn never() -> bool {
-        false
-    }
-
-    /// Lets a leader of `world` and the given members meet.
-    fn meet(world: usize, members: Vec<(Member, &'static [u8])>) -> Vec<Result<Group, String>> {
-        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
-        let address = listener.local_addr().unwrap().to_string();
-        std::thread::scope(|scope| {
-            let followers: Vec<_> = members
-                .into_iter()
-                .map(|(member, secret)| {
-                    let address = address.clone();
-                    scope.spawn(move || join(&address, secret, &member, &never).map_err(|e| e.to_string()))
-                })
-                .collect();
-            let failed = || followers.iter().any(|f| f.is_finished());
-            let mut groups =
-                vec![lead(&listener, b"s", world, 7, &member(0), &failed).map_err(|e| e.to_string())];
-            groups.extend(followers.into_iter().map(|f| f.join().unwrap()));
-            groups
-        })
-    }
-
-    #[test]
-    fn ranks_meet_whatever_their_order_and_know_each_other() {
-        let groups = meet(4, vec![(member(3), b"s"), (member(1), b"s"), (member(2), b"s")]);
-        for (group, rank) in groups.into_iter().zip([0, 3, 1, 2]) {
-            let mut group = group.unwrap();
-            assert_eq!((group.rank, group.epoch, group.blocks, group.world()), (rank, 7, 97, 4));
-            let all: Vec<Target> = (0..4).map(|rank| member(rank).target).collect();
-            assert_eq!(group.targets, all);
-            let backend::Links::Sockets(sockets) = group.collective().unwrap().links else {
-                panic!("no sockets")
-            };
-            let present: Vec<bool> = sockets.iter().map(Option::is_some).collect();
-            assert_eq!(present, (0..4).map(|other| other != rank).collect::<Vec<_>>());
-        }
-    }
-
-    #[test]
-    fn every_pair_of_sockets_joins_the_right_ranks() {
-        let mut groups: Vec<Group> =
-            meet(3, vec![(member(1), b"s"), (member(2), b"s")]).into_iter().map(Result::unwrap).collect();
-        let mut sockets: Vec<Vec<Option<TcpStream>>> = groups
-            .iter_mut()
-            .map(|group| match group.collective().unwrap().links {
-                backend::Links::Sockets(sockets) => sockets,
-                _ => panic!("no sockets"),
-            })
-            .collect();
-        for (from, all) in sockets.iter_mut().enumerate() {
-            for (to, socket) in all.iter_mut().enumerate().filter(|(to, _)| *to != from) {
-                socket.as_mut().unwrap().write_all(&[from as u8, to as u8]).unwrap();
-            }
-        }
-        for (to, all) in sockets.iter_mut().enumerate() {
-            for (from, socket) in all.iter_mut().enumerate().filter(|(from, _)| *from != to) {
-                let mut got = [0; 2];
-                socket.as_mut().unwrap().read_exact(&mut got).unwrap();
-                assert_eq!(got, [from as u8, to as u8]);
-            }
-        }
-    }
-
-    #[test]
-    fn a_rank_that_differs_is_refused_with_both_values() {
-        let refused = |change: fn(&mut Member)| {
-            let mut other = member(1);
-            change(&mut other);
-            meet(2, vec![(other, b"s")]).remove(1).err().unwrap()
-        };
-        assert_eq!(
-            refused(|m| m.version = "2".into()),
-            "refused by the leader: version: the leader has 1, rank 1 has 2"
-        );
-        assert_eq!(
-            refused(|m| m.identity = "other".into()),
-            "refused by the leader: model identity: the leader has graph, rank 1 has other"
-        );
-        assert_eq!(
-            refused(|m| m.block_tokens = 32),
-            "refused by the leader: tokens per kv block: the leader has 16, rank 1 has 32"
-        );
-        assert_eq!(
-            refused(|m| m.target.rank = 2),
-            "refused by the leader: rank 2 does not follow in a group of 2"
-        );
-    }
-
-    /// Protects: the leader's operator reads why a rank did not join.
-    #[test]
-    fn a_rank_that_does_not_prove_itself_is_said_to() {
-        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
-        let address = listener.local_addr().unwrap();
-        let rank = std::thread::spawn(move || {
-            let stream = TcpStream::connect(address).unwrap();
-            prove(stream, b"t", &|| false).map(|_| ()).map_err(|error| error.to_string())
-        });
-        let asked = ask_proof(listener.accept().unwrap().0, b"s").map(|_| ());
-        assert_eq!(asked.unwrap_err().to_string(), format!("tensor-parallel link: {UNPROVED}"));
-        assert!(rank.join().unwrap().is_err());
-    }
-
-    #[test]
-    fn a_wrong_secret_is_found_out_by_both_ends() {
-        let mut groups = meet(2, vec![(member(1), b"t")]);
-        let proof = "tensor-parallel link: the other end does not hold the cluster's token";
-        assert_eq!(groups.remove(1).err().unwrap(), proof);
-        assert_eq!(
-            groups.remove(0).err().unwrap(),
-            "stopped",
-            "the leader goes on waiting until it is told to stop"
-        );
-    }
-}
+mod tests;

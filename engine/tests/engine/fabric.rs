@@ -52,7 +52,7 @@ fn serve(rank: usize, place: &Place, fabric: mpsc::Receiver<()>) -> Result<(), E
         renew: |reason| ANEW.lock().unwrap().push(reason.into()),
     };
     let terms = Terms {
-        secret: b"cluster".to_vec(),
+        trust: engine::tp::Trust::in_clear(b"cluster".to_vec()),
         version: "1".into(),
         identity: "tiny".into(),
         first_epoch: 1,

@@ -107,7 +107,7 @@ impl Spec {
 fn terms() -> Terms {
     static EPOCH: AtomicU64 = AtomicU64::new(1);
     Terms {
-        secret: b"cluster".to_vec(),
+        trust: engine::tp::Trust::in_clear(b"cluster".to_vec()),
         version: "1".into(),
         identity: "tiny".into(),
         first_epoch: EPOCH.fetch_add(1000, Ordering::Relaxed),

@@ -44,6 +44,7 @@ pub(super) fn serve(
             Ok(None) => return,
             Err(error) => {
                 tracing::debug!(peer = conn.peer, %error, "kv connection refused");
+                registry.turned_away(&error);
                 conn.send(0, &Message::fail(error.code(), &error.to_string()));
                 conn.control.close(Shutdown::Write);
                 return;
@@ -77,7 +78,10 @@ fn greet(
         Ok(Incoming::Head(head)) => Ok(Some(head)),
         Ok(Incoming::End) => Ok(None),
         Ok(Incoming::Timeout) => Err(SessionError::Expired { what: "no proof".into(), ms: millis(time) }),
-        Err(error) => Err(lost(conn, error)),
+        Err(error) => {
+            registry.no_handshake(&error);
+            Err(lost(conn, error))
+        }
     };
     let (_place, head) = match opening {
         Opening::Again(head) => {

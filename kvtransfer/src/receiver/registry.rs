@@ -13,14 +13,15 @@ use crate::receiver::slot::{Conn, Slot};
 use crate::session::ConnId;
 use crate::sync::lock;
 use crate::transport::ucx;
-use crate::wire::Wire;
-use crate::{FailCode, Limits, SessionError, SessionId};
+use crate::wire::{Wire, WireError};
+use crate::{FailCode, Limits, OnTurned, SessionError, SessionId, Turned};
 
 /// How long [`Registry::stop`] waits for connection threads.
 const STOP_MAX: Duration = Duration::from_secs(5);
 
 pub(super) struct Registry {
     pub limits: Limits,
+    turned: OnTurned,
     sessions: Mutex<Sessions>,
     /// A session came, or the registry stops: for Hellos ahead of their session, and for the deadlines' thread.
     changed: Condvar,
@@ -69,16 +70,40 @@ impl Drop for Place {
 }
 
 impl Registry {
-    pub fn new(limits: Limits) -> Self {
+    pub fn new(limits: Limits, turned: OnTurned) -> Self {
         ucx::warm(limits.ways);
         Registry {
             limits,
+            turned,
             sessions: Mutex::default(),
             changed: Condvar::new(),
             conns: Mutex::default(),
             conn_gone: Condvar::new(),
             next_conn: AtomicU64::new(0),
             stopping: AtomicBool::new(false),
+        }
+    }
+
+    /// Counts a connection that did not get as far as a proof. One that was merely lost is nobody's refusal.
+    pub fn turned_away(&self, error: &SessionError) {
+        let because = match error {
+            SessionError::Proof(_) => "ticket not proved",
+            SessionError::Unknown(_) => "no such admission",
+            SessionError::Stale { .. } => "ticket of another session",
+            SessionError::Expired { .. } => "silent",
+            SessionError::Busy { .. } => "too many connections",
+            SessionError::Frame(_) | SessionError::Protocol(_) => "not the kv wire",
+            _ => return,
+        };
+        self.turned.tell(Turned::Because(because));
+    }
+
+    /// As [`Registry::turned_away`], where TLS has ended a connection.
+    pub fn no_handshake(&self, error: &WireError) {
+        if let WireError::Io(error) = error
+            && error.kind() == std::io::ErrorKind::InvalidData
+        {
+            self.turned.tell(Turned::Handshake(error));
         }
     }
 
@@ -214,6 +239,7 @@ impl Registry {
             Ok(place) => place,
             Err(error) => {
                 tracing::debug!(peer = conn.peer, %error, "kv connection refused");
+                self.turned_away(&error);
                 conn.send(0, &crate::message::Message::fail(FailCode::Busy, &error.to_string()));
                 conn.control.close(Shutdown::Both);
                 return;

@@ -1,5 +1,6 @@
-//! TLS 1.3 over TCP, certificates of both ends: the KV wire where others can listen. One connection's state is shared by its
-//! two halves: what takes time (the sockets) is done outside its lock.
+//! TLS 1.3 over TCP, certificates of both ends: the KV wire where others can listen, and the links between the ranks of a
+//! group, for which [`connect`], [`accepted`], [`halves`] and [`super::sealed`] are public. One connection's state is shared
+//! by its two halves: what takes time (the sockets) is done outside its lock.
 
 use std::fmt;
 use std::io::{self, IoSlice, Read, Write};
@@ -7,8 +8,9 @@ use std::net::TcpStream;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
+pub use rustls::Connection;
 use rustls::pki_types::ServerName;
-use rustls::{ClientConfig, ClientConnection, Connection, ServerConfig, ServerConnection};
+use rustls::{ClientConfig, ClientConnection, ServerConfig, ServerConnection};
 
 use crate::transport::{Dialer, tcp};
 use crate::wire::{ReadTimeout, Wire, WriteTimeout, split};
@@ -55,25 +57,80 @@ impl Dialer for TlsDialer {
         let until = Instant::now() + timeout;
         let mut stream = tcp::connect(address, timeout)?;
         tcp::prepare(&stream)?;
-        let mut connection =
-            ClientConnection::new(self.0.client.clone(), self.0.name.clone()).map_err(io::Error::other)?;
-        while connection.is_handshaking() {
-            let left = until.saturating_duration_since(Instant::now());
-            if left.is_zero() {
-                return Err(io::Error::new(io::ErrorKind::TimedOut, "no TLS in time"));
-            }
-            stream.set_read_timeout(Some(left))?;
-            stream.set_write_timeout(Some(left))?;
-            connection.complete_io(&mut stream)?;
-        }
-        // With TLS 1.3 a client is done before the server has judged its certificate: a refusal comes with the first read.
-        while connection.wants_write() {
-            connection.write_tls(&mut stream)?;
-        }
-        stream.set_read_timeout(None)?;
-        stream.set_write_timeout(None)?;
-        wire(stream, Connection::Client(connection), address.to_owned())
+        let connection = connect(&mut stream, &self.0, until, |_| Ok(until))?;
+        wire(stream, connection, address.to_owned())
     }
+}
+
+/// Proves to whoever accepted `stream` who this end is, and the other way round, by `until`. `wait` is called when this end has
+/// spoken and returns when the other end has answered, for one that may take longer than `until` with it. With TLS 1.3 this
+/// end is done before the other has judged its certificate: a refusal comes with the first read.
+pub fn connect(
+    stream: &mut TcpStream,
+    tls: &Tls,
+    until: Instant,
+    wait: impl FnOnce(&TcpStream) -> io::Result<Instant>,
+) -> io::Result<Connection> {
+    let connection = ClientConnection::new(tls.client.clone(), tls.name.clone());
+    let mut connection = Connection::Client(connection.map_err(io::Error::other)?);
+    say(stream, &mut connection, until)?;
+    let until = wait(stream)?;
+    shake_hands(stream, &mut connection, until)?;
+    Ok(connection)
+}
+
+/// The other end of [`connect`], for an accepted `stream`.
+pub fn accepted(stream: &mut TcpStream, tls: &Tls, until: Instant) -> io::Result<Connection> {
+    let connection = ServerConnection::new(tls.server.clone());
+    let mut connection = Connection::Server(connection.map_err(io::Error::other)?);
+    shake_hands(stream, &mut connection, until)?;
+    Ok(connection)
+}
+
+/// To the end of the handshake; `stream` blocks, and for ever afterwards.
+fn shake_hands(stream: &mut TcpStream, connection: &mut Connection, until: Instant) -> io::Result<()> {
+    loop {
+        say(stream, connection, until)?;
+        if !connection.is_handshaking() {
+            stream.set_read_timeout(None)?;
+            return stream.set_write_timeout(None);
+        }
+        stream.set_read_timeout(Some(left(until)?))?;
+        match connection.read_tls(stream) {
+            Ok(0) => return Err(io::ErrorKind::UnexpectedEof.into()),
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
+            read => _ = read?,
+        }
+        if let Err(error) = connection.process_new_packets() {
+            // The other end may hear why; it is refused all the same.
+            let _ = say(stream, connection, until);
+            return Err(io::Error::new(io::ErrorKind::InvalidData, error));
+        }
+    }
+}
+
+fn say(stream: &mut TcpStream, connection: &mut Connection, until: Instant) -> io::Result<()> {
+    while connection.wants_write() {
+        stream.set_write_timeout(Some(left(until)?))?;
+        connection.write_tls(stream)?;
+    }
+    Ok(())
+}
+
+fn left(until: Instant) -> io::Result<Duration> {
+    let left = until.saturating_duration_since(Instant::now());
+    if left.is_zero() { Err(io::Error::new(io::ErrorKind::TimedOut, "no TLS in time")) } else { Ok(left) }
+}
+
+/// Both directions of a connection, for a thread each. Timeouts are those of its socket.
+pub fn halves(
+    stream: TcpStream,
+    mut connection: Connection,
+) -> io::Result<(impl Read + ReadTimeout + Send + 'static, impl Write + WriteTimeout + Send + 'static)> {
+    connection.set_buffer_limit(Some(WRITE_BYTES));
+    let shared = Arc::new(Shared { state: Mutex::new(connection), out: Mutex::new(stream.try_clone()?) });
+    let writer = Writer { stream: stream.try_clone()?, shared: shared.clone(), cipher: Vec::new() };
+    Ok((Reader { stream, shared, cipher: vec![0; READ_BYTES], ready: 0..0 }, writer))
 }
 
 /// An accepted socket as a wire. The handshake happens as the first frame is waited for, within the same deadline.
@@ -83,12 +140,9 @@ pub fn accept(stream: TcpStream, tls: &Tls, peer: String) -> io::Result<Wire> {
     wire(stream, Connection::Server(connection), peer)
 }
 
-fn wire(stream: TcpStream, mut connection: Connection, peer: String) -> io::Result<Wire> {
-    connection.set_buffer_limit(Some(WRITE_BYTES));
-    let shared = Arc::new(Shared { state: Mutex::new(connection), out: Mutex::new(stream.try_clone()?) });
-    let writer = Writer { stream: stream.try_clone()?, shared: shared.clone(), cipher: Vec::new() };
+fn wire(stream: TcpStream, connection: Connection, peer: String) -> io::Result<Wire> {
     let control = tcp::control(&stream)?;
-    let reader = Reader { stream, shared, cipher: vec![0; READ_BYTES], ready: 0..0 };
+    let (reader, writer) = halves(stream, connection)?;
     Ok(split(reader, writer, control, peer))
 }
 

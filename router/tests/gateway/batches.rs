@@ -229,6 +229,37 @@ async fn a_batch_is_cancelled() {
     assert_eq!(client.json(Method::POST, &path, None).await.0, 409);
 }
 
+/// A window that closes while lines run: they stop in the cluster, and every line has an answer or an error that says so.
+#[tokio::test]
+async fn a_batch_expires() {
+    let config = batch_config("expires");
+    let folder = config.batch.as_ref().unwrap().folder.clone();
+    // Clients may ask for hours at the least: this one asked for a second, behind their back.
+    let store = batch::Store::open(&folder, batch::Space::default()).unwrap();
+    let mut upload = store.upload().unwrap();
+    upload.write((0..5).map(|i| line(i, "a")).collect::<String>().as_bytes()).unwrap();
+    let file = store.keep(upload, "", "in.jsonl", None).unwrap();
+    let new = batch::NewBatch {
+        owner: String::new(),
+        endpoint: batch::Endpoint::Completions,
+        input_file_id: file.id,
+        completion_window: "1s".into(),
+        window_s: 1,
+        metadata: None,
+        output_lifetime: None,
+    };
+    let id = store.create(new).unwrap().unwrap().id;
+    drop(store);
+    let gateway = Gateway::with(config, |_| vec![Step::Wait]).await;
+    let client = Client(&gateway, None);
+    let batch = client.until(&id, "expired").await;
+    assert_eq!(batch["request_counts"], json!({"total": 5, "completed": 0, "failed": 5}));
+    assert!(batch["expired_at"].as_u64().unwrap() >= batch["expires_at"].as_u64().unwrap(), "{batch}");
+    let errors = client.lines(&batch["error_file_id"]).await;
+    assert_eq!(errors.len(), 5);
+    assert!(errors.values().all(|line| line["error"]["code"] == "batch_expired"), "{errors:?}");
+}
+
 /// A gateway that stops in the middle of a batch goes on with it after its next start; while it stops, it says so.
 #[tokio::test]
 async fn a_batch_goes_on_after_a_restart() {

@@ -80,6 +80,7 @@ pub async fn node(spec: &str) -> Result<()> {
         step_tokens: spec.chunk + 8,
         chunk_tokens: spec.chunk,
         group: GroupConfig { world: spec.world, rank: spec.rank, leader: spec.leader },
+        sealing: node::Sealing::default(),
         allow_mixed_weights: false,
         pace: spec.pace,
         kv_codec: kvtransfer::CodecPolicy::Always(kvtransfer::Codec::Exact),
