@@ -31,6 +31,8 @@ const QUERIES_MAX: usize = 96;
 const QUERIES_CUT: usize = 12;
 /// Up to so many query rows a sequence's spans may go to different threads.
 const QUERIES_SPLIT_MAX: usize = 32;
+/// Up to so many query rows read values from the cache as they lie.
+const QUERIES_FEW: usize = 8;
 const TASKS_PER_THREAD: usize = 4;
 
 /// One call of attention on one layer.

@@ -14,6 +14,8 @@ mod stream;
 mod sweep;
 #[cfg(target_arch = "x86_64")]
 pub(crate) mod tiles;
+#[cfg(target_arch = "x86_64")]
+mod weigh;
 
 use crate::lanes::LANES;
 pub(crate) use bytes::{BLOCK, BLOCK_FLOATS, Bytes, Eighths, ORDER};
@@ -76,6 +78,8 @@ pub(crate) struct PairKernels {
     pub(crate) inputs_block: usize,
     /// `n` bf16 of `a` and `b` (zeros where null), side by side: `out[i / 16 * stride + i % 16 * 2]`, zeros up to whole 16.
     pub(crate) interleave: unsafe fn(a: *const u16, b: *const u16, n: usize, out: *mut u16, stride: usize),
+    /// Weighted values of few rows, as they lie in the cache.
+    pub(crate) weigh: unsafe fn(&Weigh),
 }
 
 /// `acc[row][panel * 16 + lane]` plus the sums over pairs of inputs, of bf16 by bf16.
@@ -96,6 +100,25 @@ pub(crate) struct Pairs {
     pub(crate) acc_stride: usize,
     /// Begin at zero instead of what `acc` holds.
     pub(crate) fresh: bool,
+}
+
+/// `acc[row][panel * 16 + lane]` plus the sums over pairs of positions of weight times value.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Weigh {
+    /// Weights, `[rows][pair]`, rows `x_stride` pairs apart; the first of a pair in the lower half.
+    pub(crate) x: *const i32,
+    pub(crate) x_stride: usize,
+    pub(crate) rows: usize,
+    /// bf16 of the first pair's first position, positions `v_stride` apart.
+    pub(crate) v: *const u16,
+    pub(crate) v_stride: usize,
+    pub(crate) panels: usize,
+    pub(crate) pairs: usize,
+    /// Whether the very first and the very last position are nobody's: their values count as zeros and are not read.
+    pub(crate) without: (bool, bool),
+    /// `[rows][panels * 16]`, rows `acc_stride` apart.
+    pub(crate) acc: *mut f32,
+    pub(crate) acc_stride: usize,
 }
 
 /// Compiles every kernel for one level, as a module of that name.
@@ -231,6 +254,7 @@ const BF16_PAIRS: PairKernels = PairKernels {
     stream: Some(coded_pairs::stream),
     inputs_block: 256,
     interleave: pairs::interleave,
+    weigh: weigh::weigh,
 };
 
 /// The same with tiles for products.

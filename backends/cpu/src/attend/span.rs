@@ -45,6 +45,7 @@ impl Attention<'_> {
                 }
             }
             match self.pairs {
+                Some(_) if self.takes_values_as_they_lie(unit) => {}
                 Some(kernels) => self.pair_values(&kernels, unit, base, low..high, v_padded),
                 None if !self.value_dim.is_multiple_of(LANES) => {
                     self.pad_values(unit, base, low..high, v_padded);
@@ -209,7 +210,7 @@ impl Attention<'_> {
     }
 
     /// Positions from `position` on that lie in memory one after the other.
-    fn adjacent(&self, run: &Rows<'_>, position: usize) -> usize {
+    pub(super) fn adjacent(&self, run: &Rows<'_>, position: usize) -> usize {
         let block_tokens = self.slab.block_tokens as usize;
         let mut block = position / block_tokens;
         while block + 1 < run.table.len() && run.table[block + 1] == run.table[block] + 1 {

@@ -3,8 +3,8 @@
 
 use std::ops::Range;
 
-use super::{Attention, SPAN, Sums, Unit};
-use crate::kernel::{PairKernels, Pairs};
+use super::{Attention, QUERIES_FEW, SPAN, Sums, Unit};
+use crate::kernel::{PairKernels, Pairs, Weigh};
 use crate::lanes::LANES;
 
 /// bf16 of one panel of V: 16 elements of every position of a span, and a pair for edges.
@@ -16,6 +16,13 @@ impl Attention<'_> {
     /// Floats that V of a span takes in pairs.
     pub(super) fn paired_floats(&self) -> usize {
         self.padded_dim() / LANES * PANEL / 2
+    }
+
+    /// Whether V of two positions is put side by side in registers, for each few rows anew, instead of in memory for all.
+    pub(super) fn takes_values_as_they_lie(&self, unit: &Unit) -> bool {
+        unit.rows.len() * self.group() <= QUERIES_FEW
+            && self.value_dim.is_multiple_of(LANES)
+            && self.slab.block_tokens >= 2
     }
 
     /// V of positions `range` (offsets in the span) as `out[panel][position / 2][16][2]`. Positions outside are zeros.
@@ -59,11 +66,11 @@ impl Attention<'_> {
         // SAFETY: rows of scores and sums are those of the unit, and V has the positions that rows have.
         unsafe {
             self.heads_of_rows(unit, span, &of, |rows, own| {
-                self.weigh_some(kernels, rows, own.start..own.end.min(from), v, scores, sums);
+                self.weigh_some(kernels, unit, span, rows, own.start..own.end.min(from), v, scores, sums);
             });
-            self.weigh_some(kernels, of.clone(), from..to, v, scores, sums);
+            self.weigh_some(kernels, unit, span, of.clone(), from..to, v, scores, sums);
             self.heads_of_rows(unit, span, &of, |rows, own| {
-                self.weigh_some(kernels, rows, own.start.max(to)..own.end, v, scores, sums);
+                self.weigh_some(kernels, unit, span, rows, own.start.max(to)..own.end, v, scores, sums);
             });
         }
     }
@@ -88,9 +95,12 @@ impl Attention<'_> {
     }
 
     /// Positions `range` for query rows that all have them; a half pair counts as one with zero.
+    #[allow(clippy::too_many_arguments)]
     unsafe fn weigh_some(
         &self,
         kernels: &PairKernels,
+        unit: &Unit,
+        span: usize,
         of: Range<usize>,
         range: Range<usize>,
         v: *mut f32,
@@ -99,6 +109,10 @@ impl Attention<'_> {
     ) {
         if range.is_empty() {
             return;
+        }
+        if self.takes_values_as_they_lie(unit) {
+            // SAFETY: the caller's.
+            return unsafe { self.weigh_in_place(kernels, unit, span, of, range, scores, sums) };
         }
         let (first, last) = (range.start.next_multiple_of(2), range.end / 2 * 2);
         // SAFETY: the caller's.
@@ -115,6 +129,44 @@ impl Attention<'_> {
                 self.edge(v, last);
                 self.multiply(kernels, of, (last / 2, 1), EDGE, v, scores, sums);
             }
+        }
+    }
+
+    /// The same from the cache, as far as positions follow each other.
+    #[allow(clippy::too_many_arguments)]
+    unsafe fn weigh_in_place(
+        &self,
+        kernels: &PairKernels,
+        unit: &Unit,
+        span: usize,
+        of: Range<usize>,
+        range: Range<usize>,
+        scores: *const f32,
+        sums: Sums,
+    ) {
+        let (run, plane, width) = (&self.runs[unit.run], self.planes.values(), self.padded_dim());
+        let plane_row = self.slab.spec.planes[plane].token_bytes() / self.dtype(plane).bytes();
+        let mut from = range.start / 2 * 2;
+        while from < range.end {
+            // Blocks hold whole pairs, so a piece ends at an even position or with the range.
+            let to = range.end.min(from + self.adjacent(run, span * SPAN + from));
+            // SAFETY: positions `[from, to)` follow each other, those that are outside of the range are not read; weights are
+            // pairs at the beginning of each row's line of 256 floats.
+            unsafe {
+                (kernels.weigh)(&Weigh {
+                    x: scores.add(of.start * SPAN).cast::<i32>().add(from / 2),
+                    x_stride: SPAN,
+                    rows: of.len(),
+                    v: self.place(run, plane, span * SPAN + from, unit.group).cast_const().cast(),
+                    v_stride: plane_row,
+                    panels: width / LANES,
+                    pairs: (to - from).div_ceil(2),
+                    without: (from < range.start, to % 2 == 1),
+                    acc: sums.value.add(of.start * width),
+                    acc_stride: width,
+                });
+            }
+            from = to;
         }
     }
 
