@@ -12,8 +12,8 @@ const REGISTERS: usize = 31;
 const PANELS_WITH_MANY_ROWS: usize = 2;
 /// Up to here rows are one or two tiles: visit all panels with each.
 const ROWS_FEW: usize = 12;
-/// Bytes that are asked for ahead of use.
-const AHEAD_BYTES: usize = 1024;
+/// Bytes that are asked for ahead of use, of all panels of a tile together.
+const AHEAD_BYTES: usize = 8192;
 
 /// The same bits.
 #[inline(always)]
@@ -22,13 +22,22 @@ pub(super) unsafe fn halves(words: __m512i) -> __m512bh {
     unsafe { std::mem::transmute::<__m512i, __m512bh>(words) }
 }
 
+/// What a tile asks for ahead of use.
+#[derive(Clone, Copy)]
+enum Ahead {
+    /// What lies behind its own weights, which stream from memory.
+    Own,
+    /// So many lines of the panels that come next: some of them with every tile of rows, so that memory is busy all the time.
+    Next(*const u16, usize),
+}
+
 /// `R` rows by `P` panels in registers over all pairs.
 ///
 /// # Safety
 /// As for [`pairs`], restricted to rows `[row, row + R)` and panels `[panel, panel + P)`.
 #[inline(always)]
 #[allow(clippy::needless_range_loop)] // rows and panels index sums, factors and addresses alike
-unsafe fn tile<const R: usize, const P: usize>(s: &Pairs, row: usize, panel: usize) {
+unsafe fn tile<const R: usize, const P: usize>(s: &Pairs, row: usize, panel: usize, ahead: Ahead) {
     // SAFETY: the caller's product is valid for these rows and panels.
     unsafe {
         let x = s.x.add(row * s.x_stride);
@@ -43,10 +52,17 @@ unsafe fn tile<const R: usize, const P: usize>(s: &Pairs, row: usize, panel: usi
             }
         }
         for k in 0..s.pairs {
+            if let Ahead::Next(lines, count) = ahead
+                && k < count
+            {
+                _mm_prefetch::<_MM_HINT_T0>(lines.wrapping_add(k * 2 * LANES).cast());
+            }
             let mut weights = [_mm512_setzero_si512(); P];
             for p in 0..P {
                 let at = w.wrapping_add(p * s.panel_stride + k * 2 * LANES);
-                _mm_prefetch::<_MM_HINT_T0>(at.cast::<i8>().wrapping_add(AHEAD_BYTES));
+                if let Ahead::Own = ahead {
+                    _mm_prefetch::<_MM_HINT_T0>(at.cast::<i8>().wrapping_add(AHEAD_BYTES / P));
+                }
                 weights[p] = _mm512_loadu_si512(at.cast());
             }
             for r in 0..R {
@@ -66,30 +82,42 @@ unsafe fn tile<const R: usize, const P: usize>(s: &Pairs, row: usize, panel: usi
 
 /// Panels `[from, to)` for rows `[row, row + R)`: as many at once as registers allow.
 #[inline(always)]
-unsafe fn rows<const R: usize>(s: &Pairs, row: usize, from: usize, to: usize) {
+unsafe fn rows<const R: usize>(s: &Pairs, row: usize, from: usize, to: usize, ahead: Ahead) {
     let mut panel = from;
     // SAFETY: the caller's product covers these rows and panels.
     unsafe {
         if const { R * 8 + 9 <= REGISTERS } {
             while panel + 8 <= to {
-                tile::<R, 8>(s, row, panel);
+                tile::<R, 8>(s, row, panel, ahead);
                 panel += 8;
             }
         }
         if const { R * 4 + 5 <= REGISTERS } {
             while panel + 4 <= to {
-                tile::<R, 4>(s, row, panel);
+                tile::<R, 4>(s, row, panel, ahead);
                 panel += 4;
             }
         }
         while panel + 2 <= to {
-            tile::<R, 2>(s, row, panel);
+            tile::<R, 2>(s, row, panel, ahead);
             panel += 2;
         }
         while panel < to {
-            tile::<R, 1>(s, row, panel);
+            tile::<R, 1>(s, row, panel, ahead);
             panel += 1;
         }
+    }
+}
+
+/// Rows of the next tile where `left` are left: of even sizes, as a small last one would leave the processor idle.
+fn rows_of(left: usize) -> usize {
+    match left {
+        16 | 8..=11 => 8,
+        12.. => 12,
+        6.. => 6,
+        4.. => 4,
+        2.. => 2,
+        _ => 1,
     }
 }
 
@@ -99,33 +127,47 @@ unsafe fn rows<const R: usize>(s: &Pairs, row: usize, from: usize, to: usize) {
 /// Pointers are valid for what the fields say, and this machine has AVX-512 BF16.
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512bf16")]
 pub(super) unsafe fn pairs(s: &Pairs) {
-    let group = if s.rows <= ROWS_FEW { s.panels } else { PANELS_WITH_MANY_ROWS };
+    let streams = s.rows <= ROWS_FEW;
+    let group = if streams { s.panels } else { PANELS_WITH_MANY_ROWS };
+    let tiles = {
+        let (mut left, mut count) = (s.rows, 0);
+        while left > 0 {
+            left -= rows_of(left);
+            count += 1;
+        }
+        count
+    };
     let mut from = 0;
     while from < s.panels {
         let to = (from + group).min(s.panels);
-        let mut row = 0;
-        // SAFETY: rows and panels stay within the product.
-        unsafe {
-            while row + 12 <= s.rows {
-                rows::<12>(s, row, from, to);
-                row += 12;
+        // The panels behind these, or what lies behind the first ones.
+        let next = match to < s.panels {
+            true => s.w.wrapping_add(to * s.panel_stride),
+            false => s.w.wrapping_add(s.pairs * 2 * LANES),
+        };
+        let (mut row, mut at) = (0, 0);
+        while row < s.rows {
+            let ahead = if streams {
+                Ahead::Own
+            } else {
+                // Even tiles bring the first panel, odd ones the second, each its part.
+                let (panel, part, parts) = (at % 2, at / 2, (tiles + 1 - at % 2) / 2);
+                let (first, last) = (part * s.pairs / parts, (part + 1) * s.pairs / parts);
+                Ahead::Next(next.wrapping_add(panel * s.panel_stride + first * 2 * LANES), last - first)
+            };
+            let count = rows_of(s.rows - row);
+            // SAFETY: rows and panels stay within the product.
+            unsafe {
+                match count {
+                    12 => rows::<12>(s, row, from, to, ahead),
+                    8 => rows::<8>(s, row, from, to, ahead),
+                    6 => rows::<6>(s, row, from, to, ahead),
+                    4 => rows::<4>(s, row, from, to, ahead),
+                    2 => rows::<2>(s, row, from, to, ahead),
+                    _ => rows::<1>(s, row, from, to, ahead),
+                }
             }
-            while row + 6 <= s.rows {
-                rows::<6>(s, row, from, to);
-                row += 6;
-            }
-            while row + 4 <= s.rows {
-                rows::<4>(s, row, from, to);
-                row += 4;
-            }
-            while row + 2 <= s.rows {
-                rows::<2>(s, row, from, to);
-                row += 2;
-            }
-            while row < s.rows {
-                rows::<1>(s, row, from, to);
-                row += 1;
-            }
+            (row, at) = (row + count, at + 1);
         }
         from = to;
     }
