@@ -1,9 +1,9 @@
 //! Quantised matrices as the kernels read them: panels of 16 outputs, K-major, codes and scales as small as in the
 //! checkpoint. A panel is a row of blocks ([`Form`]); a block is the scales of its groups, 16 lanes each, and then the
-//! codes of 32 inputs after 32. Codes of 8 bits are lines of 16 bytes (of whole numbers the even inputs of eight come
-//! first, so that four lines are what a product of bytes takes). Codes of 2 to 6 bits are planes of 16 words, one
-//! per output: a plane holds 4, 2 or 1 bits of consecutive inputs, lowest first, so that a shift brings 16 outputs of
-//! an input in place:
+//! codes of 32 inputs after 32. Codes of 8 bits are lines of 16 bytes (whole numbers in an order by eight, so that four
+//! lines are what a product of bytes takes). Codes of 2 to 6 bits are planes of 16 words, one per output: a plane holds
+//! 4, 2 or 1 bits of consecutive inputs, the even ones in a word's lower half and the odd ones in its upper half, lowest
+//! first, so that a shift brings 16 outputs of an input, or of a pair, in place:
 //!
 //! ```text
 //! bits   lines of 32 inputs
@@ -16,14 +16,15 @@
 //!
 //! A product of many rows decodes some inputs of some panels into the first cache and runs the ordinary kernel over them;
 //! one of few rows decodes in registers. Both sum the decoded numbers in ascending K, so a row's bits are the same. Decoded
-//! numbers are f32; only where the level multiplies bf16 itself, and the step is of bf16, are they rounded to it.
+//! numbers are f32. Where the level multiplies bf16 itself, and the step is of bf16, codes are multiplied as they are and
+//! a group's sum is scaled; only for tiles of AMX are decoded numbers rounded to bf16.
 
 use backend::{DType, GgufBlock, MatrixView, Quant, QuantView};
 use half::{bf16, f16};
 
 use crate::kernel::{
-    BLOCK, Bytes, Code, Decode, E4M3_SCALE, Eighths, Form, Kernels, Layout, ORDER, PairKernels, Pairs, Scale,
-    Stream, Sweep, Zero,
+    BLOCK, Bytes, Code, CodedPairs, Decode, E4M3_SCALE, Eighths, Form, Kernels, Layout, ORDER, PairKernels, Pairs, Scale,
+    Scaled, Stream, Sweep, Zero,
 };
 use crate::lanes::LANES;
 use crate::memory::Place;
@@ -40,8 +41,9 @@ const ROWS_STREAMING: usize = 12;
 /// Inputs in 8 bits summed before the next panels come: 96 rows of them stay in the second cache.
 const BYTES_INPUTS: usize = 2048;
 
-/// Floats that [`Coded::sum`] decodes into.
-pub(crate) const DECODED_FLOATS: usize = FEW_ROWS.0 * FEW_ROWS.1 * LANES;
+/// Floats that a sum decodes into.
+pub(crate) const DECODED_FLOATS: usize = Scaled::BUFFER_FLOATS;
+const _: () = assert!(FEW_ROWS.0 * FEW_ROWS.1 * LANES <= DECODED_FLOATS);
 const _: () = assert!(MANY_ROWS.0 * MANY_ROWS.1 * LANES <= DECODED_FLOATS);
 
 /// Panels of codes and scales.
@@ -189,9 +191,9 @@ impl Coded {
         }
     }
 
-    /// Whether ranges are whole octets, of which pairs are made.
+    /// Whether ranges are whole octets, of which pairs are made, and what is taken apart at once is whole groups.
     pub(crate) fn has_pairs(&self, ranges: usize) -> bool {
-        (self.inputs / ranges).is_multiple_of(8)
+        (self.inputs / ranges).is_multiple_of(8) && Scaled::PIECE.is_multiple_of(self.form.group)
     }
 
     /// As [`Coded::sum`], over whole octets, of weights and inputs as pairs of bf16.
@@ -211,24 +213,27 @@ impl Coded {
     ) {
         let (form, panel_bytes, acc_stride) = (&self.form, self.panel_bytes(), panels * LANES);
         let at = |panel: usize| self.place.at(panel * panel_bytes).cast_const();
-        if let Some(stream) = kernels.stream.filter(|_| rows <= Stream::ROWS) {
-            // SAFETY: the panels have these octets, the rest is the caller's.
-            return unsafe {
-                stream(&Stream {
-                    form,
-                    panel: at(panel),
-                    panel_bytes,
-                    panels,
-                    octets: (from / 8, to / 8),
-                    x: x.cast(),
-                    x_stride,
-                    rows,
-                    acc,
-                    acc_stride,
-                    fresh: true,
-                });
-            };
-        }
+        let decode = match kernels.coded {
+            CodedPairs::Rounded(decode) => decode,
+            CodedPairs::Scaled(product) => {
+                // SAFETY: the panels have these octets, the rest is the caller's.
+                return unsafe {
+                    product(&Scaled {
+                        form,
+                        panel: at(panel),
+                        panel_bytes,
+                        panels,
+                        octets: (from / 8, to / 8),
+                        x,
+                        x_stride,
+                        rows,
+                        acc,
+                        acc_stride,
+                        buffer,
+                    });
+                };
+            }
+        };
         let (wide, deep) = if rows > ROWS_STREAMING { MANY_ROWS } else { FEW_ROWS };
         // A pair takes a float's place: twice as many inputs at once.
         let deep = 2 * deep;
@@ -243,7 +248,7 @@ impl Coded {
                     for p in 0..count {
                         let out = buffer.add(p * deep / 2 * LANES);
                         let octets = (k / 8, end / 8);
-                        (kernels.decode)(&Decode { form, panel: at(panel + first + p), octets, out });
+                        decode(&Decode { form, panel: at(panel + first + p), octets, out });
                     }
                     (kernels.multiply)(&Pairs {
                         x: x.add((k - from) / 2),
@@ -416,7 +421,7 @@ fn put_planes(chunk: &mut [u8], lane: usize, codes: &[u8; CHUNK], bits: usize) {
         let per_word = 32 / width;
         for (line, codes) in codes.chunks_exact(per_word).enumerate() {
             let word = codes.iter().enumerate().fold(0u32, |word, (at, code)| {
-                word | (u32::from(*code) >> lowest & ((1 << width) - 1)) << (at * width)
+                word | (u32::from(*code) >> lowest & ((1 << width) - 1)) << (at % 2 * 16 + at / 2 * width)
             });
             let at = ((first + line) * LANES + lane) * 4;
             chunk[at..at + 4].copy_from_slice(&word.to_ne_bytes());

@@ -10,6 +10,8 @@ mod codes;
 #[cfg(target_arch = "x86_64")]
 mod pairs;
 mod rows;
+#[cfg(target_arch = "x86_64")]
+mod scaled;
 mod stream;
 mod sweep;
 #[cfg(target_arch = "x86_64")]
@@ -70,16 +72,51 @@ pub(crate) struct Kernels {
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct PairKernels {
     pub(crate) multiply: unsafe fn(&Pairs),
-    /// As [`Decode`], to [`Layout::Bf16Pairs`].
-    pub(crate) decode: unsafe fn(&Decode<'_>),
-    /// As [`Stream`], `x` being pairs; `None`: few rows are summed as many are.
-    pub(crate) stream: Option<unsafe fn(&Stream<'_>)>,
+    pub(crate) coded: CodedPairs,
     /// Inputs that many rows pass by before the next, a multiple of 32: two panels of them stay in the first cache.
     pub(crate) inputs_block: usize,
     /// `n` bf16 of `a` and `b` (zeros where null), side by side: `out[i / 16 * stride + i % 16 * 2]`, zeros up to whole 16.
     pub(crate) interleave: unsafe fn(a: *const u16, b: *const u16, n: usize, out: *mut u16, stride: usize),
     /// Weighted values of few rows, as they lie in the cache.
     pub(crate) weigh: unsafe fn(&Weigh),
+}
+
+/// How quantised weights are multiplied by bf16.
+#[derive(Clone, Copy, Debug)]
+pub(crate) enum CodedPairs {
+    /// As [`Decode`], to [`Layout::Bf16Pairs`], rounded to bf16: [`PairKernels::multiply`] does the rest.
+    Rounded(unsafe fn(&Decode<'_>)),
+    /// Codes are multiplied as they are, and sums of groups scaled.
+    Scaled(unsafe fn(&Scaled<'_>)),
+}
+
+/// Rows times some panels of codes; as [`Stream`], from zero on, `x` being pairs.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Scaled<'a> {
+    pub(crate) form: &'a Form,
+    pub(crate) panel: *const u8,
+    /// Bytes from one panel to the next.
+    pub(crate) panel_bytes: usize,
+    pub(crate) panels: usize,
+    pub(crate) octets: (usize, usize),
+    /// `[rows][pair]` from the first octet on, rows `x_stride` pairs apart.
+    pub(crate) x: *const i32,
+    pub(crate) x_stride: usize,
+    pub(crate) rows: usize,
+    /// `[rows][panels * 16]`, rows `acc_stride` apart.
+    pub(crate) acc: *mut f32,
+    pub(crate) acc_stride: usize,
+    /// Room for [`Scaled::BUFFER_FLOATS`].
+    pub(crate) buffer: *mut f32,
+}
+
+impl Scaled<'_> {
+    /// Inputs that are taken apart at once: groups must divide them.
+    pub(crate) const PIECE: usize = 256;
+    /// Rows that pass by them.
+    pub(crate) const ROWS: usize = 96;
+    /// Two panels of codes as bf16, scales and offsets of groups of 8, and as many sums of each row.
+    pub(crate) const BUFFER_FLOATS: usize = Self::PIECE * (LANES + 8) + Self::ROWS * Self::PIECE / 8;
 }
 
 /// `acc[row][panel * 16 + lane]` plus the sums over pairs of inputs, of bf16 by bf16.
@@ -250,8 +287,7 @@ pub(crate) static AVX512_BF16: Kernels = Kernels {
 #[cfg(target_arch = "x86_64")]
 const BF16_PAIRS: PairKernels = PairKernels {
     multiply: pairs::pairs,
-    decode: coded_pairs::decode,
-    stream: Some(coded_pairs::stream),
+    coded: CodedPairs::Scaled(scaled::scaled),
     inputs_block: 256,
     interleave: pairs::interleave,
     weigh: weigh::weigh,
@@ -261,7 +297,12 @@ const BF16_PAIRS: PairKernels = PairKernels {
 #[cfg(target_arch = "x86_64")]
 pub(crate) static AMX: Kernels = Kernels {
     bytes: bytes_vnni::bytes,
-    pairs: Some(PairKernels { multiply: tiles::pairs, stream: None, inputs_block: 512, ..BF16_PAIRS }),
+    pairs: Some(PairKernels {
+        multiply: tiles::pairs,
+        coded: CodedPairs::Rounded(coded_pairs::decode),
+        inputs_block: 512,
+        ..BF16_PAIRS
+    }),
     attend: Some(BF16_PAIRS),
     ..avx512::KERNELS
 };

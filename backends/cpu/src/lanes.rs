@@ -10,6 +10,11 @@ pub(crate) mod portable;
 /// Floats of a [`Lanes`].
 pub(crate) const LANES: usize = 16;
 
+/// Where the `bits` of input `k` of eight begin in a word of a plane of [`crate::coded`], from the first input's on.
+pub(crate) const fn place_of(bits: usize, k: usize) -> usize {
+    k % 2 * 16 + k / 2 * bits
+}
+
 /// E4M3 in the places of an IEEE half is smaller by this: the exponents' biases differ by 8.
 pub(crate) const E4M3_FACTOR: f32 = 1.0 / 256.0;
 

@@ -9,6 +9,9 @@ use crate::pool::{Pool, Scratch};
 
 /// Panels of one task at most: 128 outputs.
 const PANELS_MAX: usize = 8;
+/// The same for so few rows that weights stream from memory: a stream is slow to begin.
+const PANELS_STREAMING: usize = 32;
+const ROWS_STREAMING: usize = 4;
 /// Rows of one task at most: their sums (48 KiB) and inputs stay in the second cache.
 const ROWS_MAX: usize = 96;
 /// Tasks per thread that even out unequal speeds.
@@ -180,7 +183,7 @@ impl<'a> Tiles<'a> {
             weight.segments.iter().map(|segment| segment.panels().div_ceil(group)).sum()
         };
         // Whole groups of a power of two keep the widest tiles busy.
-        let mut group = PANELS_MAX;
+        let mut group = if rows > ROWS_STREAMING { PANELS_MAX } else { PANELS_STREAMING };
         while group > 1 && groups(group) < enough {
             group /= 2;
         }

@@ -24,7 +24,7 @@ pub(crate) struct Eighths {
 pub(crate) const BLOCK_FLOATS: usize = size_of::<Eighths>() / size_of::<f32>();
 
 /// Which input of eight lies where: those whose codes of 4 bits are the lower halves of bytes come first.
-pub(crate) const ORDER: [usize; 8] = [0, 2, 4, 6, 1, 3, 5, 7];
+pub(crate) const ORDER: [usize; 8] = [0, 4, 1, 5, 2, 6, 3, 7];
 
 /// Rows times some panels; see [`super::Stream`].
 #[derive(Clone, Copy, Debug)]

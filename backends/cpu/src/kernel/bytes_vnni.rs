@@ -3,10 +3,10 @@
 
 use std::arch::x86_64::*;
 
-use super::bytes::{Bytes, at};
+use super::bytes::{Bytes, ORDER, at};
 use super::codes::{BYTES, Code, scale_of};
 use crate::lanes::avx512::Avx512;
-use crate::lanes::{LANES, Lanes};
+use crate::lanes::{LANES, Lanes, place_of};
 
 /// Bytes that are asked for ahead of use.
 const AHEAD_BYTES: usize = 1024;
@@ -63,34 +63,35 @@ unsafe fn panels<const CODE: usize>(s: &Bytes<'_>) {
     }
 }
 
-/// For each byte of two words: the bit of both words where eight bits are taken, `from` and then every `step`.
-const fn fields(from: i32, step: i32) -> [u8; 64] {
+/// For each byte of two words: the bit of both words where eight bits are taken, so that the `bits` of an input, of those in
+/// the words' halves from bit `from` on, are moved up by `up`.
+const fn fields(bits: usize, up: usize, from: usize, second: usize) -> [u8; 64] {
     let mut out = [0; 64];
     let mut at = 0;
     while at < 64 {
-        let (word, byte) = (at / 4 % 2, at % 4);
-        out[at] = ((word as i32 * 32 + from + step * byte as i32) & 63) as u8;
+        let (word, input) = (at / 4 % 2, ORDER[4 * second + at % 4]);
+        out[at] = ((64 + word * 32 + from + place_of(bits, input) - up) % 64) as u8;
         at += 1;
     }
     out
 }
 
-/// Bits of `words` for the four even inputs (`odd` 0) or odd inputs (1) of eight in bytes: `bits` of each input, from bit
-/// `from` of the word on, moved up by `up`; other bits are arbitrary.
+/// Bits of `words` for the first (`second` 0) or last (1) four of eight inputs in bytes: `bits` of each input, from bit
+/// `from` of each half on, moved up by `up`; other bits are arbitrary.
 #[inline(always)]
-unsafe fn spread<const BITS: i32, const UP: i32>(words: __m512i, from: usize, odd: usize) -> __m512i {
-    // Fields begin at multiples of 8 bits.
+unsafe fn spread<const BITS: usize, const UP: usize>(words: __m512i, from: usize, second: usize) -> __m512i {
+    // Fields begin at multiples of 4 bits.
     let tables: &'static [[[u8; 64]; 2]; 4] = const {
         &[
-            [fields(-UP, 2 * BITS), fields(BITS - UP, 2 * BITS)],
-            [fields(8 - UP, 2 * BITS), fields(8 + BITS - UP, 2 * BITS)],
-            [fields(16 - UP, 2 * BITS), fields(16 + BITS - UP, 2 * BITS)],
-            [fields(24 - UP, 2 * BITS), fields(24 + BITS - UP, 2 * BITS)],
+            [fields(BITS, UP, 0, 0), fields(BITS, UP, 0, 1)],
+            [fields(BITS, UP, 4, 0), fields(BITS, UP, 4, 1)],
+            [fields(BITS, UP, 8, 0), fields(BITS, UP, 8, 1)],
+            [fields(BITS, UP, 12, 0), fields(BITS, UP, 12, 1)],
         ]
     };
     // SAFETY: 64 bytes of a table, and register arithmetic.
     unsafe {
-        let control = _mm512_loadu_si512(tables[from / 8][odd].as_ptr().cast());
+        let control = _mm512_loadu_si512(tables[from / 4][second].as_ptr().cast());
         _mm512_multishift_epi64_epi8(control, words)
     }
 }
@@ -113,25 +114,25 @@ unsafe fn joined(low: __m512i, high: __m512i, mask: i8, code: i8) -> __m512i {
     }
 }
 
-/// The codes of eight inputs: four bytes per output, the even inputs and then the odd ones.
+/// The codes of eight inputs: four bytes per output, in the order of [`ORDER`].
 #[inline(always)]
 unsafe fn octet_of<const CODE: usize>(chunk: *const u8, octet: usize) -> [__m512i; 2] {
     // SAFETY: the caller's chunk is of this code.
     unsafe {
         match CODE {
             2 => {
-                let (words, from) = (line(chunk, octet / 2), 16 * (octet % 2));
+                let (words, from) = (line(chunk, octet / 2), 8 * (octet % 2));
                 let mask = _mm512_set1_epi8(3);
-                let (even, odd) = (spread::<2, 0>(words, from, 0), spread::<2, 0>(words, from, 1));
-                [_mm512_and_si512(even, mask), _mm512_and_si512(odd, mask)]
+                let (first, last) = (spread::<2, 0>(words, from, 0), spread::<2, 0>(words, from, 1));
+                [_mm512_and_si512(first, mask), _mm512_and_si512(last, mask)]
             }
             3 => {
-                let (words, from) = (line(chunk, octet / 2), 16 * (octet % 2));
+                let (words, from) = (line(chunk, octet / 2), 8 * (octet % 2));
                 let high = line(chunk, 2);
-                let (even, odd) = (spread::<1, 2>(high, 8 * octet, 0), spread::<1, 2>(high, 8 * octet, 1));
+                let (first, last) = (spread::<1, 2>(high, 4 * octet, 0), spread::<1, 2>(high, 4 * octet, 1));
                 [
-                    joined(spread::<2, 0>(words, from, 0), even, 3, 7),
-                    joined(spread::<2, 0>(words, from, 1), odd, 3, 7),
+                    joined(spread::<2, 0>(words, from, 0), first, 3, 7),
+                    joined(spread::<2, 0>(words, from, 1), last, 3, 7),
                 ]
             }
             4 => {
@@ -142,15 +143,15 @@ unsafe fn octet_of<const CODE: usize>(chunk: *const u8, octet: usize) -> [__m512
             5 => {
                 let (words, high) = (line(chunk, octet), line(chunk, 4));
                 let low = [words, _mm512_srli_epi32::<4>(words)];
-                let (even, odd) = (spread::<1, 4>(high, 8 * octet, 0), spread::<1, 4>(high, 8 * octet, 1));
-                [joined(low[0], even, 15, 31), joined(low[1], odd, 15, 31)]
+                let (first, last) = (spread::<1, 4>(high, 4 * octet, 0), spread::<1, 4>(high, 4 * octet, 1));
+                [joined(low[0], first, 15, 31), joined(low[1], last, 15, 31)]
             }
             6 => {
                 let (words, high) = (line(chunk, octet), line(chunk, 4 + octet / 2));
                 let low = [words, _mm512_srli_epi32::<4>(words)];
-                let from = 16 * (octet % 2);
-                let (even, odd) = (spread::<2, 4>(high, from, 0), spread::<2, 4>(high, from, 1));
-                [joined(low[0], even, 15, 63), joined(low[1], odd, 15, 63)]
+                let from = 8 * (octet % 2);
+                let (first, last) = (spread::<2, 4>(high, from, 0), spread::<2, 4>(high, from, 1));
+                [joined(low[0], first, 15, 63), joined(low[1], last, 15, 63)]
             }
             _ => {
                 // Four lines of 16 outputs, turned.

@@ -4,8 +4,6 @@
 use std::arch::x86_64::*;
 
 use super::codes::{BYTES, Code, Cursor, Decode, E4M3, ahead, octet_of, scale_of};
-use super::pairs::halves;
-use super::stream::Stream;
 use crate::lanes::avx512::Avx512;
 use crate::lanes::{LANES, Lanes};
 
@@ -32,16 +30,6 @@ macro_rules! by_code {
 pub(super) unsafe fn decode(d: &Decode<'_>) {
     // SAFETY: the caller's.
     unsafe { by_code!(d.form.code, decode_as(d)) }
-}
-
-/// As [`Stream`], `x` being pairs of bf16 with strides that count pairs.
-///
-/// # Safety
-/// Pointers are valid for what the fields say, and this machine has AVX-512 BF16.
-#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,avx2,fma,f16c")]
-pub(super) unsafe fn stream(s: &Stream<'_>) {
-    // SAFETY: the caller's.
-    unsafe { by_code!(s.form.code, stream_as(s)) }
 }
 
 /// The numbers of 8 inputs as four pairs.
@@ -105,102 +93,5 @@ unsafe fn decode_as<const CODE: usize>(d: &Decode<'_>) {
         }
         cursor.pass(d.form, count);
         left -= count;
-    }
-}
-
-#[inline(always)]
-unsafe fn stream_as<const CODE: usize>(s: &Stream<'_>) {
-    let mut row = 0;
-    // SAFETY: rows and panels stay within the stream.
-    unsafe {
-        while row + 4 <= s.rows {
-            rows::<CODE, 4>(s, row);
-            row += 4;
-        }
-        while row + 2 <= s.rows {
-            rows::<CODE, 2>(s, row);
-            row += 2;
-        }
-        while row < s.rows {
-            rows::<CODE, 1>(s, row);
-            row += 1;
-        }
-    }
-}
-
-/// All panels for rows `[row, row + R)`.
-#[inline(always)]
-unsafe fn rows<const CODE: usize, const R: usize>(s: &Stream<'_>, row: usize) {
-    let mut panel = 0;
-    // SAFETY: as above.
-    unsafe {
-        if const { R <= 2 } {
-            while panel + 4 <= s.panels {
-                tile::<CODE, R, 4>(s, row, panel);
-                panel += 4;
-            }
-        }
-        while panel + 2 <= s.panels {
-            tile::<CODE, R, 2>(s, row, panel);
-            panel += 2;
-        }
-        while panel < s.panels {
-            tile::<CODE, R, 1>(s, row, panel);
-            panel += 1;
-        }
-    }
-}
-
-#[inline(always)]
-#[allow(clippy::needless_range_loop)] // rows and panels index sums, scales and addresses alike
-unsafe fn tile<const CODE: usize, const R: usize, const P: usize>(s: &Stream<'_>, row: usize, panel: usize) {
-    let (chunk_bytes, scale_bytes) = (s.form.chunk_bytes(), s.form.scale_bytes());
-    let mut cursor = Cursor::new(s.form, s.octets.0);
-    let mut left = s.octets.1 - s.octets.0;
-    // SAFETY: the panels have these octets, x the rows and pairs, acc the rows and panels.
-    unsafe {
-        let first = s.panel.add(panel * s.panel_bytes);
-        let mut x = s.x.cast::<i32>().add(row * s.x_stride);
-        let out = s.acc.add(row * s.acc_stride + panel * LANES);
-        let mut acc = [[_mm512_setzero_ps(); P]; R];
-        if !s.fresh {
-            for r in 0..R {
-                for p in 0..P {
-                    acc[r][p] = _mm512_loadu_ps(out.add(r * s.acc_stride + p * LANES));
-                }
-            }
-        }
-        while left > 0 {
-            let count = cursor.count(left);
-            let base = first.add(cursor.base);
-            let mut scales = [(Avx512::splat(0.0), Avx512::splat(0.0)); P];
-            for p in 0..P {
-                scales[p] = scale_of::<Avx512>(s.form, base.add(p * s.panel_bytes), cursor.at_group);
-            }
-            for octet in cursor.at..cursor.at + count {
-                let chunk = base.add(scale_bytes + octet / 4 * chunk_bytes);
-                for p in 0..P {
-                    let chunk = chunk.add(p * s.panel_bytes);
-                    ahead::<Avx512>(chunk, chunk_bytes / 4, octet % 4);
-                    let weights = pairs_of::<CODE>(chunk, octet % 4, scales[p]);
-                    // Inputs of several rows are read again for every panel: as common values they would be spilled.
-                    let x = if R > 1 { std::hint::black_box(x) } else { x };
-                    for k in 0..4 {
-                        for r in 0..R {
-                            let factor = _mm512_set1_epi32(*x.add(r * s.x_stride + k));
-                            acc[r][p] = _mm512_dpbf16_ps(acc[r][p], halves(weights[k]), halves(factor));
-                        }
-                    }
-                }
-                x = x.add(4);
-            }
-            cursor.pass(s.form, count);
-            left -= count;
-        }
-        for r in 0..R {
-            for p in 0..P {
-                _mm512_storeu_ps(out.add(r * s.acc_stride + p * LANES), acc[r][p]);
-            }
-        }
     }
 }

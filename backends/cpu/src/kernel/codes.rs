@@ -240,15 +240,15 @@ pub(super) unsafe fn octet_of<V: Lanes, const CODE: usize>(chunk: *const u8, oct
     unsafe {
         let line = |k: usize| chunk.add((octet * 8 + k) * LANES);
         match CODE {
-            // Even inputs first: see [`super::bytes::ORDER`].
+            // See [`super::bytes::ORDER`].
             BYTES => [
                 V::load_u8(line(0)),
-                V::load_u8(line(4)),
-                V::load_u8(line(1)),
-                V::load_u8(line(5)),
                 V::load_u8(line(2)),
+                V::load_u8(line(4)),
                 V::load_u8(line(6)),
+                V::load_u8(line(1)),
                 V::load_u8(line(3)),
+                V::load_u8(line(5)),
                 V::load_u8(line(7)),
             ],
             E4M3 => [

@@ -2,7 +2,7 @@
 
 use std::arch::x86_64::*;
 
-use super::{LANES, Lanes};
+use super::{LANES, Lanes, place_of};
 
 /// Sixteen floats: lanes `[0, 8)` and `[8, 16)`.
 #[derive(Clone, Copy)]
@@ -320,11 +320,11 @@ unsafe fn octet_codes<const BITS: usize>(chunk: *const u8, octet: usize) -> [__m
     // SAFETY: the caller's chunk has BITS lines.
     unsafe {
         let (low, high) = match BITS {
-            2 => (right(line(chunk, octet / 2), 16 * (octet % 2)), _mm256_setzero_si256()),
-            3 => (right(line(chunk, octet / 2), 16 * (octet % 2)), right(line(chunk, 2), 8 * octet)),
+            2 => (right(line(chunk, octet / 2), 8 * (octet % 2)), _mm256_setzero_si256()),
+            3 => (right(line(chunk, octet / 2), 8 * (octet % 2)), right(line(chunk, 2), 4 * octet)),
             4 => (line(chunk, octet), _mm256_setzero_si256()),
-            5 => (line(chunk, octet), right(line(chunk, 4), 8 * octet)),
-            _ => (line(chunk, octet), right(line(chunk, 4 + octet / 2), 16 * (octet % 2))),
+            5 => (line(chunk, octet), right(line(chunk, 4), 4 * octet)),
+            _ => (line(chunk, octet), right(line(chunk, 4 + octet / 2), 8 * (octet % 2))),
         };
         [
             code::<BITS>(low, high, 0),
@@ -352,11 +352,11 @@ unsafe fn code<const BITS: usize>(low: __m256i, high: __m256i, k: usize) -> __m2
     };
     // SAFETY: register arithmetic of this level.
     unsafe {
-        let low = _mm256_and_si256(right(low, own * k), _mm256_set1_epi32((1 << own) - 1));
+        let low = _mm256_and_si256(right(low, place_of(own, k)), _mm256_set1_epi32((1 << own) - 1));
         if more == 0 {
             return _mm256_cvtepi32_ps(low);
         }
-        let high = _mm256_and_si256(right(high, more * k), _mm256_set1_epi32((1 << more) - 1));
+        let high = _mm256_and_si256(right(high, place_of(more, k)), _mm256_set1_epi32((1 << more) - 1));
         let shifted = _mm256_sllv_epi32(high, _mm256_set1_epi32(own as i32));
         _mm256_cvtepi32_ps(_mm256_or_si256(low, shifted))
     }

@@ -2,7 +2,7 @@
 
 use std::arch::x86_64::*;
 
-use super::{LANES, Lanes};
+use super::{LANES, Lanes, place_of as at};
 
 /// Sixteen floats in a zmm register.
 #[derive(Clone, Copy)]
@@ -87,11 +87,11 @@ impl Lanes for Avx512 {
         // SAFETY: see the impl; a chunk has BITS lines.
         unsafe {
             let (low, high) = match BITS {
-                2 => (right(line(chunk, octet / 2), 16 * (octet % 2)), _mm512_setzero_si512()),
-                3 => (right(line(chunk, octet / 2), 16 * (octet % 2)), right(line(chunk, 2), 8 * octet)),
+                2 => (right(line(chunk, octet / 2), 8 * (octet % 2)), _mm512_setzero_si512()),
+                3 => (right(line(chunk, octet / 2), 8 * (octet % 2)), right(line(chunk, 2), 4 * octet)),
                 4 => (line(chunk, octet), _mm512_setzero_si512()),
-                5 => (line(chunk, octet), right(line(chunk, 4), 8 * octet)),
-                _ => (line(chunk, octet), right(line(chunk, 4 + octet / 2), 16 * (octet % 2))),
+                5 => (line(chunk, octet), right(line(chunk, 4), 4 * octet)),
+                _ => (line(chunk, octet), right(line(chunk, 4 + octet / 2), 8 * (octet % 2))),
             };
             [
                 code::<BITS>(low, high, 0),
@@ -309,15 +309,15 @@ unsafe fn code<const BITS: usize>(low: __m512i, high: __m512i, k: usize) -> Avx5
         // Bits of the mask from the first, the others from the second.
         const SELECT: i32 = 0xca;
         Avx512(match BITS {
-            2 => _mm512_permutexvar_ps(right(low, 2 * k), table(const { &numbers(4, 0) })),
+            2 => _mm512_permutexvar_ps(right(low, at(2, k)), table(const { &numbers(4, 0) })),
             3 => {
-                let (a, b) = (right(low, 2 * k), moved(high, k, 2));
+                let (a, b) = (right(low, at(2, k)), moved(high, at(1, k), 2));
                 let index = _mm512_ternarylogic_epi32::<SELECT>(_mm512_set1_epi32(3), a, b);
                 _mm512_permutexvar_ps(index, table(const { &numbers(8, 0) }))
             }
-            4 => _mm512_permutexvar_ps(right(low, 4 * k), table(const { &numbers(16, 0) })),
+            4 => _mm512_permutexvar_ps(right(low, at(4, k)), table(const { &numbers(16, 0) })),
             5 => {
-                let (a, b) = (right(low, 4 * k), moved(high, k, 4));
+                let (a, b) = (right(low, at(4, k)), moved(high, at(1, k), 4));
                 let index = _mm512_ternarylogic_epi32::<SELECT>(_mm512_set1_epi32(15), a, b);
                 _mm512_permutex2var_ps(
                     table(const { &numbers(16, 0) }),
@@ -326,7 +326,7 @@ unsafe fn code<const BITS: usize>(low: __m512i, high: __m512i, k: usize) -> Avx5
                 )
             }
             _ => {
-                let (a, b) = (right(low, 4 * k), moved(high, 2 * k, 4));
+                let (a, b) = (right(low, at(4, k)), moved(high, at(2, k), 4));
                 let both = _mm512_ternarylogic_epi32::<SELECT>(_mm512_set1_epi32(15), a, b);
                 _mm512_cvtepi32_ps(_mm512_and_si512(both, _mm512_set1_epi32(63)))
             }

@@ -1,6 +1,6 @@
 //! Plain arrays, left to the compiler: what aarch64 and old x86 run.
 
-use super::{LANES, Lanes};
+use super::{LANES, Lanes, place_of};
 
 /// Sixteen floats in memory order.
 #[derive(Clone, Copy)]
@@ -131,14 +131,14 @@ impl Lanes for Portable {
         // SAFETY: a chunk has BITS lines of 16 words.
         let plane = |first: usize, bits: usize| unsafe {
             let line = chunk.cast::<[u32; LANES]>().add(first + octet * bits / 4).read_unaligned();
-            line.map(|word| word >> (8 * bits * octet % 32))
+            line.map(|word| word >> (4 * bits * octet % 16))
         };
         let low = plane(0, own);
         let high = if more == 0 { [0; LANES] } else { plane(own, more) };
         std::array::from_fn(|k| {
             Portable(std::array::from_fn(|lane| {
-                let low = low[lane] >> (own * k) & ((1 << own) - 1);
-                let high = high[lane] >> (more * k) & ((1 << more) - 1);
+                let low = low[lane] >> place_of(own, k) & ((1 << own) - 1);
+                let high = high[lane] >> place_of(more, k) & ((1 << more) - 1);
                 (low | high << own) as f32
             }))
         })
