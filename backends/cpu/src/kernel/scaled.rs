@@ -57,11 +57,13 @@ unsafe fn panels<const CODE: usize>(s: &Scaled<'_>) {
             return many::<CODE>(s);
         }
         let zero = zero_of(s.form);
-        match s.rows {
-            4 => stream::<CODE, 4>(s, zero),
-            3 => stream::<CODE, 3>(s, zero),
-            2 => stream::<CODE, 2>(s, zero),
-            _ => stream::<CODE, 1>(s, zero),
+        let mut row = 0;
+        while row < s.rows {
+            row += match s.rows - row {
+                4.. => stream::<CODE, 4>(s, row, zero),
+                2.. => stream::<CODE, 2>(s, row, zero),
+                _ => stream::<CODE, 1>(s, row, zero),
+            };
         }
     }
 }
@@ -197,27 +199,28 @@ unsafe fn sum_of(x: *const i32, octets: usize) -> f32 {
     }
 }
 
-/// All panels of `R` rows.
+/// All panels of rows `[row, row + R)`; says how many rows that were.
 #[inline(always)]
-unsafe fn stream<const CODE: usize, const R: usize>(s: &Scaled<'_>, zero: Option<i32>) {
+unsafe fn stream<const CODE: usize, const R: usize>(s: &Scaled<'_>, row: usize, zero: Option<i32>) -> usize {
     let mut panel = 0;
     // SAFETY: panels stay within the product.
     unsafe {
         if const { R <= 2 } {
             while panel + 4 <= s.panels {
-                few::<CODE, R, 4>(s, panel, zero);
+                few::<CODE, R, 4>(s, row, panel, zero);
                 panel += 4;
             }
         }
         while panel + 2 <= s.panels {
-            few::<CODE, R, 2>(s, panel, zero);
+            few::<CODE, R, 2>(s, row, panel, zero);
             panel += 2;
         }
         while panel < s.panels {
-            few::<CODE, R, 1>(s, panel, zero);
+            few::<CODE, R, 1>(s, row, panel, zero);
             panel += 1;
         }
     }
+    R
 }
 
 /// A group's sums so far, of `R` rows by `P` panels.
@@ -228,6 +231,7 @@ type Sums<const R: usize, const P: usize> = [[__m512; P]; R];
 #[allow(clippy::needless_range_loop)] // rows and panels index sums, scales and addresses alike
 unsafe fn few<const CODE: usize, const R: usize, const P: usize>(
     s: &Scaled<'_>,
+    row: usize,
     panel: usize,
     zero: Option<i32>,
 ) {
@@ -238,8 +242,8 @@ unsafe fn few<const CODE: usize, const R: usize, const P: usize>(
     unsafe {
         let table = Table::new::<CODE>(zero);
         let first = s.panel.add(panel * s.panel_bytes);
-        let mut x = s.x;
-        let out = s.acc.add(panel * LANES);
+        let mut x = s.x.add(row * s.x_stride);
+        let out = s.acc.add(row * s.acc_stride + panel * LANES);
         let mut acc = [[_mm512_setzero_ps(); P]; R];
         while left > 0 {
             let count = cursor.count(left);
@@ -258,15 +262,12 @@ unsafe fn few<const CODE: usize, const R: usize, const P: usize>(
             while octet < end {
                 let chunk = base.add(scale_bytes + octet / 4 * chunk_bytes);
                 let at = x.add((octet - cursor.at) * 4);
-                // Whole and half chunks, which groups nearly always are, have their shifts as constants.
+                // Whole chunks, which groups nearly always are, have their shifts as constants.
                 octet += match (octet % 4, end - octet) {
-                    (0, 4..) => octets::<CODE, R, P, 0, 4>(s, chunk, behind, at, table, &mut sums),
-                    (0, 2..) => octets::<CODE, R, P, 0, 2>(s, chunk, behind, at, table, &mut sums),
-                    (2, 2..) => octets::<CODE, R, P, 2, 4>(s, chunk, behind, at, table, &mut sums),
-                    (0, _) => octets::<CODE, R, P, 0, 1>(s, chunk, behind, at, table, &mut sums),
-                    (1, _) => octets::<CODE, R, P, 1, 2>(s, chunk, behind, at, table, &mut sums),
-                    (2, _) => octets::<CODE, R, P, 2, 3>(s, chunk, behind, at, table, &mut sums),
-                    (_, _) => octets::<CODE, R, P, 3, 4>(s, chunk, behind, at, table, &mut sums),
+                    (0, 4..) => octets::<CODE, R, P, 4>(s, chunk, 0, behind, at, table, &mut sums),
+                    (0, 2..) if CODE == 6 => octets::<CODE, R, P, 2>(s, chunk, 0, behind, at, table, &mut sums),
+                    (2, 2..) if CODE == 6 => octets::<CODE, R, P, 2>(s, chunk, 2, behind, at, table, &mut sums),
+                    (from, _) => octets::<CODE, R, P, 1>(s, chunk, from, behind, at, table, &mut sums),
                 };
             }
             let mut totals = [_mm512_setzero_ps(); R];
@@ -297,12 +298,14 @@ unsafe fn few<const CODE: usize, const R: usize, const P: usize>(
     }
 }
 
-/// Adds octets `[FROM, TO)` of a chunk to the sums of a group, and asks for what lies `behind` it; says how many octets that were.
+/// Adds `COUNT` octets of a chunk to the sums of a group, and asks for what lies so far behind them; says how many octets
+/// that were.
 #[inline(always)]
 #[allow(clippy::needless_range_loop, clippy::too_many_arguments)] // rows and panels index sums and addresses alike
-unsafe fn octets<const CODE: usize, const R: usize, const P: usize, const FROM: usize, const TO: usize>(
+unsafe fn octets<const CODE: usize, const R: usize, const P: usize, const COUNT: usize>(
     s: &Scaled<'_>,
     chunk: *const u8,
+    from: usize,
     behind: usize,
     x: *const i32,
     table: Table,
@@ -313,18 +316,18 @@ unsafe fn octets<const CODE: usize, const R: usize, const P: usize, const FROM: 
         let chunk_bytes = if CODE <= 6 { CODE * 64 } else { 512 };
         for p in 0..P {
             let ahead = chunk.wrapping_add(p * s.panel_bytes + behind);
-            for line in FROM * chunk_bytes / 256..TO * chunk_bytes / 256 {
+            for line in from * chunk_bytes / 256..(from + COUNT) * chunk_bytes / 256 {
                 _mm_prefetch::<_MM_HINT_T0>(ahead.wrapping_add(line * 64).cast());
             }
         }
-        for octet in FROM..TO {
+        for octet in 0..COUNT {
             for pair in 0..4 {
                 let mut weights = [_mm512_setzero_si512(); P];
                 for p in 0..P {
-                    weights[p] = pair_of::<CODE>(chunk.add(p * s.panel_bytes), octet, pair, table);
+                    weights[p] = pair_of::<CODE>(chunk.add(p * s.panel_bytes), from + octet, pair, table);
                 }
                 for r in 0..R {
-                    let factor = _mm512_set1_epi32(*x.add(r * s.x_stride + (octet - FROM) * 4 + pair));
+                    let factor = _mm512_set1_epi32(*x.add(r * s.x_stride + octet * 4 + pair));
                     for p in 0..P {
                         sums[r][p] = _mm512_dpbf16_ps(sums[r][p], halves(weights[p]), halves(factor));
                     }
@@ -332,7 +335,7 @@ unsafe fn octets<const CODE: usize, const R: usize, const P: usize, const FROM: 
             }
         }
     }
-    TO - FROM
+    COUNT
 }
 
 /// A piece of some panels, taken apart: pairs of bf16, then scales and offsets of groups, and the sums of inputs of groups.
@@ -458,7 +461,7 @@ unsafe fn take_apart<const CODE: usize>(
 }
 
 /// All rows by the `P` panels of a piece.
-#[inline(always)]
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,avx2,fma,f16c")]
 unsafe fn tiles<const P: usize>(
     s: &Scaled<'_>,
     piece: &Piece,
