@@ -23,8 +23,8 @@ use backend::{DType, GgufBlock, MatrixView, Quant, QuantView};
 use half::{bf16, f16};
 
 use crate::kernel::{
-    BLOCK, Bytes, Code, CodedPairs, Decode, E4M3_SCALE, Eighths, Form, Kernels, Layout, ORDER, PairKernels, Pairs, Scale,
-    Scaled, Stream, Sweep, Zero,
+    BLOCK, Bytes, Code, CodedPairs, Decode, E4M3_SCALE, Eighths, Form, Kernels, Layout, ORDER, PairKernels,
+    Pairs, Scale, Scaled, Stream, Sweep, Zero,
 };
 use crate::lanes::LANES;
 use crate::memory::Place;

@@ -71,9 +71,10 @@ unsafe fn panels<const CODE: usize>(s: &Scaled<'_>) {
 /// The code of zero, where codes are looked up and zero is a code: then it is taken off at once.
 fn zero_of(form: &Form) -> Option<i32> {
     match (form.code, form.scale) {
-        (Code::Planes(_), Scale::F16(Zero::Code(zero)) | Scale::Bf16(Zero::Code(zero)) | Scale::F32(Zero::Code(zero))) => {
-            Some(zero as i32)
-        }
+        (
+            Code::Planes(_),
+            Scale::F16(Zero::Code(zero)) | Scale::Bf16(Zero::Code(zero)) | Scale::F32(Zero::Code(zero)),
+        ) => Some(zero as i32),
         (Code::Planes(_), Scale::Signed) => Some(32),
         // E4M3 has a sign.
         (Code::E4m3, _) => Some(0),
@@ -97,7 +98,10 @@ impl Table {
         }
         // SAFETY: two times 32 words.
         unsafe {
-            Table(_mm512_loadu_si512(words.as_ptr().cast()), _mm512_loadu_si512(words.as_ptr().add(32).cast()))
+            Table(
+                _mm512_loadu_si512(words.as_ptr().cast()),
+                _mm512_loadu_si512(words.as_ptr().add(32).cast()),
+            )
         }
     }
 }
@@ -148,7 +152,8 @@ unsafe fn pair_of<const CODE: usize>(chunk: *const u8, octet: usize, pair: usize
             }
             4 => _mm512_permutexvar_epi16(down(line(chunk, octet), 4 * pair), table.0),
             5 => {
-                let (low, high) = (down(line(chunk, octet), 4 * pair), moved(line(chunk, 4), 4 * octet + pair, 4));
+                let (low, high) =
+                    (down(line(chunk, octet), 4 * pair), moved(line(chunk, 4), 4 * octet + pair, 4));
                 let index = _mm512_ternarylogic_epi32::<SELECT>(_mm512_set1_epi16(15), low, high);
                 _mm512_permutexvar_epi16(index, table.0)
             }
@@ -162,7 +167,7 @@ unsafe fn pair_of<const CODE: usize>(chunk: *const u8, octet: usize, pair: usize
                 // The upper halves of floats: such small numbers have nothing below.
                 let (even, odd) = match CODE {
                     // Where inputs are: see [`super::ORDER`].
-                    BYTES => (octet * 8 + 2 * pair % 4 + pair / 2, octet * 8 + 2 * pair % 4 + pair / 2 + 2),
+                    BYTES => (octet * 8 + pair % 2 * 4 + pair / 2, octet * 8 + pair % 2 * 4 + pair / 2 + 2),
                     _ => (octet * 8 + 2 * pair, octet * 8 + 2 * pair + 1),
                 };
                 let (even, odd) = (number::<CODE>(chunk, even), number::<CODE>(chunk, odd));
@@ -265,8 +270,12 @@ unsafe fn few<const CODE: usize, const R: usize, const P: usize>(
                 // Whole chunks, which groups nearly always are, have their shifts as constants.
                 octet += match (octet % 4, end - octet) {
                     (0, 4..) => octets::<CODE, R, P, 4>(s, chunk, 0, behind, at, table, &mut sums),
-                    (0, 2..) if CODE == 6 => octets::<CODE, R, P, 2>(s, chunk, 0, behind, at, table, &mut sums),
-                    (2, 2..) if CODE == 6 => octets::<CODE, R, P, 2>(s, chunk, 2, behind, at, table, &mut sums),
+                    (0, 2..) if CODE == 6 => {
+                        octets::<CODE, R, P, 2>(s, chunk, 0, behind, at, table, &mut sums)
+                    }
+                    (2, 2..) if CODE == 6 => {
+                        octets::<CODE, R, P, 2>(s, chunk, 2, behind, at, table, &mut sums)
+                    }
                     (from, _) => octets::<CODE, R, P, 1>(s, chunk, from, behind, at, table, &mut sums),
                 };
             }

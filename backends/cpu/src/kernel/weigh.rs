@@ -77,8 +77,7 @@ unsafe fn tile<const R: usize, const P: usize>(s: &Weigh, row: usize, panel: usi
                 _mm_prefetch::<_MM_HINT_T0>(ahead.cast());
                 _mm_prefetch::<_MM_HINT_T0>(ahead.wrapping_add(s.v_stride).cast());
             }
-            let (no_first, no_second) =
-                (s.without.0 && pair == 0, s.without.1 && pair + 1 == s.pairs);
+            let (no_first, no_second) = (s.without.0 && pair == 0, s.without.1 && pair + 1 == s.pairs);
             let mut values = [_mm512_setzero_si512(); P];
             if const { P > 1 } {
                 for p in (0..P).step_by(2) {
