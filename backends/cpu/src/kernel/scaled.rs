@@ -2,12 +2,12 @@
 //! are, so they are multiplied as such, and a group's sum is scaled once. Few rows take codes apart in registers and use
 //! them at once, so that weights stream from memory as small as they are; for many rows pieces of panels are taken apart into
 //! the first cache. Both add the same numbers in the same order: within a group pair after pair, then group after group
-//! `scale * sum`, and where zero is not a code, `offset * (sum of the inputs)`.
+//! `scale * sum`, then `offset * (sum of the inputs)`.
 
 use std::arch::x86_64::*;
 
 use super::Scaled;
-use super::codes::{BYTES, Code, Cursor, E4M3, Form, Scale, Zero, scale_of};
+use super::codes::{BYTES, Code, Cursor, E4M3, Form, scale_of};
 use super::pairs::halves;
 use crate::lanes::avx512::Avx512;
 use crate::lanes::{LANES, Lanes};
@@ -56,45 +56,36 @@ unsafe fn panels<const CODE: usize>(s: &Scaled<'_>) {
         if s.rows > ROWS_FEW {
             return many::<CODE>(s);
         }
-        let zero = zero_of(s.form);
         let mut row = 0;
         while row < s.rows {
             row += match s.rows - row {
-                4.. => stream::<CODE, 4>(s, row, zero),
-                2.. => stream::<CODE, 2>(s, row, zero),
-                _ => stream::<CODE, 1>(s, row, zero),
+                4.. => stream::<CODE, 4>(s, row),
+                2.. => stream::<CODE, 2>(s, row),
+                _ => stream::<CODE, 1>(s, row),
             };
         }
     }
 }
 
-/// The code of zero, where codes are looked up and zero is a code: then it is taken off at once.
-fn zero_of(form: &Form) -> Option<i32> {
-    match (form.code, form.scale) {
-        (
-            Code::Planes(_),
-            Scale::F16(Zero::Code(zero)) | Scale::Bf16(Zero::Code(zero)) | Scale::F32(Zero::Code(zero)),
-        ) => Some(zero as i32),
-        (Code::Planes(_), Scale::Signed) => Some(32),
-        // E4M3 has a sign.
-        (Code::E4m3, _) => Some(0),
-        _ => None,
-    }
+/// Whether zero is not the code of zero. Where it is some other code, that is an offset as any other: a part of a matrix
+/// may be stored with offsets where the whole is not.
+const fn has_offsets<const CODE: usize>() -> bool {
+    CODE != E4M3
 }
 
-/// What codes of up to 6 bits are as bf16, less than `zero`.
+/// What codes of up to 6 bits are as bf16.
 #[derive(Clone, Copy)]
 struct Table(__m512i, __m512i);
 
 impl Table {
     #[inline(always)]
-    unsafe fn new<const CODE: usize>(zero: Option<i32>) -> Self {
+    unsafe fn new<const CODE: usize>() -> Self {
         let mut words = [0u16; 64];
         for (at, word) in words.iter_mut().enumerate() {
             // An index has more bits than a code, which are ignored by repeating the table.
             let code = if CODE <= 6 { at % (1 << CODE) } else { 0 };
             // Whole numbers of 7 bits are bf16.
-            *word = ((code as i32 - zero.unwrap_or(0)) as f32).to_bits().wrapping_shr(16) as u16;
+            *word = ((code as f32).to_bits() >> 16) as u16;
         }
         // SAFETY: two times 32 words.
         unsafe {
@@ -206,22 +197,22 @@ unsafe fn sum_of(x: *const i32, octets: usize) -> f32 {
 
 /// All panels of rows `[row, row + R)`; says how many rows that were.
 #[inline(always)]
-unsafe fn stream<const CODE: usize, const R: usize>(s: &Scaled<'_>, row: usize, zero: Option<i32>) -> usize {
+unsafe fn stream<const CODE: usize, const R: usize>(s: &Scaled<'_>, row: usize) -> usize {
     let mut panel = 0;
     // SAFETY: panels stay within the product.
     unsafe {
         if const { R <= 2 } {
             while panel + 4 <= s.panels {
-                few::<CODE, R, 4>(s, row, panel, zero);
+                few::<CODE, R, 4>(s, row, panel);
                 panel += 4;
             }
         }
         while panel + 2 <= s.panels {
-            few::<CODE, R, 2>(s, row, panel, zero);
+            few::<CODE, R, 2>(s, row, panel);
             panel += 2;
         }
         while panel < s.panels {
-            few::<CODE, R, 1>(s, row, panel, zero);
+            few::<CODE, R, 1>(s, row, panel);
             panel += 1;
         }
     }
@@ -234,18 +225,13 @@ type Sums<const R: usize, const P: usize> = [[__m512; P]; R];
 /// `R` rows by `P` panels, codes taken apart in registers.
 #[inline(always)]
 #[allow(clippy::needless_range_loop)] // rows and panels index sums, scales and addresses alike
-unsafe fn few<const CODE: usize, const R: usize, const P: usize>(
-    s: &Scaled<'_>,
-    row: usize,
-    panel: usize,
-    zero: Option<i32>,
-) {
+unsafe fn few<const CODE: usize, const R: usize, const P: usize>(s: &Scaled<'_>, row: usize, panel: usize) {
     let (chunk_bytes, scale_bytes) = (s.form.chunk_bytes(), s.form.scale_bytes());
     let mut cursor = Cursor::new(s.form, s.octets.0);
     let mut left = s.octets.1 - s.octets.0;
     // SAFETY: the panels have these octets, x the rows and pairs, acc the rows and panels.
     unsafe {
-        let table = Table::new::<CODE>(zero);
+        let table = Table::new::<CODE>();
         let first = s.panel.add(panel * s.panel_bytes);
         let mut x = s.x.add(row * s.x_stride);
         let out = s.acc.add(row * s.acc_stride + panel * LANES);
@@ -280,7 +266,7 @@ unsafe fn few<const CODE: usize, const R: usize, const P: usize>(
                 };
             }
             let mut totals = [_mm512_setzero_ps(); R];
-            if zero.is_none() {
+            if has_offsets::<CODE>() {
                 for r in 0..R {
                     totals[r] = _mm512_set1_ps(sum_of(x.add(r * s.x_stride), count));
                 }
@@ -290,7 +276,7 @@ unsafe fn few<const CODE: usize, const R: usize, const P: usize>(
                     scale_of::<Avx512>(s.form, base.add(p * s.panel_bytes), cursor.at_group);
                 for r in 0..R {
                     acc[r][p] = _mm512_fmadd_ps(scale.0, sums[r][p], acc[r][p]);
-                    if zero.is_none() {
+                    if has_offsets::<CODE>() {
                         acc[r][p] = _mm512_fmadd_ps(offset.0, totals[r], acc[r][p]);
                     }
                 }
@@ -372,7 +358,6 @@ impl Piece {
 /// Many rows: piece after piece of K, two panels at a time.
 #[inline(always)]
 unsafe fn many<const CODE: usize>(s: &Scaled<'_>) {
-    let zero = zero_of(s.form);
     let group = s.form.group / 8;
     let codes = s.buffer.cast::<u16>();
     let scales = s.buffer.wrapping_add(PANELS * CODES / 2);
@@ -381,7 +366,7 @@ unsafe fn many<const CODE: usize>(s: &Scaled<'_>) {
     // SAFETY: the buffer has room for a piece of two panels and the sums of so many rows; panels, rows and octets stay within
     // the product.
     unsafe {
-        let table = Table::new::<CODE>(zero);
+        let table = Table::new::<CODE>();
         while octet < s.octets.1 {
             let end = s.octets.1.min((octet / (PIECE / 8) + 1) * (PIECE / 8));
             let x = s.x.add((octet - s.octets.0) * 4);
@@ -392,7 +377,7 @@ unsafe fn many<const CODE: usize>(s: &Scaled<'_>) {
                 group,
                 first: group - octet % group,
                 octets: end - octet,
-                has_offsets: zero.is_none(),
+                has_offsets: has_offsets::<CODE>(),
             };
             for from in (0..s.rows).step_by(ROWS) {
                 let rows = ROWS.min(s.rows - from);
