@@ -14,11 +14,14 @@ fn scored(prompt: u32, max_tokens: u32) -> GenerateRequest {
     GenerateRequest { prompt_logprobs: Some(2), ..request(prompt, max_tokens) }
 }
 
-fn expected(request: &GenerateRequest) -> Vec<(f32, u32, Vec<(u32, f32)>)> {
+/// A token's log probability, its rank, and the likeliest tokens with theirs.
+type Scored = (f32, u32, Vec<(u32, f32)>);
+
+fn expected(request: &GenerateRequest) -> Vec<Scored> {
     (1..request.tokens.len() as u32).map(|position| score(position, 2)).collect()
 }
 
-fn told(scores: &[Score]) -> Vec<(f32, u32, Vec<(u32, f32)>)> {
+fn told(scores: &[Score]) -> Vec<Scored> {
     scores.iter().map(|s| (s.logprob, s.rank, s.top.clone())).collect()
 }
 
