@@ -20,7 +20,7 @@ async fn by_token_and_certificate() {
     // Its ranks are on one machine, where links are in clear unless asked for.
     parts.decode("d", 2, &["--rank-encryption=always"]);
     parts.wait_until_ready(&["p.0", "d.0"]).await;
-    let body = json!({ "prompt": ids(1, 40), "max_tokens": 12, "ignore_eos": true, "logprobs": 0 });
+    let body = json!({ "prompt": ids(1, 40), "max_tokens": 12, "temperature": 0, "ignore_eos": true, "logprobs": 0 });
     let choice = parts.complete(&body).await;
     assert_eq!(choice["finish_reason"], "length");
     // The same as one rank says that talks to nobody.
