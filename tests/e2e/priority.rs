@@ -91,7 +91,9 @@ async fn turns(count: u32, requests: u32) -> ([Felt; 2], u64) {
         ask(&parts, &mut felt[1], requests, 10_000_000 + 100_000 * turn).await;
         let running = parts.batch(&id).await;
         assert_eq!(running["status"], "in_progress", "the batch ended before the turn: {running}");
-        answered += running["request_counts"]["completed"].as_u64().unwrap_or(0) - before;
+        // Counted as they are committed, which is some at a time: at the latest now, with nobody before them.
+        answered +=
+            until(&id, &|batch| batch["request_counts"]["completed"].as_u64() > Some(before)).await - before;
         let (status, cancelled) = parts.post(&format!("/v1/batches/{id}/cancel"), &json!({})).await;
         assert_eq!(status, 200, "{cancelled}");
         until(&id, &|batch| batch["status"] == "cancelled").await;
@@ -106,7 +108,7 @@ async fn turns(count: u32, requests: u32) -> ([Felt; 2], u64) {
 /// be some seconds here for the shortest queue.
 #[tokio::test]
 async fn interactive_requests_pass_a_batch() {
-    let ([alone, beside], answered) = turns(1, 4).await;
+    let ([alone, beside], _) = turns(1, 4).await;
     let (first, first_beside) = (median(&alone.first), median(&beside.first));
     assert!(first_beside < 1.0 + 10.0 * first, "first token after {first_beside:.3} s, alone {first:.3} s");
     let (between, between_beside) = (median(&alone.between), median(&beside.between));
@@ -114,7 +116,6 @@ async fn interactive_requests_pass_a_batch() {
         between_beside < 0.05 + 10.0 * between,
         "{between_beside:.4} s between tokens, alone {between:.4} s"
     );
-    assert!(answered > 0, "the batch stood still");
 }
 
 /// What a batch costs those who wait, by turns with and without. Run by hand on a quiet machine:
