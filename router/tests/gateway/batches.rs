@@ -191,6 +191,28 @@ async fn what_is_wrong_is_named() {
     );
 }
 
+/// A list goes on behind the last that a client has seen, in either order, and says whether there is more.
+#[tokio::test]
+async fn lists_go_on_behind_a_cursor() {
+    let gateway = Gateway::with(batch_config("cursor"), |_| says("x")).await;
+    let client = Client(&gateway, None);
+    let mut files = Vec::new();
+    for _ in 0..3 {
+        files.push(client.upload("x").await);
+    }
+    let page = async |query: &str| {
+        let (status, list) = client.json(Method::GET, &format!("/v1/files?limit=2{query}"), None).await;
+        assert_eq!((status, &list["object"]), (200, &json!("list")), "{list}");
+        let ids: Vec<_> = list["data"].as_array().unwrap().iter().map(|file| file["id"].clone()).collect();
+        assert_eq!((Some(&list["first_id"]), Some(&list["last_id"])), (ids.first(), ids.last()), "{list}");
+        (ids, list["has_more"] == true)
+    };
+    assert_eq!(page("&order=asc").await, (vec![json!(files[0]), json!(files[1])], true));
+    assert_eq!(page(&format!("&order=asc&after={}", files[1])).await, (vec![json!(files[2])], false));
+    assert_eq!(page("").await, (vec![json!(files[2]), json!(files[1])], true));
+    assert_eq!(page(&format!("&after={}", files[1])).await, (vec![json!(files[0])], false));
+}
+
 /// A file that is too large is refused while it comes in, and leaves nothing.
 #[tokio::test]
 async fn uploads_are_bounded() {
