@@ -1,26 +1,10 @@
-//! Quantised weights as pairs of bf16, for levels that multiply those: decoded numbers are rounded to bf16, and sums are
-//! those of [`super::pairs`], whether a weight is decoded into memory (many rows) or in registers (few).
+//! Quantised weights as pairs of bf16, for products in tiles ([`super::tiles`]): decoded numbers are rounded to bf16.
 
 use std::arch::x86_64::*;
 
 use super::codes::{BYTES, Code, Cursor, Decode, E4M3, ahead, octet_of, scale_of};
 use crate::lanes::avx512::Avx512;
 use crate::lanes::{LANES, Lanes};
-
-/// Calls `$f::<CODE>` for the code of a form.
-macro_rules! by_code {
-    ($code:expr, $f:ident($arg:expr)) => {
-        match $code {
-            Code::Planes(2) => $f::<2>($arg),
-            Code::Planes(3) => $f::<3>($arg),
-            Code::Planes(4) => $f::<4>($arg),
-            Code::Planes(5) => $f::<5>($arg),
-            Code::Planes(_) => $f::<6>($arg),
-            Code::Bytes => $f::<BYTES>($arg),
-            Code::E4m3 => $f::<E4M3>($arg),
-        }
-    };
-}
 
 /// As [`Decode`], to `out[pair][16][2]` of bf16: a pair takes the place of a line of floats.
 ///
@@ -29,7 +13,17 @@ macro_rules! by_code {
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,avx2,fma,f16c")]
 pub(super) unsafe fn decode(d: &Decode<'_>) {
     // SAFETY: the caller's.
-    unsafe { by_code!(d.form.code, decode_as(d)) }
+    unsafe {
+        match d.form.code {
+            Code::Planes(2) => decode_as::<2>(d),
+            Code::Planes(3) => decode_as::<3>(d),
+            Code::Planes(4) => decode_as::<4>(d),
+            Code::Planes(5) => decode_as::<5>(d),
+            Code::Planes(_) => decode_as::<6>(d),
+            Code::Bytes => decode_as::<BYTES>(d),
+            Code::E4m3 => decode_as::<E4M3>(d),
+        }
+    }
 }
 
 /// The numbers of 8 inputs as four pairs.

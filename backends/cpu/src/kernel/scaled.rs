@@ -14,7 +14,7 @@ use crate::lanes::{LANES, Lanes};
 
 /// Inputs of a piece that is taken apart at once: whole groups.
 const PIECE: usize = Scaled::PIECE;
-/// Panels of a piece: of few rows many, which all are visited by one or two tiles of rows.
+/// Panels of a piece, which all tiles of rows visit before the next: they stay in the first cache.
 const PANELS: usize = 2;
 /// Rows that pass by a piece before the next.
 const ROWS: usize = Scaled::ROWS;
