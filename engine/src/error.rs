@@ -19,6 +19,14 @@ pub enum EngineError {
         /// What the system said.
         reason: std::io::Error,
     },
+    /// The KV store cannot be made of the memory it was given.
+    #[error("kv memory of {bytes} bytes: {reason}")]
+    KvMemory {
+        /// Bytes asked for.
+        bytes: u64,
+        /// What the backend said.
+        reason: BackendError,
+    },
     /// The device failed.
     #[error(transparent)]
     Backend(#[from] BackendError),

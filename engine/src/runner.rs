@@ -54,7 +54,9 @@ impl<B: Backend> Runner<B> {
     /// Makes the KV store and opens the KV port.
     pub fn new(mut backend: B, model: Model<B>, options: EngineOptions) -> Result<Self, EngineError> {
         options.validate()?;
-        let kv = backend.kv(model.kv_spec(), options.kv_bytes)?;
+        let kv = backend
+            .kv(model.kv_spec(), options.kv_bytes)
+            .map_err(|reason| EngineError::KvMemory { bytes: options.kv_bytes, reason })?;
         let limits = kvtransfer::Limits {
             rate_bytes_per_s: options.pace,
             codec: options.kv_codec,

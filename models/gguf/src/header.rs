@@ -85,7 +85,7 @@ impl Header {
     /// tensor begins off alignment, ends behind the file or shares bytes with another.
     pub fn parse(path: &str, bytes: &[u8], len: u64) -> Result<Header, Fault> {
         let mut cursor = Cursor::new(bytes, len);
-        if cursor.take(MAGIC.len() as u64)? != MAGIC {
+        if len < MAGIC.len() as u64 || cursor.take(MAGIC.len() as u64)? != MAGIC {
             return Err(cursor.wrong("not a GGUF file"));
         }
         let version = cursor.u32()?;

@@ -183,7 +183,8 @@ fn check(config: &GatewayConfig) -> Result<(), ServeError> {
         return wrong("the served model has no name");
     }
     if config.context_tokens < 2 {
-        return wrong("the context is shorter than a prompt and an answer of one token each");
+        let tokens = config.context_tokens;
+        return wrong(&format!("context: {tokens} tokens, expected 2 at least: a prompt and an answer"));
     }
     if config.keys.iter().any(|key| key.trim().is_empty()) {
         return wrong("an API key is empty");

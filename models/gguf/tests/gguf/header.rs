@@ -84,6 +84,10 @@ fn a_header_that_is_cut_asks_for_more_or_says_what_is_missing() {
         // The file ends there.
         assert!(matches!(Header::parse("f", &bytes[..cut], cut as u64), Err(Fault::Wrong { .. })), "{cut}");
     }
+    match Header::parse("f", b"GG", 2) {
+        Err(Fault::Wrong { reason, .. }) => assert_eq!(reason, "not a GGUF file"),
+        other => panic!("{other:?}"),
+    }
 }
 
 #[test]
