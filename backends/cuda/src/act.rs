@@ -13,6 +13,8 @@ use crate::weight::Kind;
 /// An activation `[rows, width]`.
 pub struct CudaAct<D: Driver> {
     pub(crate) rows: usize,
+    /// Of the rows, those that were asked for: the others are padding.
+    pub(crate) asked: usize,
     pub(crate) width: usize,
     pub(crate) state: State<D>,
 }
@@ -30,7 +32,12 @@ pub(crate) enum State<D: Driver> {
 
 impl<D: Driver> CudaAct<D> {
     pub(crate) fn blank(rows: usize, width: usize) -> Self {
-        CudaAct { rows, width, state: State::Blank }
+        CudaAct { rows, asked: rows, width, state: State::Blank }
+    }
+
+    /// With so many rows that are no padding.
+    pub(crate) fn asked(self, asked: usize) -> Self {
+        CudaAct { asked, ..self }
     }
 
     /// In the step's dtype.

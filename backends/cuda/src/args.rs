@@ -1,10 +1,59 @@
 //! Arguments of the kernels: the structs of `kernels/*.cu`, field by field. Pointers are device addresses.
 
-/// A struct that is copied to a kernel as it lies in memory.
+/// Words of the largest of them.
+const WORDS_MAX: usize = 24;
+
+/// A struct of a kernel's.
 ///
 /// # Safety
-/// `repr(C)`, of numbers only, equal to the kernel's struct.
-pub unsafe trait Args: Copy {}
+/// `repr(C)`, of whole words, equal to the kernel's struct, and [`Field::put`] writes all of its fields at their places.
+pub unsafe trait Args: Field {}
+
+/// What has a place in such a struct.
+pub trait Field: Copy {
+    /// Writes itself to `to`, which has its size.
+    fn put(&self, to: &mut [u8]);
+}
+
+/// Arguments as the device reads them, zeros where the struct has no field: equal ones have equal words.
+#[derive(Clone, Copy)]
+pub struct Words {
+    words: [u64; WORDS_MAX],
+    len: usize,
+}
+
+impl Words {
+    /// The words of `args`.
+    pub(crate) fn of<A: Args>(args: &A) -> Self {
+        const { assert!(size_of::<A>() <= WORDS_MAX * 8 && size_of::<A>().is_multiple_of(8)) }
+        let mut bytes = [0; WORDS_MAX * 8];
+        args.put(&mut bytes[..size_of::<A>()]);
+        let (words, _) = bytes.as_chunks();
+        let mut all = Words { words: [0; WORDS_MAX], len: size_of::<A>() / 8 };
+        all.words.iter_mut().zip(words).for_each(|(to, word)| *to = u64::from_ne_bytes(*word));
+        all
+    }
+}
+
+impl std::ops::Deref for Words {
+    type Target = [u64];
+
+    fn deref(&self) -> &[u64] {
+        &self.words[..self.len]
+    }
+}
+
+macro_rules! numbers {
+    ($($type:ty)*) => {
+        $(impl Field for $type {
+            fn put(&self, to: &mut [u8]) {
+                to.copy_from_slice(&self.to_ne_bytes());
+            }
+        })*
+    };
+}
+
+numbers!(u32 u64 f32);
 
 macro_rules! args {
     ($($(#[$doc:meta])* $name:ident { $($field:ident: $type:ty,)* })*) => {
@@ -13,6 +62,14 @@ macro_rules! args {
             #[repr(C)]
             #[derive(Clone, Copy, Debug, Default)]
             pub(crate) struct $name { $(pub(crate) $field: $type,)* }
+            impl Field for $name {
+                fn put(&self, to: &mut [u8]) {
+                    $(
+                        let at = std::mem::offset_of!($name, $field);
+                        self.$field.put(&mut to[at..at + size_of::<$type>()]);
+                    )*
+                }
+            }
             // SAFETY: plain numbers in C layout; the kernels have the same fields in the same order.
             unsafe impl Args for $name {}
         )*

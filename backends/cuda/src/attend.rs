@@ -45,7 +45,7 @@ pub(crate) struct TileKey {
 pub(crate) struct Tiles<D: Driver> {
     pub(crate) sent: Buffer<D>,
     pub(crate) count: usize,
-    /// Positions that the longest sees.
+    /// Positions that the longest sees, or more.
     pub(crate) positions: usize,
     /// Row of the batch of every tile.
     pub(crate) rows: Vec<u32>,
@@ -88,6 +88,11 @@ pub(crate) fn refused<T>(reason: String) -> Result<T, BackendError> {
     Err(BackendError::Device(reason))
 }
 
+/// So many or more: of steps that generate most are alike then, while their sequences grow.
+fn rounded(count: usize) -> usize {
+    count.next_power_of_two().max(8)
+}
+
 /// The greatest divisor of `count` that is at most `max`.
 fn divisor(count: usize, max: usize) -> usize {
     (1..=count.min(max)).rev().find(|size| count.is_multiple_of(*size)).unwrap_or(1)
@@ -103,9 +108,10 @@ impl<D: Driver> CudaStep<'_, D> {
         for (run, rows) in self.batch.runs.iter().enumerate() {
             positions.extend(rows.start..rows.start + rows.len);
             runs.extend(std::iter::repeat_n(run as u32, rows.len as usize));
-            tables.push(self.kv.table(rows.seq)?);
+            tables.push(if run < self.asked { self.kv.table(rows.seq)? } else { self.kv.spare() });
         }
         let blocks_max = tables.iter().map(|table| table.len()).max().unwrap_or(0).max(1);
+        let blocks_max = if self.generates { rounded(blocks_max) } else { blocks_max };
         let mut flat = vec![0; tables.len() * blocks_max];
         for (to, table) in flat.chunks_exact_mut(blocks_max).zip(&tables) {
             to[..table.len()].copy_from_slice(table);
@@ -162,7 +168,7 @@ impl<D: Driver> CudaStep<'_, D> {
         if layer >= self.kv.spec().layers || window == Some(0) {
             return refused(format!("layer {layer} of {}, window {window:?}", self.kv.spec().layers));
         }
-        for run in &self.batch.runs {
+        for run in self.batch.runs.iter().take(self.asked) {
             let first = window.map_or(0, |window| (run.start + 1).saturating_sub(window));
             self.kv.enter(run.seq, layer, first, run.start..run.start + run.len)?;
         }
@@ -430,10 +436,11 @@ impl<D: Driver> CudaStep<'_, D> {
         tiles.sort_by_key(|tile| std::cmp::Reverse(tile.position));
         let words: Vec<u32> =
             tiles.iter().flat_map(|tile| [tile.run, tile.row, tile.rows, tile.position]).collect();
+        let positions = tiles.iter().map(|tile| (tile.position + tile.rows) as usize).max().unwrap_or(1);
         let sent = Rc::new(Tiles {
             sent: self.device.pool.send(&words)?,
             count: tiles.len(),
-            positions: tiles.iter().map(|tile| (tile.position + tile.rows) as usize).max().unwrap_or(1),
+            positions: if self.generates { rounded(positions) } else { positions },
             rows: tiles.iter().map(|tile| tile.row).collect(),
         });
         known.push((key, sent.clone()));

@@ -10,6 +10,7 @@ use crate::args::Args;
 use crate::driver::{Driver, Launch};
 use crate::kv::CudaKv;
 use crate::memory::{Buffer, Pool};
+use crate::queue::Queue;
 use crate::ranks::Ranks;
 use crate::step::CudaStep;
 use crate::weight::CudaWeight;
@@ -26,6 +27,8 @@ pub struct Device<D: Driver> {
     pub(crate) ranks: Option<Ranks>,
     /// What the step before drew: which rows did, and the choices on the device.
     pub(crate) drawn: Option<(Vec<bool>, Rc<Buffer<D>>)>,
+    /// Where steps draw to: one place, so that they are alike. The lane's order lets the next step read it first.
+    pub(crate) choices: Option<Rc<Buffer<D>>>,
 }
 
 impl<D: Driver> Device<D> {
@@ -47,11 +50,26 @@ impl<D: Driver> Device<D> {
                 _ => Some(Ranks::new(group)?),
             },
             drawn: None,
+            choices: None,
         })
     }
 
     pub(crate) fn driver(&self) -> &D {
-        &self.pool.driver
+        &self.pool.queue.driver
+    }
+
+    pub(crate) fn queue(&self) -> &Queue<D> {
+        &self.pool.queue
+    }
+
+    /// Whether equal steps that generate are replayed as one graph; they are unless told otherwise.
+    pub fn replay_steps(&mut self, on: bool) {
+        self.queue().write_down(on);
+    }
+
+    /// Steps that were replayed so far.
+    pub fn replayed_steps(&self) -> u64 {
+        self.queue().replayed()
     }
 
     pub(crate) fn bf16(&self) -> bool {
@@ -112,7 +130,7 @@ impl<D: Driver> Device<D> {
         if grid.contains(&0) {
             return Ok(());
         }
-        self.driver().launch(Launch { kernel, grid, threads, shared_bytes: shared_bytes as u32 }, args)
+        self.queue().launch(Launch { kernel, grid, threads, shared_bytes: shared_bytes as u32 }, args)
     }
 }
 

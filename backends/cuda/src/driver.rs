@@ -5,8 +5,6 @@ use std::ffi::c_void;
 
 use backend::{BackendError, DType};
 
-use crate::args::Args;
-
 /// An ordered queue of work; the two run beside each other.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Lane {
@@ -17,7 +15,7 @@ pub enum Lane {
 }
 
 /// How a kernel is started.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Launch {
     /// As in `kernels/*.cu`.
     pub(crate) kernel: &'static str,
@@ -29,7 +27,7 @@ pub struct Launch {
 
 /// A dense product `out = x W^T` of elements of `dtype`, without bias: x `[m, k]`, W `[n, k]`, out `[m, n]` with rows
 /// `out_stride` elements apart, of `dtype` or f32. Sums are f32.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Dense {
     pub(crate) dtype: DType,
     pub(crate) x: u64,
@@ -53,6 +51,8 @@ pub trait Driver: Clone + 'static {
     type Host: AsRef<[u8]> + AsMut<[u8]> + Send + Sync + 'static;
     /// A place in a lane.
     type Event: Send + Sync + 'static;
+    /// Work that one call queues again, with the addresses that it had.
+    type Graph: 'static;
 
     /// The device in words.
     fn describe(&self) -> String;
@@ -97,10 +97,20 @@ pub trait Driver: Clone + 'static {
         at: usize,
         bytes: usize,
     ) -> Result<(), BackendError>;
-    /// Queues a kernel in [`Lane::Compute`].
-    fn launch<A: Args>(&self, launch: Launch, args: &A) -> Result<(), BackendError>;
-    /// Queues a dense product in [`Lane::Compute`]; `false`: this device has no library for it.
-    fn dense(&self, product: &Dense) -> Result<bool, BackendError>;
+    /// Queues a kernel in [`Lane::Compute`]; `args` are the words of its struct.
+    fn launch(&self, launch: Launch, args: &[u64]) -> Result<(), BackendError>;
+    /// Whether this device has a library that takes this dense product.
+    fn takes(&self, product: &Dense) -> bool;
+    /// Queues a dense product that the device takes in [`Lane::Compute`].
+    fn dense(&self, product: &Dense) -> Result<(), BackendError>;
+    /// What `queue` queues in [`Lane::Compute`], kernels and dense products only, which have all been queued before. None of
+    /// it is done.
+    fn capture(
+        &self,
+        queue: &mut dyn FnMut() -> Result<(), BackendError>,
+    ) -> Result<Self::Graph, BackendError>;
+    /// Queues the work of `graph` in [`Lane::Compute`]; a graph may be dropped while it is done.
+    fn replay(&self, graph: &Self::Graph) -> Result<(), BackendError>;
     /// Queues what `call` queues in [`Lane::Compute`].
     fn collective(&self, call: Collective) -> Result<(), BackendError>;
     /// The host is about to wait for something other than the device, which goes on by itself; the emulator, too.

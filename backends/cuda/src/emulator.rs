@@ -1,16 +1,16 @@
 //! The device of tests: kernels compiled as C++ for the host by g++, memory of the host. Work is queued and done as late as
-//! somebody waits for it, so that a wait which is missing shows; every access is checked. See `emulator/`.
+//! somebody waits for it, so that a wait which is missing shows; every access is checked, of graphs at every replay. See
+//! `emulator/`.
 
-use std::collections::VecDeque;
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::ffi::{CStr, CString, c_char, c_int, c_void};
-use std::mem::MaybeUninit;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
-use backend::BackendError;
+use backend::{BackendError, DType};
+use half::bf16;
 
-use crate::args::Args;
 use crate::device::Open;
 use crate::driver::{Collective, Dense, Driver, Lane, Launch, fault};
 
@@ -20,16 +20,20 @@ const SHARED_BYTES: [usize; 2] = [99 * 1024, 227 * 1024];
 const REPORT_BYTES: usize = 512;
 /// Work that is done while somebody asks whether it is done.
 const PROGRESS: usize = 4;
+/// Device memory, unless less is asked for.
+const DEVICE_BYTES: u64 = 1 << 32;
 
 type LaunchFn =
     unsafe extern "C" fn(*const c_char, *const u32, u32, u32, *const c_void, u32, *mut c_char, u32) -> c_int;
 type MemoryFn = unsafe extern "C" fn(u64, u64, c_int);
 
-/// Kernels on the host. Device 0 is small and has memory of its own, device 1 is large and shares the host's.
+/// Kernels on the host. Device 0 is small and has memory of its own, device 1 is large and shares the host's; devices 2 and
+/// 3 are such with a library of dense products.
 #[derive(Clone)]
 pub struct Emulated {
     machine: Arc<Mutex<Machine>>,
     large: bool,
+    library: bool,
     identity: [u8; 16],
 }
 
@@ -40,20 +44,52 @@ struct Library {
 }
 
 /// Work that nobody has waited for yet.
-#[derive(Default)]
 struct Machine {
     lanes: [VecDeque<Work>; 2],
     /// How much of each lane is done.
     done: [u64; 2],
     fault: Option<String>,
+    /// Device memory that is there: addresses and bytes.
+    memory: BTreeMap<u64, u64>,
+    /// How much of it there may be.
+    bytes_max: u64,
+    /// Kernels that have been queued: a capture loads none.
+    loaded: BTreeSet<&'static str>,
+    /// What has been captured so far, or why it cannot be.
+    capture: Option<Result<Vec<Op>, String>>,
+    /// Whether captures fail, and whether the next replay does.
+    refuses: [bool; 2],
 }
 
+impl Default for Machine {
+    fn default() -> Self {
+        Machine {
+            lanes: Default::default(),
+            done: [0; 2],
+            fault: None,
+            memory: BTreeMap::new(),
+            bytes_max: DEVICE_BYTES,
+            loaded: BTreeSet::new(),
+            capture: None,
+            refuses: [false; 2],
+        }
+    }
+}
+
+/// What can be captured.
+#[derive(Clone)]
+enum Op {
+    Kernel { launch: Launch, args: Vec<u64> },
+    Dense(Dense),
+    Forget { at: u64, bytes: usize },
+}
+
+/// Work that was captured.
+pub struct Graph(Arc<Vec<Op>>);
+
 enum Work {
-    Kernel {
-        launch: Launch,
-        args: Vec<MaybeUninit<u64>>,
-        bytes: u32,
-    },
+    Op(Op),
+    Graph(Arc<Vec<Op>>),
     /// `use_of` is the pinned memory's, until this is done.
     Copy {
         to: u64,
@@ -180,6 +216,16 @@ fn of(machine: &Mutex<Machine>) -> MutexGuard<'_, Machine> {
 
 impl Machine {
     fn queue(&mut self, lane: Lane, work: Work) {
+        if lane == Lane::Compute
+            && let Some(capture) = &mut self.capture
+        {
+            match (capture, work) {
+                (Ok(ops), Work::Op(op)) => ops.push(op),
+                (Err(_), Work::Op(_)) => {}
+                (capture, _) => *capture = Err("work that cannot be captured".to_owned()),
+            }
+            return;
+        }
         self.lanes[usize::from(lane == Lane::Copy)].push_back(work);
     }
 
@@ -198,26 +244,8 @@ impl Machine {
 
     fn work(&mut self, work: Work) -> Result<(), BackendError> {
         match work {
-            Work::Kernel { launch, args, bytes } => {
-                let name = CString::new(launch.kernel).map_err(|error| fault(launch.kernel, error))?;
-                let mut report = [0u8; REPORT_BYTES];
-                let library = library()?;
-                // SAFETY: the struct is the kernel's own; every address in it is checked where it is used.
-                let status = unsafe {
-                    (library.launch)(
-                        name.as_ptr(),
-                        launch.grid.as_ptr(),
-                        launch.threads,
-                        launch.shared_bytes,
-                        args.as_ptr().cast(),
-                        bytes,
-                        report.as_mut_ptr().cast(),
-                        REPORT_BYTES as u32,
-                    )
-                };
-                let said = CStr::from_bytes_until_nul(&report).unwrap_or_default().to_string_lossy();
-                if status == 0 { Ok(()) } else { Err(fault(launch.kernel, said)) }
-            }
+            Work::Op(op) => self.op(&op),
+            Work::Graph(ops) => ops.iter().try_for_each(|op| self.op(op)),
             Work::Copy { to, from, bytes, .. } => {
                 // SAFETY: both ends live: pinned memory until its users are gone, device memory until the lanes are empty.
                 unsafe { std::ptr::copy_nonoverlapping(from as *const u8, to as *mut u8, bytes) };
@@ -238,6 +266,76 @@ impl Machine {
                 Ok(())
             }
         }
+    }
+
+    /// Whether there is device memory for all of these bytes.
+    fn there(&self, at: u64, bytes: usize) -> Result<(), BackendError> {
+        let below = self.memory.range(..=at).next_back();
+        match below.filter(|(first, have)| at + bytes as u64 <= *first + *have) {
+            Some(_) => Ok(()),
+            None => Err(fault("memory", format!("{bytes} bytes outside of all memory, at {at:x}"))),
+        }
+    }
+
+    fn op(&mut self, op: &Op) -> Result<(), BackendError> {
+        match op {
+            Op::Kernel { launch, args } => {
+                let name = CString::new(launch.kernel).map_err(|error| fault(launch.kernel, error))?;
+                let mut report = [0u8; REPORT_BYTES];
+                let library = library()?;
+                // SAFETY: the struct is the kernel's own; every address in it is checked where it is used.
+                let status = unsafe {
+                    (library.launch)(
+                        name.as_ptr(),
+                        launch.grid.as_ptr(),
+                        launch.threads,
+                        launch.shared_bytes,
+                        args.as_ptr().cast(),
+                        size_of_val(&args[..]) as u32,
+                        report.as_mut_ptr().cast(),
+                        REPORT_BYTES as u32,
+                    )
+                };
+                let said = CStr::from_bytes_until_nul(&report).unwrap_or_default().to_string_lossy();
+                if status == 0 { Ok(()) } else { Err(fault(launch.kernel, said)) }
+            }
+            Op::Dense(product) => self.dense(product),
+            Op::Forget { at, bytes } => {
+                self.there(*at, *bytes)?;
+                // SAFETY: memory that is there.
+                unsafe { std::ptr::write_bytes(*at as *mut u8, 0xff, *bytes) };
+                Ok(())
+            }
+        }
+    }
+
+    fn dense(&self, product: &Dense) -> Result<(), BackendError> {
+        let Dense { dtype, x, w, out, out_f32, m, n, k, out_stride } = *product;
+        let item = dtype.bytes();
+        self.there(x, m * k * item)?;
+        self.there(w, n * k * item)?;
+        self.there(out, ((m - 1) * out_stride + n) * if out_f32 { 4 } else { item })?;
+        let load = |at: u64, index: usize| {
+            // SAFETY: within the matrices, which are there.
+            unsafe {
+                match dtype {
+                    DType::BF16 => bf16::from_bits((at as *const u16).add(index).read()).to_f32(),
+                    _ => (at as *const f32).add(index).read(),
+                }
+            }
+        };
+        for (row, column) in (0..m).flat_map(|row| (0..n).map(move |column| (row, column))) {
+            let sum = (0..k).fold(0.0, |sum, i| sum + load(x, row * k + i) * load(w, column * k + i));
+            let at = row * out_stride + column;
+            // SAFETY: as above.
+            unsafe {
+                match out_f32 || dtype != DType::BF16 {
+                    true => (out as *mut f32).add(at).write(sum),
+                    false => (out as *mut u16).add(at).write(bf16::from_f32(sum).to_bits()),
+                }
+            }
+        }
+        Ok(())
     }
 
     fn all(&mut self) {
@@ -263,7 +361,10 @@ impl Memory {
 impl Drop for Memory {
     fn drop(&mut self) {
         // As cuMemFree does.
-        of(&self.machine).all();
+        let mut machine = of(&self.machine);
+        machine.all();
+        machine.memory.remove(&self.address());
+        drop(machine);
         reachable(self.address(), self.bytes, false);
     }
 }
@@ -324,7 +425,12 @@ impl Open for Emulated {
         let mut identity = [0; 16];
         let number = OPENED.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
         identity[..8].copy_from_slice(&number.to_le_bytes());
-        Ok(Emulated { machine: Arc::default(), large: device % 2 == 1, identity })
+        Ok(Emulated {
+            machine: Arc::default(),
+            large: device % 2 == 1,
+            library: device / 2 % 2 == 1,
+            identity,
+        })
     }
 }
 
@@ -332,19 +438,34 @@ impl Emulated {
     fn queue(&self, lane: Lane, work: Work) {
         of(&self.machine).queue(lane, work);
     }
+
+    /// With so much memory.
+    #[cfg(test)]
+    pub(crate) fn limited(self, bytes: u64) -> Self {
+        of(&self.machine).bytes_max = bytes;
+        self
+    }
+
+    /// Whether captures are refused, and whether the next replay is.
+    #[cfg(test)]
+    pub(crate) fn refuse(&self, captures: bool, replay: bool) {
+        of(&self.machine).refuses = [captures, replay];
+    }
 }
 
 impl Driver for Emulated {
     type Memory = Memory;
     type Host = Host;
     type Event = Event;
+    type Graph = Graph;
 
     fn describe(&self) -> String {
         "emulated on the host".to_owned()
     }
 
     fn free_bytes(&self) -> u64 {
-        1 << 32
+        let machine = of(&self.machine);
+        machine.bytes_max.saturating_sub(machine.memory.values().sum())
     }
 
     fn blocks_busy(&self) -> u32 {
@@ -368,8 +489,13 @@ impl Driver for Emulated {
     }
 
     fn alloc(&self, bytes: usize) -> Result<Memory, BackendError> {
+        let (wanted_bytes, free_bytes) = (bytes.max(1) as u64, self.free_bytes());
+        if wanted_bytes > free_bytes {
+            return Err(BackendError::OutOfMemory { wanted_bytes, free_bytes });
+        }
         let machine = self.machine.clone();
         let memory = Memory { machine, words: vec![u128::MAX; bytes.div_ceil(16) + 16], bytes: bytes.max(1) };
+        of(&self.machine).memory.insert(memory.address(), wanted_bytes);
         reachable(memory.address(), memory.bytes, true);
         Ok(memory)
     }
@@ -379,7 +505,7 @@ impl Driver for Emulated {
     }
 
     fn forget(&self, at: u64, bytes: usize) {
-        self.queue(Lane::Compute, Work::Bytes { to: at, bytes: vec![0xff; bytes] });
+        self.queue(Lane::Compute, Work::Op(Op::Forget { at, bytes }));
     }
 
     fn host(&self, bytes: usize) -> Result<Host, BackendError> {
@@ -432,26 +558,50 @@ impl Driver for Emulated {
         Ok(())
     }
 
-    fn launch<A: Args>(&self, launch: Launch, args: &A) -> Result<(), BackendError> {
+    fn launch(&self, launch: Launch, args: &[u64]) -> Result<(), BackendError> {
         if launch.shared_bytes as usize > self.shared_bytes_max() {
             return Err(fault(launch.kernel, format!("{} bytes of shared memory", launch.shared_bytes)));
         }
-        let bytes = size_of::<A>();
-        let mut copy = vec![MaybeUninit::<u64>::uninit(); bytes.div_ceil(8)];
-        // SAFETY: room for the struct, padding and all.
-        unsafe {
-            std::ptr::copy_nonoverlapping(
-                std::ptr::from_ref(args).cast::<u8>(),
-                copy.as_mut_ptr().cast(),
-                bytes,
-            )
-        };
-        self.queue(Lane::Compute, Work::Kernel { launch, args: copy, bytes: bytes as u32 });
+        let mut machine = of(&self.machine);
+        if machine.loaded.insert(launch.kernel)
+            && let Some(capture) = &mut machine.capture
+        {
+            *capture = Err(format!("{} is not loaded", launch.kernel));
+        }
+        machine.queue(Lane::Compute, Work::Op(Op::Kernel { launch, args: args.to_vec() }));
         Ok(())
     }
 
-    fn dense(&self, _: &Dense) -> Result<bool, BackendError> {
-        Ok(false)
+    fn takes(&self, product: &Dense) -> bool {
+        self.library && product.m > 0
+    }
+
+    fn dense(&self, product: &Dense) -> Result<(), BackendError> {
+        self.queue(Lane::Compute, Work::Op(Op::Dense(*product)));
+        Ok(())
+    }
+
+    fn capture(&self, queue: &mut dyn FnMut() -> Result<(), BackendError>) -> Result<Graph, BackendError> {
+        if of(&self.machine).refuses[0] {
+            return Err(fault("capture", "refused"));
+        }
+        of(&self.machine).capture = Some(Ok(Vec::new()));
+        let queued = queue();
+        let captured = of(&self.machine).capture.take();
+        queued?;
+        match captured {
+            Some(Ok(ops)) => Ok(Graph(Arc::new(ops))),
+            Some(Err(reason)) => Err(fault("capture", reason)),
+            None => Err(fault("capture", "ended twice")),
+        }
+    }
+
+    fn replay(&self, graph: &Graph) -> Result<(), BackendError> {
+        if std::mem::take(&mut of(&self.machine).refuses[1]) {
+            return Err(fault("replaying a step", "refused"));
+        }
+        self.queue(Lane::Compute, Work::Graph(graph.0.clone()));
+        Ok(())
     }
 
     fn collective(&self, call: Collective) -> Result<(), BackendError> {
@@ -465,7 +615,12 @@ impl Driver for Emulated {
     }
 
     fn record(&self, lane: Lane) -> Result<Event, BackendError> {
-        let machine = of(&self.machine);
+        let mut machine = of(&self.machine);
+        if lane == Lane::Compute
+            && let Some(capture) = &mut machine.capture
+        {
+            *capture = Err("an event in a capture".to_owned());
+        }
         let lane = usize::from(lane == Lane::Copy);
         let at = machine.done[lane] + machine.lanes[lane].len() as u64;
         Ok(Event { machine: self.machine.clone(), lane, at })
@@ -497,14 +652,10 @@ impl Driver for Emulated {
 mod tests {
     use super::*;
 
-    #[repr(C)]
-    #[derive(Clone, Copy)]
-    struct FaultArgs {
-        at: u64,
-        wrong: u32,
+    /// Arguments as in `emulator/faults.cu`.
+    fn fault_args(at: u64, wrong: u32) -> [u64; 2] {
+        [at, u64::from(wrong)]
     }
-    // SAFETY: plain numbers in C layout, as in `emulator/faults.cu`.
-    unsafe impl Args for FaultArgs {}
 
     fn said(kernel: &'static str, blocks: u32, wrong: u32) -> Result<(), String> {
         let device = Emulated::open(0, None).unwrap();
@@ -512,7 +663,7 @@ mod tests {
         device.clear(device.address(&memory), 256).unwrap();
         let threads = if kernel == "fault_blocks" { 1 } else { 64 };
         let launch = Launch { kernel, grid: [blocks, 1, 1], threads, shared_bytes: 256 };
-        device.launch(launch, &FaultArgs { at: device.address(&memory), wrong }).unwrap();
+        device.launch(launch, &fault_args(device.address(&memory), wrong)).unwrap();
         Emulated::wait(&device.record(Lane::Compute).unwrap()).map_err(|error| error.to_string())
     }
 
@@ -569,5 +720,48 @@ mod tests {
         };
         assert_eq!(fetched(false), 0xff, "fresh memory is not a number");
         assert_eq!(fetched(true), 7);
+    }
+
+    /// A graph has the addresses that it was captured with: memory that was freed since is seen, at every replay.
+    #[test]
+    fn a_replay_on_freed_memory_is_seen() {
+        let device = Emulated::open(0, None).unwrap();
+        let memory = device.alloc(256).unwrap();
+        let launch = Launch { kernel: "fault_outside", grid: [1, 1, 1], threads: 64, shared_bytes: 0 };
+        let args = fault_args(device.address(&memory), 0);
+        let mut queue = || device.launch(launch, &args);
+        queue().unwrap();
+        let graph = device.capture(&mut queue).unwrap();
+        device.replay(&graph).unwrap();
+        Emulated::wait(&device.record(Lane::Compute).unwrap()).unwrap();
+        drop(memory);
+        device.replay(&graph).unwrap();
+        let error = Emulated::wait(&device.record(Lane::Compute).unwrap()).unwrap_err().to_string();
+        assert!(error.contains("outside of all memory"), "{error}");
+    }
+
+    /// A capture does nothing, and takes kernels only that are loaded: no copies, no events.
+    #[test]
+    fn a_capture_takes_what_a_device_can_do_again() {
+        let device = Emulated::open(0, None).unwrap();
+        let memory = device.alloc(256).unwrap();
+        let at = device.address(&memory);
+        let launch = Launch { kernel: "fault_outside", grid: [1, 1, 1], threads: 64, shared_bytes: 0 };
+        let said = |queue: &mut dyn FnMut() -> Result<(), BackendError>| {
+            device.capture(queue).map(|_| ()).map_err(|error| error.to_string())
+        };
+        let error = said(&mut || device.launch(launch, &fault_args(at, 0))).unwrap_err();
+        assert!(error.contains("fault_outside is not loaded"), "{error}");
+        device.launch(launch, &fault_args(at, 0)).unwrap();
+        Emulated::wait(&device.record(Lane::Compute).unwrap()).unwrap();
+        // Wrong work that is captured is not done.
+        assert_eq!(said(&mut || device.launch(launch, &fault_args(at, 1))), Ok(()));
+        Emulated::wait(&device.record(Lane::Compute).unwrap()).unwrap();
+        assert!(said(&mut || device.upload(at, &[0])).is_err_and(|error| error.contains("captured")));
+        assert!(said(&mut || device.record(Lane::Compute).map(|_| ())).is_err());
+        assert_eq!(said(&mut || Err(fault("x", "y"))), Err("device: cuda: x: \"y\"".to_owned()));
+        // And the lane goes on.
+        device.upload(at, &[7]).unwrap();
+        Emulated::wait(&device.record(Lane::Compute).unwrap()).unwrap();
     }
 }

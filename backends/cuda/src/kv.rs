@@ -14,6 +14,7 @@ use crate::device::THREADS;
 use crate::driver::{Driver, Lane, Launch};
 use crate::lease::{CudaExport, CudaLanding, Hold, Layout};
 use crate::memory::{Buffer, Pool};
+use crate::step::PADDING_MAX;
 
 /// KV blocks of one rank on the device.
 pub struct CudaKv<D: Driver> {
@@ -21,6 +22,8 @@ pub struct CudaKv<D: Driver> {
     pages: Pages,
     spec: KvSpec,
     block_tokens: u32,
+    /// Blocks beyond those of sequences.
+    spare: Vec<u32>,
     slab: D::Memory,
     /// Per plane: bytes before it within a layer.
     plane_offsets: Vec<u64>,
@@ -47,13 +50,15 @@ impl<D: Driver> CudaKv<D> {
         }
         let block_bytes = spec.token_bytes() as u64 * u64::from(block_tokens);
         let blocks = bytes.checked_div(block_bytes).unwrap_or(0);
-        let Ok(blocks) = u32::try_from(blocks) else {
+        let Some(blocks) = u32::try_from(blocks).ok().filter(|blocks| *blocks <= u32::MAX / 2) else {
             return refused(format!("{blocks} KV blocks are more than fit a block number"));
         };
         if blocks == 0 {
             return Err(BackendError::OutOfMemory { wanted_bytes: block_bytes, free_bytes: bytes });
         }
-        let tokens = u64::from(blocks) * u64::from(block_tokens);
+        // Rows of padding have places of their own.
+        let spare = (PADDING_MAX as u32).div_ceil(block_tokens);
+        let tokens = (u64::from(blocks) + u64::from(spare)) * u64::from(block_tokens);
         let mut layer_bytes = 0;
         let plane_offsets = spec
             .planes
@@ -65,20 +70,21 @@ impl<D: Driver> CudaKv<D> {
             })
             .collect();
         let all = layer_bytes * spec.layers as u64;
-        if all > pool.driver.free_bytes() {
+        if all > pool.queue.driver.free_bytes() {
             return Err(BackendError::OutOfMemory {
                 wanted_bytes: all,
-                free_bytes: pool.driver.free_bytes(),
+                free_bytes: pool.queue.driver.free_bytes(),
             });
         }
-        let slab = pool.driver.alloc(all as usize)?;
+        let slab = pool.queue.driver.alloc(all as usize)?;
         // Padding of a tile is read, with weight zero: it must be numbers.
-        pool.driver.clear(pool.driver.address(&slab), all as usize)?;
+        pool.queue.clear(pool.queue.driver.address(&slab), all as usize)?;
         Ok(CudaKv {
             pool: pool.clone(),
             pages: Pages::new(spec.layers, blocks, block_tokens),
             spec: spec.clone(),
             block_tokens,
+            spare: (blocks..blocks + spare).collect(),
             slab,
             plane_offsets,
             layer_bytes,
@@ -89,7 +95,14 @@ impl<D: Driver> CudaKv<D> {
 
     /// Where a plane of a layer begins on the device.
     pub(crate) fn plane(&self, layer: usize, plane: usize) -> u64 {
-        self.pool.driver.address(&self.slab) + layer as u64 * self.layer_bytes + self.plane_offsets[plane]
+        self.pool.queue.driver.address(&self.slab)
+            + layer as u64 * self.layer_bytes
+            + self.plane_offsets[plane]
+    }
+
+    /// The blocks of rows of padding, which nobody else uses.
+    pub(crate) fn spare(&self) -> &[u32] {
+        &self.spare
     }
 
     pub(crate) fn table(&self, seq: SeqId) -> Result<&[u32], KvError> {
@@ -117,7 +130,7 @@ impl<D: Driver> CudaKv<D> {
             self.pages.release(lease);
         }
         drop(ended);
-        let driver = &self.pool.driver;
+        let driver = &self.pool.queue.driver;
         self.leaving.retain(|(event, _)| !driver.passed(event));
     }
 
@@ -150,13 +163,14 @@ impl<D: Driver> CudaKv<D> {
         }
         let launch =
             Launch { kernel: "move_rows", grid: [args.count, 1, 1], threads: THREADS, shared_bytes: 0 };
-        self.pool.driver.launch(launch, &args)
+        self.pool.queue.launch(launch, &args)
     }
 
     /// Gathers `tokens` of one layer and sends them to the host, in the second lane; where there is one memory they are
     /// gathered into the host's.
     fn gather(&mut self, seq: SeqId, layer: usize, hold: Hold) -> Result<CudaExport<D>, BackendError> {
-        let driver = self.pool.driver.clone();
+        let pool = self.pool.clone();
+        let (queue, driver) = (&pool.queue, &pool.queue.driver);
         let tokens = hold.layout.tokens.clone();
         let bytes = hold.layout.bytes();
         let table = self.pool.send(self.pages.table(seq)?)?;
@@ -167,13 +181,13 @@ impl<D: Driver> CudaKv<D> {
             let dense = to + hold.layout.plane(layer, plane) as u64;
             self.move_rows(layer, plane, table.address, tokens.clone(), dense, true)?;
         }
-        let gathered = driver.record(Lane::Compute)?;
+        let gathered = queue.record(Lane::Compute)?;
         let Some(staged) = staged else {
             return Ok(CudaExport { hold, host, arrived: Arc::new(gathered) });
         };
-        driver.after(Lane::Copy, &gathered)?;
-        driver.to_host(Lane::Copy, &mut host, 0, staged.address, bytes)?;
-        let arrived = Arc::new(driver.record(Lane::Copy)?);
+        queue.after(Lane::Copy, &gathered)?;
+        queue.to_host(Lane::Copy, &mut host, 0, staged.address, bytes)?;
+        let arrived = Arc::new(queue.record(Lane::Copy)?);
         self.leaving.push((arrived.clone(), staged));
         Ok(CudaExport { hold, host, arrived })
     }
@@ -181,7 +195,8 @@ impl<D: Driver> CudaKv<D> {
     /// Puts a landing's bytes into the pages.
     fn scatter(&mut self, landing: CudaLanding<D>) -> Result<(), BackendError> {
         let CudaLanding { seq, hold, host } = landing;
-        let driver = self.pool.driver.clone();
+        let pool = self.pool.clone();
+        let (queue, driver) = (&pool.queue, &pool.queue.driver);
         let layout = &hold.layout;
         let table = self.pool.send(self.pages.table(seq)?)?;
         let layer_bytes = layout.layer_bytes();
@@ -190,7 +205,7 @@ impl<D: Driver> CudaKv<D> {
             let staged = if driver.unified() { None } else { Some(self.pool.take(layer_bytes)?) };
             let dense = match &staged {
                 Some(staged) => {
-                    driver.to_device(Lane::Compute, staged.address, &host, at, layer_bytes)?;
+                    queue.to_device(Lane::Compute, staged.address, &host, at, layer_bytes)?;
                     staged.address
                 }
                 None => driver.host_address(&host) + at as u64,

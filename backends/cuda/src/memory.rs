@@ -1,8 +1,9 @@
 //! Memory of steps. Device buffers go back to a pool when dropped and are handed out again at once: all work that uses
-//! them is in one lane, so a later use runs after an earlier one. Pinned host memory is pooled too, since getting it and
+//! them is in one lane, so a later use runs after an earlier one. Steps that are written down have buffers of their own,
+//! the oldest first, so that equal steps get equal ones whatever comes between. Pinned host memory is pooled too, since getting it and
 //! giving it back stops the device; whoever drops it knows that no copy uses it any more.
 
-use std::cell::RefCell;
+use std::cell::{Cell, RefCell};
 use std::collections::BTreeMap;
 use std::ops::{Deref, DerefMut};
 use std::rc::Rc;
@@ -11,6 +12,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use backend::BackendError;
 
 use crate::driver::{Driver, Lane};
+use crate::queue::Queue;
 
 /// Pinned memory that is kept for later: the exports of a long prompt. What comes back beyond is freed.
 const PINNED_KEPT_BYTES_MAX: usize = 4 << 30;
@@ -19,8 +21,12 @@ const PINNED_BYTES_MIN: usize = 4096;
 
 /// Free memory by size, and host memory that queued copies still read.
 pub(crate) struct Pool<D: Driver> {
-    pub(crate) driver: D,
+    pub(crate) queue: Queue<D>,
     free: RefCell<BTreeMap<usize, Vec<D::Memory>>>,
+    /// Of steps that are written down, by age.
+    steady: RefCell<BTreeMap<usize, BTreeMap<u64, D::Memory>>>,
+    /// Buffers of such steps so far.
+    ages: Cell<u64>,
     sent: RefCell<Vec<(D::Event, Pinned<D>)>>,
     pinned: Arc<Kept<D>>,
 }
@@ -44,6 +50,9 @@ pub struct Pinned<D: Driver> {
 pub(crate) struct Buffer<D: Driver> {
     pool: Rc<Pool<D>>,
     size: usize,
+    /// Of a step that was written down.
+    age: Option<u64>,
+    /// `None`: of what such a step sends.
     memory: Option<D::Memory>,
     pub(crate) address: u64,
 }
@@ -57,43 +66,84 @@ fn size_class(bytes: usize) -> usize {
 impl<D: Driver> Pool<D> {
     pub(crate) fn new(driver: D) -> Rc<Self> {
         let kept = Kept(Mutex::new(Free { bytes: 0, by_size: BTreeMap::new() }));
-        Rc::new(Pool { driver, free: RefCell::default(), sent: RefCell::default(), pinned: Arc::new(kept) })
+        Rc::new(Pool {
+            queue: Queue::new(driver),
+            free: RefCell::default(),
+            steady: RefCell::default(),
+            ages: Cell::new(0),
+            sent: RefCell::default(),
+            pinned: Arc::new(kept),
+        })
     }
 
     /// At least `bytes`, contents arbitrary.
     pub(crate) fn take(self: &Rc<Self>, bytes: usize) -> Result<Buffer<D>, BackendError> {
         let size = size_class(bytes);
-        let free = self.free.borrow_mut().get_mut(&size).and_then(Vec::pop);
-        let memory = match free {
-            Some(memory) => memory,
-            None => match self.driver.alloc(size) {
-                Ok(memory) => memory,
-                // What is kept for other sizes may be enough.
-                Err(_) if !self.free.borrow().is_empty() => {
-                    self.free.borrow_mut().clear();
-                    self.driver.alloc(size)?
-                }
-                Err(error) => return Err(error),
-            },
+        let steady = self.queue.is_open();
+        let found = if steady {
+            self.steady.borrow_mut().get_mut(&size).and_then(BTreeMap::pop_first)
+        } else {
+            self.free.borrow_mut().get_mut(&size).and_then(Vec::pop).map(|memory| (0, memory))
         };
-        let address = self.driver.address(&memory);
-        self.driver.forget(address, size);
-        Ok(Buffer { pool: self.clone(), size, memory: Some(memory), address })
+        let (age, memory) = match found {
+            Some(found) => found,
+            None => {
+                let age = self.ages.get();
+                self.ages.set(age + u64::from(steady));
+                let driver = &self.queue.driver;
+                let memory = match driver.alloc(size) {
+                    // What is kept for other sizes may be enough.
+                    Err(BackendError::OutOfMemory { .. }) if self.give_back()? => driver.alloc(size)?,
+                    other => other?,
+                };
+                (age, memory)
+            }
+        };
+        let address = self.queue.driver.address(&memory);
+        self.queue.forget(address, size);
+        let age = steady.then_some(age);
+        Ok(Buffer { pool: self.clone(), size, age, memory: Some(memory), address })
+    }
+
+    /// Frees what nobody holds; whether there was anything.
+    pub(crate) fn give_back(&self) -> Result<bool, BackendError> {
+        // What has been written down may use it.
+        self.queue.close()?;
+        let graphs = self.queue.forget_graphs();
+        let (free, steady) = (self.free.take(), self.steady.take());
+        let any = free.values().any(|kept| !kept.is_empty()) || steady.values().any(|kept| !kept.is_empty());
+        Ok(graphs || any)
     }
 
     /// `words` on the device; the copy is queued.
     pub(crate) fn send(self: &Rc<Self>, words: &[u32]) -> Result<Buffer<D>, BackendError> {
+        if self.queue.is_open() {
+            match self.queue.send(words) {
+                Ok(address) => {
+                    return Ok(Buffer { pool: self.clone(), size: 0, age: None, memory: None, address });
+                }
+                // The rest of this step is not written down.
+                Err(BackendError::OutOfMemory { .. }) => {
+                    self.give_back()?;
+                }
+                Err(error) => return Err(error),
+            }
+        }
+        let buffer = self.take(size_of_val(words))?;
+        self.put(words, &buffer)?;
+        Ok(buffer)
+    }
+
+    /// Queues a copy of `words` into `buffer`.
+    pub(crate) fn put(&self, words: &[u32], buffer: &Buffer<D>) -> Result<(), BackendError> {
         let bytes = size_of_val(words);
-        let buffer = self.take(bytes)?;
-        self.sent.borrow_mut().retain(|(event, _)| !self.driver.passed(event));
+        self.sent.borrow_mut().retain(|(event, _)| !self.queue.driver.passed(event));
         let mut host = self.pinned(bytes)?;
         for (to, word) in host.as_mut().chunks_exact_mut(4).zip(words) {
             to.copy_from_slice(&word.to_le_bytes());
         }
-        self.driver.to_device(Lane::Compute, buffer.address, &host, 0, bytes)?;
-        let event = self.driver.record(Lane::Compute)?;
-        self.sent.borrow_mut().push((event, host));
-        Ok(buffer)
+        self.queue.to_device(Lane::Compute, buffer.address, &host, 0, bytes)?;
+        self.keep(host)
     }
 
     /// At least `bytes` of pinned host memory, contents arbitrary.
@@ -107,23 +157,34 @@ impl<D: Driver> Pool<D> {
         drop(free);
         let memory = match found {
             Some(memory) => memory,
-            None => self.driver.host(size)?,
+            None => self.queue.driver.host(size)?,
         };
         Ok(Pinned { kept: self.pinned.clone(), size, memory: Some(memory) })
     }
 
     /// Keeps `host` until the copies that were queued in [`Lane::Compute`] so far have read it.
     pub(crate) fn keep(&self, host: Pinned<D>) -> Result<(), BackendError> {
-        let event = self.driver.record(Lane::Compute)?;
+        let event = self.queue.record(Lane::Compute)?;
         self.sent.borrow_mut().push((event, host));
         Ok(())
     }
 }
 
+impl<D: Driver> Buffer<D> {
+    /// Bytes that it has.
+    pub(crate) fn bytes(&self) -> usize {
+        self.size
+    }
+}
+
 impl<D: Driver> Drop for Buffer<D> {
     fn drop(&mut self) {
-        if let Some(memory) = self.memory.take() {
-            self.pool.free.borrow_mut().entry(self.size).or_default().push(memory);
+        let Some(memory) = self.memory.take() else { return };
+        match self.age {
+            Some(age) => {
+                self.pool.steady.borrow_mut().entry(self.size).or_default().insert(age, memory);
+            }
+            None => self.pool.free.borrow_mut().entry(self.size).or_default().push(memory),
         }
     }
 }
@@ -160,5 +221,88 @@ impl<D: Driver> Drop for Pool<D> {
             // The host memory goes after the copies; a device that failed copies nothing more.
             let _ = D::wait(&event);
         }
+    }
+}
+
+#[cfg(all(test, feature = "emulator"))]
+mod tests {
+    use backend::{
+        Backend, Batch, DType, DeviceOptions, Group, KSum, KvSpec, KvStore, Linear, Out, SeqId, Step,
+        TensorView, WeightSource,
+    };
+
+    use super::*;
+    use crate::device::{Device, Open};
+    use crate::emulator::Emulated;
+
+    const WIDTH: usize = 256;
+
+    fn open(driver: &Emulated) -> Device<Emulated> {
+        let options = DeviceOptions { dtype: DType::F32, block_tokens: 16, ..DeviceOptions::default() };
+        Device::over(driver.clone(), &options, Group::alone()).unwrap()
+    }
+
+    fn numbers(bytes: &[u8], rows: usize) -> TensorView<'_> {
+        let row_stride_bytes = WIDTH * 4;
+        TensorView { name: "test", dtype: DType::F32, rows, cols: WIDTH, row_stride_bytes, bytes }
+    }
+
+    /// A weight or a cache that does not fit says how much it wants and how much there is, and leaves nothing behind.
+    #[test]
+    fn what_does_not_fit_says_so_and_leaves_nothing() {
+        // Room for one matrix of 256 KiB, not for two.
+        let driver = Emulated::open(0, None).unwrap().limited(400 << 10);
+        let mut device = open(&driver);
+        let bytes = vec![0; WIDTH * WIDTH * 4];
+        let parts = vec![numbers(&bytes, WIDTH).into()];
+        let linear = Linear { parts, bias: None, sum: KSum::Ascending };
+        let first = device.load(&WeightSource::Linear(linear.clone())).unwrap();
+        let said = device.load(&WeightSource::Linear(linear.clone())).map(|_| ()).unwrap_err().to_string();
+        assert_eq!(said, format!("out of memory: {} bytes wanted, {} free", 256 << 10, 144 << 10));
+        // 256 tokens of 1 KiB, and the places of padding.
+        let spec = KvSpec::gqa(1, 1, 0..1, WIDTH / 2, DType::F32);
+        let said = device.kv(&spec, 256 << 10).map(|_| ()).unwrap_err().to_string();
+        assert_eq!(said, format!("out of memory: {} bytes wanted, {} free", (256 + 16) << 10, 144 << 10));
+        // Of experts the room for all is taken first: 4 matrices.
+        let experts = vec![linear; 4];
+        let said = device.load(&WeightSource::Experts(&&experts[..])).map(|_| ()).unwrap_err().to_string();
+        assert_eq!(said, format!("out of memory: {} bytes wanted, {} free", 1 << 20, 144 << 10));
+        drop(first);
+        assert_eq!(driver.free_bytes(), 400 << 10);
+        device.load(&WeightSource::Experts(&&experts[..1])).unwrap();
+        drop(device);
+        assert_eq!(driver.free_bytes(), 400 << 10);
+    }
+
+    /// A step whose scratch memory does not fit fails with the sum; one that fits goes on after it, with what the pool had
+    /// kept for other sizes, and nothing is lost.
+    #[test]
+    fn scratch_memory_that_does_not_fit_fails_one_step() {
+        let driver = Emulated::open(0, None).unwrap().limited(160 << 10);
+        let mut device = open(&driver);
+        let spec = KvSpec::gqa(1, 1, 0..1, 8, DType::F32);
+        let mut kv = device.kv(&spec, 16 * spec.token_bytes() as u64).unwrap();
+        kv.open(SeqId(1), 1).unwrap();
+        let bytes = vec![0; 2 * WIDTH * 4];
+        let table = device.load(&WeightSource::Embedding(numbers(&bytes, 2).into())).unwrap();
+        let mut step = |rows: usize| {
+            let mut batch = Batch::default();
+            batch.push(SeqId(1), 0, &vec![1; rows]);
+            let mut step = device.step(&mut kv, &batch);
+            let x = step.embed(&table);
+            step.submit(Out::Logits(x)).wait().map(|_| ()).map_err(|error| error.to_string())
+        };
+        // 1 KiB a row: some sizes that each fit, together not.
+        for rows in [20, 60, 90, 100, 110] {
+            assert_eq!(step(rows), Ok(()), "{rows} rows");
+        }
+        let said = step(200).unwrap_err();
+        assert!(said.starts_with(&format!("out of memory: {} bytes wanted, ", 224 << 10)), "{said}");
+        assert_eq!(step(100), Ok(()));
+        // A row for each sequence: steps that are written down, the first until it needs what the pool keeps.
+        assert_eq!([step(1), step(1), step(1)], [Ok(()), Ok(()), Ok(())]);
+        drop((kv, table));
+        drop(device);
+        assert_eq!(driver.free_bytes(), 160 << 10);
     }
 }

@@ -115,11 +115,11 @@ impl<D: Driver> Device<D> {
             out_stride: matrix.outputs,
         };
         match &part.data {
-            Data::Plain(memory) => self.driver().dense(&dense(memory.address)),
+            Data::Plain(memory) => self.queue().dense(&dense(memory.address)),
             Data::Quantised { args, .. } if rows >= ROWS_DECODED && self.bf16() => {
                 let decoded = self.elements(part.outputs * matrix.inputs)?;
                 self.decode(*args, 0, part.outputs, matrix.inputs, decoded.address)?;
-                self.driver().dense(&dense(decoded.address))
+                self.queue().dense(&dense(decoded.address))
             }
             Data::Quantised { .. } => Ok(false),
         }
@@ -211,7 +211,7 @@ impl<D: Driver> Device<D> {
             k: inputs,
             out_stride: outputs,
         };
-        if rows > FEW.rows && self.driver().dense(&dense)? {
+        if rows > FEW.rows && self.queue().dense(&dense)? {
             return Ok(());
         }
         let (m, n, k, out_stride) = (rows as u32, outputs as u32, inputs as u32, outputs as u32);

@@ -141,7 +141,7 @@ impl Ranks {
             watch.check()?;
             let shared = shared.clone();
             return device
-                .driver()
+                .queue()
                 .collective(Box::new(move |stream| shared.all_reduce(at, count, element, stream)));
         }
         let fetched = Fetched::of(device, at, count * 4)?;
@@ -169,7 +169,7 @@ impl Ranks {
                 }
             }
         }
-        device.driver().to_device(Lane::Compute, at, &sent, 0, count * 4)?;
+        device.queue().to_device(Lane::Compute, at, &sent, 0, count * 4)?;
         device.pool.keep(sent)
     }
 
@@ -222,7 +222,7 @@ impl Ranks {
         let out = Rc::new(device.pool.take(rows * out_width * 4)?);
         if !host {
             // Zeros in the others' places: the sum is exact.
-            device.driver().clear(out.address, rows * out_width * 4)?;
+            device.queue().clear(out.address, rows * out_width * 4)?;
             place(out.address, mine.address, rank)?;
             self.sum(device, out.address, rows * out_width, Element::F32)?;
             return Ok(Some((out, out_width)));
@@ -233,7 +233,7 @@ impl Ranks {
         self.peers.borrow_mut().take(places.collect())?;
         for (rank, bytes) in theirs.iter().enumerate().skip(1) {
             let part = device.pool.take(bytes.len())?;
-            device.driver().upload(part.address, bytes)?;
+            device.queue().upload(part.address, bytes)?;
             place(out.address, part.address, rank)?;
         }
         Ok(Some((out, out_width)))

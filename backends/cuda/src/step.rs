@@ -1,6 +1,7 @@
 //! A step on the GPU: operations queue kernels in order and return at once. The first failure comes out of
 //! [`Pending::wait`].
 
+use std::borrow::Cow;
 use std::ops::Range;
 use std::rc::Rc;
 
@@ -30,14 +31,47 @@ const CHOICE_WORDS: usize = 2;
 /// Threads of a block that draws.
 const DRAW_THREADS: u32 = 1024;
 
-/// A step of the CUDA backend.
+/// Rows of a step that generates are counted in so many, beyond the first of them: few kinds of steps come up then.
+const ROWS_STEP: usize = 8;
+/// Most rows of such a step.
+const ROWS_MAX: usize = 256;
+/// Rows of padding that a step may have.
+pub(crate) const PADDING_MAX: usize = ROWS_STEP - 1;
+
+/// A step of the CUDA backend. One that generates, a row for each sequence, is written down until it is complete, so that it
+/// may be replayed ([`crate::queue`]).
 pub struct CudaStep<'a, D: Driver> {
     pub(crate) device: &'a mut Device<D>,
     pub(crate) kv: &'a mut CudaKv<D>,
-    pub(crate) batch: &'a Batch,
+    /// With a run of its own for every row of padding, at the end.
+    pub(crate) batch: Cow<'a, Batch>,
+    /// Rows without padding.
+    pub(crate) asked: usize,
+    pub(crate) generates: bool,
     /// Where the batch's rows lie in the cache; made when first asked for.
     pub(crate) rows: Option<Rc<Rows<D>>>,
     fault: Option<BackendError>,
+}
+
+/// So many rows, with padding.
+fn padded(rows: usize) -> usize {
+    if rows <= ROWS_STEP { rows } else { rows.next_multiple_of(ROWS_STEP) }
+}
+
+/// A step that generates, with padding: runs of nobody's at the first positions, each with one of its own.
+fn with_padding(batch: &Batch) -> Batch {
+    let mut batch = batch.clone();
+    for (start, _) in (0..).zip(batch.rows()..padded(batch.rows())) {
+        batch.push(SeqId(u64::MAX), start, &[0]);
+    }
+    batch
+}
+
+impl<D: Driver> Drop for CudaStep<'_, D> {
+    fn drop(&mut self) {
+        // What a step that was not submitted has queued is done all the same; what fails comes out of a later one.
+        let _ = self.device.queue().close();
+    }
 }
 
 impl<'a, D: Driver> CudaStep<'a, D> {
@@ -51,7 +85,23 @@ impl<'a, D: Driver> CudaStep<'a, D> {
             let twice = sequences.windows(2).find(|pair| pair[0] == pair[1]);
             twice.map(|pair| format!("two runs of sequence {} in one step", pair[0]))
         };
-        CudaStep { device, kv, batch, rows: None, fault: fault.map(BackendError::Device) }
+        let alone = device.ranks.is_none() && fault.is_none();
+        let generates = alone && (1..=ROWS_MAX).contains(&rows) && batch.runs.iter().all(|run| run.len == 1);
+        let queue = device.queue();
+        let begun = if generates { queue.begin() } else { queue.close() };
+        CudaStep {
+            device,
+            kv,
+            batch: if generates && padded(rows) > rows {
+                Cow::Owned(with_padding(batch))
+            } else {
+                Cow::Borrowed(batch)
+            },
+            asked: rows,
+            generates,
+            rows: None,
+            fault: fault.map(BackendError::Device).or(begun.err()),
+        }
     }
 
     /// Queues an operation that gives `[rows, width]`; after a fault nothing is queued any more.
@@ -66,7 +116,9 @@ impl<'a, D: Driver> CudaStep<'a, D> {
     {
         if self.fault.is_none() {
             match operation(self) {
-                Ok(buffer) => return CudaAct { rows, width, state: State::Ready(buffer.into()) },
+                Ok(buffer) => {
+                    return CudaAct { rows, asked: rows, width, state: State::Ready(buffer.into()) };
+                }
                 Err(error) => self.fault = Some(error),
             }
         }
@@ -112,7 +164,7 @@ impl<'a, D: Driver> CudaStep<'a, D> {
             // The ids are rank 0's: the others add nothing.
             let words = self.device.drawn.as_ref().map_or(0, |(drew, _)| drew.len()) * CHOICE_WORDS;
             if ranks.rank() != 0 {
-                self.device.driver().clear(drawn.address, words * 4)?;
+                self.device.queue().clear(drawn.address, words * 4)?;
             }
             ranks.sum(self.device, drawn.address, words, Element::U32)?;
         }
@@ -129,20 +181,20 @@ impl<'a, D: Driver> CudaStep<'a, D> {
 
     /// Queues the drawing of rows of logits. Rows with filters are drawn on the host, which waits for them here.
     fn draw(&mut self, act: &CudaAct<D>, draws: &[Draw]) -> Result<Option<Drawing<D>>, BackendError> {
-        if draws.len() != act.rows {
+        if draws.len() != act.asked {
             return Err(BackendError::Device(format!(
                 "{} draws for {} rows of logits",
                 draws.len(),
-                act.rows
+                act.asked
             )));
         }
+        let choices = self.choices(act.rows)?;
         let Some((logits, width)) = self.logits(act)? else {
             // Room for what rank 0 draws.
-            let choices = self.device.pool.take(draws.len() * CHOICE_WORDS * 4)?;
-            self.device.drawn = Some((drew(draws), Rc::new(choices)));
+            self.device.drawn = Some((drew(draws), choices));
             return Ok(None);
         };
-        let mut words = Vec::with_capacity(draws.len() * RULE_WORDS);
+        let mut words = Vec::with_capacity(act.rows * RULE_WORDS);
         for draw in draws {
             match draw {
                 Draw::Token(rule) if rule.is_greedy() => words.extend([1, 0, 0, 0]),
@@ -153,21 +205,21 @@ impl<'a, D: Driver> CudaStep<'a, D> {
                 _ => words.extend([0; RULE_WORDS]),
             }
         }
+        words.resize(act.rows * RULE_WORDS, 0);
         let rules = self.device.pool.send(&words)?;
-        let choices = self.device.pool.take(draws.len() * CHOICE_WORDS * 4)?;
         let args = DrawArgs {
             logits: logits.address,
             rules: rules.address,
             out: choices.address,
             width: width as u32,
         };
-        self.device.launch("draw_rows", [draws.len() as u32, 1, 1], DRAW_THREADS, 0, &args)?;
+        self.device.launch("draw_rows", [act.rows as u32, 1, 1], DRAW_THREADS, 0, &args)?;
         let on_host = |draw: &Draw| match draw {
             Draw::Logits => true,
             Draw::Token(rule) => !rule.is_greedy() && rule.filters(),
         };
         let rows = if draws.iter().any(on_host) {
-            let fetched = Fetched::of(self.device, logits.address, act.rows * width * 4)?;
+            let fetched = Fetched::of(self.device, logits.address, act.asked * width * 4)?;
             Some(fetched)
         } else {
             None
@@ -185,14 +237,22 @@ impl<'a, D: Driver> CudaStep<'a, D> {
                     _ => [0, 0],
                 })
                 .collect();
-            let sent = self.device.pool.send(&words)?;
-            self.device.drawn = Some((drew(draws), Rc::new(sent)));
+            self.device.pool.put(&words, &choices)?;
+            self.device.drawn = Some((drew(draws), choices));
             return Ok(Some(drawing));
         }
-        let choices = Rc::new(choices);
         drawing.choices = Some(Fetched::of(self.device, choices.address, draws.len() * CHOICE_WORDS * 4)?);
         self.device.drawn = Some((drew(draws), choices));
         Ok(Some(drawing))
+    }
+
+    /// Room for what so many rows draw.
+    fn choices(&mut self, rows: usize) -> Result<Rc<Buffer<D>>, BackendError> {
+        let bytes = rows.next_power_of_two().max(ROWS_MAX) * CHOICE_WORDS * 4;
+        match &self.device.choices {
+            Some(choices) if choices.bytes() >= bytes => Ok(choices.clone()),
+            _ => Ok(self.device.choices.insert(Rc::new(self.device.pool.take(bytes)?)).clone()),
+        }
     }
 
     /// Logits of the whole vocabulary in f32, with its size; on rank 0 only.
@@ -226,10 +286,10 @@ pub(crate) struct Fetched<D: Driver> {
 impl<D: Driver> Fetched<D> {
     /// Queued behind all work so far; `from` may be reused by what is queued later.
     pub(crate) fn of(device: &Device<D>, from: u64, bytes: usize) -> Result<Self, BackendError> {
-        let driver = device.driver();
+        let queue = device.queue();
         let mut host = device.pool.pinned(bytes)?;
-        driver.to_host(Lane::Compute, &mut host, 0, from, bytes)?;
-        Ok(Fetched { host, bytes, arrived: driver.record(Lane::Compute)? })
+        queue.to_host(Lane::Compute, &mut host, 0, from, bytes)?;
+        Ok(Fetched { host, bytes, arrived: queue.record(Lane::Compute)? })
     }
 
     /// Waits for them.
@@ -312,6 +372,7 @@ impl<D: Driver + Open> Step for CudaStep<'_, D> {
             }
             Ok(out)
         })
+        .asked(self.asked)
     }
 
     fn resume(&mut self, hidden: CudaAct<D>) -> CudaAct<D> {
@@ -327,6 +388,7 @@ impl<D: Driver + Open> Step for CudaStep<'_, D> {
             step.device.each(step.device.of_type("norm_f32", "norm_bf16"), x.rows, &args)?;
             Ok(out)
         })
+        .asked(x.asked)
     }
 
     fn linear(&mut self, x: &CudaAct<D>, weight: &CudaWeight<D>) -> CudaAct<D> {
@@ -335,7 +397,7 @@ impl<D: Driver + Open> Step for CudaStep<'_, D> {
             _ => 1,
         };
         if self.fault.is_some() {
-            return CudaAct::blank(x.rows, outputs);
+            return CudaAct::blank(x.rows, outputs).asked(x.asked);
         }
         let checked = match &*weight.0 {
             Kind::Product(matrix) if matrix.inputs == x.width => x.buffer(self.device),
@@ -348,12 +410,13 @@ impl<D: Driver + Open> Step for CudaStep<'_, D> {
         match checked {
             Ok(buffer) => CudaAct {
                 rows: x.rows,
+                asked: x.asked,
                 width: outputs,
                 state: State::Product { x: buffer, weight: weight.0.clone() },
             },
             Err(error) => {
                 self.fault = Some(error);
-                CudaAct::blank(x.rows, outputs)
+                CudaAct::blank(x.rows, outputs).asked(x.asked)
             }
         }
     }
@@ -367,6 +430,7 @@ impl<D: Driver + Open> Step for CudaStep<'_, D> {
             let (left, right) = (x.buffer(step.device)?, y.buffer(step.device)?);
             step.device.add(left.address, right.address, x.rows, x.width, false)
         })
+        .asked(x.asked)
     }
 
     fn glu(&mut self, x: CudaAct<D>, kind: Glu) -> CudaAct<D> {
@@ -378,20 +442,26 @@ impl<D: Driver + Open> Step for CudaStep<'_, D> {
             let from = x.buffer(step.device)?;
             step.device.glu(from.address, x.rows, x.width / 2)
         })
+        .asked(x.asked)
     }
 
     fn rows(&mut self, x: CudaAct<D>, rows: &[u32]) -> CudaAct<D> {
-        if let Some(row) = rows.iter().find(|row| **row as usize >= x.rows) {
-            let reason = format!("row {row} of {}", x.rows);
+        if let Some(row) = rows.iter().find(|row| **row as usize >= x.asked) {
+            let reason = format!("row {row} of {}", x.asked);
             self.fault.get_or_insert(BackendError::Device(reason));
         }
-        self.queue(rows.len(), x.width, |step| {
+        let mut which = rows.to_vec();
+        if self.generates {
+            which.resize(padded(rows.len()), 0);
+        }
+        self.queue(which.len(), x.width, |step| {
             let from = x.buffer(step.device)?;
-            let which = step.device.pool.send(rows)?;
-            let out = step.device.elements(rows.len() * x.width)?;
-            step.device.gather(from.address, which.address, rows.len(), x.width, out.address)?;
+            let sent = step.device.pool.send(&which)?;
+            let out = step.device.elements(which.len() * x.width)?;
+            step.device.gather(from.address, sent.address, which.len(), x.width, out.address)?;
             Ok(out)
         })
+        .asked(rows.len())
     }
 
     fn all_reduce(&mut self, x: CudaAct<D>) -> CudaAct<D> {
@@ -412,6 +482,7 @@ impl<D: Driver + Open> Step for CudaStep<'_, D> {
             }
             Ok(sums)
         })
+        .asked(x.asked)
     }
 
     fn bias(&mut self, x: CudaAct<D>, bias: &CudaWeight<D>) -> CudaAct<D> {
@@ -420,10 +491,12 @@ impl<D: Driver + Open> Step for CudaStep<'_, D> {
             let from = x.buffer(step.device)?;
             step.device.add(from.address, bias, x.rows, x.width, true)
         })
+        .asked(x.asked)
     }
 
     fn attend(&mut self, layer: usize, qkv: CudaAct<D>, attend: &Attend<'_, Device<D>>) -> CudaAct<D> {
         self.queue(qkv.rows, attend.heads * attend.head_dim, |step| step.attention(layer, &qkv, attend))
+            .asked(qkv.asked)
     }
 
     /// Keys and values of all heads are made from the latents of the whole context.
@@ -435,10 +508,11 @@ impl<D: Driver + Open> Step for CudaStep<'_, D> {
         mla: &Mla<'_, Device<D>>,
     ) -> CudaAct<D> {
         self.queue(q.rows, mla.heads * mla.value_dim, |step| step.latent_attention(layer, &q, &kv, mla))
+            .asked(q.asked)
     }
 
     fn moe(&mut self, x: &CudaAct<D>, moe: &Moe<'_, Device<D>>) -> CudaAct<D> {
-        let act = self.queue(x.rows, x.width, |step| step.experts(x, moe));
+        let act = self.queue(x.rows, x.width, |step| step.experts(x, moe)).asked(x.asked);
         match act.state {
             State::Ready(sums) if self.device.ranks.is_some() => {
                 CudaAct { state: State::Partial(sums), ..act }
@@ -463,7 +537,7 @@ impl<D: Driver + Open> Step for CudaStep<'_, D> {
             self.leave(fault);
         }
         let lost = self.device.ranks.as_ref().map_or_else(Lost::never, |ranks| ranks.lost());
-        let ended = self.device.driver().record(Lane::Compute);
+        let ended = self.device.queue().record(Lane::Compute);
         match ended {
             Ok(ended) => Box::new(Running { outcome, ended, lost, driver: self.device.driver().clone() }),
             Err(error) => Box::new(Failed(error)),
@@ -480,11 +554,11 @@ impl<D: Driver + Open> CudaStep<'_, D> {
             Out::Nothing => Outcome::Nothing,
             Out::Hidden(act) => {
                 let buffer = act.buffer(self.device)?;
-                Outcome::Hidden(CudaAct { rows: act.rows, width: act.width, state: State::Ready(buffer) })
+                Outcome::Hidden(CudaAct { state: State::Ready(buffer), ..act })
             }
             Out::Logits(act) => {
                 let Some((logits, width)) = self.logits(&act)? else { return Ok(Outcome::Nothing) };
-                Outcome::Logits(Fetched::of(self.device, logits.address, act.rows * width * 4)?)
+                Outcome::Logits(Fetched::of(self.device, logits.address, act.asked * width * 4)?)
             }
             Out::Draw(act, draws) => self.draw(&act, &draws)?.map_or(Outcome::Nothing, Outcome::Drawing),
         })
