@@ -228,9 +228,16 @@ mod tests {
         ] {
             assert_eq!(of(&config), Err(format!("c: quantization_config.{error}")), "{config}");
         }
-        assert_eq!(
-            read(r#"{"quantization": {"group_size": 32, "bits": 4, "mode": "mxfp4"}}"#),
-            Err("c: quantization.mode: \"mxfp4\" is not supported (known: affine)".into())
-        );
+        // MLX's other modes, of all tensors or of one.
+        for (mode, bits, group) in [("mxfp4", 4, 32), ("nvfp4", 4, 16), ("mxfp8", 8, 32)] {
+            let numbers = format!(r#""group_size": {group}, "bits": {bits}, "mode": "{mode}""#);
+            let error = |place: &str| {
+                Err(format!("c: quantization.{place}: \"{mode}\" is not supported (known: affine)"))
+            };
+            assert_eq!(read(&format!(r#"{{"quantization": {{{numbers}}}}}"#)), error("mode"));
+            let one =
+                format!(r#"{{"quantization": {{"bits": 4, "group_size": 64, "lm_head": {{{numbers}}}}}}}"#);
+            assert_eq!(read(&one), error("lm_head.mode"));
+        }
     }
 }

@@ -105,6 +105,7 @@ impl Backend for MlxBackend {
     type Step<'a> = MlxStep<'a>;
 
     fn open(options: &DeviceOptions, group: Group) -> Result<Self, BackendError> {
+        platform::check()?;
         let mut backend = MlxBackend {
             dtype: options.dtype,
             block_tokens: options.block_tokens,

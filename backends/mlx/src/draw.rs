@@ -169,8 +169,9 @@ impl Draws {
 
 /// `[rows]` int32 as [`Flight`] has them. `x = [rows, vocabulary]`.
 fn ids(x: &Array, rules: &[Rule], fused: &mut Fused) -> Recorded {
-    let (greatest, least) = (x.max_axis(-1, true)?, x.min_axis(-1, true)?);
     let mut ids = argmax_axis(x, -1, true)?;
+    // The greatest as comparisons find it, which pass over NaN; the least is NaN where any logit is. Two passes, not three.
+    let (greatest, least) = (take_along_axis(x, &ids, -1)?, x.min_axis(-1, true)?);
     if !rules.iter().all(Rule::is_greedy) {
         let warm: Vec<bool> = rules.iter().map(|rule| !rule.is_greedy()).collect();
         let wide = x.as_dtype(Dtype::Float32)?;

@@ -69,6 +69,8 @@ pub fn specification<'a>(ranks: impl IntoIterator<Item = (&'a str, &'a str)>) ->
 /// The group of this process.
 #[derive(Debug)]
 pub(crate) struct Fabric {
+    /// Never freed: the last owner's destructor, which runs when the process exits, tells the ring's threads to end without
+    /// their lock, so that one about to sleep is not woken, and waits for it for ever.
     group: mlx_sys::mlx_distributed_group,
     stream: Stream,
     rank: usize,
@@ -160,13 +162,6 @@ impl Fabric {
     /// A failure of a step of this group: most likely the group's.
     pub(crate) fn lost(&self, reason: String) -> BackendError {
         lost(self.rank, self.world, reason)
-    }
-}
-
-impl Drop for Fabric {
-    fn drop(&mut self) {
-        // SAFETY: our handle, freed once; MLX itself keeps the group.
-        unsafe { mlx_sys::mlx_distributed_group_free(self.group) };
     }
 }
 

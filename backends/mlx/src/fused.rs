@@ -54,7 +54,7 @@ fn silu((gate, up): (&Array, &Array)) -> Result<Array, Exception> {
     gate.multiply(ops::sigmoid(gate)?)?.multiply(up)
 }
 
-/// MLX's greatest and least are NaN where any logit is.
+/// `least` is NaN where any logit is.
 fn judge((top, greatest, least): (&Array, &Array, &Array)) -> Result<Array, Exception> {
     let [greatest, least] = [greatest.as_dtype(Dtype::Float32)?, least.as_dtype(Dtype::Float32)?];
     // Two finite numbers of f32 may be further apart than f32 goes: each is looked at by itself.

@@ -39,8 +39,10 @@ pub use lease::{MlxExport, MlxLanding};
 pub use step::{MlxAct, MlxStep};
 pub use weight::MlxWeight;
 
-/// Whether `weights` and a cache of `kv` bytes fit into the memory that the GPU may use, before any of it is read. Errors with
-/// the sums, and the setting that binds. Weights that grow as they are loaded are found out when the cache is made.
+/// Whether the device works, and `weights` and a cache of `kv` bytes fit into the memory that it may use, before any of it is
+/// read. Errors with the sums, and the setting that binds. Weights that grow as they are loaded are found out when the cache is
+/// made.
 pub fn fits(weights: u64, kv: u64) -> Result<(), backend::BackendError> {
+    platform::check()?;
     platform::fits(weights, kv, platform::limit())
 }

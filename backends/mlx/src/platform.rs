@@ -4,6 +4,9 @@
 use std::process::{Command, Stdio};
 
 use backend::BackendError;
+use mlx_rs::ops;
+
+use crate::graph::Failure;
 
 /// Whether quantised products sum in f32 when activations are 16 bits wide. Metal's kernels do; the CPU library adds up in
 /// the type of the activations.
@@ -14,6 +17,21 @@ pub(crate) const GATHERS_NARROW: bool = cfg!(target_vendor = "apple");
 
 /// The device in words.
 pub(crate) const DEVICE: &str = if cfg!(target_vendor = "apple") { "metal" } else { "mlx's cpu library" };
+
+/// Whether the device computes at all. Errors name `mlx.metallib` where that is missing: MLX's kernels for Metal, which lie
+/// where it was built, and beside the executable on other machines.
+pub(crate) fn check() -> Result<(), BackendError> {
+    let tried = ops::ones::<f32>(&[2]).and_then(|x| x.sum(None)).and_then(|x| x.eval());
+    tried.map_err(|error| no_device(&Failure::from(error).0))
+}
+
+fn no_device(reason: &str) -> BackendError {
+    let remedy = match reason.contains("metallib") {
+        true => "; copy mlx.metallib from the machine that built this, to where the executable lies",
+        false => "",
+    };
+    BackendError::Unavailable { backend: "mlx", reason: format!("{reason}{remedy}") }
+}
 
 /// Lets the GPU keep as much memory as this machine gives it, and the machine awake while this process lives. Returns the
 /// bytes; `None` where nothing but the system's memory bounds them.
@@ -93,6 +111,15 @@ mod tests {
         let command = awake(4711);
         assert_eq!(command.get_program(), "caffeinate");
         assert!(command.get_args().eq(["-i", "-s", "-w", "4711"]));
+    }
+
+    /// A device that computes is passed; a copied executable without MLX's kernels says what to copy.
+    #[test]
+    fn a_missing_metallib_is_named() {
+        check().unwrap();
+        let error = no_device("Failed to load the default metallib. library not found").to_string();
+        assert!(error.contains("copy mlx.metallib"), "{error}");
+        assert!(!no_device("no GPU").to_string().contains("metallib"));
     }
 
     /// Only Apple's GPUs share memory that has to be claimed.

@@ -9,35 +9,64 @@ mod compare;
 #[allow(dead_code)]
 mod fixture;
 
-use std::net::TcpListener;
+use std::net::SocketAddr;
+use std::ops::Range;
 use std::process::{Child, Command, Output, Stdio};
+use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use backend::conformance::{QUANTS, Suite, Tolerance};
 use backend::{
-    Backend, BackendError, Batch, DType, DeviceOptions, Group, KvSpec, Links, Out, SeqId, Step, TensorView,
-    WeightSource,
+    Backend, BackendError, Batch, DType, DeviceOptions, Group, KvSpec, Links, Out, Output as Done, SeqId,
+    Step, TensorView, WeightSource,
 };
 use backend_mlx::MlxBackend;
 use models::replay::Rank;
+use socket2::{Domain, Socket, Type};
 
 use crate::compare::{Limits, check};
-use crate::fixture::Fixture;
+use crate::fixture::{Fixture, Prompt};
 
 /// What a rank is told: what to do, its number, and where all ranks are.
 const TASK: &str = "TEST_GROUP_TASK";
 const RANK: &str = "MLX_RANK";
 const SPECIFICATION: &str = "TEST_GROUP_SPECIFICATION";
 
-/// A rank that does not end by then never will.
+/// Ranks that have not ended by then never will.
 const PATIENCE: Duration = Duration::from_secs(240);
+/// How long the other ranks may take to end after one has failed; MLX lets them wait for it for ever.
+const AFTER_A_FAILURE: Duration = Duration::from_secs(20);
 
-/// Starts `world` ranks that all do `task`.
-fn start(task: &str, world: usize) -> Vec<Child> {
-    let listeners: Vec<TcpListener> = (0..world).map(|_| TcpListener::bind("127.0.0.1:0").unwrap()).collect();
-    let addresses: Vec<String> =
-        listeners.iter().map(|listener| listener.local_addr().unwrap().to_string()).collect();
-    drop(listeners);
+/// Ports that the system gives nobody by itself: a stranger that still dials whoever had one before would be taken for a rank.
+const PORTS: Range<u16> = 20_000..30_000;
+
+/// A port of this machine for a rank. Held while the value lives: bound in the way in which MLX binds it, too, and not
+/// listening.
+fn held_port() -> Socket {
+    let seed = std::time::UNIX_EPOCH.elapsed().unwrap().subsec_nanos() as usize;
+    let mut ports = PORTS.cycle().skip(seed % PORTS.len()).take(PORTS.len());
+    ports.find_map(bound).expect("a free port")
+}
+
+fn bound(port: u16) -> Option<Socket> {
+    let address = SocketAddr::from(([127, 0, 0, 1], port)).into();
+    let socket = || Socket::new(Domain::IPV4, Type::STREAM, None).unwrap();
+    // Shared with nobody until now.
+    socket().bind(&address).ok()?;
+    let shared = socket();
+    shared.set_reuse_address(true).unwrap();
+    shared.set_reuse_port(true).unwrap();
+    shared.bind(&address).ok()?;
+    Some(shared)
+}
+
+/// Runs `world` ranks that all do `task`, to their end. One group at a time: each keeps several cores busy with waiting.
+fn run(task: &str, world: usize) -> Vec<Output> {
+    static ALONE: Mutex<()> = Mutex::new(());
+    let _alone = ALONE.lock().unwrap_or_else(PoisonError::into_inner);
+    let ports: Vec<Socket> = (0..world).map(|_| held_port()).collect();
+    let address = |port: &Socket| port.local_addr().unwrap().as_socket().unwrap().to_string();
+    let addresses: Vec<String> = ports.iter().map(address).collect();
     let specification = backend_mlx::specification(addresses.iter().map(|address| (address.as_str(), "")));
     let rank = |rank: usize| {
         let file = format!("{}/{task}-{}-{rank}.json", env!("CARGO_TARGET_TMPDIR"), std::process::id());
@@ -47,36 +76,44 @@ fn start(task: &str, world: usize) -> Vec<Child> {
             .env(RANK, rank.to_string())
             .env("MLX_HOSTFILE", &file)
             .env("MLX_IBV_DEVICES", &file)
+            // Ranks of one machine would compile into the same files at the same time.
+            .env("MLX_DISABLE_COMPILE", "1")
             .env(SPECIFICATION, &specification)
             .stdout(Stdio::piped())
             .stderr(Stdio::piped())
             .spawn()
             .unwrap()
     };
-    (0..world).map(rank).collect()
-}
-
-/// Waits for a rank; whatever is left after [`PATIENCE`] is killed.
-fn end(mut child: Child, begun: Instant) -> Output {
-    while child.try_wait().unwrap().is_none() {
-        if begun.elapsed() > PATIENCE {
-            child.kill().unwrap();
+    let mut ranks: Vec<Child> = (0..world).map(rank).collect();
+    let (begun, mut failed) = (Instant::now(), None);
+    loop {
+        let ends: Vec<_> = ranks.iter_mut().map(|rank| rank.try_wait().unwrap()).collect();
+        if ends.iter().flatten().any(|status| !status.success()) {
+            failed.get_or_insert_with(Instant::now);
+        }
+        let hopeless = failed.is_some_and(|failed| failed.elapsed() > AFTER_A_FAILURE);
+        if ends.iter().all(Option::is_some) {
+            break;
+        }
+        if hopeless || begun.elapsed() > PATIENCE {
+            ranks.iter_mut().for_each(|rank| rank.kill().unwrap());
             break;
         }
         std::thread::sleep(Duration::from_millis(20));
     }
-    child.wait_with_output().unwrap()
+    ranks.into_iter().map(|rank| rank.wait_with_output().unwrap()).collect()
+}
+
+/// What a rank said.
+fn said(output: &Output) -> String {
+    let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
+    format!("{}:\n{}{}", output.status, text(&output.stdout), text(&output.stderr))
 }
 
 fn all_succeed(task: &str, world: usize) {
-    let begun = Instant::now();
-    let outputs: Vec<Output> = start(task, world).into_iter().map(|child| end(child, begun)).collect();
+    let outputs = run(task, world);
     // One rank's failure is the others': all of them are shown.
-    let said = |(rank, output): (usize, &Output)| {
-        let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
-        format!("rank {rank}, {}:\n{}{}", output.status, text(&output.stdout), text(&output.stderr))
-    };
-    let all: Vec<String> = outputs.iter().enumerate().map(said).collect();
+    let all: Vec<String> = outputs.iter().map(said).collect();
     assert!(outputs.iter().all(|output| output.status.success()), "{task}\n{}", all.join("\n"));
 }
 
@@ -99,13 +136,9 @@ fn two_ranks_are_the_reference() {
 /// The rank that is left gets an error instead of numbers.
 #[test]
 fn a_lost_rank_ends_the_steps_of_the_other() {
-    let begun = Instant::now();
-    let mut ranks = start("lose", 2);
-    let (last, first) = (ranks.pop().unwrap(), ranks.pop().unwrap());
-    assert!(!end(last, begun).status.success(), "rank 1 ended by itself");
-    let output = end(first, begun);
-    let text = String::from_utf8_lossy(&output.stdout).into_owned();
-    assert!(output.status.success(), "{text}{}", String::from_utf8_lossy(&output.stderr));
+    let outputs = run("lose", 2);
+    assert!(!outputs[1].status.success(), "rank 1 ended by itself");
+    assert!(outputs[0].status.success(), "{}", said(&outputs[0]));
 }
 
 /// One rank; only as a process of its own.
@@ -149,7 +182,8 @@ fn conforms() {
     }
 }
 
-/// Prompt and generated tokens of a model split in two, against the logits of Hugging Face transformers.
+/// Prompts and generated tokens of a model split in two, against the logits of Hugging Face transformers. All prompts of a
+/// model are computed side by side: a third of the steps, and rows of several lengths.
 fn is_the_reference() {
     for (case, dtype) in [
         ("llama-base-s1", DType::F32),
@@ -159,33 +193,60 @@ fn is_the_reference() {
         ("qwen3_moe-mlx", DType::F32),
         ("llama-gqa_tied-s1", DType::BF16),
     ] {
-        let fixture = Fixture::open(case);
+        let (begun, fixture) = (Instant::now(), Fixture::open(case));
         let options = DeviceOptions { dtype, threads: 1, block_tokens: 16, ..DeviceOptions::default() };
-        for (i, prompt) in fixture.prompts.iter().enumerate() {
-            let (seq, len) = (SeqId(1), prompt.prompt.len());
-            let tokens = len + prompt.greedy.len();
-            let mut rank = Rank::<MlxBackend>::open(&options, group(), &fixture.checkpoint, tokens).unwrap();
-            rank.begin(seq, tokens).unwrap();
-            let mut logits: Vec<f32> =
-                rank.feed(seq, 0, &prompt.prompt, 64).unwrap().into_iter().flatten().collect();
-            for (at, id) in (len as u32..).zip(&prompt.greedy[..prompt.greedy.len() - 1]) {
-                logits.extend(rank.feed(seq, at, &[*id], 1).unwrap().into_iter().flatten());
-            }
-            if group().rank > 0 {
-                assert!(logits.is_empty());
-                continue;
-            }
+        let room = fixture.prompts.iter().map(|prompt| (prompt.prompt.len() + prompt.greedy.len()).max(64));
+        let mut rank =
+            Rank::<MlxBackend>::open(&options, group(), &fixture.checkpoint, 2 * room.sum::<usize>())
+                .unwrap();
+        let got = side_by_side(&mut rank, &fixture.prompts);
+        println!("{case}, {dtype}: {:.1?}", begun.elapsed());
+        if group().rank > 0 {
+            assert!(got.iter().all(Vec::is_empty));
+            continue;
+        }
+        for (i, (prompt, got)) in fixture.prompts.iter().zip(&got).enumerate() {
             let limits = match dtype {
                 DType::F32 => Limits::f32(),
                 _ => Limits::bf16(prompt.bf16_kl_median),
             };
             let what = format!("{case} {dtype} p{i} on two ranks");
-            check(&what, &fixture.logits(i), &logits, fixture.vocab(), &limits);
+            check(&what, &fixture.logits(i), got, fixture.vocab(), &limits);
         }
     }
 }
 
-/// Rank 1 kills itself after some steps; rank 0 must be told so by the step in which it is missing.
+/// Per prompt the logits after it and after every id of its answer but the last; nothing on other ranks than 0.
+fn side_by_side(rank: &mut Rank<MlxBackend>, prompts: &[Prompt]) -> Vec<Vec<f32>> {
+    for (i, prompt) in prompts.iter().enumerate() {
+        rank.begin(SeqId(i as u64), prompt.prompt.len() + prompt.greedy.len()).unwrap();
+    }
+    let mut logits = vec![Vec::new(); prompts.len()];
+    for step in 0..prompts.iter().map(|prompt| prompt.greedy.len()).max().unwrap() {
+        let (mut batch, mut fed) = (Batch::default(), Vec::new());
+        for (i, prompt) in prompts.iter().enumerate().filter(|(_, prompt)| step < prompt.greedy.len()) {
+            fed.push(i);
+            match step {
+                0 => batch.push(SeqId(i as u64), 0, &prompt.prompt),
+                _ => {
+                    let at = (prompt.prompt.len() + step - 1) as u32;
+                    batch.push(SeqId(i as u64), at, &[prompt.greedy[step - 1]]);
+                }
+            }
+        }
+        let mut step = rank.backend.step(&mut rank.kv, &batch);
+        let rows = rank.model.forward(&mut step, &batch.last_rows(), &mut |_, _| {});
+        if let Done::Logits(rows) = step.submit(Out::Logits(rows)).wait().unwrap() {
+            let each = rows.len() / fed.len();
+            fed.iter().zip(rows.chunks_exact(each)).for_each(|(i, row)| logits[*i].extend_from_slice(row));
+        }
+    }
+    logits
+}
+
+/// Rank 1 kills itself after some steps; rank 0 must be told so by the first sum in which it is missing. One sum a step: after
+/// the first that fails, MLX goes on to the next ones of the step, and where only one of its two sockets is closed by then,
+/// that waits for ever for the thread of the other. (Serving survives it: the engine's watchdog starts such a rank anew.)
 fn loses() {
     let group = group();
     let rank = group.rank;
@@ -203,7 +264,7 @@ fn loses() {
         let mut step = backend.step(&mut kv, &batch);
         let x = step.embed(&table);
         let x = step.all_reduce(x);
-        step.submit(Out::Logits(x)).wait().map(drop)
+        step.submit(Out::Hidden(x)).wait().map(drop)
     };
     for _ in 0..3 {
         step().unwrap();
