@@ -88,9 +88,19 @@ fn described(name: String, ip: IpAddr) -> Interface {
     Interface { name, ip, mtu, mbps, wireless }
 }
 
-/// The interface by which this machine reaches `address` (`host:port`). Sends nothing.
+/// The interface by which this machine reaches `address` (`host:port`); a name is looked up. Sends nothing.
 pub fn toward(address: &str, interfaces: &[Interface]) -> Option<Interface> {
-    let peer = address.to_socket_addrs().ok()?.next()?;
+    route(address.to_socket_addrs().ok()?.next()?, interfaces)
+}
+
+/// The interface by which this machine reaches `peer`: loopback, where the address is its own. Sends nothing.
+pub fn route(peer: SocketAddr, interfaces: &[Interface]) -> Option<Interface> {
+    let loopback = || interfaces.iter().find(|interface| interface.ip.is_loopback()).cloned();
+    if interfaces.iter().any(|interface| interface.ip == peer.ip())
+        && let Some(loopback) = loopback()
+    {
+        return Some(loopback);
+    }
     let any: SocketAddr = match peer {
         SocketAddr::V4(_) => (Ipv4Addr::UNSPECIFIED, 0).into(),
         SocketAddr::V6(_) => (Ipv6Addr::UNSPECIFIED, 0).into(),
@@ -99,6 +109,25 @@ pub fn toward(address: &str, interfaces: &[Interface]) -> Option<Interface> {
     socket.connect(peer).ok()?;
     let local = socket.local_addr().ok()?.ip();
     interfaces.iter().find(|interface| interface.ip == local).cloned()
+}
+
+/// The port that an interface sends by: itself, or the one below it where it is a VLAN, a macvlan or a bridge with a single port.
+pub fn port(name: &str) -> String {
+    let mut name = name.to_owned();
+    // Layers on one another: a VLAN of a bridge of a port.
+    for _ in 0..4 {
+        let below = std::fs::read_dir(format!("/sys/class/net/{name}")).into_iter().flatten().flatten();
+        let lower = |entry: std::fs::DirEntry| {
+            entry.file_name().to_str().and_then(|file| file.strip_prefix("lower_")).map(str::to_owned)
+        };
+        let mut below = below.filter_map(lower);
+        match (below.next(), below.next()) {
+            (Some(one), None) => name = one,
+            // Several ports that act as one do so below us.
+            _ => break,
+        }
+    }
+    name
 }
 
 /// What is wrong with a link on `interface`, in words; a rate that fits a slow port counts where the port tells nothing.
@@ -133,6 +162,11 @@ mod tests {
         let loopback = all.iter().find(|interface| interface.ip == Ipv4Addr::LOCALHOST).expect("127.0.0.1");
         assert!(!loopback.reachable());
         assert_eq!(toward("127.0.0.1:9", &all).as_ref(), Some(loopback));
+        for own in all.iter().filter(|interface| interface.reachable()) {
+            let via = route(SocketAddr::new(own.ip, 9), &all).expect("a way to an address of its own");
+            assert!(via.ip.is_loopback(), "{own:?} by {via:?}");
+        }
+        assert_eq!(port("no such interface"), "no such interface");
         assert_eq!(faults(Some(loopback), Some(1e8)), Vec::<String>::new());
     }
 

@@ -9,6 +9,7 @@ pub mod path;
 mod pool;
 pub mod probe;
 mod push;
+mod stripe;
 
 use std::ops::Range;
 use std::sync::Arc;

@@ -46,33 +46,29 @@ impl From<FrameError> for Ungreeted {
     }
 }
 
-/// Connects a lane of a pair, whose payloads may go by `ways`. A push that was given up meanwhile is not waited for, but one
-/// round is made by the first lane: its receiver should hear of it, and not hold its reservation until the deadline.
+/// Connects a lane of a pair, whose payloads may go by `ways`: over its own path, and over the others where that fails; with `alone`
+/// over its own only. A push that was given up meanwhile is not waited for, but one round is made by the first lane: its
+/// receiver should hear of it, and not hold its reservation until the deadline.
 pub(super) fn connect(
     pair: &Pair,
     index: usize,
     pool: &Pool,
     ways: Ways,
+    alone: bool,
     until: Instant,
 ) -> Result<Connected, SessionError> {
     let path = &pair.paths[index];
     let mut backoff = BACKOFF_MIN;
     loop {
-        // Idle connections may have died unnoticed; each is tried once. They have agreed on a way already.
-        while ways == pool.limits.ways
-            && let Some((address, wire)) = pool.take_idle(&pair.addresses, path)
-        {
-            match greet(pair, index, &pool.limits, wire, until) {
-                Ok((wire, sending)) => return Ok(Connected { address, wire, sending }),
-                Err(Ungreeted { error, .. }) if retryable(&error) => {
-                    tracing::debug!(address, %error, "idle kv connection was gone")
-                }
-                Err(Ungreeted { error, .. }) => return Err(error),
-            }
-        }
         let mut last = SessionError::Connect { peer: pair.addresses.join(", "), reason: "no address".into() };
         let mut again = false;
-        for address in pool.order(&pair.addresses, path) {
+        let order = if alone { vec![path.clone()] } else { pool.order(&pair.addresses, path) };
+        for address in order {
+            match idle(pair, index, pool, ways, &address, until) {
+                Some(Err(error)) => return Err(error),
+                Some(Ok((wire, sending))) => return Ok(Connected { address, wire, sending }),
+                None => {}
+            }
             let left = until.saturating_duration_since(Instant::now());
             if left.is_zero() || (index > 0 && pair.over()) {
                 break;
@@ -108,6 +104,30 @@ pub(super) fn connect(
         }
         backoff = (backoff * 2).min(BACKOFF_MAX);
     }
+}
+
+/// An idle connection to `address` that the receiver has accepted. They may have died unnoticed; each is tried once. They have agreed
+/// on a way already.
+fn idle(
+    pair: &Pair,
+    index: usize,
+    pool: &Pool,
+    ways: Ways,
+    address: &str,
+    until: Instant,
+) -> Option<Result<(Wire, Sending), SessionError>> {
+    while ways == pool.limits.ways
+        && let Some(wire) = pool.take_idle(address)
+    {
+        match greet(pair, index, &pool.limits, wire, until) {
+            Ok(greeted) => return Some(Ok(greeted)),
+            Err(Ungreeted { error, .. }) if retryable(&error) => {
+                tracing::debug!(address, %error, "idle kv connection was gone")
+            }
+            Err(Ungreeted { error, .. }) => return Some(Err(error)),
+        }
+    }
+    None
 }
 
 /// Hello, challenge, proof, first credit.

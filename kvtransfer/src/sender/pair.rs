@@ -78,6 +78,8 @@ pub(super) struct Pair {
     pub addresses: Vec<String>,
     /// The address that each lane tries first.
     pub paths: Vec<String>,
+    /// What each lane's path carries, where it is known of all.
+    rates: Option<Vec<f64>>,
     pub parts: Vec<Part>,
     pub codec: Codec,
     pub opened: Instant,
@@ -117,7 +119,13 @@ impl Pair {
     ) -> Self {
         let lanes = paths.iter().map(|_| Lane::default()).collect();
         let state = Mutex::new(State { lanes, ..State::default() });
-        Pair { spec, addresses, paths, parts, codec, opened, tail: None, state, changed: Condvar::new() }
+        let (rates, tail, changed) = (None, None, Condvar::new());
+        Pair { spec, addresses, paths, rates, parts, codec, opened, tail, state, changed }
+    }
+
+    /// The same, of which it is known what the paths carry: a slower one then leaves the end of the queue to the others.
+    pub fn rated(self, rates: Option<Vec<f64>>) -> Self {
+        Pair { rates, ..self }
     }
 
     /// The same, of which it is known what is made last.
@@ -250,7 +258,9 @@ impl Pair {
         // A lane that lost a connection whose payloads went beside it comes back without that.
         let mut ways = pool.limits.ways;
         for turn in 0..=RESUMES_MAX {
-            let connected = match connect(self, index, pool, ways, until) {
+            // A lane beside the first is for its own path; once it has sent something, that has to get there.
+            let alone = turn == 0 && index > 0;
+            let connected = match connect(self, index, pool, ways, alone, until) {
                 Ok(connected) => connected,
                 // The other lanes carry everything, or have done so.
                 Err(_) if turn == 0 && (index > 0 || self.accepted()) => return Ok(None),

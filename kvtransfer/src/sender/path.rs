@@ -5,6 +5,7 @@ use std::collections::HashMap;
 use std::time::{Duration, Instant};
 
 use crate::interface::Interface;
+use crate::sender::stripe::{Candidate, together};
 
 /// Addresses that are remembered.
 const KNOWN_MAX: usize = 4096;
@@ -12,8 +13,14 @@ const KNOWN_MAX: usize = 4096;
 /// A path that has failed is the last choice for so long.
 const SHUNNED: Duration = Duration::from_secs(30);
 
-/// Paths are used together when they carry so much more than without the slowest of them.
+/// Paths by one port of this machine are used together when they carry so much more than without the slowest of them.
 const ADDS_UP: f64 = 1.15;
+
+/// A path that carries this part of its port's speed leaves no room for another one by that port.
+const FILLS: f64 = 0.75;
+
+/// Wi-Fi whose speed the system does not tell.
+const WIRELESS_BYTES_PER_S: f64 = 30e6;
 
 /// What is known of one address.
 #[derive(Clone, Debug, Default, PartialEq)]
@@ -32,14 +39,44 @@ pub struct Path {
     pub error: Option<String>,
     /// The interface of this machine that leads there.
     pub via: Option<Interface>,
+    /// The port that this interface sends by, see [`crate::interface::port`]; empty: there is no way.
+    pub port: Option<String>,
+}
+
+impl Path {
+    /// What it carries: as probed, or as its port's speed says.
+    pub fn carries(&self) -> Option<f64> {
+        let of = |via: &Interface| match (via.mbps, via.wireless) {
+            (0, true) => Some(WIRELESS_BYTES_PER_S),
+            (0, false) => None,
+            (mbps, _) => Some(f64::from(mbps) * 125e3),
+        };
+        self.bytes_per_s.or_else(|| of(self.via.as_ref()?))
+    }
+
+    /// Whether the port that leads there has room for more than this path carries, as far as it is known.
+    fn leaves_room(&self) -> bool {
+        let speed = self.via.as_ref().map_or(0.0, |via| f64::from(via.mbps) * 125e3);
+        speed == 0.0 || self.bytes_per_s.is_none_or(|rate| rate < speed * FILLS)
+    }
+
+    /// Whether it may be used beside `best`: it answers, and does not lead back to this machine while the other leaves it.
+    fn beside(&self, best: &Path) -> bool {
+        let home = |path: &Path| path.via.as_ref().is_some_and(|via| via.ip.is_loopback());
+        self.error.is_none()
+            && self.port.as_ref().is_none_or(|port| !port.is_empty())
+            && home(self) == home(best)
+    }
 }
 
 /// All that are known, and which sets of them add up.
 #[derive(Debug, Default)]
 pub struct Paths {
     known: HashMap<String, Path>,
-    /// By the receiver's first address: paths that are used together, best first.
-    stripes: HashMap<String, Vec<String>>,
+    /// By the receiver's first address: paths that were measured to add up, best first.
+    sums: HashMap<String, Vec<String>>,
+    /// By the receiver's first address: paths that are used together.
+    used: HashMap<String, Vec<String>>,
 }
 
 impl Paths {
@@ -78,7 +115,7 @@ impl Paths {
 
     /// Whether `address` is used together with others.
     pub fn striped(&self, address: &str) -> bool {
-        self.stripes.values().any(|set| set.len() > 1 && set.iter().any(|path| path == address))
+        self.used.values().any(|set| set.len() > 1 && set.iter().any(|path| path == address))
     }
 
     /// `addresses` from the best to the worst: those that have not just failed, then the faster (differences below a
@@ -89,8 +126,7 @@ impl Paths {
         order.sort_by_cached_key(|address| {
             let path = self.known.get(*address);
             let shunned = self.shunned(address, now);
-            let rate =
-                path.and_then(|path| path.bytes_per_s).map_or(0, |rate| (rate.max(1.0).log2() * 4.0) as i64);
+            let rate = path.and_then(Path::carries).map_or(0, |rate| (rate.max(1.0).log2() * 4.0) as i64);
             let rtt = path.and_then(|path| path.rtt).unwrap_or(Duration::MAX);
             let reached = path.is_some_and(|path| path.reached);
             (shunned, *address != first, Reverse(reached), Reverse(rate), rtt)
@@ -104,28 +140,45 @@ impl Paths {
         failed.filter(|at| now.saturating_duration_since(*at) < SHUNNED)
     }
 
-    /// The paths to use together: those found to add up, of which none has just failed, or the best one.
-    pub fn stripe(&self, addresses: &[String], now: Instant) -> Vec<String> {
+    /// The paths to use together, the best first: see [`together`]. Of those that have just failed none, unless all have.
+    pub fn stripe(&mut self, addresses: &[String], now: Instant) -> Vec<String> {
         let Some(given) = addresses.first() else { return vec![String::new()] };
-        let together = self.stripes.get(given).map_or(&[][..], Vec::as_slice);
-        let usable = |path: &&String| addresses.contains(path) && self.shunned(path, now).is_none();
-        let together: Vec<String> = together.iter().filter(usable).cloned().collect();
-        if together.is_empty() { self.order(addresses, &String::new(), now)[..1].to_vec() } else { together }
+        let order = self.order(addresses, &String::new(), now);
+        let unknown = Path::default();
+        let path = |address: &String| self.known.get(address).unwrap_or(&unknown);
+        let best = path(&order[0]);
+        let usable = |address: &&String| self.shunned(address, now).is_none() && path(address).beside(best);
+        let others: Vec<&String> = order[1..].iter().filter(usable).collect();
+        let sums = self.sums.get(given);
+        let candidate = |address: &String| Candidate {
+            port: path(address).port.clone(),
+            bytes_per_s: path(address).carries(),
+            adds: sums.is_some_and(|set| set.contains(&order[0]) && set.contains(address)),
+        };
+        let usable: Vec<&String> = std::iter::once(&order[0]).chain(others).collect();
+        let candidates: Vec<Candidate> = usable.iter().map(|address| candidate(address)).collect();
+        let stripe: Vec<String> =
+            together(&candidates).into_iter().map(|index| usable[index].clone()).collect();
+        if self.used.len() < KNOWN_MAX || self.used.contains_key(given) {
+            self.used.insert(given.clone(), stripe.clone());
+        }
+        stripe
     }
 
-    /// Decides which paths to a receiver are used together. `sums`: the rate of the best path alone, of the best two at
+    /// Remembers which paths to a receiver add up, whatever ports they leave by. `rates`: of the best path alone, of the best two at
     /// once, and so on, as they were measured.
-    pub fn decide(&mut self, addresses: &[String], ordered: &[String], sums: &[f64]) {
+    pub fn measured(&mut self, addresses: &[String], ordered: &[String], rates: &[f64]) {
         let Some(given) = addresses.first() else { return };
         let mut best = 1.min(ordered.len());
-        for (count, pair) in (2..).zip(sums.windows(2)) {
-            if pair[1] < pair[0] * ADDS_UP {
+        let room = ordered.first().and_then(|path| self.known.get(path)).is_none_or(Path::leaves_room);
+        for (count, pair) in (2..).zip(rates.windows(2)) {
+            if !room || pair[1] < pair[0] * ADDS_UP {
                 break;
             }
             best = count;
         }
-        if self.stripes.len() < KNOWN_MAX || self.stripes.contains_key(given) {
-            self.stripes.insert(given.clone(), ordered[..best.min(ordered.len())].to_vec());
+        if self.sums.len() < KNOWN_MAX || self.sums.contains_key(given) {
+            self.sums.insert(given.clone(), ordered[..best.min(ordered.len())].to_vec());
         }
     }
 }
@@ -165,16 +218,66 @@ mod tests {
     }
 
     #[test]
-    fn paths_are_used_together_only_where_they_add_up() {
+    fn paths_by_one_port_are_used_together_only_where_they_add_up() {
         let now = Instant::now();
         let mut paths = Paths::default();
         let all = names(&["a", "b", "c"]);
         assert_eq!(paths.stripe(&all, now), names(&["a"]));
-        paths.decide(&all, &all, &[1.2e9, 2.3e9, 2.35e9]);
+        paths.measured(&all, &all, &[1.2e9, 2.3e9, 2.35e9]);
         assert_eq!(paths.stripe(&all, now), names(&["a", "b"]));
+        assert!(paths.striped("b") && !paths.striped("c"));
         paths.note("a", false, now);
         assert_eq!(paths.stripe(&all, now), names(&["b"]));
-        paths.decide(&all, &all, &[1.2e9, 1.25e9, 5e9]);
+        paths.measured(&all, &all, &[1.2e9, 1.25e9, 5e9]);
         assert_eq!(paths.stripe(&all, now + SHUNNED), names(&["a"]));
+        // A port that the first fills has no room, whatever a burst seemed to show.
+        let via = Interface {
+            name: "en0".into(),
+            ip: [10, 0, 0, 1].into(),
+            mtu: 9000,
+            mbps: 10_000,
+            wireless: false,
+        };
+        paths.update("a", |path| (path.via, path.bytes_per_s) = (Some(via), Some(1.2e9)));
+        paths.measured(&all, &all, &[1.2e9, 2.3e9]);
+        assert_eq!(paths.stripe(&all, now + SHUNNED), names(&["a"]));
+    }
+
+    /// Protects: a new sender spreads its first push over the ports, and what it then learns of a path counts.
+    #[test]
+    fn paths_by_different_ports_are_used_until_one_fails_or_is_slow() {
+        let now = Instant::now();
+        let mut paths = Paths::default();
+        let all = names(&["a", "a2", "b", "home"]);
+        let via = |name: &str, ip: [u8; 4]| Interface {
+            name: name.into(),
+            ip: ip.into(),
+            mtu: 9000,
+            mbps: 0,
+            wireless: false,
+        };
+        let ways = [("a", "en0", 1), ("a2", "en0", 1), ("b", "en1", 2)];
+        for (path, port, net) in ways {
+            paths.update(path, |path| {
+                (path.via, path.port) = (Some(via(port, [10, 0, net, 1])), Some(port.into()));
+            });
+        }
+        // An address that this machine has too.
+        paths.update("home", |path| {
+            (path.via, path.port) = (Some(via("lo", [127, 0, 0, 1])), Some("lo".into()));
+        });
+        assert_eq!(paths.stripe(&all, now), names(&["a", "b"]));
+        paths.note("b", false, now);
+        assert_eq!(paths.stripe(&all, now), names(&["a"]));
+        assert_eq!(paths.stripe(&all, now + SHUNNED), names(&["a", "b"]));
+        paths.update("b", |path| path.error = Some("no answer".into()));
+        assert_eq!(paths.stripe(&all, now + SHUNNED), names(&["a"]));
+        paths.note("b", true, now);
+        paths.update("b", |path| (path.error, path.bytes_per_s) = (None, Some(1e8)));
+        paths.note("a", true, now);
+        paths.update("a", |path| path.bytes_per_s = Some(1.2e9));
+        assert_eq!(paths.stripe(&all, now), names(&["a"]));
+        paths.update("b", |path| path.bytes_per_s = Some(1.1e9));
+        assert_eq!(paths.stripe(&all, now), names(&["a", "b"]));
     }
 }

@@ -1,11 +1,13 @@
 //! What all pushes of one sender share: the bound on connections, idle connections, links as measured, the pace.
 
-use std::collections::{BTreeMap, HashMap, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, HashMap, VecDeque};
 use std::io;
+use std::net::SocketAddr;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
+use crate::interface;
 use crate::limits::LANES_MAX;
 use crate::meter::Meter;
 use crate::pace::Pace;
@@ -157,17 +159,14 @@ impl Pool {
         conns.evict(room);
     }
 
-    /// An idle connection to one of `addresses` that is still there, rather to `path` than to another.
-    pub fn take_idle(&self, addresses: &[String], path: &String) -> Option<(String, Wire)> {
+    /// An idle connection to `address` that is still there.
+    pub fn take_idle(&self, address: &str) -> Option<Wire> {
         let mut conns = lock(&self.conns);
-        let others = addresses.iter().filter(|address| *address != path);
-        for address in std::iter::once(path).chain(others) {
-            let Some(idle) = conns.idle.get_mut(address) else { continue };
-            // The youngest first: the others may fall out of use.
-            while let Some((wire, since)) = idle.pop() {
-                if since.elapsed() < self.limits.idle_max && wire.control.idle() {
-                    return Some((address.clone(), wire));
-                }
+        let idle = conns.idle.get_mut(address)?;
+        // The youngest first: the others may fall out of use.
+        while let Some((wire, since)) = idle.pop() {
+            if since.elapsed() < self.limits.idle_max && wire.control.idle() {
+                return Some(wire);
             }
         }
         None
@@ -187,13 +186,35 @@ impl Pool {
         lock(&self.paths).order(addresses, path, Instant::now())
     }
 
-    /// The address that each lane to a receiver tries first: one lane, or as many as there are paths that add up.
+    /// The address that each lane to a receiver tries first: one lane, or as many as there are paths that are used together.
     pub fn lanes(&self, addresses: &[String]) -> Vec<String> {
         self.know(addresses);
+        self.route(addresses);
         let best = lock(&self.paths).stripe(addresses, Instant::now());
         let streams = self.limits.streams.max(1);
         let lanes = (0..streams).flat_map(|_| best.iter().cloned());
         lanes.take(LANES_MAX.into()).collect()
+    }
+
+    /// Finds out by which ports addresses are reached that nobody has looked at yet. Names are left to the probes: looking one up
+    /// takes its time.
+    fn route(&self, addresses: &[String]) {
+        if addresses.len() < 2 {
+            return;
+        }
+        let known = |address: &String| lock(&self.paths).get(address).is_some_and(|path| path.port.is_some());
+        let literal = |address: &String| Some((address.clone(), address.parse::<SocketAddr>().ok()?));
+        let unknown: Vec<_> =
+            addresses.iter().filter(|address| !known(address)).filter_map(literal).collect();
+        if unknown.is_empty() {
+            return;
+        }
+        let interfaces = interface::interfaces();
+        for (address, peer) in unknown {
+            let via = interface::route(peer, &interfaces);
+            let port = via.as_ref().map_or(String::new(), |via| interface::port(&via.name));
+            lock(&self.paths).update(&address, |path| (path.via, path.port) = (via, Some(port)));
+        }
     }
 
     /// Notes whether `address` led to the session's receiver.
@@ -210,11 +231,21 @@ impl Pool {
         change(meters.entry(address.to_owned()).or_default());
     }
 
-    /// What pushes to the receiver at `addresses` were measured to get, all its paths together.
-    pub fn bytes_per_s(&self, addresses: &[String]) -> Option<f64> {
-        let meters = lock(&self.meters);
-        let rates = addresses.iter().filter_map(|address| meters.get(address)?.bytes_per_s());
-        rates.reduce(|a, b| a + b)
+    /// What the path to `address` carries: as pushes were measured to get, or else as it was probed, or as its port's speed says.
+    pub fn carries(&self, address: &str) -> Option<f64> {
+        let measured = lock(&self.meters).get(address).and_then(Meter::bytes_per_s);
+        measured.or_else(|| lock(&self.paths).get(address)?.carries())
+    }
+
+    /// What pushes over `paths` together get, as they were measured or, before the first one, probed.
+    pub fn bytes_per_s(&self, paths: &[String]) -> Option<f64> {
+        let (meters, known) = (lock(&self.meters), lock(&self.paths));
+        let rate = |path: &String| {
+            let measured = meters.get(path).and_then(Meter::bytes_per_s);
+            measured.or_else(|| known.get(path)?.bytes_per_s)
+        };
+        let each: BTreeSet<&String> = paths.iter().collect();
+        each.into_iter().filter_map(rate).reduce(|a, b| a + b)
     }
 
     /// All addresses that were pushed to or probed.

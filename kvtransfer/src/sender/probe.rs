@@ -8,7 +8,7 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use crate::frame::{Head, Kind};
 use crate::id::fill_random;
-use crate::interface::{interfaces, toward};
+use crate::interface::{interfaces, port, toward};
 use crate::message::{Hello, Message};
 use crate::proof::{End, prove, verify};
 use crate::sender::pool::Pool;
@@ -94,6 +94,7 @@ fn survey(pool: &Pool, ticket: &Ticket, addresses: &[String]) {
         let mut paths = lock(&pool.paths);
         paths.note(address, found.is_ok(), Instant::now());
         paths.update(address, |path| {
+            path.port = Some(via.as_ref().map_or(String::new(), |via| port(&via.name)));
             path.via = via;
             match found {
                 Ok(found) => {
@@ -115,8 +116,10 @@ fn survey(pool: &Pool, ticket: &Ticket, addresses: &[String]) {
     if quiet && ordered.len() > 1 {
         let rate = |count: usize| together(&*pool.dialer, ticket, &ordered[..count]);
         let sums: Vec<f64> = (1..=ordered.len().min(4)).map_while(rate).collect();
-        lock(&pool.paths).decide(addresses, &ordered, &sums);
+        lock(&pool.paths).measured(addresses, &ordered, &sums);
     }
+    // For those who ask which paths are used together, before there is a push.
+    lock(&pool.paths).stripe(addresses, Instant::now());
 }
 
 /// Rate of bursts on all of `addresses` at once.

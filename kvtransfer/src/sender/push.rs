@@ -381,7 +381,7 @@ fn estimate(pool: &Pool, spec: &PushSpec, pairs: &[Arc<Pair>]) -> Option<Duratio
             wire_bytes: (pair.spec.bytes as f64 * wire(pair.codec) / whole) as u64,
             last_wire_bytes: layer_wire_bytes(&pair.parts, pair.codec, &last_tokens(spec)),
             made_bytes_per_s: made * pair.spec.bytes as f64 / total.max(1) as f64,
-            link_bytes_per_s: pool.bytes_per_s(&pair.addresses)?,
+            link_bytes_per_s: pool.bytes_per_s(&pair.paths)?,
         };
         plan.exposed()
     };
@@ -420,7 +420,7 @@ fn codec(pool: &Pool, spec: &PushSpec, plan: &Plan) -> Codec {
     let total: f64 = (0..spec.to.len()).map(bytes).sum();
     let choose = |receiver: usize| {
         let made = spec.compute_bytes_per_s.map(|rate| rate * bytes(receiver) / total.max(1.0));
-        pool.limits.codec.choose(made, pool.bytes_per_s(&spec.to[receiver].addresses))
+        pool.limits.codec.choose(made, pool.bytes_per_s(&pool.lanes(&spec.to[receiver].addresses)))
     };
     (0..spec.to.len()).map(choose).max().unwrap_or(Codec::Exact)
 }
@@ -454,12 +454,13 @@ fn pair(
         wire_bytes: layer_wire_bytes(&parts, codec, &last_tokens),
         coded: codec != Codec::Exact,
         lanes: paths.len(),
-        link_bytes_per_s: pool.bytes_per_s(&target.addresses),
+        link_bytes_per_s: pool.bytes_per_s(&paths),
     };
     let tail = Tail {
         layer: plan.layers.saturating_sub(1),
         token: last_tokens.start,
         frame_bytes: last.frame_bytes(pair.frame_bytes),
     };
-    Ok(Pair::new(pair, addresses, paths, parts, codec, opened).ending(tail))
+    let rates = paths.iter().map(|path| pool.carries(path)).collect();
+    Ok(Pair::new(pair, addresses, paths, parts, codec, opened).rated(rates).ending(tail))
 }

@@ -5,7 +5,7 @@ use std::io::{self, IoSlice};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
 
-use super::lane::Frame;
+use super::lane::{Frame, Lane};
 use super::{Job, Pair, Progress, REASON_WAIT, State};
 use crate::SessionError;
 use crate::codec::{Codec, Row};
@@ -14,6 +14,7 @@ use crate::layout::cut;
 use crate::message::Message;
 use crate::sender::export::SharedExport;
 use crate::sender::pool::Pool;
+use crate::sender::stripe::{Load, leaves};
 use crate::session::{Outcome, Sending};
 use crate::sync::lock;
 use crate::wire::{FrameSink, Hold};
@@ -81,6 +82,7 @@ impl Pair {
     fn choose(&self, index: usize, state: &mut State) -> Option<Step> {
         let State { queue, backlog_bytes, taken_bytes, close, abort, lanes, closing, .. } = state;
         let accepted = lanes.iter().filter(|lane| lane.accepted).count() as u16;
+        let leaves = self.leaves(index, lanes, *backlog_bytes);
         let lane = &mut lanes[index];
         // `live` is set before this thread writes and taken after.
         let Some(live) = &mut lane.live else {
@@ -117,6 +119,8 @@ impl Pair {
                 live.waiting = true;
                 idle(&mut live.unprobed)
             }
+            // Hears how much has landed, to look again.
+            Some(_) if leaves => idle(&mut live.unprobed),
             Some(job) => {
                 live.waiting = false;
                 let frame = self.cut(job, frame_bytes, &mut live.sending)?;
@@ -139,6 +143,19 @@ impl Pair {
                 None => idle(&mut live.unprobed),
             },
         }
+    }
+
+    /// Whether a lane leaves what is queued to the others, see [`leaves`].
+    fn leaves(&self, index: usize, lanes: &[Lane], queued_bytes: u64) -> bool {
+        let Some(rates) = self.rates.as_ref().filter(|rates| rates.len() > 1) else { return false };
+        let load = |(lane, rate): (&Lane, &f64)| {
+            let sending = &lane.live.as_ref()?.sending;
+            let unlanded_bytes = sending.sent_bytes() - sending.received_bytes();
+            Some(Load { unlanded_bytes, bytes_per_s: *rate })
+        };
+        let own = lanes.get(index).zip(rates.get(index)).and_then(load);
+        let all: Vec<Load> = lanes.iter().zip(rates).filter_map(load).collect();
+        own.is_some_and(|own| leaves(own, &all, queued_bytes))
     }
 
     /// The next frame, when its bytes are within credit.
