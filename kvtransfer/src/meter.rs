@@ -4,10 +4,10 @@
 use crate::transport::ucx::Way;
 use std::time::{Duration, Instant};
 
-/// A sample is taken after so much busy time, or at its end.
+/// A sample is taken after so much busy time, or where it ends.
 const SAMPLE: Duration = Duration::from_millis(200);
 
-/// Fewer bytes say more about latency than about rate.
+/// Fewer bytes say more about latency than about rate: they count together with those of the next busy time.
 const SAMPLE_BYTES_MIN: u64 = 256 << 10;
 
 /// Weight of a new sample.
@@ -19,6 +19,8 @@ pub struct Meter {
     /// Connections with something to send or under way.
     busy: usize,
     since: Option<Instant>,
+    /// Earlier busy time that is not in a sample yet.
+    busy_s: f64,
     sample_bytes: u64,
     total_bytes: u64,
     bytes_per_s: Option<f64>,
@@ -32,7 +34,6 @@ impl Meter {
         self.busy += 1;
         if self.busy == 1 {
             self.since = Some(now);
-            self.sample_bytes = 0;
         }
     }
 
@@ -55,19 +56,30 @@ impl Meter {
     }
 
     fn sample(&mut self, now: Instant) {
-        let Some(since) = self.since else { return };
-        let seconds = now.saturating_duration_since(since).as_secs_f64();
-        if self.sample_bytes >= SAMPLE_BYTES_MIN && seconds > 0.0 {
-            let rate = self.sample_bytes as f64 / seconds;
-            self.bytes_per_s = Some(self.bytes_per_s.map_or(rate, |old| old + WEIGHT * (rate - old)));
+        if let Some(since) = self.since.replace(now) {
+            self.busy_s += now.saturating_duration_since(since).as_secs_f64();
         }
-        self.since = Some(now);
-        self.sample_bytes = 0;
+        if self.sample_bytes >= SAMPLE_BYTES_MIN
+            && let Some(rate) = self.so_far()
+        {
+            self.bytes_per_s = Some(self.bytes_per_s.map_or(rate, |old| old + WEIGHT * (rate - old)));
+            (self.busy_s, self.sample_bytes) = (0.0, 0);
+        }
+    }
+
+    /// The rate of what is not in a sample yet.
+    fn so_far(&self) -> Option<f64> {
+        (self.busy_s > 0.0 && self.sample_bytes > 0).then(|| self.sample_bytes as f64 / self.busy_s)
     }
 
     /// Smoothed rate in bytes per second, once known.
     pub fn bytes_per_s(&self) -> Option<f64> {
         self.bytes_per_s
+    }
+
+    /// The same, or before that what a few bytes have shown, which is rather too low.
+    pub fn about_bytes_per_s(&self) -> Option<f64> {
+        self.bytes_per_s.or_else(|| self.so_far())
     }
 
     /// Bytes landed so far.
@@ -100,13 +112,25 @@ mod tests {
         assert_eq!(meter.total_bytes(), 2_000_000);
     }
 
+    /// Protects: pushes of small models are measured too, of which each alone is too few bytes.
     #[test]
-    fn a_few_bytes_are_no_sample() {
+    fn a_few_bytes_count_with_those_that_follow() {
         let start = Instant::now();
+        let at = |ms| start + Duration::from_millis(ms);
         let mut meter = Meter::default();
-        meter.begin(start);
-        meter.landed(1000, start + Duration::from_millis(1));
-        meter.end(start + Duration::from_millis(1));
-        assert_eq!((meter.bytes_per_s(), meter.total_bytes()), (None, 1000));
+        let mut push = |begin: u64, bytes| {
+            meter.begin(at(begin));
+            meter.landed(bytes, at(begin + 1));
+            meter.end(at(begin + 1));
+            (meter.bytes_per_s(), meter.about_bytes_per_s(), meter.total_bytes())
+        };
+        assert_eq!(push(0, 1000), (None, Some(1e6), 1000));
+        let (rate, about, _) = push(50, SAMPLE_BYTES_MIN - 1001);
+        assert_eq!(
+            (rate, about.map(f64::round)),
+            (None, Some(((SAMPLE_BYTES_MIN - 1) as f64 / 2e-3).round()))
+        );
+        let (rate, about, _) = push(90, 1);
+        assert_eq!((rate, rate), (about, Some(SAMPLE_BYTES_MIN as f64 / 3e-3)));
     }
 }

@@ -327,9 +327,14 @@ fn welcome(
     let mut ranks = vec![(unspecified, leader.target.clone())];
     ranks.extend(joined.values().map(|rank| (rank.mesh, rank.member.target.clone())));
     let nonce = nonce()?;
-    let native = native(leader, &ours, &listener, &joined)?;
-    // Nobody may reach our listener who means that of the fabric, which takes its port: it would wait for ever.
-    let listener = native.is_none().then_some(listener);
+    let fabric = match native(leader, &ours, &listener, &joined)? {
+        None => Fabric::Sockets(listener),
+        // Dropped: nobody may reach our listener who means that of the fabric, which takes its port, and would wait for ever.
+        Some(specification) => {
+            drop(listener);
+            Fabric::Native(specification)
+        }
+    };
     let mut w = Writer::default();
     w.u64(epoch);
     w.0.extend_from_slice(&nonce);
@@ -338,17 +343,20 @@ fn welcome(
         w.text(&address.to_string());
         encode_target(w, target);
     });
-    w.text(native.as_deref().unwrap_or_default());
+    w.text(match &fabric {
+        Fabric::Sockets(_) => "",
+        Fabric::Native(specification) => specification,
+    });
     let frame = Frame::Welcome(w.0);
     for (rank, entry) in &mut joined {
         entry.halves.out.send(&frame).map_err(lost(*rank))?;
     }
     let (addresses, targets): (Vec<SocketAddr>, Vec<Target>) = ranks.into_iter().unzip();
-    let collective = match (native, listener) {
-        (None, Some(listener)) => {
+    let collective = match fabric {
+        Fabric::Sockets(listener) => {
             Links::Sockets(mesh::connect(&listener, trust, &mesh_key(&trust.secret, &nonce), 0, &addresses)?)
         }
-        (specification, _) => Links::Native(specification.unwrap_or_default()),
+        Fabric::Native(specification) => Links::Native(specification),
     };
     let mut links = Vec::new();
     for (rank, mut entry) in joined {
@@ -358,6 +366,14 @@ fn welcome(
         }
     }
     Group::met(0, epoch, targets, blocks, collective, links)
+}
+
+/// What is going to connect the ranks.
+enum Fabric {
+    /// Ours, which meet here.
+    Sockets(TcpListener),
+    /// The backend's, by what it is told.
+    Native(String),
 }
 
 /// What a backend with a fabric of its own is told: a line per rank, its address and what its backend says.

@@ -51,6 +51,27 @@ fn only_what_the_decode_group_lacks_travels() {
     assert_eq!(trip.decode.bytes, (second.tokens.len() - 128) as u64 * token_bytes as u64);
 }
 
+/// Protects: what a push was estimated to expose can be compared with what it did. Only the first one's is not told: nobody knows yet how
+/// fast prompts are computed here.
+#[test]
+fn every_push_but_the_first_tells_what_it_was_estimated_to_expose() {
+    for world in [1, 2] {
+        let (p, d) = (Node::start(&Spec::world(world)), Node::start(&Spec::world(world)));
+        for (index, tokens) in [70, 90, 33, 300].into_iter().enumerate() {
+            let trip = Trip::make(&p, &d, &seeded(index as u32, tokens, 2, 7));
+            let Some(Event::Pushed { exposed, estimate, .. }) = trip.prefill.end else {
+                panic!("not pushed")
+            };
+            assert_eq!(estimate.is_some(), index > 0, "push {index} of {world} ranks, exposed {exposed:?}");
+            // 100 KiB over loopback, however busy the machine is.
+            assert!(
+                estimate.is_none_or(|estimate| !estimate.is_zero() && estimate.as_secs() < 60),
+                "{estimate:?}"
+            );
+        }
+    }
+}
+
 #[test]
 fn a_prefix_on_either_side_alone_changes_no_token() {
     for (p_cache, d_cache) in [(true, false), (false, true)] {

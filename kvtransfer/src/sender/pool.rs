@@ -239,9 +239,18 @@ impl Pool {
 
     /// What pushes over `paths` together get, as they were measured or, before the first one, probed.
     pub fn bytes_per_s(&self, paths: &[String]) -> Option<f64> {
+        self.rate(paths, Meter::bytes_per_s)
+    }
+
+    /// As [`Pool::bytes_per_s`], where a few bytes will do: for what is only told.
+    pub fn about_bytes_per_s(&self, paths: &[String]) -> Option<f64> {
+        self.bytes_per_s(paths).or_else(|| self.rate(paths, Meter::about_bytes_per_s))
+    }
+
+    fn rate(&self, paths: &[String], of: impl Fn(&Meter) -> Option<f64>) -> Option<f64> {
         let (meters, known) = (lock(&self.meters), lock(&self.paths));
         let rate = |path: &String| {
-            let measured = meters.get(path).and_then(Meter::bytes_per_s);
+            let measured = meters.get(path).and_then(&of);
             measured.or_else(|| known.get(path)?.bytes_per_s)
         };
         let each: BTreeSet<&String> = paths.iter().collect();

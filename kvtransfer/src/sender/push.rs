@@ -381,7 +381,7 @@ fn estimate(pool: &Pool, spec: &PushSpec, pairs: &[Arc<Pair>]) -> Option<Duratio
             wire_bytes: (pair.spec.bytes as f64 * wire(pair.codec) / whole) as u64,
             last_wire_bytes: layer_wire_bytes(&pair.parts, pair.codec, &last_tokens(spec)),
             made_bytes_per_s: made * pair.spec.bytes as f64 / total.max(1) as f64,
-            link_bytes_per_s: pool.bytes_per_s(&pair.paths)?,
+            link_bytes_per_s: pool.about_bytes_per_s(&pair.paths)?,
         };
         plan.exposed()
     };
