@@ -13,12 +13,18 @@ export PIP_DISABLE_PIP_VERSION_CHECK=1
 if [ "$(uname)" = Linux ]; then
   [ -e target/mlx-linux/cargo-config.toml ] || backends/mlx/linux/setup.sh
   mlx=("mlx[cpu]==0.32.2") # the version that the backend is built against
+  export OPENBLAS_NUM_THREADS=1 # its threads yield to each other longer than they compute
 else
-  mlx=(mlx)
+  mlx=("mlx==0.32.2")
 fi
 if ! [ -x "$python" ]; then
   python3 -m venv "$out/venv"
   "$python" -m pip install --quiet "${mlx[@]}" "mlx-lm==0.32.2"
+fi
+if [ "$(uname)" = Linux ]; then # the BLAS that the backend has, see backends/mlx/linux/setup.sh
+  for blas in "$out"/venv/lib/python3*/site-packages/mlx_cpu.libs/libblas-*.so.*; do
+    ln -sf "$(realpath target/mlx-linux/wheel-*/mlx_cpu.libs/"$(basename "$blas")")" "$blas"
+  done
 fi
 [ -e "$out/4bit/config.json" ] || "$python" benches/peers/mlx_checkpoint.py "$out"
 baton=${BATON:-target/release/baton}

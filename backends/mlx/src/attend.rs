@@ -56,15 +56,19 @@ impl MlxStep<'_> {
         let rows = int(self.batch.rows());
         // [rows, q heads | k heads | v heads, dim]
         let qkv = qkv.reshape(&[rows, -1, int(head_dim)])?;
-        let (mut q, mut k) = (second(&qkv, 0..heads)?, second(&qkv, heads..heads + kv_heads)?);
+        // One norm and one rope for both: a head is a head to them.
+        let mut qk = second(&qkv, 0..heads + kv_heads)?;
         if let Some(norm) = &attend.qk_norm {
-            (q, k) = match &norm.span {
-                NormSpan::Head => (per_head(&q, norm.q, norm.eps)?, per_head(&k, norm.k, norm.eps)?),
-                span @ NormSpan::Projection { .. } => self.over_projection(&q, &k, norm, span)?,
+            qk = match &norm.span {
+                NormSpan::Head => {
+                    let scale = norm.q.with_heads(heads, norm.k, kv_heads, head_dim)?;
+                    fast::rms_norm(&qk, None, norm.eps)?.multiply(scale)?
+                }
+                span @ NormSpan::Projection { .. } => self.over_projection(&qk, heads, norm, span)?,
             };
         }
-        let q = self.rotated(&q, attend.rope, &attention.positions)?;
-        let k = self.rotated(&k, attend.rope, &attention.positions)?;
+        let qk = self.rotated(&qk, attend.rope, &attention.positions)?;
+        let (q, k) = (second(&qk, 0..heads)?, second(&qk, heads..heads + kv_heads)?);
         let v = second(&qkv, heads + kv_heads..heads + 2 * kv_heads)?;
         let types: Vec<Dtype> = self.kv.spec().planes.iter().map(|plane| mlx_type(plane.dtype)).collect();
         let kv = [k.as_dtype(types[0])?, v.as_dtype(types[1])?];
@@ -108,20 +112,22 @@ impl MlxStep<'_> {
         Ok([write(0)?, write(1)?])
     }
 
-    /// Norm of q and k, `[rows, heads, dim]`, over all heads of all ranks.
+    /// Norm of q and k, `[rows, heads of q | heads of k, dim]`, each over all its heads of all ranks.
     fn over_projection(
         &mut self,
-        q: &Array,
-        k: &Array,
+        qk: &Array,
+        heads: usize,
         norm: &backend::QkNorm<'_, MlxBackend>,
         span: &NormSpan,
-    ) -> Result<(Array, Array), Failure> {
+    ) -> Recorded {
         let NormSpan::Projection { heads_total, kv_heads_total, head_first, kv_head_first, kv_heads_own } =
             span
         else {
             return Err(Failure("a norm per head".to_owned()));
         };
-        let (heads, kv_heads, dim) = (q.dim(1) as usize, k.dim(1) as usize, q.dim(2));
+        let (both, dim) = (qk.dim(1) as usize, qk.dim(2));
+        let kv_heads = both - heads;
+        let (q, k) = (&second(qk, 0..heads)?, &second(qk, heads..both)?);
         if head_first + heads > *heads_total
             || kv_head_first + kv_heads > *kv_heads_total
             || kv_heads_own.end > kv_heads
@@ -153,7 +159,8 @@ impl MlxStep<'_> {
             Ok(rounded.multiply(scale)?.reshape(x.shape())?)
         };
         let end = heads_total + kv_heads_total;
-        Ok((normed(q, 0..*heads_total, norm.q)?, normed(k, *heads_total..end, norm.k)?))
+        let normed = [normed(q, 0..*heads_total, norm.q)?, normed(k, *heads_total..end, norm.k)?];
+        Ok(ops::concatenate(&normed, 1)?)
     }
 
     /// Rope of heads `[rows, heads, dim]`; the result is in half-split order.
@@ -213,9 +220,4 @@ impl MlxStep<'_> {
         }
         Ok(())
     }
-}
-
-/// Norm of every head `[rows, heads, dim]` by itself.
-fn per_head(x: &Array, weight: &MlxWeight, eps: f32) -> Recorded {
-    Ok(fast::rms_norm(x, Some(weight.vector(x.dim(2) as usize)?), eps)?)
 }

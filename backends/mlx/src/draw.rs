@@ -6,6 +6,7 @@ use mlx_rs::ops::indexing::{argmax_axis, take_along_axis};
 use mlx_rs::{Array, Dtype, Stream, ops};
 use mlx_sys::{mlx_array, mlx_stream};
 
+use crate::calls::raw;
 use crate::fabric::Fabric;
 use crate::fused::Fused;
 use crate::graph::{Failure, Recorded, first, indices, int, last};
@@ -61,16 +62,16 @@ impl MlxStep<'_> {
             return Err(Failure(format!("row {row} of the step before drew no token")));
         }
         let Some(flight) = flight else { return Ok(ids) };
-        // Row by row, as in most steps: nothing to bring together.
+        // Row by row, as in most steps: nothing to bring together. What drew no number is -1, which MLX takes for the last row
+        // of a table: it computes what nobody looks at.
         let in_order = rows.iter().enumerate().all(|(at, row)| *row == Some(at));
         if in_order && flight.drew.len() == rows.len() {
-            return Ok(ops::maximum(&flight.ids, Array::from_int(0))?);
+            return Ok(flight.ids.clone());
         }
         let from = indices(rows.iter().map(|row| row.unwrap_or(0)), &[int(rows.len())]);
         let flying: Vec<bool> = rows.iter().map(Option::is_some).collect();
         let flying = Array::from_slice(&flying, &[int(rows.len())]);
-        let drawn = ops::maximum(&flight.ids.take_axis(&from, 0)?, Array::from_int(0))?;
-        Ok(ops::select(&flying, &drawn, &ids)?)
+        Ok(ops::select(&flying, &flight.ids.take_axis(&from, 0)?, &ids)?)
     }
 }
 
@@ -277,12 +278,6 @@ fn words(
     b: &Array,
 ) -> Recorded {
     let stream = Stream::thread_local_or_default();
-    // SAFETY: an empty handle, which the operation fills; all handles live during the call. Errors are told by its result.
-    unsafe {
-        let mut result = mlx_sys::mlx_array_new();
-        let status = operation(&mut result, a.as_ptr(), b.as_ptr(), stream.as_ptr());
-        // Owned from here on, filled or not.
-        let result = Array::from_ptr(result);
-        if status == 0 { Ok(result) } else { Err(Failure("an operation on words was refused".to_owned())) }
-    }
+    // SAFETY: live handles; the result is a fresh array.
+    raw(|result| unsafe { operation(result, a.as_ptr(), b.as_ptr(), stream.as_ptr()) })
 }

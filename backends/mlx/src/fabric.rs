@@ -7,16 +7,17 @@
 
 use std::cell::RefCell;
 use std::collections::HashMap;
-use std::ffi::{CStr, CString, OsString, c_char, c_void};
+use std::ffi::{CStr, CString, OsString};
 use std::io::Write;
 use std::net::{IpAddr, SocketAddr};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
-use std::sync::{Mutex, Once, PoisonError};
+use std::sync::{Mutex, PoisonError};
 
 use backend::{BackendError, Links};
-use mlx_rs::{Array, Dtype, Stream, ops};
+use mlx_rs::{Array, Stream, ops};
 
+use crate::calls::{listening, raw, said};
 use crate::graph::{Failure, Recorded, first, int};
 use crate::rdma;
 
@@ -254,58 +255,6 @@ fn allowed(address: &str) -> Result<(), String> {
     Err(format!(
         "{address} is not a private address: activations would travel in clear over a public network"
     ))
-}
-
-thread_local! {
-    /// What MLX complained about last on this thread.
-    static SAID: RefCell<Option<String>> = const { RefCell::new(None) };
-}
-
-unsafe extern "C" {
-    /// The handler of mlx-rs, which it exports under this name.
-    fn default_mlx_error_handler(message: *const c_char, data: *mut c_void);
-}
-
-/// Keeps the message for [`raw`] and lets mlx-rs have it, too.
-unsafe extern "C" fn listen(message: *const c_char, data: *mut c_void) {
-    // SAFETY: MLX passes a string that lives during the call.
-    let text = unsafe { CStr::from_ptr(message) }.to_string_lossy().into_owned();
-    SAID.with_borrow_mut(|said| *said = Some(text));
-    // SAFETY: the same string, for the handler that was there before.
-    unsafe { default_mlx_error_handler(message, data) };
-}
-
-fn listening() {
-    static ONCE: Once = Once::new();
-    ONCE.call_once(|| {
-        // Makes mlx-rs register its own handler, which happens once, before ours replaces it.
-        drop(ops::zeros_dtype(&[1], Dtype::Float32));
-        // SAFETY: a function that lives as long as the process; no data goes with it.
-        unsafe { mlx_sys::mlx_set_error_handler(Some(listen), std::ptr::null_mut(), None) };
-    });
-}
-
-fn said(status: i32) -> Failure {
-    let said = SAID.with_borrow_mut(Option::take);
-    Failure(
-        said.unwrap_or_else(|| format!("status {status}")).split_whitespace().collect::<Vec<_>>().join(" "),
-    )
-}
-
-/// A call of mlx-c that makes an array.
-fn raw(call: impl FnOnce(*mut mlx_sys::mlx_array) -> i32) -> Recorded {
-    listening();
-    // SAFETY: a fresh handle, owned by the array or freed.
-    unsafe {
-        let mut handle = mlx_sys::mlx_array_new();
-        match call(&mut handle) {
-            0 => Ok(Array::from_ptr(handle)),
-            status => {
-                mlx_sys::mlx_array_free(handle);
-                Err(said(status))
-            }
-        }
-    }
 }
 
 fn is_available(name: &CStr) -> bool {

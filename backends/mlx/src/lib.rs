@@ -5,12 +5,13 @@
 //! its operations (`step`, `attend`) only record, [`backend::Step::submit`] puts it in line (`line`) to be evaluated, waiting
 //! reads the result. The cache (`kv`) is slots of capacity classes (`slots`): MLX has no paged attention. Leases (`lease`) carry
 //! evaluated arrays and host memory, nothing else leaves the thread. `draw` picks tokens on the device. `fused` holds what MLX
-//! makes one kernel of, `graph` what its calls have in common.
+//! makes one kernel of, `graph` what its calls have in common, `calls` those that mlx-rs does not have.
 //!
 //! [`backend::Caps::exact`] is false: sums are MLX's, and its kernels differ by shape.
 #![cfg(feature = "mlx")]
 
 mod attend;
+mod calls;
 mod device;
 mod draw;
 mod fabric;

@@ -7,14 +7,13 @@
 
 use std::cell::OnceCell;
 
-use backend::{BackendError, DType, ExpertSource, Heads, KSum, Linear, MatrixView, TensorView, WeightSource};
+use backend::{BackendError, DType, Heads, KSum, Linear, MatrixView, TensorView, WeightSource};
 use mlx_rs::{Array, Dtype, ops};
 
 use crate::graph::{Failure, Recorded, int, mlx_type};
 use crate::host::matrix;
 use crate::part::{Part, merged};
-use crate::platform;
-use crate::stack::Stack;
+use crate::stack;
 
 /// Outputs of a product whose f32 weight stays f32 in a 16-bit step: that of a router, whose choice hangs on it.
 const ROUTER_ROWS_MAX: usize = 1024;
@@ -31,8 +30,13 @@ pub(crate) enum Kind {
     Experts { parts: Vec<Part>, experts: usize },
     /// Per head a product: `[heads, in, out]`.
     Heads(Array),
-    /// A norm's scale or a bias: `[dim]`.
-    Vector(Array),
+    /// A norm's scale or a bias.
+    Vector {
+        /// `[dim]`.
+        vector: Array,
+        /// The scale of every head and of another norm's, once somebody asked.
+        heads: OnceCell<Array>,
+    },
 }
 
 /// `[rows, cols]` in parts stacked by rows.
@@ -98,9 +102,9 @@ impl MlxWeight {
                 let parts = vec![part(table, dtype)?];
                 Kind::Product(Product { parts, bias: None, wide: OnceCell::new() })
             }
-            WeightSource::Norm(view) | WeightSource::Bias(view) => Kind::Vector(vector(&[*view], dtype)?),
-            WeightSource::Exact(view) => Kind::Vector(vector(&[*view], DType::F32)?),
-            WeightSource::Experts(experts) => experts_weight(*experts, dtype)?,
+            WeightSource::Norm(view) | WeightSource::Bias(view) => Kind::vector(vector(&[*view], dtype)?),
+            WeightSource::Exact(view) => Kind::vector(vector(&[*view], DType::F32)?),
+            WeightSource::Experts(experts) => stack::loaded(*experts, dtype)?,
             WeightSource::Heads(heads) => Kind::Heads(heads_weight(heads, dtype)?),
         };
         // Evaluated now: the bytes may go, and nothing lazy is left over for the first step.
@@ -109,7 +113,7 @@ impl MlxWeight {
                 parts.iter().flat_map(Part::arrays).chain(bias.as_ref()).collect()
             }
             Kind::Experts { parts, .. } => parts.iter().flat_map(Part::arrays).collect(),
-            Kind::Heads(array) | Kind::Vector(array) => vec![array],
+            Kind::Heads(array) | Kind::Vector { vector: array, .. } => vec![array],
         };
         mlx_rs::transforms::eval(arrays).map_err(Failure::from)?;
         Ok(MlxWeight(kind))
@@ -118,10 +122,29 @@ impl MlxWeight {
     /// A scale or bias of `width`.
     pub(crate) fn vector(&self, width: usize) -> Result<&Array, Failure> {
         match &self.0 {
-            Kind::Vector(vector) if vector.size() == width => Ok(vector),
-            Kind::Vector(vector) => Err(Failure(format!("a vector of {} for width {width}", vector.size()))),
+            Kind::Vector { vector, .. } if vector.size() == width => Ok(vector),
+            Kind::Vector { vector, .. } => {
+                Err(Failure(format!("a vector of {} for width {width}", vector.size())))
+            }
             other => Err(Failure(format!("{} where a vector is needed", other.name()))),
         }
+    }
+
+    /// This scale for each of `heads` heads of `dim`, then `other`, which is always the same one, for each of `others`:
+    /// `[heads + others, dim]`.
+    pub(crate) fn with_heads(&self, heads: usize, other: &MlxWeight, others: usize, dim: usize) -> Recorded {
+        let Kind::Vector { heads: made, .. } = &self.0 else { return Ok(self.vector(dim)?.clone()) };
+        if let Some(made) = made.get().filter(|made| made.shape() == [heads + others, dim].map(int)) {
+            return Ok(made.clone());
+        }
+        let repeated = |scale: &MlxWeight, heads: usize| -> Recorded {
+            Ok(ops::broadcast_to(scale.vector(dim)?, &[int(heads), int(dim)])?)
+        };
+        let all = ops::concatenate(&[repeated(self, heads)?, repeated(other, others)?], 0)?;
+        all.eval()?;
+        // Heads of another shape, which no model has, are made each time.
+        let _ = made.set(all.clone());
+        Ok(all)
     }
 
     /// A product or table.
@@ -153,18 +176,22 @@ impl MlxWeight {
 }
 
 impl Kind {
+    fn vector(vector: Array) -> Self {
+        Kind::Vector { vector, heads: OnceCell::new() }
+    }
+
     fn name(&self) -> &'static str {
         match self {
             Kind::Product(_) => "a matrix",
             Kind::Experts { .. } => "experts",
             Kind::Heads(_) => "heads",
-            Kind::Vector(_) => "a vector",
+            Kind::Vector { .. } => "a vector",
         }
     }
 }
 
 /// Checks what a linear layer's parts have in common; returns its outputs.
-fn check(linear: &Linear<'_>) -> Result<usize, BackendError> {
+pub(crate) fn check(linear: &Linear<'_>) -> Result<usize, BackendError> {
     let Some(first) = linear.parts.first() else {
         return Err(refused("", "a linear layer without parts".to_owned()));
     };
@@ -215,7 +242,7 @@ fn part(view: &MatrixView<'_>, dtype: DType) -> Result<Part, BackendError> {
 }
 
 /// The numbers of any matrix, `[rows, cols]` of the step's dtype.
-fn decoded(view: &MatrixView<'_>, dtype: DType) -> Recorded {
+pub(crate) fn decoded(view: &MatrixView<'_>, dtype: DType) -> Recorded {
     let (rows, cols) = (view.rows(), view.cols());
     let mut numbers = vec![0.0; rows * cols];
     for (row, out) in numbers.chunks_exact_mut(cols).enumerate() {
@@ -223,80 +250,6 @@ fn decoded(view: &MatrixView<'_>, dtype: DType) -> Recorded {
     }
     let wide = Array::from_slice(&numbers, &[int(rows), int(cols)]);
     Ok(wide.as_dtype(mlx_type(dtype))?)
-}
-
-/// Puts the experts one by one where they stay. Experts differ in format so seldom that all are decoded then.
-fn experts_weight(source: &dyn ExpertSource, dtype: DType) -> Result<Kind, BackendError> {
-    match experts_alike(source, dtype, false)? {
-        Some(kind) => Ok(kind),
-        None => experts_alike(source, dtype, true)?
-            .ok_or_else(|| refused("", "experts of different formats".to_owned())),
-    }
-}
-
-/// `None`: they are not of one kind.
-fn experts_alike(
-    source: &dyn ExpertSource,
-    dtype: DType,
-    decode: bool,
-) -> Result<Option<Kind>, BackendError> {
-    let dtype = if platform::GATHERS_NARROW { dtype } else { DType::F32 };
-    let experts = source.count();
-    let mut first: Option<(Vec<(usize, usize)>, KSum)> = None;
-    let mut stacks: Vec<Stack> = Vec::new();
-    let (mut taken, mut alike) = (0, true);
-    let each = source.each(&mut |expert| {
-        check(expert)?;
-        let name = expert.parts[0].name();
-        let named = |failure: Failure| refused(name, failure.0);
-        let own: Vec<(usize, usize)> = expert.parts.iter().map(|part| (part.rows(), part.cols())).collect();
-        let (shape, sum) = first.get_or_insert_with(|| (own.clone(), expert.sum));
-        if own != *shape || expert.sum != *sum {
-            return Err(refused(name, format!("{own:?} beside {shape:?}")));
-        }
-        if expert.bias.is_some() {
-            return Err(refused(name, "an expert with a bias".to_owned()));
-        }
-        let one = |view: &MatrixView<'_>| -> Result<Part, BackendError> {
-            match view {
-                MatrixView::Plain(view) => Ok(Part::plain(array(view, dtype)?)),
-                MatrixView::Quantised(quant) => {
-                    view.check()?;
-                    let part = match Part::affine(quant).filter(|_| !decode) {
-                        Some(part) => part,
-                        None => decoded(view, dtype).map(Part::plain),
-                    };
-                    part.map_err(|failure| refused(view.name(), failure.0))
-                }
-            }
-        };
-        let parts = expert.parts.iter().map(one).collect::<Result<Vec<_>, _>>()?;
-        let parts = merged(parts).map_err(named)?;
-        if taken == 0 {
-            let all = parts.iter().map(|part| Stack::new(experts, part).map_err(named));
-            stacks = all.collect::<Result<_, _>>()?;
-        }
-        alike =
-            parts.len() == stacks.len() && stacks.iter().zip(&parts).all(|(stack, part)| stack.takes(part));
-        if !alike {
-            return Err(refused(name, "an expert of another format".to_owned()));
-        }
-        for (stack, part) in stacks.iter_mut().zip(&parts) {
-            stack.put(taken, part).map_err(named)?;
-        }
-        taken += 1;
-        Ok(())
-    });
-    if !alike && !decode {
-        return Ok(None);
-    }
-    each?;
-    if taken != experts || experts == 0 {
-        return Err(refused("", format!("{taken} experts in a mixture of {experts}")));
-    }
-    let whole = |stack: Stack| stack.whole()?.narrowed(mlx_type(dtype));
-    let parts = stacks.into_iter().map(whole).collect::<Result<Vec<_>, _>>();
-    Ok(Some(Kind::Experts { parts: parts.map_err(|failure| refused("", failure.0))?, experts }))
 }
 
 fn heads_weight(heads: &Heads<'_>, dtype: DType) -> Result<Array, BackendError> {
@@ -344,7 +297,7 @@ fn flat(x: &Array) -> Recorded {
 }
 
 /// One tensor in the step's dtype.
-fn array(view: &TensorView<'_>, dtype: DType) -> Result<Array, BackendError> {
+pub(crate) fn array(view: &TensorView<'_>, dtype: DType) -> Result<Array, BackendError> {
     let row_bytes = view.cols * view.dtype.bytes();
     let held = view.rows.checked_sub(1).map_or(0, |rows| rows * view.row_stride_bytes + row_bytes);
     if view.rows == 0 || view.cols == 0 || view.row_stride_bytes < row_bytes || view.bytes.len() < held {
@@ -367,6 +320,6 @@ fn named(name: &str, recorded: Recorded) -> Result<Array, BackendError> {
     recorded.map_err(|failure| refused(name, failure.0))
 }
 
-fn refused(name: &str, reason: String) -> BackendError {
+pub(crate) fn refused(name: &str, reason: String) -> BackendError {
     BackendError::Weight { name: name.to_owned(), reason }
 }
