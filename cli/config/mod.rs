@@ -185,7 +185,7 @@ mod tests {
         let model = ("model", "m");
         assert_eq!(
             error(&[model], &[("BATON_KV_MEMORY", "2gigs")], ""),
-            "kv-memory = \"2gigs\" (BATON_KV_MEMORY): expected a size such as 512MiB or 2GiB"
+            "kv-memory = \"2gigs\" (BATON_KV_MEMORY): expected a size such as 512MiB or 2GiB, or auto"
         );
         assert_eq!(
             error(&[model], &[], "[decode]\ndtype = \"int3\""),

@@ -10,7 +10,7 @@ use node::{BackendKind, KvTransport, LoadFormat, Sealing};
 
 use super::Entry;
 use super::setting::settings;
-use super::value::{Seconds, Secret, Size, choice};
+use super::value::{KvMemory, Seconds, Secret, choice};
 
 /// CPU threads of one process; more is a mistake, and the system would refuse them in the middle of the start.
 const THREADS_MAX: usize = 1024;
@@ -42,8 +42,8 @@ settings! {
         backend: BackendKind ["NAME"] = "auto";
         /// Type of activations and KV: bf16 or f32
         dtype: DType ["TYPE"] = "bf16";
-        /// Memory for KV, per rank
-        kv_memory: Size ["SIZE"] = "1GiB";
+        /// Memory for KV, per rank: a size, or auto (on an NVIDIA GPU what is free beside the weights, less 2 GiB or a tenth; elsewhere 1GiB)
+        kv_memory: KvMemory ["SIZE"] = "auto";
         /// How KV travels: exact, fp8, int8, int4, or auto (exact unless the link is slower than the computation)
         kv_codec: CodecPolicy ["NAME"] = "exact";
         /// What carries KV: auto (shared memory or RDMA where both ends have UCX, else TCP), tcp, or ucx (RDMA also where a cluster with certificates encrypts: KV in clear)

@@ -47,6 +47,32 @@ impl FromStr for Memory {
     }
 }
 
+/// Memory for KV: as [`Size`], or what the device has.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum KvMemory {
+    /// What is free beside the weights.
+    Auto,
+    /// So much.
+    Bytes(Size),
+}
+
+impl KvMemory {
+    /// Bytes, where somebody has said how many.
+    pub fn bytes(self) -> Option<u64> {
+        match self {
+            KvMemory::Auto => None,
+            KvMemory::Bytes(Size(bytes)) => Some(bytes),
+        }
+    }
+}
+
+impl FromStr for KvMemory {
+    type Err = ();
+    fn from_str(text: &str) -> Result<Self, ()> {
+        if text == "auto" { Ok(KvMemory::Auto) } else { text.parse().map(KvMemory::Bytes) }
+    }
+}
+
 /// A duration in seconds: `10` or `0.5`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Seconds(pub Duration);
@@ -102,6 +128,7 @@ one! {
     IpAddr, "an address such as 127.0.0.1", false;
     SocketAddr, "address:port such as 127.0.0.1:8001", false;
     Size, "a size such as 512MiB or 2GiB", false;
+    KvMemory, "a size such as 512MiB or 2GiB, or auto", false;
     Seconds, "seconds, at most 86400", false;
     Secret, "text that is not empty", true;
 }
@@ -168,6 +195,14 @@ mod tests {
         for text in ["", "GiB", "-1", "2gib", "2TiB", "nan", "1e30"] {
             assert_eq!(text.parse::<Size>(), Err(()), "{text}");
         }
+    }
+
+    /// The device's own memory is asked for by name, not by a slip.
+    #[test]
+    fn memory_for_kv() {
+        assert_eq!("auto".parse(), Ok(KvMemory::Auto));
+        assert_eq!("2GiB".parse::<KvMemory>().map(KvMemory::bytes), Ok(Some(2 << 30)));
+        assert!(["", "Auto", "automatic", "all"].iter().all(|text| text.parse::<KvMemory>().is_err()));
     }
 
     #[test]

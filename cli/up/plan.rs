@@ -174,8 +174,8 @@ mod tests {
                 role => {
                     let node: NodeSettings = parsed(role, &flags);
                     assert_eq!(
-                        (node.kv_memory.0, node.context, node.threads),
-                        (64 << 20, Some(512), Some(2))
+                        (node.kv_memory.bytes(), node.context, node.threads),
+                        (Some(64 << 20), Some(512), Some(2))
                     );
                     assert_eq!(node.router, "127.0.0.1:20000");
                     assert_eq!(node.otlp_endpoint.as_deref(), Some("http://127.0.0.1:4318"));

@@ -45,8 +45,8 @@ pub struct NodeConfig {
     pub threads: usize,
     /// What only a CPU is asked.
     pub cpu: CpuOptions,
-    /// Bytes for the KV store of this rank.
-    pub kv_bytes: u64,
+    /// Bytes for the KV store of this rank; `None`: what the device has free beside the weights, less a margin.
+    pub kv_bytes: Option<u64>,
     /// Tokens per KV block.
     pub block_tokens: u32,
     /// Longest sequence; `None`: the model's.

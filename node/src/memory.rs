@@ -5,6 +5,19 @@ use std::fmt;
 use std::fs;
 use std::path::Path;
 
+/// Bytes of a KV cache of which nobody says how large it is to be, on a device that does not say what it has free.
+pub const KV_BYTES: u64 = 1 << 30;
+/// Of a device's free memory, this much at the least is left to the steps: what they compute with, decoded weights, keys and
+/// values made from latents, graphs. A tenth where that is more.
+const STEPS_BYTES: u64 = 2 << 30;
+
+/// Bytes for the KV cache of a device that has so much free beside the weights, where nobody says how many.
+pub fn kv_bytes(free: Option<u64>) -> u64 {
+    let Some(free) = free else { return KV_BYTES };
+    // Small devices share.
+    free - STEPS_BYTES.max(free / 10).min(free / 2)
+}
+
 /// What is to be held in memory: weights as they are stored, and the KV cache. What activations take comes on top.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Need {
@@ -27,7 +40,12 @@ impl Need {
 
     /// The arithmetic, where it does not come out: `None` when this fits into `available` bytes.
     pub fn beyond(self, available: u64) -> Option<TooMuch> {
-        (self.bytes() > available).then_some(TooMuch { need: self, available })
+        (self.bytes() > available).then_some(TooMuch { need: self, available, of: "machine" })
+    }
+
+    /// The same of a device with memory of its own.
+    pub fn beyond_device(self, free: u64) -> Option<TooMuch> {
+        self.beyond(free).map(|much| TooMuch { of: "device", ..much })
     }
 }
 
@@ -36,14 +54,15 @@ impl Need {
 pub struct TooMuch {
     need: Need,
     available: u64,
+    of: &'static str,
 }
 
 impl fmt::Display for TooMuch {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let TooMuch { need, available } = *self;
+        let TooMuch { need, available, of } = *self;
         write!(
             f,
-            "{} of weights and {} of KV cache are {}, this machine has {} available",
+            "{} of weights and {} of KV cache are {}, this {of} has {} available",
             gib(need.weights),
             gib(need.kv),
             gib(need.bytes()),
@@ -102,8 +121,19 @@ mod tests {
                 "65.0 GiB of weights and 512.0 MiB of KV cache are 65.5 GiB, this machine has 64.0 GiB available"
             )
         );
+        let much = need.beyond_device(64 << 30).map(|much| much.to_string()).unwrap_or_default();
+        assert!(much.ends_with("are 65.5 GiB, this device has 64.0 GiB available"), "{much}");
         assert_eq!(need.with(need), Need { weights: 130 << 30, kv: 1 << 30 });
         assert_eq!(Need { weights: u64::MAX, kv: 1 }.bytes(), u64::MAX);
+    }
+
+    /// Steps keep 2 GiB, a tenth of a large device, half of a small one.
+    #[test]
+    fn what_is_free_is_for_the_cache_but_for_a_margin() {
+        for (free, want) in [(0, 0), (1 << 30, 1 << 29), (10 << 30, 8 << 30), (100 << 30, 90 << 30)] {
+            assert_eq!(kv_bytes(Some(free)), want, "{free} free");
+        }
+        assert_eq!(kv_bytes(None), KV_BYTES);
     }
 
     #[test]

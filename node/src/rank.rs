@@ -4,20 +4,20 @@ use std::net::TcpListener;
 use std::thread;
 use std::time::{Instant, SystemTime, UNIX_EPOCH};
 
-use backend::{Backend, DeviceOptions, KvSpec};
+use backend::{Backend, BackendError, DeviceOptions, KvSpec};
 use backend_cpu::CpuBackend;
 use cluster::Door;
 use engine::tp::Trust;
 use engine::{Commands, EngineOptions, Place, Runner, Terms};
 use kvtransfer::transport::tls::Tls;
 use kvtransfer::{OnTurned, Turned, Ways};
-use models::{Checkpoint, Identity, Model};
+use models::{Checkpoint, Identity, Model, ModelError};
 use tokio::sync::oneshot;
 
 use crate::config::{BackendKind, GroupConfig, KvTransport, LoadFormat, NodeConfig};
 use crate::error::NodeError;
 use crate::loading;
-use crate::memory::{self, Need};
+use crate::memory::{self, Need, TooMuch};
 
 /// Longest time for MLX's fabric to come up between ranks that have met: it tries for as long as it lives.
 #[cfg(feature = "mlx")]
@@ -31,6 +31,8 @@ pub struct Opened {
     pub context_tokens: u32,
     /// Cache of the whole model.
     pub kv_spec: KvSpec,
+    /// Of this rank's weights, as they are stored.
+    weight_bytes: u64,
 }
 
 /// What is known once the model is on the device.
@@ -54,17 +56,15 @@ pub fn open(config: &NodeConfig) -> Result<Opened, NodeError> {
     }
     .map_err(named)?;
     let held = checkpoint.rank_bytes(config.group.world).map_err(named)?;
-    let need = Need { weights: held.get(config.group.rank).copied().unwrap_or(0), kv: config.kv_bytes };
+    let need = Need {
+        weights: held.get(config.group.rank).copied().unwrap_or(0),
+        kv: config.kv_bytes.unwrap_or(memory::KV_BYTES),
+    };
     // A GPU has its own memory, and says itself when it is too small.
     let host = chosen(config.backend, config.group.world) != BackendKind::Cuda;
     let available = memory::available().filter(|_| host);
     if let Some(reason) = available.and_then(|available| need.beyond(available)) {
-        return Err(NodeError::Memory {
-            model: config.model.display().to_string(),
-            rank: config.group.rank,
-            world: config.group.world,
-            reason,
-        });
+        return Err(too_much(config, reason));
     }
     #[cfg(feature = "mlx")]
     if chosen(config.backend, config.group.world) == BackendKind::Mlx {
@@ -78,7 +78,16 @@ pub fn open(config: &NodeConfig) -> Result<Opened, NodeError> {
         None => u32::try_from(most).unwrap_or(u32::MAX).min(proto::SEQUENCE_TOKENS_MAX as u32),
     };
     let kv_spec = models::kv_specs(checkpoint.config(), config.dtype, 1).map_err(named)?.swap_remove(0);
-    Ok(Opened { checkpoint, identity, context_tokens, kv_spec })
+    Ok(Opened { checkpoint, identity, context_tokens, kv_spec, weight_bytes: need.weights })
+}
+
+fn too_much(config: &NodeConfig, reason: TooMuch) -> NodeError {
+    NodeError::Memory {
+        model: config.model.display().to_string(),
+        rank: config.group.rank,
+        world: config.group.world,
+        reason,
+    }
 }
 
 /// This process's place in its group. Rank 0 of several opens the meeting place.
@@ -203,6 +212,7 @@ fn serve<B: Backend>(
     let mut backend = B::open(&device, links)?;
     let caps = backend.caps();
     let begun = Instant::now();
+    let had = backend.free_bytes();
     let model = Model::load(
         &mut backend,
         &opened.checkpoint,
@@ -211,13 +221,24 @@ fn serve<B: Backend>(
         config.dtype,
         &mut loading::progress(config.model.display().to_string()),
     )
-    .map_err(|reason| NodeError::Model {
-        model: config.model.display().to_string(),
-        reason: reason.into(),
+    .map_err(|reason| {
+        // Where the sums show it they are told, and not the weight at which it ended.
+        let need = Need { weights: opened.weight_bytes, kv: config.kv_bytes.unwrap_or(0) };
+        let full = matches!(reason, ModelError::Backend(BackendError::OutOfMemory { .. }));
+        match had.filter(|_| full).and_then(|had| need.beyond_device(had)) {
+            Some(much) => too_much(config, much),
+            None => NodeError::Model { model: config.model.display().to_string(), reason: reason.into() },
+        }
     })?;
     tracing::info!("{} loaded in {:.1} s", config.model.display(), begun.elapsed().as_secs_f32());
+    let free = backend.free_bytes();
+    let kv_bytes = config.kv_bytes.unwrap_or_else(|| memory::kv_bytes(free));
+    if let Some(free) = free {
+        let (kv, free) = (memory::gib(kv_bytes), memory::gib(free));
+        tracing::info!("{kv} of KV cache, of {free} that are free on the device");
+    }
     let options = EngineOptions {
-        kv_bytes: config.kv_bytes,
+        kv_bytes,
         context_tokens: opened.context_tokens,
         batch_max: config.batch_max,
         step_tokens: config.step_tokens,

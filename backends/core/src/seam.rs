@@ -33,6 +33,11 @@ pub trait Backend: Sized + 'static {
     /// What this backend is and promises.
     fn caps(&self) -> Caps;
 
+    /// Bytes of the device's memory that are free now; `None` where it has none of its own, or does not say.
+    fn free_bytes(&self) -> Option<u64> {
+        None
+    }
+
     /// Packs a weight for the device. Reads the bytes once; they need not outlive the call.
     fn load(&mut self, source: &WeightSource<'_>) -> Result<Self::Weight, BackendError>;
 

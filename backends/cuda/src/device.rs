@@ -153,6 +153,10 @@ impl<D: Driver + Open> Backend for Device<D> {
         Caps { name: "cuda", device, exact: false }
     }
 
+    fn free_bytes(&self) -> Option<u64> {
+        Some(self.driver().free_bytes())
+    }
+
     fn load(&mut self, source: &WeightSource<'_>) -> Result<CudaWeight<D>, BackendError> {
         CudaWeight::load(self.driver(), source, self.dtype)
     }

@@ -256,7 +256,9 @@ mod tests {
         let bytes = vec![0; WIDTH * WIDTH * 4];
         let parts = vec![numbers(&bytes, WIDTH).into()];
         let linear = Linear { parts, bias: None, sum: KSum::Ascending };
+        assert_eq!(device.free_bytes(), Some(400 << 10));
         let first = device.load(&WeightSource::Linear(linear.clone())).unwrap();
+        assert_eq!(device.free_bytes(), Some(144 << 10));
         let said = device.load(&WeightSource::Linear(linear.clone())).map(|_| ()).unwrap_err().to_string();
         assert_eq!(said, format!("out of memory: {} bytes wanted, {} free", 256 << 10, 144 << 10));
         // 256 tokens of 1 KiB, and the places of padding.

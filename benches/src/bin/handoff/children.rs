@@ -73,7 +73,7 @@ pub async fn node(spec: &str) -> Result<()> {
         cache: None,
         dtype: spec.dtype.parse().map_err(anyhow::Error::msg)?,
         threads: spec.threads,
-        kv_bytes: spec.kv_bytes,
+        kv_bytes: Some(spec.kv_bytes),
         block_tokens: 64,
         context_tokens: Some(spec.context),
         batch_max: 4,
