@@ -43,6 +43,9 @@ pub struct Dense {
 /// A call that queues work in the stream it is given.
 pub type Collective = Box<dyn FnOnce(*mut c_void) -> Result<(), BackendError> + Send>;
 
+/// What a thread other than the owner calls before a library that uses the device.
+pub type Attach = Box<dyn FnOnce() -> Result<(), BackendError> + Send>;
+
 /// A device on its owner thread. Work is queued; failures of queued work come out of a later call.
 pub trait Driver: Clone + 'static {
     /// Device memory, freed when dropped.
@@ -66,6 +69,8 @@ pub trait Driver: Clone + 'static {
     fn unified(&self) -> bool;
     /// Which of all devices this is.
     fn identity(&self) -> [u8; 16];
+    /// Lets another thread use the device through a library.
+    fn attach(&self) -> Attach;
     /// Where NCCL is looked for.
     fn nccl_library(&self) -> String;
     fn alloc(&self, bytes: usize) -> Result<Self::Memory, BackendError>;

@@ -12,7 +12,7 @@ use backend::{BackendError, DType};
 use half::bf16;
 
 use crate::device::Open;
-use crate::driver::{Collective, Dense, Driver, Lane, Launch, fault};
+use crate::driver::{Attach, Collective, Dense, Driver, Lane, Launch, fault};
 
 /// Shared memory of a block on the smallest GPUs that are supported (sm_86, sm_120), and on large ones (sm_90, sm_100).
 const SHARED_BYTES: [usize; 2] = [99 * 1024, 227 * 1024];
@@ -482,6 +482,10 @@ impl Driver for Emulated {
 
     fn identity(&self) -> [u8; 16] {
         self.identity
+    }
+
+    fn attach(&self) -> Attach {
+        Box::new(|| Ok(()))
     }
 
     fn nccl_library(&self) -> String {

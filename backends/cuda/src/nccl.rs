@@ -3,9 +3,12 @@
 
 use std::ffi::{CStr, CString, c_char, c_int, c_void};
 use std::sync::atomic::{AtomicPtr, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError, mpsc};
+use std::time::{Duration, Instant};
 
 use backend::BackendError;
+
+use crate::driver::Attach;
 
 /// `ncclUniqueId`.
 pub(crate) const ID_BYTES: usize = 128;
@@ -22,6 +25,8 @@ pub(crate) enum Element {
     F32 = 7,
 }
 
+/// How often whoever waits for the other ranks looks whether they are there.
+const JOIN_LOOK: Duration = Duration::from_millis(50);
 /// `ncclSum`.
 const SUM: c_int = 0;
 /// `ncclInProgress`: not an error.
@@ -123,13 +128,45 @@ impl Nccl {
         self.said("unique id", status).map(|()| id.0)
     }
 
-    /// Meets the other ranks; waits for all of them. The device's context is current.
+    /// Meets the other ranks within `most`, or until `gone` says which of them is lost. The library waits for them for as long
+    /// as they take, so it does on a thread of its own: one that is given up waits on, and gives back what it comes to.
     pub(crate) fn join(
         self,
         id: [u8; ID_BYTES],
-        rank: usize,
-        world: usize,
+        (rank, world): (usize, usize),
+        attach: Attach,
+        most: Duration,
+        mut gone: impl FnMut() -> Option<BackendError>,
     ) -> Result<Communicator, BackendError> {
+        let (met, joined) = mpsc::channel();
+        let meet = move || {
+            // Dropped, and so aborted, where nobody waits for it any more.
+            let _ = met.send(attach().and_then(|()| self.meet(id, rank, world)));
+        };
+        let thread = std::thread::Builder::new().name("nccl join".into()).spawn(meet);
+        thread.map_err(|error| BackendError::Device(format!("nccl: joining the group: {error}")))?;
+        let begun = Instant::now();
+        loop {
+            match joined.recv_timeout(JOIN_LOOK.min(most)) {
+                Ok(met) => return met,
+                Err(mpsc::RecvTimeoutError::Disconnected) => {
+                    return Err(BackendError::Device("nccl: joining the group: its thread died".to_owned()));
+                }
+                Err(mpsc::RecvTimeoutError::Timeout) => {}
+            }
+            if let Some(error) = gone() {
+                return Err(error);
+            }
+            if begun.elapsed() >= most {
+                // Which of several, the library does not say.
+                let reason = format!("nccl: {world} ranks have not met within {most:?}");
+                return Err(BackendError::Group { rank: usize::from(rank == 0), reason });
+            }
+        }
+    }
+
+    /// Waits for all ranks. The device's context is current.
+    fn meet(self, id: [u8; ID_BYTES], rank: usize, world: usize) -> Result<Communicator, BackendError> {
         let mut handle = std::ptr::null_mut();
         // SAFETY: writes a handle.
         let status = unsafe { (self.0.init_rank)(&mut handle, world as c_int, UniqueId(id), rank as c_int) };
@@ -191,3 +228,40 @@ impl Drop for Communicator {
 
 /// Shared with queued work and with the thread that watches.
 pub(crate) type Shared = Arc<Communicator>;
+
+#[cfg(all(test, feature = "emulator"))]
+mod tests {
+    use super::*;
+
+    /// A rank that is still there but never joins, and one that is known to be gone: nobody waits for them for ever.
+    #[test]
+    fn a_rank_that_does_not_join_is_not_waited_for() {
+        let dir = std::env::temp_dir().join(format!("baton-mock-join-{}", std::process::id()));
+        std::fs::create_dir_all(&dir).unwrap();
+        let path = dir.join("libnccl.so.2");
+        let source = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/nccl.cpp");
+        let options = ["-std=c++17", "-O0", "-shared", "-fPIC", source, "-o"];
+        assert!(std::process::Command::new("g++").args(options).arg(&path).status().unwrap().success());
+        let nccl = Nccl::open(&path.display().to_string()).unwrap();
+        let join = |id: [u8; ID_BYTES], rank: usize, most: Duration, gone: Option<&str>| {
+            let gone = || gone.map(|reason| BackendError::Group { rank: 1, reason: reason.to_owned() });
+            nccl.join(id, (rank, 2), Box::new(|| Ok(())), most, gone)
+        };
+        let said = |joined: Result<Communicator, BackendError>| joined.map(|_| ()).unwrap_err().to_string();
+        let short = Duration::from_millis(120);
+        let frozen = nccl.unique_id().unwrap();
+        assert_eq!(
+            said(join(frozen, 0, short, None)),
+            "tensor-parallel group lost: rank 1: nccl: 2 ranks have not met within 120ms"
+        );
+        // The thread that was given up still waits: the other rank may come, and this one is not there any more.
+        let other = join(frozen, 1, Duration::from_secs(60), None).unwrap();
+        drop(other);
+        let long = Duration::from_secs(3600);
+        assert_eq!(
+            said(join(nccl.unique_id().unwrap(), 0, long, Some("closed its link"))),
+            "tensor-parallel group lost: rank 1: closed its link"
+        );
+        let _ = std::fs::remove_dir_all(&dir);
+    }
+}

@@ -20,7 +20,7 @@ use self::memory::{Event, Host, Memory, available_bytes};
 use self::products::Products;
 use crate::compile;
 use crate::device::Open;
-use crate::driver::{Collective, Dense, Driver, Lane, Launch, fault};
+use crate::driver::{Attach, Collective, Dense, Driver, Lane, Launch, fault};
 
 /// CUDA 13.0: what this build speaks.
 const DRIVER_MIN: i32 = 13_000;
@@ -202,6 +202,16 @@ impl Driver for Nvidia {
 
     fn identity(&self) -> [u8; 16] {
         self.0.identity
+    }
+
+    fn attach(&self) -> Attach {
+        // The context is that of the device, which lives as long as the process: a number that any thread may have.
+        let context = self.0.context.expose_provenance();
+        Box::new(move || {
+            let context = std::ptr::with_exposed_provenance_mut(context);
+            // SAFETY: as above.
+            unsafe { result::ctx::set_current(context) }.map_err(failed("context"))
+        })
     }
 
     fn nccl_library(&self) -> String {

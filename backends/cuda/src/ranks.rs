@@ -22,6 +22,8 @@ use crate::step::Fetched;
 
 /// How often links are looked at while NCCL computes: a lost rank is noticed within this time.
 const WATCH: Duration = Duration::from_millis(100);
+/// Longest time for all ranks to join NCCL's group: it looks for the ways between them first.
+const JOIN_MAX: Duration = Duration::from_secs(60);
 /// A rank that closes its links may have ended in order, its last sums complete: the device has so long to come past them.
 const GRACE: Duration = Duration::from_millis(500);
 /// Logits per row that one rank may announce.
@@ -120,9 +122,16 @@ impl Ranks {
         } else {
             self.peers.borrow_mut().hear(&mut id)?;
         }
-        let shared = Arc::new(nccl.join(id, self.rank(), self.world())?);
         let links = self.peers.borrow().watched();
         let links = links.map_err(|error| BackendError::Device(format!("links between ranks: {error}")))?;
+        let gone = || {
+            let lost = |(rank, link): &(usize, TcpStream)| {
+                Some(BackendError::Group { rank: *rank, reason: closed(link)? })
+            };
+            links.iter().find_map(lost)
+        };
+        let seat = (self.rank(), self.world());
+        let shared = Arc::new(nccl.join(id, seat, driver.attach(), JOIN_MAX, gone)?);
         let watch = Watch::over(links, shared.clone())?;
         *self.fabric.borrow_mut() = Fabric::Nccl(shared, watch);
         Ok(())

@@ -22,9 +22,10 @@ struct Comm {
     bool aborted;  // this rank's end: the others' wait on
 };
 
-static std::mutex mutex;
-static std::condition_variable changed;
-static std::map<uint64_t, Group> groups;
+// Never destroyed: a process may end while a rank still waits.
+static std::mutex& mutex = *new std::mutex;
+static std::condition_variable& changed = *new std::condition_variable;
+static std::map<uint64_t, Group>& groups = *new std::map<uint64_t, Group>;
 static uint64_t ids = 0;
 static int sums = 0;
 
