@@ -18,7 +18,7 @@ use clap::Parser;
 use models::Checkpoint;
 use models::replay::Rank;
 
-use measure::Bench;
+use measure::{Bench, Replays};
 
 /// Seed of the dummy weights.
 const SEED: u64 = 7;
@@ -70,13 +70,16 @@ struct Args {
 fn main() -> Result<()> {
     let args = Args::parse();
     match args.backend.as_str() {
-        "cuda" => run::<CudaBackend>(&args),
-        "cpu" => run::<CpuBackend>(&args),
+        "cuda" => {
+            let replays = Replays { turn: CudaBackend::replay_steps, count: CudaBackend::replayed_steps };
+            run::<CudaBackend>(&args, Some(replays))
+        }
+        "cpu" => run::<CpuBackend>(&args, None),
         other => bail!("no backend {other:?}: cuda or cpu"),
     }
 }
 
-fn run<B: Backend>(args: &Args) -> Result<()> {
+fn run<B: Backend>(args: &Args, replays: Option<Replays<B>>) -> Result<()> {
     let dtype: DType = args.dtype.parse().map_err(anyhow::Error::msg)?;
     let options = DeviceOptions { dtype, cache: args.cache.clone(), ..DeviceOptions::default() };
     let device = B::open(&options, Group::alone())?;
@@ -123,7 +126,7 @@ fn run<B: Backend>(args: &Args) -> Result<()> {
     println!("{parameters:.3e} parameters in products, {} bytes of weights", checkpoint.weight_bytes());
     let tokens = args.prompt.max(measure::RAGGED_TOKENS) + 1024;
     let rank = Rank::<B>::open(&options, Group::alone(), &checkpoint, tokens)?;
-    let mut bench = Bench { rank, runs: args.runs.max(1), next: 0 };
+    let mut bench = Bench { rank, replays, runs: args.runs.max(1), next: 0 };
     bench.table(args.prompt, parameters, args.peak_tflops, &beside)
 }
 

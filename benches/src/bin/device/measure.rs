@@ -22,9 +22,17 @@ pub const RAGGED_TOKENS: usize = {
 /// Tokens that each sequence generates.
 const GENERATED: usize = 32;
 
+/// Tells a device whether it replays equal steps as one graph, and asks how many it has replayed.
+pub struct Replays<B> {
+    pub turn: fn(&mut B, bool),
+    pub count: fn(&B) -> u64,
+}
+
 /// A loaded model under measurement.
 pub struct Bench<B: Backend> {
     pub rank: Rank<B>,
+    /// Where steps may be replayed.
+    pub replays: Option<Replays<B>>,
     pub runs: usize,
     /// Sequence ids used so far.
     pub next: u64,
@@ -103,11 +111,31 @@ impl<B: Backend> Bench<B> {
             "| the same prompt, its cache to the host | {leaving:.2?} | {}, exposed {exposed:.2?}, {percent:.1} % (goal at most 5) |",
             rate(prompt, leaving)
         );
-        for batch in [1, 4, 16] {
-            let step = self.generation(batch)?;
-            println!("| generation, batch {batch} | {step:.2?} a step | {} |", rate(batch, step));
+        for batch in [1, 4, 16, 32] {
+            let (step, beside) = self.replayed_and_queued(batch)?;
+            println!("| generation, batch {batch} | {step:.2?} a step | {}{beside} |", rate(batch, step));
         }
         Ok(())
+    }
+
+    /// The time of a step that generates; where steps may be replayed, in words what it is without, in turns.
+    fn replayed_and_queued(&mut self, batch: usize) -> Result<(Duration, String)> {
+        let Some(Replays { turn, count }) = &self.replays else {
+            return Ok((self.generation(batch)?, String::new()));
+        };
+        let (turn, count) = (*turn, *count);
+        let before = count(&self.rank.backend);
+        let (mut replayed, mut queued) = (Vec::new(), Vec::new());
+        for _ in 0..self.runs {
+            for (on, times) in [(false, &mut queued), (true, &mut replayed)] {
+                turn(&mut self.rank.backend, on);
+                times.push(self.generation(batch)?);
+            }
+        }
+        let graphs = count(&self.rank.backend) - before;
+        let (replayed, queued) = (median(replayed), median(queued));
+        let times = queued.as_secs_f64() / replayed.as_secs_f64();
+        Ok((replayed, format!("; {graphs} steps replayed, {times:.2} times as fast as queued: {queued:.2?}")))
     }
 
     fn timed(&mut self, prompts: &[usize], export: bool) -> Result<Duration> {
