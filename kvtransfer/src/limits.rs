@@ -7,7 +7,7 @@ use crate::codec::{Codec, CodecPolicy};
 use crate::transport::ucx::Ways;
 
 /// Version of frames, messages and their order. Compared at join and in every Hello.
-pub const WIRE_VERSION: u8 = 3;
+pub const WIRE_VERSION: u8 = 4;
 
 /// Bytes of the fixed head of a frame.
 pub const HEADER_BYTES: usize = 64;

@@ -121,15 +121,20 @@ fn payloads_of_any_bytes_decode_to_a_place_of_the_right_size_or_not_at_all() {
     for _ in 0..ROUNDS / 10 {
         let codec = Codec::ALL[rng.below(4)];
         let dtype = [backend::DType::F32, backend::DType::F16, backend::DType::BF16][rng.below(3)];
-        let row = Row { dim: rng.below(40), dtype };
-        let rows = rng.below(8);
+        let row = Row { dim: rng.below(40), dtype, keys: rng.below(2) == 0 };
+        // Some of them with a rest after a group of 64 tokens.
+        let (heads, tokens) = (rng.below(4), if rng.below(8) == 0 { rng.below(150) } else { rng.below(8) });
+        let rows = heads * tokens;
         let bytes: Vec<u8> = (0..rng.below(200)).map(|_| rng.next() as u8).collect();
         let mut exact = Vec::new();
-        if codec.decode(row, rows, &bytes, &mut exact) {
-            assert_eq!((bytes.len(), exact.len()), (codec.wire_bytes(row, rows), rows * row.bytes()));
+        if codec.decode(row, heads, tokens, &bytes, &mut exact) {
+            assert_eq!(
+                (bytes.len(), exact.len()),
+                (codec.wire_bytes(row, heads, tokens), rows * row.bytes())
+            );
         }
-        let wire: Vec<u8> = (0..codec.wire_bytes(row, rows)).map(|_| rng.next() as u8).collect();
-        assert!(codec.decode(row, rows, &wire, &mut exact));
+        let wire: Vec<u8> = (0..codec.wire_bytes(row, heads, tokens)).map(|_| rng.next() as u8).collect();
+        assert!(codec.decode(row, heads, tokens, &wire, &mut exact));
         assert_eq!(exact.len(), rows * row.bytes());
     }
 }

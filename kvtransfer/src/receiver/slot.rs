@@ -198,7 +198,7 @@ impl<L: KvLanding + 'static> LandingSlot<L> {
             let row = Row::of(&self.expect.spec.planes[piece.plane]);
             let mut exact = Vec::new();
             // Its length was checked when the place was taken.
-            head.codec.decode(row, piece.heads.len() * piece.tokens.len(), staging, &mut exact);
+            head.codec.decode(row, piece.heads.len(), piece.tokens.len(), staging, &mut exact);
             *staging = exact;
         }
         match lock(&self.landing).as_mut() {

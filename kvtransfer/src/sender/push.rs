@@ -392,7 +392,7 @@ fn estimate(pool: &Pool, spec: &PushSpec, pairs: &[Arc<Pair>]) -> Option<Duratio
 fn layer_wire_bytes(parts: &[Part], codec: Codec, tokens: &Range<u32>) -> u64 {
     let of = |part: &Part| {
         let tokens = part.share.count_within(tokens) as usize;
-        codec.wire_bytes(part.row, part.heads.len() * tokens) as u64
+        codec.wire_bytes(part.row, part.heads.len(), tokens) as u64
     };
     parts.iter().map(of).sum()
 }

@@ -318,8 +318,7 @@ impl Receiving {
         };
         let bytes = self.coverage.claim(&piece)?;
         let row = Row::of(&self.expect.spec.planes[piece.plane]);
-        let rows = piece.heads.len() * piece.tokens.len();
-        let wire_bytes = head.codec.wire_bytes(row, rows) as u64;
+        let wire_bytes = head.codec.wire_bytes(row, piece.heads.len(), piece.tokens.len()) as u64;
         if wire_bytes != payload_bytes {
             return Err(SessionError::Protocol(format!(
                 "payload of {payload_bytes} bytes for a place of {wire_bytes}"

@@ -137,16 +137,21 @@ fn a_codec_is_applied_on_the_way() {
         let case = whole(100);
         let (pushed, landed) = session(&case, &Sender::new(limits), &receiver, &address);
         let (pushed, summary) = (pushed.unwrap(), landed.result.unwrap());
-        let row = Row { dim: 64, dtype: DType::BF16 };
-        assert_eq!(summary.wire_bytes, codec.wire_bytes(row, 4 * 2 * 8 * 100) as u64);
+        let row = |plane| Row { dim: 64, dtype: DType::BF16, keys: plane == 0 };
+        // Frames of 16 tokens, and what is left over.
+        let of = |plane| 6 * codec.wire_bytes(row(plane), 8, 16) + codec.wire_bytes(row(plane), 8, 4);
+        assert_eq!(summary.wire_bytes, 4 * (of(0) + of(1)) as u64);
         assert_eq!((summary.bytes, pushed.codec), (100 * 8192, codec));
-        let piece = Piece { layer: 2, plane: 1, heads: 0..8, tokens: 40..60 };
-        let (mut want, mut wire, mut exact, mut got) = (Vec::new(), Vec::new(), Vec::new(), Vec::new());
-        Cache::full(&case.from[0], 0..100, 16).read(&piece, &mut exact);
-        codec.encode(row, &exact, &mut wire);
-        assert!(codec.decode(row, 160, &wire, &mut want));
-        landed.landing.cache.read(&piece, &mut got);
-        assert_eq!(got, want, "{codec}");
+        for (plane, tokens) in [(0, 32..48), (1, 40..60), (0, 96..100)] {
+            let count = tokens.len();
+            let piece = Piece { layer: 2, plane, heads: 0..8, tokens };
+            let (mut want, mut wire, mut exact, mut got) = (Vec::new(), Vec::new(), Vec::new(), Vec::new());
+            Cache::full(&case.from[0], 0..100, 16).read(&piece, &mut exact);
+            codec.encode(row(plane), 8, &exact, &mut wire);
+            assert!(codec.decode(row(plane), 8, count, &wire, &mut want));
+            landed.landing.cache.read(&piece, &mut got);
+            assert_eq!(got, want, "{codec} plane {plane}");
+        }
     }
 }
 

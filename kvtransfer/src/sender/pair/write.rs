@@ -167,7 +167,7 @@ impl Pair {
         let piece = cut(&mut rest, *token_bytes, frame_bytes)?;
         let bytes = piece.tokens.len() * *token_bytes;
         let wire_bytes = match self.row(piece.plane) {
-            Some(row) => self.codec.wire_bytes(row, piece.heads.len() * piece.tokens.len()),
+            Some(row) => self.codec.wire_bytes(row, piece.heads.len(), piece.tokens.len()),
             None => bytes,
         };
         if !sending.may_send(wire_bytes, Instant::now()) {
@@ -238,7 +238,7 @@ impl Pair {
             return self.send_data(index, pool, sink, frame, Codec::Exact, &exact, None);
         };
         staging.encoded.clear();
-        self.codec.encode(row, &staging.exact, &mut staging.encoded);
+        self.codec.encode(row, frame.piece.heads.len(), &staging.exact, &mut staging.encoded);
         self.send_data(index, pool, sink, frame, self.codec, &[IoSlice::new(&staging.encoded)], None)
     }
 
