@@ -179,10 +179,10 @@ pub(super) fn decode(row: Row, heads: usize, wire: &[u8], out: &mut [u8]) {
     }
 }
 
-/// The nearest of 0 to 15, ties to even; not a number is 0.
+/// The nearest of 0 to 15, ties to even; one of them where it is no number.
 fn nearest(x: f32) -> u8 {
     // Adding 2^23 leaves the rounded number in the last bits.
-    (x.max(0.0).min(TOP) + 8_388_608.0).to_bits() as u8 & 0xf
+    (x.clamp(0.0, TOP) + 8_388_608.0).to_bits() as u8 & 0xf
 }
 
 fn pack(codes: &[u8], to: &mut [u8]) {
