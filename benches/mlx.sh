@@ -23,7 +23,7 @@ if ! [ -x "$python" ]; then
 fi
 if [ "$(uname)" = Linux ]; then # the BLAS that the backend has, see backends/mlx/linux/setup.sh
   for blas in "$out"/venv/lib/python3*/site-packages/mlx_cpu.libs/libblas-*.so.*; do
-    ln -sf "$(realpath target/mlx-linux/wheel-*/mlx_cpu.libs/"$(basename "$blas")")" "$blas"
+    [ -e "$blas" ] && ln -sf "$(realpath target/mlx-linux/wheel-*/mlx_cpu.libs/"$(basename "$blas")")" "$blas"
   done
 fi
 [ -e "$out/4bit/config.json" ] || "$python" benches/peers/mlx_checkpoint.py "$out"
@@ -31,9 +31,12 @@ baton=${BATON:-target/release/baton}
 [ -n "${BATON:-}" ] || cargo build --release --locked --features mlx -p baton
 # The CPU library sums 4-bit products in the type of the activations: only in f32 both do the same work there.
 [ "$(uname)" = Linux ] && wide=f32 || wide=bf16
-few=(--context 32 --steps 32 --rounds 3)
+flags=("$@")
+for short in --context=32 --steps=32 --rounds=3; do # unless they are given
+  [[ " $* " == *" ${short%=*}"[\ =]* ]] || flags+=("$short")
+done
 for run in "bf16 bf16" "4bit $wide"; do
   read -r model dtype <<< "$run"
   echo "== $model"
-  "$baton" bench decode --backend mlx --model "$out/$model" --dtype "$dtype" --mlx-lm "$python" "${few[@]}" "$@"
+  "$baton" bench decode --backend mlx --model "$out/$model" --dtype "$dtype" --mlx-lm "$python" "${flags[@]}"
 done

@@ -135,7 +135,7 @@ fn table(args: &DecodeArgs, rates: &[Rates], version: Option<&str>) -> String {
     text += "batch    tok/s                    GB/s   CPU ms/step";
     if let Some(version) = version {
         text += &format!(
-            "   {:<28}   CPU ms/step   ratio of tok/s, of CPU",
+            "   {:<28}   CPU ms/step   ratio by turns: tok/s, CPU",
             format!("mlx_lm tok/s (mlx {version})")
         );
     }
@@ -150,8 +150,10 @@ fn table(args: &DecodeArgs, rates: &[Rates], version: Option<&str>) -> String {
         let gbytes = ours * rates.token_bytes / 1e9;
         text += &format!("{batch:>5} {range} {gbytes:>5.2} {our_busy:>13.2}");
         if version.is_some() {
-            let (others, busy, range) = shown(&rates.others);
-            text += &format!("   {range} {busy:>13.2}   {:>5.2} {:>5.2}", ours / others, our_busy / busy);
+            let (_, busy, range) = shown(&rates.others);
+            let rate = paired(&rates.others, &rates.ours, |took| took.seconds);
+            let cpu = paired(&rates.ours, &rates.others, |took| took.busy_seconds);
+            text += &format!("   {range} {busy:>13.2}   {rate:>5.2} {cpu:>5.2}");
         }
         text += "\n";
     }
@@ -164,6 +166,14 @@ fn spread(all: &[Took], number: impl Fn(&Took) -> f64) -> [f64; 3] {
     numbers.sort_by(f64::total_cmp);
     let at = |at: usize| numbers.get(at).copied().unwrap_or(f64::NAN);
     [at(0), at(numbers.len().saturating_sub(1) / 2), at(numbers.len().saturating_sub(1))]
+}
+
+/// Median of the rounds' ratios: what changes from minute to minute on a machine that others use is the same for both sides of
+/// a round.
+fn paired(some: &[Took], others: &[Took], number: impl Fn(&Took) -> f64) -> f64 {
+    let mut ratios: Vec<f64> = some.iter().zip(others).map(|(a, b)| number(a) / number(b)).collect();
+    ratios.sort_by(f64::total_cmp);
+    ratios.get(ratios.len().saturating_sub(1) / 2).copied().unwrap_or(f64::NAN)
 }
 
 /// Processor time of this process so far, in seconds.
@@ -318,6 +328,14 @@ mod tests {
         assert_eq!(spread(&[3.0, 1.0, 2.0]), [1.0, 2.0, 3.0]);
         assert_eq!(spread(&[5.0]), [5.0; 3]);
         assert!(spread(&[])[1].is_nan());
+    }
+
+    /// A slow minute, in which both were slow, is one ratio among others.
+    #[test]
+    fn ratios_are_of_rounds() {
+        let [ours, others] = [[1.0, 30.0, 1.1], [2.0, 60.0, 2.2]].map(|all| all.map(took_of).to_vec());
+        assert!((paired(&others, &ours, |took| took.seconds) - 2.0).abs() < 1e-9);
+        assert!(paired(&[], &[], |took| took.seconds).is_nan());
     }
 
     #[test]
