@@ -3,11 +3,6 @@
 // whose sums `combine` joins. `attend_plain_*` takes any size and type, one warp a row and head.
 #include "device.cuh"
 
-// Rows of one sequence.
-struct Tile {
-    u32 run, row, rows, position;  // row: the first in the batch; position: of that row
-};
-
 struct AttendArgs {
     u64 q, out;            // [rows, heads, key_dim] T with strides, [rows, heads, value_dim] T
     u64 k, v;              // tokens with strides
@@ -22,8 +17,7 @@ struct AttendArgs {
 
 __device__ __forceinline__ u64 token_at(const AttendArgs& a, u32 run, u32 position) {
     if (!a.tables) return (u64)((const u32*)a.firsts)[run] + position;
-    u32 page = ((const u32*)a.tables)[(u64)run * a.blocks_max + (position >> a.block_shift)];
-    return ((u64)page << a.block_shift) + (position & ((1u << a.block_shift) - 1));
+    return token_in((const u32*)a.tables + (u64)run * a.blocks_max, position, a.block_shift);
 }
 
 // Tiles of BN positions of K or V into shared memory, padded rows; zeros where there is nothing. `first` is a multiple
@@ -113,12 +107,7 @@ __device__ void attend(const AttendArgs& a) {
             for (int n = 0; n < NT; n += 2) {
                 u32 kf[4];
                 load_matrices(kf, sk + (n * 8 + lane / 16 * 8 + lane % 8) * QS + k + lane / 8 % 2 * 8);
-                u32 low[2] = {kf[0], kf[1]}, high[2] = {kf[2], kf[3]};
-#pragma unroll
-                for (int t = 0; t < MT; ++t) {
-                    tile_product(s[t][n], qf[t], low);
-                    tile_product(s[t][n + 1], qf[t], high);
-                }
+                tile_products(s, n, qf, kf);
             }
         }
 
@@ -186,12 +175,7 @@ __device__ void attend(const AttendArgs& a) {
             for (int n = 0; n < DV / 8; n += 2) {
                 u32 vf[4];
                 load_matrices_turned(vf, sv + (k + lane / 8 % 2 * 8 + lane % 8) * VS + n * 8 + lane / 16 * 8);
-                u32 low[2] = {vf[0], vf[1]}, high[2] = {vf[2], vf[3]};
-#pragma unroll
-                for (int t = 0; t < MT; ++t) {
-                    tile_product(o[t][n], pf[t], low);
-                    tile_product(o[t][n + 1], pf[t], high);
-                }
+                tile_products(o, n, pf, vf);
             }
         }
     }

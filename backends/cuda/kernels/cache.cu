@@ -10,8 +10,7 @@ struct MoveArgs {
 // One block a token. `dense` may be memory of the host.
 KERNEL(move_rows, MoveArgs, 256) {
     u32 position = a.first + blockIdx.x;
-    u64 page = ((const u32*)a.table)[position >> a.block_shift];
-    u64 token = (page << a.block_shift) + (position & ((1u << a.block_shift) - 1));
+    u64 token = token_in((const u32*)a.table, position, a.block_shift);
     u64 here = a.pages + token * a.width, there = a.dense + (u64)blockIdx.x * a.width;
     u64 from = a.out ? here : there, to = a.out ? there : here;
     if ((from | to | a.width) % 16 == 0) {

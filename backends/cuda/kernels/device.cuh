@@ -123,6 +123,27 @@ __device__ __forceinline__ float bits_float(u32 x) {
 
 #define MINUS_INFINITY bits_float(0xff800000u)
 
+// Rows of one sequence.
+struct Tile {
+    u32 run, row, rows, position;  // row: the first in the batch; position: of that row
+};
+
+// The token of a position, by the pages [blocks] of its sequence.
+__device__ __forceinline__ u64 token_in(const u32* pages, u32 position, u32 block_shift) {
+    return ((u64)pages[position >> block_shift] << block_shift) + (position & ((1u << block_shift) - 1));
+}
+
+// Two tiles of 8 outputs beside each other, for MT tiles of 16 rows: d[t][n] += a[t] b[0..2], d[t][n + 1] += a[t] b[2..4].
+template <int MT, int NT>
+__device__ __forceinline__ void tile_products(float (&d)[MT][NT][4], int n, const u32 (&a)[MT][4], const u32 (&b)[4]) {
+    u32 low[2] = {b[0], b[1]}, high[2] = {b[2], b[3]};
+#pragma unroll
+    for (int t = 0; t < MT; ++t) {
+        tile_product(d[t][n], a[t], low);
+        tile_product(d[t][n + 1], a[t], high);
+    }
+}
+
 __device__ __forceinline__ float up(float x) {
     return x;
 }

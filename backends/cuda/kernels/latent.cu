@@ -78,15 +78,10 @@ KERNEL(absorb_values, AbsorbArgs, 256) {
     }
 }
 
-// One row of one sequence; `row` in the batch.
-struct Tile {
-    u32 run, row, rows, position;
-};
-
 struct LatentArgs {
     u64 q_latent, q;      // [tiles, heads, latent] of absorb_keys; [*, q_row] with a head's rope part at q_offset
     u64 latents, ropes;   // planes: [tokens, latent], [tokens, rope]
-    u64 tables, tiles;    // [runs, blocks_max] u32 page; [gridDim.x] Tile
+    u64 tables, tiles;    // [runs, blocks_max] u32 page; [gridDim.x] Tile of one row
     u64 out, partial;     // [tiles, heads, latent]; sums of splits as `combine` reads them, or 0
     u32 heads, latent, rope, q_row, q_head, q_offset, blocks_max, block_shift, splits;
     float scale;
@@ -105,8 +100,7 @@ __device__ __forceinline__ void load_latents(bf16* to, const LatentArgs& a, u32 
         u32 c = (is_rope ? chunk - chunks : chunk) * 8, width = is_rope ? a.rope : a.latent;
         bool there = first + at < end && c < width;
         u32 position = there ? first + at : first;
-        u64 page = ((const u32*)a.tables)[(u64)run * a.blocks_max + (position >> a.block_shift)];
-        u64 token = (page << a.block_shift) + (position & ((1u << a.block_shift) - 1));
+        u64 token = token_in((const u32*)a.tables + (u64)run * a.blocks_max, position, a.block_shift);
         const bf16* from = (const bf16*)(is_rope ? a.ropes : a.latents) + token * width + (there ? c : 0);
         copy_async(to + at * LS + chunk * 8, from, there);
     }
@@ -228,12 +222,7 @@ __device__ void attend_latent(const LatentArgs& a) {
                 if (column >= latent16) break;  // the same for a warp
                 u32 vf[4];
                 load_matrices_turned(vf, keys + (k + lane / 8 % 2 * 8 + lane % 8) * LS + column + lane / 16 * 8);
-                u32 low[2] = {vf[0], vf[1]}, high[2] = {vf[2], vf[3]};
-#pragma unroll
-                for (int t = 0; t < MT; ++t) {
-                    tile_product(o[t][n], pf[t], low);
-                    tile_product(o[t][n + 1], pf[t], high);
-                }
+                tile_products(o, n, pf, vf);
             }
         }
     }

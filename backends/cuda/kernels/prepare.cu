@@ -23,8 +23,7 @@ struct Pages {
 };
 
 __device__ __forceinline__ u64 token_of(const Pages& p, u32 run, u32 position) {
-    u32 page = ((const u32*)p.tables)[(u64)run * p.blocks_max + (position >> p.block_shift)];
-    return ((u64)page << p.block_shift) + (position & ((1u << p.block_shift) - 1));
+    return token_in((const u32*)p.tables + (u64)run * p.blocks_max, position, p.block_shift);
 }
 
 struct PrepareArgs {

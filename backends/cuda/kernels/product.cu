@@ -109,12 +109,7 @@ __device__ void product(const ProductArgs& a) {
             for (int n = 0; n < NT; n += 2) {
                 u32 wf[4];
                 load_matrices(wf, sw + (wn + n * 8 + lane / 16 * 8 + lane % 8) * S + k + lane / 8 % 2 * 8);
-                u32 low[2] = {wf[0], wf[1]}, high[2] = {wf[2], wf[3]};
-#pragma unroll
-                for (int t = 0; t < MT; ++t) {
-                    tile_product(acc[t][n], xf[t], low);
-                    tile_product(acc[t][n + 1], xf[t], high);
-                }
+                tile_products(acc, n, xf, wf);
             }
         }
     }

@@ -1,12 +1,20 @@
 //! The kernels keep the meaning of the seam: the whole suite on the emulated device, which checks every access of theirs and
 //! delays all work as long as it may. (On a GPU: `benches/h200.sh`.)
 
+use std::sync::{Mutex, MutexGuard, PoisonError};
+
 use backend::conformance::{QUANTS, Suite, Tolerance};
 use backend::{Backend, BackendError, DType, DeviceOptions, Group};
 use backend_cuda::EmulatedBackend;
 
 const TOLERANCE: Tolerance = Tolerance { f32: 3e-6, bf16: 2e-2 };
 const DTYPES: &[DType] = &[DType::F32, DType::BF16];
+
+/// Kernels run one at a time in a process: tests do, too, so that no rank of a group is silent because of another test.
+fn alone() -> MutexGuard<'static, ()> {
+    static ALONE: Mutex<()> = Mutex::new(());
+    ALONE.lock().unwrap_or_else(PoisonError::into_inner)
+}
 
 fn suite<'a>(
     open: &'a (dyn Fn(&DeviceOptions, Group) -> Result<EmulatedBackend, BackendError> + Sync),
@@ -16,12 +24,14 @@ fn suite<'a>(
 
 #[test]
 fn conforms() {
+    let _alone = alone();
     suite(&EmulatedBackend::open).run();
 }
 
 /// A device with much shared memory takes larger tiles; one that shares the host's memory stages nothing.
 #[test]
 fn a_large_device_with_the_hosts_memory_conforms() {
+    let _alone = alone();
     let open = |options: &DeviceOptions, group: Group| {
         EmulatedBackend::open(&DeviceOptions { device: 1, ..options.clone() }, group)
     };
@@ -37,6 +47,7 @@ fn a_large_device_with_the_hosts_memory_conforms() {
 /// Groups whose ranks are processes (here threads) of their own, joined by sockets: sums pass through the host.
 #[test]
 fn a_group_without_nccl_conforms() {
+    let _alone = alone();
     let mut suite = suite(&EmulatedBackend::open);
     suite.group = Some(Group::local);
     for (name, case) in suite.cases() {

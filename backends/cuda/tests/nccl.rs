@@ -2,7 +2,7 @@
 
 use std::ffi::CString;
 use std::process::Command;
-use std::sync::OnceLock;
+use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
 
 use backend::conformance::{QUANTS, Suite, Tolerance};
 use backend::{
@@ -12,6 +12,12 @@ use backend::{
 use backend_cuda::EmulatedBackend;
 
 const DTYPES: &[DType] = &[DType::F32, DType::BF16];
+
+/// Kernels run one at a time in a process: tests do, too, so that no rank of a group is silent because of another test.
+fn alone() -> MutexGuard<'static, ()> {
+    static ALONE: Mutex<()> = Mutex::new(());
+    ALONE.lock().unwrap_or_else(PoisonError::into_inner)
+}
 
 /// Builds the library, and tells the emulated devices of it. Returns its counter of sums.
 fn library() -> extern "C" fn() -> i32 {
@@ -42,6 +48,7 @@ fn library() -> extern "C" fn() -> i32 {
 /// Everything that concerns groups holds, a lost rank too, and it was NCCL that added.
 #[test]
 fn a_group_with_nccl_conforms() {
+    let _alone = alone();
     let sums = library();
     let suite = Suite {
         open: &EmulatedBackend::open,
@@ -68,6 +75,7 @@ fn a_group_with_nccl_conforms() {
 /// A rank that is lost between the greeting and NCCL's group is told as lost, and soon: NCCL alone would wait on.
 #[test]
 fn a_rank_lost_while_joining_is_told() {
+    let _alone = alone();
     library();
     let mut groups = Group::local(2).unwrap();
     let (theirs, mine) = (groups.pop().unwrap(), groups.pop().unwrap());
