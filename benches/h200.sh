@@ -22,6 +22,7 @@ mkdir -p "$logs"
 table=$logs/table
 : > "$table"
 stages=0
+export RUST_BACKTRACE=0 # the last line of a failure is its reason
 say() { printf '\n=== %4d s  %s\n' "$SECONDS" "$*"; }
 row() { printf '| %s | %s | %s |\n' "$1" "$2" "${3:-}" | tee -a "$table"; }
 
