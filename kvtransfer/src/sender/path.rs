@@ -60,12 +60,15 @@ impl Path {
         speed == 0.0 || self.bytes_per_s.is_none_or(|rate| rate < speed * FILLS)
     }
 
-    /// Whether it may be used beside `best`: it answers, and does not lead back to this machine while the other leaves it.
+    /// Whether it may be used beside `best`: it answers, does not lead back to this machine while the other leaves it, and is no Wi-Fi
+    /// that nobody has measured beside a cable.
     fn beside(&self, best: &Path) -> bool {
-        let home = |path: &Path| path.via.as_ref().is_some_and(|via| via.ip.is_loopback());
-        self.error.is_none()
-            && self.port.as_ref().is_none_or(|port| !port.is_empty())
-            && home(self) == home(best)
+        let is = |path: &Path, of: fn(&Interface) -> bool| path.via.as_ref().is_some_and(of);
+        let home = |path| is(path, |via| via.ip.is_loopback());
+        let air = |path| is(path, |via| via.wireless);
+        let guessed = air(self) && !air(best) && self.bytes_per_s.is_none();
+        let way = self.port.as_ref().is_none_or(|port| !port.is_empty());
+        self.error.is_none() && way && home(self) == home(best) && !guessed
     }
 }
 
@@ -279,5 +282,11 @@ mod tests {
         assert_eq!(paths.stripe(&all, now), names(&["a"]));
         paths.update("b", |path| path.bytes_per_s = Some(1.1e9));
         assert_eq!(paths.stripe(&all, now), names(&["a", "b"]));
+        // Wi-Fi beside a cable, of which nobody knows how fast it is.
+        paths.update("b", |path| {
+            (path.via, path.bytes_per_s) =
+                (Some(Interface { wireless: true, ..via("wl0", [10, 0, 2, 1]) }), None);
+        });
+        assert_eq!(paths.stripe(&all, now), names(&["a"]));
     }
 }

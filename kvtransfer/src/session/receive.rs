@@ -1,5 +1,8 @@
 //! The receiving session: all senders of one landing. Pure; driven by the slots of [`crate::Receiver`].
 
+mod admit;
+mod deadline;
+
 use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
 
@@ -8,12 +11,10 @@ use backend::Piece;
 use crate::codec::Row;
 use crate::coverage::Coverage;
 use crate::frame::Head;
-use crate::layout::{describe, relay};
-use crate::limits::{LANES_MAX, PAYLOAD_BYTES_MAX, PEER_BASE};
-use crate::message::{Hello, Message};
-use crate::session::handshake::Handshake;
+use crate::layout::relay;
+use crate::limits::{PAYLOAD_BYTES_MAX, PEER_BASE};
+use crate::message::Message;
 use crate::session::lane::Lane;
-use crate::session::millis;
 use crate::{Close, Expect, Limits, SessionError, Summary, Ticket};
 
 /// Names a connection among those of one receiver.
@@ -169,123 +170,6 @@ impl Receiving {
     /// Whether `conn` is another rank of the own group.
     pub fn is_peer(&self, conn: ConnId) -> bool {
         self.pairs.range(PEER_BASE..).any(|(_, pair)| pair.lanes.values().any(|lane| lane.conn == Some(conn)))
-    }
-
-    /// A connection presents its proof. An error concerns the connection alone, not the session.
-    pub fn prove(
-        &mut self,
-        conn: ConnId,
-        handshake: &Handshake,
-        proof: &[u8; 32],
-        now: Instant,
-    ) -> Result<Vec<Action>, Rejected> {
-        let hello = &handshake.hello;
-        let name = || format!("sender rank {}", hello.sender);
-        if !handshake.proves(&self.expect.ticket, proof) {
-            return Err(SessionError::Proof(name()).into());
-        }
-        if let State::Failed(_) = self.state {
-            return Err(SessionError::Unknown(self.expect.session).into());
-        }
-        self.same(hello)?;
-        if self.landed() {
-            return self.repeat(conn, hello);
-        }
-        if hello.lane >= LANES_MAX {
-            return Err(SessionError::Busy { what: "lanes", max: LANES_MAX.into() }.into());
-        }
-        if let Some(pair) = self.pairs.get(&hello.sender) {
-            if hello.bytes != pair.total_bytes {
-                return Err(
-                    stale("number of bytes", hello.bytes.to_string(), pair.total_bytes.to_string()).into()
-                );
-            }
-            if let Some(lane) = pair.lanes.get(&hello.lane) {
-                if hello.connection <= lane.connection {
-                    return Err(SessionError::Protocol(format!("{} is connected already", name())).into());
-                }
-                if let Some(old) = lane.conn {
-                    // Its thread may be reading into the landing: the new one comes back when it has let go.
-                    let error = SessionError::Busy { what: "connections of a lane", max: 1 };
-                    return Err(Rejected { error, actions: vec![Action::Drop(old)] });
-                }
-            }
-        } else {
-            let announced =
-                self.pairs.values().map(|pair| pair.total_bytes).fold(hello.bytes, u64::saturating_add);
-            if announced > self.coverage.wanted_bytes() {
-                let got = announced.to_string();
-                return Err(stale("number of bytes", got, self.coverage.wanted_bytes().to_string()).into());
-            }
-        }
-        self.state = State::Receiving;
-        if hello.sender < PEER_BASE {
-            self.senders = hello.senders.clone();
-        }
-        self.first_pair.get_or_insert(now);
-        let pair = self
-            .pairs
-            .entry(hello.sender)
-            .or_insert_with(|| Pair { total_bytes: hello.bytes, lanes: BTreeMap::new() });
-        if let Some(lane) = pair.lanes.get_mut(&hello.lane) {
-            lane.resume(conn, hello.connection, now);
-            self.resumed += 1;
-        }
-        let lane = pair.lanes.entry(hello.lane).or_insert_with(|| Lane::new(conn, hello.connection, now));
-        lane.grant(self.window_bytes, pair.total_bytes);
-        Ok(vec![Action::Send(conn, lane.credit(self.frame_bytes))])
-    }
-
-    /// A sender whose connection was lost before it had heard the acknowledgement hears it again.
-    fn repeat(&mut self, conn: ConnId, hello: &Hello) -> Result<Vec<Action>, Rejected> {
-        let frame_bytes = self.frame_bytes;
-        let pair = self.pairs.get_mut(&hello.sender);
-        match pair.and_then(|pair| pair.lanes.get_mut(&hello.lane)) {
-            Some(lane) if hello.connection > lane.connection => {
-                (lane.conn, lane.connection) = (Some(conn), hello.connection);
-                let ack = Message::Ack { bytes: lane.received_bytes };
-                Ok(vec![Action::Send(conn, lane.credit(frame_bytes)), Action::Send(conn, ack)])
-            }
-            _ => Err(SessionError::Unknown(self.expect.session).into()),
-        }
-    }
-
-    /// Whether the sender means this very session.
-    fn same(&self, hello: &Hello) -> Result<(), SessionError> {
-        let expect = &self.expect;
-        let text = |range: &std::ops::Range<u32>| format!("{}..{}", range.start, range.end);
-        let pairs = [
-            ("request", hello.request.clone(), expect.request.clone()),
-            ("attempt", hello.attempt.to_string(), expect.attempt.to_string()),
-            ("epoch", hello.epoch.to_string(), expect.epoch.to_string()),
-            ("token range", text(&hello.tokens), text(&expect.tokens)),
-            ("cache", hello.spec.clone(), describe(&expect.spec)),
-        ];
-        for (what, got, want) in pairs {
-            if got != want {
-                return Err(stale(what, got, want));
-            }
-        }
-        if hello.sender >= PEER_BASE && hello.senders == [hello.sender] && self.peers.contains(&hello.sender)
-        {
-            return Ok(());
-        }
-        let ascending = hello.senders.windows(2).all(|pair| pair[0] < pair[1]);
-        let strange = hello.senders.last().is_none_or(|last| *last >= PEER_BASE);
-        if !ascending || strange || !hello.senders.contains(&hello.sender) {
-            return Err(SessionError::Protocol(format!(
-                "sender rank {} of {:?}",
-                hello.sender, hello.senders
-            )));
-        }
-        if !self.senders.is_empty() && hello.senders != self.senders {
-            return Err(stale(
-                "list of senders",
-                format!("{:?}", hello.senders),
-                format!("{:?}", self.senders),
-            ));
-        }
-        Ok(())
     }
 
     /// The head of a data frame: takes its place in the landing, where the shell puts the payload before it calls
@@ -493,49 +377,6 @@ impl Receiving {
         }
     }
 
-    /// Looks at the deadlines.
-    pub fn tick(&mut self, now: Instant) -> Vec<Action> {
-        if now < self.next_tick() {
-            return Vec::new();
-        }
-        let deadline = self.expect.deadline;
-        let expired = |what: String| SessionError::Expired { what, ms: millis(deadline) };
-        let lanes = || self.pairs.iter().flat_map(|(rank, pair)| pair.open().map(move |lane| (rank, lane)));
-        let silent = lanes().find(|(_, lane)| lane.conn.is_some() && now >= lane.heard + deadline);
-        let gone = lanes().find_map(|(rank, lane)| {
-            lane.lost
-                .as_ref()
-                .filter(|(since, _)| now >= *since + self.resume)
-                .map(|(_, reason)| (rank, reason))
-        });
-        let error = match (silent, gone, self.missing()) {
-            (Some((rank, _)), ..) => expired(format!("nothing came from sender rank {rank}")),
-            (_, Some((rank, reason)), _) => {
-                SessionError::Lost { peer: format!("sender rank {rank}"), reason: reason.clone() }
-            }
-            (.., Some(rank)) => expired(format!("sender rank {rank} did not connect")),
-            _ => expired("no sender connected".to_owned()),
-        };
-        self.fail(error)
-    }
-
-    /// When [`Receiving::tick`] may find something.
-    pub fn next_tick(&self) -> Instant {
-        let deadline = self.expect.deadline;
-        let Some(first) = self.first_pair else { return self.began + deadline };
-        let ends = self.pairs.values().flat_map(Pair::open).map(|lane| match &lane.lost {
-            Some((since, _)) => *since + self.resume,
-            None => lane.heard + deadline,
-        });
-        let missing = self.senders.is_empty() || self.missing().is_some();
-        ends.chain(missing.then_some(first + deadline)).min().unwrap_or(self.last_frame + deadline)
-    }
-
-    /// A sender that has not connected, of those that are known.
-    fn missing(&self) -> Option<&u32> {
-        self.senders.iter().chain(&self.peers).find(|rank| !self.pairs.contains_key(rank))
-    }
-
     /// What an unproven connection says concerns it alone.
     fn proven(&mut self, conn: ConnId) -> Result<(), Vec<Action>> {
         let session = self.expect.session;
@@ -588,8 +429,4 @@ impl Pair {
             .values()
             .filter(move |lane| lane.conn.is_some() || lane.done.is_none() && !(others && lane.frames == 0))
     }
-}
-
-fn stale(what: &'static str, got: String, want: String) -> SessionError {
-    SessionError::Stale { what, got, want }
 }
