@@ -28,6 +28,7 @@ use crate::kernel::{
 };
 use crate::lanes::LANES;
 use crate::memory::Place;
+use crate::operand::PairInputs;
 
 /// Inputs of a chunk of codes.
 const CHUNK: usize = 32;
@@ -42,7 +43,8 @@ const ROWS_STREAMING: usize = 12;
 const BYTES_INPUTS: usize = 2048;
 
 /// Floats that a sum decodes into.
-pub(crate) const DECODED_FLOATS: usize = Scaled::BUFFER_FLOATS;
+pub(crate) const DECODED_FLOATS: usize = 8192;
+const _: () = assert!(Scaled::BUFFER_FLOATS <= DECODED_FLOATS);
 const _: () = assert!(FEW_ROWS.0 * FEW_ROWS.1 * LANES <= DECODED_FLOATS);
 const _: () = assert!(MANY_ROWS.0 * MANY_ROWS.1 * LANES <= DECODED_FLOATS);
 
@@ -199,23 +201,24 @@ impl Coded {
     /// As [`Coded::sum`], over whole octets, of weights and inputs as pairs of bf16.
     ///
     /// # Safety
-    /// As for [`Coded::sum`]; `x` are pairs, rows so many apart.
+    /// As for [`Coded::sum`].
     #[allow(clippy::too_many_arguments)] // the operands of one product
     pub(crate) unsafe fn sum_pairs(
         &self,
         kernels: &PairKernels,
         (from, to): (usize, usize),
         (panel, panels): (usize, usize),
-        (x, x_stride): (*const i32, usize),
+        inputs: PairInputs<'_>,
         rows: usize,
         acc: *mut f32,
         buffer: *mut f32,
     ) {
         let (form, panel_bytes, acc_stride) = (&self.form, self.panel_bytes(), panels * LANES);
+        let (x, x_stride) = (inputs.x(), inputs.stride());
         let at = |panel: usize| self.place.at(panel * panel_bytes).cast_const();
         let decode = match kernels.coded {
             CodedPairs::Rounded(decode) => decode,
-            CodedPairs::Scaled(product) => {
+            CodedPairs::Scaled { product, .. } => {
                 // SAFETY: the panels have these octets, the rest is the caller's.
                 return unsafe {
                     product(&Scaled {
@@ -226,6 +229,7 @@ impl Coded {
                         octets: (from / 8, to / 8),
                         x,
                         x_stride,
+                        sums: inputs.sums(form.group),
                         rows,
                         acc,
                         acc_stride,

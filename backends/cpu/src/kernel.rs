@@ -87,7 +87,11 @@ pub(crate) enum CodedPairs {
     /// As [`Decode`], to [`Layout::Bf16Pairs`], rounded to bf16: [`PairKernels::multiply`] does the rest.
     Rounded(unsafe fn(&Decode<'_>)),
     /// Codes are multiplied as they are, and sums of groups scaled.
-    Scaled(unsafe fn(&Scaled<'_>)),
+    Scaled {
+        product: unsafe fn(&Scaled<'_>),
+        /// What a row brings along for it.
+        sums: unsafe fn(&GroupSums),
+    },
 }
 
 /// Rows times some panels of codes; as [`Stream`], from zero on, `x` being pairs.
@@ -102,6 +106,8 @@ pub(crate) struct Scaled<'a> {
     /// `[rows][pair]` from the first octet on, rows `x_stride` pairs apart.
     pub(crate) x: *const i32,
     pub(crate) x_stride: usize,
+    /// [`GroupSums`] of each row, `x_stride` apart too; not read where the form has no offsets.
+    pub(crate) sums: *const f32,
     pub(crate) rows: usize,
     /// `[rows][panels * 16]`, rows `acc_stride` apart.
     pub(crate) acc: *mut f32,
@@ -115,8 +121,19 @@ impl Scaled<'_> {
     pub(crate) const PIECE: usize = 256;
     /// Rows that pass by them.
     pub(crate) const ROWS: usize = 96;
-    /// Two panels of codes as bf16, scales and offsets of groups of 8, and as many sums of each row.
-    pub(crate) const BUFFER_FLOATS: usize = Self::PIECE * (LANES + 8) + Self::ROWS * Self::PIECE / 8;
+    /// Two panels of codes as bf16, scales and offsets of groups of 8.
+    pub(crate) const BUFFER_FLOATS: usize = Self::PIECE * (LANES + 8);
+}
+
+/// Sums of inputs `[octets.0 * 8, octets.1 * 8)`, cut at multiples of `group` octets: what offsets are multiplied by.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct GroupSums {
+    /// Pairs from the first octet on.
+    pub(crate) x: *const i32,
+    pub(crate) octets: (usize, usize),
+    pub(crate) group: usize,
+    /// A float per group, or part of one at either end.
+    pub(crate) out: *mut f32,
 }
 
 /// `acc[row][panel * 16 + lane]` plus the sums over pairs of inputs, of bf16 by bf16.
@@ -287,7 +304,7 @@ pub(crate) static AVX512_BF16: Kernels = Kernels {
 #[cfg(target_arch = "x86_64")]
 const BF16_PAIRS: PairKernels = PairKernels {
     multiply: pairs::pairs,
-    coded: CodedPairs::Scaled(scaled::scaled),
+    coded: CodedPairs::Scaled { product: scaled::scaled, sums: scaled::sums },
     inputs_block: 256,
     interleave: pairs::interleave,
     weigh: weigh::weigh,

@@ -8,10 +8,8 @@ use backend::{Glu, Moe};
 
 use crate::coded::DECODED_FLOATS;
 use crate::device::CpuBackend;
-use crate::kernel::{BLOCK, Eighths};
 use crate::lanes::LANES;
 use crate::packed::{Kind, Packed};
-use crate::plain::Inputs;
 use crate::product::{Product, TASKS_PER_THREAD, Tile, Tiles};
 use crate::route::{self, Choice};
 use crate::step::{CpuAct, CpuStep, Raw};
@@ -183,25 +181,18 @@ impl CpuStep<'_> {
                 Some(Product {
                     kernels,
                     weight,
-                    x: gathered.floats.as_ptr().wrapping_add(start * x.width),
+                    x: gathered_other.of(&gathered, weight).from_row(start),
                     out: own_out.wrapping_add(start * weight.outputs),
                     rows: end - start,
-                    pairs: gathered_other.pairs_at(start),
-                    bytes: gathered_other.bytes_at(start),
                 })
             }
-            (None, Some((weight, _)), Some(out)) => {
-                let other = shared_other.as_ref();
-                Some(Product {
-                    kernels,
-                    weight,
-                    x: x.floats.as_ptr(),
-                    out,
-                    rows: x.rows,
-                    pairs: other.and_then(|other| other.pairs_at(0)),
-                    bytes: other.and_then(|other| other.bytes_at(0)),
-                })
-            }
+            (None, Some((weight, _)), Some(out)) => shared_other.as_ref().map(|other| Product {
+                kernels,
+                weight,
+                x: other.of(x, weight),
+                out,
+                rows: x.rows,
+            }),
             _ => None,
         };
         let (mut work, mut used) = (0, 0);
@@ -276,12 +267,13 @@ impl CpuStep<'_> {
                 acc.write_bytes(0, ranges * size);
                 for (expert, weight) in weights.down.iter().enumerate() {
                     let pairs = &plan.pairs[plan.starts[expert]..plan.starts[expert + 1]];
+                    let own = own_other.of(own, weight).from_row(plan.starts[expert]);
                     for range in (0..ranges).filter(|_| !pairs.is_empty()) {
                         weight.segments[segment].sum(
                             kernels,
                             (range, ranges),
                             (panel, panels),
-                            inputs(own, &own_other, plan.starts[expert], weight, range),
+                            own.inputs(range),
                             pairs.len(),
                             part,
                             buffer,
@@ -299,7 +291,7 @@ impl CpuStep<'_> {
                             kernels,
                             (range, ranges),
                             (panel, panels),
-                            inputs(act, other, 0, weight, range),
+                            other.of(act, weight).inputs(range),
                             rows,
                             part,
                             buffer,
@@ -324,41 +316,6 @@ impl CpuStep<'_> {
             }
         });
         out
-    }
-}
-
-/// Rows of an activation as products take them besides floats.
-struct Operands {
-    pairs: Option<CpuAct>,
-    bytes: Option<CpuAct>,
-}
-
-impl Operands {
-    fn pairs_at(&self, row: usize) -> Option<*const i32> {
-        self.pairs.as_ref().map(|act| act.floats.as_ptr().wrapping_add(row * act.width).cast())
-    }
-
-    fn bytes_at(&self, row: usize) -> Option<*const Eighths> {
-        self.bytes.as_ref().map(|act| act.floats.as_ptr().wrapping_add(row * act.width).cast())
-    }
-}
-
-impl CpuStep<'_> {
-    fn operands(&self, x: &CpuAct, weight: &Packed) -> Operands {
-        Operands { pairs: self.pairs(x, weight), bytes: self.bytes(x, weight) }
-    }
-}
-
-/// Rows of `x` from `row` on, at the first input of a range.
-fn inputs(x: &CpuAct, other: &Operands, row: usize, weight: &Packed, range: usize) -> Inputs {
-    let first = range * weight.range_inputs();
-    let pairs = other.pairs_at(row).map(|at| at.wrapping_add(range * weight.range_inputs().div_ceil(2)));
-    let bytes = other.bytes_at(row).map(|at| at.wrapping_add(first / BLOCK));
-    Inputs {
-        x: x.floats.as_ptr().wrapping_add(row * x.width + first),
-        stride: x.width,
-        pairs: pairs.zip(Some(Product::pairs_of(weight))),
-        bytes: bytes.zip(Some(Product::blocks_of(weight))),
     }
 }
 

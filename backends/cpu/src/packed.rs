@@ -12,7 +12,9 @@ use crate::heads::PackedHeads;
 use crate::kernel::{Kernels, Layout};
 use crate::lanes::LANES;
 use crate::memory::Place;
-use crate::plain::{Inputs, Plain};
+use crate::operand::Inputs;
+use crate::pair_row::PairRow;
+use crate::plain::Plain;
 use crate::pool::Pool;
 
 /// A weight of the CPU backend.
@@ -39,6 +41,8 @@ pub(crate) struct Packed {
     /// Ranges of K that are summed apart: 1, or the tree's.
     pub(crate) ranges: usize,
     pub(crate) bias: Option<Vec<f32>>,
+    /// How rows of pairs lie that this is multiplied by.
+    pub(crate) pair_row: PairRow,
     pub(crate) segments: Vec<Segment>,
 }
 
@@ -72,6 +76,16 @@ impl Packed {
         self.inputs / self.ranges
     }
 
+    /// Whether a level's products of bf16 pairs are for some of these weights.
+    pub(crate) fn has_pairs(&self) -> bool {
+        self.segments.iter().any(|segment| segment.has_pairs(self.ranges))
+    }
+
+    /// Whether products of activations in 8 bits are for some of these weights.
+    pub(crate) fn has_bytes(&self) -> bool {
+        self.segments.iter().any(|segment| segment.has_bytes(self.ranges))
+    }
+
     /// The inputs' weights of one output, as floats.
     pub(crate) fn output(&self, kernels: &Kernels, output: usize, out: &mut [f32]) {
         let holds = |segment: &&Segment| output < segment.first + segment.outputs;
@@ -90,7 +104,9 @@ impl Packed {
     fn pack(linear: &Linear<'_>, kernels: &Kernels, pool: &Pool) -> Result<Self, BackendError> {
         let draft = draft(linear)?;
         let places = Place::cut(&draft.sizes())?;
-        draft.fill(places, kernels, pool)
+        let mut packed = draft.fill(places, kernels, pool)?;
+        lay_out_rows(std::slice::from_mut(&mut packed));
+        Ok(packed)
     }
 }
 
@@ -101,7 +117,7 @@ impl Segment {
     }
 
     /// Whether a level's products of bf16 pairs are for these weights.
-    pub(crate) fn has_pairs(&self, ranges: usize) -> bool {
+    fn has_pairs(&self, ranges: usize) -> bool {
         match &self.panels {
             Panels::Plain(plain) => plain.layout == Layout::Bf16Pairs,
             Panels::Coded(coded) => coded.has_pairs(ranges),
@@ -119,7 +135,7 @@ impl Segment {
         kernels: &Kernels,
         (range, ranges): (usize, usize),
         panels: (usize, usize),
-        inputs: Inputs,
+        inputs: Inputs<'_>,
         rows: usize,
         acc: *mut f32,
         buffer: *mut f32,
@@ -146,10 +162,20 @@ impl Segment {
     }
 
     /// Whether products of activations in 8 bits are for these weights.
-    pub(crate) fn has_bytes(&self, ranges: usize) -> bool {
+    fn has_bytes(&self, ranges: usize) -> bool {
         match &self.panels {
             Panels::Plain(_) => false,
             Panels::Coded(coded) => coded.has_bytes(ranges),
+        }
+    }
+
+    /// The size of groups whose sums of inputs the products of pairs want.
+    fn sums_group(&self, ranges: usize) -> Option<usize> {
+        match &self.panels {
+            Panels::Coded(coded) if coded.has_pairs(ranges) && coded.form.has_offsets() => {
+                Some(coded.form.group)
+            }
+            _ => None,
         }
     }
 
@@ -280,7 +306,8 @@ fn draft<'a>(linear: &Linear<'a>) -> Result<Draft<'a>, BackendError> {
         }
     }
     let bias = linear.bias.as_ref().map(|parts| stacked_bias(parts, outputs)).transpose()?;
-    let packed = Packed { outputs, inputs, ranges, bias, segments: Vec::new() };
+    let pair_row = PairRow::default();
+    let packed = Packed { outputs, inputs, ranges, bias, pair_row, segments: Vec::new() };
     Ok(Draft { packed, segments: drafts })
 }
 
@@ -295,6 +322,16 @@ fn panels(part: &MatrixView<'_>, ranges: usize) -> Panels {
             None => Panels::Plain(Plain::new(outputs, inputs, ranges, DType::F32)),
         },
     }
+}
+
+/// Gives weights of one shape rows of pairs of one layout: rows are made once for all of them.
+fn lay_out_rows(weights: &mut [Packed]) {
+    let Some((inputs, ranges)) = weights.first().map(|weight| (weight.range_inputs(), weight.ranges)) else {
+        return;
+    };
+    let segments = weights.iter().flat_map(|weight| &weight.segments);
+    let row = PairRow::new(inputs, ranges, segments.filter_map(|segment| segment.sums_group(ranges)));
+    weights.iter_mut().for_each(|weight| weight.pair_row = row.clone());
 }
 
 /// Packs the experts of a mixture, each as it comes.
@@ -327,6 +364,7 @@ fn experts(source: &dyn ExpertSource, kernels: &Kernels, pool: &Pool) -> Result<
     if all.len() != count || all.is_empty() {
         return Err(weight_error("", format!("{} experts in a mixture of {count}", all.len())));
     }
+    lay_out_rows(&mut all);
     Ok(all)
 }
 

@@ -4,9 +4,10 @@
 use backend::{BackendError, DType, MatrixView, TensorView};
 use half::{bf16, f16};
 
-use crate::kernel::{Eighths, Kernels, Layout, Pairs, Sweep};
+use crate::kernel::{Kernels, Layout, Pairs, Sweep};
 use crate::lanes::LANES;
 use crate::memory::Place;
+use crate::operand::Inputs;
 use crate::pool::Pool;
 
 /// Inputs summed before the next rows come: two panels of them stay in the first cache.
@@ -14,18 +15,6 @@ const INPUTS_BLOCK: usize = 256;
 const _: () = assert!(INPUTS_BLOCK.is_multiple_of(2));
 /// Up to so many rows are a tile or two, and weights are read about once: long streams are best.
 const ROWS_STREAMING: usize = 12;
-
-/// What a product multiplies by its weights: rows of floats, beginning at the first input of a sum.
-#[derive(Clone, Copy, Debug)]
-pub(crate) struct Inputs {
-    /// `[rows][input]`, rows `stride` apart.
-    pub(crate) x: *const f32,
-    pub(crate) stride: usize,
-    /// The same as pairs of bf16, rows so many pairs apart, where the level wants them and the values are bf16.
-    pub(crate) pairs: Option<(*const i32, usize)>,
-    /// The same in 8 bits, rows so many blocks apart, where they are asked for.
-    pub(crate) bytes: Option<(*const Eighths, usize)>,
-}
 
 /// Panels of numbers.
 #[derive(Debug)]
@@ -123,7 +112,7 @@ impl Plain {
         kernels: &Kernels,
         range: usize,
         (panel, panels): (usize, usize),
-        inputs: Inputs,
+        inputs: Inputs<'_>,
         rows: usize,
         acc: *mut f32,
     ) {
@@ -138,10 +127,10 @@ impl Plain {
             // SAFETY: the weights are those of these panels and inputs, the rest is the caller's.
             unsafe {
                 match (kernels.pairs, inputs.pairs) {
-                    (Some(pairs), Some((x, x_stride))) if self.layout == Layout::Bf16Pairs => {
+                    (Some(pairs), Some(x)) if self.layout == Layout::Bf16Pairs => {
                         (pairs.multiply)(&Pairs {
-                            x: x.add(k / 2),
-                            x_stride,
+                            x: x.x().add(k / 2),
+                            x_stride: x.stride(),
                             rows,
                             w: w.cast(),
                             panel_stride,

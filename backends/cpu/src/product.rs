@@ -1,10 +1,10 @@
 //! `x W^T`: cuts a product into tasks of some panels by some rows, each summing K in order.
 
 use crate::coded::DECODED_FLOATS;
-use crate::kernel::{BLOCK, Eighths, Kernels};
+use crate::kernel::Kernels;
 use crate::lanes::LANES;
+use crate::operand::Operand;
 use crate::packed::{Packed, Segment};
-use crate::plain::Inputs;
 use crate::pool::{Pool, Scratch};
 
 /// Panels of one task at most: 128 outputs.
@@ -24,13 +24,9 @@ const TREE_LEVELS: usize = 4;
 pub(crate) struct Product<'a> {
     pub(crate) kernels: &'a Kernels,
     pub(crate) weight: &'a Packed,
-    pub(crate) x: *const f32,
+    pub(crate) x: Operand<'a>,
     pub(crate) out: *mut f32,
     pub(crate) rows: usize,
-    /// `x` as [`Product::pairs`] has it, where the level multiplies pairs.
-    pub(crate) pairs: Option<*const i32>,
-    /// `x` in 8 bits, where asked for: [`Product::blocks_of`] a row.
-    pub(crate) bytes: Option<*const Eighths>,
 }
 
 /// Some panels of a segment by some rows: a task.
@@ -69,45 +65,6 @@ impl Product<'_> {
         });
     }
 
-    /// Whether rows are wanted as pairs, too: where the level multiplies pairs of bf16, and some weights are.
-    pub(crate) fn wants_pairs(kernels: &Kernels, weight: &Packed) -> bool {
-        kernels.pairs.is_some() && weight.segments.iter().any(|segment| segment.has_pairs(weight.ranges))
-    }
-
-    /// Pairs from one row to the next: each range filled up to whole ones, the row to an odd number of cache lines, so
-    /// that the same pair of several rows does not fall into the same places of the cache.
-    pub(crate) fn pairs_of(weight: &Packed) -> usize {
-        const LINE: usize = 16;
-        (weight.ranges * weight.range_inputs().div_ceil(2)).next_multiple_of(2 * LINE) + LINE
-    }
-
-    /// Whether rows are wanted in 8 bits, where these are asked for.
-    pub(crate) fn wants_bytes(weight: &Packed) -> bool {
-        weight.segments.iter().any(|segment| segment.has_bytes(weight.ranges))
-    }
-
-    /// Blocks of a row in 8 bits; 0 where ranges are not whole blocks.
-    pub(crate) fn blocks_of(weight: &Packed) -> usize {
-        weight.inputs / BLOCK
-    }
-
-    /// A row's pairs.
-    ///
-    /// # Safety
-    /// `x` holds the weight's inputs, bf16 all, and `out` room for [`Product::pairs_of`] pairs.
-    pub(crate) unsafe fn pair(kernels: &Kernels, weight: &Packed, x: *const f32, out: *mut i32) {
-        let inputs = weight.range_inputs();
-        let each = inputs.div_ceil(2);
-        for range in 0..weight.ranges {
-            // SAFETY: the caller's; the last pair is written whole before its first half.
-            unsafe {
-                let out = out.add(range * each);
-                *out.add(each - 1) = 0;
-                (kernels.narrow)(x.add(range * inputs), out.cast(), inputs);
-            }
-        }
-    }
-
     /// Computes one tile.
     ///
     /// # Safety
@@ -115,8 +72,9 @@ impl Product<'_> {
     pub(crate) unsafe fn tile(&self, tile: Tile, scratch: &Scratch<'_>) {
         let w = self.weight;
         let segment: &Segment = &w.segments[tile.segment];
-        let (width, inputs) = (tile.panels * LANES, w.range_inputs());
+        let width = tile.panels * LANES;
         let Tile { row, rows, .. } = tile;
+        let x = self.x.from_row(row);
         // Level i holds sums of 2^i ranges, [rows][width] each; then what a segment decodes into.
         let size = rows * width;
         let sums = scratch.floats(size * TREE_LEVELS + DECODED_FLOATS);
@@ -127,15 +85,8 @@ impl Product<'_> {
             unsafe {
                 let slot = waiting.count_ones() as usize;
                 let (acc, buffer) = (sums.add(slot * size), sums.add(TREE_LEVELS * size));
-                let (each, stride) = (inputs.div_ceil(2), Self::pairs_of(w));
-                let pairs = self.pairs.map(|pairs| (pairs.add(row * stride + range * each), stride));
-                let stride = Self::blocks_of(w);
-                let bytes =
-                    self.bytes.map(|bytes| (bytes.add(row * stride + range * inputs / BLOCK), stride));
-                let x = self.x.add(row * w.inputs + range * inputs);
-                let inputs = Inputs { x, stride: w.inputs, pairs, bytes };
                 let panels = (tile.panel, tile.panels);
-                segment.sum(self.kernels, (range, w.ranges), panels, inputs, rows, acc, buffer);
+                segment.sum(self.kernels, (range, w.ranges), panels, x.inputs(range), rows, acc, buffer);
                 // As in binary counting: a carry joins two sums of equally many ranges.
                 let (mut carry, mut top) = (1, slot);
                 while waiting & carry != 0 {

@@ -10,7 +10,7 @@ use backend::{
 use crate::attend::{Attention, Planes, Prepare, PrepareLatent, Projection, Rows};
 use crate::device::CpuBackend;
 use crate::heads::HeadsProduct;
-use crate::kernel::{BLOCK_FLOATS, PairKernels};
+use crate::kernel::PairKernels;
 use crate::kv::CpuKv;
 use crate::lease::CpuExport;
 use crate::memory::Floats;
@@ -141,55 +141,17 @@ impl<'a> CpuStep<'a> {
         out
     }
 
-    /// Rows of `x`, rounded already, as pairs of bf16, where the level wants them for `weight`.
-    pub(crate) fn pairs(&self, x: &CpuAct, weight: &Packed) -> Option<CpuAct> {
-        let kernels = self.device.kernels;
-        (self.device.bf16() && Product::wants_pairs(kernels, weight)).then(|| {
-            let width = Product::pairs_of(weight);
-            let mut pairs = self.act(x.rows, width);
-            let (from, to) = (x.floats.as_slice(), Raw(pairs.floats.as_mut_ptr()));
-            self.each_row(x.rows, x.width, |row| {
-                // SAFETY: the row's floats, and room for its pairs, which only this task writes.
-                unsafe {
-                    Product::pair(kernels, weight, from[row * x.width..].as_ptr(), to.row(row, width).cast())
-                };
-            });
-            pairs
-        })
-    }
-
-    /// Rows of `x` in 8 bits, where these are asked for and `weight` is for them.
-    pub(crate) fn bytes(&self, x: &CpuAct, weight: &Packed) -> Option<CpuAct> {
-        let kernels = self.device.kernels;
-        (self.device.int8() && Product::wants_bytes(weight)).then(|| {
-            let blocks = Product::blocks_of(weight);
-            let width = blocks * BLOCK_FLOATS;
-            let mut bytes = self.act(x.rows, width);
-            let (from, to) = (x.floats.as_slice(), Raw(bytes.floats.as_mut_ptr()));
-            self.each_row(x.rows, x.width, |row| {
-                // SAFETY: the row's floats, and room for its blocks, which only this task writes.
-                unsafe {
-                    let to = to.row(row, width).cast();
-                    (kernels.quantise)(from[row * x.width..].as_ptr(), blocks, to);
-                };
-            });
-            bytes
-        })
-    }
-
     pub(crate) fn product(&self, x: &CpuAct, weight: &Packed) -> CpuAct {
         let mut out = self.act(x.rows, weight.outputs);
         out.rounded = !self.device.bf16();
         let kernels = self.device.kernels;
-        let (pairs, bytes) = (self.pairs(x, weight), self.bytes(x, weight));
+        let operands = self.operands(x, weight);
         let product = Product {
             kernels,
             weight,
-            x: x.floats.as_ptr(),
+            x: operands.of(x, weight),
             out: out.floats.as_mut_ptr(),
             rows: x.rows,
-            pairs: pairs.as_ref().map(|pairs| pairs.floats.as_ptr().cast()),
-            bytes: bytes.as_ref().map(|bytes| bytes.floats.as_ptr().cast()),
         };
         // SAFETY: x is [rows, inputs], out [rows, outputs], both alive until the product is done.
         unsafe { product.run(&self.device.pool) };

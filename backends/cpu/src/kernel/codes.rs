@@ -69,6 +69,12 @@ pub(crate) struct Form {
 }
 
 impl Form {
+    /// Whether something is added to `code * scale`. Whole numbers always have offsets, be it of zeros: a part of a matrix may
+    /// be stored with offsets where the whole is not.
+    pub(crate) const fn has_offsets(&self) -> bool {
+        !matches!(self.code, Code::E4m3)
+    }
+
     /// Bytes of the codes of 32 inputs.
     pub(crate) const fn chunk_bytes(&self) -> usize {
         match self.code {

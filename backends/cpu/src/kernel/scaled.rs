@@ -6,9 +6,9 @@
 
 use std::arch::x86_64::*;
 
-use super::Scaled;
 use super::codes::{BYTES, Code, Cursor, E4M3, Form, scale_of};
 use super::pairs::halves;
+use super::{GroupSums, Scaled};
 use crate::lanes::avx512::Avx512;
 use crate::lanes::{LANES, Lanes};
 
@@ -27,7 +27,7 @@ const AHEAD_BYTES: usize = 8192;
 const CODES: usize = PIECE * LANES;
 const GROUPS: usize = PIECE / 8;
 const SCALES: usize = GROUPS * 2 * LANES;
-const _: () = assert!(PANELS * (CODES / 2 + SCALES) + ROWS * GROUPS <= Scaled::BUFFER_FLOATS);
+const _: () = assert!(PANELS * (CODES / 2 + SCALES) <= Scaled::BUFFER_FLOATS);
 
 /// Runs a product.
 ///
@@ -67,8 +67,7 @@ unsafe fn panels<const CODE: usize>(s: &Scaled<'_>) {
     }
 }
 
-/// Whether zero is not the code of zero. Where it is some other code, that is an offset as any other: a part of a matrix
-/// may be stored with offsets where the whole is not.
+/// [`Form::has_offsets`].
 const fn has_offsets<const CODE: usize>() -> bool {
     CODE != E4M3
 }
@@ -179,6 +178,24 @@ unsafe fn number<const CODE: usize>(chunk: *const u8, n: usize) -> __m512i {
     }
 }
 
+/// Sums of a row's inputs by group.
+///
+/// # Safety
+/// Pointers are valid for what the fields say, and this machine has AVX-512 BF16.
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512bf16")]
+pub(super) unsafe fn sums(s: &GroupSums) {
+    let (mut x, mut out, mut octet) = (s.x, s.out, s.octets.0);
+    while octet < s.octets.1 {
+        let count = s.octets.1.min((octet / s.group + 1) * s.group) - octet;
+        // SAFETY: the row's inputs and places.
+        unsafe {
+            *out = sum_of(x, count);
+            (x, out) = (x.add(4 * count), out.add(1));
+        }
+        octet += count;
+    }
+}
+
 /// The sum of `octets` times eight inputs.
 #[inline(always)]
 unsafe fn sum_of(x: *const i32, octets: usize) -> f32 {
@@ -234,6 +251,7 @@ unsafe fn few<const CODE: usize, const R: usize, const P: usize>(s: &Scaled<'_>,
         let table = Table::new::<CODE>();
         let first = s.panel.add(panel * s.panel_bytes);
         let mut x = s.x.add(row * s.x_stride);
+        let mut of_inputs = s.sums.wrapping_add(row * s.x_stride);
         let out = s.acc.add(row * s.acc_stride + panel * LANES);
         let mut acc = [[_mm512_setzero_ps(); P]; R];
         while left > 0 {
@@ -268,8 +286,11 @@ unsafe fn few<const CODE: usize, const R: usize, const P: usize>(s: &Scaled<'_>,
             let mut totals = [_mm512_setzero_ps(); R];
             if has_offsets::<CODE>() {
                 for r in 0..R {
-                    totals[r] = _mm512_set1_ps(sum_of(x.add(r * s.x_stride), count));
+                    let total = *of_inputs.add(r * s.x_stride);
+                    debug_assert_eq!(total.to_bits(), sum_of(x.add(r * s.x_stride), count).to_bits());
+                    totals[r] = _mm512_set1_ps(total);
                 }
+                of_inputs = of_inputs.add(1);
             }
             for p in 0..P {
                 let (scale, offset) =
@@ -333,11 +354,10 @@ unsafe fn octets<const CODE: usize, const R: usize, const P: usize, const COUNT:
     COUNT
 }
 
-/// A piece of some panels, taken apart: pairs of bf16, then scales and offsets of groups, and the sums of inputs of groups.
+/// A piece of some panels, taken apart: pairs of bf16, then scales and offsets of groups.
 struct Piece {
     codes: *mut u16,
     scales: *mut f32,
-    totals: *mut f32,
     /// Octets of each group of the piece but the first and the last, which may be cut.
     group: usize,
     /// Octets of the first group.
@@ -353,6 +373,11 @@ impl Piece {
         let whole = if at == 0 { self.first } else { self.group };
         whole.min(self.octets - at)
     }
+
+    /// Groups, in whole or in part.
+    fn groups(&self) -> usize {
+        1 + self.octets.saturating_sub(self.first).div_ceil(self.group)
+    }
 }
 
 /// Many rows: piece after piece of K, two panels at a time.
@@ -361,10 +386,9 @@ unsafe fn many<const CODE: usize>(s: &Scaled<'_>) {
     let group = s.form.group / 8;
     let codes = s.buffer.cast::<u16>();
     let scales = s.buffer.wrapping_add(PANELS * CODES / 2);
-    let totals = scales.wrapping_add(PANELS * SCALES);
+    let mut sums = s.sums;
     let mut octet = s.octets.0;
-    // SAFETY: the buffer has room for a piece of two panels and the sums of so many rows; panels, rows and octets stay within
-    // the product.
+    // SAFETY: the buffer has room for a piece of two panels; panels, rows and octets stay within the product.
     unsafe {
         let table = Table::new::<CODE>();
         while octet < s.octets.1 {
@@ -373,7 +397,6 @@ unsafe fn many<const CODE: usize>(s: &Scaled<'_>) {
             let piece = Piece {
                 codes,
                 scales,
-                totals,
                 group,
                 first: group - octet % group,
                 octets: end - octet,
@@ -382,16 +405,7 @@ unsafe fn many<const CODE: usize>(s: &Scaled<'_>) {
             for from in (0..s.rows).step_by(ROWS) {
                 let rows = ROWS.min(s.rows - from);
                 let x = x.add(from * s.x_stride);
-                if piece.has_offsets {
-                    for row in 0..rows {
-                        let (mut at, mut n) = (0, 0);
-                        while at < piece.octets {
-                            let count = piece.count(at);
-                            *totals.add(row * GROUPS + n) = sum_of(x.add(row * s.x_stride + at * 4), count);
-                            (at, n) = (at + count, n + 1);
-                        }
-                    }
-                }
+                let sums = sums.wrapping_add(from * s.x_stride);
                 for panel in (0..s.panels).step_by(PANELS) {
                     let wide = PANELS.min(s.panels - panel);
                     for p in 0..wide {
@@ -401,12 +415,13 @@ unsafe fn many<const CODE: usize>(s: &Scaled<'_>) {
                     let acc = s.acc.add(from * s.acc_stride + panel * LANES);
                     let fresh = octet == s.octets.0;
                     if wide == 2 {
-                        tiles::<2>(s, &piece, x, rows, acc, fresh);
+                        tiles::<2>(s, &piece, (x, sums), rows, acc, fresh);
                     } else {
-                        tiles::<1>(s, &piece, x, rows, acc, fresh);
+                        tiles::<1>(s, &piece, (x, sums), rows, acc, fresh);
                     }
                 }
             }
+            sums = sums.wrapping_add(piece.groups());
             octet = end;
         }
     }
@@ -459,7 +474,7 @@ unsafe fn take_apart<const CODE: usize>(
 unsafe fn tiles<const P: usize>(
     s: &Scaled<'_>,
     piece: &Piece,
-    x: *const i32,
+    (x, sums): (*const i32, *const f32),
     rows: usize,
     acc: *mut f32,
     fresh: bool,
@@ -468,15 +483,15 @@ unsafe fn tiles<const P: usize>(
     while row < rows {
         // SAFETY: rows stay within the product.
         unsafe {
-            let (x, totals) = (x.add(row * s.x_stride), piece.totals.add(row * GROUPS));
+            let (x, sums) = (x.add(row * s.x_stride), sums.wrapping_add(row * s.x_stride));
             let acc = acc.add(row * s.acc_stride);
             row += match rows - row {
-                16 | 8..=11 => tile::<8, P>(s, piece, x, totals, acc, fresh),
-                12.. => tile::<12, P>(s, piece, x, totals, acc, fresh),
-                6.. => tile::<6, P>(s, piece, x, totals, acc, fresh),
-                4.. => tile::<4, P>(s, piece, x, totals, acc, fresh),
-                2.. => tile::<2, P>(s, piece, x, totals, acc, fresh),
-                _ => tile::<1, P>(s, piece, x, totals, acc, fresh),
+                16 | 8..=11 => tile::<8, P>(s, piece, x, sums, acc, fresh),
+                12.. => tile::<12, P>(s, piece, x, sums, acc, fresh),
+                6.. => tile::<6, P>(s, piece, x, sums, acc, fresh),
+                4.. => tile::<4, P>(s, piece, x, sums, acc, fresh),
+                2.. => tile::<2, P>(s, piece, x, sums, acc, fresh),
+                _ => tile::<1, P>(s, piece, x, sums, acc, fresh),
             };
         }
     }
@@ -489,7 +504,7 @@ unsafe fn tile<const R: usize, const P: usize>(
     s: &Scaled<'_>,
     piece: &Piece,
     x: *const i32,
-    totals: *const f32,
+    of_inputs: *const f32,
     acc: *mut f32,
     fresh: bool,
 ) -> usize {
@@ -521,7 +536,11 @@ unsafe fn tile<const R: usize, const P: usize>(
                     let before = if fresh && at == 0 { _mm512_setzero_ps() } else { _mm512_loadu_ps(out) };
                     let mut sum = _mm512_fmadd_ps(scale, sums[r][p], before);
                     if piece.has_offsets {
-                        sum = _mm512_fmadd_ps(offset, _mm512_set1_ps(*totals.add(r * GROUPS + group)), sum);
+                        sum = _mm512_fmadd_ps(
+                            offset,
+                            _mm512_set1_ps(*of_inputs.add(r * s.x_stride + group)),
+                            sum,
+                        );
                     }
                     _mm512_storeu_ps(out, sum);
                 }

@@ -1,0 +1,143 @@
+//! Rows of an activation as products take them: floats, and beside them what the level and the weight want, pairs of bf16 or
+//! whole numbers of 8 bits. Made once per product (`step`, `moe`); every task reads its rows and range.
+
+use crate::kernel::{BLOCK, BLOCK_FLOATS, Eighths};
+use crate::packed::Packed;
+use crate::pair_row::PairRow;
+use crate::step::{CpuAct, CpuStep, Raw};
+
+/// Rows of an activation in other forms than floats.
+pub(crate) struct Operands {
+    pairs: Option<CpuAct>,
+    bytes: Option<CpuAct>,
+}
+
+impl Operands {
+    /// All rows for products with `weight`: the one that they were made for, or one of the same shape and formats.
+    pub(crate) fn of<'a>(&'a self, x: &'a CpuAct, weight: &'a Packed) -> Operand<'a> {
+        Operand {
+            weight,
+            x: x.floats.as_ptr(),
+            pairs: self.pairs.as_ref().map(|act| act.floats.as_ptr().cast()),
+            bytes: self.bytes.as_ref().map(|act| act.floats.as_ptr().cast()),
+        }
+    }
+}
+
+/// Addresses of rows that `weight` is multiplied by.
+#[derive(Clone, Copy)]
+pub(crate) struct Operand<'a> {
+    weight: &'a Packed,
+    x: *const f32,
+    pairs: Option<*const i32>,
+    bytes: Option<*const Eighths>,
+}
+
+/// What a sum over a range of inputs multiplies: rows that begin at the first of them.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Inputs<'a> {
+    /// `[rows][input]`, rows `stride` apart.
+    pub(crate) x: *const f32,
+    pub(crate) stride: usize,
+    /// The same as pairs of bf16, where the level wants them and the values are bf16.
+    pub(crate) pairs: Option<PairInputs<'a>>,
+    /// The same in 8 bits, rows so many blocks apart, where they are asked for.
+    pub(crate) bytes: Option<(*const Eighths, usize)>,
+}
+
+/// Rows of pairs, for the inputs of one range.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct PairInputs<'a> {
+    start: *const i32,
+    row: &'a PairRow,
+    range: usize,
+}
+
+impl PairInputs<'_> {
+    /// The first row's pairs.
+    pub(crate) fn x(&self) -> *const i32 {
+        self.start.wrapping_add(self.row.pairs(self.range))
+    }
+
+    /// Pairs, and sums, from one row to the next.
+    pub(crate) fn stride(&self) -> usize {
+        self.row.stride
+    }
+
+    /// The first row's sums of inputs by groups of `group`; null where there are none.
+    pub(crate) fn sums(&self, group: usize) -> *const f32 {
+        self.row.sums(self.range, group).map_or(std::ptr::null(), |at| self.start.wrapping_add(at).cast())
+    }
+}
+
+impl<'a> Operand<'a> {
+    /// Rows from `row` on.
+    pub(crate) fn from_row(self, row: usize) -> Self {
+        let Operand { weight, x, pairs, bytes } = self;
+        Operand {
+            weight,
+            x: x.wrapping_add(row * weight.inputs),
+            pairs: pairs.map(|at| at.wrapping_add(row * weight.pair_row.stride)),
+            bytes: bytes.map(|at| at.wrapping_add(row * blocks(weight))),
+        }
+    }
+
+    /// The inputs of range `range`.
+    pub(crate) fn inputs(self, range: usize) -> Inputs<'a> {
+        let Operand { weight, x, pairs, bytes } = self;
+        let first = range * weight.range_inputs();
+        Inputs {
+            x: x.wrapping_add(first),
+            stride: weight.inputs,
+            pairs: pairs.map(|start| PairInputs { start, row: &weight.pair_row, range }),
+            bytes: bytes.map(|at| (at.wrapping_add(first / BLOCK), blocks(weight))),
+        }
+    }
+}
+
+/// Blocks of a row in 8 bits.
+fn blocks(weight: &Packed) -> usize {
+    weight.inputs / BLOCK
+}
+
+impl CpuStep<'_> {
+    /// Rows of `x`, rounded already, in the forms that the level and the settings have for `weight`.
+    pub(crate) fn operands(&self, x: &CpuAct, weight: &Packed) -> Operands {
+        Operands { pairs: self.pairs(x, weight), bytes: self.bytes(x, weight) }
+    }
+
+    fn pairs(&self, x: &CpuAct, weight: &Packed) -> Option<CpuAct> {
+        let kernels = self.device.kernels;
+        (self.device.bf16() && kernels.pairs.is_some() && weight.has_pairs()).then(|| {
+            let width = weight.pair_row.stride;
+            let mut pairs = self.act(x.rows, width);
+            let (from, to) = (x.floats.as_slice(), Raw(pairs.floats.as_mut_ptr()));
+            self.each_row(x.rows, x.width, |row| {
+                // SAFETY: the row's floats, and room for its pairs, which only this task writes.
+                unsafe {
+                    let x = from[row * x.width..].as_ptr();
+                    weight.pair_row.fill(kernels, x, to.row(row, width).cast());
+                };
+            });
+            pairs
+        })
+    }
+
+    fn bytes(&self, x: &CpuAct, weight: &Packed) -> Option<CpuAct> {
+        let kernels = self.device.kernels;
+        (self.device.int8() && weight.has_bytes()).then(|| {
+            let blocks = blocks(weight);
+            let width = blocks * BLOCK_FLOATS;
+            let mut bytes = self.act(x.rows, width);
+            let (from, to) = (x.floats.as_slice(), Raw(bytes.floats.as_mut_ptr()));
+            self.each_row(x.rows, x.width, |row| {
+                // SAFETY: the row's floats, and room for its blocks, which only this task writes.
+                unsafe {
+                    let to = to.row(row, width).cast();
+                    (kernels.quantise)(from[row * x.width..].as_ptr(), blocks, to);
+                };
+            });
+            bytes
+        })
+    }
+}
