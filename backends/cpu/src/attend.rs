@@ -43,7 +43,7 @@ pub(crate) struct Attention<'a> {
     pub(crate) pairs: Option<PairKernels>,
     pub(crate) slab: &'a Slab,
     pub(crate) layer: usize,
-    pub(crate) runs: Vec<Rows<'a>>,
+    pub(crate) runs: &'a [Rows<'a>],
     pub(crate) planes: Planes,
     pub(crate) heads: usize,
     /// Groups of consecutive heads that see the same K and V.
@@ -89,6 +89,7 @@ impl Planes {
 }
 
 /// The rows of one sequence in this step.
+#[derive(Debug)]
 pub(crate) struct Rows<'a> {
     /// Blocks of the sequence.
     pub(crate) table: &'a [u32],
@@ -108,6 +109,7 @@ impl Rows<'_> {
 }
 
 /// Rows of one sequence and one group of heads, over some spans.
+#[derive(Debug)]
 struct Unit {
     run: usize,
     group: usize,
@@ -116,6 +118,17 @@ struct Unit {
     spans: Range<usize>,
     /// Where the spans' partial sums go (floats), or `None`: this task folds them itself.
     partial: Option<usize>,
+}
+
+/// The tasks of one call; kept between calls for its memory.
+#[derive(Debug, Default)]
+pub(crate) struct Plan {
+    units: Vec<Unit>,
+    /// Those whose partial sums must be folded afterwards, and the floats these take.
+    folds: Vec<Unit>,
+    floats: usize,
+    /// Units before any is cut.
+    whole: Vec<Unit>,
 }
 
 // SAFETY: tasks read shared inputs and write disjoint parts of q, the cache and `out`, as argued at each.
@@ -173,9 +186,10 @@ impl Attention<'_> {
     ///
     /// # Safety
     /// The cache holds the rows' own positions already ([`Prepare`]); nobody writes the positions that the rows read; `out` is ours alone.
-    pub(crate) unsafe fn run(&self, pool: &Pool, arena: &Arena) {
-        let (units, folds, floats) = self.plan(pool.threads());
-        let mut partials = arena.floats(floats);
+    pub(crate) unsafe fn run(&self, pool: &Pool, arena: &Arena, plan: &mut Plan) {
+        self.plan(pool.threads(), plan);
+        let Plan { units, folds, floats, .. } = plan;
+        let mut partials = arena.floats(*floats);
         let shared = Shared(partials.as_mut_ptr());
         let seen: usize = self.runs.iter().map(|run| run.len * (run.start + run.len)).sum();
         let work = seen * self.heads * (self.key_dim + self.value_dim);
@@ -183,7 +197,7 @@ impl Attention<'_> {
             // SAFETY: units cover disjoint rows and heads of `out`, or disjoint places of the partial sums.
             unsafe { self.unit(&units[task], shared, scratch) }
         });
-        pool.run(folds.len(), floats, |task, scratch| {
+        pool.run(folds.len(), *floats, |task, scratch| {
             // SAFETY: folds cover disjoint rows and heads of `out`; the partial sums are complete.
             unsafe { self.fold_partials(&folds[task], shared, scratch) }
         });
@@ -199,10 +213,12 @@ impl Attention<'_> {
         self.first(run.start + rows.start) / SPAN..(run.start + rows.end).div_ceil(SPAN)
     }
 
-    /// Tasks, those whose partial sums must be folded afterwards, and the floats these take.
-    fn plan(&self, threads: usize) -> (Vec<Unit>, Vec<Unit>, usize) {
+    fn plan(&self, threads: usize, plan: &mut Plan) {
+        let Plan { units, folds, floats, whole } = plan;
+        units.clear();
+        folds.clear();
+        *floats = 0;
         let block = (QUERIES_MAX / self.group()).max(1);
-        let mut whole = Vec::new();
         for (run, rows) in self.runs.iter().enumerate() {
             // Later rows attend to more: they go first, so that the last tasks are short.
             for from in (0..rows.len).step_by(block).rev() {
@@ -219,12 +235,11 @@ impl Attention<'_> {
         }
         let tasks = threads * TASKS_PER_THREAD;
         if threads == 1 || whole.len() >= tasks {
-            return (whole, Vec::new(), 0);
+            return units.append(whole);
         }
         let spans: usize = whole.iter().map(|unit| unit.spans.len()).sum();
         let together = spans.div_ceil(tasks);
-        let (mut units, mut folds, mut floats) = (Vec::new(), Vec::new(), 0);
-        for mut unit in whole {
+        for mut unit in whole.drain(..) {
             let queries = unit.rows.len() * self.group();
             if unit.spans.len() <= together || queries > QUERIES_SPLIT_MAX {
                 units.push(unit);
@@ -232,15 +247,14 @@ impl Attention<'_> {
             }
             let size = self.sums_floats(queries).next_multiple_of(LANES);
             for from in unit.spans.clone().step_by(together) {
-                let partial = Some(floats + (from - unit.spans.start) * size);
+                let partial = Some(*floats + (from - unit.spans.start) * size);
                 let spans = from..unit.spans.end.min(from + together);
                 units.push(Unit { rows: unit.rows.clone(), spans, partial, ..unit });
             }
-            unit.partial = Some(floats);
-            floats += unit.spans.len() * size;
+            unit.partial = Some(*floats);
+            *floats += unit.spans.len() * size;
             folds.push(unit);
         }
-        (units, folds, floats)
     }
 
     unsafe fn unit(&self, unit: &Unit, partials: Shared, scratch: &Scratch<'_>) {

@@ -1,10 +1,11 @@
 //! Where a step meets the other ranks: sums joined over the group, logits gathered on rank 0, drawn ids told by it.
 
 use backend::draw::drawn;
-use backend::{BackendError, Draw, Drawn, Output};
+use backend::{BackendError, Draw, Drawn, Input, Output};
 
+use crate::act::{CpuAct, Raw};
 use crate::memory::Floats;
-use crate::step::{CpuAct, CpuStep, Raw};
+use crate::step::CpuStep;
 
 /// Logits per row that one rank may announce: more than any model's, so a broken peer cannot ask for all memory.
 const VOCABULARY_MAX: usize = 1 << 24;
@@ -52,7 +53,7 @@ impl CpuStep<'_> {
     }
 
     /// The batch's token ids. Those in flight are known on rank 0, which tells them when a step first asks: steps whose
-    /// ids are known to everybody, which is all where nobody runs ahead, cost nothing.
+    /// ids are known to everybody, which is all where nobody runs ahead, cost nothing. The list is the device's: see [`crate::lists`].
     pub(crate) fn ids(&mut self) -> Result<Vec<u32>, BackendError> {
         let peers = &mut self.device.peers;
         if self.batch.in_flight() && peers.world() > 1 {
@@ -67,7 +68,18 @@ impl CpuStep<'_> {
                 self.device.drawn = ids.collect();
             }
         }
-        self.batch.resolve(&self.device.drawn).map_err(BackendError::Device)
+        let mut ids = std::mem::take(&mut self.device.lists.ids);
+        let drawn = &self.device.drawn;
+        ids.clear();
+        ids.extend(self.batch.ids.iter().map_while(|input| match *input {
+            Input::Id(id) => Some(id),
+            Input::Drawn(row) => drawn.get(row as usize).copied().flatten(),
+        }));
+        match ids.len() == self.batch.rows() {
+            true => Ok(ids),
+            // Says which row drew none.
+            false => self.batch.resolve(drawn).map_err(BackendError::Device),
+        }
     }
 
     /// What becomes of each row of logits, on rank 0.
@@ -77,7 +89,8 @@ impl CpuStep<'_> {
             self.device.peers.leave(&reason);
             return Err(BackendError::Device(reason));
         }
-        self.device.drawn = vec![None; draws.len()];
+        self.device.drawn.clear();
+        self.device.drawn.resize(draws.len(), None);
         let alone = self.device.peers.world() == 1;
         let gathered;
         let logits = if alone {
@@ -92,14 +105,12 @@ impl CpuStep<'_> {
         let width = (logits.len() / draws.len().max(1)).max(1);
         let rows: Vec<Drawn> =
             logits.chunks_exact(width).zip(draws).map(|(row, draw)| drawn(row, draw)).collect();
-        self.device.drawn = rows
-            .iter()
-            .map(|row| match row {
-                Drawn::Token(id) => Some(*id),
-                Drawn::NotFinite { .. } => Some(0),
-                Drawn::Logits(_) => None,
-            })
-            .collect();
+        self.device.drawn.clear();
+        self.device.drawn.extend(rows.iter().map(|row| match row {
+            Drawn::Token(id) => Some(*id),
+            Drawn::NotFinite { .. } => Some(0),
+            Drawn::Logits(_) => None,
+        }));
         Ok(Output::Drawn(rows))
     }
 

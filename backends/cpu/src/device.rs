@@ -4,14 +4,17 @@ use backend::{
     Activations, Backend, BackendError, Batch, Caps, DType, DeviceOptions, Group, KvSpec, Peers, WeightSource,
 };
 
+use crate::act::CpuAct;
 use crate::kernel::Kernels;
 use crate::kv::CpuKv;
 use crate::level::Level;
+use crate::lists::Lists;
 use crate::memory::Arena;
 use crate::moe::Plan;
 use crate::packed::CpuWeight;
 use crate::pool::Pool;
-use crate::step::{CpuAct, CpuStep};
+use crate::rope::AngleTable;
+use crate::step::CpuStep;
 
 /// The CPU as one tensor-parallel rank.
 #[derive(Debug)]
@@ -26,6 +29,10 @@ pub struct CpuBackend {
     pub(crate) peers: Peers,
     /// Memory of mixtures of experts.
     pub(crate) plan: Plan,
+    /// Memory of a step's lists.
+    pub(crate) lists: Lists,
+    /// Angles of the step's rows.
+    pub(crate) angles: AngleTable,
     /// What each row of the step before drew; on ranks but the first, as many places.
     pub(crate) drawn: Vec<Option<u32>>,
 }
@@ -51,6 +58,8 @@ impl CpuBackend {
             arena: Arena::default(),
             peers: Peers::new(group, "cpu")?,
             plan: Plan::default(),
+            lists: Lists::default(),
+            angles: AngleTable::default(),
             drawn: Vec::new(),
         })
     }

@@ -6,6 +6,7 @@
 //! and `route` mixtures of experts, `attend` is attention, `kv` and
 //! `lease` the paged cache, `collect` the collectives, `pool` the threads.
 
+mod act;
 mod attend;
 mod coded;
 mod collect;
@@ -16,6 +17,7 @@ mod kv;
 mod lanes;
 mod lease;
 mod level;
+mod lists;
 mod memory;
 mod moe;
 mod operand;
@@ -28,9 +30,10 @@ mod rope;
 mod route;
 mod step;
 
+pub use act::CpuAct;
 pub use device::CpuBackend;
 pub use kv::CpuKv;
 pub use lease::{CpuExport, CpuLanding};
 pub use level::Level;
 pub use packed::CpuWeight;
-pub use step::{CpuAct, CpuStep};
+pub use step::CpuStep;

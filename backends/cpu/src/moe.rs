@@ -6,13 +6,14 @@
 
 use backend::{Glu, Moe};
 
+use crate::act::{CpuAct, Raw};
 use crate::coded::DECODED_FLOATS;
 use crate::device::CpuBackend;
 use crate::lanes::LANES;
 use crate::packed::{Kind, Packed};
 use crate::product::{Product, TASKS_PER_THREAD, Tile, Tiles};
 use crate::route::{self, Choice};
-use crate::step::{CpuAct, CpuStep, Raw};
+use crate::step::CpuStep;
 
 /// Floats that sums of one task take at most, but for the narrowest tile: they stay in the second cache.
 const SUMS_FLOATS: usize = 64 * 1024;
@@ -106,7 +107,7 @@ impl<'w> Weights<'w> {
                 let shapes = (shape(gate_up), shape(downward));
                 return Err(format!("an expert of {shapes:?} for width {hidden}"));
             }
-            if downward.ranges != down[0].ranges || downward.cuts() != down[0].cuts() {
+            if downward.ranges != down[0].ranges || !downward.is_cut_as(&down[0]) {
                 return Err(format!(
                     "a shared expert in {} ranges beside {}",
                     downward.ranges, down[0].ranges
@@ -181,7 +182,7 @@ impl CpuStep<'_> {
                 Some(Product {
                     kernels,
                     weight,
-                    x: gathered_other.of(&gathered, weight).from_row(start),
+                    x: gathered_other.of(&gathered, weight).rows_from(start),
                     out: own_out.wrapping_add(start * weight.outputs),
                     rows: end - start,
                 })
@@ -267,7 +268,7 @@ impl CpuStep<'_> {
                 acc.write_bytes(0, ranges * size);
                 for (expert, weight) in weights.down.iter().enumerate() {
                     let pairs = &plan.pairs[plan.starts[expert]..plan.starts[expert + 1]];
-                    let own = own_other.of(own, weight).from_row(plan.starts[expert]);
+                    let own = own_other.of(own, weight).rows_from(plan.starts[expert]);
                     for range in (0..ranges).filter(|_| !pairs.is_empty()) {
                         weight.segments[segment].sum(
                             kernels,

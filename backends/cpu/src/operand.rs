@@ -1,10 +1,11 @@
 //! Rows of an activation as products take them: floats, and beside them what the level and the weight want, pairs of bf16 or
 //! whole numbers of 8 bits. Made once per product (`step`, `moe`); every task reads its rows and range.
 
+use crate::act::{CpuAct, Raw};
 use crate::kernel::{BLOCK, BLOCK_FLOATS, Eighths};
 use crate::packed::Packed;
 use crate::pair_row::PairRow;
-use crate::step::{CpuAct, CpuStep, Raw};
+use crate::step::CpuStep;
 
 /// Rows of an activation in other forms than floats.
 pub(crate) struct Operands {
@@ -72,7 +73,7 @@ impl PairInputs<'_> {
 
 impl<'a> Operand<'a> {
     /// Rows from `row` on.
-    pub(crate) fn from_row(self, row: usize) -> Self {
+    pub(crate) fn rows_from(self, row: usize) -> Self {
         let Operand { weight, x, pairs, bytes } = self;
         Operand {
             weight,

@@ -96,9 +96,13 @@ impl Packed {
         }
     }
 
-    /// Where segments begin and end: equal for weights whose panels can be walked side by side.
-    pub(crate) fn cuts(&self) -> impl PartialEq + use<> {
-        self.segments.iter().map(|segment| (segment.first, segment.outputs)).collect::<Vec<_>>()
+    /// Whether segments begin and end where those of `other` do: panels of both can be walked side by side.
+    pub(crate) fn is_cut_as(&self, other: &Packed) -> bool {
+        self.cuts().eq(other.cuts())
+    }
+
+    fn cuts(&self) -> impl Iterator<Item = (usize, usize)> {
+        self.segments.iter().map(|segment| (segment.first, segment.outputs))
     }
 
     fn pack(linear: &Linear<'_>, kernels: &Kernels, pool: &Pool) -> Result<Self, BackendError> {
@@ -353,7 +357,7 @@ fn experts(source: &dyn ExpertSource, kernels: &Kernels, pool: &Pool) -> Result<
         };
         let first = all.first().unwrap_or(&packed);
         let same = (packed.inputs, packed.ranges) == (first.inputs, first.ranges);
-        if !same || packed.cuts() != first.cuts() || packed.bias.is_some() {
+        if !same || !packed.is_cut_as(first) || packed.bias.is_some() {
             let shape = |packed: &Packed| format!("{} x {}", packed.outputs, packed.inputs);
             let reason = format!("expert {} of {} beside {}", all.len(), shape(&packed), shape(first));
             return Err(weight_error(name, reason));

@@ -14,6 +14,9 @@ const PANELS_STREAMING: usize = 32;
 const ROWS_STREAMING: usize = 4;
 /// Rows of one task at most: their sums (48 KiB) and inputs stay in the second cache.
 const ROWS_MAX: usize = 96;
+/// Rows that kernels take at once where there are many: blocks are as many of them.
+const ROWS_OF_KERNELS: usize = 16;
+const _: () = assert!(ROWS_MAX.is_multiple_of(ROWS_OF_KERNELS));
 /// Tasks per thread that even out unequal speeds.
 pub(crate) const TASKS_PER_THREAD: usize = 3;
 /// Sums waiting for their partner in a tree of ranges, by level.
@@ -74,7 +77,7 @@ impl Product<'_> {
         let segment: &Segment = &w.segments[tile.segment];
         let width = tile.panels * LANES;
         let Tile { row, rows, .. } = tile;
-        let x = self.x.from_row(row);
+        let x = self.x.rows_from(row);
         // Level i holds sums of 2^i ranges, [rows][width] each; then what a segment decodes into.
         let size = rows * width;
         let sums = scratch.floats(size * TREE_LEVELS + DECODED_FLOATS);
@@ -122,7 +125,7 @@ pub(crate) struct Tiles<'a> {
     /// Panels of a tile.
     group: usize,
     row_blocks: usize,
-    /// Rows of a block: of even size, so that the last is not a scrap.
+    /// Rows of a block but the last.
     block: usize,
     pub(crate) count: usize,
 }
@@ -139,7 +142,7 @@ impl<'a> Tiles<'a> {
             group /= 2;
         }
         let row_blocks = rows.div_ceil(ROWS_MAX).max(1);
-        let block = rows.div_ceil(row_blocks);
+        let block = rows.div_ceil(row_blocks).next_multiple_of(ROWS_OF_KERNELS);
         Tiles { weight, rows, group, row_blocks, block, count: groups(group) * row_blocks }
     }
 

@@ -10,22 +10,56 @@ use backend::{Batch, Rope};
 pub(crate) struct Angles {
     inv_freq: Arc<[f32]>,
     factor: f32,
-    pub(crate) cos: Vec<f32>,
-    pub(crate) sin: Vec<f32>,
+    cos: Vec<f32>,
+    sin: Vec<f32>,
+}
+
+/// The angles that a step's layers ask for; kept between steps for their memory.
+#[derive(Debug, Default)]
+pub(crate) struct AngleTable {
+    made: Vec<Angles>,
+    /// Of these so many are of this step's rows.
+    used: usize,
+}
+
+impl AngleTable {
+    /// Forgets the rows of the step before.
+    pub(crate) fn begin(&mut self) {
+        self.used = 0;
+    }
+
+    /// Where the angles of `rope` are for the rows of `batch`; computed when asked for the first time.
+    pub(crate) fn of(&mut self, rope: &Rope, batch: &Batch) -> usize {
+        if let Some(at) = self.made[..self.used].iter().position(|angles| angles.are_of(rope)) {
+            return at;
+        }
+        if self.used == self.made.len() {
+            let (cos, sin) = (Vec::new(), Vec::new());
+            self.made.push(Angles { inv_freq: rope.inv_freq.clone(), factor: rope.factor, cos, sin });
+        }
+        self.made[self.used].fill(rope, batch);
+        self.used += 1;
+        self.used - 1
+    }
+
+    pub(crate) fn at(&self, at: usize) -> &Angles {
+        &self.made[at]
+    }
 }
 
 impl Angles {
-    pub(crate) fn new(rope: &Rope, batch: &Batch) -> Self {
-        let (mut cos, mut sin) = (Vec::new(), Vec::new());
+    fn fill(&mut self, rope: &Rope, batch: &Batch) {
+        (self.inv_freq, self.factor) = (rope.inv_freq.clone(), rope.factor);
+        self.cos.clear();
+        self.sin.clear();
         for position in batch.runs.iter().flat_map(|run| run.start..run.start + run.len) {
             for frequency in rope.inv_freq.iter() {
                 // The angle is an f32 product, as in the reference implementations.
                 let (s, c) = sine_cosine(f64::from(frequency * position as f32));
-                cos.push(c as f32 * rope.factor);
-                sin.push(s as f32 * rope.factor);
+                self.cos.push(c as f32 * rope.factor);
+                self.sin.push(s as f32 * rope.factor);
             }
         }
-        Angles { inv_freq: rope.inv_freq.clone(), factor: rope.factor, cos, sin }
     }
 
     /// Cosines and sines of one row.
@@ -35,7 +69,7 @@ impl Angles {
     }
 
     /// Whether these are the angles of `rope` (for the same rows).
-    pub(crate) fn are_of(&self, rope: &Rope) -> bool {
+    fn are_of(&self, rope: &Rope) -> bool {
         self.factor.to_bits() == rope.factor.to_bits()
             && (Arc::ptr_eq(&self.inv_freq, &rope.inv_freq) || self.inv_freq == rope.inv_freq)
     }

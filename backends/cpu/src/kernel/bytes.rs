@@ -2,7 +2,7 @@
 //! and every 32 inputs (16 where a weight's scale changes) are scaled and added up in ascending K. Whole numbers are exact, so
 //! a row's bits depend on the f32 sums alone, whatever multiplies.
 
-use super::codes::{BYTES, Code, Form, ahead, octet_of, scale_of};
+use super::codes::{Code, Form, ahead, by_code, octet_of, scale_of};
 use crate::lanes::{LANES, Lanes};
 
 /// Inputs that share a scale.
@@ -80,16 +80,7 @@ unsafe fn panels<V: Lanes, const CODE: usize>(s: &Bytes<'_>) {
 #[inline(always)]
 pub(super) unsafe fn bytes<V: Lanes>(s: &Bytes<'_>) {
     // SAFETY: the caller's.
-    unsafe {
-        match s.form.code {
-            Code::Planes(2) => panels::<V, 2>(s),
-            Code::Planes(3) => panels::<V, 3>(s),
-            Code::Planes(4) => panels::<V, 4>(s),
-            Code::Planes(5) => panels::<V, 5>(s),
-            Code::Planes(_) => panels::<V, 6>(s),
-            Code::Bytes | Code::E4m3 => panels::<V, BYTES>(s),
-        }
-    }
+    unsafe { by_code!(s.form.code, panels<V>(s)) }
 }
 
 /// Where block `block` of a panel is: its scales, the first group of them, and its codes.

@@ -4,8 +4,8 @@
 use std::arch::x86_64::*;
 
 use super::bytes::{Bytes, ORDER, at};
-use super::codes::{BYTES, Code, scale_of};
-use crate::lanes::avx512::Avx512;
+use super::codes::{Code, by_code, scale_of};
+use crate::lanes::avx512::{Avx512, line};
 use crate::lanes::{LANES, Lanes, place_of};
 
 /// Bytes that are asked for ahead of use.
@@ -18,16 +18,7 @@ const AHEAD_BYTES: usize = 1024;
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx512vbmi,avx2,fma,f16c")]
 pub(super) unsafe fn bytes(s: &Bytes<'_>) {
     // SAFETY: the caller's.
-    unsafe {
-        match s.form.code {
-            Code::Planes(2) => panels::<2>(s),
-            Code::Planes(3) => panels::<3>(s),
-            Code::Planes(4) => panels::<4>(s),
-            Code::Planes(5) => panels::<5>(s),
-            Code::Planes(_) => panels::<6>(s),
-            Code::Bytes | Code::E4m3 => panels::<BYTES>(s),
-        }
-    }
+    unsafe { by_code!(s.form.code, panels(s)) }
 }
 
 /// All panels and rows of a product: four panels at once for few rows, so that enough sums are in
@@ -94,13 +85,6 @@ unsafe fn spread<const BITS: usize, const UP: usize>(words: __m512i, from: usize
         let control = _mm512_loadu_si512(tables[from / 4][second].as_ptr().cast());
         _mm512_multishift_epi64_epi8(control, words)
     }
-}
-
-/// Line `n` of a chunk of codes.
-#[inline(always)]
-unsafe fn line(chunk: *const u8, n: usize) -> __m512i {
-    // SAFETY: the caller's chunk has this line.
-    unsafe { _mm512_loadu_si512(chunk.add(n * 64).cast()) }
 }
 
 /// `low` where `mask` has bits, else `high`, without what is above the code.

@@ -2,7 +2,7 @@
 
 use std::arch::x86_64::*;
 
-use super::codes::{BYTES, Code, Cursor, Decode, E4M3, ahead, octet_of, scale_of};
+use super::codes::{Code, Cursor, Decode, ahead, by_code, octet_of, scale_of};
 use crate::lanes::avx512::Avx512;
 use crate::lanes::{LANES, Lanes};
 
@@ -13,17 +13,7 @@ use crate::lanes::{LANES, Lanes};
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,avx2,fma,f16c")]
 pub(super) unsafe fn decode(d: &Decode<'_>) {
     // SAFETY: the caller's.
-    unsafe {
-        match d.form.code {
-            Code::Planes(2) => decode_as::<2>(d),
-            Code::Planes(3) => decode_as::<3>(d),
-            Code::Planes(4) => decode_as::<4>(d),
-            Code::Planes(5) => decode_as::<5>(d),
-            Code::Planes(_) => decode_as::<6>(d),
-            Code::Bytes => decode_as::<BYTES>(d),
-            Code::E4m3 => decode_as::<E4M3>(d),
-        }
-    }
+    unsafe { by_code!(d.form.code, decode_as(d)) }
 }
 
 /// The numbers of 8 inputs as four pairs.

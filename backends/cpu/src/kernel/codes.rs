@@ -103,6 +103,23 @@ pub(crate) struct Decode<'a> {
     pub(crate) out: *mut f32,
 }
 
+/// Calls a function with [`Code`] as a constant behind its type, if it has one: `by_code!(form.code, f<V>(x))` is one of
+/// `f::<V, CODE>(x)`.
+macro_rules! by_code {
+    ($code:expr, $f:ident $(<$lanes:ty>)? ($argument:expr)) => {
+        match $code {
+            Code::Planes(2) => $f::<$($lanes,)? 2>($argument),
+            Code::Planes(3) => $f::<$($lanes,)? 3>($argument),
+            Code::Planes(4) => $f::<$($lanes,)? 4>($argument),
+            Code::Planes(5) => $f::<$($lanes,)? 5>($argument),
+            Code::Planes(_) => $f::<$($lanes,)? 6>($argument),
+            Code::Bytes => $f::<$($lanes,)? { $crate::kernel::codes::BYTES }>($argument),
+            Code::E4m3 => $f::<$($lanes,)? { $crate::kernel::codes::E4M3 }>($argument),
+        }
+    };
+}
+pub(super) use by_code;
+
 /// [`Code`] as a constant: the bits of planes, or these.
 pub(super) const BYTES: usize = 8;
 pub(super) const E4M3: usize = 9;
@@ -114,17 +131,7 @@ pub(super) const E4M3: usize = 9;
 #[inline(always)]
 pub(super) unsafe fn decode<V: Lanes>(d: &Decode<'_>) {
     // SAFETY: the caller's.
-    unsafe {
-        match d.form.code {
-            Code::Planes(2) => decode_as::<V, 2>(d),
-            Code::Planes(3) => decode_as::<V, 3>(d),
-            Code::Planes(4) => decode_as::<V, 4>(d),
-            Code::Planes(5) => decode_as::<V, 5>(d),
-            Code::Planes(_) => decode_as::<V, 6>(d),
-            Code::Bytes => decode_as::<V, BYTES>(d),
-            Code::E4m3 => decode_as::<V, E4M3>(d),
-        }
-    }
+    unsafe { by_code!(d.form.code, decode_as<V>(d)) }
 }
 
 /// Where a panel is read: groups follow each other, then blocks.

@@ -1,7 +1,7 @@
 //! Products of few rows by quantised panels: every weight is decoded in registers and used at once, so that weights
 //! stream from memory as small as they are.
 
-use super::codes::{BYTES, Code, Cursor, E4M3, Form, ahead, octet_of, scale_of};
+use super::codes::{Code, Cursor, Form, ahead, by_code, octet_of, scale_of};
 use crate::lanes::{LANES, Lanes};
 
 /// Few rows times some panels: as [`super::Sweep`] over what [`super::Decode`] gives, to the bit.
@@ -37,17 +37,7 @@ impl Stream<'_> {
 #[inline(always)]
 pub(super) unsafe fn stream<V: Lanes>(s: &Stream<'_>) {
     // SAFETY: the caller's.
-    unsafe {
-        match s.form.code {
-            Code::Planes(2) => stream_as::<V, 2>(s),
-            Code::Planes(3) => stream_as::<V, 3>(s),
-            Code::Planes(4) => stream_as::<V, 4>(s),
-            Code::Planes(5) => stream_as::<V, 5>(s),
-            Code::Planes(_) => stream_as::<V, 6>(s),
-            Code::Bytes => stream_as::<V, BYTES>(s),
-            Code::E4m3 => stream_as::<V, E4M3>(s),
-        }
-    }
+    unsafe { by_code!(s.form.code, stream_as<V>(s)) }
 }
 
 #[inline(always)]

@@ -260,7 +260,7 @@ impl Lanes for Avx512 {
 
 /// Line `n` of a chunk of codes.
 #[inline(always)]
-unsafe fn line(chunk: *const u8, n: usize) -> __m512i {
+pub(crate) unsafe fn line(chunk: *const u8, n: usize) -> __m512i {
     // SAFETY: the caller's chunk has this line.
     unsafe { _mm512_loadu_si512(chunk.add(n * 64).cast()) }
 }
