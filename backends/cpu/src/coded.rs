@@ -44,6 +44,7 @@ const BYTES_INPUTS: usize = 2048;
 
 /// Floats that a sum decodes into.
 pub(crate) const DECODED_FLOATS: usize = 8192;
+const _: () = assert!(Scaled::BUFFER_FLOATS <= DECODED_FLOATS);
 const _: () = assert!(FEW_ROWS.0 * FEW_ROWS.1 * LANES <= DECODED_FLOATS);
 const _: () = assert!(MANY_ROWS.0 * MANY_ROWS.1 * LANES <= DECODED_FLOATS);
 
@@ -194,7 +195,7 @@ impl Coded {
 
     /// Whether ranges are whole octets, of which pairs are made, and what is taken apart at once is whole groups.
     pub(crate) fn has_pairs(&self, ranges: usize) -> bool {
-        (self.inputs / ranges).is_multiple_of(8) && Scaled::INPUTS_DEEP.is_multiple_of(self.form.group)
+        (self.inputs / ranges).is_multiple_of(8) && Scaled::PIECE.is_multiple_of(self.form.group)
     }
 
     /// As [`Coded::sum`], over whole octets, of weights and inputs as pairs of bf16.
@@ -232,6 +233,7 @@ impl Coded {
                         rows,
                         acc,
                         acc_stride,
+                        buffer,
                     });
                 };
             }

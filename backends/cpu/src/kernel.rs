@@ -8,8 +8,6 @@ mod bytes_vnni;
 mod coded_pairs;
 mod codes;
 #[cfg(target_arch = "x86_64")]
-mod pair_codes;
-#[cfg(target_arch = "x86_64")]
 mod pairs;
 mod rows;
 #[cfg(target_arch = "x86_64")]
@@ -114,11 +112,17 @@ pub(crate) struct Scaled<'a> {
     /// `[rows][panels * 16]`, rows `acc_stride` apart.
     pub(crate) acc: *mut f32,
     pub(crate) acc_stride: usize,
+    /// Room for [`Scaled::BUFFER_FLOATS`].
+    pub(crate) buffer: *mut f32,
 }
 
 impl Scaled<'_> {
-    /// Inputs that many rows pass by at once: groups must divide them.
-    pub(crate) const INPUTS_DEEP: usize = 2048;
+    /// Inputs that are taken apart at once: groups must divide them.
+    pub(crate) const PIECE: usize = 256;
+    /// Rows that pass by them.
+    pub(crate) const ROWS: usize = 96;
+    /// Two panels of codes as bf16, scales and offsets of groups of 8.
+    pub(crate) const BUFFER_FLOATS: usize = Self::PIECE * (LANES + 8);
 }
 
 /// Sums of inputs `[octets.0 * 8, octets.1 * 8)`, cut at multiples of `group` octets: what offsets are multiplied by.

@@ -14,9 +14,6 @@ const PANELS_STREAMING: usize = 32;
 const ROWS_STREAMING: usize = 4;
 /// Rows of one task at most: their sums (48 KiB) and inputs stay in the second cache.
 const ROWS_MAX: usize = 96;
-/// Rows that kernels take at once where there are many: blocks are as many of them.
-const ROWS_OF_KERNELS: usize = 16;
-const _: () = assert!(ROWS_MAX.is_multiple_of(ROWS_OF_KERNELS));
 /// Tasks per thread that even out unequal speeds.
 pub(crate) const TASKS_PER_THREAD: usize = 3;
 /// Sums waiting for their partner in a tree of ranges, by level.
@@ -125,7 +122,7 @@ pub(crate) struct Tiles<'a> {
     /// Panels of a tile.
     group: usize,
     row_blocks: usize,
-    /// Rows of a block but the last.
+    /// Rows of a block: of even size, so that the last is not a scrap.
     block: usize,
     pub(crate) count: usize,
 }
@@ -142,7 +139,7 @@ impl<'a> Tiles<'a> {
             group /= 2;
         }
         let row_blocks = rows.div_ceil(ROWS_MAX).max(1);
-        let block = rows.div_ceil(row_blocks).next_multiple_of(ROWS_OF_KERNELS);
+        let block = rows.div_ceil(row_blocks);
         Tiles { weight, rows, group, row_blocks, block, count: groups(group) * row_blocks }
     }
 

@@ -7,22 +7,22 @@ use backend::{
 };
 use backend_cpu::{CpuBackend, Level};
 
-fn conforms(level: Level) {
+/// The suite at a level, if this machine has it.
+fn conforms_as(level: Level, activations: Activations, tolerance: Tolerance) {
     if !level.available() {
         println!("this machine has no {level}: not tested");
         return;
     }
-    let open = |options: &DeviceOptions, group: Group| CpuBackend::with_level(options, group, level);
-    let dtypes = &[DType::F32, DType::BF16];
-    Suite {
-        open: &open,
-        tolerance: TIGHT,
-        dtypes,
-        group: Some(Group::local),
-        quants: QUANTS,
-        plain_experts: dtypes,
-    }
-    .run();
+    let open = |options: &DeviceOptions, group: Group| {
+        let cpu = CpuOptions { activations, ..CpuOptions::default() };
+        CpuBackend::with_level(&DeviceOptions { cpu, ..options.clone() }, group, level)
+    };
+    let (dtypes, group) = (&[DType::F32, DType::BF16], Some(Group::local as _));
+    Suite { open: &open, tolerance, dtypes, group, quants: QUANTS, plain_experts: dtypes }.run();
+}
+
+fn conforms(level: Level) {
+    conforms_as(level, Activations::Exact, TIGHT);
 }
 
 #[test]
@@ -52,25 +52,7 @@ fn amx() {
 
 /// Activations in 8 bits: within the error of those, and exact where the contract wants it (rows, chunks, ranks).
 fn conforms_in_bytes(level: Level) {
-    if !level.available() {
-        println!("this machine has no {level}: not tested");
-        return;
-    }
-    let open = |options: &DeviceOptions, group: Group| {
-        let cpu = CpuOptions { activations: Activations::Int8, ..CpuOptions::default() };
-        CpuBackend::with_level(&DeviceOptions { cpu, ..options.clone() }, group, level)
-    };
-    let tolerance = Tolerance { f32: 3e-2, bf16: 4e-2 };
-    let dtypes = &[DType::F32, DType::BF16];
-    Suite {
-        open: &open,
-        tolerance,
-        dtypes,
-        group: Some(Group::local),
-        quants: QUANTS,
-        plain_experts: dtypes,
-    }
-    .run();
+    conforms_as(level, Activations::Int8, Tolerance { f32: 3e-2, bf16: 4e-2 });
 }
 
 #[test]

@@ -8,6 +8,8 @@ use backend_cpu::{CpuAct, CpuBackend};
 use models::replay::Rank;
 use models::{Checkpoint, ModelError};
 
+use crate::blocks::Random;
+
 /// Tokens of a step of a prompt, as nodes are set up.
 const CHUNK: usize = 512;
 /// Tokens of the prompts of a batch.
@@ -114,12 +116,6 @@ impl Ours {
 
 /// Token ids that no cache has seen.
 fn ids(seed: u64, count: usize, vocabulary: usize) -> Vec<u32> {
-    let mut state = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
-    let mut next = || {
-        state ^= state << 13;
-        state ^= state >> 7;
-        state ^= state << 17;
-        (state % vocabulary as u64) as u32
-    };
-    (0..count).map(|_| next()).collect()
+    let mut random = Random(seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1);
+    (0..count).map(|_| (random.next() % vocabulary as u64) as u32).collect()
 }

@@ -7,6 +7,8 @@ use backend::{Backend, Batch, Draw, KvExport, KvStore, Out, Piece, SeqId, Step};
 use models::Config;
 use models::replay::Rank;
 
+use crate::attention::Random;
+
 /// Prompts of the ragged batch: 16 of 64 to 2,048 tokens.
 const RAGGED: [usize; 16] =
     [64, 2048, 192, 320, 1536, 448, 96, 1024, 576, 704, 128, 832, 1280, 256, 960, 1792];
@@ -57,14 +59,8 @@ fn median(mut times: Vec<Duration>) -> Duration {
 
 /// Token ids that no cache has seen.
 fn ids(seed: u64, count: usize, vocabulary: usize) -> Vec<u32> {
-    let mut state = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
-    let mut next = || {
-        state ^= state << 13;
-        state ^= state >> 7;
-        state ^= state << 17;
-        (state % vocabulary as u64) as u32
-    };
-    (0..count).map(|_| next()).collect()
+    let mut random = Random(seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1);
+    (0..count).map(|_| (random.next() % vocabulary as u64) as u32).collect()
 }
 
 impl<B: Backend> Bench<B> {
