@@ -113,8 +113,9 @@ impl Place {
 #[derive(Clone, Debug, Default)]
 pub(crate) struct Arena(Arc<Mutex<Vec<Memory>>>);
 
-/// Buffers kept for reuse; more are given back to the system.
-const ARENA_BUFFERS_MAX: usize = 16;
+/// Buffers kept for reuse: some ten of a step, in each of a few sizes. Beyond, the one that was not used for the longest time
+/// is given back to the system.
+const ARENA_BUFFERS_MAX: usize = 64;
 
 impl Arena {
     /// A buffer of at least `len` floats. Contents are whatever was there.
@@ -125,14 +126,9 @@ impl Arena {
         let fits = |memory: &Memory| memory.bytes() >= bytes && memory.bytes() / 4 <= bytes.max(4096);
         let best = (0..free.len()).filter(|at| fits(&free[*at])).min_by_key(|at| free[*at].bytes());
         let memory = match best {
-            Some(at) => free.swap_remove(at),
-            None => {
-                if free.len() >= ARENA_BUFFERS_MAX {
-                    free.swap_remove(0);
-                }
-                Memory::zeroed(bytes.next_multiple_of(LINE_BYTES))
-                    .unwrap_or_else(|error| panic!("activation: {error}"))
-            }
+            Some(at) => free.remove(at),
+            None => Memory::zeroed(bytes.next_multiple_of(LINE_BYTES))
+                .unwrap_or_else(|error| panic!("activation: {error}")),
         };
         Floats { memory: Some(memory), len, home: self.clone() }
     }
@@ -191,9 +187,11 @@ impl Drop for Floats {
     fn drop(&mut self) {
         if let Some(memory) = self.memory.take() {
             let mut free = self.home.0.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
-            if free.len() < ARENA_BUFFERS_MAX {
-                free.push(memory);
+            // In the order of their return.
+            if free.len() >= ARENA_BUFFERS_MAX {
+                free.remove(0);
             }
+            free.push(memory);
         }
     }
 }
