@@ -275,6 +275,11 @@ impl Shape {
                     add("ffn_up_shexp", &[hidden, inner * shared], kind, 1.0);
                     add("ffn_down_shexp", &[inner * shared, hidden], more, 1.0);
                 }
+                if self.latent.is_some() {
+                    // DeepSeek V3's bias on the choice of experts: ones, which choose as none does.
+                    let name = format!("blk.{layer}.exp_probs_b.bias");
+                    all.push(Tensor { name, dims: vec![count], kind: Kind::Norm, share: 0.0 });
+                }
             }
         }
     }
