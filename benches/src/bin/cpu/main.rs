@@ -13,6 +13,7 @@ mod shape;
 mod table;
 mod theirs;
 
+use std::ffi::OsString;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail};
@@ -85,6 +86,9 @@ struct Args {
     /// Loads this file, generates one token and ends
     #[arg(long, hide = true)]
     only_load: Option<PathBuf>,
+    /// Runs a program and prints what it took
+    #[arg(long, hide = true, num_args = 1.., allow_hyphen_values = true)]
+    only_run: Vec<OsString>,
     /// Computes until it is killed
     #[arg(long, hide = true)]
     only_spin: bool,
@@ -94,6 +98,9 @@ fn main() -> Result<()> {
     let mut args = Args::parse();
     if args.only_spin {
         neighbour::spin();
+    }
+    if !args.only_run.is_empty() {
+        return process::measure(&args.only_run);
     }
     if let Some(path) = &args.only_load {
         return Ours::open(path, args.threads, args.cpu(), 64)?.decode(1, 0, 1).map(drop);
