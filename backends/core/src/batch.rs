@@ -67,17 +67,20 @@ impl Batch {
         self.ids.iter().any(|id| matches!(id, Input::Drawn(_)))
     }
 
-    /// The ids of all rows, where `drawn` is what each row of the step before drew. Errors name a row that drew nothing.
-    pub fn resolve(&self, drawn: &[Option<u32>]) -> Result<Vec<u32>, String> {
-        let id = |input: &Input| match *input {
-            Input::Id(id) => Ok(id),
-            Input::Drawn(row) => drawn
-                .get(row as usize)
-                .copied()
-                .flatten()
-                .ok_or_else(|| format!("row {row} of the step before drew no token")),
-        };
-        self.ids.iter().map(id).collect()
+    /// The ids of all rows, in place of what `ids` held; `drawn` is what each row of the step before drew. Errors name a row that
+    /// drew nothing.
+    pub fn resolve(&self, drawn: &[Option<u32>], ids: &mut Vec<u32>) -> Result<(), String> {
+        ids.clear();
+        for input in &self.ids {
+            ids.push(match *input {
+                Input::Id(id) => id,
+                Input::Drawn(row) => match drawn.get(row as usize) {
+                    Some(Some(id)) => *id,
+                    _ => return Err(format!("row {row} of the step before drew no token")),
+                },
+            });
+        }
+        Ok(())
     }
 
     /// The last row of each run: where logits are usually wanted.

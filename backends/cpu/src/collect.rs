@@ -1,7 +1,7 @@
 //! Where a step meets the other ranks: sums joined over the group, logits gathered on rank 0, drawn ids told by it.
 
 use backend::draw::drawn;
-use backend::{BackendError, Draw, Drawn, Input, Output};
+use backend::{BackendError, Draw, Drawn, Output};
 
 use crate::act::{CpuAct, Raw};
 use crate::memory::Floats;
@@ -69,17 +69,8 @@ impl CpuStep<'_> {
             }
         }
         let mut ids = std::mem::take(&mut self.device.lists.ids);
-        let drawn = &self.device.drawn;
-        ids.clear();
-        ids.extend(self.batch.ids.iter().map_while(|input| match *input {
-            Input::Id(id) => Some(id),
-            Input::Drawn(row) => drawn.get(row as usize).copied().flatten(),
-        }));
-        match ids.len() == self.batch.rows() {
-            true => Ok(ids),
-            // Says which row drew none.
-            false => self.batch.resolve(drawn).map_err(BackendError::Device),
-        }
+        self.batch.resolve(&self.device.drawn, &mut ids).map_err(BackendError::Device)?;
+        Ok(ids)
     }
 
     /// What becomes of each row of logits, on rank 0.
