@@ -8,9 +8,9 @@ set -uo pipefail
 cd "$(dirname "$0")/.."
 bin=${1:-target/release}
 peak=${2:-989}
-backend=cuda config=benches/configs/llama-3-8b.json prompt=8192 shapes=60
+backend=cuda config=benches/configs/llama-3-8b.json prompt=8192 shapes=60 small=
 if [ "$peak" = --dry-run ]; then
-  backend=cpu config=benches/configs/tiny.json prompt=256 shapes=6 peak=1
+  backend=cpu config=benches/configs/tiny.json prompt=256 shapes=6 small=--small peak=1
 fi
 BUDGET=575 # seconds for all stages: who calls this with a limit of 10 minutes still gets the table
 # A debug executable takes most of it for the references on the CPU: only --dry-run with one.
@@ -82,6 +82,7 @@ fi
 
 stage "attention alone" 30 "${device[@]}" --attention-speed --prompt "$prompt" "${beside[@]}"
 stage "Llama-3-8B shape, random weights" 150 "${device[@]}" --config "$config" --prompt "$prompt" --peak-tflops "$peak" "${beside[@]}"
+stage "products alone" 45 "${device[@]}" --products $small
 stage "conformance suite" 90 "${device[@]}" --conformance
 stage "golden cases" 60 "${device[@]}" --golden tests/golden
 

@@ -4,7 +4,7 @@ use std::net::SocketAddr;
 use std::path::PathBuf;
 
 use anyhow::{Result, ensure};
-use backend::{Activations, DType};
+use backend::{Activations, DType, Fp8Activations};
 use kvtransfer::{Codec, CodecPolicy};
 use node::{BackendKind, KvTransport, LoadFormat, Sealing};
 
@@ -68,6 +68,10 @@ settings! {
         cpu_activations: Activations ["NAME"] = "exact";
         /// Keep each CPU thread on a core of its own; for a process that has its cores alone
         cpu_pin: bool [""];
+        /// How activations meet FP8 weights on an NVIDIA GPU: exact, or fp8 (rounded to FP8 as well: coarser, for long prompts)
+        cuda_activations: Fp8Activations ["NAME"] = "exact";
+        /// Queue every step kernel by kernel on an NVIDIA GPU, without CUDA graphs
+        cuda_eager: bool [""];
         /// Processes that share the model, each holding a part (tensor parallel)
         tp: usize ["N"] = "1";
         /// Which of them this process is; rank 0 leads
@@ -95,6 +99,7 @@ settings! {
 
 choice!(BackendKind { "auto" => BackendKind::Auto, "cpu" => BackendKind::Cpu, "cuda" => BackendKind::Cuda, "mlx" => BackendKind::Mlx });
 choice!(Activations { "exact" => Activations::Exact, "int8" => Activations::Int8 });
+choice!(Fp8Activations { "exact" => Fp8Activations::Exact, "fp8" => Fp8Activations::Fp8 });
 choice!(DType { "bf16" => DType::BF16, "f32" => DType::F32 });
 choice!(CodecPolicy {
     "exact" => CodecPolicy::Always(Codec::Exact), "auto" => CodecPolicy::Auto,

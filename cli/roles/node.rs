@@ -1,7 +1,7 @@
 //! `baton prefill` and `baton decode`: settings into a node's configuration, then its `serve`.
 
 use anyhow::Result;
-use backend::CpuOptions;
+use backend::{CpuOptions, CudaOptions};
 use cluster::Shutdown;
 use hub::Want;
 use node::{GroupConfig, LoadFormat, NodeConfig};
@@ -86,6 +86,7 @@ async fn start(settings: NodeSettings, role: &str) -> Result<Option<(NodeConfig,
             activations: settings.cpu_activations,
             pin: settings.cpu_pin,
         },
+        cuda: CudaOptions { activations: settings.cuda_activations, eager: settings.cuda_eager },
         land_deadline: LAND_DEADLINE,
         drain: settings.drain.0,
     };

@@ -4,7 +4,7 @@ use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::time::Duration;
 
-use backend::{CpuOptions, DType};
+use backend::{CpuOptions, CudaOptions, DType};
 pub use engine::tp::Sealing;
 use kvtransfer::Ways;
 
@@ -45,6 +45,8 @@ pub struct NodeConfig {
     pub threads: usize,
     /// What only a CPU is asked.
     pub cpu: CpuOptions,
+    /// What only an NVIDIA GPU is asked.
+    pub cuda: CudaOptions,
     /// Bytes for the KV store of this rank; `None`: what the device has free beside the weights, less a margin.
     pub kv_bytes: Option<u64>,
     /// Tokens per KV block.

@@ -206,6 +206,7 @@ fn serve<B: Backend>(
         device,
         cache: config.cache.clone(),
         cpu: config.cpu.clone(),
+        cuda: config.cuda,
     };
     let links = engine::tp::unmet(rank, world)
         .map_err(|reason| NodeError::System { what: "sockets between ranks", reason })?;

@@ -8,8 +8,8 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 use crate::{
-    BackendError, Batch, CpuOptions, DType, Draw, Drawn, Group, KvError, KvExport, KvLanding, KvSpec, SeqId,
-    WeightSource,
+    BackendError, Batch, CpuOptions, CudaOptions, DType, Draw, Drawn, Group, KvError, KvExport, KvLanding,
+    KvSpec, SeqId, WeightSource,
 };
 
 /// One device, or one tensor-parallel rank of several, on its owner thread.
@@ -70,6 +70,8 @@ pub struct DeviceOptions {
     pub cache: Option<PathBuf>,
     /// What only a CPU backend is asked.
     pub cpu: CpuOptions,
+    /// What only a CUDA backend is asked.
+    pub cuda: CudaOptions,
 }
 
 impl Default for DeviceOptions {
@@ -81,6 +83,7 @@ impl Default for DeviceOptions {
             device: 0,
             cache: None,
             cpu: CpuOptions::default(),
+            cuda: CudaOptions::default(),
         }
     }
 }

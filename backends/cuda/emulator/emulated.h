@@ -34,6 +34,7 @@ void warp_sync();
 // `bytes` of this lane's to all lanes: a table of 32 places of 64 bytes, good until this lane's next exchange. Orders no memory.
 const u8* exchange(const void* mine, u32 bytes);
 void tile_product(float (&d)[4], const u32 (&a)[4], const u32 (&b)[2]);
+void tile_product_fp8(float (&d)[4], const u32 (&a)[4], const u32 (&b)[2]);
 void load_matrices_of(u32 (&r)[4], const bf16* row, bool turned);
 void copy_async(void* to, const void* from, bool there);
 void copies_commit();
@@ -114,6 +115,21 @@ static inline u32 rounded_bits(float x) {
 
 static inline u32 pair_bits(float low, float high) {
     return rounded_bits(low) | rounded_bits(high) << 16;
+}
+
+static inline u32 fp8_bits(float x) {
+    u32 sign = float_bits(x) >> 24 & 128;
+    float size = fabsf(x);
+    if (size != size) return 127;
+    if (size >= 448.0f) return sign | 126;
+    // To a multiple of the last place, even where two are as near.
+    int exponent = size < 0.015625f ? -6 : ilogbf(size);
+    int steps = (int)rintf(ldexpf(size, 3 - exponent));
+    return sign | (steps < 8 ? steps : ((exponent + 6) << 3) + steps);
+}
+
+static inline u32 pair_fp8(float low, float high) {
+    return fp8_bits(low) | fp8_bits(high) << 8;
 }
 
 static inline void load_four(u32 (&r)[4], const void* at) {

@@ -135,6 +135,13 @@ float low_half(u32 pair) {
 float high_half(u32 pair) {
     return bits_float(pair & 0xffff0000u);
 }
+
+float fp8_float(u8 code) {
+    int exponent = code >> 3 & 15, fraction = code & 7;
+    float x = exponent ? ldexpf(8.0f + fraction, exponent - 10) : ldexpf((float)fraction, -9);
+    if ((code & 127) == 127) x = NAN;
+    return code & 128 ? -x : x;
+}
 }  // namespace
 
 Registered::Registered(const char* name, Kernel kernel, u32 threads) {
@@ -173,6 +180,21 @@ void tile_product(float (&d)[4], const u32 (&a)[4], const u32 (&b)[2]) {
             const u32* right = (const u32*)(all + (column * 4 + k % 8 / 2) * 64);
             u32 x = left[row / 8 + k / 8 * 2], y = right[4 + k / 8];
             d[i] += k % 2 ? high_half(x) * high_half(y) : low_half(x) * low_half(y);
+        }
+    }
+}
+
+void tile_product_fp8(float (&d)[4], const u32 (&a)[4], const u32 (&b)[2]) {
+    u32 mine[6] = {a[0], a[1], a[2], a[3], b[0], b[1]};
+    const u8* all = exchange(mine, sizeof mine);
+    for (int i = 0; i < 4; ++i) {
+        int row = this_lane() / 4 + i / 2 * 8, column = this_lane() % 4 * 2 + i % 2;
+        for (int k = 0; k < 32; ++k) {
+            // As above, with four inputs in a word.
+            const u32* left = (const u32*)(all + (row % 8 * 4 + k % 16 / 4) * 64);
+            const u32* right = (const u32*)(all + (column * 4 + k % 16 / 4) * 64);
+            u32 x = left[row / 8 + k / 16 * 2] >> (k % 4 * 8), y = right[4 + k / 16] >> (k % 4 * 8);
+            d[i] += fp8_float((u8)x) * fp8_float((u8)y);
         }
     }
 }

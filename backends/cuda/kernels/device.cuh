@@ -54,6 +54,25 @@ __device__ __forceinline__ void tile_product(float (&d)[4], const u32 (&a)[4], c
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
 
+// The same for 32 inputs of 8 bits (E4M3); a fragment has the bytes where that of mma.m16n8k16 has them. Ada and later.
+__device__ __forceinline__ void tile_product_fp8(float (&d)[4], const u32 (&a)[4], const u32 (&b)[2]) {
+#if __CUDA_ARCH__ >= 890
+    asm volatile(
+        "mma.sync.aligned.m16n8k32.row.col.f32.e4m3.e4m3.f32 {%0,%1,%2,%3},{%4,%5,%6,%7},{%8,%9},{%0,%1,%2,%3};"
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+#endif
+}
+
+// Two E4M3 codes in the low half of a word, each rounded to nearest even, at most 448. Ada and later.
+__device__ __forceinline__ u32 pair_fp8(float low, float high) {
+    u16 pair = 0;
+#if __CUDA_ARCH__ >= 890
+    asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(pair) : "f"(high), "f"(low));
+#endif
+    return pair;
+}
+
 // Four 8 x 8 matrices of 16-bit elements; lane l names row l % 8 of matrix l / 8.
 __device__ __forceinline__ void load_matrices(u32 (&r)[4], const bf16* row) {
     u32 at = (u32)__cvta_generic_to_shared(row);

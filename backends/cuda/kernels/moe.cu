@@ -1,5 +1,5 @@
 // Mixtures of experts: which experts a row takes, the rows of every expert side by side, and the sum of a row's experts.
-#include "device.cuh"
+#include "product.cuh"
 
 const int EXPERTS_MAX = 512;
 const int TOP_MAX = 32;
@@ -72,10 +72,6 @@ KERNEL(route, RouteArgs, 32) {
     float factor = a.scale / (a.normalise ? total + a.normalise_eps : 1.0f);
     for (u32 i = lane; i < a.top_k; i += 32) weights[i] *= factor;
 }
-
-struct RowTile {
-    u32 expert, first, count;
-};
 
 struct RoutesArgs {
     u64 experts;              // [rows, top_k] u32, of `route`

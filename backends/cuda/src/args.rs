@@ -135,6 +135,9 @@ args! {
         quant: QuantArgs, w: u64, x: u64, out: u64, bias: u64, rows: u64, tiles: u64, codes_expert: u64,
         scales_expert: u64, m: u32, n: u32, k: u32, out_stride: u32, out_f32: u32,
     }
+    /// Rows that are rounded to FP8, see `kernels/fp8.cu`.
+    RoundArgs { x: u64, codes: u64, scales: u64, width: u32, chunks: u32, }
+    Fp8Args { product: ProductArgs, x_scales: u64, }
     DecodeArgs { quant: QuantArgs, rows: u64, out: u64, cols: u32, }
     RouteArgs {
         scores: u64, bias: u64, experts: u64, weights: u64, count: u32, top_k: u32, sigmoid: u32, groups: u32,

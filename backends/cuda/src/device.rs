@@ -3,7 +3,10 @@
 use std::path::Path;
 use std::rc::Rc;
 
-use backend::{Backend, BackendError, Batch, Caps, DType, DeviceOptions, Group, KvSpec, Links, WeightSource};
+use backend::{
+    Backend, BackendError, Batch, Caps, DType, DeviceOptions, Fp8Activations, Group, KvSpec, Links,
+    WeightSource,
+};
 
 use crate::act::CudaAct;
 use crate::args::Args;
@@ -23,6 +26,8 @@ pub struct Device<D: Driver> {
     pub(crate) pool: Rc<Pool<D>>,
     pub(crate) dtype: DType,
     pub(crate) block_tokens: u32,
+    /// Whether activations are rounded to FP8 for products with FP8 weights.
+    pub(crate) rounds: bool,
     /// The other ranks, where there are others.
     pub(crate) ranks: Option<Ranks>,
     /// What the step before drew: which rows did, and the choices on the device.
@@ -41,10 +46,23 @@ impl<D: Driver> Device<D> {
         if !options.block_tokens.is_power_of_two() {
             return refused(format!("{} tokens per KV block is not a power of two", options.block_tokens));
         }
+        let rounds = options.cuda.activations == Fp8Activations::Fp8;
+        if rounds && options.dtype != DType::BF16 {
+            return refused(format!("fp8 activations are of bf16 steps, not of {}", options.dtype.name()));
+        }
+        if rounds && !driver.multiplies_fp8() {
+            return refused(format!(
+                "fp8 activations need a GPU of the Ada generation or later: {}",
+                driver.describe()
+            ));
+        }
+        let pool = Pool::new(driver);
+        pool.queue.write_down(!options.cuda.eager);
         Ok(Device {
-            pool: Pool::new(driver),
+            pool,
             dtype: options.dtype,
             block_tokens: options.block_tokens,
+            rounds,
             ranks: match group.links {
                 Links::Alone if group.world == 1 => None,
                 _ => Some(Ranks::new(group)?),

@@ -65,6 +65,8 @@ pub trait Driver: Clone + 'static {
     fn blocks_busy(&self) -> u32;
     /// Dynamic shared memory that a block may have, in bytes.
     fn shared_bytes_max(&self) -> usize;
+    /// Whether its tensor cores multiply FP8.
+    fn multiplies_fp8(&self) -> bool;
     /// Whether device and host have one memory, so that nothing needs to be staged.
     fn unified(&self) -> bool;
     /// Which of all devices this is.

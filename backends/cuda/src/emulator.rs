@@ -20,7 +20,7 @@ const SHARED_BYTES: [usize; 2] = [99 * 1024, 227 * 1024];
 /// Work that is done while somebody asks whether it is done.
 const PROGRESS: usize = 4;
 
-/// Kernels on the host. Device 0 is small and has memory of its own, device 1 is large and shares the host's; devices 2 and
+/// Kernels on the host. Device 0 is small and has memory of its own, device 1 is large, multiplies FP8 and shares the host's; devices 2 and
 /// 3 are such with a library of dense products.
 #[derive(Clone)]
 pub struct Emulated {
@@ -159,6 +159,10 @@ impl Driver for Emulated {
 
     fn shared_bytes_max(&self) -> usize {
         SHARED_BYTES[usize::from(self.large)]
+    }
+
+    fn multiplies_fp8(&self) -> bool {
+        self.large
     }
 
     fn unified(&self) -> bool {

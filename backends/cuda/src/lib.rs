@@ -7,6 +7,7 @@ mod attend;
 pub mod compile;
 mod device;
 mod driver;
+mod fp8;
 mod graphs;
 mod kv;
 mod latent;

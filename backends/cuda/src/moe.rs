@@ -93,12 +93,19 @@ impl<D: Driver + Open> CudaStep<'_, D> {
         };
         device.launch("routes", [1, 1, 1], ROUTES_THREADS, 0, &routes)?;
 
-        let mut routed = Routed { tiling, tiles: tiles.address, tiles_max, rows: sources.address, places };
+        let mut routed = Routed {
+            tiling,
+            tiles: tiles.address,
+            tiles_max,
+            rows: sources.address,
+            rows_count: rows,
+            places,
+        };
         let both = device.elements(places * 2 * ffn)?;
         device.experts(gate_up, &routed, x.address, both.address, false)?;
         let gated = device.glu(both.address, places, ffn)?;
         let parts = device.pool.take(places * down.outputs * 4)?;
-        routed.rows = 0;
+        (routed.rows, routed.rows_count) = (0, places);
         device.experts(down, &routed, gated.address, parts.address, true)?;
         let shared = moe.shared.map(|(gate_up, down)| self.shared(&x, rows, gate_up, down)).transpose()?;
         let device = &*self.device;

@@ -42,6 +42,7 @@ struct Gpu {
     description: String,
     processors: u32,
     shared_bytes_max: usize,
+    multiplies_fp8: bool,
     unified: bool,
     identity: [u8; 16],
     /// Pinned memory that uploads pass through, and the copy that reads it.
@@ -141,6 +142,8 @@ impl Open for Nvidia {
                 description,
                 processors,
                 shared_bytes_max: shared as usize,
+                // Ada and later.
+                multiplies_fp8: (major, minor) >= (8, 9),
                 unified: integrated,
                 identity: uuid.bytes.map(|byte| byte as u8),
                 stages: RefCell::default(),
@@ -194,6 +197,10 @@ impl Driver for Nvidia {
 
     fn shared_bytes_max(&self) -> usize {
         self.0.shared_bytes_max
+    }
+
+    fn multiplies_fp8(&self) -> bool {
+        self.0.multiplies_fp8
     }
 
     fn unified(&self) -> bool {

@@ -5,12 +5,13 @@ use backend::BackendError;
 use crate::args::{ConvertArgs, DecodeArgs, ProductArgs, QuantArgs};
 use crate::device::{Device, THREADS};
 use crate::driver::{Dense, Driver};
+use crate::fp8::Rounded;
 use crate::weight::{Data, Matrix, Part};
 
 /// A kernel of `product.cu`.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Tiling {
-    kernel: &'static str,
+    pub(crate) kernel: &'static str,
     /// Rows of a block.
     pub(crate) rows: usize,
     /// Outputs of a block.
@@ -24,7 +25,8 @@ const fn stages(rows: usize) -> usize {
     3 * (rows + 128) * 40 * 2
 }
 
-const MANY: Tiling =
+/// For many rows.
+pub(crate) const MANY: Tiling =
     Tiling { kernel: "product_many", rows: 128, outputs: 128, threads: 256, shared_bytes: stages(128) };
 const SOME: Tiling =
     Tiling { kernel: "product_some", rows: 32, outputs: 128, threads: 128, shared_bytes: stages(32) };
@@ -43,6 +45,8 @@ pub(crate) struct Routed {
     pub(crate) tiles_max: usize,
     /// Source row of every place, or 0: inputs lie in order of place.
     pub(crate) rows: u64,
+    /// Rows of the inputs.
+    pub(crate) rows_count: usize,
     pub(crate) places: usize,
 }
 
@@ -70,15 +74,13 @@ impl<D: Driver> Device<D> {
         out_f32: bool,
     ) -> Result<(), BackendError> {
         let item = if out_f32 { 4 } else { self.dtype.bytes() };
+        let mut rounded: Option<Rounded<D>> = None;
         for part in &matrix.parts {
             let at = out + (part.first * item) as u64;
             let bias = matrix
                 .bias
                 .as_ref()
                 .map_or(0, |bias| bias.address + (part.first * self.dtype.bytes()) as u64);
-            if bias == 0 && rows > FEW.rows && self.dense_part(matrix, part, x, rows, at, out_f32)? {
-                continue;
-            }
             let tiling = self.tiling(rows, matrix.inputs);
             let args = ProductArgs {
                 x,
@@ -88,6 +90,14 @@ impl<D: Driver> Device<D> {
                 out_f32: u32::from(out_f32),
                 ..of(matrix, part)
             };
+            if self.multiplies_rounded(tiling, &args) {
+                let rounded = Rounded::once(&mut rounded, self, x, rows, matrix.inputs)?;
+                self.product_fp8(rounded, rows.div_ceil(tiling.rows), args)?;
+                continue;
+            }
+            if bias == 0 && rows > FEW.rows && self.dense_part(matrix, part, x, rows, at, out_f32)? {
+                continue;
+            }
             self.run(tiling, rows.div_ceil(tiling.rows), part.outputs, &args)?;
         }
         Ok(())
@@ -135,6 +145,7 @@ impl<D: Driver> Device<D> {
         out_f32: bool,
     ) -> Result<(), BackendError> {
         let item = if out_f32 { 4 } else { self.dtype.bytes() };
+        let mut rounded = None;
         for part in &matrix.parts {
             let args = ProductArgs {
                 x,
@@ -145,6 +156,11 @@ impl<D: Driver> Device<D> {
                 out_f32: u32::from(out_f32),
                 ..of(matrix, part)
             };
+            if self.multiplies_rounded(routed.tiling, &args) {
+                let rounded = Rounded::once(&mut rounded, self, x, routed.rows_count, matrix.inputs)?;
+                self.product_fp8(rounded, routed.tiles_max, args)?;
+                continue;
+            }
             self.run(routed.tiling, routed.tiles_max, part.outputs, &args)?;
         }
         Ok(())

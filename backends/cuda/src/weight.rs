@@ -14,6 +14,9 @@ use half::bf16;
 use crate::args::QuantArgs;
 use crate::driver::Driver;
 
+/// DeepSeek's FP8 in `enum Format` of `kernels/quant.cuh`.
+pub(crate) const FP8: u32 = 2;
+
 /// A weight of the CUDA backend. Shared, so that a product can wait until it is known where its result goes.
 pub struct CudaWeight<D: Driver>(pub(crate) Rc<Kind<D>>);
 
@@ -360,7 +363,7 @@ fn quantised<D: Driver>(driver: &D, view: &QuantView<'_>, experts: usize) -> Res
     let (format, bits, group, group_rows) = match view.format {
         Quant::Affine { bits, group } => (0, bits, group, 1),
         Quant::Int4 { group } => (1, 4, group, 1),
-        Quant::Fp8 { rows, cols } => (2, 8, cols, rows),
+        Quant::Fp8 { rows, cols } => (FP8, 8, cols, rows),
         Quant::Gguf(block) => (gguf_code(block), 0, block.cols(), 1),
     };
     let args = QuantArgs {

@@ -35,7 +35,7 @@ impl Random {
     }
 
     /// Between -1 and 1.
-    fn value(&mut self) -> f32 {
+    pub fn value(&mut self) -> f32 {
         (self.next() >> 40) as f32 / (1u64 << 23) as f32 - 1.0
     }
 }

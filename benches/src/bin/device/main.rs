@@ -6,6 +6,7 @@
 mod attention;
 mod golden;
 mod measure;
+mod products;
 
 use std::path::PathBuf;
 
@@ -47,6 +48,12 @@ struct Args {
     /// Measure attention by itself over the long prompt
     #[arg(long)]
     attention_speed: bool,
+    /// Measure products by themselves, by format of the weights
+    #[arg(long)]
+    products: bool,
+    /// With --products: matrices of an eighth of the width, to try it out
+    #[arg(long)]
+    small: bool,
     /// Another implementation's seconds, as h200_torch.py writes them, to be shown beside
     #[arg(long, value_name = "FILE")]
     beside: Option<PathBuf>,
@@ -106,6 +113,9 @@ fn run<B: Backend>(args: &Args, replays: Option<Replays<B>>) -> Result<()> {
             "| attention alone, {} tokens, 32 heads of 128 on 8 | {time:.2?} | {rate:.1} TFLOP/s{beside} |",
             args.prompt
         );
+    }
+    if args.products {
+        products::table::<B>(args.runs.max(1), args.small, &options)?;
     }
     if args.conformance {
         let open = |options: &DeviceOptions, group: Group| {

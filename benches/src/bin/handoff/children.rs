@@ -87,6 +87,7 @@ pub async fn node(spec: &str) -> Result<()> {
         kv_streams: 1,
         kv_transport: node::KvTransport::Tcp,
         cpu: backend::CpuOptions::default(),
+        cuda: backend::CudaOptions::default(),
         land_deadline: Duration::from_secs(120),
         drain: Duration::from_secs(1),
     };

@@ -1,0 +1,46 @@
+// What all products with weights share: whose rows meet which weights, and where sums go.
+#pragma once
+#include "quant.cuh"
+
+// Rows of x that meet one expert; `count` 0: nothing to do.
+struct RowTile {
+    u32 expert, first, count;
+};
+
+struct ProductArgs {
+    Quant quant;               // of expert 0
+    u64 w;                     // [experts, n, k] T, or 0: quantised
+    u64 x, out, bias;          // [*, k] T, [*, out_stride] T or f32, [n] T or 0
+    u64 rows;                  // [m] u32: row of x for each row of out, or 0: the same
+    u64 tiles;                 // [gridDim.y] RowTile, or 0: rows [0, m) in order, expert 0
+    u64 codes_expert, scales_expert;  // bytes of codes, elements of scales from one expert to the next
+    u32 m, n, k, out_stride, out_f32;
+};
+
+__device__ __forceinline__ RowTile tile_of(const ProductArgs& a, u32 size) {
+    if (a.tiles) return ((const RowTile*)a.tiles)[blockIdx.y];
+    u32 first = blockIdx.y * size;
+    RowTile tile = {0, first, a.m - first < size ? a.m - first : size};
+    return tile;
+}
+
+__device__ __forceinline__ Quant quant_of(const ProductArgs& a, u32 expert) {
+    Quant q = a.quant;
+    u64 item = q.scale_type == SCALE_F32 ? 4 : 2;
+    q.codes += expert * a.codes_expert;
+    q.scales += expert * a.scales_expert * item;
+    q.biases += expert * a.scales_expert * item;
+    return q;
+}
+
+__device__ __forceinline__ u32 row_of(const ProductArgs& a, u32 row) {
+    return a.rows ? ((const u32*)a.rows)[row] : row;
+}
+
+template <typename T>
+__device__ __forceinline__ void put(const ProductArgs& a, u32 row, u32 n, float x) {
+    if (a.bias) x += up(((const T*)a.bias)[n]);
+    u64 at = (u64)row * a.out_stride + n;
+    if (a.out_f32) ((float*)a.out)[at] = x;
+    else ((T*)a.out)[at] = down<T>(x);
+}
