@@ -10,6 +10,7 @@ mod pool;
 pub mod probe;
 mod push;
 mod stripe;
+pub mod watch;
 
 use std::ops::Range;
 use std::sync::Arc;
@@ -143,6 +144,11 @@ impl Sender {
     /// Connections of all pushes so far that were lost and replaced.
     pub fn resumed(&self) -> u64 {
         self.0.resumed.load(std::sync::atomic::Ordering::Relaxed)
+    }
+
+    /// Connections of all pushes so far that were left, and replaced, because their path had fallen silent.
+    pub fn silent(&self) -> u64 {
+        self.0.silent.load(std::sync::atomic::Ordering::Relaxed)
     }
 
     /// Connections whose payloads went by UCX and that were lost: replaced by ones that carry their payloads themselves.

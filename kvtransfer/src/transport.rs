@@ -6,6 +6,7 @@ pub mod sealed;
 pub mod tcp;
 pub mod tls;
 pub mod ucx;
+mod underway;
 
 use std::io;
 use std::time::Duration;

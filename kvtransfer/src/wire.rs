@@ -68,6 +68,27 @@ pub trait Control: Send + Sync {
 
     /// Whether an idle connection may be used again: open, and nothing has come.
     fn idle(&self) -> bool;
+
+    /// What the system knows of the bytes on their way to the peer; `None`: it does not tell.
+    fn underway(&self) -> Option<Underway> {
+        None
+    }
+
+    /// Ends a connection whose path is not used any more: what is still on its way is dropped where that is possible.
+    fn abandon(&self) {
+        self.close(Shutdown::Both);
+    }
+}
+
+/// Bytes handed to a transport and not taken by the peer's system, whoever reads there.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Underway {
+    /// Not acknowledged by the peer's system.
+    pub bytes: u64,
+    /// Acknowledged since the connection began, where the system counts them.
+    pub taken_bytes: Option<u64>,
+    /// For how long nothing has come back although it was sent again; `None`: something does, or the system does not tell.
+    pub unanswered: Option<Duration>,
 }
 
 /// What came instead of, or as, a head.

@@ -90,6 +90,27 @@ fn what_a_path_can_do_does_not_fail_a_session() {
     assert!(resumed > 300, "{resumed} lanes came back");
 }
 
+/// Protects: a path that falls silent in mid-transfer, of which neither end hears, costs a fraction of a second where there is another
+/// one, at every moment of a session; without being left it is half the deadline, 4 s.
+#[test]
+fn a_lane_that_falls_silent_is_left_at_once() {
+    let mut moved = 0;
+    for seed in 0..400u64 {
+        let setup = |faults| Setup { lanes: 2 + (seed % 2) as usize, ..setup(seed, faults) };
+        let length = run(&setup(Vec::new())).steps;
+        let at = Rng::new(!seed).below(length);
+        let report = run(&setup(vec![(at, Fault::Hang)]));
+        let landed: Result<Vec<_>, _> = report.receivers.iter().cloned().collect();
+        let landed = landed.unwrap_or_else(|error| panic!("seed {seed} at {at}: {error}"));
+        let resumed = landed.iter().map(|end| end.resumed).sum::<u32>();
+        moved += resumed;
+        // A connection that is still in its handshake is given up after an eighth of the deadline; time passes in steps of a 64th.
+        let after = report.after_silence.unwrap_or_default();
+        assert!(after < DEADLINE / 4, "seed {seed} at {at}: {after:?}, {resumed} resumed");
+    }
+    assert!(moved > 100, "{moved} lanes were moved");
+}
+
 #[test]
 fn a_fault_at_every_single_event_ends_both_ends() {
     let length = run(&setup(7, Vec::new())).steps;

@@ -5,8 +5,8 @@ use std::collections::BTreeMap;
 use std::io::{IoSlice, IoSliceMut};
 use std::net::Shutdown;
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::sync::{Arc, Mutex, Weak};
-use std::time::Instant;
+use std::sync::{Arc, Condvar, Mutex, PoisonError, Weak};
+use std::time::{Duration, Instant};
 
 use backend::{KvLanding, Piece, Sharding};
 
@@ -62,6 +62,12 @@ pub(super) trait Slot: Send + Sync {
     fn verdict(&self) -> Option<SessionError>;
 }
 
+/// How long a lane's new connection waits for the last one's thread to let go; then it may ask again.
+const LET_GO: Duration = Duration::from_millis(500);
+
+/// How often it looks meanwhile.
+const LOOK: Duration = Duration::from_millis(20);
+
 type Done<L> = Box<dyn FnOnce(Landed<L>) + Send>;
 
 pub(super) struct LandingSlot<L> {
@@ -72,6 +78,8 @@ pub(super) struct LandingSlot<L> {
     own: Weak<Self>,
     registry: Weak<Registry>,
     core: Mutex<Core<L>>,
+    /// A connection is not of the session any more.
+    let_go: Condvar,
     /// `None` once handed back.
     landing: Mutex<Option<L>>,
 }
@@ -106,6 +114,7 @@ impl<L: KvLanding + 'static> LandingSlot<L> {
             own: own.clone(),
             registry,
             core: Mutex::new(core),
+            let_go: Condvar::new(),
             landing: Mutex::new(Some(landing)),
         })
     }
@@ -251,19 +260,35 @@ impl<L: KvLanding + 'static> Slot for LandingSlot<L> {
     }
 
     fn prove(&self, conn: &Arc<Conn>, handshake: &Handshake, proof: &[u8; 32]) -> Result<(), SessionError> {
-        let mut outcome = Ok(());
-        self.step(Some(conn), |core| match core.receive.prove(conn.id, handshake, proof, Instant::now()) {
-            Ok(actions) => {
-                core.conns.insert(conn.id, conn.clone());
-                self.open_relay(core);
-                actions
+        let until = Instant::now() + LET_GO;
+        loop {
+            let mut outcome = Ok(());
+            let mut taken = false;
+            self.step(Some(conn), |core| {
+                match core.receive.prove(conn.id, handshake, proof, Instant::now()) {
+                    Ok(actions) => {
+                        core.conns.insert(conn.id, conn.clone());
+                        self.open_relay(core);
+                        actions
+                    }
+                    Err(Rejected { error, actions }) => {
+                        taken = actions.iter().any(|action| matches!(action, Action::Drop(_)));
+                        outcome = Err(error);
+                        actions
+                    }
+                }
+            });
+            // The lane's last connection is told to go: as soon as its thread has, this one takes its place.
+            let left = until.saturating_duration_since(Instant::now());
+            if !taken || left.is_zero() {
+                return outcome;
             }
-            Err(Rejected { error, actions }) => {
-                outcome = Err(error);
-                actions
+            let core = lock(&self.core);
+            if core.receive.over() {
+                return outcome;
             }
-        });
-        outcome
+            drop(self.let_go.wait_timeout(core, left.min(LOOK)).unwrap_or_else(PoisonError::into_inner));
+        }
     }
 
     fn data(&self, conn: &Conn, head: &Head, source: &mut dyn FrameSource, staging: &mut Vec<u8>) {
@@ -289,6 +314,7 @@ impl<L: KvLanding + 'static> Slot for LandingSlot<L> {
             self.land(&piece, head, in_place, relay.as_deref(), source, staging)
         }))
         .unwrap_or_else(|_| Err(SessionError::Device("the store panicked while landing".into()).into()));
+        let broken = matches!(landed, Err(Interrupted::Wire(WireError::Io(_))));
         self.step(Some(conn), |core| {
             core.touching -= 1;
             let receive = &mut core.receive;
@@ -303,6 +329,9 @@ impl<L: KvLanding + 'static> Slot for LandingSlot<L> {
             };
             receive.payload(conn.id, result, Instant::now())
         });
+        if broken {
+            self.let_go.notify_all();
+        }
         // A slow rank of the group slows the sender down, and nothing grows.
         if let Some(relay) = relay {
             relay.wait_room();
@@ -318,6 +347,7 @@ impl<L: KvLanding + 'static> Slot for LandingSlot<L> {
             core.conns.remove(&conn.id);
             core.receive.lost(conn.id, reason, Instant::now())
         });
+        self.let_go.notify_all();
         // The lane's time to come back runs from now.
         if let Some(registry) = self.registry.upgrade() {
             registry.look();

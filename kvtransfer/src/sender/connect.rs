@@ -8,6 +8,7 @@ use crate::frame::FrameError;
 use crate::id::fill_random;
 use crate::sender::pair::Pair;
 use crate::sender::pool::Pool;
+use crate::sender::watch::SILENT;
 use crate::session::send::retryable;
 use crate::session::{Outcome, Sending, parse};
 use crate::transport::ucx::Ways;
@@ -19,6 +20,12 @@ const BACKOFF_MIN: Duration = Duration::from_millis(25);
 
 /// Longest pause.
 const BACKOFF_MAX: Duration = Duration::from_secs(2);
+
+/// Where there are other addresses, the first round takes this part of the time that one may have to answer.
+const FIRST_ROUND: u32 = 4;
+
+/// How often a connection that waits for an answer is looked at.
+const LOOK_EVERY: Duration = Duration::from_millis(50);
 
 /// A connection whose receiver waits for data.
 pub(super) struct Connected {
@@ -32,11 +39,13 @@ struct Ungreeted {
     error: SessionError,
     /// It led to the session's own receiver, which has said so.
     refused: bool,
+    /// Nothing came back.
+    silent: bool,
 }
 
 impl From<SessionError> for Ungreeted {
     fn from(error: SessionError) -> Self {
-        Ungreeted { error, refused: false }
+        Ungreeted { error, refused: false, silent: false }
     }
 }
 
@@ -47,7 +56,7 @@ impl From<FrameError> for Ungreeted {
 }
 
 /// Connects a lane of a pair, whose payloads may go by `ways`: over its own path, and over the others where that fails; with `alone`
-/// over its own only. A push that was given up meanwhile is not waited for, but one round is made by the first lane: its
+/// over its own only; `slow` comes last. A push that was given up meanwhile is not waited for, but one round is made by the first lane: its
 /// receiver should hear of it, and not hold its reservation until the deadline.
 pub(super) fn connect(
     pair: &Pair,
@@ -55,25 +64,37 @@ pub(super) fn connect(
     pool: &Pool,
     ways: Ways,
     alone: bool,
+    slow: Option<&str>,
     until: Instant,
 ) -> Result<Connected, SessionError> {
     let path = &pair.paths[index];
     let mut backoff = BACKOFF_MIN;
+    let mut patience = pool.limits.connect / FIRST_ROUND;
     loop {
         let mut last = SessionError::Connect { peer: pair.addresses.join(", "), reason: "no address".into() };
         let mut again = false;
-        let order = if alone { vec![path.clone()] } else { pool.order(&pair.addresses, path) };
+        let mut order = if alone { vec![path.clone()] } else { pool.order(&pair.addresses, path) };
+        order.sort_by_key(|address| Some(address.as_str()) == slow);
+        let several = order.len() > 1;
+        if !several {
+            patience = pool.limits.connect;
+        }
         for address in order {
             match idle(pair, index, pool, ways, &address, until) {
-                Some(Err(error)) => return Err(error),
+                Some(Err(Ungreeted { error, silent: true, .. })) if several => {
+                    pool.fell_silent(&address);
+                    (again, last) = (true, error);
+                    continue;
+                }
+                Some(Err(ungreeted)) if !ungreeted.silent => return Err(ungreeted.error),
                 Some(Ok((wire, sending))) => return Ok(Connected { address, wire, sending }),
-                None => {}
+                Some(Err(_)) | None => {}
             }
             let left = until.saturating_duration_since(Instant::now());
             if left.is_zero() || (index > 0 && pair.over()) {
                 break;
             }
-            let dialed = pool.dial(&address, ways, pool.limits.connect.min(left));
+            let dialed = pool.dial(&address, ways, patience.min(left));
             let greeted = dialed
                 .map_err(|error| SessionError::Connect { peer: address.clone(), reason: error.to_string() })
                 .map_err(Ungreeted::from)
@@ -82,7 +103,7 @@ pub(super) fn connect(
             match greeted {
                 Ok((wire, sending)) => return Ok(Connected { address, wire, sending }),
                 // The address may be another machine's: the next one may still be right.
-                Err(Ungreeted { error, refused }) => {
+                Err(Ungreeted { error, refused, .. }) => {
                     again |= retryable(&error);
                     last = error;
                     // A receiver that has not let go of the lane's last connection yet: it is the same behind every address,
@@ -103,6 +124,7 @@ pub(super) fn connect(
             return Err(pair.aborted().unwrap_or(last));
         }
         backoff = (backoff * 2).min(BACKOFF_MAX);
+        patience = pool.limits.connect;
     }
 }
 
@@ -115,16 +137,16 @@ fn idle(
     ways: Ways,
     address: &str,
     until: Instant,
-) -> Option<Result<(Wire, Sending), SessionError>> {
+) -> Option<Result<(Wire, Sending), Ungreeted>> {
     while ways == pool.limits.ways
         && let Some(wire) = pool.take_idle(address)
     {
         match greet(pair, index, &pool.limits, wire, until) {
             Ok(greeted) => return Some(Ok(greeted)),
-            Err(Ungreeted { error, .. }) if retryable(&error) => {
+            Err(Ungreeted { error, silent: false, .. }) if retryable(&error) => {
                 tracing::debug!(address, %error, "idle kv connection was gone")
             }
-            Err(Ungreeted { error, .. }) => return Some(Err(error)),
+            Err(ungreeted) => return Some(Err(ungreeted)),
         }
     }
     None
@@ -163,7 +185,7 @@ fn greet(
         }
         match sending.outcome() {
             Some(Outcome::Failed(error)) => {
-                return Err(Ungreeted { error: error.clone(), refused: sending.refused() });
+                return Err(Ungreeted { error: error.clone(), refused: sending.refused(), silent: false });
             }
             Some(Outcome::Acknowledged(_)) => {
                 return Err(SessionError::Protocol("acknowledged at once".into()).into());
@@ -171,9 +193,12 @@ fn greet(
             None if sending.accepted() => return Ok((wire, sending)),
             None => {}
         }
-        let head = match wire.source.head(Some(until)) {
+        let head = match answer(&mut wire, until) {
             Ok(Incoming::Head(head)) => head,
-            Ok(Incoming::Timeout) => return Err(lost("no answer to the handshake".into()).into()),
+            Ok(Incoming::Timeout) => {
+                let error = lost("no answer to the handshake".into());
+                return Err(Ungreeted { error, refused: false, silent: Instant::now() < until });
+            }
             Ok(Incoming::End) => return Err(lost("closed in the handshake".into()).into()),
             Err(WireError::Io(error)) => return Err(io(error).into()),
             Err(WireError::Frame(error)) => return Err(error.into()),
@@ -184,6 +209,25 @@ fn greet(
             Err(WireError::Frame(error)) => return Err(error.into()),
         };
         say = sending.message(message, Instant::now());
+    }
+}
+
+/// The next head; a timeout before `until` where nothing comes back from the other end's system.
+fn answer(wire: &mut Wire, until: Instant) -> Result<Incoming, WireError> {
+    let mut suspect = false;
+    loop {
+        let now = Instant::now();
+        let incoming = wire.source.head(Some(until.min(now + LOOK_EVERY)))?;
+        if !matches!(incoming, Incoming::Timeout) || Instant::now() >= until {
+            return Ok(incoming);
+        }
+        let unanswered = wire.control.underway().and_then(|underway| underway.unanswered);
+        let silent = unanswered.is_some_and(|unanswered| unanswered >= SILENT);
+        if silent && suspect {
+            wire.control.abandon();
+            return Ok(incoming);
+        }
+        suspect = silent;
     }
 }
 

@@ -26,7 +26,7 @@ use crate::sync::lock;
 use crate::transport::ucx::{Way, Ways};
 use crate::{Close, Codec, SessionError};
 
-use lane::{Lane, Live};
+use lane::{Lane, Left, Live};
 
 /// Rectangles of one export for one receiver.
 pub(super) struct Job {
@@ -78,8 +78,8 @@ pub(super) struct Pair {
     pub addresses: Vec<String>,
     /// The address that each lane tries first.
     pub paths: Vec<String>,
-    /// What each lane's path carries, where it is known of all.
-    rates: Option<Vec<f64>>,
+    /// What each lane's path carries, as far as it is known.
+    rates: Vec<Option<f64>>,
     pub parts: Vec<Part>,
     pub codec: Codec,
     pub opened: Instant,
@@ -119,12 +119,12 @@ impl Pair {
     ) -> Self {
         let lanes = paths.iter().map(|_| Lane::default()).collect();
         let state = Mutex::new(State { lanes, ..State::default() });
-        let (rates, tail, changed) = (None, None, Condvar::new());
+        let (rates, tail, changed) = (Vec::new(), None, Condvar::new());
         Pair { spec, addresses, paths, rates, parts, codec, opened, tail, state, changed }
     }
 
-    /// The same, of which it is known what the paths carry: a slower one then leaves the end of the queue to the others.
-    pub fn rated(self, rates: Option<Vec<f64>>) -> Self {
+    /// The same, of which it is known what each of some paths carries: a slower one leaves the end of the queue to the others.
+    pub fn rated(self, rates: Vec<Option<f64>>) -> Self {
         Pair { rates, ..self }
     }
 
@@ -257,10 +257,11 @@ impl Pair {
         let mut until = opened;
         // A lane that lost a connection whose payloads went beside it comes back without that.
         let mut ways = pool.limits.ways;
+        let mut slow = None;
         for turn in 0..=RESUMES_MAX {
             // A lane beside the first is for its own path; once it has sent something, that has to get there.
             let alone = turn == 0 && index > 0;
-            let connected = match connect(self, index, pool, ways, alone, until) {
+            let connected = match connect(self, index, pool, ways, alone, slow.as_deref(), until) {
                 Ok(connected) => connected,
                 // The other lanes carry everything, or have done so.
                 Err(_) if turn == 0 && (index > 0 || self.accepted()) => return Ok(None),
@@ -277,8 +278,13 @@ impl Pair {
                     if !matches!(error, SessionError::Lost { .. }) || turn == RESUMES_MAX {
                         return Err(error);
                     }
-                    tracing::debug!(address, %error, "kv lane lost its connection");
-                    pool.note(&address, false);
+                    let left = lock(&self.state).lanes[index].left.take();
+                    tracing::debug!(address, %error, ?left, "kv lane lost its connection");
+                    match left {
+                        Some(Left::Slow) => slow = Some(address),
+                        Some(Left::Silent) => pool.fell_silent(&address),
+                        None => pool.note(&address, false),
+                    }
                     if way.get() != Way::Stream {
                         ways = Ways::NONE;
                     }

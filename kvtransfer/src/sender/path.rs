@@ -13,6 +13,12 @@ const KNOWN_MAX: usize = 4096;
 /// A path that has failed is the last choice for so long.
 const SHUNNED: Duration = Duration::from_secs(30);
 
+/// A path that has failed is asked every now and then for so long whether it is good again; later with all others.
+const SUSPECT: Duration = Duration::from_secs(60);
+
+/// Of them, those that are asked at once.
+const SUSPECTS_MAX: usize = 4;
+
 /// Paths by one port of this machine are used together when they carry so much more than without the slowest of them.
 const ADDS_UP: f64 = 1.15;
 
@@ -121,9 +127,9 @@ impl Paths {
         self.used.values().any(|set| set.len() > 1 && set.iter().any(|path| path == address))
     }
 
-    /// `addresses` from the best to the worst: those that have not just failed, then the faster (differences below a
-    /// fifth do not count), then the nearer, then as they were given. `first` leads unless it has just failed. Of those that
-    /// have, the one that failed last comes last.
+    /// `addresses` from the best to the worst: those that have not just failed, then those that answered the last probe, then the faster (differences below a
+    /// fifth do not count), then the nearer, then as they were given. `first` leads unless it has failed. Of those that
+    /// have just failed, the one that failed last comes last.
     pub fn order(&self, addresses: &[String], first: &String, now: Instant) -> Vec<String> {
         let mut order: Vec<&String> = addresses.iter().collect();
         order.sort_by_cached_key(|address| {
@@ -132,7 +138,8 @@ impl Paths {
             let rate = path.and_then(Path::carries).map_or(0, |rate| (rate.max(1.0).log2() * 4.0) as i64);
             let rtt = path.and_then(|path| path.rtt).unwrap_or(Duration::MAX);
             let reached = path.is_some_and(|path| path.reached);
-            (shunned, *address != first, Reverse(reached), Reverse(rate), rtt)
+            let broken = path.is_some_and(|path| path.error.is_some());
+            (shunned, broken, *address != first, Reverse(reached), Reverse(rate), rtt)
         });
         order.into_iter().cloned().collect()
     }
@@ -141,6 +148,24 @@ impl Paths {
     fn shunned(&self, address: &str, now: Instant) -> Option<Instant> {
         let failed = self.known.get(address).and_then(|path| path.failed);
         failed.filter(|at| now.saturating_duration_since(*at) < SHUNNED)
+    }
+
+    /// Whether there is an address beside `address` that has not failed.
+    pub fn other(&self, addresses: &[String], address: &str, now: Instant) -> bool {
+        let sound = |other: &&String| {
+            let broken = self.known.get(*other).is_some_and(|path| path.error.is_some());
+            *other != address && !broken && self.shunned(other, now).is_none()
+        };
+        addresses.iter().any(|other| sound(&other))
+    }
+
+    /// Paths that failed within the last minute and were good before: worth asking whether they are good again.
+    pub fn suspects(&self, now: Instant) -> Vec<String> {
+        let recent = |path: &Path| {
+            path.reached && path.failed.is_some_and(|at| now.saturating_duration_since(at) < SUSPECT)
+        };
+        let suspects = self.known.iter().filter(|(_, path)| recent(path));
+        suspects.map(|(address, _)| address.clone()).take(SUSPECTS_MAX).collect()
     }
 
     /// The paths to use together, the best first: see [`together`]. Of those that have just failed none, unless all have.

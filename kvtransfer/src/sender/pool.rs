@@ -35,6 +35,8 @@ pub(super) struct Pool {
     pub paths: Mutex<Paths>,
     /// Lanes that lost a connection and went on over another, of all pushes.
     pub resumed: AtomicU64,
+    /// Connections that were left because nothing came back by their path.
+    pub silent: AtomicU64,
     /// Lanes that lost a connection whose payloads went by UCX: their next one is without.
     pub fallbacks: AtomicU64,
     /// When that was last, by address.
@@ -72,6 +74,7 @@ impl Pool {
             meters: Mutex::default(),
             paths: Mutex::default(),
             resumed: AtomicU64::new(0),
+            silent: AtomicU64::new(0),
             fallbacks: AtomicU64::new(0),
             without: Mutex::default(),
             peers: Mutex::default(),
@@ -220,6 +223,27 @@ impl Pool {
     /// Notes whether `address` led to the session's receiver.
     pub fn note(&self, address: &str, reached: bool) {
         lock(&self.paths).note(address, reached, Instant::now());
+    }
+
+    /// Nothing comes back from `address`: it is the last choice for a while, and connections to it that are idle are not tried.
+    pub fn fell_silent(&self, address: &str) {
+        tracing::info!(address, "kv path is silent");
+        self.silent.fetch_add(1, Ordering::Relaxed);
+        self.note(address, false);
+        let idle = lock(&self.conns).idle.remove(address);
+        for (wire, _) in idle.into_iter().flatten() {
+            wire.control.abandon();
+        }
+    }
+
+    /// Whether a receiver has an address beside this one that has not just failed.
+    pub fn other(&self, addresses: &[String], address: &str) -> bool {
+        lock(&self.paths).other(addresses, address, Instant::now())
+    }
+
+    /// Addresses of receivers whose paths have failed of late, see [`Paths::suspects`].
+    pub fn suspects(&self) -> Vec<String> {
+        lock(&self.paths).suspects(Instant::now())
     }
 
     /// Changes the meter of the link to `address`.

@@ -71,6 +71,7 @@ pub(super) fn watch(pool: &Arc<Pool>, ticket: Ticket) {
         loop {
             thread::sleep(LOOK_EVERY);
             let Some(pool) = weak.upgrade() else { return };
+            pool.suspects().iter().for_each(|address| try_again(&pool, &ticket, address));
             for addresses in pool.peers_due(PROBE_EVERY) {
                 survey(&pool, &ticket, &addresses);
             }
@@ -79,6 +80,17 @@ pub(super) fn watch(pool: &Arc<Pool>, ticket: Ticket) {
     if let Err(error) = thread::Builder::new().name("kv-probe".into()).spawn(work) {
         tracing::warn!(%error, "no thread for probing kv links");
     }
+}
+
+/// Asks whether a path that has failed is good again.
+fn try_again(pool: &Pool, ticket: &Ticket, address: &str) {
+    let found = probe(&*pool.dialer, ticket, address, false);
+    let mut paths = lock(&pool.paths);
+    if found.is_ok() {
+        paths.note(address, true, Instant::now());
+    }
+    // One that fails again has failed when it did: it is not asked for ever.
+    paths.update(address, |path| path.error = found.err());
 }
 
 /// Probes all addresses of one receiver, each alone, then the best together.

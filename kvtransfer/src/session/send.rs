@@ -183,6 +183,16 @@ impl Sending {
         self.received_bytes
     }
 
+    /// When the receiver last said something.
+    pub fn heard(&self) -> Instant {
+        self.heard
+    }
+
+    /// Whether the receiver owes something: word of bytes that are sent, or the acknowledgement.
+    pub fn owed(&self) -> bool {
+        self.accepted() && (self.received_bytes < self.sent_bytes || self.state == State::Closing)
+    }
+
     /// Payload bytes that a frame may have, once the receiver has said so.
     pub fn frame_bytes(&self) -> Option<usize> {
         (self.state == State::Open).then_some(self.frame_bytes_max)

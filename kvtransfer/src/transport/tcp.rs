@@ -7,8 +7,8 @@ use std::time::{Duration, Instant};
 
 use socket2::{SockRef, TcpKeepalive};
 
-use crate::transport::Dialer;
-use crate::wire::{Control, ReadTimeout, Wire, WriteTimeout, split};
+use crate::transport::{Dialer, underway};
+use crate::wire::{Control, ReadTimeout, Underway, Wire, WriteTimeout, split};
 
 /// First keepalive probe after so much idleness: below the idle timers of common firewalls.
 const KEEPALIVE_IDLE: Duration = Duration::from_secs(30);
@@ -79,6 +79,16 @@ impl Control for TcpControl {
         }
         let waits = matches!(self.0.peek(&mut [0]), Err(error) if error.kind() == io::ErrorKind::WouldBlock);
         self.0.set_nonblocking(false).is_ok() && waits
+    }
+
+    fn underway(&self) -> Option<Underway> {
+        underway::of(&self.0)
+    }
+
+    fn abandon(&self) {
+        // Nothing lingers: the last handle's end resets the connection instead of sending on.
+        let _ = SockRef::from(&self.0).set_linger(Some(Duration::ZERO));
+        self.close(Shutdown::Both);
     }
 }
 

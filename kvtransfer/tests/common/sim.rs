@@ -12,6 +12,8 @@ use std::time::{Duration, Instant};
 
 use kvtransfer::layout::{plan, relay};
 use kvtransfer::limits::PEER_BASE;
+use kvtransfer::message::Message;
+use kvtransfer::sender::watch::Verdict;
 use kvtransfer::session::{Outcome, PairSpec, Receiving};
 use kvtransfer::{Limits, SessionError, Summary};
 
@@ -46,6 +48,8 @@ pub struct Report {
     /// Of prefill ranks and of ranks that pass planes on, as far as they began.
     pub senders: Vec<Outcome>,
     pub steps: usize,
+    /// From the first moment at which a connection fell silent to the end.
+    pub after_silence: Option<Duration>,
 }
 
 struct Sim<'s> {
@@ -55,6 +59,8 @@ struct Sim<'s> {
     nodes: Vec<Node>,
     now: Instant,
     rng: Rng,
+    /// When a connection first fell silent.
+    hung: Option<Instant>,
 }
 
 const STEPS_MAX: usize = 400_000;
@@ -143,7 +149,7 @@ impl<'s> Sim<'s> {
                 ));
             }
         }
-        Sim { setup, flows, links: Vec::new(), nodes, now, rng }
+        Sim { setup, flows, links: Vec::new(), nodes, now, rng, hung: None }
     }
 
     /// Whether a flow may begin: a rank passes nothing on before its own senders have come.
@@ -182,6 +188,7 @@ impl<'s> Sim<'s> {
             receivers: self.nodes.into_iter().map(|node| node.end.expect("ended")).collect(),
             senders: self.flows.into_iter().filter_map(real).collect(),
             steps,
+            after_silence: self.hung.map(|since| self.now - since),
         }
     }
 
@@ -216,7 +223,16 @@ impl<'s> Sim<'s> {
             if self.links[at].owned {
                 let message = self.links[at].sending.tick(self.now);
                 self.links[at].reply(message);
+                // Lanes stand for paths: one that is alone has nowhere to go.
+                let several = self.flows[self.links[at].flow].lanes.len() > 1;
                 let link = &mut self.links[at];
+                if several && link.sending.accepted() {
+                    match link.look(self.now) {
+                        Verdict::Fine => {}
+                        Verdict::Ask => link.say(&Message::Ping),
+                        Verdict::Silent => link.sending.lost("silent"),
+                    }
+                }
                 if !link.sending.accepted() && self.now >= link.began + self.setup.case.deadline / 8 {
                     link.sending.lost("no answer to the handshake");
                 }

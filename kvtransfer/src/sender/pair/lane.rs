@@ -1,10 +1,12 @@
 //! One lane at the sender: its connection, and what it has sent that the receiver has not yet reported as landed.
 
 use std::sync::Arc;
+use std::time::Instant;
 
 use backend::Piece;
 
 use crate::sender::export::SharedExport;
+use crate::sender::watch::Watch;
 use crate::session::{Outbox, Sending};
 use crate::transport::ucx::WayCell;
 use crate::wire::{Control, Wire};
@@ -20,6 +22,15 @@ pub(super) struct Frame {
     pub wire_bytes: usize,
 }
 
+/// Why a lane left the path of a connection.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Left {
+    /// Nothing came back from there.
+    Silent,
+    /// Another path has what is left sooner.
+    Slow,
+}
+
 /// A lane over all its connections.
 #[derive(Default)]
 pub(super) struct Lane {
@@ -29,6 +40,10 @@ pub(super) struct Lane {
     pub accepted: bool,
     /// It came when the others were closing already: it has nothing to send and nothing to say.
     pub late: bool,
+    /// It left the path of its last connection.
+    pub left: Option<Left>,
+    /// It left a path because that was slow: once is enough.
+    pub moved: bool,
 }
 
 /// A lane's connection.
@@ -37,6 +52,7 @@ pub(super) struct Live {
     pub address: String,
     pub control: Arc<dyn Control>,
     pub way: Arc<WayCell>,
+    pub watch: Watch,
     /// A frame is being written: the connection has to go if the push is given up now.
     pub writing: bool,
     /// The front job's export is waited for.
@@ -50,7 +66,18 @@ pub(super) struct Live {
 impl Live {
     pub fn new(sending: Sending, address: String, wire: &Wire) -> Self {
         let (control, way) = (wire.control.clone(), wire.way.clone());
-        Live { sending, address, control, way, writing: false, waiting: false, unprobed: false, busy: false }
+        let watch = Watch::new(Instant::now());
+        Live {
+            sending,
+            address,
+            control,
+            way,
+            watch,
+            writing: false,
+            waiting: false,
+            unprobed: false,
+            busy: false,
+        }
     }
 }
 

@@ -2,16 +2,24 @@
 
 use std::net::Shutdown;
 use std::sync::Mutex;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
+use super::lane::{Lane, Left};
 use super::{Pair, State};
 use crate::SessionError;
 use crate::frame::Kind;
 use crate::message::Message;
 use crate::sender::pool::Pool;
+use crate::sender::stripe::{Load, moves};
+use crate::sender::watch::{Seen, Verdict};
 use crate::session::{Outcome, parse};
 use crate::sync::lock;
 use crate::wire::{Control, FrameSink, FrameSource, Incoming, WireError, control_payload};
+
+/// A lane that could take another path looks so often whether its own still carries what it is given; at the end of a push, where
+/// milliseconds show, more often.
+const LOOK_EVERY: Duration = Duration::from_millis(50);
+const LOOK_EVERY_AT_END: Duration = Duration::from_millis(10);
 
 impl Pair {
     /// Reads the receiver's frames until the session is over, and keeps its lease alive meanwhile.
@@ -23,13 +31,19 @@ impl Pair {
         sink: &Mutex<Box<dyn FrameSink>>,
         control: &dyn Control,
     ) {
+        let mut look = self.next_look();
         loop {
             let until = self.step(index, |live| match live.sending.outcome() {
                 Some(_) => None,
                 None => Some(live.sending.next_tick()),
             });
             let Some(Some(until)) = until else { break };
+            let until = look.map_or(until, |look| until.min(look));
             let reply = match source.head(Some(until)) {
+                Ok(Incoming::Timeout) if look.is_some_and(|look| Instant::now() >= look) => {
+                    look = self.next_look();
+                    self.look(index, pool, control)
+                }
                 Ok(Incoming::Timeout) => self.step(index, |live| live.sending.tick(Instant::now())).flatten(),
                 Ok(Incoming::Head(head)) if head.kind == Kind::Data => {
                     let error = SessionError::Protocol("data from a receiver".into());
@@ -71,6 +85,74 @@ impl Pair {
         self.changed.notify_all();
     }
 
+    /// When to look next; never where there is no other path.
+    fn next_look(&self) -> Option<Instant> {
+        let striped = self.paths.len() > 1 && lock(&self.state).close.is_some();
+        let every = if striped { LOOK_EVERY_AT_END } else { LOOK_EVERY };
+        (self.addresses.len() > 1).then(|| Instant::now() + every)
+    }
+
+    /// Looks whether the lane's path still carries what it is given, and leaves it where another one is better; what to say else.
+    fn look(&self, index: usize, pool: &Pool, control: &dyn Control) -> Option<Message> {
+        let underway = control.underway();
+        let now = Instant::now();
+        let mut state = lock(&self.state);
+        let others =
+            state.lanes.iter().enumerate().filter(|(other, _)| *other != index).filter_map(|(_, lane)| {
+                let live = lane.live.as_ref()?;
+                live.watch.grew()
+            });
+        let others = others.max();
+        let live = state.lanes.get_mut(index)?.live.as_mut()?;
+        if live.sending.outcome().is_some() {
+            return None;
+        }
+        let seen = Seen {
+            underway,
+            sent_bytes: live.sending.sent_bytes(),
+            landed_bytes: live.sending.received_bytes(),
+            owed: live.sending.owed(),
+            heard: live.sending.heard(),
+            others,
+        };
+        let verdict = live.watch.look(seen, now);
+        let on_way_bytes = underway.map_or(seen.sent_bytes - seen.landed_bytes, |underway| underway.bytes);
+        let left = match verdict {
+            Verdict::Ask => return Some(Message::Ping),
+            Verdict::Silent if pool.other(&self.addresses, &live.address) => Left::Silent,
+            Verdict::Fine if self.goes(index, &state, on_way_bytes) => Left::Slow,
+            Verdict::Silent | Verdict::Fine => return live_tick(&mut state.lanes[index], now),
+        };
+        let lane = &mut state.lanes[index];
+        (lane.left, lane.moved) = (Some(left), lane.moved || left == Left::Slow);
+        if let Some(live) = &mut lane.live {
+            live.sending.lost(match left {
+                Left::Silent => "nothing comes back by this path",
+                Left::Slow => "another path is faster",
+            });
+        }
+        drop(state);
+        control.abandon();
+        None
+    }
+
+    /// Whether, at the end of the push, the lane takes what it has under way to another path, see [`moves`].
+    fn goes(&self, index: usize, state: &State, on_way_bytes: u64) -> bool {
+        let lane = &state.lanes[index];
+        let Some(live) = lane.live.as_ref().filter(|_| state.close.is_some() && state.queue.is_empty())
+        else {
+            return false;
+        };
+        let elsewhere = |(_, lane): &(usize, &Lane)| {
+            lane.live.as_ref().is_some_and(|other| other.address != live.address)
+        };
+        let lanes = state.lanes.iter().enumerate();
+        let loads = lanes.filter(elsewhere).filter_map(|(other, lane)| self.load(other, lane));
+        let best = loads.max_by(|a, b| a.bytes_per_s.total_cmp(&b.bytes_per_s));
+        let own: Option<Load> = self.load(index, lane);
+        !lane.moved && own.zip(best).is_some_and(|(own, best)| moves(own, on_way_bytes, best))
+    }
+
     fn unreadable(&self, index: usize, error: WireError) -> Option<Message> {
         match error {
             WireError::Frame(error) => self.step(index, |live| live.sending.fail(error.into())).flatten(),
@@ -109,4 +191,9 @@ impl Pair {
         lane.outbox.landed(frames);
         reply
     }
+}
+
+/// What is due beside a look.
+fn live_tick(lane: &mut Lane, now: Instant) -> Option<Message> {
+    lane.live.as_mut()?.sending.tick(now)
 }

@@ -147,15 +147,24 @@ impl Pair {
 
     /// Whether a lane leaves what is queued to the others, see [`leaves`].
     fn leaves(&self, index: usize, lanes: &[Lane], queued_bytes: u64) -> bool {
-        let Some(rates) = self.rates.as_ref().filter(|rates| rates.len() > 1) else { return false };
-        let load = |(lane, rate): (&Lane, &f64)| {
-            let sending = &lane.live.as_ref()?.sending;
-            let unlanded_bytes = sending.sent_bytes() - sending.received_bytes();
-            Some(Load { unlanded_bytes, bytes_per_s: *rate })
-        };
-        let own = lanes.get(index).zip(rates.get(index)).and_then(load);
-        let all: Vec<Load> = lanes.iter().zip(rates).filter_map(load).collect();
+        if lanes.len() < 2 {
+            return false;
+        }
+        let own = lanes.get(index).and_then(|lane| self.load(index, lane));
+        let all: Vec<Load> =
+            lanes.iter().enumerate().filter_map(|(index, lane)| self.load(index, lane)).collect();
         own.is_some_and(|own| leaves(own, &all, queued_bytes))
+    }
+
+    /// What a connected lane has under way and what its path carries: as it was known before or as it turns out, whichever is less.
+    pub(super) fn load(&self, index: usize, lane: &Lane) -> Option<Load> {
+        let live = lane.live.as_ref()?;
+        let unlanded_bytes = live.sending.sent_bytes() - live.sending.received_bytes();
+        let known = self.rates.get(index).copied().flatten();
+        let known = known.filter(|_| self.paths.get(index) == Some(&live.address));
+        let rates = [known, live.watch.bytes_per_s()].into_iter().flatten();
+        let bytes_per_s = rates.reduce(f64::min).filter(|rate| *rate > 0.0)?;
+        Some(Load { unlanded_bytes, bytes_per_s })
     }
 
     /// The next frame, when its bytes are within credit.

@@ -170,6 +170,7 @@ fn pair(
         token: last_tokens.start,
         frame_bytes: last.frame_bytes(pair.frame_bytes),
     };
-    let rates = paths.iter().map(|path| pool.carries(path)).collect();
+    let rates =
+        if paths.len() > 1 { paths.iter().map(|path| pool.carries(path)).collect() } else { Vec::new() };
     Ok(Pair::new(pair, addresses, paths, parts, codec, opened).rated(rates).ending(tail))
 }

@@ -110,7 +110,10 @@ impl Sim<'_> {
                 let sender = self.flows[flow].spec.sender;
                 self.give_up(|flow| flow.spec.sender == sender, &SessionError::Cancelled);
             }
-            Fault::Hang => link.hung = true,
+            Fault::Hang => {
+                link.hung.get_or_insert(self.now);
+                self.hung.get_or_insert(self.now);
+            }
             Fault::Slow => link.slow = true,
             Fault::RestartReceiver => {
                 let actions = self.nodes[receiver].receiving.fail(SessionError::Stopped);

@@ -7,6 +7,7 @@ use backend::{KvExport, Piece};
 use kvtransfer::frame::Head;
 use kvtransfer::layout::{Part, bytes, cut, describe};
 use kvtransfer::limits::RESUMES_MAX;
+use kvtransfer::sender::watch::Watch;
 use kvtransfer::session::{Outbox, Outcome, PairSpec, Sending, parse, send::retryable};
 use kvtransfer::{Close, Codec, SessionError};
 
@@ -95,7 +96,8 @@ impl Sim<'_> {
             up_closed: false,
             down_closed: false,
             shut: false,
-            hung: false,
+            hung: None,
+            watch: Watch::new(self.now),
             slow: false,
             began: self.now,
         };
@@ -155,7 +157,7 @@ impl Sim<'_> {
     pub(super) fn deliver_down(&mut self, at: usize) -> bool {
         let now = self.now;
         let link = &mut self.links[at];
-        if link.hung || !link.owned {
+        if link.hung.is_some() || !link.owned {
             return false;
         }
         let Some(frame) = link.down.pop_front() else {

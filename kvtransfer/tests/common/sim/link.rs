@@ -5,7 +5,9 @@ use std::time::Instant;
 
 use kvtransfer::frame::Head;
 use kvtransfer::message::Message;
+use kvtransfer::sender::watch::{Seen, Verdict, Watch};
 use kvtransfer::session::{Handshake, Outcome, Sending};
+use kvtransfer::wire::Underway;
 
 /// One connection; both its ends.
 pub(super) struct Link {
@@ -23,12 +25,29 @@ pub(super) struct Link {
     pub(super) down_closed: bool,
     /// The receiver's end is done with it.
     pub(super) shut: bool,
-    pub(super) hung: bool,
+    /// Since when nothing passes.
+    pub(super) hung: Option<Instant>,
+    pub(super) watch: Watch,
     pub(super) slow: bool,
     pub(super) began: Instant,
 }
 
 impl Link {
+    /// What the sender's system would tell of it: a network that is hung does not answer what is sent again.
+    pub(super) fn look(&mut self, now: Instant) -> Verdict {
+        let bytes = self.up.iter().map(|frame| frame.len() as u64).sum();
+        let unanswered = self.hung.filter(|_| bytes > 0).map(|since| now - since);
+        let seen = Seen {
+            underway: Some(Underway { bytes, taken_bytes: None, unanswered }),
+            sent_bytes: self.sending.sent_bytes(),
+            landed_bytes: self.sending.received_bytes(),
+            owed: self.sending.owed(),
+            heard: self.sending.heard(),
+            others: None,
+        };
+        self.watch.look(seen, now)
+    }
+
     pub(super) fn say(&mut self, message: &Message) {
         let payload = message.encode();
         let head = self.sending.head(message, &payload);

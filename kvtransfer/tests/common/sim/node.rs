@@ -21,7 +21,7 @@ pub(super) struct Node {
 impl Sim<'_> {
     pub(super) fn deliver_up(&mut self, at: usize) -> bool {
         let link = &mut self.links[at];
-        if link.hung || link.shut || link.slow && self.rng.below(32) > 0 && link.cut.is_none() {
+        if link.hung.is_some() || link.shut || link.slow && self.rng.below(32) > 0 && link.cut.is_none() {
             return false;
         }
         let Some(mut frame) = link.up.pop_front() else {
