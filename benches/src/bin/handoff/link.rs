@@ -52,18 +52,17 @@ pub enum Link {
     Loopback,
     /// Both sides on 127.0.0.1, the sender paces itself.
     Paced(Rate),
-    /// Two network namespaces, named.
-    Shaped { rate: Rate, ports: usize, far: String, near: String },
+    /// Two network namespaces, named, and the rate of each port between them.
+    Shaped { rates: Vec<Rate>, far: String, near: String },
 }
 
 impl Link {
-    /// Makes the link. Falls back to pacing, and says why, where the system allows no namespaces.
-    pub fn make(rate: Option<Rate>, ports: usize) -> Result<Link> {
-        let Some(rate) = rate else { return Ok(Link::Loopback) };
+    /// Makes the link, of ports of these rates. Falls back to pacing, and says why, where the system allows no namespaces.
+    pub fn make(rates: &[Rate]) -> Result<Link> {
+        let Some(rate) = rates.first().copied() else { return Ok(Link::Loopback) };
         let id = std::process::id();
-        let ports = ports.clamp(1, FAR.len());
-        let shaped =
-            Link::Shaped { rate, ports, far: format!("baton-far-{id}"), near: format!("baton-near-{id}") };
+        let rates = rates[..rates.len().min(FAR.len())].to_vec();
+        let shaped = Link::Shaped { rates, far: format!("baton-far-{id}"), near: format!("baton-near-{id}") };
         match shaped.up() {
             Ok(()) => Ok(shaped),
             Err(error) => {
@@ -74,11 +73,11 @@ impl Link {
     }
 
     fn up(&self) -> Result<()> {
-        let Link::Shaped { rate, ports, far, near } = self else { return Ok(()) };
+        let Link::Shaped { rates, far, near } = self else { return Ok(()) };
         ip(&["netns", "add", far])?;
         ip(&["netns", "add", near])?;
         let mtu = MTU.to_string();
-        for port in 0..*ports {
+        for (port, rate) in rates.iter().enumerate() {
             let (there, here) = (format!("bfar{port}"), format!("bnear{port}"));
             ip(&[
                 "link", "add", &there, "netns", far, "mtu", &mtu, "type", "veth", "peer", "name", &here,
@@ -96,14 +95,25 @@ impl Link {
         Ok(())
     }
 
+    /// Nothing that is sent to the near side by this port arrives any more, and nobody is told; or it does again.
+    #[allow(dead_code)] // one of the benches that use this file breaks links
+    pub fn silence(&self, port: usize, silent: bool) -> Result<()> {
+        let Link::Shaped { near, .. } = self else { return Ok(()) };
+        let (what, address) = (if silent { "del" } else { "add" }, format!("{}/24", NEAR[port]));
+        ip(&["-n", near, "addr", what, &address, "dev", &format!("bnear{port}")])
+    }
+
     /// For people.
     pub fn describe(&self) -> String {
         match self {
             Link::Loopback => "loopback, not shaped".into(),
             Link::Paced(rate) => format!("loopback, the sender paced to {} Gbit/s", gigabits(*rate)),
-            Link::Shaped { rate, ports, .. } => {
-                let veth = if *ports > 1 { format!("{ports} veth pairs, each") } else { "veth".into() };
-                format!("two network namespaces, {veth} shaped to {} Gbit/s, MTU {MTU}", gigabits(*rate))
+            Link::Shaped { rates, .. } => {
+                let veth =
+                    if rates.len() > 1 { format!("{} veth pairs", rates.len()) } else { "veth".into() };
+                let each: Vec<String> = rates.iter().map(|rate| gigabits(*rate).to_string()).collect();
+                let each = each.join(" and ");
+                format!("two network namespaces, {veth} shaped to {each} Gbit/s, MTU {MTU}")
             }
         }
     }
@@ -113,7 +123,7 @@ impl Link {
         match self {
             Link::Loopback => None,
             Link::Paced(Rate(bits)) => Some(*bits as f64 / 8.0),
-            Link::Shaped { rate: Rate(bits), ports, .. } => Some(*ports as f64 * *bits as f64 / 8.0),
+            Link::Shaped { rates, .. } => Some(rates.iter().map(|Rate(bits)| *bits as f64 / 8.0).sum()),
         }
     }
 
@@ -138,7 +148,7 @@ impl Link {
     #[allow(dead_code)] // one of the benches that use this file has more than one port
     pub fn near_hosts(&self) -> &'static [&'static str] {
         match self {
-            Link::Shaped { ports, .. } => &NEAR[..*ports],
+            Link::Shaped { rates, .. } => &NEAR[..rates.len()],
             Link::Loopback | Link::Paced(_) => &["127.0.0.1"],
         }
     }

@@ -47,7 +47,7 @@ fn run(args: Args) -> Result<()> {
 
 async fn measure(args: &Args) -> Result<table::Measured> {
     args.check()?;
-    let link = link::Link::make(args.link, 1)?;
+    let link = link::Link::make(args.link.as_slice())?;
     eprintln!("handoff: {}", link.describe());
     let driven = children::cluster(args, &link).await?;
     drop(link);

@@ -3,6 +3,7 @@
 use std::io::{BufRead, BufReader, Write};
 use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStdout, Command, Stdio};
+use std::time::Duration;
 
 use anyhow::{Context, Result, bail, ensure};
 use serde::Serialize;
@@ -20,9 +21,12 @@ pub struct Field<'a> {
     pub python: Option<PathBuf>,
     pub mooncake: Option<PathBuf>,
     pub made: Option<(f64, u32)>,
+    pub fresh: bool,
+    /// The second port falls silent so long after a transfer has begun.
+    pub silent: Option<Duration>,
 }
 
-/// One transfer. `rate`: GB/s, where there are no bytes of ours to count.
+/// One transfer. `rate`: GB/s, where there are no bytes of ours to count; `cpu_s` is of one GB then.
 #[derive(Clone, Debug, Default)]
 pub struct Sample {
     pub seconds: f64,
@@ -50,6 +54,8 @@ enum Kind {
         seed: u8,
         total_bytes: usize,
         made: Option<(f64, u32)>,
+        fresh: bool,
+        silent: Option<Duration>,
     },
     Peer {
         target: Process,
@@ -164,6 +170,8 @@ impl Contender {
             seed: 0,
             total_bytes: field.total_bytes,
             made: field.made,
+            fresh: field.fresh,
+            silent: field.silent,
         };
         Ok(Contender { name: name.into(), kind })
     }
@@ -199,10 +207,10 @@ impl Contender {
     }
 
     /// One transfer, with what came looked at.
-    pub fn go(&mut self, block_bytes: usize) -> Result<Sample> {
+    pub fn go(&mut self, block_bytes: usize, link: &Link) -> Result<Sample> {
         match &mut self.kind {
             Kind::Iperf { hosts } => iperf(hosts),
-            Kind::Own { receiver, sender, addresses, seed, total_bytes, made } => {
+            Kind::Own { receiver, sender, addresses, seed, total_bytes, made, fresh, silent } => {
                 *seed = seed.wrapping_add(1).max(1);
                 let go = Go {
                     seed: *seed,
@@ -210,15 +218,25 @@ impl Contender {
                     block_bytes,
                     addresses: addresses.clone(),
                     made: *made,
+                    fresh: *fresh,
+                    aloud: silent.is_some(),
                 };
                 receiver.wake();
                 sender.wake();
                 receiver.tell(&go)?;
                 ensure!(receiver.hear::<String>()? == "ready", "the receiver is not ready");
                 sender.tell(&go)?;
+                if let Some(after) = silent {
+                    ensure!(sender.hear::<String>()? == "begun", "the sender has not begun");
+                    std::thread::sleep(*after);
+                    link.silence(1, true)?;
+                }
                 let (sent, landed): (Said, Said) = (sender.hear()?, receiver.hear()?);
                 receiver.sleep();
                 sender.sleep();
+                if silent.is_some() {
+                    link.silence(1, false)?;
+                }
                 ensure!(landed.right, "wrong bytes landed");
                 let cpu_s = sent.cpu_s + landed.cpu_s;
                 let Said { seconds, way, exposed_s, estimated_s, .. } = sent;
@@ -251,16 +269,19 @@ fn iperf(hosts: &[(Vec<String>, Vec<String>)]) -> Result<Sample> {
     for (_, client) in hosts {
         clients.push(start(client, Stdio::piped())?);
     }
-    let mut rate = 0.0;
+    let (mut rate, mut cpus) = (0.0, 0.0);
     for client in clients {
         let output = client.wait_with_output()?;
         let said: serde_json::Value = serde_json::from_slice(&output.stdout).context("iperf3's answer")?;
-        rate += said["end"]["sum_received"]["bits_per_second"].as_f64().context("no rate of iperf3")? / 8e9;
+        let end = &said["end"];
+        rate += end["sum_received"]["bits_per_second"].as_f64().context("no rate of iperf3")? / 8e9;
+        let cpu = &end["cpu_utilization_percent"];
+        cpus += ["host_total", "remote_total"].iter().filter_map(|of| cpu[of].as_f64()).sum::<f64>() / 100.0;
     }
     for mut server in servers {
         server.wait()?;
     }
-    Ok(Sample { seconds: 1.0, rate, ..Sample::default() })
+    Ok(Sample { seconds: 1.0, rate, cpu_s: cpus / rate.max(1e-9), ..Sample::default() })
 }
 
 /// A child that speaks lines of JSON; killed when dropped.

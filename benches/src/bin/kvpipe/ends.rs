@@ -47,6 +47,10 @@ pub struct Go {
     pub addresses: Vec<Vec<String>>,
     /// The cache is made at so many tokens per second, in chunks of so many tokens, layer by layer; `None`: all is there at once.
     pub made: Option<(f64, u32)>,
+    /// By a sender that has measured nothing yet.
+    pub fresh: bool,
+    /// Say so when it begins.
+    pub aloud: bool,
 }
 
 /// What an end says after a transfer.
@@ -209,10 +213,12 @@ pub fn send(spec: &Spec) -> Result<()> {
     if !spec.crc {
         kvtransfer::crc::off();
     }
-    let sender = match spec.tls()? {
+    let tls = spec.tls()?;
+    let new = || match tls.clone() {
         Some(tls) => Sender::with_dialer(spec.limits(), Box::new(TlsDialer(tls))),
         None => Sender::new(spec.limits()),
     };
+    let mut sender = new();
     let mut kept: Option<(usize, usize, Arc<Cache>)> = None;
     for go in lines::<Go>() {
         let go = go?;
@@ -227,6 +233,9 @@ pub fn send(spec: &Spec) -> Result<()> {
         Arc::get_mut(&mut cache)
             .context("leases of the last transfer are still held")?
             .fill(u64::from(go.seed));
+        if go.fresh {
+            sender = new();
+        }
         let (session, ticket) = session(&go);
         let target = |(rank, addresses): (usize, &Vec<String>)| TargetSpec {
             rank,
@@ -247,6 +256,9 @@ pub fn send(spec: &Spec) -> Result<()> {
             compute_bytes_per_s: go.made.map(|(rate, _)| rate * TOKEN_BYTES as f64),
             chunk_tokens: go.made.map_or(tokens, |(_, chunk)| chunk),
         };
+        if go.aloud {
+            say(&"begun")?;
+        }
         let (pushed, end) = channel();
         let (before, begun) = (cpu_s(), Instant::now());
         let push = sender.open(push, move |result| drop(pushed.send(result)));

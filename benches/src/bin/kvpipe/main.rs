@@ -9,6 +9,7 @@ mod ends;
 mod link;
 
 use std::path::PathBuf;
+use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use clap::{Parser, Subcommand};
@@ -24,13 +25,21 @@ struct Args {
     #[command(subcommand)]
     end: Option<End>,
 
-    /// Emulate this link: 10gbit, 1gbit, ...; without it both ends share loopback
-    #[arg(long, value_name = "RATE")]
-    link: Option<Rate>,
+    /// Emulate this link: 10gbit, 1gbit, ...; 10gbit,1gbit: of two unlike ports; without it both ends share loopback
+    #[arg(long, value_delimiter = ',', value_name = "RATE")]
+    link: Vec<Rate>,
 
-    /// Ports between the two ends, each of that rate
+    /// Ports between the two ends, where one rate is given
     #[arg(long, default_value_t = 1, value_name = "N")]
     ports: usize,
+
+    /// Every transfer is the first one of its sender, which has measured nothing yet
+    #[arg(long)]
+    fresh: bool,
+
+    /// The second port falls silent so many ms after each transfer has begun; implies --fresh
+    #[arg(long, value_name = "MS")]
+    silent: Option<u64>,
 
     /// MiB of cache, a multiple of 64
     #[arg(long, value_delimiter = ',', default_values_t = [256], value_name = "MIB")]
@@ -103,7 +112,11 @@ fn main() -> Result<()> {
         args.runs > 0 && args.streams > 0 && args.frame > 0,
         "--runs, --streams and --frame are at least 1"
     );
-    let link = Link::make(args.link, args.ports)?;
+    let rates =
+        if args.link.len() == 1 { vec![args.link[0]; args.ports.clamp(1, 2)] } else { args.link.clone() };
+    ensure!(rates.len() <= 2, "--link: at most two ports");
+    ensure!(args.silent.is_none() || rates.len() == 2, "--silent: of two ports one falls silent");
+    let link = Link::make(&rates)?;
     eprintln!("kvpipe: {}; load {}", link.describe(), load());
     for total in &args.total {
         ensure!(*total > 0 && total % 64 == 0, "--total {total}: a multiple of 64 MiB");
@@ -122,22 +135,24 @@ fn compare(args: &Args, link: &Link, total_bytes: usize) -> Result<()> {
         python: args.python.clone(),
         mooncake: args.mooncake.clone(),
         made: args.made.map(|rate| (rate, args.chunk)),
+        fresh: args.fresh || args.silent.is_some(),
+        silent: args.silent.map(Duration::from_millis),
     };
     let mut contenders = Contender::all(&field, &args.only)?;
     let mut rows: Vec<(String, usize, Vec<Sample>)> = Vec::new();
     for block in &args.block {
         let block_bytes = block << 10;
         for contender in &mut contenders {
-            contender.go(block_bytes).with_context(|| format!("{}: warm-up", contender.name))?;
+            contender.go(block_bytes, link).with_context(|| format!("{}: warm-up", contender.name))?;
         }
-        if args.ports > 1 && rows.is_empty() {
+        if link.near_hosts().len() > 1 && !field.fresh && rows.is_empty() {
             // The paths are probed in the background.
-            std::thread::sleep(std::time::Duration::from_secs(6));
+            std::thread::sleep(Duration::from_secs(6));
         }
         let mut samples: Vec<Vec<Sample>> = contenders.iter().map(|_| Vec::new()).collect();
         for run in 1..=args.runs {
             for (contender, samples) in contenders.iter_mut().zip(&mut samples) {
-                samples.push(contender.go(block_bytes).with_context(|| contender.name.clone())?);
+                samples.push(contender.go(block_bytes, link).with_context(|| contender.name.clone())?);
             }
             eprintln!("kvpipe: {block} KiB, run {run} of {}; load {}", args.runs, load());
         }
@@ -154,6 +169,7 @@ fn print(args: &Args, link: &Link, total_bytes: usize, rows: &[(String, usize, V
             let line = serde_json::json!({
                 "contender": name, "block_kib": block, "total_mib": total_bytes >> 20, "link": link.describe(),
                 "gbytes_per_s": samples.iter().map(|s| gb / s.seconds).collect::<Vec<_>>(),
+                "seconds": samples.iter().map(|s| s.seconds).collect::<Vec<_>>(),
                 "cpu_s_per_gb": samples.iter().map(|s| s.cpu_s / gb).collect::<Vec<_>>(),
             });
             println!("{line}");
@@ -170,17 +186,21 @@ fn print(args: &Args, link: &Link, total_bytes: usize, rows: &[(String, usize, V
     if args.made.is_some() {
         return print_exposed(args, link, gb, rows);
     }
-    println!("| blocks | | GB/s | of iperf3 | spread | CPU s/GB | by |\n|---|---|---|---|---|---|---|");
+    println!(
+        "| blocks | | GB/s | of iperf3 | spread | longest ms | CPU s/GB | by |\n|---|---|---|---|---|---|---|---|"
+    );
     for (name, block, samples) in rows {
         let rate = |s: &Sample| if s.rate > 0.0 { s.rate } else { gb / s.seconds };
         let rates = sorted(samples.iter().map(rate));
         let iperf = rows.iter().find(|(other, of, _)| other == "iperf3" && of == block);
         let base = iperf.map(|(_, _, samples)| median(&sorted(samples.iter().map(rate))));
         let share = base.map_or("-".into(), |base| format!("{:.3}", median(&rates) / base));
-        let cpu = median(&sorted(samples.iter().map(|s| s.cpu_s / gb)));
+        let cpu = median(&sorted(samples.iter().map(|s| if s.rate > 0.0 { s.cpu_s } else { s.cpu_s / gb })));
+        let longest = samples.iter().map(|s| s.seconds * 1e3).fold(0.0, f64::max);
+        let longest = if samples.iter().any(|s| s.rate > 0.0) { "-".into() } else { format!("{longest:.0}") };
         let cpu = if cpu > 0.0 { format!("{cpu:.3}") } else { "-".into() };
         println!(
-            "| {block} KiB | {name} | {:.3} | {share} | {:.2}-{:.2} | {cpu} | {} |",
+            "| {block} KiB | {name} | {:.3} | {share} | {:.2}-{:.2} | {longest} | {cpu} | {} |",
             median(&rates),
             rates[0],
             rates[rates.len() - 1],
