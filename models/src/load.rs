@@ -157,21 +157,24 @@ impl<'l, B: Backend> Loader<'l, B> {
         let checkpoint: &'l Checkpoint = self.checkpoint;
         let Latent { latent_dim, nope_dim, value_dim, .. } = *latent;
         // Rows `skip..skip + rows` of every head's `each` in the tensor `part`.
-        let slices = |part: &str, each: usize, skip: usize, rows: usize, cols: usize, transposed: bool| {
+        let slices = |part: &str, each: usize, skip: usize, rows: usize, cols: usize| {
             let part = name(part);
             let heads = self.shard.heads.clone().map(|head| {
                 let first = head * each + skip;
                 checkpoint.slice(&part, first..first + rows, 0..cols)
             });
-            Ok::<_, ModelError>(HeadSlices { slices: heads.collect::<Result<_, _>>()?, transposed })
+            heads.collect::<Result<_, ModelError>>()
         };
-        if checkpoint.has(&name(KV_B)) {
+        let (keys, values, transposed) = if checkpoint.has(&name(KV_B)) {
             let each = nope_dim + value_dim;
-            let keys = slices(KV_B, each, 0, nope_dim, latent_dim, true)?;
-            return Ok((keys, slices(KV_B, each, nope_dim, value_dim, latent_dim, false)?));
-        }
-        let keys = slices(EMBED_Q, latent_dim, 0, latent_dim, nope_dim, false)?;
-        Ok((keys, slices(UNEMBED_OUT, value_dim, 0, value_dim, latent_dim, false)?))
+            let keys = slices(KV_B, each, 0, nope_dim, latent_dim)?;
+            (keys, slices(KV_B, each, nope_dim, value_dim, latent_dim)?, true)
+        } else {
+            let keys = slices(EMBED_Q, latent_dim, 0, latent_dim, nope_dim)?;
+            (keys, slices(UNEMBED_OUT, value_dim, 0, value_dim, latent_dim)?, false)
+        };
+        let keys = HeadSlices { slices: keys, transposed, to_latent: true };
+        Ok((keys, HeadSlices { slices: values, transposed: false, to_latent: false }))
     }
 
     fn experts(
@@ -295,12 +298,13 @@ impl ExpertSource for Stack<'_> {
 struct HeadSlices<'c> {
     slices: Vec<Slice<'c>>,
     transposed: bool,
+    to_latent: bool,
 }
 
 impl HeadSlices<'_> {
     fn source(&self) -> WeightSource<'_> {
         let heads = self.slices.iter().map(Slice::view).collect();
-        WeightSource::Heads(Heads { heads, transposed: self.transposed })
+        WeightSource::Heads(Heads { heads, transposed: self.transposed, to_latent: self.to_latent })
     }
 }
 

@@ -133,6 +133,8 @@ pub struct Heads<'a> {
     pub heads: Vec<MatrixView<'a>>,
     /// Whether rows are inputs. A quantised matrix that must be turned is decoded.
     pub transposed: bool,
+    /// Whether outputs are latents ([`crate::Mla::q_to_latent`]), else inputs are ([`crate::Mla::latent_to_value`]).
+    pub to_latent: bool,
 }
 
 /// The products of a mixture's experts on their way to a device, one at a time: together they are a large part of a model,

@@ -96,6 +96,8 @@ void check_cell(Region* region, u64 at, Cell& cell, bool write) {
     if (cell.read >= launch_begin && cell.read < block_begin) cell.read_by_blocks = launch_begin;
     if (cell.read < now) cell.lanes = cell.warps = 0;
     else if (cell.reader / 32 != me / 32) cell.warps = 1;
+    // What lanes have read before the warp's last barrier is past for all of them.
+    else if (!cell.warps && cell.read_warp < warp_times[me / 32]) cell.lanes = 0;
     else if (cell.reader != me) cell.lanes = 1;
     cell.read = now;
     cell.read_warp = warp_times[me / 32];

@@ -34,6 +34,20 @@ KERNEL(fault_warp, FaultArgs, 64) {
     ((u32*)a.at)[threadIdx.x] = x[threadIdx.x ^ 1];
 }
 
+// Several lanes have read before the barrier, one (or several) after it.
+KERNEL(fault_warp_back, FaultArgs, 64) {
+    __shared__ u32 x[64];
+    x[threadIdx.x] = threadIdx.x;
+    warp_sync();
+    u32 other = x[threadIdx.x ^ 1];
+    warp_sync();
+    x[threadIdx.x] = other;
+    if (a.wrong) warp_sync();
+    other = x[threadIdx.x ^ a.wrong];
+    x[threadIdx.x] = other + 1;
+    ((u32*)a.at)[threadIdx.x] = other;
+}
+
 KERNEL(fault_outside, FaultArgs, 64) {
     ((u32*)a.at)[threadIdx.x + a.wrong] = 0;
 }

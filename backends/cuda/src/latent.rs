@@ -77,8 +77,8 @@ impl<D: Driver> CudaStep<'_, D> {
         }
         let keys = heads_of(mla.q_to_latent, heads, latent_dim, nope)?;
         let values = heads_of(mla.latent_to_value, heads, value_dim, latent_dim)?;
-        if !keys.0.turned || values.0.turned {
-            return refused("heads whose matrices are not [nope, latent] and [value, latent]".to_owned());
+        if !keys.0.to_latent || values.0.to_latent {
+            return refused("the two products of a latent in each other's place".to_owned());
         }
         let norm = self.vector(mla.latent_norm, latent_dim, "the latent norm's scale")?;
         self.enter(layer, None)?;

@@ -23,19 +23,20 @@ pub struct CudaWeight<D: Driver>(pub(crate) Rc<Kind<D>>);
 pub(crate) enum Kind<D: Driver> {
     Product(Matrix<D>),
     Experts(Matrix<D>),
-    /// Heads one below the other: `[heads * outputs, inputs]`, or `[heads * inputs, outputs]` where turned.
+    /// Heads one below the other, latents as columns.
     Heads(Vec<HeadShape>, Matrix<D>),
     Vector(Memory<D>, usize),
     /// f32 in every step.
     Exact(Memory<D>, usize),
 }
 
-/// Shape of one head: outputs, inputs, and whether the matrix has inputs as rows.
+/// Shape of one head.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct HeadShape {
     pub(crate) outputs: usize,
     pub(crate) inputs: usize,
-    pub(crate) turned: bool,
+    /// Whether outputs are latents, else inputs are.
+    pub(crate) to_latent: bool,
 }
 
 /// One matrix, or one per expert, in parts stacked by rows.
@@ -151,7 +152,9 @@ fn load_heads<D: Driver>(driver: &D, source: &Heads<'_>, dtype: DType) -> Result
     };
     let (rows, cols) = (first.rows(), first.cols());
     let mut bytes = Vec::new();
-    let mut line = vec![0f32; cols];
+    let mut floats = vec![0f32; rows * cols];
+    // Rows are latents: they are to be columns.
+    let turn = source.to_latent != source.transposed;
     for head in &source.heads {
         head.check()?;
         if (head.rows(), head.cols()) != (rows, cols) {
@@ -160,19 +163,23 @@ fn load_heads<D: Driver>(driver: &D, source: &Heads<'_>, dtype: DType) -> Result
                 format!("{} x {} beside {rows} x {cols}", head.rows(), head.cols()),
             ));
         }
-        for row in 0..rows {
-            head.decode(row, 0..cols, &mut line);
-            append_floats(&mut bytes, &line, dtype);
+        floats.chunks_exact_mut(cols).enumerate().for_each(|(row, line)| head.decode(row, 0..cols, line));
+        if turn {
+            let turned: Vec<f32> = (0..rows * cols).map(|i| floats[i % rows * cols + i / rows]).collect();
+            append_floats(&mut bytes, &turned, dtype);
+        } else {
+            append_floats(&mut bytes, &floats, dtype);
         }
     }
     let (outputs, inputs) = if source.transposed { (cols, rows) } else { (rows, cols) };
-    let shape = HeadShape { outputs, inputs, turned: source.transposed };
+    let shape = HeadShape { outputs, inputs, to_latent: source.to_latent };
+    let (rows, latents) = if turn { (cols, rows) } else { (rows, cols) };
     let part =
         Part { first: 0, outputs: source.heads.len() * rows, data: Data::Plain(Memory::of(driver, &bytes)?) };
     let matrix = Matrix {
         experts: 1,
         outputs: source.heads.len() * rows,
-        inputs: cols,
+        inputs: latents,
         parts: vec![part],
         bias: None,
     };

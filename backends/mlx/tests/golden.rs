@@ -5,119 +5,33 @@
 #[path = "../../../models/tests/golden/compare.rs"]
 #[allow(dead_code)]
 mod compare;
+#[path = "../../../models/tests/golden/device.rs"]
+mod device;
 #[path = "../../../models/tests/golden/fixture.rs"]
 #[allow(dead_code)]
 mod fixture;
 
-use backend::{
-    Backend, Batch, DType, DeviceOptions, Fork, Group, KvExport, KvLanding, KvStore, Out, Output, Piece,
-    SeqId, Step,
-};
+use backend::{Backend, Batch, DType, Fork, KvStore, Out, Output, SeqId, Step};
 use backend_cpu::CpuBackend;
 use backend_mlx::MlxBackend;
-use models::replay::Rank;
 
-use crate::compare::{Limits, check, f32_error};
-use crate::fixture::{Fixture, Prompt};
-
-const SEQ: SeqId = SeqId(1);
-/// Two f32 implementations of one model, in standard deviations of a row.
-const NEAR: f64 = 2e-4;
-
-fn open<B: Backend>(fixture: &Fixture, dtype: DType, tokens: usize) -> Rank<B> {
-    let options = DeviceOptions { dtype, threads: 1, block_tokens: 16, ..DeviceOptions::default() };
-    Rank::open(&options, Group::alone(), &fixture.checkpoint, tokens).unwrap()
-}
-
-/// Logits after the prompt at positions `start..`, in chunks, and after each id of `greedy` but the last.
-fn replay<B: Backend>(rank: &mut Rank<B>, prompt: &Prompt, start: usize, chunk: usize) -> Vec<f32> {
-    let len = prompt.prompt.len();
-    let mut logits = Vec::new();
-    if start < len {
-        logits.extend(rank.feed(SEQ, start as u32, &prompt.prompt[start..], chunk).unwrap().unwrap());
-    }
-    for (at, id) in (len as u32..).zip(&prompt.greedy[..prompt.greedy.len() - 1]) {
-        logits.extend(rank.feed(SEQ, at, &[*id], 1).unwrap().unwrap());
-    }
-    logits
-}
+use crate::compare::f32_error;
+use crate::device::{
+    NEAR, SEQ, every_case, hand_over, handed_over, is_reference_on, none_is_left_out, open, replay,
+};
+use crate::fixture::Fixture;
 
 fn is_the_reference(case: &str, dtype: DType) {
-    let fixture = Fixture::open(case);
-    for (i, prompt) in fixture.prompts.iter().enumerate() {
-        let tokens = prompt.prompt.len() + prompt.greedy.len();
-        let limits = match dtype {
-            DType::F32 => Limits::f32(),
-            _ => Limits::bf16(prompt.bf16_kl_median),
-        };
-        for chunk in [512, 7] {
-            let mut rank = open::<MlxBackend>(&fixture, dtype, tokens);
-            rank.begin(SEQ, tokens).unwrap();
-            let got = replay(&mut rank, prompt, 0, chunk);
-            let what = format!("{case} {dtype} p{i} in chunks of {chunk}");
-            check(&what, &fixture.logits(i), &got, fixture.vocab(), &limits);
-        }
-    }
-}
-
-macro_rules! cases {
-    ($($name:ident: $case:literal,)*) => {
-        const CASES: &[&str] = &[$($case),*];
-        $(mod $name {
-            use super::*;
-
-            #[test]
-            fn f32_is_the_reference() {
-                is_the_reference($case, DType::F32);
-            }
-
-            #[test]
-            fn bf16_is_as_near_as_bf16_can_be() {
-                is_the_reference($case, DType::BF16);
-            }
-        })*
-    };
+    is_reference_on::<MlxBackend>(case, dtype, &[512, 7]);
 }
 
 // MLX's own formats, GGUF's and int4 as MLX's codes; FP8 and Q6_K as the numbers that they mean.
-cases! {
-    llama_base: "llama-base-s1",
-    llama_tied: "llama-gqa_tied-s1",
-    llama_mqa_bias: "llama-mqa_bias-s1",
-    llama_mlx_widths: "llama-mlx_widths",
-    llama_q4_0: "llama-gguf-q4_0",
-    llama_q4_k_m: "llama-gguf-q4_k_m",
-    qwen3_base: "qwen3-base-s1",
-    qwen3_tied_sharded: "qwen3-tied_sharded-s1",
-    mistral_window: "mistral-swa-s1",
-    qwen2_yarn: "qwen2-yarn-s1",
-    qwen2_mixed: "qwen2-gguf-mixed",
-    qwen3_q5_k_m: "qwen3-gguf-q5_k_m",
-    qwen3_moe_mixed: "qwen3_moe-mixed",
-    qwen3_moe_unnormed: "qwen3_moe-unnormed",
-    qwen3_moe_mlx: "qwen3_moe-mlx",
-    qwen3_moe_q4_0: "qwen3_moe-gguf-q4_0",
-    deepseek_v3_mscale: "deepseek_v3-mscale",
-    deepseek_v3_no_q_lora: "deepseek_v3-no_q_lora",
-    deepseek_v3_fp8: "deepseek_v3-fp8",
-    deepseek_v3_mlx: "deepseek_v3-mlx",
-    deepseek_v3_q8_0: "deepseek_v3-gguf-q8_0",
-    kimi_k2_base: "kimi_k2-base",
-    kimi_k2_int4: "kimi_k2-int4",
-    minimax_m2_base: "minimax_m2-base",
-    minimax_m2_fp8: "minimax_m2-fp8",
-    minimax_m2_mlx: "minimax_m2-mlx",
-    glm4_moe_base: "glm4_moe-base",
-    glm4_moe_plain: "glm4_moe-plain",
-}
+every_case!();
 
 /// A case that is added for the other backends is one for this.
 #[test]
 fn no_case_is_left_out() {
-    let all = std::fs::read_dir(fixture::root()).unwrap().map(|entry| entry.unwrap().path());
-    let mut all: Vec<_> = all.filter(|dir| dir.join("golden.json").exists()).collect();
-    all.retain(|dir| !CASES.iter().any(|case| dir.ends_with(case)));
-    assert!(all.is_empty(), "{all:?}");
+    none_is_left_out(CASES);
 }
 
 /// Every case of the directory that `BATON_GOLDEN` names, as `tests/golden/generate.py` makes them; one line each.
@@ -158,43 +72,6 @@ fn one_llama_layer_is_that_of_the_cpu() {
     let (cpu, mlx) = (layer::<CpuBackend>(&fixture, ids), layer::<MlxBackend>(&fixture, ids));
     let error = f32_error(&cpu, &mlx);
     assert!(error <= 2e-5, "off by {error} deviations");
-}
-
-/// Gives the cache of `[from, to)` of every layer from one store to another, head by head.
-fn hand_over<A: Backend, B: Backend>(source: &mut Rank<A>, sink: &mut Rank<B>, from: u32, to: u32) {
-    let mut landing = sink.kv.land(SEQ, from..to).unwrap();
-    let spec = source.model.kv_spec().clone();
-    for layer in 0..spec.layers {
-        let export = source.kv.export(SEQ, layer, from..to).unwrap();
-        export.wait().unwrap();
-        for (plane, head) in spec.planes.iter().enumerate().flat_map(|(i, p)| p.heads().map(move |h| (i, h)))
-        {
-            let piece = Piece { layer, plane, heads: head..head + 1, tokens: from..to };
-            let mut bytes = Vec::new();
-            export.read(&piece, &mut bytes).unwrap();
-            landing.write(&piece, &bytes).unwrap();
-        }
-    }
-    sink.kv.commit(landing).unwrap();
-}
-
-/// A prompt computed by `A` goes on on `B` as it would have on `A`.
-fn handed_over<A: Backend, B: Backend>(case: &str) {
-    let fixture = Fixture::open(case);
-    for prompt in &fixture.prompts {
-        let (len, tokens) = (prompt.prompt.len(), prompt.prompt.len() + prompt.greedy.len());
-        let (mut a, mut b) =
-            (open::<A>(&fixture, DType::F32, tokens), open::<B>(&fixture, DType::F32, tokens));
-        a.begin(SEQ, tokens).unwrap();
-        a.feed(SEQ, 0, &prompt.prompt, 512).unwrap();
-        b.begin(SEQ, tokens).unwrap();
-        hand_over(&mut a, &mut b, 0, len as u32);
-        let (want, got) = (replay(&mut a, prompt, len, 512), replay(&mut b, prompt, len, 512));
-        for (want, got) in want.chunks(fixture.vocab()).zip(got.chunks(fixture.vocab())) {
-            let error = f32_error(want, got);
-            assert!(error <= NEAR, "{case}: off by {error} deviations after a handover");
-        }
-    }
 }
 
 /// The reason for all this: a CPU (or CUDA) node reads the prompt, MLX generates.

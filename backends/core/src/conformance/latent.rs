@@ -30,6 +30,8 @@ struct Latent {
     style: RopeStyle,
     /// Whether the weights are of the step's dtype or bf16.
     weights: DType,
+    /// Whether heads' matrices have latents as rows, unlike those of `kv_b_proj`.
+    turned: bool,
 }
 
 fn small() -> Latent {
@@ -41,6 +43,7 @@ fn small() -> Latent {
         latent: 24,
         style: RopeStyle::Interleaved,
         weights: DType::BF16,
+        turned: false,
     }
 }
 
@@ -68,7 +71,7 @@ impl<B: Backend> Layer<B> {
         ids: usize,
         tokens: u32,
     ) -> Self {
-        let Latent { heads, nope, rope, value, latent, style, weights } = numbers;
+        let Latent { heads, nope, rope, value, latent, style, weights, turned } = numbers;
         let dtype = options.dtype;
         // Two layers, of which the second is used: a wrong layer shows.
         let spec = KvSpec::mla(2, latent, rope, dtype);
@@ -80,18 +83,20 @@ impl<B: Backend> Layer<B> {
         let up: Vec<Tensor> = (0..heads as u64)
             .map(|head| Tensor::random(30 + head, weights, nope + value, latent, scale))
             .collect();
-        let q_to_latent =
-            Heads { heads: up.iter().map(|up| up.part(0, nope).into()).collect(), transposed: true };
-        let latent_to_value = Heads {
-            heads: up.iter().map(|up| up.part(nope, nope + value).into()).collect(),
-            transposed: false,
-        };
         let tables = [rig.embedding(&q), rig.embedding(&kv)];
-        let weights = [
-            rig.norm(&norm),
-            rig.load(&WeightSource::Heads(q_to_latent)),
-            rig.load(&WeightSource::Heads(latent_to_value)),
-        ];
+        let mut product = |rows: std::ops::Range<usize>, to_latent: bool| {
+            let part = |up: &Tensor| {
+                let value = |row: usize, col: usize| up.row(rows.start + row)[col];
+                let (high, wide) = if turned { (latent, rows.len()) } else { (rows.len(), latent) };
+                let at = |i: usize| if turned { (i % wide, i / wide) } else { (i / wide, i % wide) };
+                Tensor::new(weights, high, wide, (0..high * wide).map(at).map(|(row, col)| value(row, col)))
+            };
+            let parts: Vec<Tensor> = up.iter().map(part).collect();
+            let heads = parts.iter().map(|part| part.view().into()).collect();
+            rig.load(&WeightSource::Heads(Heads { heads, transposed: to_latent != turned, to_latent }))
+        };
+        let (q_to_latent, latent_to_value) = (product(0..nope, true), product(nope..nope + value, false));
+        let weights = [rig.norm(&norm), q_to_latent, latent_to_value];
         let half = rope / 2;
         let inv_freq = (0..half).map(|i| 10_000f32.powf(-(i as f32) / half as f32)).collect();
         let table = Rope { inv_freq, factor: 1.25, style };
@@ -200,6 +205,8 @@ fn shapes<B: Backend>(suite: &Suite<'_, B>, dtype: DType) {
     whole(suite, dtype, small(), 21);
     whole(suite, dtype, Latent { style: RopeStyle::HalfSplit, weights: dtype, ..small() }, 9);
     whole(suite, dtype, Latent { heads: 1, nope: 16, rope: 16, value: 16, latent: 32, ..small() }, 5);
+    whole(suite, dtype, Latent { turned: true, ..small() }, 7);
+    whole(suite, dtype, Latent { nope: 8, value: 16, latent: 16, turned: true, ..small() }, 3);
     // More heads than one task takes.
     whole(suite, dtype, Latent { heads: 40, nope: 8, rope: 4, value: 8, latent: 16, ..small() }, 3);
 }
@@ -305,7 +312,7 @@ fn refused<B: Backend>(suite: &Suite<'_, B>, dtype: DType) {
     let mut rig = suite.rig(dtype);
     let (a, b) = (Tensor::random(1, dtype, 4, 8, 1.0), Tensor::random(1, dtype, 4, 7, 1.0));
     for heads in [vec![a.view().into(), b.view().into()], Vec::new()] {
-        let source = WeightSource::Heads(Heads { heads, transposed: false });
+        let source = WeightSource::Heads(Heads { heads, transposed: false, to_latent: true });
         assert!(rig.backend.load(&source).is_err(), "accepted {source:?}");
     }
 }

@@ -24,6 +24,7 @@ fn faults_of_kernels_are_seen() {
         ("fault_race", 1, "race with a"),
         ("fault_race_back", 1, "race with a"),
         ("fault_warp", 1, "race with a"),
+        ("fault_warp_back", 1, "race with a"),
         ("fault_outside", 1, "outside of all memory"),
         ("fault_misaligned", 1, "misaligned"),
         ("fault_unwritten", 1, "read before anybody wrote"),
