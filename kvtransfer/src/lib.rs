@@ -24,6 +24,7 @@ pub mod transport;
 pub mod turned;
 pub mod wire;
 
+mod spin;
 mod sync;
 
 pub use codec::{Codec, CodecPolicy};

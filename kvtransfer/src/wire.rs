@@ -11,6 +11,7 @@ use std::time::{Duration, Instant};
 use crate::crc;
 use crate::frame::{FrameError, Head};
 use crate::limits::HEADER_BYTES;
+use crate::spin::Spin;
 use crate::transport::ucx::WayCell;
 
 /// One connection with its peer.
@@ -117,6 +118,23 @@ pub enum WireError {
 pub trait ReadTimeout {
     /// Longest wait of one read; `None`: for ever. A read beyond it fails with `WouldBlock` or `TimedOut`.
     fn set_read_timeout(&self, timeout: Option<Duration>) -> io::Result<()>;
+
+    /// Reads wait until so many bytes are there, where that can be had. There have to be twice as many to come: the system counts
+    /// those that wait, not those that a read has taken already.
+    fn set_least(&self, bytes: usize) {
+        let _ = bytes;
+    }
+
+    /// Whether the other end is on this machine, and [`ReadTimeout::read_now`] works.
+    fn near(&self) -> bool {
+        false
+    }
+
+    /// Reads what is there; `None`: nothing yet.
+    fn read_now(&mut self, into: &mut [IoSliceMut<'_>]) -> Option<io::Result<usize>> {
+        let _ = into;
+        None
+    }
 }
 
 /// A byte stream whose writes can be given up on.
@@ -133,7 +151,7 @@ where
 {
     Wire {
         sink: Box::new(StreamSink { writer }),
-        source: Box::new(StreamSource { reader, head: [0; HEADER_BYTES], filled: 0, timed: false }),
+        source: Box::new(StreamSource::new(reader)),
         control,
         peer,
         way: Arc::default(),
@@ -171,13 +189,36 @@ impl<W: Write + WriteTimeout + Send> FrameSink for StreamSink<W> {
     }
 }
 
+/// A reader of payloads is woken when so much has come: a wake-up costs as much as some tens of KiB do, and a core's cache holds this
+/// much while the rest is on its way.
+const LEAST_BYTES: usize = 128 << 10;
+
+/// Below this a reader is woken at once.
+const LEAST_BYTES_MIN: usize = 32 << 10;
+
+/// A sender whose last frame is no older is taken to be sending.
+const SENDING: Duration = Duration::from_millis(1);
+
+/// What a read waits for, of `missing` bytes that are sure to come, see [`ReadTimeout::set_least`]. Few values: each change is a
+/// system call.
+fn least(missing: usize) -> usize {
+    let most = (missing / 2).min(LEAST_BYTES);
+    if most < LEAST_BYTES_MIN { 1 } else { 1 << most.ilog2() }
+}
+
 struct StreamSource<R> {
     reader: R,
+    spin: Spin,
+    /// The other end sends payloads, and when the last frame came.
+    sender: bool,
+    last: Option<Instant>,
     head: [u8; HEADER_BYTES],
     /// Bytes of `head` that have come.
     filled: usize,
     /// Whether the stream has a timeout set.
     timed: bool,
+    /// Bytes that a read waits for.
+    least: usize,
 }
 
 enum Got {
@@ -187,6 +228,33 @@ enum Got {
 }
 
 impl<R: Read + ReadTimeout> StreamSource<R> {
+    fn new(reader: R) -> Self {
+        let spin = Spin::new(reader.near());
+        let head = [0; HEADER_BYTES];
+        StreamSource { reader, spin, sender: false, last: None, head, filled: 0, timed: false, least: 1 }
+    }
+
+    fn wait_for(&mut self, bytes: usize) {
+        if self.least != bytes {
+            self.reader.set_least(bytes);
+            self.least = bytes;
+        }
+    }
+
+    /// As [`StreamSource::read`], of what a sender on this machine is about to send: without sleeping at first.
+    fn read_soon(&mut self, into: &mut [IoSliceMut<'_>], until: Option<Instant>) -> io::Result<Got> {
+        let reader = &mut self.reader;
+        loop {
+            match self.spin.until(|| reader.read_now(into)) {
+                Some(Ok(0)) => return Ok(Got::End),
+                Some(Ok(bytes)) => return Ok(Got::Bytes(bytes)),
+                Some(Err(error)) if error.kind() == io::ErrorKind::Interrupted => {}
+                Some(Err(error)) => return Err(error),
+                None => return self.read(into, until),
+            }
+        }
+    }
+
     /// One read; a system call for the timeout only where there is one.
     fn read(&mut self, into: &mut [IoSliceMut<'_>], until: Option<Instant>) -> io::Result<Got> {
         loop {
@@ -221,9 +289,12 @@ impl<R: Read + ReadTimeout> StreamSource<R> {
 
 impl<R: Read + ReadTimeout + Send> FrameSource for StreamSource<R> {
     fn head(&mut self, until: Option<Instant>) -> Result<Incoming, WireError> {
+        self.wait_for(1);
+        let soon = self.sender && self.last.is_some_and(|at| at.elapsed() < SENDING);
         while self.filled < HEADER_BYTES {
             let mut head = self.head;
-            let got = self.read(&mut [IoSliceMut::new(&mut head[self.filled..])], until)?;
+            let into = &mut [IoSliceMut::new(&mut head[self.filled..])];
+            let got = if soon { self.read_soon(into, until)? } else { self.read(into, until)? };
             match got {
                 Got::Bytes(bytes) => {
                     self.head = head;
@@ -235,6 +306,9 @@ impl<R: Read + ReadTimeout + Send> FrameSource for StreamSource<R> {
             }
         }
         self.filled = 0;
+        if self.sender && self.spin.is_on() {
+            self.last = Some(Instant::now());
+        }
         Ok(Incoming::Head(Head::decode(&self.head)?))
     }
 
@@ -242,9 +316,12 @@ impl<R: Read + ReadTimeout + Send> FrameSource for StreamSource<R> {
         let mut crc = 0;
         let mut left = into;
         IoSliceMut::advance_slices(&mut left, 0);
+        let mut missing: usize = left.iter().map(|slice| slice.len()).sum();
         while !left.is_empty() {
-            match self.read(left, until)? {
+            self.wait_for(least(missing));
+            match self.read_soon(left, until)? {
                 Got::Bytes(bytes) => {
+                    missing -= bytes;
                     // The checksum while the bytes are still in the cache of this core.
                     let mut fresh = bytes;
                     for slice in left.iter() {
@@ -264,7 +341,12 @@ impl<R: Read + ReadTimeout + Send> FrameSource for StreamSource<R> {
         Ok(crc)
     }
 
+    fn proven(&mut self) {
+        self.sender = true;
+    }
+
     fn drain(&mut self, until: Instant) {
+        self.wait_for(1);
         let mut scratch = vec![0; 64 << 10];
         while let Ok(Got::Bytes(_)) = self.read(&mut [IoSliceMut::new(&mut scratch)], Some(until)) {}
     }
@@ -279,4 +361,21 @@ pub(crate) fn control_payload(
     let mut payload = vec![0; head.payload_bytes as usize];
     let crc = source.payload(&mut [IoSliceMut::new(&mut payload)], until)?;
     Ok((payload, crc))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Protects: a read that waits for more than can still come would never return. What it has taken itself does not count as waiting.
+    #[test]
+    fn a_read_waits_for_no_more_than_is_sure_to_come() {
+        for missing in (0..=4 << 20).step_by(1000) {
+            let least = least(missing);
+            // Up to `least - 1` bytes may have been taken when the wait begins.
+            assert!(least == 1 || missing >= 2 * least - 1, "{least} of {missing}");
+            assert!(least <= LEAST_BYTES);
+        }
+        assert_eq!((least(1 << 20), least(100 << 10), least(10 << 10)), (128 << 10, 32 << 10, 1));
+    }
 }

@@ -1,7 +1,8 @@
 //! Blocking TCP: what saturates 10GbE with one stream (tokio's was a quarter slower for bulk).
 
-use std::io;
+use std::io::{self, IoSliceMut};
 use std::net::{Shutdown, TcpStream, ToSocketAddrs};
+use std::os::fd::AsRawFd;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -17,6 +18,9 @@ const KEEPALIVE_INTERVAL: Duration = Duration::from_secs(10);
 /// What was sent and not acknowledged for so long was lost with its path: the connection ends, another may do.
 #[cfg(any(target_os = "linux", target_os = "android"))]
 const UNHEARD_MAX: Duration = Duration::from_secs(8);
+
+/// Slices that the systems take at once.
+const SLICES_MAX: usize = 1024;
 
 /// Connects over TCP.
 #[derive(Clone, Copy, Debug, Default)]
@@ -95,6 +99,35 @@ impl Control for TcpControl {
 impl ReadTimeout for TcpStream {
     fn set_read_timeout(&self, timeout: Option<Duration>) -> io::Result<()> {
         TcpStream::set_read_timeout(self, timeout)
+    }
+
+    #[cfg(any(target_os = "linux", target_os = "android"))]
+    fn set_least(&self, bytes: usize) {
+        let bytes = libc::c_int::try_from(bytes).unwrap_or(1);
+        let (place, size) = ((&raw const bytes).cast(), size_of_val(&bytes) as libc::socklen_t);
+        // SAFETY: a socket that is open, and a number of the size that is said. Where it is refused, reads wait for less.
+        unsafe { libc::setsockopt(self.as_raw_fd(), libc::SOL_SOCKET, libc::SO_RCVLOWAT, place, size) };
+    }
+
+    fn near(&self) -> bool {
+        let ends = self.local_addr().ok().zip(self.peer_addr().ok());
+        ends.is_some_and(|(own, peer)| own.ip() == peer.ip())
+    }
+
+    fn read_now(&mut self, into: &mut [IoSliceMut<'_>]) -> Option<io::Result<usize>> {
+        // SAFETY: zeros are valid.
+        let mut message: libc::msghdr = unsafe { std::mem::zeroed() };
+        message.msg_iov = into.as_mut_ptr().cast();
+        message.msg_iovlen = into.len().min(SLICES_MAX) as _;
+        // SAFETY: a socket that is open, and slices that live for the call and are laid out as the system's own.
+        let count = unsafe { libc::recvmsg(self.as_raw_fd(), &raw mut message, libc::MSG_DONTWAIT) };
+        match usize::try_from(count) {
+            Ok(count) => Some(Ok(count)),
+            Err(_) => {
+                let error = io::Error::last_os_error();
+                (error.kind() != io::ErrorKind::WouldBlock).then_some(Err(error))
+            }
+        }
     }
 }
 

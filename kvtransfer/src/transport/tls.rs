@@ -20,6 +20,9 @@ const READ_BYTES: usize = 256 << 10;
 /// Plaintext encrypted at once, before it goes to the socket.
 const WRITE_BYTES: usize = 256 << 10;
 
+/// More than a record takes, encrypted.
+const RECORD_BYTES: usize = 20 << 10;
+
 /// How both ends of a process know their peers.
 #[derive(Clone)]
 pub struct Tls {
@@ -228,6 +231,11 @@ impl Read for Reader {
 impl ReadTimeout for Reader {
     fn set_read_timeout(&self, timeout: Option<Duration>) -> io::Result<()> {
         self.stream.set_read_timeout(timeout)
+    }
+
+    /// Of what is to come, a part of one record may be here already.
+    fn set_least(&self, bytes: usize) {
+        self.stream.set_least(if bytes > 2 * RECORD_BYTES { bytes - RECORD_BYTES } else { 1 });
     }
 }
 

@@ -233,6 +233,7 @@ impl FrameSource for TakeSource {
 
     fn proven(&mut self) {
         self.proven = true;
+        self.inner.proven();
     }
 
     fn drain(&mut self, until: Instant) {
