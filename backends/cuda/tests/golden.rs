@@ -9,6 +9,9 @@ mod device;
 #[path = "../../../models/tests/golden/fixture.rs"]
 #[allow(dead_code)]
 mod fixture;
+#[path = "../../../models/tests/golden/ranks.rs"]
+#[allow(dead_code)]
+mod ranks;
 
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
@@ -16,7 +19,10 @@ use backend::DType;
 use backend_cpu::CpuBackend;
 use backend_cuda::EmulatedBackend;
 
-use crate::device::{every_case, handed_over, is_reference_on, none_is_left_out};
+use crate::compare::{Limits, check};
+use crate::device::{every_case, every_case_of_directory, handed_over, is_reference_on, none_is_left_out};
+use crate::fixture::Fixture;
+use crate::ranks::Run;
 
 /// Kernels run one at a time in a process.
 fn alone() -> MutexGuard<'static, ()> {
@@ -34,6 +40,33 @@ every_case!();
 #[test]
 fn no_case_is_left_out() {
     none_is_left_out(CASES);
+}
+
+#[test]
+#[ignore = "needs cases in the directory that BATON_GOLDEN names"]
+fn every_case_of_a_directory() {
+    every_case_of_directory(is_the_reference);
+}
+
+/// Two GPUs share a model, computing the prompt themselves or given its cache by one that has it whole.
+#[test]
+fn ranks_compute_the_reference() {
+    let _alone = alone();
+    for (case, handoff) in [
+        ("llama-base-s1", false),
+        ("qwen3_moe-mixed", false),
+        ("minimax_m2-base", false),
+        ("deepseek_v3-mscale", false),
+        ("deepseek_v3-fp8", true),
+        ("qwen3-base-s1", true),
+    ] {
+        let fixture = Fixture::open(case);
+        for (i, prompt) in fixture.prompts.iter().enumerate().take(2) {
+            let run = Run { world: 2, handoff, ..Run::new(DType::F32) };
+            let got = run.logits_on::<EmulatedBackend>(&fixture.checkpoint, prompt);
+            check(&format!("{case} p{i}"), &fixture.logits(i), &got, fixture.vocab(), &Limits::f32());
+        }
+    }
 }
 
 /// The reason for all this: a GPU reads the prompt, another machine generates.

@@ -17,9 +17,10 @@ use backend_mlx::MlxBackend;
 
 use crate::compare::f32_error;
 use crate::device::{
-    NEAR, SEQ, every_case, hand_over, handed_over, is_reference_on, none_is_left_out, open, replay,
+    NEAR, every_case, every_case_of_directory, hand_over, handed_over, is_reference_on, none_is_left_out,
+    open, replay,
 };
-use crate::fixture::Fixture;
+use crate::fixture::{Fixture, SEQ};
 
 fn is_the_reference(case: &str, dtype: DType) {
     is_reference_on::<MlxBackend>(case, dtype, &[512, 7]);
@@ -34,23 +35,10 @@ fn no_case_is_left_out() {
     none_is_left_out(CASES);
 }
 
-/// Every case of the directory that `BATON_GOLDEN` names, as `tests/golden/generate.py` makes them; one line each.
 #[test]
 #[ignore = "needs cases in the directory that BATON_GOLDEN names"]
 fn every_case_of_a_directory() {
-    let dir = std::path::PathBuf::from(std::env::var_os("BATON_GOLDEN").expect("BATON_GOLDEN"));
-    let mut cases: Vec<_> = std::fs::read_dir(&dir).unwrap().map(|entry| entry.unwrap().path()).collect();
-    cases.retain(|case| case.join("golden.json").exists());
-    cases.sort();
-    let mut failed = 0;
-    for case in cases.iter().map(|case| case.to_str().unwrap()) {
-        for dtype in [DType::F32, DType::BF16] {
-            let passes = std::panic::catch_unwind(|| is_the_reference(case, dtype)).is_ok();
-            println!("{} {dtype} {case}", if passes { "ok  " } else { "FAIL" });
-            failed += usize::from(!passes);
-        }
-    }
-    assert!(failed == 0 && !cases.is_empty(), "{failed} failures in {} cases", cases.len());
+    every_case_of_directory(is_the_reference);
 }
 
 /// One Llama layer, row by row, on two backends through the same seam.

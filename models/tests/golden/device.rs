@@ -1,13 +1,12 @@
 //! Whole models through the seam on one device, for the backends' own tests: the references of Hugging Face transformers, and
 //! caches that change hands between two devices.
 
-use backend::{Backend, DType, DeviceOptions, Group, KvExport, KvLanding, KvStore, Piece, SeqId};
+use backend::{Backend, DType, Group, KvExport, KvLanding, KvStore, Piece};
 use models::replay::Rank;
 
 use crate::compare::{Limits, check, f32_error};
-use crate::fixture::{Fixture, Prompt, root};
+use crate::fixture::{Fixture, Prompt, SEQ, options, root};
 
-pub const SEQ: SeqId = SeqId(1);
 /// Two f32 implementations of one model, in standard deviations of a row.
 pub const NEAR: f64 = 2e-4;
 
@@ -76,8 +75,7 @@ pub fn none_is_left_out(cases: &[&str]) {
 }
 
 pub fn open<B: Backend>(fixture: &Fixture, dtype: DType, tokens: usize) -> Rank<B> {
-    let options = DeviceOptions { dtype, threads: 1, block_tokens: 16, ..DeviceOptions::default() };
-    Rank::open(&options, Group::alone(), &fixture.checkpoint, tokens).unwrap()
+    Rank::open(&options(dtype), Group::alone(), &fixture.checkpoint, tokens).unwrap()
 }
 
 /// Logits after the prompt at positions `start..`, in chunks, and after each id of `greedy` but the last.
@@ -110,6 +108,23 @@ pub fn is_reference_on<B: Backend>(case: &str, dtype: DType, chunks: &[usize]) {
             check(&what, &fixture.logits(i), &got, fixture.vocab(), &limits);
         }
     }
+}
+
+/// Every case of the directory that `BATON_GOLDEN` names, as `tests/golden/generate.py` makes them; one line each.
+pub fn every_case_of_directory(is_the_reference: fn(&str, DType)) {
+    let dir = std::path::PathBuf::from(std::env::var_os("BATON_GOLDEN").expect("BATON_GOLDEN"));
+    let mut cases: Vec<_> = std::fs::read_dir(&dir).unwrap().map(|entry| entry.unwrap().path()).collect();
+    cases.retain(|case| case.join("golden.json").exists());
+    cases.sort();
+    let mut failed = 0;
+    for case in cases.iter().map(|case| case.to_str().unwrap()) {
+        for dtype in [DType::F32, DType::BF16] {
+            let passes = std::panic::catch_unwind(|| is_the_reference(case, dtype)).is_ok();
+            println!("{} {dtype} {case}", if passes { "ok  " } else { "FAIL" });
+            failed += usize::from(!passes);
+        }
+    }
+    assert!(failed == 0 && !cases.is_empty(), "{failed} failures in {} cases", cases.len());
 }
 
 /// Gives the cache of `[from, to)` of every layer from one store to another, head by head.

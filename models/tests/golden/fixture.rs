@@ -2,9 +2,18 @@
 
 use std::path::{Path, PathBuf};
 
+use backend::{DType, DeviceOptions, SeqId};
 use models::Checkpoint;
 use safetensors::SafeTensors;
 use serde_json::Value;
+
+/// The sequence of a prompt.
+pub const SEQ: SeqId = SeqId(1);
+
+/// A device with small blocks, so that prompts take several.
+pub fn options(dtype: DType) -> DeviceOptions {
+    DeviceOptions { dtype, threads: 1, block_tokens: 16, ..DeviceOptions::default() }
+}
 
 pub struct Fixture {
     pub checkpoint: Checkpoint,

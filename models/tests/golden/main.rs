@@ -8,9 +8,7 @@ mod ranks;
 
 use std::path::PathBuf;
 
-use backend::{
-    Backend, Batch, DType, DeviceOptions, Group, KSum, KvExport, KvStore, Out, Output, Piece, SeqId, Step,
-};
+use backend::{Backend, Batch, DType, Group, KSum, KvExport, KvStore, Out, Output, Piece, SeqId, Step};
 use backend_cpu::CpuBackend;
 use half::{bf16, f16};
 use models::replay::Rank;
@@ -18,14 +16,8 @@ use models::{Checkpoint, ModelError, shards};
 use safetensors::{Dtype, SafeTensors};
 
 use crate::compare::{Limits, check, f32_error};
-use crate::fixture::Fixture;
+use crate::fixture::{Fixture, SEQ, options};
 use crate::ranks::Run;
-
-const SEQ: SeqId = SeqId(1);
-
-fn options(dtype: DType) -> DeviceOptions {
-    DeviceOptions { dtype, threads: 1, block_tokens: 16, ..DeviceOptions::default() }
-}
 
 /// Logits of a case as the references have them.
 fn logits(case: &str, dtype: DType) {

@@ -3,13 +3,14 @@
 use std::sync::mpsc;
 use std::thread;
 
-use backend::{Activations, CpuOptions, DType, DeviceOptions, Group, KvExport, KvLanding, KvStore, Piece};
+use backend::{
+    Activations, Backend, CpuOptions, DType, DeviceOptions, Group, KvExport, KvLanding, KvStore, Piece,
+};
 use backend_cpu::CpuBackend;
 use models::Checkpoint;
 use models::replay::Rank;
 
-use crate::fixture::Prompt;
-use crate::{SEQ, options};
+use crate::fixture::{Prompt, SEQ, options};
 
 /// How to compute.
 #[derive(Clone, Copy)]
@@ -31,11 +32,16 @@ impl Run {
 
     /// Logits `[steps, vocabulary]`: after the prompt, and after each id of `greedy` but the last.
     pub fn logits(self, checkpoint: &Checkpoint, prompt: &Prompt) -> Vec<f32> {
+        self.logits_on::<CpuBackend>(checkpoint, prompt)
+    }
+
+    /// The same on another device.
+    pub fn logits_on<B: Backend>(self, checkpoint: &Checkpoint, prompt: &Prompt) -> Vec<f32> {
         let len = prompt.prompt.len();
         let activations = if self.int8 { Activations::Int8 } else { Activations::Exact };
         let cpu = CpuOptions { activations, ..CpuOptions::default() };
         let options = DeviceOptions { cpu, ..options(self.dtype) };
-        let open = |group| Rank::<CpuBackend>::open(&options, group, checkpoint, len + prompt.greedy.len());
+        let open = |group| Rank::<B>::open(&options, group, checkpoint, len + prompt.greedy.len());
         let mut logits = Vec::new();
         let mut source = None;
         if self.handoff {
@@ -79,6 +85,7 @@ impl Run {
                 for (spec, give) in asked {
                     for layer in 0..spec.layers {
                         let export = source.kv.export(SEQ, layer, 0..len as u32).unwrap();
+                        export.wait().unwrap();
                         for (plane, heads) in spec.planes.iter().map(|plane| plane.heads()).enumerate() {
                             let piece = Piece { layer, plane, heads, tokens: 0..len as u32 };
                             let mut bytes = Vec::new();
