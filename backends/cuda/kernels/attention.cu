@@ -71,15 +71,11 @@ __device__ void attend(const AttendArgs& a) {
     }
 
     float o[MT][DV / 8][4], peak[MT][2], total[MT][2];
+    clear(o);
 #pragma unroll
-    for (int t = 0; t < MT; ++t) {
-#pragma unroll
-        for (int n = 0; n < DV / 8; ++n)
-#pragma unroll
-            for (int i = 0; i < 4; ++i) o[t][n][i] = 0.0f;
+    for (int t = 0; t < MT; ++t)
 #pragma unroll
         for (int h = 0; h < 2; ++h) peak[t][h] = MINUS_INFINITY, total[t][h] = 0.0f;
-    }
     const float scale = a.scale * 1.4426950408889634f;  // exponents to base 2
 
     if (from < to) load_tile<DK, BN, THREADS>(sk, k_base, a.k_token, a.key_dim, a, tile.run, from * BN, end);
@@ -91,12 +87,7 @@ __device__ void attend(const AttendArgs& a) {
         copies_commit();
 
         float s[MT][NT][4];
-#pragma unroll
-        for (int t = 0; t < MT; ++t)
-#pragma unroll
-            for (int n = 0; n < NT; ++n)
-#pragma unroll
-                for (int i = 0; i < 4; ++i) s[t][n][i] = 0.0f;
+        clear(s);
 #pragma unroll
         for (int k = 0; k < DK; k += 16) {
             u32 qf[MT][4];

@@ -152,6 +152,16 @@ __device__ __forceinline__ u64 token_in(const u32* pages, u32 position, u32 bloc
     return ((u64)pages[position >> block_shift] << block_shift) + (position & ((1u << block_shift) - 1));
 }
 
+template <int MT, int NT>
+__device__ __forceinline__ void clear(float (&d)[MT][NT][4]) {
+#pragma unroll
+    for (int t = 0; t < MT; ++t)
+#pragma unroll
+        for (int n = 0; n < NT; ++n)
+#pragma unroll
+            for (int i = 0; i < 4; ++i) d[t][n][i] = 0.0f;
+}
+
 // Two tiles of 8 outputs beside each other, for MT tiles of 16 rows: d[t][n] += a[t] b[0..2], d[t][n + 1] += a[t] b[2..4].
 template <int MT, int NT>
 __device__ __forceinline__ void tile_products(float (&d)[MT][NT][4], int n, const u32 (&a)[MT][4], const u32 (&b)[4]) {

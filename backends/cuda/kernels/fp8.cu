@@ -79,12 +79,7 @@ KERNEL(product_fp8, Fp8Args, 256) {
     };
 
     float total[MT][NT][4];
-#pragma unroll
-    for (int t = 0; t < MT; ++t)
-#pragma unroll
-        for (int n = 0; n < NT; ++n)
-#pragma unroll
-            for (int i = 0; i < 4; ++i) total[t][n][i] = 0.0f;
+    clear(total);
 
     fill(0);
     copies_commit();
@@ -100,12 +95,7 @@ KERNEL(product_fp8, Fp8Args, 256) {
         copies_commit();
         const u8 *sx = shared + chunk % 2 * STAGE, *sw = sx + BM * S;
         float sum[MT][NT][4];
-#pragma unroll
-        for (int t = 0; t < MT; ++t)
-#pragma unroll
-            for (int n = 0; n < NT; ++n)
-#pragma unroll
-                for (int i = 0; i < 4; ++i) sum[t][n][i] = 0.0f;
+        clear(sum);
 #pragma unroll
         for (int k = 0; k < CHUNK; k += 32) {
             u32 xf[MT][4];
@@ -136,13 +126,5 @@ KERNEL(product_fp8, Fp8Args, 256) {
         if (chunk + 1 < chunks) factors[(chunk + 1) % 2 * (BM + BN) + mine] = next;
     }
     copies_wait<0>();
-#pragma unroll
-    for (int t = 0; t < MT; ++t)
-#pragma unroll
-        for (int n = 0; n < NT; ++n)
-#pragma unroll
-            for (int i = 0; i < 4; ++i) {
-                u32 m = wm + t * 16 + lane / 4 + i / 2 * 8, column = n_first + wn + n * 8 + lane % 4 * 2 + i % 2;
-                if (m < tile.count && column < p.n) put<bf16>(p, tile.first + m, column, total[t][n][i]);
-            }
+    put_tiles(p, tile, wm, n_first + wn, total);
 }

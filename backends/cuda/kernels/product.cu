@@ -17,12 +17,7 @@ __device__ void product(const ProductArgs& a) {
     const bf16* w = (const bf16*)a.w + (u64)tile.expert * a.n * a.k;
 
     float acc[MT][NT][4];
-#pragma unroll
-    for (int t = 0; t < MT; ++t)
-#pragma unroll
-        for (int n = 0; n < NT; ++n)
-#pragma unroll
-            for (int i = 0; i < 4; ++i) acc[t][n][i] = 0.0f;
+    clear(acc);
 
     const int steps = (a.k + BK - 1) / BK;
     for (int step = -(STAGES - 1); step < steps; ++step) {
@@ -71,15 +66,7 @@ __device__ void product(const ProductArgs& a) {
         }
     }
     copies_wait<0>();
-#pragma unroll
-    for (int t = 0; t < MT; ++t)
-#pragma unroll
-        for (int n = 0; n < NT; ++n)
-#pragma unroll
-            for (int i = 0; i < 4; ++i) {
-                u32 m = wm + t * 16 + lane / 4 + i / 2 * 8, column = n_first + wn + n * 8 + lane % 4 * 2 + i % 2;
-                if (m < tile.count && column < a.n) put<bf16>(a, tile.first + m, column, acc[t][n][i]);
-            }
+    put_tiles(a, tile, wm, n_first + wn, acc);
 }
 
 KERNEL(product_many, ProductArgs, 256) { product<128, 128, 32, 64>(a); }

@@ -44,3 +44,19 @@ __device__ __forceinline__ void put(const ProductArgs& a, u32 row, u32 n, float 
     if (a.out_f32) ((float*)a.out)[at] = x;
     else ((T*)a.out)[at] = down<T>(x);
 }
+
+// Tiles of 16 x 8 sums of a warp, whose first is of row `m_first` of the tile and output `n_first`.
+template <int MT, int NT>
+__device__ __forceinline__ void put_tiles(const ProductArgs& a, const RowTile& tile, u32 m_first, u32 n_first,
+                                          const float (&sums)[MT][NT][4]) {
+    u32 lane = threadIdx.x % 32;
+#pragma unroll
+    for (int t = 0; t < MT; ++t)
+#pragma unroll
+        for (int n = 0; n < NT; ++n)
+#pragma unroll
+            for (int i = 0; i < 4; ++i) {
+                u32 m = m_first + t * 16 + lane / 4 + i / 2 * 8, column = n_first + n * 8 + lane % 4 * 2 + i % 2;
+                if (m < tile.count && column < a.n) put<bf16>(a, tile.first + m, column, sums[t][n][i]);
+            }
+}
