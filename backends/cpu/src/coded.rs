@@ -193,9 +193,9 @@ impl Coded {
         }
     }
 
-    /// Whether ranges are whole octets, of which pairs are made, and what is taken apart at once is whole groups.
+    /// Whether ranges are whole octets, of which pairs are made, and groups such as the kernel has room for.
     pub(crate) fn has_pairs(&self, ranges: usize) -> bool {
-        (self.inputs / ranges).is_multiple_of(8) && Scaled::PIECE.is_multiple_of(self.form.group)
+        (self.inputs / ranges).is_multiple_of(8) && Scaled::GROUP_MAX.is_multiple_of(self.form.group)
     }
 
     /// As [`Coded::sum`], over whole octets, of weights and inputs as pairs of bf16.

@@ -8,6 +8,8 @@ mod bytes_vnni;
 mod coded_pairs;
 mod codes;
 #[cfg(target_arch = "x86_64")]
+mod pair_codes;
+#[cfg(target_arch = "x86_64")]
 mod pairs;
 mod rows;
 #[cfg(target_arch = "x86_64")]
@@ -112,17 +114,15 @@ pub(crate) struct Scaled<'a> {
     /// `[rows][panels * 16]`, rows `acc_stride` apart.
     pub(crate) acc: *mut f32,
     pub(crate) acc_stride: usize,
-    /// Room for [`Scaled::BUFFER_FLOATS`].
+    /// Room for [`Scaled::BUFFER_FLOATS`], from a cache line on.
     pub(crate) buffer: *mut f32,
 }
 
 impl Scaled<'_> {
-    /// Inputs that are taken apart at once: groups must divide them.
-    pub(crate) const PIECE: usize = 256;
-    /// Rows that pass by them.
-    pub(crate) const ROWS: usize = 96;
-    /// Two panels of codes as bf16, scales and offsets of groups of 8.
-    pub(crate) const BUFFER_FLOATS: usize = Self::PIECE * (LANES + 8);
+    /// Inputs that may share a scale: groups must divide them.
+    pub(crate) const GROUP_MAX: usize = 256;
+    /// A group of two panels as bf16, their scales and offsets.
+    pub(crate) const BUFFER_FLOATS: usize = (Self::GROUP_MAX + 4) * LANES;
 }
 
 /// Sums of inputs `[octets.0 * 8, octets.1 * 8)`, cut at multiples of `group` octets: what offsets are multiplied by.

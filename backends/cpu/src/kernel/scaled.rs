@@ -1,33 +1,41 @@
 //! Quantised weights where the level multiplies pairs of bf16: codes are whole numbers (or E4M3), which are bf16 as they
-//! are, so they are multiplied as such, and a group's sum is scaled once. Few rows take codes apart in registers and use
-//! them at once, so that weights stream from memory as small as they are; for many rows pieces of panels are taken apart into
-//! the first cache. Both add the same numbers in the same order: within a group pair after pair, then group after group
-//! `scale * sum`, then `offset * (sum of the inputs)`.
+//! are, so they are multiplied as such, and a group's sum is scaled once. Weights stream from memory as small as they are:
+//! the first rows take codes apart in registers between their products, where that costs next to nothing, and leave
+//! them in the first cache for the rows that follow, group by group. All rows add the same numbers in the same order:
+//! within a group pair after pair, then group after group `scale * sum`, then `offset * (sum of the inputs)`.
 
 use std::arch::x86_64::*;
 
-use super::codes::{BYTES, Code, Cursor, E4M3, Form, by_code, scale_of};
+use super::codes::{Code, Cursor, E4M3, by_code, scale_of};
+use super::pair_codes::{Table, pair_of};
 use super::pairs::halves;
 use super::{GroupSums, Scaled};
-use crate::lanes::avx512::{Avx512, line};
-use crate::lanes::{LANES, Lanes};
+use crate::lanes::LANES;
+use crate::lanes::avx512::Avx512;
 
-/// Inputs of a piece that is taken apart at once: whole groups.
-const PIECE: usize = Scaled::PIECE;
-/// Panels of a piece, which all tiles of rows visit before the next: they stay in the first cache.
-const PANELS: usize = 2;
-/// Rows that pass by a piece before the next.
-const ROWS: usize = Scaled::ROWS;
-/// Rows that share a code in registers.
-const ROWS_FEW: usize = 4;
+/// Rows of the first tile at most: by 2 panels they are enough sums in flight, and leave registers for taking codes apart.
+const ROWS_FIRST: usize = 8;
+/// Rows of another tile at most.
+const ROWS_FOLLOWING: usize = 12;
+/// Inputs are asked for so many pairs ahead, of tiles with so many rows: more than the processor follows by itself.
+const PAIRS_AHEAD: usize = 48;
+const ROWS_PREFETCHED: usize = 4;
+/// Up to so many rows panels are read from end to end. Beyond, rows pass by so many octets of all panels before the next,
+/// which stay in the second cache: whole blocks of every form, since groups divide them.
+const ROWS_WHOLE: usize = 32;
+const OCTETS_DEEP: usize = 512 / 8;
+const _: () = assert!((OCTETS_DEEP * 8).is_multiple_of(Scaled::GROUP_MAX));
+/// From so many rows on a first tile keeps codes for those that follow, and sums over all groups are in memory; fewer rows
+/// are one tile, with all sums in registers.
+const ROWS_KEEPING: usize = 5;
+/// Its panels at most.
+const PANELS_KEPT: usize = 2;
 /// Bytes that are asked for ahead of use, of all panels of a tile together.
 const AHEAD_BYTES: usize = 8192;
 
-/// Elements of a piece of one panel, and floats of its scales and offsets.
-const CODES: usize = PIECE * LANES;
-const GROUPS: usize = PIECE / 8;
-const SCALES: usize = GROUPS * 2 * LANES;
-const _: () = assert!(PANELS * (CODES / 2 + SCALES) <= Scaled::BUFFER_FLOATS);
+/// Where scales lie in the buffer, behind the codes of a group.
+const SCALES: usize = Scaled::GROUP_MAX / 2 * PANELS_KEPT * LANES;
+const _: () = assert!(SCALES + PANELS_KEPT * 2 * LANES <= Scaled::BUFFER_FLOATS);
 
 /// Runs a product.
 ///
@@ -36,128 +44,379 @@ const _: () = assert!(PANELS * (CODES / 2 + SCALES) <= Scaled::BUFFER_FLOATS);
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,avx2,fma,f16c")]
 pub(super) unsafe fn scaled(s: &Scaled<'_>) {
     // SAFETY: the caller's.
-    unsafe { by_code!(s.form.code, panels(s)) }
+    unsafe { by_code!(s.form.code, all_rows(s)) }
 }
 
-#[inline(always)]
-unsafe fn panels<const CODE: usize>(s: &Scaled<'_>) {
-    // SAFETY: rows and panels stay within the product.
-    unsafe {
-        if s.rows > ROWS_FEW {
-            return many::<CODE>(s);
-        }
-        let mut row = 0;
-        while row < s.rows {
-            row += match s.rows - row {
-                4.. => stream::<CODE, 4>(s, row),
-                2.. => stream::<CODE, 2>(s, row),
-                _ => stream::<CODE, 1>(s, row),
-            };
-        }
-    }
-}
-
-/// [`Form::has_offsets`].
-const fn has_offsets<const CODE: usize>() -> bool {
-    CODE != E4M3
-}
-
-/// What codes of up to 6 bits are as bf16.
+/// How rows are cut into tiles: as few as there can be, of even heights.
 #[derive(Clone, Copy)]
-struct Table(__m512i, __m512i);
+struct Heights {
+    /// Rows of the first tile, which takes codes apart.
+    first: usize,
+    /// Rows of the others together, and how many those are.
+    others: usize,
+    tiles: usize,
+}
 
-impl Table {
-    #[inline(always)]
-    unsafe fn new<const CODE: usize>() -> Self {
-        let mut words = [0u16; 64];
-        for (at, word) in words.iter_mut().enumerate() {
-            // An index has more bits than a code, which are ignored by repeating the table.
-            let code = if CODE <= 6 { at % (1 << CODE) } else { 0 };
-            // Whole numbers of 7 bits are bf16.
-            *word = ((code as f32).to_bits() >> 16) as u16;
-        }
-        // SAFETY: two times 32 words.
+impl Heights {
+    fn of(rows: usize) -> Self {
+        let tiles = rows.saturating_sub(ROWS_FIRST).div_ceil(ROWS_FOLLOWING);
+        let first = rows.div_ceil(tiles + 1).min(ROWS_FIRST);
+        Heights { first, others: rows - first, tiles }
+    }
+
+    /// Rows before the other tile `tile`.
+    fn before(self, tile: usize) -> usize {
+        self.first + self.others * tile / self.tiles
+    }
+}
+
+#[inline(always)]
+unsafe fn all_rows<const CODE: usize>(s: &Scaled<'_>) {
+    let heights = Heights::of(s.rows);
+    let group = s.form.group / 8;
+    let deep = if s.rows > ROWS_WHOLE { OCTETS_DEEP } else { usize::MAX };
+    let (first, last) = s.octets;
+    let (mut from, mut sums) = (first, 0);
+    while from < last {
+        let to = last.min((from / deep + 1).saturating_mul(deep));
+        // SAFETY: octets and rows are the product's.
         unsafe {
-            Table(
-                _mm512_loadu_si512(words.as_ptr().cast()),
-                _mm512_loadu_si512(words.as_ptr().add(32).cast()),
-            )
+            let part = Scaled {
+                octets: (from, to),
+                x: s.x.add((from - first) * 4),
+                sums: s.sums.wrapping_add(sums),
+                ..*s
+            };
+            let fresh = from == first;
+            match heights.first {
+                0 => {}
+                1 => panels::<CODE, 1, 4>(&part, heights, fresh),
+                2 => panels::<CODE, 2, 4>(&part, heights, fresh),
+                3 => panels::<CODE, 3, 2>(&part, heights, fresh),
+                4 => panels::<CODE, 4, 2>(&part, heights, fresh),
+                5 => panels::<CODE, 5, 2>(&part, heights, fresh),
+                6 => panels::<CODE, 6, 2>(&part, heights, fresh),
+                7 => panels::<CODE, 7, 2>(&part, heights, fresh),
+                _ => panels::<CODE, 8, 2>(&part, heights, fresh),
+            }
+        }
+        // Parts end where groups do.
+        sums += to.div_ceil(group) - from / group;
+        from = to;
+    }
+}
+
+/// All panels, `P` at a time while there are so many; the first tile has `R` rows. `fresh`: from zero on.
+#[inline(always)]
+unsafe fn panels<const CODE: usize, const R: usize, const P: usize>(
+    s: &Scaled<'_>,
+    heights: Heights,
+    fresh: bool,
+) {
+    let mut panel = 0;
+    // SAFETY: panels stay within the product.
+    unsafe {
+        while panel + P <= s.panels {
+            strip::<CODE, R, P>(s, heights, fresh, panel);
+            panel += P;
+        }
+        while panel < s.panels {
+            strip::<CODE, R, 1>(s, heights, fresh, panel);
+            panel += 1;
         }
     }
 }
 
-/// Every half moved down.
-#[inline(always)]
-unsafe fn down(words: __m512i, by: usize) -> __m512i {
-    // SAFETY: register arithmetic of this level.
-    unsafe { _mm512_srlv_epi16(words, _mm512_set1_epi16(by as i16)) }
+/// Sums of `R` rows by `P` panels.
+type Sums<const R: usize, const P: usize> = [[__m512; P]; R];
+
+/// A group's scales and offsets.
+type Scales<const P: usize> = [(__m512, __m512); P];
+
+/// Some rows where they are in a group: their inputs, the sums of those, and what they add up to in memory.
+#[derive(Clone, Copy)]
+struct Rows {
+    x: *const i32,
+    of_inputs: *const f32,
+    out: *mut f32,
 }
 
-/// In every half the bit `from`, moved to `to`.
-#[inline(always)]
-unsafe fn moved(words: __m512i, from: usize, to: usize) -> __m512i {
-    // SAFETY: register arithmetic of this level.
-    unsafe {
-        match from >= to {
-            true => down(words, from - to),
-            false => _mm512_sllv_epi16(words, _mm512_set1_epi16((to - from) as i16)),
+impl Rows {
+    /// The rows from `row` on.
+    #[inline(always)]
+    fn from(self, s: &Scaled<'_>, row: usize) -> Self {
+        Rows {
+            x: self.x.wrapping_add(row * s.x_stride),
+            of_inputs: self.of_inputs.wrapping_add(row * s.x_stride),
+            out: self.out.wrapping_add(row * s.acc_stride),
         }
     }
 }
 
-/// Pair `pair` of the four of an octet: two inputs' codes of 16 outputs as bf16.
+/// All rows by `P` panels, group after group.
 #[inline(always)]
-unsafe fn pair_of<const CODE: usize>(chunk: *const u8, octet: usize, pair: usize, table: Table) -> __m512i {
-    /// Bits of the mask from the first, the others from the second.
-    const SELECT: i32 = 0xca;
-    // SAFETY: the caller's chunk is of this code.
+unsafe fn strip<const CODE: usize, const R: usize, const P: usize>(
+    s: &Scaled<'_>,
+    heights: Heights,
+    fresh: bool,
+    panel: usize,
+) {
+    let (chunk_bytes, scale_bytes) = (s.form.chunk_bytes(), s.form.scale_bytes());
+    let mut cursor = Cursor::new(s.form, s.octets.0);
+    let mut left = s.octets.1 - s.octets.0;
+    // SAFETY: the panels have these octets, x the rows and pairs, acc the rows and panels, the buffer room for a group.
     unsafe {
-        match CODE {
-            2 => {
-                let low = down(line(chunk, octet / 2), 8 * (octet % 2) + 2 * pair);
-                _mm512_permutexvar_epi16(low, table.0)
+        let table = Table::new::<CODE>();
+        let first = s.panel.add(panel * s.panel_bytes);
+        let mut rows = Rows { x: s.x, of_inputs: s.sums, out: s.acc.add(panel * LANES) };
+        let mut totals = [[_mm512_setzero_ps(); P]; R];
+        if const { R >= ROWS_KEEPING } && fresh {
+            for row in 0..s.rows {
+                for p in 0..P {
+                    _mm512_storeu_ps(rows.out.add(row * s.acc_stride + p * LANES), _mm512_setzero_ps());
+                }
             }
-            3 => {
-                let low = down(line(chunk, octet / 2), 8 * (octet % 2) + 2 * pair);
-                let high = moved(line(chunk, 2), 4 * octet + pair, 2);
-                let index = _mm512_ternarylogic_epi32::<SELECT>(_mm512_set1_epi16(3), low, high);
-                _mm512_permutexvar_epi16(index, table.0)
+        }
+        while left > 0 {
+            let count = cursor.count(left);
+            let base = first.add(cursor.base);
+            // What lies behind; at the end of a panel the panels that come next.
+            let behind = match cursor.base + AHEAD_BYTES / P < s.panel_bytes {
+                true => AHEAD_BYTES / P,
+                false => AHEAD_BYTES / P + (P - 1) * s.panel_bytes,
+            };
+            for p in 0..P {
+                let scales = s.form.scale.first() + cursor.at_group * s.form.scale.stride();
+                _mm_prefetch::<_MM_HINT_T0>(base.wrapping_add(p * s.panel_bytes + behind + scales).cast());
             }
-            4 => _mm512_permutexvar_epi16(down(line(chunk, octet), 4 * pair), table.0),
-            5 => {
-                let (low, high) =
-                    (down(line(chunk, octet), 4 * pair), moved(line(chunk, 4), 4 * octet + pair, 4));
-                let index = _mm512_ternarylogic_epi32::<SELECT>(_mm512_set1_epi16(15), low, high);
-                _mm512_permutexvar_epi16(index, table.0)
-            }
-            6 => {
-                let high = moved(line(chunk, 4 + octet / 2), 8 * (octet % 2) + 2 * pair, 4);
-                let low = down(line(chunk, octet), 4 * pair);
-                let index = _mm512_ternarylogic_epi32::<SELECT>(_mm512_set1_epi16(15), low, high);
-                _mm512_permutex2var_epi16(table.0, index, table.1)
-            }
-            _ => {
-                // The upper halves of floats: such small numbers have nothing below.
-                let (even, odd) = match CODE {
-                    // Where inputs are: see [`super::ORDER`].
-                    BYTES => (octet * 8 + pair % 2 * 4 + pair / 2, octet * 8 + pair % 2 * 4 + pair / 2 + 2),
-                    _ => (octet * 8 + 2 * pair, octet * 8 + 2 * pair + 1),
+            let mut sums = [[_mm512_setzero_ps(); P]; R];
+            let (mut octet, end) = (cursor.at, cursor.at + count);
+            while octet < end {
+                let chunk = base.add(scale_bytes + octet / 4 * chunk_bytes);
+                let pair = (octet - cursor.at) * 4;
+                let kept = if const { R >= ROWS_KEEPING } { pair * P * LANES } else { 0 };
+                let part = Part { chunk, behind, x: rows.x.add(pair), keep: s.buffer.add(kept) };
+                // Whole chunks (or halves, of 16 inputs that share a scale), which groups nearly always are, have their
+                // shifts as constants.
+                octet += match (CODE, octet % 4, end - octet) {
+                    (6, 0, 2..) => octets::<CODE, R, P, 0, 2>(s, part, table, &mut sums),
+                    (6, 2, 2..) => octets::<CODE, R, P, 2, 2>(s, part, table, &mut sums),
+                    (..6 | 7.., 0, 4..) => octets::<CODE, R, P, 0, 4>(s, part, table, &mut sums),
+                    (_, from, _) => {
+                        take_apart::<CODE>(part, (from, P), s.panel_bytes);
+                        follow_octet(s, part, &mut sums);
+                        1
+                    }
                 };
-                let (even, odd) = (number::<CODE>(chunk, even), number::<CODE>(chunk, odd));
-                let upper = _mm512_set1_epi32(0xffff_0000_u32 as i32);
-                _mm512_ternarylogic_epi32::<SELECT>(upper, odd, _mm512_srli_epi32::<16>(even))
+            }
+            let mut scales = [(_mm512_setzero_ps(), _mm512_setzero_ps()); P];
+            for (p, scales) in scales.iter_mut().enumerate() {
+                let at = base.add(p * s.panel_bytes);
+                let (scale, offset) = scale_of::<Avx512>(s.form, at, cursor.at_group);
+                *scales = (scale.0, offset.0);
+            }
+            let offsets = const { CODE != E4M3 };
+            debug_assert!(!offsets || rows.are_summed(s, R, count));
+            if const { R < ROWS_KEEPING } {
+                finish::<R, P, true>(s, rows, &sums, &scales, offsets, &mut totals);
+            } else {
+                finish::<R, P, false>(s, rows, &sums, &scales, offsets, &mut totals);
+            }
+            if const { R >= ROWS_KEEPING } && heights.tiles > 0 {
+                for (p, (scale, offset)) in scales.into_iter().enumerate() {
+                    let to = s.buffer.add(SCALES + p * 2 * LANES);
+                    _mm512_store_ps(to, scale);
+                    _mm512_store_ps(to.add(LANES), offset);
+                }
+                for tile in 0..heights.tiles {
+                    let row = heights.before(tile);
+                    let rows = rows.from(s, row);
+                    match heights.before(tile + 1) - row {
+                        12 => follow::<12, P>(s, rows, count),
+                        11 => follow::<11, P>(s, rows, count),
+                        10 => follow::<10, P>(s, rows, count),
+                        9 => follow::<9, P>(s, rows, count),
+                        8 => follow::<8, P>(s, rows, count),
+                        7 => follow::<7, P>(s, rows, count),
+                        6 => follow::<6, P>(s, rows, count),
+                        5 => follow::<5, P>(s, rows, count),
+                        _ => follow::<4, P>(s, rows, count),
+                    }
+                }
+            }
+            rows.x = rows.x.add(count * 4);
+            rows.of_inputs = rows.of_inputs.wrapping_add(1);
+            cursor.pass(s.form, count);
+            left -= count;
+        }
+        if const { R < ROWS_KEEPING } {
+            for (r, row) in totals.into_iter().enumerate() {
+                for (p, total) in row.into_iter().enumerate() {
+                    _mm512_storeu_ps(rows.out.add(r * s.acc_stride + p * LANES), total);
+                }
             }
         }
     }
 }
 
-/// Line `n` of codes of 8 bits as floats.
+/// What some octets of a chunk are multiplied by.
+#[derive(Clone, Copy)]
+struct Part {
+    chunk: *const u8,
+    /// Bytes from there to what is asked for ahead.
+    behind: usize,
+    /// The first row's inputs.
+    x: *const i32,
+    /// Where codes are kept, `[pair][panel]` lines.
+    keep: *mut f32,
+}
+
+/// Adds octets `[FROM, FROM + COUNT)` of a chunk to the sums of a group, and asks for what lies so far behind them; says how
+/// many octets that were.
 #[inline(always)]
-unsafe fn number<const CODE: usize>(chunk: *const u8, n: usize) -> __m512i {
-    // SAFETY: the caller's chunk has this line.
+#[allow(clippy::needless_range_loop)] // panels index weights and addresses alike
+unsafe fn octets<const CODE: usize, const R: usize, const P: usize, const FROM: usize, const COUNT: usize>(
+    s: &Scaled<'_>,
+    part: Part,
+    table: Table,
+    sums: &mut Sums<R, P>,
+) -> usize {
+    // SAFETY: the caller's panels have this chunk, rows these inputs, and the buffer room for them.
     unsafe {
-        let at = chunk.add(n * LANES);
-        _mm512_castps_si512(if CODE == BYTES { Avx512::load_u8(at).0 } else { Avx512::load_e4m3(at).0 })
+        let chunk_bytes = if CODE <= 6 { CODE * 64 } else { 512 };
+        for p in 0..P {
+            let ahead = part.chunk.wrapping_add(p * s.panel_bytes + part.behind);
+            for line in FROM * chunk_bytes / 256..(FROM + COUNT) * chunk_bytes / 256 {
+                _mm_prefetch::<_MM_HINT_T0>(ahead.wrapping_add(line * 64).cast());
+            }
+        }
+        for at in 0..COUNT * 4 {
+            let mut weights = [_mm512_setzero_si512(); P];
+            for p in 0..P {
+                let chunk = part.chunk.add(p * s.panel_bytes);
+                weights[p] = pair_of::<CODE>(chunk, FROM + at / 4, at % 4, table);
+                if const { R >= ROWS_KEEPING } {
+                    _mm512_store_si512(part.keep.add((at * P + p) * LANES).cast(), weights[p]);
+                }
+            }
+            add(s, part.x.add(at), &weights, sums);
+        }
+    }
+    COUNT
+}
+
+/// Takes octet `octet` of a chunk of some panels apart, of a group that is no whole chunks.
+#[inline(never)]
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,avx2,fma,f16c")]
+unsafe fn take_apart<const CODE: usize>(part: Part, (octet, panels): (usize, usize), panel_bytes: usize) {
+    // SAFETY: the caller's panels have this chunk, and the buffer room for it.
+    unsafe {
+        let table = Table::new::<CODE>();
+        for (pair, panel) in (0..4).flat_map(|pair| (0..panels).map(move |panel| (pair, panel))) {
+            let weights = pair_of::<CODE>(part.chunk.add(panel * panel_bytes), octet, pair, table);
+            _mm512_store_si512(part.keep.add((pair * panels + panel) * LANES).cast(), weights);
+        }
+    }
+}
+
+/// Adds an octet that is in the buffer.
+#[inline(always)]
+unsafe fn follow_octet<const R: usize, const P: usize>(s: &Scaled<'_>, part: Part, sums: &mut Sums<R, P>) {
+    for pair in 0..4 {
+        // SAFETY: the buffer has these codes, and rows the inputs.
+        unsafe {
+            let at = part.keep.add(pair * P * LANES);
+            let weights = std::array::from_fn(|p| _mm512_load_si512(at.add(p * LANES).cast()));
+            add(s, part.x.add(pair), &weights, sums);
+        }
+    }
+}
+
+/// Adds a pair of inputs, of the first row at `x`, by the weights of each panel.
+#[inline(always)]
+unsafe fn add<const R: usize, const P: usize>(
+    s: &Scaled<'_>,
+    x: *const i32,
+    weights: &[__m512i; P],
+    sums: &mut Sums<R, P>,
+) {
+    for (r, row) in sums.iter_mut().enumerate() {
+        // SAFETY: the caller's rows.
+        unsafe {
+            let factor = halves(_mm512_set1_epi32(*x.add(r * s.x_stride)));
+            for (sum, weights) in row.iter_mut().zip(weights) {
+                *sum = _mm512_dpbf16_ps(*sum, halves(*weights), factor);
+            }
+        }
+    }
+}
+
+/// Scales a group's sums and adds them to the rows' totals, in registers or in memory.
+#[inline(always)]
+unsafe fn finish<const R: usize, const P: usize, const HELD: bool>(
+    s: &Scaled<'_>,
+    rows: Rows,
+    sums: &Sums<R, P>,
+    scales: &Scales<P>,
+    offsets: bool,
+    totals: &mut Sums<R, P>,
+) {
+    for (r, (sums, totals)) in sums.iter().zip(totals).enumerate() {
+        // SAFETY: the caller's rows.
+        unsafe {
+            if const { R >= ROWS_PREFETCHED } {
+                let ahead = rows.x.wrapping_add(r * s.x_stride + PAIRS_AHEAD);
+                _mm_prefetch::<_MM_HINT_T0>(ahead.cast());
+            }
+            let of_inputs = match offsets {
+                true => _mm512_set1_ps(*rows.of_inputs.add(r * s.x_stride)),
+                false => _mm512_setzero_ps(),
+            };
+            for (p, (scale, offset)) in scales.iter().enumerate() {
+                let out = rows.out.add(r * s.acc_stride + p * LANES);
+                let before = if HELD { totals[p] } else { _mm512_loadu_ps(out) };
+                let mut total = _mm512_fmadd_ps(*scale, sums[p], before);
+                if offsets {
+                    total = _mm512_fmadd_ps(*offset, of_inputs, total);
+                }
+                match HELD {
+                    true => totals[p] = total,
+                    false => _mm512_storeu_ps(out, total),
+                }
+            }
+        }
+    }
+}
+
+/// A group of `R` more rows by `P` panels, by the codes and scales that are in the buffer.
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,avx2,fma,f16c")]
+unsafe fn follow<const R: usize, const P: usize>(s: &Scaled<'_>, rows: Rows, octets: usize) {
+    // SAFETY: the buffer has these octets and their scales, x and acc the rows.
+    unsafe {
+        let offsets = s.form.has_offsets();
+        debug_assert!(!offsets || rows.are_summed(s, R, octets));
+        let mut sums = [[_mm512_setzero_ps(); P]; R];
+        for octet in 0..octets {
+            let (x, keep) = (rows.x.add(octet * 4), s.buffer.add(octet * 4 * P * LANES));
+            follow_octet(s, Part { chunk: std::ptr::null(), behind: 0, x, keep }, &mut sums);
+        }
+        let scales = std::array::from_fn(|p| {
+            let at = s.buffer.add(SCALES + p * 2 * LANES);
+            (_mm512_load_ps(at), _mm512_load_ps(at.add(LANES)))
+        });
+        let mut none = [[_mm512_setzero_ps(); P]; R];
+        finish::<R, P, false>(s, rows, &sums, &scales, offsets, &mut none);
+    }
+}
+
+impl Rows {
+    /// Whether `count` rows bring the sums of the `octets` octets that they are at.
+    unsafe fn are_summed(self, s: &Scaled<'_>, count: usize, octets: usize) -> bool {
+        // SAFETY: the caller's rows.
+        (0..count).all(|row| unsafe {
+            let Rows { x, of_inputs, .. } = self.from(s, row);
+            (*of_inputs).to_bits() == sum_of(x, octets).to_bits()
+        })
     }
 }
 
@@ -193,343 +452,4 @@ unsafe fn sum_of(x: *const i32, octets: usize) -> f32 {
         let sums = _mm_add_ps(sums, _mm_movehl_ps(sums, sums));
         _mm_cvtss_f32(_mm_add_ss(sums, _mm_movehdup_ps(sums)))
     }
-}
-
-/// All panels of rows `[row, row + R)`; says how many rows that were.
-#[inline(always)]
-unsafe fn stream<const CODE: usize, const R: usize>(s: &Scaled<'_>, row: usize) -> usize {
-    let mut panel = 0;
-    // SAFETY: panels stay within the product.
-    unsafe {
-        if const { R <= 2 } {
-            while panel + 4 <= s.panels {
-                few::<CODE, R, 4>(s, row, panel);
-                panel += 4;
-            }
-        }
-        while panel + 2 <= s.panels {
-            few::<CODE, R, 2>(s, row, panel);
-            panel += 2;
-        }
-        while panel < s.panels {
-            few::<CODE, R, 1>(s, row, panel);
-            panel += 1;
-        }
-    }
-    R
-}
-
-/// A group's sums so far, of `R` rows by `P` panels.
-type Sums<const R: usize, const P: usize> = [[__m512; P]; R];
-
-/// `R` rows by `P` panels, codes taken apart in registers.
-#[inline(always)]
-#[allow(clippy::needless_range_loop)] // rows and panels index sums, scales and addresses alike
-unsafe fn few<const CODE: usize, const R: usize, const P: usize>(s: &Scaled<'_>, row: usize, panel: usize) {
-    let (chunk_bytes, scale_bytes) = (s.form.chunk_bytes(), s.form.scale_bytes());
-    let mut cursor = Cursor::new(s.form, s.octets.0);
-    let mut left = s.octets.1 - s.octets.0;
-    // SAFETY: the panels have these octets, x the rows and pairs, acc the rows and panels.
-    unsafe {
-        let table = Table::new::<CODE>();
-        let first = s.panel.add(panel * s.panel_bytes);
-        let mut x = s.x.add(row * s.x_stride);
-        let mut of_inputs = s.sums.wrapping_add(row * s.x_stride);
-        let out = s.acc.add(row * s.acc_stride + panel * LANES);
-        let mut acc = [[_mm512_setzero_ps(); P]; R];
-        while left > 0 {
-            let count = cursor.count(left);
-            let base = first.add(cursor.base);
-            let mut sums = [[_mm512_setzero_ps(); P]; R];
-            // What lies behind; at the end of a panel the panels that come next.
-            let behind = match cursor.base + AHEAD_BYTES / P < s.panel_bytes {
-                true => AHEAD_BYTES / P,
-                false => AHEAD_BYTES / P + (P - 1) * s.panel_bytes,
-            };
-            for p in 0..P {
-                let scales = s.form.scale.first() + cursor.at_group * s.form.scale.stride();
-                _mm_prefetch::<_MM_HINT_T0>(base.wrapping_add(p * s.panel_bytes + behind + scales).cast());
-            }
-            let (mut octet, end) = (cursor.at, cursor.at + count);
-            while octet < end {
-                let chunk = base.add(scale_bytes + octet / 4 * chunk_bytes);
-                let at = x.add((octet - cursor.at) * 4);
-                // Whole chunks, which groups nearly always are, have their shifts as constants.
-                octet += match (octet % 4, end - octet) {
-                    (0, 4..) => octets::<CODE, R, P, 4>(s, chunk, 0, behind, at, table, &mut sums),
-                    (0, 2..) if CODE == 6 => {
-                        octets::<CODE, R, P, 2>(s, chunk, 0, behind, at, table, &mut sums)
-                    }
-                    (2, 2..) if CODE == 6 => {
-                        octets::<CODE, R, P, 2>(s, chunk, 2, behind, at, table, &mut sums)
-                    }
-                    (from, _) => octets::<CODE, R, P, 1>(s, chunk, from, behind, at, table, &mut sums),
-                };
-            }
-            let mut totals = [_mm512_setzero_ps(); R];
-            if has_offsets::<CODE>() {
-                for r in 0..R {
-                    let total = *of_inputs.add(r * s.x_stride);
-                    debug_assert_eq!(total.to_bits(), sum_of(x.add(r * s.x_stride), count).to_bits());
-                    totals[r] = _mm512_set1_ps(total);
-                }
-                of_inputs = of_inputs.add(1);
-            }
-            for p in 0..P {
-                let (scale, offset) =
-                    scale_of::<Avx512>(s.form, base.add(p * s.panel_bytes), cursor.at_group);
-                for r in 0..R {
-                    acc[r][p] = _mm512_fmadd_ps(scale.0, sums[r][p], acc[r][p]);
-                    if has_offsets::<CODE>() {
-                        acc[r][p] = _mm512_fmadd_ps(offset.0, totals[r], acc[r][p]);
-                    }
-                }
-            }
-            x = x.add(count * 4);
-            cursor.pass(s.form, count);
-            left -= count;
-        }
-        for r in 0..R {
-            for p in 0..P {
-                _mm512_storeu_ps(out.add(r * s.acc_stride + p * LANES), acc[r][p]);
-            }
-        }
-    }
-}
-
-/// Adds `COUNT` octets of a chunk to the sums of a group, and asks for what lies so far behind them; says how many octets
-/// that were.
-#[inline(always)]
-#[allow(clippy::needless_range_loop, clippy::too_many_arguments)] // rows and panels index sums and addresses alike
-unsafe fn octets<const CODE: usize, const R: usize, const P: usize, const COUNT: usize>(
-    s: &Scaled<'_>,
-    chunk: *const u8,
-    from: usize,
-    behind: usize,
-    x: *const i32,
-    table: Table,
-    sums: &mut Sums<R, P>,
-) -> usize {
-    // SAFETY: the caller's panels have this chunk, and rows these inputs.
-    unsafe {
-        let chunk_bytes = if CODE <= 6 { CODE * 64 } else { 512 };
-        for p in 0..P {
-            let ahead = chunk.wrapping_add(p * s.panel_bytes + behind);
-            for line in from * chunk_bytes / 256..(from + COUNT) * chunk_bytes / 256 {
-                _mm_prefetch::<_MM_HINT_T0>(ahead.wrapping_add(line * 64).cast());
-            }
-        }
-        for octet in 0..COUNT {
-            for pair in 0..4 {
-                let mut weights = [_mm512_setzero_si512(); P];
-                for p in 0..P {
-                    weights[p] = pair_of::<CODE>(chunk.add(p * s.panel_bytes), from + octet, pair, table);
-                }
-                for r in 0..R {
-                    let factor = _mm512_set1_epi32(*x.add(r * s.x_stride + octet * 4 + pair));
-                    for p in 0..P {
-                        sums[r][p] = _mm512_dpbf16_ps(sums[r][p], halves(weights[p]), halves(factor));
-                    }
-                }
-            }
-        }
-    }
-    COUNT
-}
-
-/// A piece of some panels, taken apart: pairs of bf16, then scales and offsets of groups.
-struct Piece {
-    codes: *mut u16,
-    scales: *mut f32,
-    /// Octets of each group of the piece but the first and the last, which may be cut.
-    group: usize,
-    /// Octets of the first group.
-    first: usize,
-    octets: usize,
-    has_offsets: bool,
-}
-
-impl Piece {
-    /// Octets of the group that begins at octet `at` of the piece.
-    #[inline(always)]
-    fn count(&self, at: usize) -> usize {
-        let whole = if at == 0 { self.first } else { self.group };
-        whole.min(self.octets - at)
-    }
-
-    /// Groups, in whole or in part.
-    fn groups(&self) -> usize {
-        1 + self.octets.saturating_sub(self.first).div_ceil(self.group)
-    }
-}
-
-/// Many rows: piece after piece of K, two panels at a time.
-#[inline(always)]
-unsafe fn many<const CODE: usize>(s: &Scaled<'_>) {
-    let group = s.form.group / 8;
-    let codes = s.buffer.cast::<u16>();
-    let scales = s.buffer.wrapping_add(PANELS * CODES / 2);
-    let mut sums = s.sums;
-    let mut octet = s.octets.0;
-    // SAFETY: the buffer has room for a piece of two panels; panels, rows and octets stay within the product.
-    unsafe {
-        let table = Table::new::<CODE>();
-        while octet < s.octets.1 {
-            let end = s.octets.1.min((octet / (PIECE / 8) + 1) * (PIECE / 8));
-            let x = s.x.add((octet - s.octets.0) * 4);
-            let piece = Piece {
-                codes,
-                scales,
-                group,
-                first: group - octet % group,
-                octets: end - octet,
-                has_offsets: has_offsets::<CODE>(),
-            };
-            for from in (0..s.rows).step_by(ROWS) {
-                let rows = ROWS.min(s.rows - from);
-                let x = x.add(from * s.x_stride);
-                let sums = sums.wrapping_add(from * s.x_stride);
-                for panel in (0..s.panels).step_by(PANELS) {
-                    let wide = PANELS.min(s.panels - panel);
-                    for p in 0..wide {
-                        let panel = s.panel.add((panel + p) * s.panel_bytes);
-                        take_apart::<CODE>(s.form, panel, (octet, end), table, &piece, p);
-                    }
-                    let acc = s.acc.add(from * s.acc_stride + panel * LANES);
-                    let fresh = octet == s.octets.0;
-                    if wide == 2 {
-                        tiles::<2>(s, &piece, (x, sums), rows, acc, fresh);
-                    } else {
-                        tiles::<1>(s, &piece, (x, sums), rows, acc, fresh);
-                    }
-                }
-            }
-            sums = sums.wrapping_add(piece.groups());
-            octet = end;
-        }
-    }
-}
-
-/// A panel's part of a piece.
-#[inline(always)]
-unsafe fn take_apart<const CODE: usize>(
-    form: &Form,
-    panel: *const u8,
-    (from, to): (usize, usize),
-    table: Table,
-    piece: &Piece,
-    p: usize,
-) {
-    let (chunk_bytes, scale_bytes) = (form.chunk_bytes(), form.scale_bytes());
-    let mut cursor = Cursor::new(form, from);
-    let mut left = to - from;
-    // SAFETY: the panel has these octets, and the piece room for them.
-    unsafe {
-        let mut codes = piece.codes.add(p * CODES);
-        let mut scales = piece.scales.add(p * SCALES);
-        while left > 0 {
-            let count = cursor.count(left);
-            let base = panel.add(cursor.base);
-            let (scale, offset) = scale_of::<Avx512>(form, base, cursor.at_group);
-            scale.store(scales);
-            offset.store(scales.add(LANES));
-            scales = scales.add(2 * LANES);
-            for octet in cursor.at..cursor.at + count {
-                let chunk = base.add(scale_bytes + octet / 4 * chunk_bytes);
-                for line in 0..(chunk_bytes / 256).max(1) {
-                    let ahead = chunk.wrapping_add(AHEAD_BYTES / 2 + octet % 4 * chunk_bytes / 4 + line * 64);
-                    _mm_prefetch::<_MM_HINT_T0>(ahead.cast());
-                }
-                for pair in 0..4 {
-                    let words = pair_of::<CODE>(chunk, octet % 4, pair, table);
-                    _mm512_storeu_si512(codes.cast(), words);
-                    codes = codes.add(2 * LANES);
-                }
-            }
-            cursor.pass(form, count);
-            left -= count;
-        }
-    }
-}
-
-/// All rows by the `P` panels of a piece.
-#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,avx2,fma,f16c")]
-unsafe fn tiles<const P: usize>(
-    s: &Scaled<'_>,
-    piece: &Piece,
-    (x, sums): (*const i32, *const f32),
-    rows: usize,
-    acc: *mut f32,
-    fresh: bool,
-) {
-    let mut row = 0;
-    while row < rows {
-        // SAFETY: rows stay within the product.
-        unsafe {
-            let (x, sums) = (x.add(row * s.x_stride), sums.wrapping_add(row * s.x_stride));
-            let acc = acc.add(row * s.acc_stride);
-            row += match rows - row {
-                16 | 8..=11 => tile::<8, P>(s, piece, x, sums, acc, fresh),
-                12.. => tile::<12, P>(s, piece, x, sums, acc, fresh),
-                6.. => tile::<6, P>(s, piece, x, sums, acc, fresh),
-                4.. => tile::<4, P>(s, piece, x, sums, acc, fresh),
-                2.. => tile::<2, P>(s, piece, x, sums, acc, fresh),
-                _ => tile::<1, P>(s, piece, x, sums, acc, fresh),
-            };
-        }
-    }
-}
-
-/// `R` rows by `P` panels: a group's sums in registers, the rows' in memory.
-#[inline(always)]
-#[allow(clippy::needless_range_loop)] // rows and panels index sums, factors and addresses alike
-unsafe fn tile<const R: usize, const P: usize>(
-    s: &Scaled<'_>,
-    piece: &Piece,
-    x: *const i32,
-    of_inputs: *const f32,
-    acc: *mut f32,
-    fresh: bool,
-) -> usize {
-    // SAFETY: the piece has these panels, x and acc the rows.
-    unsafe {
-        let (mut at, mut group) = (0, 0);
-        while at < piece.octets {
-            let count = piece.count(at);
-            let mut sums = [[_mm512_setzero_ps(); P]; R];
-            let w = piece.codes.add(at * 8 * LANES);
-            let x = x.add(at * 4);
-            for k in 0..count * 4 {
-                let mut weights = [_mm512_setzero_si512(); P];
-                for p in 0..P {
-                    weights[p] = _mm512_loadu_si512(w.add(p * CODES + k * 2 * LANES).cast());
-                }
-                for r in 0..R {
-                    let factor = _mm512_set1_epi32(*x.add(r * s.x_stride + k));
-                    for p in 0..P {
-                        sums[r][p] = _mm512_dpbf16_ps(sums[r][p], halves(weights[p]), halves(factor));
-                    }
-                }
-            }
-            for p in 0..P {
-                let scales = piece.scales.add(p * SCALES + group * 2 * LANES);
-                let (scale, offset) = (_mm512_loadu_ps(scales), _mm512_loadu_ps(scales.add(LANES)));
-                for r in 0..R {
-                    let out = acc.add(r * s.acc_stride + p * LANES);
-                    let before = if fresh && at == 0 { _mm512_setzero_ps() } else { _mm512_loadu_ps(out) };
-                    let mut sum = _mm512_fmadd_ps(scale, sums[r][p], before);
-                    if piece.has_offsets {
-                        sum = _mm512_fmadd_ps(
-                            offset,
-                            _mm512_set1_ps(*of_inputs.add(r * s.x_stride + group)),
-                            sum,
-                        );
-                    }
-                    _mm512_storeu_ps(out, sum);
-                }
-            }
-            (at, group) = (at + count, group + 1);
-        }
-    }
-    R
 }
