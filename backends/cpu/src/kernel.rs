@@ -8,6 +8,8 @@ mod bytes_vnni;
 mod coded_pairs;
 mod codes;
 #[cfg(target_arch = "x86_64")]
+mod group_sums;
+#[cfg(target_arch = "x86_64")]
 mod pair_codes;
 #[cfg(target_arch = "x86_64")]
 mod pairs;
@@ -304,7 +306,7 @@ pub(crate) static AVX512_BF16: Kernels = Kernels {
 #[cfg(target_arch = "x86_64")]
 const BF16_PAIRS: PairKernels = PairKernels {
     multiply: pairs::pairs,
-    coded: CodedPairs::Scaled { product: scaled::scaled, sums: scaled::sums },
+    coded: CodedPairs::Scaled { product: scaled::scaled, sums: group_sums::sums },
     inputs_block: 256,
     interleave: pairs::interleave,
     weigh: weigh::weigh,

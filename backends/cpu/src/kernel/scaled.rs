@@ -6,10 +6,11 @@
 
 use std::arch::x86_64::*;
 
+use super::Scaled;
 use super::codes::{Code, Cursor, E4M3, by_code, scale_of};
+use super::group_sums::sum_of;
 use super::pair_codes::{Table, pair_of};
 use super::pairs::halves;
-use super::{GroupSums, Scaled};
 use crate::lanes::LANES;
 use crate::lanes::avx512::Avx512;
 
@@ -290,16 +291,20 @@ unsafe fn octets<const CODE: usize, const R: usize, const P: usize, const FROM: 
                 _mm_prefetch::<_MM_HINT_T0>(ahead.wrapping_add(line * 64).cast());
             }
         }
-        for at in 0..COUNT * 4 {
-            let mut weights = [_mm512_setzero_si512(); P];
-            for p in 0..P {
-                let chunk = part.chunk.add(p * s.panel_bytes);
-                weights[p] = pair_of::<CODE>(chunk, FROM + at / 4, at % 4, table);
-                if const { R >= ROWS_KEEPING } {
-                    _mm512_store_si512(part.keep.add((at * P + p) * LANES).cast(), weights[p]);
+        // Two loops are unrolled where one of as many turns is not.
+        for octet in 0..COUNT {
+            for pair in 0..4 {
+                let at = octet * 4 + pair;
+                let mut weights = [_mm512_setzero_si512(); P];
+                for p in 0..P {
+                    let chunk = part.chunk.add(p * s.panel_bytes);
+                    weights[p] = pair_of::<CODE>(chunk, FROM + octet, pair, table);
+                    if const { R >= ROWS_KEEPING } {
+                        _mm512_store_si512(part.keep.add((at * P + p) * LANES).cast(), weights[p]);
+                    }
                 }
+                add(s, part.x.add(at), &weights, sums);
             }
-            add(s, part.x.add(at), &weights, sums);
         }
     }
     COUNT
@@ -420,36 +425,87 @@ impl Rows {
     }
 }
 
-/// Sums of a row's inputs by group.
-///
-/// # Safety
-/// Pointers are valid for what the fields say, and this machine has AVX-512 BF16.
-#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512bf16")]
-pub(super) unsafe fn sums(s: &GroupSums) {
-    let (mut x, mut out, mut octet) = (s.x, s.out, s.octets.0);
-    while octet < s.octets.1 {
-        let count = s.octets.1.min((octet / s.group + 1) * s.group) - octet;
-        // SAFETY: the row's inputs and places.
-        unsafe {
-            *out = sum_of(x, count);
-            (x, out) = (x.add(4 * count), out.add(1));
-        }
-        octet += count;
-    }
-}
+#[cfg(test)]
+mod tests {
+    use super::super::codes::{Form, Scale, Zero};
+    use super::super::{GroupSums, group_sums};
+    use super::{Code, LANES, Scaled, scaled};
+    use crate::level::Level;
+    use crate::memory::Memory;
 
-/// The sum of `octets` times eight inputs.
-#[inline(always)]
-unsafe fn sum_of(x: *const i32, octets: usize) -> f32 {
-    // SAFETY: the caller's inputs.
-    unsafe {
-        let ones = std::mem::transmute::<__m128i, __m128bh>(_mm_set1_epi16(0x3f80));
-        let mut sums = _mm_setzero_ps();
-        for octet in 0..octets {
-            let four = _mm_loadu_si128(x.add(4 * octet).cast());
-            sums = _mm_dpbf16_ps(sums, std::mem::transmute::<__m128i, __m128bh>(four), ones);
+    const OCTETS: usize = 160;
+    const PANELS: usize = 5;
+    const ROWS: usize = 97;
+
+    /// A row's bits are those that it has alone, however many rows tiles share codes with, and where parts of K begin and
+    /// end within groups and chunks.
+    #[test]
+    fn rows_do_not_depend_on_each_other() {
+        if !Level::Avx512Bf16.available() {
+            return;
         }
-        let sums = _mm_add_ps(sums, _mm_movehl_ps(sums, sums));
-        _mm_cvtss_f32(_mm_add_ss(sums, _mm_movehdup_ps(sums)))
+        let form = |code, scale, group, span| Form { code, scale, group, span };
+        for form in [
+            form(Code::Planes(4), Scale::Minima, 32, 256),
+            form(Code::Planes(6), Scale::Signed, 16, 256),
+            form(Code::Planes(6), Scale::F16(Zero::Bias), 64, 64),
+            form(Code::Planes(5), Scale::F16(Zero::Code(16.0)), 32, 64),
+            form(Code::Planes(3), Scale::F32(Zero::Bias), 8, 32),
+            form(Code::Planes(2), Scale::Bf16(Zero::Bias), 128, 128),
+            form(Code::Bytes, Scale::F16(Zero::Code(128.0)), 32, 64),
+            form(Code::E4m3, Scale::F32(Zero::Code(0.0)), 128, 128),
+        ] {
+            for octets in [(0, OCTETS), (3, OCTETS - 5)] {
+                let alone: Vec<u32> =
+                    (0..ROWS).flat_map(|row| product(&form, octets, row..row + 1)).collect();
+                for rows in (2..=34).chain([45, 86, 96, ROWS]) {
+                    let together = product(&form, octets, 0..rows);
+                    assert!(together == alone[..together.len()], "{form:?}, octets {octets:?}, {rows} rows");
+                }
+            }
+        }
+    }
+
+    /// Bits of the sums of some rows; weights and inputs are always the same.
+    fn product(form: &Form, octets: (usize, usize), rows: std::ops::Range<usize>) -> Vec<u32> {
+        let panel_bytes = (OCTETS * 8).div_ceil(form.span) * form.block_bytes();
+        let weights = Memory::zeroed(PANELS * panel_bytes).unwrap();
+        for at in 0..PANELS * panel_bytes {
+            // Whatever they are part of, such bytes are no infinity.
+            // SAFETY: within the weights.
+            unsafe { *weights.at(at) = (at.wrapping_mul(0x9e37_79b9) >> 13) as u8 & 0x3b };
+        }
+        let (pairs, stride) = (OCTETS * 4, OCTETS * 4 + OCTETS + 1);
+        let mut x = vec![0i32; rows.len() * stride];
+        for (row, x) in rows.clone().zip(x.chunks_exact_mut(stride)) {
+            for (at, pair) in x[..pairs].iter_mut().enumerate() {
+                let bits = (row * pairs + at).wrapping_mul(0x85eb_ca6b) >> 7;
+                // Two numbers between a half and two.
+                *pair = 0x3f00_3f00 | (bits & 0x80ff_80ff) as i32;
+            }
+            let (pairs, sums) = x.split_at_mut(pairs);
+            let (x, out) = (pairs[octets.0 * 4..].as_ptr(), sums.as_mut_ptr().cast());
+            // SAFETY: the row's pairs, and room for as many sums as octets.
+            unsafe { group_sums::sums(&GroupSums { x, octets, group: form.group / 8, out }) };
+        }
+        let mut acc = vec![f32::NAN; rows.len() * PANELS * LANES];
+        let buffer = Memory::zeroed(Scaled::BUFFER_FLOATS * 4).unwrap();
+        let product = Scaled {
+            form,
+            panel: weights.at(0),
+            panel_bytes,
+            panels: PANELS,
+            octets,
+            x: x[octets.0 * 4..].as_ptr(),
+            x_stride: stride,
+            sums: x[pairs..].as_ptr().cast(),
+            rows: rows.len(),
+            acc: acc.as_mut_ptr(),
+            acc_stride: PANELS * LANES,
+            buffer: buffer.at(0).cast(),
+        };
+        // SAFETY: the level is available, and all are as long as the product says.
+        unsafe { scaled(&product) };
+        acc.into_iter().map(f32::to_bits).collect()
     }
 }
