@@ -314,4 +314,6 @@ pub struct Counters {
     pub kv_resumed: u64,
     /// Of them, those whose payloads went by UCX and go over the connection since.
     pub kv_fallbacks: u64,
+    /// Of them, those that were left because nothing came back by their path.
+    pub kv_silent: u64,
 }

@@ -305,6 +305,7 @@ pub fn report_message(report: Report, ready: bool, draining: bool) -> v1::NodeRe
             failed_sessions: c.failed_sessions,
             kv_resumed: c.kv_resumed,
             kv_fallbacks: c.kv_fallbacks,
+            kv_silent: c.kv_silent,
         }),
     }
 }

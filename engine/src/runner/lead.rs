@@ -142,8 +142,9 @@ impl<'l> Lead<'l> {
     pub(super) fn report<B: Backend>(&mut self, executor: &mut Executor<'_, B>) -> u32 {
         let links = self.sender.links().into_iter().map(|l| (l.peer, l.gbytes_per_s, l.bytes)).collect();
         let mut report = self.core.report(executor.kv.usage(), links);
-        (report.counters.kv_resumed, report.counters.kv_fallbacks) =
-            (self.sender.resumed(), self.sender.fallbacks());
+        let counters = &mut report.counters;
+        (counters.kv_resumed, counters.kv_fallbacks, counters.kv_silent) =
+            (self.sender.resumed(), self.sender.fallbacks(), self.sender.silent());
         self.reported = Some(Instant::now());
         let quarantined = report.blocks.quarantined;
         self.commands.publish(report);

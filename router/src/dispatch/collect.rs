@@ -180,6 +180,12 @@ impl ClusterMetrics {
             "Of them, those by UCX, now over TCP",
             of(|c| c.kv_fallbacks),
         )?;
+        counters(
+            encoder,
+            "baton_kv_silent",
+            "Of them, those left since their path fell silent",
+            of(|c| c.kv_silent),
+        )?;
         let blocks = snapshot.members.iter().flat_map(|member| {
             let kv = member.report.kv.unwrap_or_default();
             let states = [
