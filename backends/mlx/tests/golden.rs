@@ -17,8 +17,7 @@ use backend_mlx::MlxBackend;
 
 use crate::compare::f32_error;
 use crate::device::{
-    NEAR, every_case, every_case_of_directory, hand_over, handed_over, is_reference_on, none_is_left_out,
-    open, replay,
+    NEAR, every_case, every_case_of_directory, handed_over, is_reference_on, none_is_left_out, open,
 };
 use crate::fixture::{Fixture, SEQ};
 
