@@ -20,7 +20,7 @@ use backend_cpu::CpuBackend;
 use backend_cuda::EmulatedBackend;
 
 use crate::compare::{Limits, check};
-use crate::device::{every_case, every_case_of_directory, handed_over, is_reference_on, none_is_left_out};
+use crate::device::{every_case, handed_over, is_reference_on};
 use crate::fixture::Fixture;
 use crate::ranks::Run;
 
@@ -36,17 +36,6 @@ fn is_the_reference(case: &str, dtype: DType) {
 }
 
 every_case!();
-
-#[test]
-fn no_case_is_left_out() {
-    none_is_left_out(CASES);
-}
-
-#[test]
-#[ignore = "needs cases in the directory that BATON_GOLDEN names"]
-fn every_case_of_a_directory() {
-    every_case_of_directory(is_the_reference);
-}
 
 /// Two GPUs share a model, computing the prompt themselves or given its cache by one that has it whole.
 #[test]

@@ -1,5 +1,5 @@
 //! Every kernel compiles for every GPU family, without a GPU. Where NVRTC is not installed this says so and tests nothing;
-//! `.ci/run kernels` installs it and refuses to go without.
+//! `.ci/run cuda` installs it and refuses to go without.
 
 use backend_cuda::compile::{FILES, TARGETS, compile};
 

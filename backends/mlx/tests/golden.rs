@@ -16,9 +16,7 @@ use backend_cpu::CpuBackend;
 use backend_mlx::MlxBackend;
 
 use crate::compare::f32_error;
-use crate::device::{
-    NEAR, every_case, every_case_of_directory, handed_over, is_reference_on, none_is_left_out, open,
-};
+use crate::device::{NEAR, every_case, handed_over, is_reference_on, open};
 use crate::fixture::{Fixture, SEQ};
 
 fn is_the_reference(case: &str, dtype: DType) {
@@ -27,18 +25,6 @@ fn is_the_reference(case: &str, dtype: DType) {
 
 // MLX's own formats, GGUF's and int4 as MLX's codes; FP8 and Q6_K as the numbers that they mean.
 every_case!();
-
-/// A case that is added for the other backends is one for this.
-#[test]
-fn no_case_is_left_out() {
-    none_is_left_out(CASES);
-}
-
-#[test]
-#[ignore = "needs cases in the directory that BATON_GOLDEN names"]
-fn every_case_of_a_directory() {
-    every_case_of_directory(is_the_reference);
-}
 
 /// One Llama layer, row by row, on two backends through the same seam.
 #[test]

@@ -10,7 +10,7 @@ use crate::fixture::{Fixture, Prompt, SEQ, options, root};
 /// Two f32 implementations of one model, in standard deviations of a row.
 pub const NEAR: f64 = 2e-4;
 
-/// Every case, as tests of their own that call `is_the_reference(case, dtype)`, which is there by then.
+/// Tests of every case, of which none is left out, and of a directory's: they call `is_the_reference(case, dtype)`.
 macro_rules! every_case {
     () => {
         crate::device::cases! {
@@ -63,6 +63,18 @@ macro_rules! cases {
                 is_the_reference($case, DType::BF16);
             }
         })*
+
+        /// A case that is added for the other backends is one for this.
+        #[test]
+        fn no_case_is_left_out() {
+            crate::device::none_is_left_out(CASES);
+        }
+
+        #[test]
+        #[ignore = "needs cases in the directory that BATON_GOLDEN names"]
+        fn every_case_of_a_directory() {
+            crate::device::every_case_of_directory(is_the_reference);
+        }
     };
 }
 pub(crate) use cases;
@@ -128,7 +140,7 @@ pub fn every_case_of_directory(is_the_reference: fn(&str, DType)) {
 }
 
 /// Gives the cache of `[from, to)` of every layer from one store to another, head by head.
-pub fn hand_over<A: Backend, B: Backend>(source: &mut Rank<A>, sink: &mut Rank<B>, from: u32, to: u32) {
+fn hand_over<A: Backend, B: Backend>(source: &mut Rank<A>, sink: &mut Rank<B>, from: u32, to: u32) {
     let mut landing = sink.kv.land(SEQ, from..to).unwrap();
     let spec = source.model.kv_spec().clone();
     for layer in 0..spec.layers {

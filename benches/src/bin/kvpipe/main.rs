@@ -142,8 +142,21 @@ fn compare(args: &Args, link: &Link, total_bytes: usize) -> Result<()> {
     let mut rows: Vec<(String, usize, Vec<Sample>)> = Vec::new();
     for block in &args.block {
         let block_bytes = block << 10;
-        for contender in &mut contenders {
-            contender.go(block_bytes, link).with_context(|| format!("{}: warm-up", contender.name))?;
+        let mut failed = None;
+        contenders.retain_mut(|contender| match contender.go(block_bytes, link) {
+            Ok(_) => true,
+            // A peer that does not run here is no reason to measure nothing.
+            Err(error) if !contender.name.starts_with("baton") => {
+                eprintln!("kvpipe: {} is left out: {error:#}", contender.name);
+                false
+            }
+            Err(error) => {
+                failed.get_or_insert_with(|| error.context(format!("{}: warm-up", contender.name)));
+                true
+            }
+        });
+        if let Some(error) = failed {
+            return Err(error);
         }
         if link.near_hosts().len() > 1 && !field.fresh && rows.is_empty() {
             // The paths are probed in the background.
