@@ -81,10 +81,12 @@ else
 fi
 
 stage "attention alone" 30 "${device[@]}" --attention-speed --prompt "$prompt" "${beside[@]}"
+stage "attention alone, mma.sync" 20 "${device[@]}" --attention-speed --mma --prompt "$prompt" "${beside[@]}"
 stage "Llama-3-8B shape, random weights" 150 "${device[@]}" --config "$config" --prompt "$prompt" --peak-tflops "$peak" "${beside[@]}"
 stage "products alone" 45 "${device[@]}" --products $small
-stage "conformance suite" 90 "${device[@]}" --conformance
-stage "golden cases" 60 "${device[@]}" --golden tests/golden
+stage "attention against float64, mma.sync" 25 "${device[@]}" --attention "$((shapes / 4))" --mma
+stage "conformance suite" 75 "${device[@]}" --conformance
+stage "golden cases" 45 "${device[@]}" --golden tests/golden
 
 if [ "$backend" = cpu ]; then
   row "compute-sanitizer" "not run" "no GPU here"

@@ -4,7 +4,7 @@ use std::net::SocketAddr;
 use std::path::PathBuf;
 
 use anyhow::{Result, ensure};
-use backend::{Activations, DType, Fp8Activations};
+use backend::{Activations, DType, Fp8Activations, PromptAttention};
 use kvtransfer::{Codec, CodecPolicy};
 use node::{BackendKind, KvTransport, LoadFormat, Sealing};
 
@@ -72,6 +72,8 @@ settings! {
         cuda_activations: Fp8Activations ["NAME"] = "exact";
         /// Queue every step kernel by kernel on an NVIDIA GPU, without CUDA graphs
         cuda_eager: bool [""];
+        /// Attention of prompts on an NVIDIA GPU: auto, or mma (the kernels of every generation, on Hopper too)
+        cuda_attention: PromptAttention ["NAME"] = "auto";
         /// Processes that share the model, each holding a part (tensor parallel)
         tp: usize ["N"] = "1";
         /// Which of them this process is; rank 0 leads
@@ -99,6 +101,7 @@ settings! {
 
 choice!(BackendKind { "auto" => BackendKind::Auto, "cpu" => BackendKind::Cpu, "cuda" => BackendKind::Cuda, "mlx" => BackendKind::Mlx });
 choice!(Activations { "exact" => Activations::Exact, "int8" => Activations::Int8 });
+choice!(PromptAttention { "auto" => PromptAttention::Auto, "mma" => PromptAttention::Mma });
 choice!(Fp8Activations { "exact" => Fp8Activations::Exact, "fp8" => Fp8Activations::Fp8 });
 choice!(DType { "bf16" => DType::BF16, "f32" => DType::F32 });
 choice!(CodecPolicy {

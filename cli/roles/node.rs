@@ -86,7 +86,11 @@ async fn start(settings: NodeSettings, role: &str) -> Result<Option<(NodeConfig,
             activations: settings.cpu_activations,
             pin: settings.cpu_pin,
         },
-        cuda: CudaOptions { activations: settings.cuda_activations, eager: settings.cuda_eager },
+        cuda: CudaOptions {
+            activations: settings.cuda_activations,
+            eager: settings.cuda_eager,
+            attention: settings.cuda_attention,
+        },
         land_deadline: LAND_DEADLINE,
         drain: settings.drain.0,
     };

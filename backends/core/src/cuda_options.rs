@@ -7,6 +7,18 @@ pub struct CudaOptions {
     pub activations: Fp8Activations,
     /// Whether every step is queued kernel by kernel, without graphs.
     pub eager: bool,
+    /// Which kernels attend prompts.
+    pub attention: PromptAttention,
+}
+
+/// Which kernels attend prompts in bf16.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum PromptAttention {
+    /// The fastest for the GPU: on Hopper those of warp groups (wgmma), once they have been compared with the others.
+    #[default]
+    Auto,
+    /// Those of every generation (mma.sync).
+    Mma,
 }
 
 /// How activations meet FP8 weights where rows are many.

@@ -27,7 +27,7 @@ pub mod weight;
 pub use affine::{AffineForm, SuperScales};
 pub use batch::{Batch, Input, Run, SeqId};
 pub use cpu_options::{Activations, CpuOptions};
-pub use cuda_options::{CudaOptions, Fp8Activations};
+pub use cuda_options::{CudaOptions, Fp8Activations, PromptAttention};
 pub use draw::{Draw, Drawn, Noise, Rule};
 pub use dtype::DType;
 pub use error::{BackendError, KvError};

@@ -14,13 +14,14 @@ extern u8 __ehdr_start[] __attribute__((visibility("hidden")));
 extern u8 _end[] __attribute__((visibility("hidden")));
 
 namespace {
-const u32 WARPS_MAX = 32;
+const u32 WARPS_MAX = 32, THREADS_MAX = 1024;
 
 // Of a byte of shared memory, or of two bytes of the device's. Times are counted over the whole process: barriers, blocks and
 // launches all begin a new one, so that nothing needs to be reset.
 struct Cell {
     u32 written, written_warp, read, read_warp;  // times; of the warp's own barriers
     u32 read_by_blocks;                          // launch in which several blocks read this
+    u32 fences;                                  // of the writer, before it wrote
     u16 writer, reader;
     u8 lanes, warps;  // whether several lanes, several warps have read since the last barrier
     u8 pending;
@@ -36,7 +37,7 @@ std::map<u64, Region> allocations;  // by end
 Region dynamic, fixed, *last;
 u64 stacks_begin, stacks_end, args_begin, args_end;
 u64 pending;  // bytes that copies will fill
-u32 now = 1, launch_begin, block_begin, warp_times[WARPS_MAX];
+u32 now = 1, launch_begin, block_begin, warp_times[WARPS_MAX], fences[THREADS_MAX];
 std::string kernel, failure;
 
 Cell* cells_of(u64 count) {
@@ -91,6 +92,7 @@ void check_cell(Region* region, u64 at, Cell& cell, bool write) {
         cell.written = now;
         cell.written_warp = warp_times[me / 32];
         cell.writer = me;
+        cell.fences = fences[me];
         return;
     }
     if (cell.read >= launch_begin && cell.read < block_begin) cell.read_by_blocks = launch_begin;
@@ -171,6 +173,19 @@ void checks_landed(u64 at, u32 size) {
     for (u64 i = at; i < at + size; ++i) region->cells[(i - region->begin) / region->grain].pending = 0;
     pending -= size;
     checks_access(at, size, true);
+}
+
+void checks_fence() {
+    ++fences[threadIdx.x];
+}
+
+void checks_product(u64 at) {
+    checks_access(at, 16, false);
+    Region* region = region_of(at, 16);
+    for (u64 i = at; region && i < at + 16; i += region->grain) {
+        const Cell& cell = region->cells[(i - region->begin) / region->grain];
+        if (cell.fences == fences[cell.writer]) checks_fail("no fence has shown products " + name(region, i));
+    }
 }
 
 void checks_fail(const std::string& what) {

@@ -13,6 +13,9 @@ void checks_access(u64 at, u32 size, bool write);
 // Shared memory that a copy on its way will fill, and that it has filled.
 void checks_pending(u64 at, u32 size);
 void checks_landed(u64 at, u32 size);
+// What this thread has written to shared memory is there for products from the next barrier on; a read of 16 bytes by one.
+void checks_fence();
+void checks_product(u64 at);
 // Ends the running block: a wrong access is not made. Does not return.
 void stop_block();
 // The first failure of this launch; later ones are dropped. Does not return.

@@ -39,6 +39,12 @@ void load_matrices_of(u32 (&r)[4], const bf16* row, bool turned);
 void copy_async(void* to, const void* from, bool there);
 void copies_commit();
 void copies_wait_for(int left);
+// Products of warp groups: done when they are waited for, with what then lies in registers and in shared memory.
+void shared_fence();
+void group_fence();
+void group_product_of(float* d, int tiles, const u32* x, u64 x_at, u64 w_at, bool adds, bool turned);
+void group_commit();
+void group_wait_for(int left);
 // `bytes` at a multiple of so many.
 void load_aligned(void* to, const void* from, u32 bytes);
 void store_aligned(void* to, const void* from, u32 bytes);
@@ -152,3 +158,26 @@ template <int LEFT>
 static inline void copies_wait() {
     copies_wait_for(LEFT);
 }
+
+// As the descriptors of products have them.
+static inline u32 shared_address(const void* at) {
+    return (u32)((u64)at - (u64)registers.dynamic_shared);
+}
+
+template <int NT>
+static inline void group_product(float (&d)[NT][4], u64 x, u64 w, bool adds) {
+    group_product_of(d[0], NT, nullptr, x, w, adds, false);
+}
+
+template <int NT>
+static inline void group_product_turned(float (&d)[NT][4], const u32 (&x)[4], u64 w) {
+    group_product_of(d[0], NT, x, 0, w, true, true);
+}
+
+template <int LEFT>
+static inline void group_wait() {
+    group_wait_for(LEFT);
+}
+
+template <typename T>
+static inline void settle(T&) {}

@@ -21,13 +21,25 @@ struct Copy {
     u32 group;
 };
 
+// A product of a warp group on its way: the registers of one thread.
+struct Product {
+    float* d;
+    int tiles;  // of 8 columns
+    const u32* x;
+    u64 x_at, w_at;
+    bool adds, turned;
+    u32 group;
+};
+
 // Entered by its context, afterwards by jumps: these make no system call.
 struct Fiber {
     ucontext_t context;
     jmp_buf place;
     bool begun = false, ended = false;
     std::vector<Copy> copies;
-    u32 groups = 0, exchanges = 0;
+    std::vector<Product> products;
+    u32 groups = 0, exchanges = 0, product_groups = 0;
+    bool fenced = false;
 };
 
 // Arrivals at a barrier; a thread that has ended no longer counts.
@@ -51,7 +63,7 @@ jmp_buf scheduler;
 u32 current, threads;
 u64 progress;
 Barrier block;
-Barrier warps[THREADS_MAX / 32], rendezvous[THREADS_MAX / 32];
+Barrier warps[THREADS_MAX / 32], rendezvous[THREADS_MAX / 32], warp_groups[THREADS_MAX / 128];
 // Two tables for each warp in turn: a lane may be one exchange ahead of another that still reads.
 u8 tables[THREADS_MAX / 32][2][32][64];
 Kernel running;
@@ -83,6 +95,7 @@ void wait_at(Barrier& barrier, u32 from, u32 to, void (*passed)(u32)) {
 
 void fiber_main() {
     running(arguments);
+    if (!fibers[current].products.empty()) checks_fail("ended with products on their way");
     fibers[current].ended = true;
     ++progress;
     _longjmp(scheduler, 1);
@@ -106,8 +119,10 @@ bool run_block() {
         Fiber& fiber = fibers[i];
         fiber.begun = fiber.ended = false;
         fiber.copies.clear();
-        fiber.groups = fiber.exchanges = 0;
-        warps[i / 32] = rendezvous[i / 32] = Barrier();
+        fiber.products.clear();
+        fiber.groups = fiber.exchanges = fiber.product_groups = 0;
+        fiber.fenced = false;
+        warps[i / 32] = rendezvous[i / 32] = warp_groups[i / 128] = Barrier();
         getcontext(&fiber.context);
         fiber.context.uc_stack.ss_sp = stacks + i * STACK_BYTES;
         fiber.context.uc_stack.ss_size = STACK_BYTES;
@@ -251,6 +266,83 @@ void copies_wait_for(int left) {
     fiber.copies.erase(end, fiber.copies.end());
 }
 
+void shared_fence() {
+    checks_fence();
+}
+
+void group_fence() {
+    fibers[current].fenced = true;
+}
+
+void group_product_of(float* d, int tiles, const u32* x, u64 x_at, u64 w_at, bool adds, bool turned) {
+    Fiber& fiber = fibers[current];
+    if (!fiber.fenced) checks_fail("products without a fence before them");
+    fiber.products.push_back({d, tiles, x, x_at, w_at, adds, turned, fiber.product_groups});
+}
+
+void group_commit() {
+    ++fibers[current].product_groups;
+}
+
+// Where 16 bytes of a tile lie: pieces of 128 bytes are permuted by the address.
+static const u8* permuted(u64 at) {
+    return registers.dynamic_shared + (at ^ (at >> 7 & 7) << 4);
+}
+
+// Where element `k` of line `line` of an operand lies, by its descriptor: lines of 128 bytes in eights, or columns of them.
+static const bf16* element(u64 tile, int line, int k, bool turned) {
+    const u64 begin = (tile & 0x3fff) << 4, leading = (tile >> 16 & 0x3fff) << 4, stride = (tile >> 32 & 0x3fff) << 4;
+    if (tile >> 62 != 1) checks_fail("a tile that is not permuted by 128 bytes");
+    const u64 at = turned ? begin + line / 64 * leading + k / 8 * stride + k % 8 * 128 + line % 64 * 2
+                          : begin + line / 8 * stride + line % 8 * 128 + k * 2;
+    return (const bf16*)(permuted(at / 16 * 16) + at % 16);
+}
+
+static float value(bf16 x) {
+    return bits_float((u32)x.bits << 16);
+}
+
+static void compute(const Product& product) {
+    const int thread = current % 128, columns = product.tiles * 8;
+    // Each thread of the group answers for its part of the operands.
+    for (int piece = thread; piece < columns * 2; piece += 128)
+        checks_product(product.turned ? (u64)element(product.w_at, piece / 16 * 8, piece % 16, true)
+                                      : (u64)element(product.w_at, piece / 2, piece % 2 * 8, false));
+    float x[2][16];
+    if (product.x) {
+        const u8* all = exchange(product.x, 16);
+        for (int h = 0; h < 2; ++h)
+            for (int k = 0; k < 16; ++k) {
+                u32 pair = ((const u32*)(all + (this_lane() / 4 * 4 + k % 8 / 2) * 64))[h + k / 8 * 2];
+                x[h][k] = k % 2 ? high_half(pair) : low_half(pair);
+            }
+    } else {
+        checks_product((u64)element(product.x_at, thread / 2, thread % 2 * 8, false));
+        for (int h = 0; h < 2; ++h)
+            for (int k = 0; k < 16; ++k)
+                x[h][k] = value(*element(product.x_at, thread / 32 * 16 + this_lane() / 4 + h * 8, k, false));
+    }
+    for (int n = 0; n < product.tiles; ++n)
+        for (int i = 0; i < 4; ++i) {
+            float& d = product.d[n * 4 + i];
+            float sum = product.adds ? d : 0.0f;
+            for (int k = 0; k < 16; ++k)
+                sum += x[i / 2][k] * value(*element(product.w_at, n * 8 + this_lane() % 4 * 2 + i % 2, k, product.turned));
+            d = sum;
+        }
+}
+
+void group_wait_for(int left) {
+    const u32 group = current / 128;
+    wait_at(warp_groups[group], group * 128, group * 128 + 128, nullptr);
+    Fiber& fiber = fibers[current];
+    size_t done = 0;
+    for (; done < fiber.products.size() && fiber.products[done].group + left < fiber.product_groups; ++done)
+        compute(fiber.products[done]);
+    fiber.products.erase(fiber.products.begin(), fiber.products.begin() + done);
+    fiber.fenced = false;
+}
+
 // 0: done; else what is wrong is in `report`. One caller at a time.
 extern "C" int emulator_launch(const char* name, const u32* grid, u32 count, u32 shared_bytes, const void* args,
                                u32 args_bytes, char* report, u32 report_bytes) {
@@ -266,8 +358,8 @@ extern "C" int emulator_launch(const char* name, const u32* grid, u32 count, u32
     running = found->second.kernel;
     arguments = args;
     threads = count;
-    std::vector<u8> shared(shared_bytes + 128);
-    u8* dynamic = (u8*)(((u64)shared.data() + 127) / 128 * 128);
+    std::vector<u8> shared(shared_bytes + 1024);
+    u8* dynamic = (u8*)(((u64)shared.data() + 1023) / 1024 * 1024);
     registers.grid_size = {grid[0], grid[1], grid[2]};
     registers.block_size = {count, 1, 1};
     registers.dynamic_shared = dynamic;

@@ -1,5 +1,5 @@
 // Kernels that do what a GPU would punish or, worse, would not: the checks must see each of them. See src/emulator.rs.
-#include "../kernels/device.cuh"
+#include "../kernels/groups.cuh"
 
 struct FaultArgs {
     u64 at;  // [64] u32
@@ -81,3 +81,23 @@ KERNEL(fault_barrier, FaultArgs, 64) {
     __syncthreads();
     ((u32*)a.at)[threadIdx.x] = 0;
 }
+
+// One tile of 64 x 64 by itself; each `wrong` leaves one thing out.
+template <typename Wrong>
+__device__ void products(const FaultArgs& a, Wrong wrong) {
+    DYNAMIC_SHARED(bf16, x);
+    for (u32 i = threadIdx.x; i < 64 * 64; i += 128) x[i].bits = 0;
+    if (!wrong(0)) shared_fence();
+    __syncthreads();
+    float d[8][4];
+    if (!wrong(1)) group_fence();
+    group_product(d, tile_address(x), tile_address(x), false);
+    group_commit();
+    if (wrong(2) && threadIdx.x == 5) x[0].bits = 0;
+    group_wait<0>();
+    if (threadIdx.x < 64) ((u32*)a.at)[threadIdx.x] = float_bits(d[0][0]);
+}
+
+KERNEL(fault_unfenced, FaultArgs, 128) { products(a, [&](u32 what) { return a.wrong && what == 0; }); }
+KERNEL(fault_registers, FaultArgs, 128) { products(a, [&](u32 what) { return a.wrong && what == 1; }); }
+KERNEL(fault_operand, FaultArgs, 128) { products(a, [&](u32 what) { return a.wrong && what == 2; }); }

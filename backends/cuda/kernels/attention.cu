@@ -1,45 +1,21 @@
 // Causal attention over the cache. `attend_*` is flash attention on tensor cores: a block takes some rows of one sequence
 // and some heads that share K and V, so that a tile of queries reads each K and V once; keys may be split over blocks,
 // whose sums `combine` joins. `attend_plain_*` takes any size and type, one warp a row and head.
-#include "device.cuh"
+#include "attention.cuh"
 
-struct AttendArgs {
-    u64 q, out;            // [rows, heads, key_dim] T with strides, [rows, heads, value_dim] T
-    u64 k, v;              // tokens with strides
-    u64 tables, firsts;    // [runs, blocks_max] u32 page; or 0, and [runs] u32 token of position 0
-    u64 tiles;             // [gridDim.x] Tile
-    u64 partial;           // sums of splits, or 0
-    u32 q_row, q_head, k_token, k_head, v_token, v_head;  // strides in elements
-    u32 heads, group, pack;  // query heads; those that share a KV head; those of one tile
-    u32 key_dim, value_dim, blocks_max, block_shift, window, splits;  // a block has 2^block_shift tokens
-    float scale;
-};
-
-__device__ __forceinline__ u64 token_at(const AttendArgs& a, u32 run, u32 position) {
-    if (!a.tables) return (u64)((const u32*)a.firsts)[run] + position;
-    return token_in((const u32*)a.tables + (u64)run * a.blocks_max, position, a.block_shift);
-}
-
-// Tiles of BN positions of K or V into shared memory, padded rows; zeros where there is nothing. `first` is a multiple
-// of BN, so that blocks of as many tokens or more hold a tile in one piece.
+// Positions [first, first + BN) of K or V into shared memory, padded rows; zeros where there is nothing. A thread takes
+// 16 bytes of every 64 columns of its rows, so that it looks a page up once a row.
 template <int D, int BN, int THREADS>
 __device__ __forceinline__ void load_tile(bf16* to, const bf16* base, u32 stride, u32 dim, const AttendArgs& a, u32 run,
                                           u32 first, u32 end) {
-    const bf16* row = base + token_at(a, run, first) * stride;
-    if (!a.tables || (1u << a.block_shift) >= BN) {
+    const u32 c = threadIdx.x % 8 * 8;
 #pragma unroll
-        for (int i = threadIdx.x; i < BN * D / 8; i += THREADS) {
-            u32 at = i / (D / 8), c = i % (D / 8) * 8;
-            bool there = first + at < end && c < dim;
-            copy_async(to + at * (D + 8) + c, row + (there ? at * stride + c : 0), there);
-        }
-        return;
-    }
-#pragma unroll 1
-    for (int i = threadIdx.x; i < BN * D / 8; i += THREADS) {
-        u32 at = i / (D / 8), c = i % (D / 8) * 8;
-        bool there = first + at < end && c < dim;
-        copy_async(to + at * (D + 8) + c, there ? base + token_at(a, run, first + at) * stride + c : row, there);
+    for (u32 at = threadIdx.x / 8; at < BN; at += THREADS / 8) {
+        const bool there = first + at < end;
+        const bf16* row = base + token_at(a, run, there ? first + at : first) * stride;
+#pragma unroll
+        for (u32 d = c; d < D; d += 64)
+            copy_async(to + at * (D + 8) + d, row + (d < dim ? d : 0), there && d < dim);
     }
 }
 

@@ -19,7 +19,7 @@ struct bf16 {
 // One argument, a struct: the host passes bytes. `threads`: the most of a block, so that registers suffice for them.
 #define KERNEL(name, Args, threads) extern "C" __global__ void __launch_bounds__(threads) name(const __grid_constant__ Args a)
 #define DYNAMIC_SHARED(type, name)                       \
-    extern __shared__ __align__(128) u8 dynamic_shared[]; \
+    extern __shared__ __align__(1024) u8 dynamic_shared[]; \
     type* name = (type*)dynamic_shared
 
 __device__ __forceinline__ float half_to_float(u16 bits) {
@@ -44,6 +44,11 @@ __device__ __forceinline__ u32 lane_ballot(bool x) {
 
 __device__ __forceinline__ void warp_sync() {
     __syncwarp();
+}
+
+// A place in shared memory as the processor numbers it.
+__device__ __forceinline__ u32 shared_address(const void* at) {
+    return (u32)__cvta_generic_to_shared(at);
 }
 
 // d += a b for a tile of 16 x 8 outputs and 16 inputs; fragments as PTX defines them for mma.m16n8k16.
@@ -75,7 +80,7 @@ __device__ __forceinline__ u32 pair_fp8(float low, float high) {
 
 // Four 8 x 8 matrices of 16-bit elements; lane l names row l % 8 of matrix l / 8.
 __device__ __forceinline__ void load_matrices(u32 (&r)[4], const bf16* row) {
-    u32 at = (u32)__cvta_generic_to_shared(row);
+    u32 at = shared_address(row);
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3},[%4];"
                  : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
                  : "r"(at)
@@ -84,7 +89,7 @@ __device__ __forceinline__ void load_matrices(u32 (&r)[4], const bf16* row) {
 
 // The same, each matrix turned.
 __device__ __forceinline__ void load_matrices_turned(u32 (&r)[4], const bf16* row) {
-    u32 at = (u32)__cvta_generic_to_shared(row);
+    u32 at = shared_address(row);
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3},[%4];"
                  : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
                  : "r"(at)
@@ -93,7 +98,7 @@ __device__ __forceinline__ void load_matrices_turned(u32 (&r)[4], const bf16* ro
 
 // 16 bytes from global to shared memory; zeros when `there` is false.
 __device__ __forceinline__ void copy_async(void* to, const void* from, bool there) {
-    u32 at = (u32)__cvta_generic_to_shared(to);
+    u32 at = shared_address(to);
     int bytes = there ? 16 : 0;
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(at), "l"(from), "r"(bytes) : "memory");
 }

@@ -1,6 +1,8 @@
 //! Attention on the device: where rows lie in the cache, which kernel sees which rows, and attention with heads of keys and
 //! values; that over latents is in [`crate::latent`].
 
+mod flash;
+
 use std::rc::Rc;
 
 use backend::{Attend, BackendError, KvStore, NormSpan, QkNorm, Rope, RopeStyle};
@@ -13,12 +15,12 @@ use crate::memory::Buffer;
 use crate::nccl::Element;
 use crate::step::CudaStep;
 
+pub(crate) use flash::{FEW_QUERIES, FLASH, Flash, Kernel};
+
 /// Threads of a block of the plain kernels: a warp a head.
 const PLAIN_THREADS: u32 = 128;
 /// Elements of a value that the plain kernel holds.
 const PLAIN_VALUE_MAX: usize = 512;
-/// Queries of a block of the `attend_few` kernels.
-const FEW_QUERIES: usize = 16;
 /// Positions that one block reads at least when keys are split.
 pub(crate) const SPLIT_POSITIONS_MIN: usize = 256;
 
@@ -57,32 +59,6 @@ struct Angles<D: Driver> {
     cosines: Rc<Buffer<D>>,
     sines: Rc<Buffer<D>>,
 }
-
-/// A flash kernel for heads up to some size.
-pub(crate) struct Flash {
-    key_max: usize,
-    value_max: usize,
-    /// For prompts and for few queries.
-    kernels: [&'static str; 2],
-    /// Queries of a block of the first.
-    queries: usize,
-    /// Positions of a tile.
-    keys: usize,
-}
-
-impl Flash {
-    /// Queries, keys and values in padded rows of bf16.
-    const fn shared_bytes(&self, queries: usize) -> usize {
-        (queries * (self.key_max + 8) + self.keys * (self.key_max + self.value_max + 16)) * 2
-    }
-}
-
-const FLASH: [Flash; 4] = [
-    Flash { key_max: 64, value_max: 64, kernels: ["attend_64", "attend_few_64"], queries: 128, keys: 64 },
-    Flash { key_max: 128, value_max: 128, kernels: ["attend_128", "attend_few_128"], queries: 128, keys: 64 },
-    Flash { key_max: 192, value_max: 128, kernels: ["attend_192", "attend_few_192"], queries: 64, keys: 64 },
-    Flash { key_max: 256, value_max: 256, kernels: ["attend_256", "attend_few_256"], queries: 64, keys: 32 },
-];
 
 pub(crate) fn refused<T>(reason: String) -> Result<T, BackendError> {
     Err(BackendError::Device(reason))
@@ -349,7 +325,8 @@ impl<D: Driver> CudaStep<'_, D> {
         let group = args.group as usize;
         // Runs of up to so many rows fit a block of few queries.
         let few_rows = FEW_QUERIES / divisor(group, FEW_QUERIES);
-        for (few, queries) in [(false, flash.queries), (true, FEW_QUERIES)] {
+        for (few, kernel) in [(false, flash.for_prompts(self.device.groups)), (true, flash.few)] {
+            let queries = kernel.queries;
             let pack = divisor(group, queries);
             let (from, to) = if few { (above + 1, few_rows) } else { (few_rows.max(above) + 1, usize::MAX) };
             let tiles = self.tiles(TileKey { rows_max: queries / pack, from, to })?;
@@ -368,15 +345,7 @@ impl<D: Driver> CudaStep<'_, D> {
                 splits: splits as u32,
                 ..*args
             };
-            let threads = if few { 32 } else { 128 };
-            let grid = [tiles.count as u32, groups as u32, splits as u32];
-            self.device.launch(
-                flash.kernels[usize::from(few)],
-                grid,
-                threads,
-                flash.shared_bytes(queries),
-                &args,
-            )?;
+            flash.launch(self.device, kernel, [tiles.count, groups, splits], &args)?;
             if let Some(partial) = &partial {
                 let combine = CombineArgs {
                     partial: partial.address,

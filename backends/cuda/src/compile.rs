@@ -10,18 +10,21 @@ use cudarc::nvrtc::{result, sys};
 use sha2::{Digest, Sha256};
 
 /// What every kernel file begins with instead of its includes.
-const SHARED: [&str; 3] = [
+const SHARED: [&str; 5] = [
     include_str!("../kernels/device.cuh"),
     include_str!("../kernels/quant.cuh"),
     include_str!("../kernels/product.cuh"),
+    include_str!("../kernels/attention.cuh"),
+    include_str!("../kernels/groups.cuh"),
 ];
 
 /// The files that have kernels, by name.
-pub const FILES: [(&str, &str); 9] = [
+pub const FILES: [(&str, &str); 10] = [
     ("attention.cu", include_str!("../kernels/attention.cu")),
     ("cache.cu", include_str!("../kernels/cache.cu")),
     ("draw.cu", include_str!("../kernels/draw.cu")),
     ("fp8.cu", include_str!("../kernels/fp8.cu")),
+    ("hopper.cu", include_str!("../kernels/hopper.cu")),
     ("latent.cu", include_str!("../kernels/latent.cu")),
     ("moe.cu", include_str!("../kernels/moe.cu")),
     ("prepare.cu", include_str!("../kernels/prepare.cu")),

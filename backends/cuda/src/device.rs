@@ -5,12 +5,13 @@ use std::rc::Rc;
 
 use backend::{
     Backend, BackendError, Batch, Caps, DType, DeviceOptions, Fp8Activations, Group, KvSpec, Links,
-    WeightSource,
+    PromptAttention, WeightSource,
 };
 
 use crate::act::CudaAct;
 use crate::args::Args;
 use crate::driver::{Driver, Launch};
+use crate::hopper;
 use crate::kv::CudaKv;
 use crate::memory::{Buffer, Pool};
 use crate::queue::Queue;
@@ -28,6 +29,8 @@ pub struct Device<D: Driver> {
     pub(crate) block_tokens: u32,
     /// Whether activations are rounded to FP8 for products with FP8 weights.
     pub(crate) rounds: bool,
+    /// Whether warp groups attend prompts.
+    pub(crate) groups: bool,
     /// The other ranks, where there are others.
     pub(crate) ranks: Option<Ranks>,
     /// What the step before drew: which rows did, and the choices on the device.
@@ -58,18 +61,22 @@ impl<D: Driver> Device<D> {
         }
         let pool = Pool::new(driver);
         pool.queue.write_down(!options.cuda.eager);
-        Ok(Device {
+        let asked = options.cuda.attention == PromptAttention::Auto && options.dtype == DType::BF16;
+        let mut device = Device {
             pool,
             dtype: options.dtype,
             block_tokens: options.block_tokens,
             rounds,
+            groups: false,
             ranks: match group.links {
                 Links::Alone if group.world == 1 => None,
                 _ => Some(Ranks::new(group)?),
             },
             drawn: None,
             choices: None,
-        })
+        };
+        device.groups = asked && device.driver().multiplies_in_groups() && hopper::agrees(&device);
+        Ok(device)
     }
 
     pub(crate) fn driver(&self) -> &D {
@@ -164,10 +171,13 @@ impl<D: Driver + Open> Backend for Device<D> {
     }
 
     fn caps(&self) -> Caps {
-        let device = match &self.ranks {
-            None => self.driver().describe(),
-            Some(ranks) => format!("{}, {}", self.driver().describe(), ranks.describe()),
-        };
+        let mut device = self.driver().describe();
+        if self.groups {
+            device += ", wgmma";
+        }
+        if let Some(ranks) = &self.ranks {
+            device += &format!(", {}", ranks.describe());
+        }
         Caps { name: "cuda", device, exact: false }
     }
 

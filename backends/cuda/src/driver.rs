@@ -67,6 +67,8 @@ pub trait Driver: Clone + 'static {
     fn shared_bytes_max(&self) -> usize;
     /// Whether its tensor cores multiply FP8.
     fn multiplies_fp8(&self) -> bool;
+    /// Whether its warps multiply in groups (Hopper's wgmma).
+    fn multiplies_in_groups(&self) -> bool;
     /// Whether device and host have one memory, so that nothing needs to be staged.
     fn unified(&self) -> bool;
     /// Which of all devices this is.

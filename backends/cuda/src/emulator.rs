@@ -21,12 +21,13 @@ const SHARED_BYTES: [usize; 2] = [99 * 1024, 227 * 1024];
 const PROGRESS: usize = 4;
 
 /// Kernels on the host. Device 0 is small and has memory of its own, device 1 is large, multiplies FP8 and shares the host's; devices 2 and
-/// 3 are such with a library of dense products.
+/// 3 are such with a library of dense products; 4 to 7 are as 0 to 3, and their warps multiply in groups.
 #[derive(Clone)]
 pub struct Emulated {
     machine: Arc<Mutex<Machine>>,
     large: bool,
     library: bool,
+    groups: bool,
     identity: [u8; 16],
 }
 
@@ -114,6 +115,7 @@ impl Open for Emulated {
             machine: Arc::default(),
             large: device % 2 == 1,
             library: device / 2 % 2 == 1,
+            groups: device / 4 % 2 == 1,
             identity,
         })
     }
@@ -163,6 +165,10 @@ impl Driver for Emulated {
 
     fn multiplies_fp8(&self) -> bool {
         self.large
+    }
+
+    fn multiplies_in_groups(&self) -> bool {
+        self.groups
     }
 
     fn unified(&self) -> bool {

@@ -9,6 +9,7 @@ mod device;
 mod driver;
 mod fp8;
 mod graphs;
+mod hopper;
 mod kv;
 mod latent;
 mod lease;

@@ -43,6 +43,7 @@ struct Gpu {
     processors: u32,
     shared_bytes_max: usize,
     multiplies_fp8: bool,
+    multiplies_in_groups: bool,
     unified: bool,
     identity: [u8; 16],
     /// Pinned memory that uploads pass through, and the copy that reads it.
@@ -144,6 +145,7 @@ impl Open for Nvidia {
                 shared_bytes_max: shared as usize,
                 // Ada and later.
                 multiplies_fp8: (major, minor) >= (8, 9),
+                multiplies_in_groups: major == 9,
                 unified: integrated,
                 identity: uuid.bytes.map(|byte| byte as u8),
                 stages: RefCell::default(),
@@ -201,6 +203,10 @@ impl Driver for Nvidia {
 
     fn multiplies_fp8(&self) -> bool {
         self.0.multiplies_fp8
+    }
+
+    fn multiplies_in_groups(&self) -> bool {
+        self.0.multiplies_in_groups
     }
 
     fn unified(&self) -> bool {

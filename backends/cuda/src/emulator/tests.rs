@@ -11,8 +11,12 @@ fn said(kernel: &'static str, blocks: u32, wrong: u32) -> Result<(), String> {
     let device = Emulated::open(0, None).unwrap();
     let memory = device.alloc(256).unwrap();
     device.clear(device.address(&memory), 256).unwrap();
-    let threads = if kernel == "fault_blocks" { 1 } else { 64 };
-    let launch = Launch { kernel, grid: [blocks, 1, 1], threads, shared_bytes: 256 };
+    let (threads, shared_bytes) = match kernel {
+        "fault_blocks" => (1, 256),
+        "fault_unfenced" | "fault_registers" | "fault_operand" => (128, 64 * 64 * 2),
+        _ => (64, 256),
+    };
+    let launch = Launch { kernel, grid: [blocks, 1, 1], threads, shared_bytes };
     device.launch(launch, &fault_args(device.address(&memory), wrong)).unwrap();
     Emulated::wait(&device.record(Lane::Compute).unwrap()).map_err(|error| error.to_string())
 }
@@ -31,6 +35,9 @@ fn faults_of_kernels_are_seen() {
         ("fault_copy", 1, "while a copy fills it"),
         ("fault_blocks", 2, "another block has written"),
         ("fault_barrier", 1, "wait for each other for ever"),
+        ("fault_unfenced", 1, "no fence has shown products"),
+        ("fault_registers", 1, "products without a fence"),
+        ("fault_operand", 1, "race with a write of thread 5"),
     ] {
         assert_eq!(said(kernel, blocks, 0), Ok(()), "{kernel}");
         let got = said(kernel, blocks, 1);

@@ -4,8 +4,8 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Result, bail};
 use backend::{
-    Attend, Backend, Batch, DType, DeviceOptions, Group, KvSpec, KvStore, MatrixView, Out, Output, Rope,
-    RopeStyle, SeqId, Step, TensorView, WeightSource,
+    Attend, Backend, Batch, DType, DeviceOptions, Group, KvSpec, KvStore, MatrixView, Out, Output,
+    PromptAttention, Rope, RopeStyle, SeqId, Step, TensorView, WeightSource,
 };
 use half::bf16;
 
@@ -87,9 +87,10 @@ pub fn check<B: Backend>(count: usize, options: &DeviceOptions) -> Result<bool> 
             worst = if difference.is_nan() { difference } else { worst.max(difference) };
         }
         all &= failed == 0;
+        let kernels = if options.cuda.attention == PromptAttention::Mma { ", mma.sync" } else { "" };
         let verdict = if failed == 0 { "ok".to_owned() } else { format!("FAILED: {failed}") };
         println!(
-            "| attention against float64, {count} shapes, {dtype} | {verdict} | largest difference {worst:.1e} of the largest value, limit {limit} |"
+            "| attention against float64{kernels}, {count} shapes, {dtype} | {verdict} | largest difference {worst:.1e} of the largest value, limit {limit} |"
         );
     }
     Ok(all)

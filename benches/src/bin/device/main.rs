@@ -12,7 +12,7 @@ use std::path::PathBuf;
 
 use anyhow::{Context, Result, bail};
 use backend::conformance::{QUANTS, Suite, Tolerance};
-use backend::{Backend, DType, DeviceOptions, Group};
+use backend::{Backend, CudaOptions, DType, DeviceOptions, Group, PromptAttention};
 use backend_cpu::CpuBackend;
 use backend_cuda::CudaBackend;
 use clap::Parser;
@@ -48,6 +48,9 @@ struct Args {
     /// Measure attention by itself over the long prompt
     #[arg(long)]
     attention_speed: bool,
+    /// Attend prompts by the kernels of every generation, on Hopper too
+    #[arg(long)]
+    mma: bool,
     /// Measure products by themselves, by format of the weights
     #[arg(long)]
     products: bool,
@@ -88,7 +91,9 @@ fn main() -> Result<()> {
 
 fn run<B: Backend>(args: &Args, replays: Option<Replays<B>>) -> Result<()> {
     let dtype: DType = args.dtype.parse().map_err(anyhow::Error::msg)?;
-    let options = DeviceOptions { dtype, cache: args.cache.clone(), ..DeviceOptions::default() };
+    let attention = if args.mma { PromptAttention::Mma } else { PromptAttention::Auto };
+    let cuda = CudaOptions { attention, ..CudaOptions::default() };
+    let options = DeviceOptions { dtype, cuda, cache: args.cache.clone(), ..DeviceOptions::default() };
     let device = B::open(&options, Group::alone())?;
     println!("{}: {}", device.caps().name, device.caps().device);
     drop(device);
@@ -109,8 +114,9 @@ fn run<B: Backend>(args: &Args, replays: Option<Replays<B>>) -> Result<()> {
         let time = attention::speed::<B>(args.prompt, args.runs.max(1), &options)?;
         let rate = attention::flops(args.prompt) / time.as_secs_f64() / 1e12;
         let beside = measure::times(&beside, "attention", time, "torch's flash SDPA (goal 0.8)");
+        let kernels = if args.mma { ", mma.sync" } else { "" };
         println!(
-            "| attention alone, {} tokens, 32 heads of 128 on 8 | {time:.2?} | {rate:.1} TFLOP/s{beside} |",
+            "| attention alone{kernels}, {} tokens, 32 heads of 128 on 8 | {time:.2?} | {rate:.1} TFLOP/s{beside} |",
             args.prompt
         );
     }

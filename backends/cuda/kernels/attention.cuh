@@ -1,0 +1,20 @@
+// What the kernels of attention share: arguments, and where a position lies.
+#pragma once
+#include "device.cuh"
+
+struct AttendArgs {
+    u64 q, out;            // [rows, heads, key_dim] T with strides, [rows, heads, value_dim] T
+    u64 k, v;              // tokens with strides
+    u64 tables, firsts;    // [runs, blocks_max] u32 page; or 0, and [runs] u32 token of position 0
+    u64 tiles;             // [gridDim.x] Tile
+    u64 partial;           // sums of splits, or 0
+    u32 q_row, q_head, k_token, k_head, v_token, v_head;  // strides in elements
+    u32 heads, group, pack;  // query heads; those that share a KV head; those of one tile
+    u32 key_dim, value_dim, blocks_max, block_shift, window, splits;  // a block has 2^block_shift tokens
+    float scale;
+};
+
+__device__ __forceinline__ u64 token_at(const AttendArgs& a, u32 run, u32 position) {
+    if (!a.tables) return (u64)((const u32*)a.firsts)[run] + position;
+    return token_in((const u32*)a.tables + (u64)run * a.blocks_max, position, a.block_shift);
+}

@@ -1,0 +1,209 @@
+// Causal attention of prompts on Hopper: flash attention as in attention.cu, whose products are those of warp groups. Scores of the
+// next positions are computed while values of these are summed, so that tensor cores do not wait for exponents.
+#include "attention.cuh"
+#include "groups.cuh"
+
+const int GROUP_QUERIES = 128, GROUP_THREADS = 256, GROUP_KEYS = 128;
+
+// Positions [first, first + GROUP_KEYS) of K or V into tiles of shared memory; zeros where there is nothing.
+template <int D>
+__device__ __forceinline__ void load_tiles(bf16* to, const bf16* base, u32 stride, u32 dim, const AttendArgs& a, u32 run,
+                                           u32 first, u32 end) {
+    const u32 c = threadIdx.x % 8 * 8;
+#pragma unroll
+    for (u32 at = threadIdx.x / 8; at < GROUP_KEYS; at += GROUP_THREADS / 8) {
+        const bool there = first + at < end;
+        const bf16* row = base + token_at(a, run, there ? first + at : first) * stride;
+#pragma unroll
+        for (u32 d = 0; d < D; d += TILE_COLUMNS)
+            copy_async(to + d * GROUP_KEYS + swizzled(at, c), row + (d + c < dim ? d + c : 0), there && d + c < dim);
+    }
+}
+
+// What one thread knows of its two rows.
+struct Softmax {
+    float peak[2], total[2];
+};
+
+// Scores of positions [first, first + GROUP_KEYS) to weights; `keep` is what earlier sums are multiplied by. `cut`: whether a mask passes
+// through them.
+template <int NT>
+__device__ __forceinline__ void weigh(float (&s)[NT][4], Softmax& soft, float (&keep)[2], const AttendArgs& a, u32 position,
+                                      u32 first, bool cut, float scale) {
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+        const u32 at = position + (threadIdx.x / 32 * 16 + threadIdx.x % 32 / 4 + h * 8) / a.pack;
+        float highest = MINUS_INFINITY;
+#pragma unroll
+        for (int n = 0; n < NT; ++n)
+#pragma unroll
+            for (int i = 0; i < 2; ++i) {
+                float& x = s[n][h * 2 + i];
+                const u32 p = first + n * 8 + threadIdx.x % 4 * 2 + i;
+                if (cut && (p > at || (a.window && p + a.window <= at))) x = MINUS_INFINITY;
+                highest = fmaxf(highest, x);
+            }
+        highest = fmaxf(highest, lane_xor(highest, 1));
+        highest = fmaxf(highest, lane_xor(highest, 2));
+        const float before = soft.peak[h], now = fmaxf(before, highest);
+        // A row that has seen nothing yet keeps zeros.
+        const float base = now == MINUS_INFINITY ? 0.0f : now * scale;
+        keep[h] = before == MINUS_INFINITY ? 0.0f : power_of_two(before * scale - base);
+        soft.peak[h] = now;
+        float sum = 0.0f;
+#pragma unroll
+        for (int n = 0; n < NT; ++n)
+#pragma unroll
+            for (int i = 0; i < 2; ++i) {
+                float& x = s[n][h * 2 + i];
+                x = power_of_two(x * scale - base);
+                sum += x;
+            }
+        // Lanes of a row are summed at the end.
+        soft.total[h] = soft.total[h] * keep[h] + sum;
+    }
+}
+
+template <int DK, int DV>
+__device__ __forceinline__ void attend_group(const AttendArgs& a) {
+#if WARP_GROUPS
+    const int NT = GROUP_KEYS / 8, QUERY_TILE = GROUP_QUERIES * TILE_COLUMNS, TILE = GROUP_KEYS * TILE_COLUMNS;
+    DYNAMIC_SHARED(bf16, shared);
+    bf16 *sq = shared, *sk = sq + GROUP_QUERIES * DK, *sv = sk + 2 * GROUP_KEYS * DK;
+    const Tile tile = ((const Tile*)a.tiles)[blockIdx.x];
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+    const u32 head_first = blockIdx.y * a.pack, kv_head = head_first / a.group;
+    const u32 queries = tile.rows * a.pack;
+    const bf16* k_base = (const bf16*)a.k + (u64)kv_head * a.k_head;
+    const bf16* v_base = (const bf16*)a.v + (u64)kv_head * a.v_head;
+    const u32 end = tile.position + tile.rows;
+    const u32 first = a.window && tile.position + 1 > a.window ? tile.position + 1 - a.window : 0;
+    const u32 from = first / GROUP_KEYS, to = (end + GROUP_KEYS - 1) / GROUP_KEYS;
+    const float scale = a.scale * 1.4426950408889634f;  // exponents to base 2
+
+    auto load_keys = [&](u32 j) {
+        load_tiles<DK>(sk + (j - from) % 2 * GROUP_KEYS * DK, k_base, a.k_token, a.key_dim, a, tile.run, j * GROUP_KEYS, end);
+    };
+    auto load_values = [&](u32 j) {
+        load_tiles<DV>(sv + (j - from) % 2 * GROUP_KEYS * DV, v_base, a.v_token, a.value_dim, a, tile.run, j * GROUP_KEYS, end);
+    };
+    const bf16* own_q = sq + warp / 4 * 64 * TILE_COLUMNS;
+    float s[NT][4], o[DV / 8][4];
+    auto queue_scores = [&](u32 j) {
+        const bf16* keys = sk + (j - from) % 2 * GROUP_KEYS * DK;
+#pragma unroll
+        for (int k = 0; k < DK; k += 16) {
+            const int column = k / TILE_COLUMNS, c = k % TILE_COLUMNS;
+            group_product(s, tile_address(own_q + column * QUERY_TILE + c), tile_address(keys + column * TILE + c), k > 0);
+        }
+        group_commit();
+    };
+    u32 p[NT / 2][4];
+    auto queue_values = [&](u32 j) {
+        const bf16* values = sv + (j - from) % 2 * GROUP_KEYS * DV;
+#pragma unroll
+        for (int k = 0; k < GROUP_KEYS; k += 16)
+            group_product_turned(o, p[k / 16], tile_address(values + k * TILE_COLUMNS, TILE * 2));
+        group_commit();
+    };
+    // Weights in pairs, as the products want them.
+    auto pack = [&] {
+#pragma unroll
+        for (int n = 0; n < NT; n += 2) {
+            p[n / 2][0] = pair_bits(s[n][0], s[n][1]);
+            p[n / 2][1] = pair_bits(s[n][2], s[n][3]);
+            p[n / 2][2] = pair_bits(s[n + 1][0], s[n + 1][1]);
+            p[n / 2][3] = pair_bits(s[n + 1][2], s[n + 1][3]);
+        }
+    };
+    Softmax soft = {{MINUS_INFINITY, MINUS_INFINITY}, {0.0f, 0.0f}};
+    float keep[2];
+    auto to_weights = [&](u32 j) {
+        const u32 at = j * GROUP_KEYS;
+        const bool cut = at + GROUP_KEYS > tile.position + 1 || (a.window && at + a.window < end);
+        if (cut) weigh(s, soft, keep, a, tile.position, at, true, scale);
+        else weigh(s, soft, keep, a, tile.position, at, false, scale);
+    };
+
+    for (u32 i = threadIdx.x; i < GROUP_QUERIES * DK / 8; i += GROUP_THREADS) {
+        const u32 m = i / (DK / 8), c = i % (DK / 8) * 8;
+        const bool there = m < queries && c < a.key_dim;
+        const u32 row = tile.row + (there ? m / a.pack : 0), head = head_first + (there ? m % a.pack : 0);
+        const bf16* q = (const bf16*)a.q + (u64)row * a.q_row + (u64)head * a.q_head;
+        copy_async(sq + c / TILE_COLUMNS * QUERY_TILE + swizzled(m, c % TILE_COLUMNS), q + (there ? c : 0), there);
+    }
+    load_keys(from);
+    copies_commit();
+    load_values(from);
+    if (from + 1 < to) load_keys(from + 1);
+    copies_commit();
+#pragma unroll
+    for (int n = 0; n < DV / 8; ++n)
+#pragma unroll
+        for (int i = 0; i < 4; ++i) o[n][i] = 0.0f;
+
+    copies_wait<1>();
+    shared_fence();
+    __syncthreads();  // the queries and the first K are there
+    group_fence();
+    queue_scores(from);
+    group_wait<0>();
+    settle(s);
+    to_weights(from);
+    pack();
+    u32 j = from;
+    for (; j + 1 < to; ++j) {
+        copies_wait<0>();
+        shared_fence();
+        __syncthreads();  // the next K and this V are there; this K and the last V are no longer read
+        if (j + 2 < to) load_keys(j + 2);
+        load_values(j + 1);
+        copies_commit();
+        settle(o);
+        settle(p);
+        group_fence();
+        queue_scores(j + 1);
+        queue_values(j);
+        group_wait<1>();
+        settle(s);
+        to_weights(j + 1);
+        group_wait<0>();
+        settle(o);
+#pragma unroll
+        for (int n = 0; n < DV / 8; ++n)
+#pragma unroll
+            for (int i = 0; i < 4; ++i) o[n][i] *= keep[i / 2];
+        pack();
+    }
+    copies_wait<0>();
+    shared_fence();
+    __syncthreads();  // the last V is there
+    settle(o);
+    settle(p);
+    group_fence();
+    queue_values(j);
+    group_wait<0>();
+    settle(o);
+
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+        float total = soft.total[h];
+        total += lane_xor(total, 1);
+        total += lane_xor(total, 2);
+        const u32 m = warp * 16 + lane / 4 + h * 8;
+        if (m >= queries) continue;
+        const u64 row = tile.row + m / a.pack, head = head_first + m % a.pack;
+        bf16* out = (bf16*)a.out + (row * a.heads + head) * a.value_dim;
+        const float factor = 1.0f / total;
+#pragma unroll
+        for (int n = 0; n < DV / 8; ++n) {
+            const u32 d = n * 8 + lane % 4 * 2;
+            if (d < a.value_dim) *(u32*)(out + d) = pair_bits(o[n][h * 2] * factor, o[n][h * 2 + 1] * factor);
+        }
+    }
+#endif
+}
+
+KERNEL(attend_group_64, AttendArgs, 256) { attend_group<64, 64>(a); }
+KERNEL(attend_group_128, AttendArgs, 256) { attend_group<128, 128>(a); }
+KERNEL(attend_group_192, AttendArgs, 256) { attend_group<192, 128>(a); }
