@@ -6,7 +6,7 @@ use std::path::PathBuf;
 use anyhow::{Result, ensure};
 use backend::{Activations, DType, Fp8Activations, PromptAttention};
 use kvtransfer::{Codec, CodecPolicy};
-use node::{BackendKind, KvTransport, LoadFormat, Sealing};
+use node::{BackendKind, KvTransport, LoadFormat, Sealing, StepBounds};
 
 use super::Entry;
 use super::setting::settings;
@@ -56,10 +56,10 @@ settings! {
         context: Option<u32> ["TOKENS"];
         /// Sequences that run at once
         max_batch: usize ["SEQUENCES"] = "32";
-        /// Tokens of one step at most, prompts and running sequences together
-        step_tokens: usize ["TOKENS"] = "2048";
-        /// Tokens of one prompt in one step at most
-        chunk_tokens: usize ["TOKENS"] = "512";
+        /// Tokens of one step at most, prompts and running sequences together [default: 4096 on an NVIDIA GPU, elsewhere 2048]
+        step_tokens: Option<usize> ["TOKENS"];
+        /// Tokens of one prompt in one step at most [default: 2048 on an NVIDIA GPU, elsewhere 512]
+        chunk_tokens: Option<usize> ["TOKENS"];
         /// CPU threads [default: one per core]
         threads: Option<usize> ["N"];
         /// CPU instructions: portable, avx2, avx512, avx512bf16 or amx [default: the best of this machine]
@@ -125,10 +125,16 @@ impl NodeSettings {
         ensure!((1..=16).contains(&streams), "kv-streams is {streams}: from 1 to 16");
         ensure!(self.max_batch > 0, "max-batch is 0: no sequence could ever run");
         ensure!(self.block_tokens > 0, "block-tokens is 0");
-        let (chunk, step) = (self.chunk_tokens, self.step_tokens);
+        // What is not said fits what is.
+        let (step, chunk) = self.step().resolve(1);
         ensure!(0 < chunk && chunk <= step, "chunk-tokens {chunk} is not within 1 to step-tokens {step}");
         ensure!(self.max_batch < step, "max-batch {} does not fit into step-tokens {step}", self.max_batch);
         Ok(())
+    }
+
+    /// Bounds of a step.
+    pub fn step(&self) -> StepBounds {
+        StepBounds { step_tokens: self.step_tokens, chunk_tokens: self.chunk_tokens }
     }
 
     /// The token, read from where it is.

@@ -41,6 +41,7 @@ pub async fn decode(settings: NodeSettings) -> Result<()> {
 async fn start(settings: NodeSettings, role: &str) -> Result<Option<(NodeConfig, Shutdown)>> {
     let shutdown = super::start(&settings.log, settings.log_format)?;
     let entry = settings.entry()?;
+    let step = settings.step();
     let Some(token) = super::enter(entry, &settings.router, &shutdown).await? else { return Ok(None) };
     let want = match settings.load_format {
         LoadFormat::Files => Want::Model,
@@ -72,8 +73,7 @@ async fn start(settings: NodeSettings, role: &str) -> Result<Option<(NodeConfig,
         block_tokens: settings.block_tokens,
         context_tokens: settings.context,
         batch_max: settings.max_batch,
-        step_tokens: settings.step_tokens,
-        chunk_tokens: settings.chunk_tokens,
+        step,
         group: GroupConfig { world: settings.tp, rank: settings.rank, leader: settings.leader },
         sealing: settings.rank_encryption,
         allow_mixed_weights: settings.allow_mixed_weights,

@@ -55,10 +55,8 @@ pub struct NodeConfig {
     pub context_tokens: Option<u32>,
     /// Sequences running at once.
     pub batch_max: usize,
-    /// Rows of a step at the most.
-    pub step_tokens: usize,
-    /// Rows of one prompt in a step at the most.
-    pub chunk_tokens: usize,
+    /// Rows of a step.
+    pub step: StepBounds,
     /// Tensor-parallel group.
     pub group: GroupConfig,
     /// Which links between its ranks are encrypted where this process has a certificate.
@@ -148,6 +146,25 @@ pub struct GroupConfig {
     pub leader: Option<String>,
 }
 
+/// Rows of a step at the most, as far as somebody says.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct StepBounds {
+    /// Of all sequences; `None`: two chunks, and at least 2,048.
+    pub step_tokens: Option<usize>,
+    /// Of one prompt; `None`: what keeps the device computing, as far as it fits a step.
+    pub chunk_tokens: Option<usize>,
+}
+
+impl StepBounds {
+    const STEP_TOKENS: usize = 2048;
+
+    /// Rows of a step and of a chunk on a device that `busy` rows keep computing.
+    pub fn resolve(self, busy: usize) -> (usize, usize) {
+        let chunk = self.chunk_tokens.unwrap_or_else(|| busy.min(self.step_tokens.unwrap_or(busy)));
+        (self.step_tokens.unwrap_or_else(|| chunk.saturating_mul(2).max(Self::STEP_TOKENS)), chunk)
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -163,5 +180,15 @@ mod tests {
         assert_eq!(ways(KvTransport::Auto, false), (true, true));
         assert_eq!(ways(KvTransport::Ucx, true), (true, true));
         assert_eq!(ways(KvTransport::Tcp, false), (false, false));
+    }
+
+    #[test]
+    fn what_is_not_said_fits_the_device_and_what_is() {
+        let of = |step_tokens, chunk_tokens, busy| StepBounds { step_tokens, chunk_tokens }.resolve(busy);
+        assert_eq!(of(None, None, 512), (2048, 512));
+        assert_eq!(of(None, None, 2048), (4096, 2048));
+        assert_eq!(of(Some(128), None, 512), (128, 128));
+        assert_eq!(of(None, Some(3000), 512), (6000, 3000));
+        assert_eq!(of(Some(256), Some(37), 2048), (256, 37));
     }
 }

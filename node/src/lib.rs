@@ -14,7 +14,7 @@ mod renew;
 mod report;
 mod run;
 
-pub use config::{BackendKind, GroupConfig, KvTransport, LoadFormat, NodeConfig, Sealing};
+pub use config::{BackendKind, GroupConfig, KvTransport, LoadFormat, NodeConfig, Sealing, StepBounds};
 pub use error::NodeError;
 pub use grammars::Grammars;
 pub use rank::prepare;

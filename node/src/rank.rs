@@ -238,12 +238,13 @@ fn serve<B: Backend>(
         let (kv, free) = (memory::gib(kv_bytes), memory::gib(free));
         tracing::info!("{kv} of KV cache, of {free} that are free on the device");
     }
+    let (step_tokens, chunk_tokens) = config.step.resolve(caps.chunk_tokens);
     let options = EngineOptions {
         kv_bytes,
         context_tokens: opened.context_tokens,
         batch_max: config.batch_max,
-        step_tokens: config.step_tokens,
-        chunk_tokens: config.chunk_tokens,
+        step_tokens,
+        chunk_tokens,
         kv_bind: config.kv_bind,
         kv_tls: tls(config)?,
         kv_turned: turned(config, Door::Kv),

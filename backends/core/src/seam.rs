@@ -97,6 +97,8 @@ pub struct Caps {
     pub device: String,
     /// Whether the arithmetic contract holds (bit-exact rows). Otherwise results agree within tolerance.
     pub exact: bool,
+    /// Rows of one prompt in a step that keep the device computing, rather than reading weights.
+    pub chunk_tokens: usize,
 }
 
 /// One step: the operations of a decoder over the rows of a [`Batch`].

@@ -100,7 +100,7 @@ impl Backend for CpuBackend {
     fn caps(&self) -> Caps {
         let activations = if self.int8() { ", activations in 8 bits" } else { "" };
         let device = format!("{}, {} threads{activations}", self.level, self.pool.threads());
-        Caps { name: "cpu", device, exact: true }
+        Caps { name: "cpu", device, exact: true, chunk_tokens: 512 }
     }
 
     fn load(&mut self, source: &WeightSource<'_>) -> Result<CpuWeight, BackendError> {

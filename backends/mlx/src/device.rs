@@ -125,7 +125,7 @@ impl Backend for MlxBackend {
     }
 
     fn caps(&self) -> Caps {
-        Caps { name: "mlx", device: platform::DEVICE.to_owned(), exact: false }
+        Caps { name: "mlx", device: platform::DEVICE.to_owned(), exact: false, chunk_tokens: 512 }
     }
 
     fn load(&mut self, source: &WeightSource<'_>) -> Result<MlxWeight, BackendError> {
