@@ -1,6 +1,7 @@
 //! Transports: how a [`Wire`] comes about. Sessions know nothing of them. TCP between machines, with TLS where
 //! others can listen, memory within a process. UCX takes the payloads of such a connection over where both ends have it.
 
+mod lend;
 pub mod mem;
 pub mod sealed;
 pub mod tcp;

@@ -141,6 +141,25 @@ pub trait ReadTimeout {
 pub trait WriteTimeout {
     /// Longest wait of one write.
     fn set_write_timeout(&self, timeout: Option<Duration>) -> io::Result<()>;
+
+    /// Whether [`WriteTimeout::lend`] may be had for such slices.
+    fn lends(&self, slices: &[IoSlice<'_>]) -> bool {
+        let _ = slices;
+        false
+    }
+
+    /// As a write of `head`, of which more is to come.
+    fn write_ahead(&mut self, head: &[u8]) -> io::Result<usize> {
+        let _ = head;
+        Err(io::ErrorKind::Unsupported.into())
+    }
+
+    /// As a vectored write, of bytes that the other end takes from where they lie, some time later. `Ok(None)`: not of these; they
+    /// are to be written.
+    fn lend(&mut self, slices: &[IoSlice<'_>]) -> io::Result<Option<usize>> {
+        let _ = slices;
+        Ok(None)
+    }
 }
 
 /// Frames over byte streams.
@@ -162,16 +181,17 @@ struct StreamSink<W> {
     writer: W,
 }
 
-impl<W: Write + WriteTimeout + Send> FrameSink for StreamSink<W> {
-    fn send(&mut self, head: &Head, payload: &[IoSlice<'_>]) -> io::Result<()> {
-        let head = head.encode();
-        let mut slices = Vec::with_capacity(1 + payload.len());
-        slices.push(IoSlice::new(&head));
-        slices.extend_from_slice(payload);
-        let mut left = &mut slices[..];
+impl<W: Write + WriteTimeout> StreamSink<W> {
+    /// Writes everything by `write`.
+    fn all(
+        &mut self,
+        slices: &mut [IoSlice<'_>],
+        mut write: impl FnMut(&mut W, &[IoSlice<'_>]) -> io::Result<usize>,
+    ) -> io::Result<()> {
+        let mut left = slices;
         IoSlice::advance_slices(&mut left, 0); // leading empty slices would look like a closed peer
         while !left.is_empty() {
-            match self.writer.write_vectored(left) {
+            match write(&mut self.writer, left) {
                 Ok(0) => return Err(io::ErrorKind::WriteZero.into()),
                 Ok(written) => IoSlice::advance_slices(&mut left, written),
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
@@ -181,6 +201,29 @@ impl<W: Write + WriteTimeout + Send> FrameSink for StreamSink<W> {
                 Err(error) => return Err(error),
             }
         }
+        Ok(())
+    }
+}
+
+impl<W: Write + WriteTimeout + Send> FrameSink for StreamSink<W> {
+    fn send(&mut self, head: &Head, payload: &[IoSlice<'_>]) -> io::Result<()> {
+        let head = head.encode();
+        let mut slices = Vec::with_capacity(1 + payload.len());
+        slices.push(IoSlice::new(&head));
+        slices.extend_from_slice(payload);
+        self.all(&mut slices, |writer, left| writer.write_vectored(left))?;
+        self.writer.flush()
+    }
+
+    fn send_held(&mut self, head: &Head, payload: &[IoSlice<'_>], _: &Hold) -> io::Result<()> {
+        if !self.writer.lends(payload) {
+            return self.send(head, payload);
+        }
+        self.all(&mut [IoSlice::new(&head.encode())], |writer, left| writer.write_ahead(&left[0]))?;
+        self.all(&mut payload.to_vec(), |writer, left| match writer.lend(left)? {
+            Some(lent) => Ok(lent),
+            None => writer.write_vectored(left),
+        })?;
         self.writer.flush()
     }
 

@@ -112,6 +112,24 @@ fn several_streams_carry_one_session() {
     }
 }
 
+/// Protects: blocks that are large enough to be lent to the socket instead of being copied land the right bytes, session after session
+/// over one connection.
+#[test]
+fn large_blocks_land_the_right_bytes() {
+    let spec = || vec![KvSpec::gqa(2, 8, 0..8, 128, DType::BF16)];
+    let (receiver, address) = one_receiver(&limits());
+    let sender = Sender::new(limits());
+    for _ in 0..2 {
+        let case = Case::new(spec(), spec(), 0..2048);
+        let ends = expect_all(&case, std::slice::from_ref(&receiver), 1024, true);
+        let (push, end) = open(&case, 0, &sender, &[vec![address.clone()]]);
+        push_all(&case, 0, &push, 2048, 1024, true);
+        push.close(CLOSE);
+        assert!(end.recv().unwrap().is_ok());
+        assert!(ends.recv().unwrap().1.landing.cache.is_right());
+    }
+}
+
 /// Protects: what is made last, a layer of the last chunk, goes in smaller frames than the rest.
 #[test]
 fn the_last_piece_goes_in_frames_of_its_own_size() {

@@ -10,6 +10,7 @@ use backend::{DType, KvError, KvExport, KvLanding, KvSpec, Piece};
 const LAYERS: usize = 32;
 const HEADS: usize = 8;
 const HEAD_BYTES: usize = 256;
+const PAGE_BYTES: usize = 4096;
 
 /// Bytes of one token: 32 layers x 2 planes x 8 heads x 128 bf16.
 pub const TOKEN_BYTES: usize = LAYERS * 2 * HEADS * HEAD_BYTES;
@@ -27,6 +28,8 @@ pub struct Cache {
     /// Tokens of a block of one plane of one layer.
     block_tokens: usize,
     bytes: Vec<u8>,
+    /// Where the first block begins: at a page, as the peers' do.
+    base: usize,
     /// Where each block of `[layer][plane][block]` lies.
     slots: Vec<u32>,
 }
@@ -43,13 +46,9 @@ impl Cache {
             state = state.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);
             slots.swap(at, (state >> 33) as usize % (at + 1));
         }
-        let mut cache = Cache {
-            spec: spec.clone(),
-            tokens,
-            block_tokens,
-            bytes: vec![0; blocks * block_tokens * row],
-            slots,
-        };
+        let bytes = vec![0; blocks * block_tokens * row + PAGE_BYTES];
+        let base = bytes.as_ptr().align_offset(PAGE_BYTES);
+        let mut cache = Cache { spec: spec.clone(), tokens, block_tokens, bytes, base, slots };
         cache.wipe();
         cache
     }
@@ -103,7 +102,7 @@ impl Cache {
         let (block, row) = (token as usize / self.block_tokens, token as usize % self.block_tokens);
         let blocks = (self.tokens as usize).div_ceil(self.block_tokens);
         let slot = self.slots[(layer * 2 + plane) * blocks + block] as usize;
-        (slot * self.block_tokens + row) * self.row()
+        self.base + (slot * self.block_tokens + row) * self.row()
     }
 
     /// Where whole rows of a piece lie: (start, bytes), block by block.
