@@ -9,8 +9,11 @@ mod relay;
 mod slot;
 
 use std::fmt;
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener, TcpStream};
+use std::io;
+use std::net::{IpAddr, Ipv4Addr, SocketAddr, TcpListener};
 use std::ops::Range;
+use std::os::fd::AsRawFd;
+use std::os::unix::net::UnixStream;
 use std::sync::{Arc, Mutex};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
@@ -39,6 +42,8 @@ pub struct Receiver(Arc<Handle>);
 struct Handle {
     registry: Arc<Registry>,
     local_addr: Option<SocketAddr>,
+    /// Wakes the accepting thread when it goes.
+    door: Mutex<Option<UnixStream>>,
     threads: Mutex<Vec<JoinHandle<()>>>,
 }
 
@@ -157,12 +162,16 @@ impl Receiver {
         turned: OnTurned,
     ) -> std::io::Result<Self> {
         let listener = TcpListener::bind(addr)?;
+        // Who hung up between the wait and the accept must not be waited for.
+        listener.set_nonblocking(true)?;
         let local_addr = listener.local_addr()?;
+        let (door, inside) = UnixStream::pair()?;
         let receiver = Receiver::new(limits, turned, Some(local_addr));
+        *lock(&receiver.0.door) = Some(door);
         let registry = receiver.0.registry.clone();
         let accepts = thread::Builder::new()
             .name("kv-accept".into())
-            .spawn(move || accept(&listener, tls.as_ref(), &registry))?;
+            .spawn(move || accept(&listener, &inside, tls.as_ref(), &registry))?;
         lock(&receiver.0.threads).push(accepts);
         Ok(receiver)
     }
@@ -180,7 +189,8 @@ impl Receiver {
         if let Err(error) = &watch {
             tracing::error!(%error, "no thread for the deadlines of kv sessions");
         }
-        Receiver(Arc::new(Handle { registry, local_addr, threads: Mutex::new(watch.into_iter().collect()) }))
+        let (threads, door) = (Mutex::new(watch.into_iter().collect()), Mutex::new(None));
+        Receiver(Arc::new(Handle { registry, local_addr, door, threads }))
     }
 
     /// The address listened on; `0.0.0.0:0` without a port.
@@ -264,11 +274,8 @@ impl Expect {
 impl Handle {
     fn stop(&self) {
         self.registry.stop();
+        drop(lock(&self.door).take());
         let threads = std::mem::take(&mut *lock(&self.threads));
-        if let Some(addr) = self.local_addr.filter(|_| !threads.is_empty()) {
-            // Wakes the accepting thread, which then sees that it is over.
-            drop(TcpStream::connect_timeout(&reachable(addr), Duration::from_secs(1)));
-        }
         let own = thread::current().id();
         for thread in threads.into_iter().filter(|thread| thread.thread().id() != own) {
             if thread.join().is_err() {
@@ -284,18 +291,20 @@ impl Drop for Handle {
     }
 }
 
-fn accept(listener: &TcpListener, tls: Option<&Tls>, registry: &Arc<Registry>) {
-    loop {
-        let accepted = listener.accept();
-        if registry.stopping() {
-            return;
-        }
-        let wire = accepted.and_then(|(stream, peer)| match tls {
-            Some(tls) => tls::accept(stream, tls, peer.to_string()),
-            None => tcp::wire(stream, peer.to_string()),
+fn accept(listener: &TcpListener, door: &UnixStream, tls: Option<&Tls>, registry: &Arc<Registry>) {
+    while let Some(waited) = wait(listener, door).transpose() {
+        let accepted = waited.and_then(|()| listener.accept());
+        let wire = accepted.and_then(|(stream, peer)| {
+            // Some systems hand the listener's own setting on.
+            stream.set_nonblocking(false)?;
+            match tls {
+                Some(tls) => tls::accept(stream, tls, peer.to_string()),
+                None => tcp::wire(stream, peer.to_string()),
+            }
         });
         match wire {
             Ok(wire) => registry.admit(wire),
+            Err(error) if matches!(error.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::Interrupted) => {}
             Err(error) => {
                 tracing::warn!(%error, "kv connection not accepted");
                 thread::sleep(ACCEPT_PAUSE);
@@ -304,12 +313,14 @@ fn accept(listener: &TcpListener, tls: Option<&Tls>, registry: &Arc<Registry>) {
     }
 }
 
-/// Where a listener on `addr` is reached from this machine.
-fn reachable(addr: SocketAddr) -> SocketAddr {
-    let ip = match addr.ip() {
-        IpAddr::V4(ip) if ip.is_unspecified() => Ipv4Addr::LOCALHOST.into(),
-        IpAddr::V6(ip) if ip.is_unspecified() => Ipv6Addr::LOCALHOST.into(),
-        ip => ip,
-    };
-    SocketAddr::new(ip, addr.port())
+/// Until somebody connects; `None`: until `door`'s other end is gone.
+fn wait(listener: &TcpListener, door: &UnixStream) -> io::Result<Option<()>> {
+    let on = |fd| libc::pollfd { fd, events: libc::POLLIN, revents: 0 };
+    let mut both = [on(listener.as_raw_fd()), on(door.as_raw_fd())];
+    // SAFETY: two descriptors that are open for the call.
+    let ready = unsafe { libc::poll(both.as_mut_ptr(), both.len() as libc::nfds_t, -1) };
+    if both[1].revents != 0 {
+        return Ok(None);
+    }
+    if ready < 0 { Err(io::Error::last_os_error()) } else { Ok(Some(())) }
 }

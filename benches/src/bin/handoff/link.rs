@@ -5,8 +5,9 @@ use std::ffi::OsString;
 use std::path::Path;
 use std::process::{Command, Stdio};
 use std::str::FromStr;
+use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, bail, ensure};
 
 /// Addresses of the two ends, port by port.
 const FAR: [&str; 2] = ["10.213.7.1", "10.213.8.1"];
@@ -14,6 +15,9 @@ const NEAR: [&str; 2] = ["10.213.7.2", "10.213.8.2"];
 
 /// Jumbo frames, as on any 10GbE link that is set up for bulk.
 const MTU: u32 = 9000;
+
+/// Longest wait for a new link to be up.
+const UP_MAX: Duration = Duration::from_secs(5);
 
 /// Bits per second.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -90,6 +94,21 @@ impl Link {
                 let bits = format!("{}bit", rate.0);
                 let shape = ["-n", space, "qdisc", "replace", "dev", device, "root", "tbf", "rate", &bits];
                 command("tc", &[&shape[..], &["burst", "4mb", "limit", "16mb"]].concat())?;
+            }
+        }
+        self.wait_up()
+    }
+
+    /// Until every device is said to be running, which takes a moment: UCX takes no other.
+    fn wait_up(&self) -> Result<()> {
+        let Link::Shaped { rates, far, near } = self else { return Ok(()) };
+        let until = Instant::now() + UP_MAX;
+        let devices = (0..rates.len()).flat_map(|port| [(far, "bfar", port), (near, "bnear", port)]);
+        for (space, kind, port) in devices {
+            let device = format!("{kind}{port}");
+            while !command("ip", &["-n", space, "-o", "link", "show", "dev", &device])?.contains("state UP") {
+                ensure!(Instant::now() < until, "{device} does not come up");
+                std::thread::sleep(Duration::from_millis(20));
             }
         }
         Ok(())
@@ -182,14 +201,15 @@ fn gigabits(Rate(bits): Rate) -> f64 {
 }
 
 fn ip(arguments: &[&str]) -> Result<()> {
-    command("ip", arguments)
+    command("ip", arguments).map(drop)
 }
 
-fn command(program: &str, arguments: &[&str]) -> Result<()> {
+/// Runs it; what it says.
+fn command(program: &str, arguments: &[&str]) -> Result<String> {
     let output = Command::new(program).args(arguments).output().with_context(|| program.to_owned())?;
     if !output.status.success() {
         let said = String::from_utf8_lossy(&output.stderr);
         bail!("{program} {}: {}", arguments.join(" "), said.trim());
     }
-    Ok(())
+    Ok(String::from_utf8_lossy(&output.stdout).into_owned())
 }
