@@ -20,7 +20,7 @@ use mlx_rs::{Array, Dtype, ops, transforms};
 
 use crate::graph::{Failure, Recorded, int, mlx_type, put_run, window};
 use crate::lease::{MlxExport, MlxLanding, Regions};
-use crate::line::{Line, Ticket};
+use crate::line::{Line, Part, Ticket, Touches};
 use crate::slots::{Place, Shape, Slots};
 
 /// The KV cache of one rank in MLX arrays.
@@ -107,17 +107,37 @@ impl MlxKv {
         self.line.clone()
     }
 
-    /// Submits the recorded updates, and `others`. The second value is there when they are done.
-    pub(crate) fn submit(&mut self, others: &[Array]) -> Result<(Ticket, Vec<Array>), Failure> {
+    /// Submits the recorded updates, and `others`. The second value is there when they are done. `half`: a layer, and what all that
+    /// reads or writes the caches up to it comes before.
+    pub(crate) fn submit(
+        &mut self,
+        others: &[Array],
+        half: Option<(usize, Array)>,
+    ) -> Result<(Ticket, Vec<Array>), Failure> {
+        let mut parts = Vec::with_capacity(2);
+        let mut touches = Touches::All;
+        if let Some((last, end)) = half {
+            let (first, second) = std::mem::take(&mut self.recorded).into_iter().partition(|at| at.1 <= last);
+            self.recorded = second;
+            let mut arrays = self.arrays(first);
+            arrays.push(end.clone());
+            parts.push(Part { arrays, ends: vec![end], touches: Touches::First });
+            touches = Touches::Second;
+        }
         let (arrays, ends) = self.recorded(others)?;
-        Ok((self.line.borrow_mut().submit(arrays, ends.clone()), ends))
+        parts.push(Part { arrays, ends: ends.clone(), touches });
+        Ok((self.line.borrow_mut().submit(parts), ends))
+    }
+
+    /// The caches of these banks and layers.
+    fn arrays(&self, recorded: Vec<(usize, usize)>) -> Vec<Array> {
+        recorded.into_iter().flat_map(|(bank, layer)| self.banks[bank][layer].clone()).collect()
     }
 
     /// What is to be evaluated; and what tells its end: not a cache array itself, that has one owner.
     fn recorded(&mut self, others: &[Array]) -> Result<(Vec<Array>, Vec<Array>), Failure> {
         let recorded = std::mem::take(&mut self.recorded);
-        let mut arrays: Vec<Array> =
-            recorded.into_iter().flat_map(|(bank, layer)| self.banks[bank][layer].clone()).collect();
+        let mut arrays = self.arrays(recorded);
         let ends = match arrays.last() {
             Some(cache) if others.is_empty() => vec![part(cache)?],
             _ => others.to_vec(),
@@ -211,7 +231,7 @@ impl MlxKv {
 
     /// Submits the recorded updates, which begin at once: everything before has ended.
     fn begin(&mut self) -> Result<(), Failure> {
-        let (ticket, _) = self.submit(&[])?;
+        let (ticket, _) = self.submit(&[], None)?;
         self.line.borrow_mut().reach(ticket)
     }
 

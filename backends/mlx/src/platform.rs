@@ -56,10 +56,19 @@ fn awake(process: u32) -> Command {
     command
 }
 
+/// How much later than the end of an evaluation is seen Metal's handlers have run, where there is no other way to know. A handler that
+/// takes longer costs one step a copy of some caches.
+const HANDLERS: std::time::Duration = std::time::Duration::from_micros(200);
+
 /// After the end of an evaluation was seen: waits until the device has let go of its inputs. Metal does that in a handler
-/// that runs a moment later; the CPU library's threads have done it by then.
-pub(crate) fn let_go() {
-    if cfg!(target_vendor = "apple") {
+/// that runs a moment later; the CPU library's threads have done it by then. `beside`: another evaluation runs, which is not waited for.
+pub(crate) fn let_go(beside: bool) {
+    if !cfg!(target_vendor = "apple") {
+        return;
+    }
+    if beside {
+        std::thread::sleep(HANDLERS);
+    } else {
         // SAFETY: the handle of a stream that lives during the call. A failure is that of the evaluation, which says so.
         let _ = unsafe { mlx_sys::mlx_synchronize(mlx_rs::Stream::thread_local_or_default().as_ptr()) };
     }

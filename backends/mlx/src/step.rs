@@ -41,6 +41,8 @@ pub struct MlxStep<'a> {
     pub(crate) kv: &'a mut MlxKv,
     pub(crate) batch: &'a Batch,
     pub(crate) attention: Option<Attention>,
+    /// The last layer of the first half, and its attention: behind all that the half reads and writes of the cache.
+    half: Option<(usize, Array)>,
     /// Whether everything before this step has ended.
     calm: bool,
     fault: Option<BackendError>,
@@ -51,7 +53,7 @@ impl<'a> MlxStep<'a> {
         let rows: usize = batch.runs.iter().map(|run| run.len as usize).sum();
         let fault = (rows != batch.ids.len())
             .then(|| BackendError::Device(format!("{} token ids for {rows} rows", batch.ids.len())));
-        MlxStep { device, kv, batch, attention: None, calm: false, fault }
+        MlxStep { device, kv, batch, attention: None, half: None, calm: false, fault }
     }
 
     /// Before a part of this step is evaluated while the rest is recorded: the step before has to end.
@@ -76,6 +78,21 @@ impl<'a> MlxStep<'a> {
             }
         }
         MlxAct(Array::from_slice(&[0f32], &[1, 1]))
+    }
+}
+
+impl MlxStep<'_> {
+    /// Records the attention of a layer. A step that is evaluated at once is so in two halves (see `line`).
+    fn attended(
+        &mut self,
+        layer: usize,
+        operation: impl FnOnce(&mut Self) -> Result<Array, BackendError>,
+    ) -> MlxAct {
+        let act = self.record(operation);
+        if layer + 1 == self.kv.spec().layers / 2 && self.fault.is_none() {
+            self.half = Some((layer, act.0.clone()));
+        }
+        act
     }
 }
 
@@ -135,11 +152,11 @@ impl Step for MlxStep<'_> {
     }
 
     fn attend(&mut self, layer: usize, qkv: MlxAct, attend: &Attend<'_, MlxBackend>) -> MlxAct {
-        self.record(|step| step.attention(layer, &qkv, attend))
+        self.attended(layer, |step| step.attention(layer, &qkv, attend))
     }
 
     fn attend_mla(&mut self, layer: usize, q: MlxAct, kv: MlxAct, mla: &Mla<'_, MlxBackend>) -> MlxAct {
-        self.record(|step| step.latent_attention(layer, &q, &kv, mla))
+        self.attended(layer, |step| step.latent_attention(layer, &q, &kv, mla))
     }
 
     fn moe(&mut self, x: &MlxAct, moe: &Moe<'_, MlxBackend>) -> MlxAct {
@@ -159,7 +176,7 @@ impl Step for MlxStep<'_> {
         let line = self.kv.line();
         // The cache is evaluated whatever happens, or its graph would grow from step to step.
         if let Some(fault) = self.fault.take() {
-            let _ = self.kv.submit(&[]);
+            let _ = self.kv.submit(&[], None);
             return Box::new(Running { asked: Err(fault), fabric: None, line });
         }
         let asked = match out {
@@ -171,8 +188,9 @@ impl Step for MlxStep<'_> {
         if let Ok(Asked::Draws(draws)) = &asked {
             self.device.flight = Some(draws.flight());
         }
+        let half = self.half.take().filter(|_| !self.calm);
         let submitted = asked.and_then(|asked| {
-            let (ticket, ends) = self.kv.submit(&asked.arrays())?;
+            let (ticket, ends) = self.kv.submit(&asked.arrays(), half)?;
             Ok((ticket, if let Asked::Nothing(_) = asked { Asked::Nothing(ends) } else { asked }))
         });
         let asked = submitted.map_err(|failure| failed(fabric.as_deref(), failure));
@@ -251,6 +269,8 @@ impl Pending<MlxAct> for Running {
     fn wait(self: Box<Self>) -> Result<Output<MlxAct>, BackendError> {
         let (ticket, asked) = self.asked?;
         let reached = self.line.borrow_mut().reach(ticket);
+        // The next step begins beside the second half of this one.
+        let reached = reached.and_then(|()| self.line.borrow_mut().ahead());
         let ended = reached.and_then(|()| Ok(transforms::eval(&asked.arrays())?));
         // The next step, if it is there already, begins before anybody looks at the result.
         self.line.borrow_mut().look();

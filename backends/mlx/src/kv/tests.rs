@@ -28,7 +28,9 @@ struct Rig {
     table: crate::MlxWeight,
     /// `[WIDE, 384]` and back.
     mixer: [crate::MlxWeight; 2],
-    /// Whether large products come before the attention, so that a step is still under way when the next one begins.
+    /// `[384, 128]`, from attention to the next layer's q, k and v.
+    widener: crate::MlxWeight,
+    /// Whether large products come before every attention, so that a step is still under way when the next one begins.
     slow: bool,
     rope: Rope,
     _alone: MutexGuard<'static, ()>,
@@ -39,13 +41,17 @@ fn view(bytes: &[u8], rows: usize, cols: usize) -> TensorView<'_> {
 }
 
 impl Rig {
-    /// A store of 8192 tokens, two heads of 64 in f32: 4 MiB per bank and plane.
+    /// A store of 8192 tokens of one layer, two heads of 64 in f32: 2 MiB per bank and plane.
     fn new() -> Self {
+        Self::of_layers(1)
+    }
+
+    fn of_layers(layers: usize) -> Self {
         let _alone = alone();
         let options =
             DeviceOptions { dtype: DType::F32, threads: 1, block_tokens: 16, ..DeviceOptions::default() };
         let mut backend = MlxBackend::open(&options, Group::alone()).unwrap();
-        let spec = KvSpec::gqa(1, 2, 0..2, 64, DType::F32);
+        let spec = KvSpec::gqa(layers, 2, 0..2, 64, DType::F32);
         let kv = backend.kv(&spec, 8192 * spec.token_bytes() as u64).unwrap();
         // Rows of q | k | v: 2 + 2 + 2 heads.
         // As many rows as a step's result is wide: any id drawn from it has one.
@@ -56,9 +62,11 @@ impl Rig {
         let mixer = [(WIDE, 384), (384, WIDE)].map(|(rows, cols)| {
             backend.load(&WeightSource::Embedding(view(&zeros, rows, cols).into())).unwrap()
         });
+        let widener =
+            backend.load(&WeightSource::Embedding(view(&zeros[..384 * 128 * 4], 384, 128).into())).unwrap();
         // Without rope the steps are so short that MLX takes a second one while the first runs.
         let rope = Rope { inv_freq: Vec::new().into(), factor: 1.0, style: RopeStyle::HalfSplit };
-        Rig { backend, kv, table, mixer, slow: false, rope, _alone }
+        Rig { backend, kv, table, mixer, widener, slow: false, rope, _alone }
     }
 
     fn step(&mut self, batch: &Batch) -> Box<dyn Pending<crate::MlxAct>> {
@@ -80,25 +88,33 @@ impl Rig {
             window: None,
         };
         let mut step = self.backend.step(&mut self.kv, batch);
-        let mut qkv = step.embed(&self.table);
-        if self.slow {
-            for weight in &self.mixer {
-                qkv = step.linear(&qkv, weight);
+        let mut attended = None;
+        for layer in 0..step.kv.spec().layers {
+            let mut qkv = step.embed(&self.table);
+            if let Some(before) = attended.take() {
+                // The layer below counts, though not its numbers.
+                let before = step.linear(&before, &self.widener);
+                qkv = step.add(qkv, before);
             }
+            if self.slow {
+                for weight in &self.mixer {
+                    qkv = step.linear(&qkv, weight);
+                }
+            }
+            attended = Some(step.attend(layer, qkv, &attend));
         }
-        let attended = step.attend(0, qkv, &attend);
-        step.submit(out(attended))
+        step.submit(out(attended.unwrap()))
     }
 
     /// Where the planes of the first bank lie. They have been evaluated.
     fn addresses(&self) -> Vec<usize> {
-        let address = |plane| {
-            let array = self.kv.array(0, 0, plane);
+        let address = |(layer, plane)| {
+            let array = self.kv.array(0, layer, plane);
             array.eval().unwrap();
             // SAFETY: an evaluated array of f32; the pointer is only compared.
             unsafe { mlx_sys::mlx_array_data_float32(array.as_ptr()) as usize }
         };
-        vec![address(0), address(1)]
+        self.kv.planes().into_iter().map(address).collect()
     }
 }
 
@@ -132,8 +148,8 @@ fn steps_write_in_place() {
 
 /// Two steps in flight, `submit` waiting for neither: the cache is written where it lies, and no other memory of its size is
 /// taken. (MLX alone would copy it: what runs holds its inputs.)
-fn stays_in_place(mut submit: impl FnMut(&mut Rig, u32) -> Box<dyn Pending<crate::MlxAct>>) {
-    let mut rig = Rig::new();
+fn stays_in_place(layers: usize, mut submit: impl FnMut(&mut Rig, u32) -> Box<dyn Pending<crate::MlxAct>>) {
+    let mut rig = Rig::of_layers(layers);
     rig.kv.open(A, 250).unwrap();
     rig.kv.open(B, 250).unwrap();
     submit(&mut rig, 0).wait().unwrap();
@@ -160,14 +176,25 @@ fn stays_in_place(mut submit: impl FnMut(&mut Rig, u32) -> Box<dyn Pending<crate
 /// Steps on ids that the host knows.
 #[test]
 fn overlapping_steps_write_in_place() {
-    stays_in_place(|rig, position| rig.step(&tokens(position)));
+    stays_in_place(1, |rig, position| rig.step(&tokens(position)));
 }
 
 /// Each step takes the tokens that the one before is still drawing.
 #[test]
 fn steps_on_tokens_in_flight_write_in_place() {
+    stays_in_place(1, drawing());
+}
+
+/// Steps in halves: the first of one runs beside the second of the one before, on caches of other layers.
+#[test]
+fn halves_write_in_place() {
+    stays_in_place(4, drawing());
+}
+
+/// Steps on tokens that the one before is still drawing.
+fn drawing() -> impl FnMut(&mut Rig, u32) -> Box<dyn Pending<crate::MlxAct>> {
     let draw = |act| Out::Draw(act, vec![Draw::Token(Rule { temperature: 1.0, ..Rule::GREEDY }); 2]);
-    stays_in_place(|rig, position| {
+    move |rig, position| {
         let mut batch = tokens(position);
         if position > 0 {
             batch = Batch::default();
@@ -175,7 +202,7 @@ fn steps_on_tokens_in_flight_write_in_place() {
             batch.push_drawn(B, position, 1);
         }
         rig.step_for(&batch, draw)
-    });
+    }
 }
 
 /// Steps that nobody waits for, with a sequence that comes, a lease and one that grows in between.
