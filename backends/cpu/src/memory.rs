@@ -9,8 +9,9 @@ use backend::BackendError;
 
 /// Alignment of everything: a cache line, and the widest vector.
 const LINE_BYTES: usize = 64;
-/// From here on memory is aligned to huge pages: fewer address translations while weights stream.
-const HUGE_BYTES_MIN: usize = 4 << 20;
+/// From here on memory is mapped by itself, in huge pages: fewer address translations while weights stream. The heap hands out
+/// pages that it has had before, which are small and stay so.
+#[cfg(target_os = "linux")]
 const HUGE_PAGE_BYTES: usize = 2 << 20;
 
 /// An owned, aligned block of bytes. Shared between threads as raw memory: every access is through pointers, whose
@@ -20,7 +21,16 @@ pub(crate) struct Memory {
     start: NonNull<u8>,
     offset: usize,
     bytes: usize,
-    layout: Layout,
+    home: Home,
+}
+
+/// Whose the memory is.
+#[derive(Debug)]
+enum Home {
+    Heap(Layout),
+    /// The system's: so many bytes were mapped.
+    #[cfg(target_os = "linux")]
+    System(usize),
 }
 
 // SAFETY: Memory is plain bytes owned by this value; it has no interior state that depends on a thread.
@@ -31,33 +41,47 @@ unsafe impl Sync for Memory {}
 impl Memory {
     /// `bytes` of zeros, committed by the system as they are first written.
     pub(crate) fn zeroed(bytes: usize) -> Result<Self, BackendError> {
-        // Small alignment keeps the allocator on its lazily zeroed path; the start is moved up to a cache line.
-        let align = if bytes >= HUGE_BYTES_MIN { HUGE_PAGE_BYTES } else { LINE_BYTES };
-        Self::allocate(bytes, align, 16, true)
+        Self::allocate(bytes, true)
     }
 
     /// `bytes` that the caller writes before reading.
     pub(crate) fn unwritten(bytes: usize) -> Result<Self, BackendError> {
-        let align = if bytes >= HUGE_BYTES_MIN { HUGE_PAGE_BYTES } else { LINE_BYTES };
-        Self::allocate(bytes, align, 16, false)
+        Self::allocate(bytes, false)
     }
 
-    fn allocate(bytes: usize, align: usize, layout_align: usize, zero: bool) -> Result<Self, BackendError> {
+    fn allocate(bytes: usize, zero: bool) -> Result<Self, BackendError> {
         let refused = || BackendError::OutOfMemory { wanted_bytes: bytes as u64, free_bytes: 0 };
-        let padded = bytes.max(1).checked_add(align).ok_or_else(refused)?;
-        let layout = Layout::from_size_align(padded, layout_align).map_err(|_| refused())?;
+        #[cfg(target_os = "linux")]
+        if bytes >= HUGE_PAGE_BYTES {
+            return Self::map(bytes).ok_or_else(refused);
+        }
+        let padded = bytes.max(1).checked_add(LINE_BYTES).ok_or_else(refused)?;
+        // Small alignment keeps the allocator on its lazily zeroed path; the start is moved up to a cache line.
+        let layout = Layout::from_size_align(padded, 16).map_err(|_| refused())?;
         // SAFETY: the layout has a size above zero.
         let start = unsafe { if zero { alloc_zeroed(layout) } else { alloc(layout) } };
         let start = NonNull::new(start).ok_or_else(refused)?;
-        let offset = start.as_ptr().align_offset(align);
-        let memory = Memory { start, offset, bytes, layout };
-        #[cfg(target_os = "linux")]
-        if bytes >= HUGE_BYTES_MIN {
-            let whole = bytes / HUGE_PAGE_BYTES * HUGE_PAGE_BYTES;
-            // SAFETY: [at, at + whole) lies in our allocation and is page aligned. The call is advice: refusal is fine.
-            unsafe { libc::madvise(memory.at(0).cast(), whole, libc::MADV_HUGEPAGE) };
+        let offset = start.as_ptr().align_offset(LINE_BYTES);
+        Ok(Memory { start, offset, bytes, home: Home::Heap(layout) })
+    }
+
+    /// Zeros of the system, in huge pages as far as they are whole.
+    #[cfg(target_os = "linux")]
+    fn map(bytes: usize) -> Option<Self> {
+        let mapped = bytes.checked_add(HUGE_PAGE_BYTES)?;
+        let (access, kind) = (libc::PROT_READ | libc::PROT_WRITE, libc::MAP_PRIVATE | libc::MAP_ANONYMOUS);
+        // SAFETY: a new mapping anywhere.
+        let start = unsafe { libc::mmap(std::ptr::null_mut(), mapped, access, kind, -1, 0) };
+        if start == libc::MAP_FAILED {
+            return None;
         }
-        Ok(memory)
+        let start = NonNull::new(start.cast::<u8>())?;
+        let offset = start.as_ptr().align_offset(HUGE_PAGE_BYTES);
+        let memory = Memory { start, offset, bytes, home: Home::System(mapped) };
+        let whole = bytes / HUGE_PAGE_BYTES * HUGE_PAGE_BYTES;
+        // SAFETY: `whole` bytes of the mapping, from a page's start on. The call is advice: refusal is fine.
+        unsafe { libc::madvise(memory.at(0).cast(), whole, libc::MADV_HUGEPAGE) };
+        Some(memory)
     }
 
     /// Usable bytes.
@@ -75,8 +99,15 @@ impl Memory {
 
 impl Drop for Memory {
     fn drop(&mut self) {
-        // SAFETY: start was allocated with this layout and is freed once.
-        unsafe { dealloc(self.start.as_ptr(), self.layout) }
+        match self.home {
+            // SAFETY: start was allocated with this layout and is freed once.
+            Home::Heap(layout) => unsafe { dealloc(self.start.as_ptr(), layout) },
+            // SAFETY: so many bytes were mapped at start, and are unmapped once.
+            #[cfg(target_os = "linux")]
+            Home::System(mapped) => unsafe {
+                libc::munmap(self.start.as_ptr().cast(), mapped);
+            },
+        }
     }
 }
 

@@ -1,10 +1,14 @@
 //! Quantised weights where the level multiplies pairs of bf16: codes are whole numbers (or E4M3), which are bf16 as they
 //! are, so they are multiplied as such, and a group's sum is scaled once. Weights stream from memory as small as they are:
 //! the first rows take codes apart in registers between their products, where that costs next to nothing, and leave
-//! them in the first cache for the rows that follow, group by group. All rows add the same numbers in the same order:
+//! them in the first cache for the rows that follow, group by group; few rows are [`few`]'s. All rows add the same numbers in the same order:
 //! within a group pair after pair, then group after group `scale * sum`, then `offset * (sum of the inputs)`.
 
+mod few;
+
 use std::arch::x86_64::*;
+
+use few::few;
 
 use super::Scaled;
 use super::codes::{Code, Cursor, E4M3, by_code, scale_of};
@@ -18,25 +22,21 @@ use crate::lanes::avx512::Avx512;
 const ROWS_FIRST: usize = 8;
 /// Rows of another tile at most.
 const ROWS_FOLLOWING: usize = 12;
-/// Inputs are asked for so many pairs ahead, of tiles with so many rows: more than the processor follows by itself.
+/// Inputs are asked for so many pairs ahead: rows are more than the processor follows by itself.
 const PAIRS_AHEAD: usize = 48;
-const ROWS_PREFETCHED: usize = 4;
 /// Up to so many rows panels are read from end to end. Beyond, rows pass by so many octets of all panels before the next,
 /// which stay in the second cache: whole blocks of every form, since groups divide them.
 const ROWS_WHOLE: usize = 32;
 const OCTETS_DEEP: usize = 512 / 8;
 const _: () = assert!((OCTETS_DEEP * 8).is_multiple_of(Scaled::GROUP_MAX));
-/// From so many rows on a first tile keeps codes for those that follow, and sums over all groups are in memory; fewer rows
-/// are one tile, with all sums in registers.
-const ROWS_KEEPING: usize = 5;
-/// Its panels at most.
-const PANELS_KEPT: usize = 2;
+/// Panels of a tile: with more rows than [`few::ROWS`] they are sums enough in flight.
+const PANELS: usize = 2;
 /// Bytes that are asked for ahead of use, of all panels of a tile together.
 const AHEAD_BYTES: usize = 8192;
 
 /// Where scales lie in the buffer, behind the codes of a group.
-const SCALES: usize = Scaled::GROUP_MAX / 2 * PANELS_KEPT * LANES;
-const _: () = assert!(SCALES + PANELS_KEPT * 2 * LANES <= Scaled::BUFFER_FLOATS);
+const SCALES: usize = Scaled::GROUP_MAX / 2 * PANELS * LANES;
+const _: () = assert!(SCALES + PANELS * 2 * LANES <= Scaled::BUFFER_FLOATS);
 
 /// Runs a product.
 ///
@@ -45,7 +45,12 @@ const _: () = assert!(SCALES + PANELS_KEPT * 2 * LANES <= Scaled::BUFFER_FLOATS)
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,avx2,fma,f16c")]
 pub(super) unsafe fn scaled(s: &Scaled<'_>) {
     // SAFETY: the caller's.
-    unsafe { by_code!(s.form.code, all_rows(s)) }
+    unsafe {
+        match s.rows <= few::ROWS {
+            true => by_code!(s.form.code, few(s)),
+            false => by_code!(s.form.code, many(s)),
+        }
+    }
 }
 
 /// How rows are cut into tiles: as few as there can be, of even heights.
@@ -71,8 +76,9 @@ impl Heights {
     }
 }
 
+/// More rows than are few.
 #[inline(always)]
-unsafe fn all_rows<const CODE: usize>(s: &Scaled<'_>) {
+unsafe fn many<const CODE: usize>(s: &Scaled<'_>) {
     let heights = Heights::of(s.rows);
     let group = s.form.group / 8;
     let deep = if s.rows > ROWS_WHOLE { OCTETS_DEEP } else { usize::MAX };
@@ -90,15 +96,10 @@ unsafe fn all_rows<const CODE: usize>(s: &Scaled<'_>) {
             };
             let fresh = from == first;
             match heights.first {
-                0 => {}
-                1 => panels::<CODE, 1, 4>(&part, heights, fresh),
-                2 => panels::<CODE, 2, 4>(&part, heights, fresh),
-                3 => panels::<CODE, 3, 2>(&part, heights, fresh),
-                4 => panels::<CODE, 4, 2>(&part, heights, fresh),
-                5 => panels::<CODE, 5, 2>(&part, heights, fresh),
-                6 => panels::<CODE, 6, 2>(&part, heights, fresh),
-                7 => panels::<CODE, 7, 2>(&part, heights, fresh),
-                _ => panels::<CODE, 8, 2>(&part, heights, fresh),
+                ..=5 => panels::<CODE, 5>(&part, heights, fresh),
+                6 => panels::<CODE, 6>(&part, heights, fresh),
+                7 => panels::<CODE, 7>(&part, heights, fresh),
+                _ => panels::<CODE, ROWS_FIRST>(&part, heights, fresh),
             }
         }
         // Parts end where groups do.
@@ -107,19 +108,15 @@ unsafe fn all_rows<const CODE: usize>(s: &Scaled<'_>) {
     }
 }
 
-/// All panels, `P` at a time while there are so many; the first tile has `R` rows. `fresh`: from zero on.
+/// All panels, [`PANELS`] at a time while there are so many; the first tile has `R` rows. `fresh`: from zero on.
 #[inline(always)]
-unsafe fn panels<const CODE: usize, const R: usize, const P: usize>(
-    s: &Scaled<'_>,
-    heights: Heights,
-    fresh: bool,
-) {
+unsafe fn panels<const CODE: usize, const R: usize>(s: &Scaled<'_>, heights: Heights, fresh: bool) {
     let mut panel = 0;
     // SAFETY: panels stay within the product.
     unsafe {
-        while panel + P <= s.panels {
-            strip::<CODE, R, P>(s, heights, fresh, panel);
-            panel += P;
+        while panel + PANELS <= s.panels {
+            strip::<CODE, R, PANELS>(s, heights, fresh, panel);
+            panel += PANELS;
         }
         while panel < s.panels {
             strip::<CODE, R, 1>(s, heights, fresh, panel);
@@ -170,8 +167,7 @@ unsafe fn strip<const CODE: usize, const R: usize, const P: usize>(
         let table = Table::new::<CODE>();
         let first = s.panel.add(panel * s.panel_bytes);
         let mut rows = Rows { x: s.x, of_inputs: s.sums, out: s.acc.add(panel * LANES) };
-        let mut totals = [[_mm512_setzero_ps(); P]; R];
-        if const { R >= ROWS_KEEPING } && fresh {
+        if fresh {
             for row in 0..s.rows {
                 for p in 0..P {
                     _mm512_storeu_ps(rows.out.add(row * s.acc_stride + p * LANES), _mm512_setzero_ps());
@@ -195,8 +191,8 @@ unsafe fn strip<const CODE: usize, const R: usize, const P: usize>(
             while octet < end {
                 let chunk = base.add(scale_bytes + octet / 4 * chunk_bytes);
                 let pair = (octet - cursor.at) * 4;
-                let kept = if const { R >= ROWS_KEEPING } { pair * P * LANES } else { 0 };
-                let part = Part { chunk, behind, x: rows.x.add(pair), keep: s.buffer.add(kept) };
+                let keep = s.buffer.add(pair * P * LANES);
+                let part = Part { chunk, behind, x: rows.x.add(pair), keep };
                 // Whole chunks (or halves, of 16 inputs that share a scale), which groups nearly always are, have their
                 // shifts as constants.
                 octet += match (CODE, octet % 4, end - octet) {
@@ -218,12 +214,8 @@ unsafe fn strip<const CODE: usize, const R: usize, const P: usize>(
             }
             let offsets = const { CODE != E4M3 };
             debug_assert!(!offsets || rows.are_summed(s, R, count));
-            if const { R < ROWS_KEEPING } {
-                finish::<R, P, true>(s, rows, &sums, &scales, offsets, &mut totals);
-            } else {
-                finish::<R, P, false>(s, rows, &sums, &scales, offsets, &mut totals);
-            }
-            if const { R >= ROWS_KEEPING } && heights.tiles > 0 {
+            finish::<R, P>(s, rows, &sums, &scales, offsets);
+            if heights.tiles > 0 {
                 for (p, (scale, offset)) in scales.into_iter().enumerate() {
                     let to = s.buffer.add(SCALES + p * 2 * LANES);
                     _mm512_store_ps(to, scale);
@@ -249,13 +241,6 @@ unsafe fn strip<const CODE: usize, const R: usize, const P: usize>(
             rows.of_inputs = rows.of_inputs.wrapping_add(1);
             cursor.pass(s.form, count);
             left -= count;
-        }
-        if const { R < ROWS_KEEPING } {
-            for (r, row) in totals.into_iter().enumerate() {
-                for (p, total) in row.into_iter().enumerate() {
-                    _mm512_storeu_ps(rows.out.add(r * s.acc_stride + p * LANES), total);
-                }
-            }
         }
     }
 }
@@ -299,9 +284,7 @@ unsafe fn octets<const CODE: usize, const R: usize, const P: usize, const FROM: 
                 for p in 0..P {
                     let chunk = part.chunk.add(p * s.panel_bytes);
                     weights[p] = pair_of::<CODE>(chunk, FROM + octet, pair, table);
-                    if const { R >= ROWS_KEEPING } {
-                        _mm512_store_si512(part.keep.add((at * P + p) * LANES).cast(), weights[p]);
-                    }
+                    _mm512_store_si512(part.keep.add((at * P + p) * LANES).cast(), weights[p]);
                 }
                 add(s, part.x.add(at), &weights, sums);
             }
@@ -356,38 +339,31 @@ unsafe fn add<const R: usize, const P: usize>(
     }
 }
 
-/// Scales a group's sums and adds them to the rows' totals, in registers or in memory.
+/// Scales a group's sums and adds them to the rows' totals.
 #[inline(always)]
-unsafe fn finish<const R: usize, const P: usize, const HELD: bool>(
+unsafe fn finish<const R: usize, const P: usize>(
     s: &Scaled<'_>,
     rows: Rows,
     sums: &Sums<R, P>,
     scales: &Scales<P>,
     offsets: bool,
-    totals: &mut Sums<R, P>,
 ) {
-    for (r, (sums, totals)) in sums.iter().zip(totals).enumerate() {
+    for (r, sums) in sums.iter().enumerate() {
         // SAFETY: the caller's rows.
         unsafe {
-            if const { R >= ROWS_PREFETCHED } {
-                let ahead = rows.x.wrapping_add(r * s.x_stride + PAIRS_AHEAD);
-                _mm_prefetch::<_MM_HINT_T0>(ahead.cast());
-            }
+            let ahead = rows.x.wrapping_add(r * s.x_stride + PAIRS_AHEAD);
+            _mm_prefetch::<_MM_HINT_T0>(ahead.cast());
             let of_inputs = match offsets {
                 true => _mm512_set1_ps(*rows.of_inputs.add(r * s.x_stride)),
                 false => _mm512_setzero_ps(),
             };
             for (p, (scale, offset)) in scales.iter().enumerate() {
                 let out = rows.out.add(r * s.acc_stride + p * LANES);
-                let before = if HELD { totals[p] } else { _mm512_loadu_ps(out) };
-                let mut total = _mm512_fmadd_ps(*scale, sums[p], before);
+                let mut total = _mm512_fmadd_ps(*scale, sums[p], _mm512_loadu_ps(out));
                 if offsets {
                     total = _mm512_fmadd_ps(*offset, of_inputs, total);
                 }
-                match HELD {
-                    true => totals[p] = total,
-                    false => _mm512_storeu_ps(out, total),
-                }
+                _mm512_storeu_ps(out, total);
             }
         }
     }
@@ -409,8 +385,7 @@ unsafe fn follow<const R: usize, const P: usize>(s: &Scaled<'_>, rows: Rows, oct
             let at = s.buffer.add(SCALES + p * 2 * LANES);
             (_mm512_load_ps(at), _mm512_load_ps(at.add(LANES)))
         });
-        let mut none = [[_mm512_setzero_ps(); P]; R];
-        finish::<R, P, false>(s, rows, &sums, &scales, offsets, &mut none);
+        finish::<R, P>(s, rows, &sums, &scales, offsets);
     }
 }
 
