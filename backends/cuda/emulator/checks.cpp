@@ -22,6 +22,7 @@ struct Cell {
     u32 written, written_warp, read, read_warp;  // times; of the warp's own barriers
     u32 read_by_blocks;                          // launch in which several blocks read this
     u32 fences;                                  // of the writer, before it wrote
+    u32 added;                                   // time of the last addition
     u16 writer, reader;
     u8 lanes, warps;  // whether several lanes, several warps have read since the last barrier
     u8 pending;
@@ -80,6 +81,7 @@ void check_cell(Region* region, u64 at, Cell& cell, bool write) {
     const u16 me = (u16)threadIdx.x;
     if (shared && cell.pending) return checks_fail("while a copy fills it: " + name(region, at));
     if (shared && !write && cell.written < block_begin) return checks_fail("read before anybody wrote " + name(region, at));
+    if (shared && cell.added == now) return checks_fail("race with an addition: " + name(region, at));
     const bool by_other_block = cell.written >= launch_begin && cell.written < block_begin;
     if (!shared && by_other_block) return checks_fail("another block has written " + name(region, at));
     if (cell.written >= block_begin && !ordered(cell.written, cell.written_warp, cell.writer, me, false, false))
@@ -157,6 +159,19 @@ void checks_access(u64 at, u32 size, bool write) {
     if (at % size) return checks_fail("misaligned access of " + std::to_string(size) + " bytes: " + name(region, at));
     for (u64 i = at; i < at + size; i += region->grain)
         check_cell(region, i, region->cells[(i - region->begin) / region->grain], write);
+}
+
+void checks_add(u64 at, u32 size) {
+    Region* region = region_of(at, size);
+    const bool shared = region == &dynamic || region == &fixed;
+    if (!shared || at % size) return checks_fail("an addition outside of shared memory, or misaligned");
+    for (u64 i = at; i < at + size; i += region->grain) {
+        Cell& cell = region->cells[(i - region->begin) / region->grain];
+        if (cell.written < block_begin) return checks_fail("added to before anybody wrote " + name(region, i));
+        if (cell.written == now || cell.read == now || cell.pending)
+            return checks_fail("race of an addition: " + name(region, i));
+        cell.added = now;
+    }
 }
 
 void checks_pending(u64 at, u32 size) {

@@ -10,6 +10,8 @@ void checks_block_barrier();
 void checks_warp_barrier(u32 warp);
 // A thread's access to `size` bytes. Of what is neither shared memory nor the device's, only stacks and constants pass.
 void checks_access(u64 at, u32 size, bool write);
+// An addition to shared memory that others may make at the same time, and nobody else may touch.
+void checks_add(u64 at, u32 size);
 // Shared memory that a copy on its way will fill, and that it has filled.
 void checks_pending(u64 at, u32 size);
 void checks_landed(u64 at, u32 size);

@@ -36,6 +36,7 @@ const u8* exchange(const void* mine, u32 bytes);
 void tile_product(float (&d)[4], const u32 (&a)[4], const u32 (&b)[2]);
 void tile_product_fp8(float (&d)[4], const u32 (&a)[4], const u32 (&b)[2]);
 void load_matrices_of(u32 (&r)[4], const bf16* row, bool turned);
+void shared_add(u64* at, u64 x);
 void copy_async(void* to, const void* from, bool there);
 void copies_commit();
 void copies_wait_for(int left);
@@ -63,6 +64,7 @@ struct Registered {
 #define DYNAMIC_SHARED(type, name) type* name = (type*)registers.dynamic_shared
 #define __syncthreads block_barrier
 #define __popc __builtin_popcount
+#define __clz(x) ((x) ? __builtin_clz(x) : 32)
 
 inline int this_lane() {
     return threadIdx.x % 32;

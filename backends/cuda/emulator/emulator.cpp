@@ -240,6 +240,11 @@ void store_aligned(void* to, const void* from, u32 bytes) {
     memcpy(to, from, bytes);
 }
 
+void shared_add(u64* at, u64 x) {
+    checks_add((u64)at, sizeof *at);
+    *at += x;
+}
+
 void copy_async(void* to, const void* from, bool there) {
     if (there) checks_access((u64)from, 16, false);
     else if ((u64)from % 16) checks_fail("a copy from a misaligned address");

@@ -101,3 +101,12 @@ __device__ void products(const FaultArgs& a, Wrong wrong) {
 KERNEL(fault_unfenced, FaultArgs, 128) { products(a, [&](u32 what) { return a.wrong && what == 0; }); }
 KERNEL(fault_registers, FaultArgs, 128) { products(a, [&](u32 what) { return a.wrong && what == 1; }); }
 KERNEL(fault_operand, FaultArgs, 128) { products(a, [&](u32 what) { return a.wrong && what == 2; }); }
+
+KERNEL(fault_add, FaultArgs, 64) {
+    __shared__ u64 sum;
+    if (threadIdx.x == 0) sum = 0;
+    __syncthreads();
+    shared_add(&sum, threadIdx.x);
+    if (!a.wrong) __syncthreads();
+    ((u32*)a.at)[threadIdx.x] = (u32)sum;
+}

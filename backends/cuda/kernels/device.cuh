@@ -46,6 +46,11 @@ __device__ __forceinline__ void warp_sync() {
     __syncwarp();
 }
 
+// To a word of shared memory that several threads add to between two barriers of the block.
+__device__ __forceinline__ void shared_add(u64* at, u64 x) {
+    atomicAdd(at, x);
+}
+
 // A place in shared memory as the processor numbers it.
 __device__ __forceinline__ u32 shared_address(const void* at) {
     return (u32)__cvta_generic_to_shared(at);

@@ -34,6 +34,7 @@ fn faults_of_kernels_are_seen() {
         ("fault_unwritten", 1, "read before anybody wrote"),
         ("fault_copy", 1, "while a copy fills it"),
         ("fault_blocks", 2, "another block has written"),
+        ("fault_add", 1, "race"),
         ("fault_barrier", 1, "wait for each other for ever"),
         ("fault_unfenced", 1, "no fence has shown products"),
         ("fault_registers", 1, "products without a fence"),

@@ -2,7 +2,7 @@
 
 use std::rc::Rc;
 
-use backend::draw::{Noise, drawn};
+use backend::draw::Noise;
 use backend::{BackendError, Draw, Drawn, Input};
 
 use super::{CudaStep, Fetched, ROWS_MAX};
@@ -15,7 +15,7 @@ use crate::nccl::Element;
 /// Marks an id in flight, as `resolve` in `kernels/draw.cu` reads it.
 const IN_FLIGHT: u32 = 1 << 31;
 /// Words of a rule and of a choice in `kernels/draw.cu`.
-const RULE_WORDS: usize = 4;
+const RULE_WORDS: usize = 7;
 const CHOICE_WORDS: usize = 2;
 /// Threads of a block that draws.
 const DRAW_THREADS: u32 = 1024;
@@ -62,7 +62,7 @@ impl<D: Driver> CudaStep<'_, D> {
         Ok(out)
     }
 
-    /// Queues the drawing of rows of logits. Rows with filters are drawn on the host, which waits for them here.
+    /// Queues the drawing of rows of logits.
     pub(super) fn draw(
         &mut self,
         act: &CudaAct<D>,
@@ -84,12 +84,14 @@ impl<D: Driver> CudaStep<'_, D> {
         let mut words = Vec::with_capacity(act.rows * RULE_WORDS);
         for draw in draws {
             match draw {
-                Draw::Token(rule) if rule.is_greedy() => words.extend([1, 0, 0, 0]),
-                Draw::Token(rule) if !rule.filters() => {
+                Draw::Token(rule) if rule.is_greedy() => words.extend([1, 0, 0, 0, 0, 0, 0]),
+                Draw::Token(rule) => {
                     let [low, high] = Noise::new(rule.seed, rule.position).keys;
-                    words.extend([2, low, high, rule.temperature.to_bits()]);
+                    let [temperature, top_p, min_p] =
+                        [rule.temperature, rule.top_p, rule.min_p].map(f32::to_bits);
+                    words.extend([2, low, high, temperature, rule.top_k, top_p, min_p]);
                 }
-                _ => words.extend([0; RULE_WORDS]),
+                Draw::Logits => words.extend([0; RULE_WORDS]),
             }
         }
         words.resize(act.rows * RULE_WORDS, 0);
@@ -101,36 +103,13 @@ impl<D: Driver> CudaStep<'_, D> {
             width: width as u32,
         };
         self.device.launch("draw_rows", [act.rows as u32, 1, 1], DRAW_THREADS, 0, &args)?;
-        let on_host = |draw: &Draw| match draw {
-            Draw::Logits => true,
-            Draw::Token(rule) => !rule.is_greedy() && rule.filters(),
+        let logits = match draws.contains(&Draw::Logits) {
+            true => Some(Fetched::of(self.device, logits.address, act.asked * width * 4)?),
+            false => None,
         };
-        let rows = if draws.iter().any(on_host) {
-            let fetched = Fetched::of(self.device, logits.address, act.asked * width * 4)?;
-            Some(fetched)
-        } else {
-            None
-        };
-        let mut drawing = Drawing { draws: draws.to_vec(), width, logits: rows, choices: None };
-        if draws.iter().any(|draw| on_host(draw) && matches!(draw, Draw::Token(_))) {
-            // The next step may want these ids: they are drawn now and sent.
-            drawing.choices =
-                Some(Fetched::of(self.device, choices.address, draws.len() * CHOICE_WORDS * 4)?);
-            let rows = drawing.rows()?;
-            let words: Vec<u32> = rows
-                .iter()
-                .flat_map(|row| match row {
-                    Drawn::Token(id) => [*id, u32::MAX],
-                    _ => [0, 0],
-                })
-                .collect();
-            self.device.pool.put(&words, &choices)?;
-            self.device.drawn = Some((drew(draws), choices));
-            return Ok(Some(drawing));
-        }
-        drawing.choices = Some(Fetched::of(self.device, choices.address, draws.len() * CHOICE_WORDS * 4)?);
+        let choices_fetched = Fetched::of(self.device, choices.address, draws.len() * CHOICE_WORDS * 4)?;
         self.device.drawn = Some((drew(draws), choices));
-        Ok(Some(drawing))
+        Ok(Some(Drawing { draws: draws.to_vec(), width, logits, choices: choices_fetched }))
     }
 
     /// Room for what so many rows draw.
@@ -152,30 +131,26 @@ fn drew(draws: &[Draw]) -> Vec<bool> {
 pub(super) struct Drawing<D: Driver> {
     draws: Vec<Draw>,
     width: usize,
+    /// Of all rows, where the host gets some.
     logits: Option<Fetched<D>>,
-    choices: Option<Fetched<D>>,
+    choices: Fetched<D>,
 }
 
 impl<D: Driver> Drawing<D> {
     /// Waits for them.
     pub(super) fn rows(&self) -> Result<Vec<Drawn>, BackendError> {
-        let choices: Vec<u32> = match &self.choices {
-            Some(choices) => choices.words()?.collect(),
-            None => Vec::new(),
-        };
+        let choices: Vec<u32> = self.choices.words()?.collect();
         let logits: Vec<f32> = match &self.logits {
             Some(logits) => logits.words()?.map(f32::from_bits).collect(),
             None => Vec::new(),
         };
         let row = |(at, draw): (usize, &Draw)| match draw {
-            Draw::Token(rule) if rule.is_greedy() || !rule.filters() => {
-                match choices[at * CHOICE_WORDS..(at + 1) * CHOICE_WORDS] {
-                    [id, u32::MAX] => Drawn::Token(id),
-                    [_, id] => Drawn::NotFinite { id },
-                    _ => Drawn::NotFinite { id: 0 },
-                }
-            }
-            _ => drawn(&logits[at * self.width..(at + 1) * self.width], draw),
+            Draw::Logits => Drawn::Logits(logits[at * self.width..(at + 1) * self.width].to_vec()),
+            Draw::Token(_) => match choices[at * CHOICE_WORDS..(at + 1) * CHOICE_WORDS] {
+                [id, u32::MAX] => Drawn::Token(id),
+                [_, id] => Drawn::NotFinite { id },
+                _ => Drawn::NotFinite { id: 0 },
+            },
         };
         Ok(self.draws.iter().enumerate().map(row).collect())
     }
