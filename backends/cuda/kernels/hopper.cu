@@ -156,14 +156,15 @@ __device__ __forceinline__ void attend_group(const AttendArgs& a) {
         copies_wait<0>();
         shared_fence();
         __syncthreads();  // the next K and this V are there; this K and the last V are no longer read
-        if (j + 2 < to) load_keys(j + 2);
-        load_values(j + 1);
-        copies_commit();
         settle(o);
         settle(p);
         group_fence();
         queue_scores(j + 1);
         queue_values(j);
+        // Meanwhile what comes next.
+        if (j + 2 < to) load_keys(j + 2);
+        load_values(j + 1);
+        copies_commit();
         group_wait<1>();
         settle(s);
         to_weights(j + 1);
