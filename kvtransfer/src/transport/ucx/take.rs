@@ -26,6 +26,10 @@ const PART_BYTES: usize = 256 << 10;
 /// Reads under way at once.
 const READS_MAX: usize = 64;
 
+/// Over TCP the peer's UCX answers reads itself, and ends its process when it is asked for another one by somebody who is gone
+/// (`ucp_get_req_handler`, 1.22): there is never another one.
+const READS_MAX_TCP: usize = 1;
+
 /// Payloads read before the sender hears of it even without a word of the session.
 const UNTOLD_MAX: u64 = 4;
 
@@ -186,7 +190,9 @@ impl TakeSource {
             return Err(failed(self.chosen, "its sender is not there").into());
         };
         let closed = &*self.closed;
-        let read = read(reader, fetch, into, Instant::now() + FETCH_MAX, || closed.load(Ordering::Acquire));
+        let most = if self.chosen == Way::Tcp { READS_MAX_TCP } else { READS_MAX };
+        let until = Instant::now() + FETCH_MAX;
+        let read = read(reader, fetch, into, most, until, || closed.load(Ordering::Acquire));
         match read {
             Ok(crc) => {
                 self.told.fetched.fetch_add(1, Ordering::AcqRel);
@@ -241,11 +247,12 @@ impl FrameSource for TakeSource {
     }
 }
 
-/// Reads all runs into all places and returns the checksum. On an error reads may be under way still: the reader has to go.
+/// Reads all runs into all places, at most `most` parts at once, and returns the checksum. On an error reads may be under way still: the reader has to go.
 fn read(
     reader: &Reader,
     fetch: &Fetch,
     into: &mut [IoSliceMut<'_>],
+    most: usize,
     until: Instant,
     over: impl Fn() -> bool,
 ) -> Result<u32, String> {
@@ -294,7 +301,7 @@ fn read(
             place = (unsafe { place.0.add(bytes) }, place.1 - bytes);
             (address, left) = (address + bytes as u64, left - bytes);
             while under_way.front().is_some_and(|(posted, ..)| *posted == Posted::Done)
-                || under_way.len() >= READS_MAX
+                || under_way.len() >= most
             {
                 if let Some(part) = under_way.pop_front() {
                     land(part)?;
