@@ -14,7 +14,7 @@ mod private_file;
 
 pub use authority::{Authority, AuthorityError};
 pub use enrolment::{EnrollError, Enrolment, enroll};
-pub use identity::Identity;
+pub use identity::{Identity, bulk_provider};
 pub use join_token::{JoinToken, JoinTokenError, TokenRecord, Tokens};
 
 /// Name of the router in its certificate, whatever its address.

@@ -84,7 +84,7 @@ impl Spec {
         let Some([authority, chain, key]) = &self.tls else { return Ok(None) };
         let mut roots = RootCertStore::empty();
         roots.add(CertificateDer::from(authority.clone()))?;
-        let (roots, provider) = (Arc::new(roots), Arc::new(rustls::crypto::ring::default_provider()));
+        let (roots, provider) = (Arc::new(roots), Arc::new(cluster::trust::bulk_provider()));
         let verifier =
             WebPkiClientVerifier::builder_with_provider(roots.clone(), provider.clone()).build()?;
         let chain = vec![CertificateDer::from(chain.clone())];

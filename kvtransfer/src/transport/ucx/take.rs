@@ -26,9 +26,23 @@ const PART_BYTES: usize = 256 << 10;
 /// Reads under way at once.
 const READS_MAX: usize = 64;
 
-/// Over TCP the peer's UCX answers reads itself, and ends its process when it is asked for another one by somebody who is gone
-/// (`ucp_get_req_handler`, 1.22): there is never another one.
-const READS_MAX_TCP: usize = 1;
+/// How payloads are read.
+#[derive(Clone, Copy)]
+struct Pace {
+    /// Reads under way at once.
+    most: usize,
+    /// What is under way is waited for even where the connection is over.
+    patient: bool,
+}
+
+impl Pace {
+    /// Over TCP the peer's UCX answers reads itself, and ends its process when it comes upon one of somebody who has gone meanwhile
+    /// (`ucp_get_req_handler`, 1.22): there is one at a time, and nobody goes before its end.
+    fn of(way: Way) -> Pace {
+        let tcp = way == Way::Tcp;
+        Pace { most: if tcp { 1 } else { READS_MAX }, patient: tcp }
+    }
+}
 
 /// Payloads read before the sender hears of it even without a word of the session.
 const UNTOLD_MAX: u64 = 4;
@@ -190,9 +204,9 @@ impl TakeSource {
             return Err(failed(self.chosen, "its sender is not there").into());
         };
         let closed = &*self.closed;
-        let most = if self.chosen == Way::Tcp { READS_MAX_TCP } else { READS_MAX };
+        let pace = Pace::of(self.chosen);
         let until = Instant::now() + FETCH_MAX;
-        let read = read(reader, fetch, into, most, until, || closed.load(Ordering::Acquire));
+        let read = read(reader, fetch, into, pace, until, || closed.load(Ordering::Acquire));
         match read {
             Ok(crc) => {
                 self.told.fetched.fetch_add(1, Ordering::AcqRel);
@@ -247,19 +261,19 @@ impl FrameSource for TakeSource {
     }
 }
 
-/// Reads all runs into all places, at most `most` parts at once, and returns the checksum. On an error reads may be under way still: the reader has to go.
+/// Reads all runs into all places, and returns the checksum. On an error reads may be under way still: the reader has to go.
 fn read(
     reader: &Reader,
     fetch: &Fetch,
     into: &mut [IoSliceMut<'_>],
-    most: usize,
+    pace: Pace,
     until: Instant,
     over: impl Fn() -> bool,
 ) -> Result<u32, String> {
     let mut crc = 0;
     let mut under_way: VecDeque<(Posted, *mut u8, usize)> = VecDeque::new();
     let mut land = |(posted, at, bytes): (Posted, *mut u8, usize)| {
-        let ended = reader.finish(posted, until, &over);
+        let ended = reader.finish(posted, until, || !pace.patient && over());
         ended.ok_or("nothing came in time")??;
         // SAFETY: a part of a place, which the read has filled and nobody else touches.
         crc = crc::append(crc, unsafe { std::slice::from_raw_parts(at, bytes) });
@@ -293,6 +307,9 @@ fn read(
             if reader.lost() {
                 return Err("its sender is gone".into());
             }
+            if over() {
+                return Err("the connection is over".into());
+            }
             // SAFETY: the part is within a place that is borrowed until this returns; after an error the reader is dropped
             // before the borrow ends.
             let posted = unsafe { reader.get(place.0, bytes, address, key) };
@@ -301,7 +318,7 @@ fn read(
             place = (unsafe { place.0.add(bytes) }, place.1 - bytes);
             (address, left) = (address + bytes as u64, left - bytes);
             while under_way.front().is_some_and(|(posted, ..)| *posted == Posted::Done)
-                || under_way.len() >= most
+                || under_way.len() >= pace.most
             {
                 if let Some(part) = under_way.pop_front() {
                     land(part)?;
