@@ -103,8 +103,10 @@ pub(crate) struct Rows<'a> {
 impl Rows<'_> {
     /// Where the row of `position` begins in a plane.
     fn place(&self, slab: &Slab, layer: usize, plane: usize, position: usize) -> *mut u8 {
-        let block_tokens = slab.block_tokens as usize;
-        slab.token(layer, plane, self.table[position / block_tokens], (position % block_tokens) as u32)
+        // A power of two.
+        let bits = slab.block_tokens.trailing_zeros();
+        let offset = position as u32 & (slab.block_tokens - 1);
+        slab.token(layer, plane, self.table[position >> bits], offset)
     }
 }
 

@@ -59,8 +59,9 @@ pub(crate) struct Kernels {
     pub(crate) rotate: unsafe fn(x: *mut f32, cos: *const f32, sin: *const f32, n: usize, bf16: bool),
     /// `n` floats to bf16.
     pub(crate) narrow: unsafe fn(x: *const f32, out: *mut u16, n: usize),
-    /// See [`Lanes::transpose`].
-    pub(crate) transpose: unsafe fn(rows: &[*const u8; LANES], words: usize, out: *mut u32),
+    /// See [`Lanes::transpose`]. Starts bringing as many words of the rows of `ahead`.
+    pub(crate) transpose:
+        unsafe fn(rows: &[*const u8; LANES], words: usize, out: *mut u32, ahead: &[*const u8]),
     /// Scores `[0, 256)` of a span to weights in place: `exp(scale * (score - max))` at `[from, to)`, 0 elsewhere within
     /// the touched lanes. Returns the largest scaled score and the sum of the weights.
     pub(crate) softmax: unsafe fn(scores: *mut f32, from: usize, to: usize, scale: f32) -> (f32, f32),
@@ -252,9 +253,9 @@ macro_rules! level {
             }
 
             $(#[target_feature(enable = $features)])?
-            unsafe fn transpose(rows: &[*const u8; LANES], words: usize, out: *mut u32) {
+            unsafe fn transpose(rows: &[*const u8; LANES], words: usize, out: *mut u32, ahead: &[*const u8]) {
                 // SAFETY: the caller's promise; the instructions are those of this level.
-                unsafe { super::rows::transpose::<$lanes>(rows, words, out) }
+                unsafe { super::rows::transpose::<$lanes>(rows, words, out, ahead) }
             }
 
             $(#[target_feature(enable = $features)])?

@@ -178,7 +178,7 @@ impl Plain {
                     let rows = std::array::from_fn(|row| lines[row * padded..].as_ptr().cast::<u8>());
                     // SAFETY: each row has padded / 2 words, and `out` room for 16 times as many: this panel's range,
                     // which no other task writes.
-                    unsafe { (kernels.transpose)(&rows, padded / 2, out.cast()) };
+                    unsafe { (kernels.transpose)(&rows, padded / 2, out.cast(), &[]) };
                 }
                 Layout::F16 => {
                     for (lane, k) in (0..LANES).flat_map(|lane| (0..inputs).map(move |k| (lane, k))) {
@@ -199,7 +199,7 @@ impl Plain {
                     let rows = std::array::from_fn(|row| lines[row * inputs..].as_ptr().cast::<u8>());
                     // SAFETY: each row has `inputs` words, and `out` room for 16 times as many: this panel's range,
                     // which no other task writes.
-                    unsafe { (kernels.transpose)(&rows, inputs, out.cast()) };
+                    unsafe { (kernels.transpose)(&rows, inputs, out.cast(), &[]) };
                 }
             }
         }

@@ -8,7 +8,36 @@ use super::{Attention, QUERIES_CUT, Rows, SPAN, Sums, Unit};
 use crate::kernel::{Layout, Pairs, Sweep};
 use crate::lanes::LANES;
 
+/// Keys are asked for so many positions ahead.
+const AHEAD: usize = 64;
+
 impl Attention<'_> {
+    /// Where `group` sees each of `positions` in a plane.
+    fn addresses(
+        &self,
+        run: &Rows<'_>,
+        plane: usize,
+        group: usize,
+        positions: Range<usize>,
+        out: &mut [*const u8],
+    ) {
+        let (row, block) = (self.slab.spec.planes[plane].token_bytes(), self.slab.block_tokens as usize);
+        let mut position = positions.start;
+        while position < positions.end {
+            let first = self.place(run, plane, position, group).cast_const();
+            let count = (block - (position & (block - 1))).min(positions.end - position);
+            for (at, out) in out[position - positions.start..][..count].iter_mut().enumerate() {
+                *out = first.wrapping_add(at * row);
+            }
+            position += count;
+        }
+    }
+
+    /// Words of 4 bytes of a key.
+    fn key_words(&self) -> usize {
+        self.planes.keys().iter().map(|plane| self.slab.spec.planes[*plane].head_bytes() / 4).sum()
+    }
+
     /// The sums of one span: scores, weights, weighted V.
     #[allow(clippy::too_many_arguments)]
     pub(super) unsafe fn span(
@@ -31,18 +60,22 @@ impl Attention<'_> {
         // SAFETY: positions [base + low, base + high) are readable; scratch parts have their full sizes.
         unsafe {
             // K of 16 positions a panel, K-major; positions behind the last are stood in for by the last.
-            let mut to =
-                k_turned.cast::<u32>().add(first_panel * self.key_dim * self.dtype(0).bytes() / 4 * LANES);
-            for panel in first_panel..panels {
-                for plane in self.planes.keys() {
-                    let rows = std::array::from_fn(|lane| {
-                        let position = (panel * LANES + lane).clamp(low, high - 1);
-                        self.place(run, *plane, base + position, unit.group).cast_const()
-                    });
-                    let words = self.slab.spec.planes[*plane].head_bytes() / 4;
-                    (self.kernels.transpose)(&rows, words, to);
-                    to = to.add(words * LANES);
+            let to = k_turned.cast::<u32>().add(first_panel * self.key_words() * LANES);
+            // Behind this span the next one's first keys are asked for.
+            let last = (run.start + unit.rows.end).min(base + SPAN + AHEAD);
+            let mut before = 0;
+            for plane in self.planes.keys() {
+                let mut keys = [std::ptr::null(); SPAN + AHEAD];
+                self.addresses(run, *plane, unit.group, base + low..last, &mut keys[low..]);
+                let words = self.slab.spec.planes[*plane].head_bytes() / 4;
+                for panel in first_panel..panels {
+                    let rows = std::array::from_fn(|lane| keys[(panel * LANES + lane).clamp(low, high - 1)]);
+                    let soon =
+                        (panel * LANES + AHEAD).max(low)..((panel + 1) * LANES + AHEAD).min(last - base);
+                    let to = to.add(((panel - first_panel) * self.key_words() + before) * LANES);
+                    (self.kernels.transpose)(&rows, words, to, keys.get(soon).unwrap_or(&[]));
                 }
+                before += words;
             }
             match self.pairs {
                 Some(_) if self.takes_values_as_they_lie(unit) => {}

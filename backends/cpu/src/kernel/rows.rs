@@ -110,9 +110,21 @@ pub(super) unsafe fn narrow<V: Lanes>(x: *const f32, out: *mut u16, n: usize) {
 }
 
 #[inline(always)]
-pub(super) unsafe fn transpose<V: Lanes>(rows: &[*const u8; LANES], words: usize, out: *mut u32) {
-    // SAFETY: the caller's.
-    unsafe { V::transpose(rows, words, out) }
+pub(super) unsafe fn transpose<V: Lanes>(
+    rows: &[*const u8; LANES],
+    words: usize,
+    out: *mut u32,
+    ahead: &[*const u8],
+) {
+    // SAFETY: the caller's; a prefetch of any address is harmless.
+    unsafe {
+        for (row, line) in
+            ahead.iter().flat_map(|row| (0..words * 4).step_by(64).map(move |line| (row, line)))
+        {
+            V::prefetch(row.wrapping_add(line));
+        }
+        V::transpose(rows, words, out)
+    }
 }
 
 #[inline(always)]
