@@ -3,8 +3,15 @@
 // whose sums `combine` joins. `attend_plain_*` takes any size and type, one warp a row and head.
 #include "attention.cuh"
 
-// Positions [first, first + BN) of K or V into shared memory, padded rows; zeros where there is nothing. A thread takes
-// 16 bytes of every 64 columns of its rows, so that it looks a page up once a row.
+// The place of columns [c, c + 8) of a row of D columns in shared memory; `c` a multiple of 8. Pieces of 16 bytes are permuted by
+// row, so that those of 8 rows below each other do not lie in the same banks.
+template <int D>
+__device__ __forceinline__ u32 place(u32 row, u32 c) {
+    return row * D + (c ^ row % 8 * 8);
+}
+
+// Positions [first, first + BN) of K or V into shared memory; zeros where there is nothing. A thread takes 16 bytes of every 64
+// columns of its rows, so that it looks a page up once a row.
 template <int D, int BN, int THREADS>
 __device__ __forceinline__ void load_tile(bf16* to, const bf16* base, u32 stride, u32 dim, const AttendArgs& a, u32 run,
                                           u32 first, u32 end) {
@@ -15,15 +22,15 @@ __device__ __forceinline__ void load_tile(bf16* to, const bf16* base, u32 stride
         const bf16* row = base + token_at(a, run, there ? first + at : first) * stride;
 #pragma unroll
         for (u32 d = c; d < D; d += 64)
-            copy_async(to + at * (D + 8) + d, row + (d < dim ? d : 0), there && d < dim);
+            copy_async(to + place<D>(at, d), row + (d < dim ? d : 0), there && d < dim);
     }
 }
 
 template <int DK, int DV, int WARPS, int MT, int BN>
 __device__ void attend(const AttendArgs& a) {
-    const int BM = WARPS * MT * 16, QS = DK + 8, VS = DV + 8, THREADS = WARPS * 32, NT = BN / 8;
+    const int BM = WARPS * MT * 16, THREADS = WARPS * 32, NT = BN / 8;
     DYNAMIC_SHARED(bf16, shared);
-    bf16 *sq = shared, *sk = sq + BM * QS, *sv = sk + BN * QS;
+    bf16 *sq = shared, *sk = sq + BM * DK, *sv = sk + BN * DK;
     const Tile tile = ((const Tile*)a.tiles)[blockIdx.x];
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     const u32 head_first = blockIdx.y * a.pack, kv_head = head_first / a.group;
@@ -43,7 +50,7 @@ __device__ void attend(const AttendArgs& a) {
         int m = i / (DK / 8), c = i % (DK / 8) * 8;
         bool there = m < queries && c < (int)a.key_dim;
         u32 row = tile.row + (there ? m / a.pack : 0), head = head_first + (there ? m % a.pack : 0);
-        copy_async(sq + m * QS + c, (const bf16*)a.q + (u64)row * a.q_row + (u64)head * a.q_head + (there ? c : 0), there);
+        copy_async(sq + place<DK>(m, c), (const bf16*)a.q + (u64)row * a.q_row + (u64)head * a.q_head + (there ? c : 0), there);
     }
 
     float o[MT][DV / 8][4], peak[MT][2], total[MT][2];
@@ -69,11 +76,11 @@ __device__ void attend(const AttendArgs& a) {
             u32 qf[MT][4];
 #pragma unroll
             for (int t = 0; t < MT; ++t)
-                load_matrices(qf[t], sq + ((warp * MT + t) * 16 + lane / 8 % 2 * 8 + lane % 8) * QS + k + lane / 16 * 8);
+                load_matrices(qf[t], sq + place<DK>((warp * MT + t) * 16 + lane % 16, k + lane / 16 * 8));
 #pragma unroll
             for (int n = 0; n < NT; n += 2) {
                 u32 kf[4];
-                load_matrices(kf, sk + (n * 8 + lane / 16 * 8 + lane % 8) * QS + k + lane / 8 % 2 * 8);
+                load_matrices(kf, sk + place<DK>(n * 8 + lane / 16 * 8 + lane % 8, k + lane / 8 % 2 * 8));
                 tile_products(s, n, qf, kf);
             }
         }
@@ -141,7 +148,7 @@ __device__ void attend(const AttendArgs& a) {
 #pragma unroll
             for (int n = 0; n < DV / 8; n += 2) {
                 u32 vf[4];
-                load_matrices_turned(vf, sv + (k + lane / 8 % 2 * 8 + lane % 8) * VS + n * 8 + lane / 16 * 8);
+                load_matrices_turned(vf, sv + place<DV>(k + lane % 16, n * 8 + lane / 16 * 8));
                 tile_products(o, n, pf, vf);
             }
         }
@@ -179,9 +186,11 @@ __device__ void attend(const AttendArgs& a) {
         }
 }
 
-// Prompts: 128 queries a block. Generation: 16 queries, keys split over blocks.
+// Prompts: 128 queries a block; 64 where a processor's shared memory would have room for one such block only (`_small`).
+// Generation: 16 queries, keys split over blocks.
 KERNEL(attend_64, AttendArgs, 128) { attend<64, 64, 4, 2, 64>(a); }
 KERNEL(attend_128, AttendArgs, 128) { attend<128, 128, 4, 2, 64>(a); }
+KERNEL(attend_128_small, AttendArgs, 128) { attend<128, 128, 4, 1, 64>(a); }
 KERNEL(attend_192, AttendArgs, 128) { attend<192, 128, 4, 1, 64>(a); }
 KERNEL(attend_256, AttendArgs, 128) { attend<256, 256, 4, 1, 32>(a); }
 KERNEL(attend_few_64, AttendArgs, 32) { attend<64, 64, 1, 1, 64>(a); }

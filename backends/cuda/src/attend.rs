@@ -325,7 +325,7 @@ impl<D: Driver> CudaStep<'_, D> {
         let group = args.group as usize;
         // Runs of up to so many rows fit a block of few queries.
         let few_rows = FEW_QUERIES / divisor(group, FEW_QUERIES);
-        for (few, kernel) in [(false, flash.for_prompts(self.device.groups)), (true, flash.few)] {
+        for (few, kernel) in [(false, flash.for_prompts(self.device)), (true, flash.few)] {
             let queries = kernel.queries;
             let pack = divisor(group, queries);
             let (from, to) = if few { (above + 1, few_rows) } else { (few_rows.max(above) + 1, usize::MAX) };

@@ -6,6 +6,9 @@ use crate::args::AttendArgs;
 use crate::device::Device;
 use crate::driver::Driver;
 
+/// Shared memory of a block, on devices whose processors run two large ones at once: A100, H100, B200. RTX cards and GB10 have 99 KiB.
+const SHARED_BYTES_MANY: usize = 128 << 10;
+
 /// Queries of a block of the `attend_few` kernels.
 pub(crate) const FEW_QUERIES: usize = 16;
 
@@ -14,6 +17,8 @@ pub(crate) struct Flash {
     pub(crate) key_max: usize,
     pub(crate) value_max: usize,
     prompts: Kernel,
+    /// For prompts on devices with little shared memory.
+    small: Option<Kernel>,
     pub(crate) few: Kernel,
     /// For prompts where warp groups multiply (`kernels/hopper.cu`).
     groups: Option<Kernel>,
@@ -29,20 +34,18 @@ pub(crate) struct Kernel {
     /// Positions of a tile, and tiles of keys and of values that are held.
     keys: usize,
     stages: usize,
-    /// Elements between rows of a tile that nobody uses.
-    padding: usize,
 }
 
 const fn prompts(name: &'static str, queries: usize, keys: usize) -> Kernel {
-    Kernel { name, threads: 128, queries, keys, stages: 1, padding: 8 }
+    Kernel { name, threads: 128, queries, keys, stages: 1 }
 }
 
 const fn few(name: &'static str, keys: usize) -> Kernel {
-    Kernel { name, threads: 32, queries: FEW_QUERIES, keys, stages: 1, padding: 8 }
+    Kernel { name, threads: 32, queries: FEW_QUERIES, keys, stages: 1 }
 }
 
 const fn groups(name: &'static str) -> Option<Kernel> {
-    Some(Kernel { name, threads: 256, queries: 128, keys: 128, stages: 2, padding: 0 })
+    Some(Kernel { name, threads: 256, queries: 128, keys: 128, stages: 2 })
 }
 
 pub(crate) const FLASH: [Flash; 4] = [
@@ -51,6 +54,7 @@ pub(crate) const FLASH: [Flash; 4] = [
         value_max: 64,
         prompts: prompts("attend_64", 128, 64),
         few: few("attend_few_64", 64),
+        small: None,
         groups: groups("attend_group_64"),
     },
     Flash {
@@ -58,6 +62,7 @@ pub(crate) const FLASH: [Flash; 4] = [
         value_max: 128,
         prompts: prompts("attend_128", 128, 64),
         few: few("attend_few_128", 64),
+        small: Some(prompts("attend_128_small", 64, 64)),
         groups: groups("attend_group_128"),
     },
     Flash {
@@ -65,6 +70,7 @@ pub(crate) const FLASH: [Flash; 4] = [
         value_max: 128,
         prompts: prompts("attend_192", 64, 64),
         few: few("attend_few_192", 64),
+        small: None,
         groups: groups("attend_group_192"),
     },
     Flash {
@@ -72,14 +78,17 @@ pub(crate) const FLASH: [Flash; 4] = [
         value_max: 256,
         prompts: prompts("attend_256", 64, 32),
         few: few("attend_few_256", 32),
+        small: None,
         groups: None,
     },
 ];
 
 impl Flash {
-    /// The kernel for prompts: that of every generation, or of warp groups where there is one.
-    pub(crate) fn for_prompts(&self, groups: bool) -> Kernel {
-        self.groups.filter(|_| groups).unwrap_or(self.prompts)
+    /// The kernel for prompts on `device`.
+    pub(crate) fn for_prompts<D: Driver>(&self, device: &Device<D>) -> Kernel {
+        let small = self.small.filter(|_| device.driver().shared_bytes_max() < SHARED_BYTES_MANY);
+        let every = small.unwrap_or(self.prompts);
+        self.groups.filter(|_| device.groups).unwrap_or(every)
     }
 
     /// Both kinds, where there are two.
@@ -95,9 +104,8 @@ impl Flash {
         grid: [usize; 3],
         args: &AttendArgs,
     ) -> Result<(), BackendError> {
-        let queries = kernel.queries * (self.key_max + kernel.padding);
-        let tile = kernel.keys * (self.key_max + self.value_max + 2 * kernel.padding);
-        let bytes = (queries + kernel.stages * tile) * 2;
+        let tile = kernel.keys * (self.key_max + self.value_max);
+        let bytes = (kernel.queries * self.key_max + kernel.stages * tile) * 2;
         device.launch(kernel.name, grid.map(|size| size as u32), kernel.threads, bytes, args)
     }
 }
