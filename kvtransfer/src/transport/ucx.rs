@@ -38,7 +38,9 @@ pub enum Way {
     Shm = 1,
     /// UCX over RoCE or InfiniBand.
     Rdma = 2,
-    /// UCX over its own TCP: slower than [`Way::Stream`], for tests of the same code where there is no RDMA.
+    /// UCX over its own TCP: slower than [`Way::Stream`], for tests of the same code where there is no RDMA. Not for anything else: a
+    /// receiver that is killed while it reads may take its sender's process along (`ucp_get_req_handler` of 1.22 aborts when the
+    /// answer's endpoint has failed; by RDMA and in shared memory nobody answers reads).
     Tcp = 3,
 }
 

@@ -117,7 +117,8 @@ fn payloads_take_the_way_between_processes() {
 
 #[test]
 fn a_killed_receiver_ends_the_session_in_time_and_the_leases_come_back() {
-    if !here() {
+    // Over its own TCP the library ends the process that is asked for a read by somebody who is gone, see `Way::Tcp`.
+    if !here() || crate::WAY == Way::Tcp {
         return;
     }
     let (mut other, sender) = (Other::start(), Sender::new(limits()));
