@@ -80,19 +80,20 @@ unsafe fn tile<const R: usize, const P: usize>(s: &Pairs, row: usize, panel: usi
     }
 }
 
-/// Panels `[from, to)` for rows `[row, row + R)`: as many at once as registers allow.
+/// Panels `[from, to)` for rows `[row, row + R)`: as many at once as registers allow, but two for one row, which is to read
+/// few streams at a time.
 #[inline(always)]
 unsafe fn rows<const R: usize>(s: &Pairs, row: usize, from: usize, to: usize, ahead: Ahead) {
     let mut panel = from;
     // SAFETY: the caller's product covers these rows and panels.
     unsafe {
-        if const { R * 8 + 9 <= REGISTERS } {
+        if const { R > 1 && R * 8 + 9 <= REGISTERS } {
             while panel + 8 <= to {
                 tile::<R, 8>(s, row, panel, ahead);
                 panel += 8;
             }
         }
-        if const { R * 4 + 5 <= REGISTERS } {
+        if const { R > 1 && R * 4 + 5 <= REGISTERS } {
             while panel + 4 <= to {
                 tile::<R, 4>(s, row, panel, ahead);
                 panel += 4;
