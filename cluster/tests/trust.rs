@@ -95,6 +95,40 @@ impl Decode for Node {
     }
 }
 
+/// What a cache travels through between nodes is the cipher that takes a core least.
+#[tokio::test]
+async fn nodes_agree_on_the_cheaper_cipher() {
+    let router = Router::start("cipher").await;
+    let [gpu, mac] = [router.enroll(&router.token("gpu")).await, router.enroll(&router.token("mac")).await];
+    let nodes = |token: ClusterToken| token.identity().unwrap().nodes().unwrap();
+    let ((_, client, name), (server, ..)) = (nodes(gpu.unwrap()), nodes(mac.unwrap()));
+    let mut caller = rustls::ClientConnection::new(client, name).unwrap();
+    let mut called = rustls::ServerConnection::new(server).unwrap();
+    for _ in 0..4 {
+        let mut flight = Vec::new();
+        while caller.wants_write() {
+            caller.write_tls(&mut flight).unwrap();
+        }
+        let mut sent = &flight[..];
+        while !sent.is_empty() {
+            called.read_tls(&mut sent).unwrap();
+            called.process_new_packets().unwrap();
+        }
+        let mut flight = Vec::new();
+        while called.wants_write() {
+            called.write_tls(&mut flight).unwrap();
+        }
+        let mut sent = &flight[..];
+        while !sent.is_empty() {
+            caller.read_tls(&mut sent).unwrap();
+            caller.process_new_packets().unwrap();
+        }
+    }
+    assert!(!caller.is_handshaking() && !called.is_handshaking());
+    let suite = caller.negotiated_cipher_suite().map(|suite| suite.suite());
+    assert_eq!(suite, Some(rustls::CipherSuite::TLS13_AES_128_GCM_SHA256));
+}
+
 /// A node comes in by its token, calls the router, and is called by it; not by another node, though that one has a
 /// certificate and the secret.
 #[tokio::test]
