@@ -10,25 +10,11 @@ __device__ __forceinline__ u32 place(u32 row, u32 c) {
     return row * D + (c ^ row % 8 * 8);
 }
 
-// Positions [first, first + BN) of K or V into shared memory; zeros where there is nothing. A thread takes 16 bytes of every 64
-// columns of its rows, so that it looks a page up once a row.
-template <int D, int BN, int THREADS>
-__device__ __forceinline__ void load_tile(bf16* to, const bf16* base, u32 stride, u32 dim, const AttendArgs& a, u32 run,
-                                          u32 first, u32 end) {
-    const u32 c = threadIdx.x % 8 * 8;
-#pragma unroll
-    for (u32 at = threadIdx.x / 8; at < BN; at += THREADS / 8) {
-        const bool there = first + at < end;
-        const bf16* row = base + token_at(a, run, there ? first + at : first) * stride;
-#pragma unroll
-        for (u32 d = c; d < D; d += 64)
-            copy_async(to + place<D>(at, d), row + (d < dim ? d : 0), there && d < dim);
-    }
-}
-
 template <int DK, int DV, int WARPS, int MT, int BN>
 __device__ void attend(const AttendArgs& a) {
     const int BM = WARPS * MT * 16, THREADS = WARPS * 32, NT = BN / 8;
+    auto key_place = [](u32 row, u32 c) { return place<DK>(row, c); };
+    auto value_place = [](u32 row, u32 c) { return place<DV>(row, c); };
     DYNAMIC_SHARED(bf16, shared);
     bf16 *sq = shared, *sk = sq + BM * DK, *sv = sk + BN * DK;
     const Tile tile = ((const Tile*)a.tiles)[blockIdx.x];
@@ -61,12 +47,12 @@ __device__ void attend(const AttendArgs& a) {
         for (int h = 0; h < 2; ++h) peak[t][h] = MINUS_INFINITY, total[t][h] = 0.0f;
     const float scale = a.scale * 1.4426950408889634f;  // exponents to base 2
 
-    if (from < to) load_tile<DK, BN, THREADS>(sk, k_base, a.k_token, a.key_dim, a, tile.run, from * BN, end);
+    if (from < to) load_tile<DK, BN, THREADS>(sk, k_base, a.k_token, a.key_dim, a, tile.run, from * BN, end, key_place);
     copies_commit();
     for (u32 j = from; j < to; ++j) {
         copies_wait<0>();
         __syncthreads();  // K is there, and V of the last tile is no longer read
-        load_tile<DV, BN, THREADS>(sv, v_base, a.v_token, a.value_dim, a, tile.run, j * BN, end);
+        load_tile<DV, BN, THREADS>(sv, v_base, a.v_token, a.value_dim, a, tile.run, j * BN, end, value_place);
         copies_commit();
 
         float s[MT][NT][4];
@@ -132,7 +118,7 @@ __device__ void attend(const AttendArgs& a) {
         copies_wait<0>();
         __syncthreads();  // V is there, and K is no longer read
         if (j + 1 < to)
-            load_tile<DK, BN, THREADS>(sk, k_base, a.k_token, a.key_dim, a, tile.run, (j + 1) * BN, end);
+            load_tile<DK, BN, THREADS>(sk, k_base, a.k_token, a.key_dim, a, tile.run, (j + 1) * BN, end, key_place);
         copies_commit();
 #pragma unroll
         for (int k = 0; k < BN; k += 16) {

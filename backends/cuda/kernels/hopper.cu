@@ -5,21 +5,6 @@
 
 const int GROUP_QUERIES = 128, GROUP_THREADS = 256, GROUP_KEYS = 128;
 
-// Positions [first, first + GROUP_KEYS) of K or V into tiles of shared memory; zeros where there is nothing.
-template <int D>
-__device__ __forceinline__ void load_tiles(bf16* to, const bf16* base, u32 stride, u32 dim, const AttendArgs& a, u32 run,
-                                           u32 first, u32 end) {
-    const u32 c = threadIdx.x % 8 * 8;
-#pragma unroll
-    for (u32 at = threadIdx.x / 8; at < GROUP_KEYS; at += GROUP_THREADS / 8) {
-        const bool there = first + at < end;
-        const bf16* row = base + token_at(a, run, there ? first + at : first) * stride;
-#pragma unroll
-        for (u32 d = 0; d < D; d += TILE_COLUMNS)
-            copy_async(to + d * GROUP_KEYS + swizzled(at, c), row + (d + c < dim ? d + c : 0), there && d + c < dim);
-    }
-}
-
 // What one thread knows of its two rows.
 struct Softmax {
     float peak[2], total[2];
@@ -81,11 +66,14 @@ __device__ __forceinline__ void attend_group(const AttendArgs& a) {
     const u32 from = first / GROUP_KEYS, to = (end + GROUP_KEYS - 1) / GROUP_KEYS;
     const float scale = a.scale * 1.4426950408889634f;  // exponents to base 2
 
+    auto place = [](u32 row, u32 c) { return c / TILE_COLUMNS * TILE + swizzled(row, c % TILE_COLUMNS); };
     auto load_keys = [&](u32 j) {
-        load_tiles<DK>(sk + (j - from) % 2 * GROUP_KEYS * DK, k_base, a.k_token, a.key_dim, a, tile.run, j * GROUP_KEYS, end);
+        load_tile<DK, GROUP_KEYS, GROUP_THREADS>(sk + (j - from) % 2 * GROUP_KEYS * DK, k_base, a.k_token, a.key_dim, a, tile.run,
+                                                 j * GROUP_KEYS, end, place);
     };
     auto load_values = [&](u32 j) {
-        load_tiles<DV>(sv + (j - from) % 2 * GROUP_KEYS * DV, v_base, a.v_token, a.value_dim, a, tile.run, j * GROUP_KEYS, end);
+        load_tile<DV, GROUP_KEYS, GROUP_THREADS>(sv + (j - from) % 2 * GROUP_KEYS * DV, v_base, a.v_token, a.value_dim, a, tile.run,
+                                                 j * GROUP_KEYS, end, place);
     };
     const bf16* own_q = sq + warp / 4 * 64 * TILE_COLUMNS;
     float s[NT][4], o[DV / 8][4];

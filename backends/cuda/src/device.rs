@@ -22,8 +22,8 @@ use crate::weight::CudaWeight;
 /// Threads of a block of the simple kernels.
 pub(crate) const THREADS: u32 = 256;
 
-/// Rows that meet one reading of the weights. A DGX Spark multiplies about 400 times per byte that it reads, other GPUs less often: at 512
-/// rows of bf16 it would still wait for weights, and kernels be short.
+/// Rows that meet one reading of the weights. By their makers' figures GPUs multiply some hundreds of times per byte that they read, a DGX
+/// Spark most often: with a few hundred rows of bf16 they would wait for weights. Not measured.
 const CHUNK_TOKENS: usize = 2048;
 
 /// A device and its memory.

@@ -46,8 +46,8 @@ fn difference<D: Driver>(device: &Device<D>, flash: &Flash, kinds: [Kernel; 2]) 
     for kernel in kinds {
         let rows = kernel.queries / GROUP;
         let tiles = (0..TOKENS).step_by(rows).flat_map(|first| {
-            let first_word = first as u32;
-            [0, first_word, rows.min(TOKENS - first) as u32, first_word]
+            let position = first as u32;
+            [0, position, rows.min(TOKENS - first) as u32, position]
         });
         let tiles = device.pool.send(&tiles.collect::<Vec<u32>>())?;
         let bytes = TOKENS * HEADS * value_dim * 2;
@@ -91,7 +91,6 @@ fn difference<D: Driver>(device: &Device<D>, flash: &Flash, kinds: [Kernel; 2]) 
 fn numbers(seed: u32, count: usize) -> Vec<u32> {
     let mut state = seed;
     let mut number = || {
-        // Knuth's multiplier for 32 bits.
         state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
         u32::from(bf16::from_f32((state >> 8) as f32 / (1u32 << 22) as f32 - 2.0).to_bits())
     };

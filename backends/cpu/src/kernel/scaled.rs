@@ -177,11 +177,7 @@ unsafe fn strip<const CODE: usize, const R: usize, const P: usize>(
         while left > 0 {
             let count = cursor.count(left);
             let base = first.add(cursor.base);
-            // What lies behind; at the end of a panel the panels that come next.
-            let behind = match cursor.base + AHEAD_BYTES / P < s.panel_bytes {
-                true => AHEAD_BYTES / P,
-                false => AHEAD_BYTES / P + (P - 1) * s.panel_bytes,
-            };
+            let behind = behind::<P>(s, cursor.base);
             for p in 0..P {
                 let scales = s.form.scale.first() + cursor.at_group * s.form.scale.stride();
                 _mm_prefetch::<_MM_HINT_T0>(base.wrapping_add(p * s.panel_bytes + behind + scales).cast());
@@ -243,6 +239,13 @@ unsafe fn strip<const CODE: usize, const R: usize, const P: usize>(
             left -= count;
         }
     }
+}
+
+/// Bytes from `at` in `P` panels to what is asked for there: what lies behind, and at the end of the panels those that come next.
+#[inline(always)]
+fn behind<const P: usize>(s: &Scaled<'_>, at: usize) -> usize {
+    let own = const { AHEAD_BYTES / P };
+    if at + own < s.panel_bytes { own } else { own + (P - 1) * s.panel_bytes }
 }
 
 /// What some octets of a chunk are multiplied by.

@@ -8,14 +8,12 @@ use std::arch::x86_64::*;
 use super::super::Scaled;
 use super::super::codes::{Cursor, E4M3, scale_of};
 use super::super::pair_codes::{Table, pair_of};
-use super::{Part, Sums, add, follow_octet, take_apart};
+use super::{Part, Sums, add, behind, follow_octet, take_apart};
 use crate::lanes::LANES;
 use crate::lanes::avx512::Avx512;
 
 /// Rows at most: their sums stay in registers.
 pub(super) const ROWS: usize = 4;
-/// Bytes that are asked for ahead of use, of all panels of a tile together.
-const AHEAD_BYTES: usize = 8192;
 
 /// All rows by all panels.
 ///
@@ -73,11 +71,7 @@ unsafe fn strip<const CODE: usize, const R: usize, const P: usize>(
         while left > 0 {
             let count = cursor.count(left);
             let base = first.add(cursor.base);
-            // What lies behind; at the end of several panels those that come next.
-            let behind = match cursor.base + AHEAD_BYTES / P < s.panel_bytes {
-                true => AHEAD_BYTES / P,
-                false => AHEAD_BYTES / P + (P - 1) * s.panel_bytes,
-            };
+            let behind = behind::<P>(s, cursor.base);
             if cursor.at == 0 {
                 for (line, p) in (0..scale_bytes / 64).flat_map(|line| (0..P).map(move |p| (line, p))) {
                     let ahead = base.wrapping_add(p * s.panel_bytes + behind + line * 64);
