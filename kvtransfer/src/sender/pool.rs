@@ -56,6 +56,13 @@ struct Conns {
     idle: HashMap<String, Vec<(Wire, Instant)>>,
 }
 
+/// Lanes of a path whose payloads are read from shared memory: there one of the receiver's threads copies, which is slower than
+/// memory, and nobody else is busy.
+const SHM_STREAMS: usize = 2;
+
+/// A push with less than this is over before a second lane is worth its handshake.
+const SHM_STREAMS_BYTES_MIN: u64 = 32 << 20;
+
 /// A push's share of the bound on connections.
 pub(super) struct Admission {
     /// Lanes of the push that have not left.
@@ -189,12 +196,15 @@ impl Pool {
         lock(&self.paths).order(addresses, path, Instant::now())
     }
 
-    /// The address that each lane to a receiver tries first: one lane, or as many as there are paths that are used together.
-    pub fn lanes(&self, addresses: &[String]) -> Vec<String> {
+    /// The address that each lane of a push of `bytes` to a receiver tries first: one lane, or as many as there are paths that are
+    /// used together; two a path for many bytes, where payloads were last read from shared memory.
+    pub fn lanes(&self, addresses: &[String], bytes: u64) -> Vec<String> {
         self.know(addresses);
         self.route(addresses);
         let best = lock(&self.paths).stripe(addresses, Instant::now());
-        let streams = self.limits.streams.max(1);
+        let shared = |address| lock(&self.meters).get(address).is_some_and(|meter| meter.way == Way::Shm);
+        let more = bytes >= SHM_STREAMS_BYTES_MIN && best.iter().any(shared);
+        let streams = if more { SHM_STREAMS } else { 1 }.max(self.limits.streams);
         let lanes = (0..streams).flat_map(|_| best.iter().cloned());
         lanes.take(LANES_MAX.into()).collect()
     }

@@ -4,6 +4,7 @@
 use std::io::{BufRead, BufReader, Write};
 use std::process::{Child, Command, Stdio};
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use backend::{DType, KvSpec};
@@ -233,4 +234,33 @@ fn a_lane_that_is_lost_comes_back_without_the_way() {
     assert!(landed.landing.cache.is_right());
     let way = |peer: &String| sender.links().iter().find(|link| link.peer == *peer).map(|link| link.way);
     assert_eq!((way(&proxy.address), way(&address)), (Some(crate::WAY), Some(Way::Stream)));
+}
+
+/// Protects: large pushes through shared memory are read by two threads, small ones and those over other ways by one.
+#[test]
+fn a_large_push_through_shared_memory_takes_two_lanes() {
+    if !here() {
+        return;
+    }
+    let receiver = Receiver::bind(LOCAL, limits()).unwrap();
+    let sender = Sender::new(limits());
+    let proxy = Proxy::new(receiver.local_addr(), Harm::None, Harm::None);
+    let push = |seed, tokens| {
+        let case = Case { tokens: 0..tokens, ..case(seed) };
+        let (pushed, landed) = crate::common::net::session(&case, &sender, &receiver, &proxy.address);
+        assert!(pushed.is_ok() && landed.result.is_ok() && landed.landing.cache.is_right());
+    };
+    // Until the way is taken, which needs the library: a tenth of a second.
+    let until = Instant::now() + Duration::from_secs(10);
+    let mut seed = 40;
+    while sender.links().first().is_none_or(|link| link.way != crate::WAY) && Instant::now() < until {
+        seed += 1;
+        push(seed, 1000);
+    }
+    assert_eq!(sender.links()[0].way, crate::WAY);
+    push(seed + 1, 1000);
+    assert_eq!(proxy.connections.load(Ordering::SeqCst), 1, "small");
+    push(seed + 2, 8192);
+    let expected = if crate::WAY == Way::Shm { 2 } else { 1 };
+    assert_eq!(proxy.connections.load(Ordering::SeqCst), expected, "32 MiB");
 }

@@ -72,7 +72,7 @@ pub(super) fn prepare_relay(
                 deadline: expect.deadline,
                 frame_bytes: pool.limits.frame_bytes.clamp(1, PAYLOAD_BYTES_MAX),
             };
-            let paths = pool.lanes(&target.addresses);
+            let paths = pool.lanes(&target.addresses, pair.bytes);
             Ok(Arc::new(Pair::new(pair, target.addresses.clone(), paths, parts, Codec::Exact, opened)))
         })
         .collect()
@@ -125,11 +125,12 @@ fn described(target: &TargetSpec) -> Result<String, SessionError> {
 /// How this push's numbers travel: where one receiver's link is slower than its share of the cache is made, all are
 /// compressed.
 fn codec(pool: &Pool, spec: &PushSpec, plan: &Plan) -> Codec {
-    let bytes = |receiver| plan.bytes(spec.from_rank, receiver, &spec.tokens) as f64;
-    let total: f64 = (0..spec.to.len()).map(bytes).sum();
+    let bytes = |receiver| plan.bytes(spec.from_rank, receiver, &spec.tokens);
+    let total = (0..spec.to.len()).map(bytes).sum::<u64>().max(1) as f64;
     let choose = |receiver: usize| {
-        let made = spec.compute_bytes_per_s.map(|rate| rate * bytes(receiver) / total.max(1.0));
-        pool.limits.codec.choose(made, pool.bytes_per_s(&pool.lanes(&spec.to[receiver].addresses)))
+        let made = spec.compute_bytes_per_s.map(|rate| rate * bytes(receiver) as f64 / total);
+        let lanes = pool.lanes(&spec.to[receiver].addresses, bytes(receiver));
+        pool.limits.codec.choose(made, pool.bytes_per_s(&lanes))
     };
     (0..spec.to.len()).map(choose).max().unwrap_or(Codec::Exact)
 }
@@ -157,7 +158,7 @@ fn pair(
         deadline: spec.deadline,
         frame_bytes: pool.limits.frame_bytes.clamp(1, PAYLOAD_BYTES_MAX),
     };
-    let (addresses, paths) = (target.addresses.clone(), pool.lanes(&target.addresses));
+    let (addresses, paths) = (target.addresses.clone(), pool.lanes(&target.addresses, pair.bytes));
     let (parts, last_tokens) = (plan.between(spec.from_rank, receiver), last_tokens(spec));
     let last = Last {
         wire_bytes: layer_wire_bytes(&parts, codec, &last_tokens),
