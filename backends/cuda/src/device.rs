@@ -79,6 +79,10 @@ impl<D: Driver> Device<D> {
             drawn: None,
             choices: None,
         };
+        if device.ranks.is_some() {
+            // Ranks wait for each other from their first step on.
+            device.driver().prepare()?;
+        }
         device.groups = asked && device.driver().multiplies_in_groups() && hopper::agrees(&device);
         Ok(device)
     }
@@ -163,6 +167,13 @@ impl<D: Driver> Device<D> {
     }
 }
 
+impl<D: Driver> Drop for Device<D> {
+    fn drop(&mut self) {
+        // Before the group: NCCL waits for graphs with its sums.
+        self.queue().discard();
+    }
+}
+
 impl<D: Driver + Open> Backend for Device<D> {
     type Weight = CudaWeight<D>;
     type Act = CudaAct<D>;
@@ -210,7 +221,8 @@ impl<D: Driver + Open> Backend for Device<D> {
         }
         self.drawn = None;
         if self.ranks.is_some() {
-            // The old group goes first: its links, and NCCL's hold on the device.
+            // The old group goes first: graphs with its sums, its links, and NCCL's hold on the device.
+            self.queue().discard();
             self.ranks = None;
             self.ranks = Some(Ranks::new(group)?);
         }

@@ -1,9 +1,9 @@
 //! What this backend asks of a device: memory, two ordered lanes of work, kernels by name, dense products. Implemented by
 //! [`crate::nvidia`] and, for tests without a GPU, by the emulator.
 
-use std::ffi::c_void;
-
 use backend::{BackendError, DType};
+
+use crate::nccl::Sum;
 
 /// An ordered queue of work; the two run beside each other.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -40,9 +40,6 @@ pub struct Dense {
     pub(crate) out_stride: usize,
 }
 
-/// A call that queues work in the stream it is given.
-pub type Collective = Box<dyn FnOnce(*mut c_void) -> Result<(), BackendError> + Send>;
-
 /// What a thread other than the owner calls before a library that uses the device.
 pub type Attach = Box<dyn FnOnce() -> Result<(), BackendError> + Send>;
 
@@ -59,6 +56,10 @@ pub trait Driver: Clone + 'static {
 
     /// The device in words.
     fn describe(&self) -> String;
+    /// Has its kernels compiled, so that no later call waits for a compiler.
+    fn prepare(&self) -> Result<(), BackendError> {
+        Ok(())
+    }
     /// Free device memory in bytes.
     fn free_bytes(&self) -> u64;
     /// Blocks that keep the device busy.
@@ -112,16 +113,16 @@ pub trait Driver: Clone + 'static {
     fn takes(&self, product: &Dense) -> bool;
     /// Queues a dense product that the device takes in [`Lane::Compute`].
     fn dense(&self, product: &Dense) -> Result<(), BackendError>;
-    /// What `queue` queues in [`Lane::Compute`], kernels and dense products only, which have all been queued before. None of
-    /// it is done.
+    /// What `queue` queues in [`Lane::Compute`]: kernels, dense products, zeroing and sums over ranks, which have all been
+    /// queued before. None of it is done. With sums all ranks capture, and replay what they captured together.
     fn capture(
         &self,
         queue: &mut dyn FnMut() -> Result<(), BackendError>,
     ) -> Result<Self::Graph, BackendError>;
     /// Queues the work of `graph` in [`Lane::Compute`]; a graph may be dropped while it is done.
     fn replay(&self, graph: &Self::Graph) -> Result<(), BackendError>;
-    /// Queues what `call` queues in [`Lane::Compute`].
-    fn collective(&self, call: Collective) -> Result<(), BackendError>;
+    /// Queues a sum over ranks in [`Lane::Compute`].
+    fn sum(&self, sum: &Sum) -> Result<(), BackendError>;
     /// The host is about to wait for something other than the device, which goes on by itself; the emulator, too.
     fn go_on(&self) {}
     fn record(&self, lane: Lane) -> Result<Self::Event, BackendError>;

@@ -4,6 +4,7 @@
 
 mod kernels;
 mod machine;
+mod stream;
 
 use std::path::Path;
 use std::sync::{Arc, Mutex};
@@ -13,7 +14,8 @@ use backend::BackendError;
 use self::kernels::{library, reachable};
 use self::machine::{Graph, Machine, Op, Work, of};
 use crate::device::Open;
-use crate::driver::{Attach, Collective, Dense, Driver, Lane, Launch, fault};
+use crate::driver::{Attach, Dense, Driver, Lane, Launch, fault};
+use crate::nccl::Sum;
 
 /// Shared memory of a block on the smallest GPUs that are supported (sm_86, sm_120), and on large ones (sm_90, sm_100).
 const SHARED_BYTES: [usize; 2] = [99 * 1024, 227 * 1024];
@@ -49,6 +51,7 @@ impl Drop for Memory {
         // As cuMemFree does.
         let mut machine = of(&self.machine);
         machine.all();
+        machine.freed(self.address(), self.bytes);
         machine.memory.remove(&self.address());
         drop(machine);
         reachable(self.address(), self.bytes, false);
@@ -131,6 +134,19 @@ impl Emulated {
     pub(crate) fn limited(self, bytes: u64) -> Self {
         of(&self.machine).bytes_max = bytes;
         self
+    }
+
+    /// With no more memory than it has given out.
+    #[cfg(test)]
+    pub(crate) fn exhaust(&self) {
+        let mut machine = of(&self.machine);
+        machine.bytes_max = machine.memory.values().sum();
+    }
+
+    /// Does nothing any more of what is queued, like the device of a process that was killed.
+    #[cfg(test)]
+    pub(crate) fn kill(&self) {
+        of(&self.machine).killed = true;
     }
 
     /// Whether captures are refused, and whether the next replay is.
@@ -226,7 +242,8 @@ impl Driver for Emulated {
     }
 
     fn clear(&self, at: u64, bytes: usize) -> Result<(), BackendError> {
-        self.upload(at, &vec![0; bytes])
+        self.queue(Lane::Compute, Work::Op(Op::Clear { at, bytes }));
+        Ok(())
     }
 
     fn to_host(
@@ -289,7 +306,11 @@ impl Driver for Emulated {
         let captured = of(&self.machine).capture.take();
         queued?;
         match captured {
-            Some(Ok(ops)) => Ok(Graph(Arc::new(ops))),
+            Some(Ok(ops)) => {
+                let graph = Arc::new(ops);
+                of(&self.machine).graphs.push(Arc::downgrade(&graph));
+                Ok(Graph(graph))
+            }
             Some(Err(reason)) => Err(fault("capture", reason)),
             None => Err(fault("capture", "ended twice")),
         }
@@ -303,9 +324,8 @@ impl Driver for Emulated {
         Ok(())
     }
 
-    fn collective(&self, call: Collective) -> Result<(), BackendError> {
-        self.queue(Lane::Compute, Work::Call(call));
-        Ok(())
+    fn sum(&self, sum: &Sum) -> Result<(), BackendError> {
+        stream::queue(&self.machine, sum)
     }
 
     fn go_on(&self) {

@@ -4,6 +4,7 @@
 mod act;
 mod args;
 mod attend;
+mod ballot;
 pub mod compile;
 mod device;
 mod driver;

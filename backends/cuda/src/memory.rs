@@ -109,6 +109,7 @@ impl<D: Driver> Pool<D> {
     pub(crate) fn give_back(&self) -> Result<bool, BackendError> {
         // What has been written down may use it.
         self.queue.close()?;
+        // First: NCCL may have registered memory that they sum.
         let graphs = self.queue.forget_graphs();
         let (free, steady) = (self.free.take(), self.steady.take());
         let any = free.values().any(|kept| !kept.is_empty()) || steady.values().any(|kept| !kept.is_empty());

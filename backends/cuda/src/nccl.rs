@@ -29,6 +29,10 @@ pub(crate) enum Element {
 const JOIN_LOOK: Duration = Duration::from_millis(50);
 /// `ncclSum`.
 const SUM: c_int = 0;
+/// From here on sums of graphs and queued ones may be under way together (`NCCL_GRAPH_MIXING_SUPPORT`).
+const CAPTURES_MIN: c_int = 21_300;
+/// Longest wait for the library to give a group up: it goes on by itself.
+const ABORT_MAX: Duration = Duration::from_secs(5);
 /// `ncclInProgress`: not an error.
 const IN_PROGRESS: c_int = 7;
 
@@ -37,6 +41,7 @@ type InitRankFn = unsafe extern "C" fn(*mut *mut c_void, c_int, UniqueId, c_int)
 /// From, to, elements, their type, operation, communicator, stream.
 type AllReduceFn =
     unsafe extern "C" fn(*const c_void, *mut c_void, usize, c_int, c_int, *mut c_void, *mut c_void) -> c_int;
+type VersionFn = unsafe extern "C" fn(*mut c_int) -> c_int;
 type AbortFn = unsafe extern "C" fn(*mut c_void) -> c_int;
 type AsyncErrorFn = unsafe extern "C" fn(*mut c_void, *mut c_int) -> c_int;
 type ErrorStringFn = unsafe extern "C" fn(c_int) -> *const c_char;
@@ -49,6 +54,8 @@ struct Library {
     abort: AbortFn,
     async_error: AsyncErrorFn,
     error_string: ErrorStringFn,
+    /// As `ncclGetVersion` says, e.g. 22907.
+    version: c_int,
 }
 
 /// A library that is there. Stays loaded.
@@ -93,8 +100,11 @@ impl Nccl {
             let symbol = unsafe { libc::dlsym(handle, name.as_ptr()) };
             (!symbol.is_null()).then_some(symbol)
         };
-        // SAFETY: the signatures are those of nccl.h, unchanged since NCCL 2.4.
+        let mut version = 0;
+        // SAFETY: the signatures are those of nccl.h, unchanged since NCCL 2.4; the version is written.
         let library = unsafe {
+            let said =
+                std::mem::transmute::<*mut c_void, VersionFn>(symbol(c"ncclGetVersion")?)(&mut version);
             Library {
                 unique_id: std::mem::transmute::<*mut c_void, UniqueIdFn>(symbol(c"ncclGetUniqueId")?),
                 init_rank: std::mem::transmute::<*mut c_void, InitRankFn>(symbol(c"ncclCommInitRank")?),
@@ -106,9 +116,15 @@ impl Nccl {
                 error_string: std::mem::transmute::<*mut c_void, ErrorStringFn>(symbol(
                     c"ncclGetErrorString",
                 )?),
+                version: if said == 0 { version } else { 0 },
             }
         };
         Some(Nccl(Box::leak(Box::new(library))))
+    }
+
+    /// Whether its sums may be captured beside others that are queued.
+    pub(crate) fn captures(&self) -> bool {
+        self.0.version >= CAPTURES_MIN
     }
 
     fn said(&self, what: &str, status: c_int) -> Result<(), BackendError> {
@@ -176,8 +192,7 @@ impl Nccl {
 }
 
 impl Communicator {
-    /// Queues the sum over all ranks of `count` elements at `at`, in place.
-    pub(crate) fn all_reduce(
+    fn all_reduce(
         &self,
         at: u64,
         count: usize,
@@ -210,12 +225,25 @@ impl Communicator {
         failed.err().map(|error| error.to_string())
     }
 
-    /// Ends what is queued and gives the group up, also while a call of another thread waits inside.
+    /// Ends what is queued and gives the group up, also while a call of another thread waits inside. The library first ends
+    /// what runs, then waits until no graph holds its sums any more: their owner may be another thread, so that wait is the
+    /// library's own.
     pub(crate) fn abort(&self) {
         let handle = self.handle.swap(std::ptr::null_mut(), Ordering::AcqRel);
-        if !handle.is_null() {
+        if handle.is_null() {
+            return;
+        }
+        let (abort, handle) = (self.nccl.0.abort, handle.expose_provenance());
+        let (ended, end) = mpsc::channel();
+        let give_up = move || {
             // SAFETY: taken out above, so aborted once; abort frees it.
-            let _ = unsafe { (self.nccl.0.abort)(handle) };
+            let _ = unsafe { abort(std::ptr::with_exposed_provenance_mut(handle)) };
+            // Nobody may wait any more.
+            let _ = ended.send(());
+        };
+        // Without a thread the handle is lost, and the process with it if work is under way.
+        if std::thread::Builder::new().name("nccl abort".into()).spawn(give_up).is_ok() {
+            let _ = end.recv_timeout(ABORT_MAX);
         }
     }
 }
@@ -229,6 +257,48 @@ impl Drop for Communicator {
 /// Shared with queued work and with the thread that watches.
 pub(crate) type Shared = Arc<Communicator>;
 
+/// A sum over all ranks of `count` elements at `at`, in place.
+#[derive(Clone)]
+pub struct Sum {
+    pub(crate) group: Shared,
+    pub(crate) at: u64,
+    pub(crate) count: usize,
+    pub(crate) element: Element,
+}
+
+impl PartialEq for Sum {
+    fn eq(&self, other: &Self) -> bool {
+        Arc::ptr_eq(&self.group, &other.group) && self.at == other.at && self.shape() == other.shape()
+    }
+}
+
+impl Sum {
+    /// What is the same on all ranks.
+    pub(crate) fn shape(&self) -> [u64; 2] {
+        [self.count as u64, self.element as u64]
+    }
+
+    /// Queues it in `stream`, a `cudaStream_t`, or makes it part of what is captured there.
+    pub(crate) fn queue(&self, stream: *mut c_void) -> Result<(), BackendError> {
+        self.group.all_reduce(self.at, self.count, self.element, stream)
+    }
+}
+
+/// The stand-in for the library, built once a process.
+#[cfg(all(test, feature = "emulator"))]
+pub(crate) fn built_for_tests() -> &'static str {
+    static PATH: std::sync::OnceLock<String> = std::sync::OnceLock::new();
+    PATH.get_or_init(|| {
+        let dir = std::env::temp_dir().join(format!("baton-mock-nccl-unit-{}", std::process::id()));
+        std::fs::create_dir_all(&dir).unwrap();
+        let path = dir.join("libnccl.so.2");
+        let source = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/nccl.cpp");
+        let options = ["-std=c++17", "-O1", "-shared", "-fPIC", source, "-o"];
+        assert!(std::process::Command::new("g++").args(options).arg(&path).status().unwrap().success());
+        path.display().to_string()
+    })
+}
+
 #[cfg(all(test, feature = "emulator"))]
 mod tests {
     use super::*;
@@ -236,13 +306,7 @@ mod tests {
     /// A rank that is still there but never joins, and one that is known to be gone: nobody waits for them for ever.
     #[test]
     fn a_rank_that_does_not_join_is_not_waited_for() {
-        let dir = std::env::temp_dir().join(format!("baton-mock-join-{}", std::process::id()));
-        std::fs::create_dir_all(&dir).unwrap();
-        let path = dir.join("libnccl.so.2");
-        let source = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/nccl.cpp");
-        let options = ["-std=c++17", "-O0", "-shared", "-fPIC", source, "-o"];
-        assert!(std::process::Command::new("g++").args(options).arg(&path).status().unwrap().success());
-        let nccl = Nccl::open(&path.display().to_string()).unwrap();
+        let nccl = Nccl::open(built_for_tests()).unwrap();
         let join = |id: [u8; ID_BYTES], rank: usize, most: Duration, gone: Option<&str>| {
             let gone = || gone.map(|reason| BackendError::Group { rank: 1, reason: reason.to_owned() });
             nccl.join(id, (rank, 2), Box::new(|| Ok(())), most, gone)
@@ -262,6 +326,5 @@ mod tests {
             said(join(nccl.unique_id().unwrap(), 0, long, Some("closed its link"))),
             "tensor-parallel group lost: rank 1: closed its link"
         );
-        let _ = std::fs::remove_dir_all(&dir);
     }
 }

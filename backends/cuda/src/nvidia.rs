@@ -20,7 +20,8 @@ use self::memory::{Event, Host, Memory, available_bytes};
 use self::products::Products;
 use crate::compile;
 use crate::device::Open;
-use crate::driver::{Attach, Collective, Dense, Driver, Lane, Launch, fault};
+use crate::driver::{Attach, Dense, Driver, Lane, Launch, fault};
+use crate::nccl::Sum;
 
 /// CUDA 13.0: what this build speaks.
 const DRIVER_MIN: i32 = 13_000;
@@ -188,6 +189,10 @@ impl Driver for Nvidia {
         self.0.description.clone()
     }
 
+    fn prepare(&self) -> Result<(), BackendError> {
+        self.0.kernels.prepare()
+    }
+
     fn free_bytes(&self) -> u64 {
         let free = result::mem_get_info().map_or(0, |(free, _)| free as u64);
         if self.0.unified { available_bytes().map_or(free, |available| available.max(free)) } else { free }
@@ -331,8 +336,8 @@ impl Driver for Nvidia {
         graph.replay()
     }
 
-    fn collective(&self, call: Collective) -> Result<(), BackendError> {
-        call(self.0.lane(Lane::Compute).cast())
+    fn sum(&self, sum: &Sum) -> Result<(), BackendError> {
+        sum.queue(self.0.lane(Lane::Compute).cast())
     }
 
     fn record(&self, lane: Lane) -> Result<Event, BackendError> {

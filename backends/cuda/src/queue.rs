@@ -1,14 +1,18 @@
 //! What steps queue, on its way to the device. It goes there at once; or, in a step that generates, it is written down until
 //! the step is complete. Such a list often is word by word that of the step before, and is one graph then
-//! ([`crate::graphs`]): so what changes from step to step lies in memory, which is filled before the list is done.
+//! ([`crate::graphs`]): so what changes from step to step lies in memory, which is filled before the list is done. In a group
+//! all ranks say first what they could do with theirs ([`crate::ballot`]), once a step and at the same place of it.
 
 use std::cell::{Cell, RefCell};
+use std::rc::Rc;
 
 use backend::BackendError;
 
 use crate::args::{Args, Words};
-use crate::driver::{Collective, Dense, Driver, Lane, Launch};
+use crate::ballot::Ballot;
+use crate::driver::{Dense, Driver, Lane, Launch};
 use crate::graphs::Graphs;
+use crate::nccl::Sum;
 
 /// Least memory for what steps send, and the multiple at which a piece of it begins.
 const CHUNK_BYTES: usize = 64 << 10;
@@ -19,13 +23,15 @@ pub(crate) struct Queue<D: Driver> {
     pub(crate) driver: D,
     /// What is written down.
     open: RefCell<Option<List>>,
+    /// Of the step that is written down, in a group, until its vote is over.
+    ballot: RefCell<Option<Rc<Ballot>>>,
     sent: RefCell<Sent<D>>,
     graphs: RefCell<Graphs<D>>,
     /// Whether steps are written down at all.
     writes: Cell<bool>,
 }
 
-/// Kernels and products in order. Lists are equal when a device would do the same.
+/// Kernels, products and sums over ranks in order. Lists are equal when a device would do the same.
 #[derive(Default, PartialEq)]
 pub(crate) struct List {
     calls: Vec<Call>,
@@ -40,6 +46,9 @@ enum Call {
     Dense(Dense),
     /// Memory and its bytes, see [`Driver::forget`].
     Forget(u64, usize),
+    /// Memory and its bytes that become zero.
+    Clear(u64, usize),
+    Sum(Sum),
 }
 
 impl List {
@@ -59,9 +68,25 @@ impl List {
                 }
                 Call::Dense(product) => driver.dense(product)?,
                 Call::Forget(at, bytes) => driver.forget(*at, *bytes),
+                Call::Clear(at, bytes) => driver.clear(*at, *bytes)?,
+                Call::Sum(sum) => driver.sum(sum)?,
             }
         }
         Ok(())
+    }
+
+    /// Tells apart lists that sum different things; equal on ranks that sum the same, whatever else they do.
+    pub(crate) fn sums(&self) -> u64 {
+        // FNV-1a, 64 bits.
+        let mut hash = 0xcbf2_9ce4_8422_2325u64;
+        for call in &self.calls {
+            if let Call::Sum(sum) = call {
+                for byte in sum.shape().iter().flat_map(|word| word.to_le_bytes()) {
+                    hash = (hash ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3);
+                }
+            }
+        }
+        hash
     }
 }
 
@@ -138,6 +163,7 @@ impl<D: Driver> Queue<D> {
         Queue {
             driver,
             open: RefCell::default(),
+            ballot: RefCell::default(),
             sent: RefCell::new(Sent { chunks: Vec::new(), stages: Vec::new() }),
             graphs: RefCell::new(Graphs::new()),
             writes: Cell::new(true),
@@ -147,6 +173,11 @@ impl<D: Driver> Queue<D> {
     /// Whether steps that generate are written down from now on.
     pub(crate) fn write_down(&self, on: bool) {
         self.writes.set(on);
+    }
+
+    /// Whether they are.
+    pub(crate) fn writes_down(&self) -> bool {
+        self.writes.get()
     }
 
     /// Graphs that were replayed so far.
@@ -159,9 +190,17 @@ impl<D: Driver> Queue<D> {
         self.graphs.borrow_mut().clear()
     }
 
-    /// Writes down what is queued from now on, until something else than kernels and products comes.
-    pub(crate) fn begin(&self) -> Result<(), BackendError> {
-        self.close()?;
+    /// Writes down what is queued from now on, until something else than kernels, products and sums comes; in a group that
+    /// votes on its steps all ranks do.
+    pub(crate) fn begin(&self, ballot: Option<Rc<Ballot>>) -> Result<(), BackendError> {
+        self.finish()?;
+        if let Some(ballot) = &ballot {
+            ballot.open();
+            if !self.writes.get() {
+                ballot.decline(&self.driver)?;
+            }
+        }
+        *self.ballot.borrow_mut() = ballot;
         if self.writes.get() {
             self.sent.borrow_mut().chunks.iter_mut().for_each(|chunk| chunk.filled.clear());
             *self.open.borrow_mut() = Some(List::default());
@@ -174,11 +213,37 @@ impl<D: Driver> Queue<D> {
         self.open.borrow().is_some()
     }
 
-    /// Queues what has been written down.
+    /// Queues what has been written down. In a group that is not the whole step: call by call, then, on all ranks.
     pub(crate) fn close(&self) -> Result<(), BackendError> {
         let Some(list) = self.open.take() else { return Ok(()) };
+        let ballot = self.ballot.borrow().clone();
+        if let Some(ballot) = &ballot {
+            ballot.decline(&self.driver)?;
+        }
         self.sent.borrow_mut().send(&self.driver)?;
-        self.graphs.borrow_mut().run(&self.driver, list)
+        match ballot {
+            None => self.graphs.borrow_mut().run(&self.driver, list),
+            Some(_) => list.queue(&self.driver),
+        }
+    }
+
+    /// Queues what has been written down: all of a step's work that ranks do together, which is where all ranks call this.
+    pub(crate) fn finish(&self) -> Result<(), BackendError> {
+        let Some(ballot) = self.ballot.take() else { return self.close() };
+        match self.open.take() {
+            None => ballot.settle(&self.driver),
+            Some(list) => {
+                self.sent.borrow_mut().send(&self.driver)?;
+                self.graphs.borrow_mut().run_together(&self.driver, list, &ballot)
+            }
+        }
+    }
+
+    /// Forgets what has been written down, with the graphs: this rank's group is over.
+    pub(crate) fn discard(&self) {
+        self.open.take();
+        self.ballot.take();
+        self.forget_graphs();
     }
 
     /// Before work that cannot be written down.
@@ -231,7 +296,11 @@ impl<D: Driver> Queue<D> {
     }
 
     pub(crate) fn clear(&self, at: u64, bytes: usize) -> Result<(), BackendError> {
-        self.plainly(Lane::Compute)?.clear(at, bytes)
+        match &mut *self.open.borrow_mut() {
+            None => self.driver.clear(at, bytes)?,
+            Some(list) => list.calls.push(Call::Clear(at, bytes)),
+        }
+        Ok(())
     }
 
     pub(crate) fn to_host(
@@ -256,8 +325,12 @@ impl<D: Driver> Queue<D> {
         self.plainly(lane)?.to_device(lane, to, host, at, bytes)
     }
 
-    pub(crate) fn collective(&self, call: Collective) -> Result<(), BackendError> {
-        self.plainly(Lane::Compute)?.collective(call)
+    pub(crate) fn sum(&self, sum: Sum) -> Result<(), BackendError> {
+        match &mut *self.open.borrow_mut() {
+            None => self.driver.sum(&sum)?,
+            Some(list) => list.calls.push(Call::Sum(sum)),
+        }
+        Ok(())
     }
 
     pub(crate) fn record(&self, lane: Lane) -> Result<D::Event, BackendError> {

@@ -14,10 +14,11 @@ use std::time::Duration;
 use backend::{BackendError, Group, Peers};
 
 use crate::args::SideBySideArgs;
+use crate::ballot::Ballot;
 use crate::device::Device;
 use crate::driver::{Driver, Lane};
 use crate::memory::Buffer;
-use crate::nccl::{Element, ID_BYTES, Nccl, Shared};
+use crate::nccl::{Element, ID_BYTES, Nccl, Shared, Sum};
 use crate::step::Fetched;
 
 /// How often links are looked at while NCCL computes: a lost rank is noticed within this time.
@@ -28,15 +29,18 @@ const JOIN_MAX: Duration = Duration::from_secs(60);
 const GRACE: Duration = Duration::from_millis(500);
 /// Logits per row that one rank may announce.
 const VOCABULARY_MAX: usize = 1 << 24;
-/// What a rank tells first: whether it has NCCL and may use it, and its device.
+/// What a rank tells first: whether it has NCCL and may use it, for steps that are replayed too, and its device.
 const HELLO_BYTES: usize = 17;
+/// Of its first byte.
+const HAS_NCCL: u8 = 1;
+const REPLAYS: u8 = 2;
 
 /// Logits of the whole vocabulary in f32, with its size.
 pub(crate) type Logits<D> = (Rc<Buffer<D>>, usize);
 
 /// The group of one rank, as long as its links last.
 pub(crate) struct Ranks {
-    peers: RefCell<Peers>,
+    peers: Rc<RefCell<Peers>>,
     fabric: RefCell<Fabric>,
     /// Widths of all ranks' logits where this one has so many.
     widths: RefCell<HashMap<usize, Vec<usize>>>,
@@ -46,7 +50,8 @@ enum Fabric {
     /// Ranks meet at the first operation: a device is opened before its links are there.
     Unmet,
     Host,
-    Nccl(Shared, Watch),
+    /// With the votes on steps that generate, where all ranks may replay them.
+    Nccl(Shared, Watch, Option<Rc<Ballot>>),
 }
 
 /// A rank that is gone, and why.
@@ -63,7 +68,7 @@ struct Watch {
 impl Ranks {
     pub(crate) fn new(group: Group) -> Result<Self, BackendError> {
         Ok(Ranks {
-            peers: RefCell::new(Peers::new(group, "cuda")?),
+            peers: Rc::new(RefCell::new(Peers::new(group, "cuda")?)),
             fabric: RefCell::new(Fabric::Unmet),
             widths: RefCell::default(),
         })
@@ -77,12 +82,22 @@ impl Ranks {
         self.peers.borrow().world()
     }
 
+    /// The votes on steps that generate; `None`: they are queued call by call. The same on every rank, from its first logits on.
+    pub(crate) fn ballot(&self) -> Option<Rc<Ballot>> {
+        match &*self.fabric.borrow() {
+            // With widths known a step that generates exchanges nothing else.
+            Fabric::Nccl(_, _, ballot) if !self.widths.borrow().is_empty() => ballot.clone(),
+            _ => None,
+        }
+    }
+
     /// How sums travel, in words.
     pub(crate) fn describe(&self) -> &'static str {
         match &*self.fabric.borrow() {
             Fabric::Unmet => "ranks have not met",
             Fabric::Host => "sums through the host",
-            Fabric::Nccl(..) => "sums by NCCL",
+            Fabric::Nccl(_, _, None) => "sums by NCCL",
+            Fabric::Nccl(_, _, Some(_)) => "sums by NCCL, in graphs too",
         }
     }
 
@@ -98,17 +113,24 @@ impl Ranks {
     }
 
     /// Chooses how sums travel, once: the same on every rank.
-    fn meet<D: Driver>(&self, driver: &D) -> Result<(), BackendError> {
+    fn meet<D: Driver>(&self, device: &Device<D>) -> Result<(), BackendError> {
         if !matches!(*self.fabric.borrow(), Fabric::Unmet) {
             return Ok(());
         }
-        let nccl = Nccl::open(&driver.nccl_library());
-        let mut hello = [0; HELLO_BYTES];
+        let driver = device.driver();
         // NCCL encrypts nothing: it is not for groups whose links are.
-        hello[0] = u8::from(nccl.is_some() && !self.peers.borrow().is_sealed());
+        let sealed = self.peers.borrow().is_sealed();
+        let nccl = Nccl::open(&driver.nccl_library()).filter(|_| !sealed);
+        let mut hello = [0; HELLO_BYTES];
+        hello[0] = match &nccl {
+            None => 0,
+            Some(nccl) if nccl.captures() && device.queue().writes_down() => REPLAYS,
+            Some(_) => HAS_NCCL,
+        };
         hello[1..].copy_from_slice(&driver.identity());
         let mut all = self.exchange(&hello)?;
-        let everybody = all.iter().all(|hello| hello[0] == 1);
+        let everybody = all.iter().all(|hello| hello[0] >= HAS_NCCL);
+        let replays = all.iter().all(|hello| hello[0] >= REPLAYS);
         all.sort_unstable();
         let apart = all.windows(2).all(|pair| pair[0] != pair[1]);
         let Some(nccl) = nccl.filter(|_| everybody && apart) else {
@@ -133,7 +155,8 @@ impl Ranks {
         let seat = (self.rank(), self.world());
         let shared = Arc::new(nccl.join(id, seat, driver.attach(), JOIN_MAX, gone)?);
         let watch = Watch::over(links, shared.clone())?;
-        *self.fabric.borrow_mut() = Fabric::Nccl(shared, watch);
+        let ballot = replays.then(|| Rc::new(Ballot::new(self.peers.clone())));
+        *self.fabric.borrow_mut() = Fabric::Nccl(shared, watch, ballot);
         Ok(())
     }
 
@@ -145,13 +168,10 @@ impl Ranks {
         count: usize,
         element: Element,
     ) -> Result<(), BackendError> {
-        self.meet(device.driver())?;
-        if let Fabric::Nccl(shared, watch) = &*self.fabric.borrow() {
+        self.meet(device)?;
+        if let Fabric::Nccl(shared, watch, _) = &*self.fabric.borrow() {
             watch.check()?;
-            let shared = shared.clone();
-            return device
-                .queue()
-                .collective(Box::new(move |stream| shared.all_reduce(at, count, element, stream)));
+            return device.queue().sum(Sum { group: shared.clone(), at, count, element });
         }
         let fetched = Fetched::of(device, at, count * 4)?;
         let mine = fetched.bytes()?;
@@ -190,11 +210,14 @@ impl Ranks {
         rows: usize,
         width: usize,
     ) -> Result<Option<Logits<D>>, BackendError> {
-        self.meet(device.driver())?;
+        self.meet(device)?;
         let known = self.widths.borrow().get(&width).cloned();
         let widths = match known {
             Some(widths) => widths,
             None => {
+                // Not between a vote and what comes out of it.
+                device.queue().close()?;
+                device.queue().finish()?;
                 device.driver().go_on();
                 let all = self.exchange(&(width as u32).to_le_bytes())?;
                 let widths: Vec<usize> = all
@@ -248,10 +271,10 @@ impl Ranks {
         Ok(Some((out, out_width)))
     }
 
-    /// Tells the other ranks, by closed links, that this one cannot go on.
+    /// Tells the other ranks, by closed links, that this one cannot go on. Its graphs are gone: NCCL would wait for them.
     pub(crate) fn leave(&self, reason: &str) {
         self.peers.borrow_mut().leave(reason);
-        if let Fabric::Nccl(shared, _) = &*self.fabric.borrow() {
+        if let Fabric::Nccl(shared, ..) = &*self.fabric.borrow() {
             shared.abort();
         }
     }
@@ -260,7 +283,7 @@ impl Ranks {
     /// may have feigned.
     pub(crate) fn lost(&self) -> Lost {
         match &*self.fabric.borrow() {
-            Fabric::Nccl(_, watch) => Lost(Some(watch.lost.clone())),
+            Fabric::Nccl(_, watch, _) => Lost(Some(watch.lost.clone())),
             _ => Lost(None),
         }
     }
@@ -307,8 +330,9 @@ impl Watch {
                     }
                     // Said before the group is given up: whoever waits finds it.
                     told.lock().unwrap_or_else(PoisonError::into_inner).get_or_insert(reason);
-                    shared.abort();
+                    // Whoever votes hears of it at once; the owner gives graphs back once it does.
                     links.iter().for_each(|(_, link)| drop(link.shutdown(Shutdown::Both)));
+                    shared.abort();
                     return;
                 }
                 sleep(&links);

@@ -47,7 +47,7 @@ pub struct CudaStep<'a, D: Driver> {
 }
 
 /// So many rows, with padding.
-fn padded(rows: usize) -> usize {
+pub(crate) fn padded(rows: usize) -> usize {
     if rows <= ROWS_STEP { rows } else { rows.next_multiple_of(ROWS_STEP) }
 }
 
@@ -63,7 +63,7 @@ fn with_padding(batch: &Batch) -> Batch {
 impl<D: Driver> Drop for CudaStep<'_, D> {
     fn drop(&mut self) {
         // What a step that was not submitted has queued is done all the same; what fails comes out of a later one.
-        let _ = self.device.queue().close();
+        let _ = self.device.queue().finish();
     }
 }
 
@@ -78,10 +78,13 @@ impl<'a, D: Driver> CudaStep<'a, D> {
             let twice = sequences.windows(2).find(|pair| pair[0] == pair[1]);
             twice.map(|pair| format!("two runs of sequence {} in one step", pair[0]))
         };
-        let alone = device.ranks.is_none() && fault.is_none();
-        let generates = alone && (1..=ROWS_MAX).contains(&rows) && batch.runs.iter().all(|run| run.len == 1);
+        // In a group the same on all ranks.
+        let ballot = device.ranks.as_ref().and_then(|ranks| ranks.ballot());
+        let written = fault.is_none() && (device.ranks.is_none() || ballot.is_some());
+        let generates =
+            written && (1..=ROWS_MAX).contains(&rows) && batch.runs.iter().all(|run| run.len == 1);
         let queue = device.queue();
-        let begun = if generates { queue.begin() } else { queue.close() };
+        let begun = if generates { queue.begin(ballot) } else { queue.finish() };
         CudaStep {
             device,
             kv,

@@ -1,13 +1,14 @@
 //! Queued work of the emulated device, done in order when somebody waits; and what a capture has taken.
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 
 use backend::{BackendError, DType};
 use half::bf16;
 
 use super::kernels::library;
-use crate::driver::{Collective, Dense, Lane, Launch, fault};
+use super::stream::Call;
+use crate::driver::{Dense, Lane, Launch, fault};
 
 /// Device memory, unless less is asked for.
 const DEVICE_BYTES: u64 = 1 << 32;
@@ -26,8 +27,12 @@ pub(super) struct Machine {
     pub(super) loaded: BTreeSet<&'static str>,
     /// What has been captured so far, or why it cannot be.
     pub(super) capture: Option<Result<Vec<Op>, String>>,
+    /// Graphs that were captured.
+    pub(super) graphs: Vec<Weak<Vec<Op>>>,
     /// Whether captures fail, and whether the next replay does.
     pub(super) refuses: [bool; 2],
+    /// Whether nothing is done any more.
+    pub(super) killed: bool,
 }
 
 impl Default for Machine {
@@ -40,7 +45,9 @@ impl Default for Machine {
             bytes_max: DEVICE_BYTES,
             loaded: BTreeSet::new(),
             capture: None,
+            graphs: Vec::new(),
             refuses: [false; 2],
+            killed: false,
         }
     }
 }
@@ -48,9 +55,25 @@ impl Default for Machine {
 /// What can be captured.
 #[derive(Clone)]
 pub(super) enum Op {
-    Kernel { launch: Launch, args: Vec<u64> },
+    Kernel {
+        launch: Launch,
+        args: Vec<u64>,
+    },
     Dense(Dense),
-    Forget { at: u64, bytes: usize },
+    Forget {
+        at: u64,
+        bytes: usize,
+    },
+    Clear {
+        at: u64,
+        bytes: usize,
+    },
+    /// What a library queued, over this memory.
+    Call {
+        call: Arc<Call>,
+        at: u64,
+        bytes: usize,
+    },
 }
 
 /// Work that was captured.
@@ -74,7 +97,6 @@ pub(super) enum Work {
         lane: usize,
         at: u64,
     },
-    Call(Collective),
 }
 
 pub(super) fn of(machine: &Mutex<Machine>) -> MutexGuard<'_, Machine> {
@@ -101,6 +123,7 @@ impl Machine {
         while self.done[lane] < to {
             let Some(work) = self.lanes[lane].pop_front() else { return };
             if self.fault.is_none()
+                && !self.killed
                 && let Err(error) = self.work(work)
             {
                 self.fault = Some(error.to_string());
@@ -127,11 +150,6 @@ impl Machine {
                 self.run(lane, at);
                 Ok(())
             }
-            Work::Call(call) => {
-                // Sums of a group that was given up end somehow; the device is well.
-                let _ = call(std::ptr::null_mut());
-                Ok(())
-            }
         }
     }
 
@@ -154,6 +172,29 @@ impl Machine {
                 unsafe { std::ptr::write_bytes(*at as *mut u8, 0xff, *bytes) };
                 Ok(())
             }
+            Op::Clear { at, bytes } => {
+                self.there(*at, *bytes)?;
+                // SAFETY: memory that is there.
+                unsafe { std::ptr::write_bytes(*at as *mut u8, 0, *bytes) };
+                Ok(())
+            }
+            Op::Call { call, at, bytes } => {
+                self.there(*at, *bytes)?;
+                call.run()
+            }
+        }
+    }
+
+    /// Memory is given back. A library may have registered what its calls in a graph use, for as long as there is the graph.
+    pub(super) fn freed(&mut self, at: u64, bytes: usize) {
+        self.graphs.retain(|graph| graph.strong_count() > 0);
+        let uses = |op: &Op| {
+            matches!(op, Op::Call { at: from, bytes: len, .. }
+                if *from < at + bytes as u64 && at < *from + *len as u64)
+        };
+        if self.graphs.iter().filter_map(Weak::upgrade).any(|graph| graph.iter().any(uses)) {
+            self.fault
+                .get_or_insert(format!("{bytes} bytes that a graph sums over ranks are freed before it"));
         }
     }
 

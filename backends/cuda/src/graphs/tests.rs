@@ -1,5 +1,7 @@
 //! Steps that are replayed are those that would have been queued, bit by bit, whatever changes from step to step.
 
+mod group;
+
 use std::sync::Arc;
 
 use backend::draw::Rule;
@@ -23,6 +25,8 @@ use crate::weight::CudaWeight;
 const HIDDEN: usize = 32;
 const HEADS: usize = 4;
 const DIM: usize = 16;
+const EXPERTS: usize = 4;
+/// Of one rank.
 const VOCABULARY: usize = 96;
 const LAYERS: usize = 2;
 const BLOCK: u32 = 16;
@@ -65,14 +69,22 @@ fn matrix(bytes: &[u8], rows: usize) -> TensorView<'_> {
 
 impl Toy {
     fn new(driver: Emulated, dtype: DType) -> Result<Self, BackendError> {
+        Self::in_group(driver, dtype, Group::alone())
+    }
+
+    /// One rank, whose heads, gates, experts and logits are its own.
+    fn in_group(driver: Emulated, dtype: DType, group: Group) -> Result<Self, BackendError> {
         let options = DeviceOptions { dtype, block_tokens: BLOCK, ..DeviceOptions::default() };
-        let mut device = Device::over(driver, &options, Group::alone())?;
+        let (rank, world) = (group.rank as u64, group.world);
+        let mut device = Device::over(driver, &options, group)?;
         let spec = KvSpec::gqa(LAYERS, HEADS / 2, 0..HEADS / 2, DIM, dtype);
         let kv = device.kv(&spec, 80 * u64::from(BLOCK) * spec.token_bytes() as u64)?;
         let mut seed = 0;
         let mut product = |device: &mut Device<Emulated>, outputs: usize, inputs: usize| {
             seed += 1;
-            let bytes = numbers(seed, outputs * inputs);
+            // The router is the same on all ranks.
+            let own = if outputs == EXPERTS { 0 } else { rank * 1000 };
+            let bytes = numbers(own + seed, outputs * inputs);
             let parts = vec![matrix(&bytes, outputs).into()];
             device.load(&WeightSource::Linear(Linear { parts, bias: None, sum: KSum::Ascending }))
         };
@@ -80,10 +92,11 @@ impl Toy {
         let o = product(&mut device, HIDDEN, HEADS * DIM)?;
         let gate_up = product(&mut device, 2 * HIDDEN, HIDDEN)?;
         let down = product(&mut device, HIDDEN, HIDDEN)?;
-        let router = product(&mut device, 4, HIDDEN)?;
+        let router = product(&mut device, EXPERTS, HIDDEN)?;
         let head = product(&mut device, VOCABULARY, HIDDEN)?;
         let mut experts = |outputs: usize| {
-            let bytes: Vec<Vec<u8>> = (0..4).map(|seed| numbers(50 + seed, outputs * HIDDEN)).collect();
+            let seeds = (0..EXPERTS as u64).map(|seed| rank * 1000 + 50 + seed);
+            let bytes: Vec<Vec<u8>> = seeds.map(|seed| numbers(seed, outputs * HIDDEN)).collect();
             let of = |bytes| Linear {
                 parts: vec![matrix(bytes, outputs).into()],
                 bias: None,
@@ -93,12 +106,12 @@ impl Toy {
             device.load(&WeightSource::Experts(&&linears[..]))
         };
         let experts = (experts(2 * HIDDEN)?, experts(HIDDEN)?);
-        let table = numbers(90, VOCABULARY * HIDDEN);
-        let embed = device.load(&WeightSource::Embedding(matrix(&table, VOCABULARY).into()))?;
+        let table = numbers(90, VOCABULARY * world * HIDDEN);
+        let embed = device.load(&WeightSource::Embedding(matrix(&table, VOCABULARY * world).into()))?;
         let norm = device.load(&WeightSource::Norm(matrix(&numbers(91, HIDDEN), 1)))?;
         let inv_freq: Arc<[f32]> = (0..DIM / 2).map(|i| 0.5f32.powi(i as i32)).collect();
         let routing = Routing {
-            experts: 4,
+            experts: EXPERTS,
             top_k: 2,
             score: Score::Softmax,
             groups: None,
@@ -139,6 +152,7 @@ impl Toy {
                 left = Some(step.export(seq, layer, 0..4).unwrap());
             }
             let attended = step.linear(&attended, o);
+            let attended = step.all_reduce(attended);
             x = step.add(x, attended);
             let normed = step.norm(&x, norm, 1e-5);
             let more = if layer == 0 {
@@ -157,6 +171,7 @@ impl Toy {
                 };
                 step.moe(&normed, &moe)
             };
+            let more = step.all_reduce(more);
             x = step.add(x, more);
         }
         let x = step.rows(x, &batch.last_rows());
@@ -194,6 +209,15 @@ fn ids(output: Result<Output<Act>, BackendError>) -> Vec<Drawn> {
     match output {
         Ok(Output::Drawn(rows)) => rows,
         Ok(_) => panic!("the step drew nothing"),
+        Err(error) => panic!("step: {error}"),
+    }
+}
+
+/// Of a rank that is not told.
+fn nothing(output: Result<Output<Act>, BackendError>) {
+    match output {
+        Ok(Output::Nothing) => {}
+        Ok(_) => panic!("ids and logits are rank 0's"),
         Err(error) => panic!("step: {error}"),
     }
 }
@@ -348,7 +372,7 @@ fn what_a_device_refuses() {
 
 /// A list of as many norms as make a graph, told apart by `eps`.
 fn list(queue: &Queue<Emulated>, at: u64, eps: f32) {
-    queue.begin().unwrap();
+    queue.begin(None).unwrap();
     for _ in 0..CALLS_MIN {
         let args = NormArgs { x: at, weight: at, out: at + 256, width: 8, eps };
         let launch = Launch { kernel: "norm_f32", grid: [1, 1, 1], threads: 32, shared_bytes: 0 };

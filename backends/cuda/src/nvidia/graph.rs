@@ -1,5 +1,5 @@
 //! Work of a lane that the driver queues again by one call: captured from the lane's stream, so that whatever queues there,
-//! cuBLASLt too, is part of it.
+//! cuBLASLt and NCCL too, is part of it.
 
 use std::rc::Rc;
 
@@ -16,7 +16,8 @@ pub struct Graph {
 }
 
 impl Graph {
-    /// What `queue` queues in the compute lane. Other threads may use the driver meanwhile.
+    /// What `queue` queues in the compute lane. Other threads may use the driver meanwhile; NCCL's own allocations on this one
+    /// are relaxed by itself.
     pub(super) fn capture(
         gpu: &Rc<Gpu>,
         queue: &mut dyn FnMut() -> Result<(), BackendError>,

@@ -64,6 +64,11 @@ impl Kernels {
         })
     }
 
+    /// Compiles and loads them.
+    pub(super) fn prepare(&self) -> Result<(), BackendError> {
+        self.with("norm_f32", |_| Ok(()))
+    }
+
     /// Gives the code back.
     ///
     /// # Safety

@@ -5,7 +5,7 @@ use std::rc::Rc;
 use backend::draw::Noise;
 use backend::{BackendError, Draw, Drawn, Input};
 
-use super::{CudaStep, Fetched, ROWS_MAX};
+use super::{CudaStep, Fetched, ROWS_MAX, padded};
 use crate::act::CudaAct;
 use crate::args::{DrawArgs, ResolveArgs};
 use crate::driver::Driver;
@@ -44,8 +44,8 @@ impl<D: Driver> CudaStep<'_, D> {
             return Ok(inputs);
         };
         if let Some(ranks) = &self.device.ranks {
-            // The ids are rank 0's: the others add nothing.
-            let words = self.device.drawn.as_ref().map_or(0, |(drew, _)| drew.len()) * CHOICE_WORDS;
+            // The ids are rank 0's: the others add nothing. Places beyond them are nobody's, and make steps alike.
+            let words = padded(self.device.drawn.as_ref().map_or(0, |(drew, _)| drew.len())) * CHOICE_WORDS;
             if ranks.rank() != 0 {
                 self.device.queue().clear(drawn.address, words * 4)?;
             }
@@ -103,6 +103,7 @@ impl<D: Driver> CudaStep<'_, D> {
             width: width as u32,
         };
         self.device.launch("draw_rows", [act.rows as u32, 1, 1], DRAW_THREADS, 0, &args)?;
+        self.device.queue().finish()?;
         let logits = match draws.contains(&Draw::Logits) {
             true => Some(Fetched::of(self.device, logits.address, act.asked * width * 4)?),
             false => None,

@@ -16,7 +16,10 @@ impl<D: Driver> CudaStep<'_, D> {
         }
         let outcome = match (self.fault.take(), out) {
             (Some(fault), _) => Outcome::Failed(fault),
-            (None, out) => self.ending(out).unwrap_or_else(Outcome::Failed),
+            (None, out) => self
+                .ending(out)
+                .and_then(|outcome| self.device.queue().finish().map(|()| outcome))
+                .unwrap_or_else(Outcome::Failed),
         };
         if let Outcome::Failed(fault) = &outcome {
             self.leave(fault);
@@ -41,6 +44,7 @@ impl<D: Driver> CudaStep<'_, D> {
             }
             Out::Logits(act) => {
                 let Some((logits, width)) = self.logits(&act)? else { return Ok(Outcome::Nothing) };
+                self.device.queue().finish()?;
                 Outcome::Logits(Fetched::of(self.device, logits.address, act.asked * width * 4)?)
             }
             Out::Draw(act, draws) => self.draw(&act, &draws)?.map_or(Outcome::Nothing, Outcome::Drawing),
@@ -58,6 +62,7 @@ impl<D: Driver> CudaStep<'_, D> {
     /// Tells the other ranks that this step goes no further here.
     fn leave(&self, fault: &BackendError) {
         if let Some(ranks) = &self.device.ranks {
+            self.device.queue().discard();
             ranks.leave(&fault.to_string());
         }
     }
