@@ -3,7 +3,13 @@
 #[cfg(target_arch = "x86_64")]
 mod fold;
 
+use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex};
+
+use backend::checksum::Further;
+
+use crate::sync::lock;
 
 static OFF: AtomicBool = AtomicBool::new(false);
 
@@ -21,6 +27,26 @@ pub(crate) fn is_off() -> bool {
 /// The checksum of what `crc` is of, followed by `bytes`.
 pub(crate) fn append(crc: u32, bytes: &[u8]) -> u32 {
     if is_off() { 0 } else { sum(crc, bytes) }
+}
+
+/// The checksum of rows of `row_bytes` each, of each of which it is known.
+pub(crate) fn of_rows(sums: &[u32], row_bytes: usize) -> u32 {
+    if is_off() {
+        return 0;
+    }
+    let further = further(row_bytes);
+    sums.iter().copied().reduce(|crc, sum| further.of(crc) ^ sum).unwrap_or(0)
+}
+
+/// Tables for rows of this length; a model has few.
+fn further(row_bytes: usize) -> Arc<Further> {
+    static MADE: Mutex<BTreeMap<usize, Arc<Further>>> = Mutex::new(BTreeMap::new());
+    const LENGTHS_MAX: usize = 64;
+    let mut made = lock(&MADE);
+    if made.len() >= LENGTHS_MAX && !made.contains_key(&row_bytes) {
+        made.pop_first();
+    }
+    made.entry(row_bytes).or_insert_with(|| Arc::new(Further::new(row_bytes as u64))).clone()
 }
 
 /// From so many bytes on it is worth to fold.
@@ -47,6 +73,16 @@ mod tests {
         let whole = crc32c::crc32c(&bytes);
         for cut in [0, 1, 255, 1023, 1024, 1025, 5000, 8999] {
             assert_eq!(sum(sum(0, &bytes[..cut]), &bytes[cut..]), whole, "cut at {cut}");
+        }
+    }
+
+    #[test]
+    fn rows_have_the_checksum_of_the_whole() {
+        let bytes: Vec<u8> = (0..9000u32).map(|at| ((at * at) >> 3) as u8).collect();
+        for (row_bytes, rows) in [(2, 1), (4, 7), (900, 10), (36, 250)] {
+            let whole = &bytes[..rows * row_bytes];
+            let sums: Vec<u32> = whole.chunks(row_bytes).map(crc32c::crc32c).collect();
+            assert_eq!(of_rows(&sums, row_bytes), crc32c::crc32c(whole), "{rows} rows of {row_bytes} bytes");
         }
     }
 

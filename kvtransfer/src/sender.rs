@@ -156,6 +156,11 @@ impl Sender {
         self.0.fallbacks.load(std::sync::atomic::Ordering::Relaxed)
     }
 
+    /// Payload bytes of all pushes so far that receivers were let read out of a device's memory: no copy on the host.
+    pub fn unstaged_bytes(&self) -> u64 {
+        self.0.unstaged_bytes.load(std::sync::atomic::Ordering::Relaxed)
+    }
+
     /// Makes receivers known that may be pushed to, so that their paths are probed before: each by all its addresses.
     pub fn know(&self, peers: impl IntoIterator<Item = Vec<String>>) {
         peers.into_iter().for_each(|addresses| self.0.know(&addresses));

@@ -8,6 +8,8 @@ use std::net::Shutdown;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use backend::Within;
+
 use crate::crc;
 use crate::frame::{FrameError, Head};
 use crate::limits::HEADER_BYTES;
@@ -41,6 +43,19 @@ pub trait FrameSink: Send {
     fn send_held(&mut self, head: &Head, payload: &[IoSlice<'_>], hold: &Hold) -> io::Result<()> {
         let _ = hold;
         self.send(head, payload)
+    }
+
+    /// Whether the peer can read bytes where they lie in memory that lives longer than their lease; once it can, it can as long as the
+    /// connection lives.
+    fn reads(&mut self, within: &Within<'_>) -> bool {
+        let _ = within;
+        false
+    }
+
+    /// As [`FrameSink::send_held`], of a payload that the peer [`FrameSink::reads`].
+    fn send_within(&mut self, head: &Head, within: &Within<'_>, hold: &Hold) -> io::Result<()> {
+        let _ = (head, within, hold);
+        Err(io::ErrorKind::Unsupported.into())
     }
 
     /// Longest time for the transport to take a byte; beyond it `send` fails with [`io::ErrorKind::TimedOut`].

@@ -2,9 +2,10 @@
 
 mod common;
 mod processes;
+mod regions;
 mod sessions;
 
 use kvtransfer::transport::ucx::{Way, Ways};
 
-const WAYS: Ways = Ways { shm: true, ..Ways::NONE };
+const WAYS: Ways = Ways { shm: true, device: true, ..Ways::NONE };
 const WAY: Way = Way::Shm;

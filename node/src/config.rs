@@ -104,8 +104,8 @@ impl KvTransport {
     pub fn ways(self, sealed: bool) -> Ways {
         match self {
             KvTransport::Tcp => Ways::NONE,
-            KvTransport::Auto => Ways { shm: true, rdma: !sealed, tcp: false },
-            KvTransport::Ucx => Ways { shm: true, rdma: true, tcp: false },
+            KvTransport::Auto => Ways { shm: true, rdma: !sealed, tcp: false, device: false },
+            KvTransport::Ucx => Ways { shm: true, rdma: true, tcp: false, device: false },
         }
     }
 }

@@ -10,9 +10,9 @@ use std::sync::OnceLock;
 use libloading::Library;
 
 use crate::raw::{
-    ucp_address_t, ucp_config_t, ucp_context_h, ucp_ep_h, ucp_ep_params_t, ucp_mem_h, ucp_mem_map_params_t,
-    ucp_params_t, ucp_request_param_t, ucp_rkey_h, ucp_worker_h, ucp_worker_params_t, ucs_log_func_t,
-    ucs_status_ptr_t, ucs_status_t,
+    ucp_address_t, ucp_config_t, ucp_context_attr_t, ucp_context_h, ucp_ep_h, ucp_ep_params_t, ucp_mem_h,
+    ucp_mem_map_params_t, ucp_params_t, ucp_request_param_t, ucp_rkey_h, ucp_worker_h, ucp_worker_params_t,
+    ucs_log_func_t, ucs_status_ptr_t, ucs_status_t,
 };
 
 /// Oldest release that has every call in the form declared here.
@@ -84,6 +84,8 @@ calls! {
     fn ucp_config_release(config: *mut ucp_config_t);
     /// Makes a context; what `ucp_init` of the headers calls.
     fn ucp_init_version(major: u32, minor: u32, params: *const ucp_params_t, config: *const ucp_config_t, context: *mut ucp_context_h) -> ucs_status_t;
+    /// What a context says of itself.
+    fn ucp_context_query(context: ucp_context_h, attr: *mut ucp_context_attr_t) -> ucs_status_t;
     /// Ends a context that nothing is registered with.
     fn ucp_cleanup(context: ucp_context_h);
     /// Makes a worker.

@@ -46,6 +46,9 @@ pub const UCP_FEATURE_RMA: u64 = 1 << 1;
 /// Waiting for events.
 pub const UCP_FEATURE_WAKEUP: u64 = 1 << 4;
 
+/// `memory_types` is asked for.
+pub const UCP_ATTR_FIELD_MEMORY_TYPES: u64 = 1 << 2;
+
 /// `thread_mode` is set.
 pub const UCP_WORKER_PARAM_FIELD_THREAD_MODE: u64 = 1;
 /// One thread at a time.
@@ -78,6 +81,8 @@ pub const UCP_MEM_MAP_PROT_LOCAL_WRITE: c_uint = 1 << 1;
 pub const UCP_MEM_MAP_PROT_REMOTE_READ: c_uint = 1 << 8;
 /// Memory of the processor.
 pub const UCS_MEMORY_TYPE_HOST: c_uint = 0;
+/// Memory of an NVIDIA GPU.
+pub const UCS_MEMORY_TYPE_CUDA: c_uint = 1;
 
 /// `flags` is set.
 pub const UCP_OP_ATTR_FIELD_FLAGS: u32 = 1 << 4;
@@ -110,6 +115,24 @@ pub struct ucp_params_t {
     pub estimated_num_ppn: usize,
     /// Not used.
     pub name: *const c_char,
+    /// Not used; later releases.
+    pub later: [u64; 4],
+}
+
+/// What a context says of itself.
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+pub struct ucp_context_attr_t {
+    /// Which fields are asked for.
+    pub field_mask: u64,
+    /// Not used.
+    pub request_size: usize,
+    /// Not used.
+    pub thread_mode: c_uint,
+    /// A bit for each type of memory that it knows.
+    pub memory_types: u64,
+    /// Not used.
+    pub name: [c_char; 32],
     /// Not used; later releases.
     pub later: [u64; 4],
 }

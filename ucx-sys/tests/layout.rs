@@ -35,6 +35,7 @@ fn declarations_are_those_of_the_headers() {
     };
     let (lines, ours) = declared! {
         fields of ucp_params_t as "ucp_params_t": field_mask, features, mt_workers_shared;
+        fields of ucp_context_attr_t as "ucp_context_attr_t": field_mask, memory_types;
         fields of ucp_worker_params_t as "ucp_worker_params_t": field_mask, thread_mode;
         fields of ucp_err_handler_t as "ucp_err_handler_t": cb, arg;
         fields of ucp_ep_params_t as "ucp_ep_params_t": field_mask, address, err_mode, err_handler;
@@ -46,6 +47,7 @@ fn declarations_are_those_of_the_headers() {
         UCP_ERR_HANDLING_MODE_NONE, UCP_ERR_HANDLING_MODE_PEER, UCP_MEM_MAP_PARAM_FIELD_ADDRESS,
         UCP_MEM_MAP_PARAM_FIELD_LENGTH, UCP_MEM_MAP_PARAM_FIELD_PROT, UCP_MEM_MAP_PARAM_FIELD_MEMORY_TYPE,
         UCP_MEM_MAP_PROT_LOCAL_READ, UCP_MEM_MAP_PROT_LOCAL_WRITE, UCP_MEM_MAP_PROT_REMOTE_READ, UCS_MEMORY_TYPE_HOST,
+        UCS_MEMORY_TYPE_CUDA, UCP_ATTR_FIELD_MEMORY_TYPES,
         UCP_OP_ATTR_FIELD_FLAGS, UCP_OP_ATTR_FIELD_MEMORY_TYPE, UCP_EP_CLOSE_FLAG_FORCE,
     };
     let dir = std::path::Path::new(env!("CARGO_TARGET_TMPDIR"));

@@ -3,7 +3,7 @@
 use std::io::{IoSlice, IoSliceMut};
 use std::ops::Range;
 
-use crate::KvError;
+use crate::{KvError, Within};
 
 /// A rectangle of cache: one layer, one plane, some heads, some tokens. Its bytes in canonical wire order are
 /// `[token][head][dim]`. Heads are numbered over the whole model, tokens by absolute position.
@@ -17,6 +17,15 @@ pub struct Piece {
     pub heads: Range<usize>,
     /// Absolute positions.
     pub tokens: Range<u32>,
+}
+
+/// Heads of one plane that one receiver takes, of any layer and token.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Cut {
+    /// Index into [`crate::KvSpec::planes`].
+    pub plane: usize,
+    /// Heads of the whole model.
+    pub heads: Range<usize>,
 }
 
 /// A read lease on the finished cache of one sequence: pins its blocks until dropped.
@@ -38,6 +47,12 @@ pub trait KvExport: Send {
     /// The bytes of `piece` where they lie, in wire order, when they need no conversion and lie in few runs;
     /// `None`: use [`KvExport::read`].
     fn slices(&self, _piece: &Piece) -> Option<Vec<IoSlice<'_>>> {
+        None
+    }
+
+    /// The bytes of `piece` in memory that lives longer than the lease, when they lie there in one run, in wire order. Of memory
+    /// that the host does not read ([`Within::sums`]) [`KvExport::slices`] and [`KvExport::read`] make a copy first.
+    fn within(&self, _piece: &Piece) -> Option<Within<'_>> {
         None
     }
 }

@@ -8,6 +8,7 @@
 
 pub mod affine;
 pub mod batch;
+pub mod checksum;
 pub mod conformance;
 pub mod cpu_options;
 pub mod cuda_options;
@@ -20,6 +21,7 @@ pub mod lease;
 pub mod paged;
 pub mod peers;
 pub mod quant;
+pub mod region;
 pub mod seam;
 pub mod spec;
 pub mod weight;
@@ -32,9 +34,10 @@ pub use draw::{Draw, Drawn, Noise, Rule};
 pub use dtype::DType;
 pub use error::{BackendError, KvError};
 pub use group::{Group, Links, RankLink};
-pub use lease::{KvExport, KvLanding, Piece};
+pub use lease::{Cut, KvExport, KvLanding, Piece};
 pub use peers::Peers;
 pub use quant::{GgufBlock, MatrixView, Quant, QuantView};
+pub use region::{Place, Region, Within};
 pub use seam::{
     Attend, Backend, Caps, DeviceOptions, Fork, Glu, KvStore, KvUsage, Mla, Moe, NormSpan, Out, Output,
     Pending, QkNorm, Rope, RopeStyle, Routing, Score, Step,

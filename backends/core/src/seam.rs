@@ -8,8 +8,8 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 use crate::{
-    BackendError, Batch, CpuOptions, CudaOptions, DType, Draw, Drawn, Group, KvError, KvExport, KvLanding,
-    KvSpec, SeqId, WeightSource,
+    BackendError, Batch, CpuOptions, CudaOptions, Cut, DType, Draw, Drawn, Group, KvError, KvExport,
+    KvLanding, KvSpec, Place, SeqId, WeightSource,
 };
 
 /// One device, or one tensor-parallel rank of several, on its owner thread.
@@ -165,6 +165,17 @@ pub trait Step {
     /// A lease on the cache of `tokens` of `seq` in `layer`, as it will be after the last [`Step::attend`] of that
     /// layer. Called once the layer's attention is recorded; [`KvExport::wait`] tells when the bytes are there.
     fn export(&mut self, seq: SeqId, layer: usize, tokens: Range<u32>) -> Result<Export<Self>, KvError>;
+
+    /// As [`Step::export`], of `cuts` alone, for receivers that read the memory named by [`KvStore::stays`]: the bytes may stay there.
+    fn export_there(
+        &mut self,
+        seq: SeqId,
+        layer: usize,
+        tokens: Range<u32>,
+        _cuts: &[Cut],
+    ) -> Result<Export<Self>, KvError> {
+        self.export(seq, layer, tokens)
+    }
 
     /// Ends the step and returns at once where the device can; the next step may be begun before
     /// [`Pending::wait`], and so may operations of the [`KvStore`]: they take effect in the order of calls, as if every
@@ -405,6 +416,12 @@ pub trait KvStore {
 
     /// A read lease on computed or landed `tokens` of one layer.
     fn export(&mut self, seq: SeqId, layer: usize, tokens: Range<u32>) -> Result<Self::Export, KvError>;
+
+    /// Where the bytes of [`Step::export_there`] lie, so that a transport may be asked whether it reaches them; `None`: always on the
+    /// host.
+    fn stays(&self) -> Option<Place> {
+        None
+    }
 
     /// The sole write lease on `tokens`, all layers and planes; the sequence has room for them.
     fn land(&mut self, seq: SeqId, tokens: Range<u32>) -> Result<Self::Landing, KvError>;

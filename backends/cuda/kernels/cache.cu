@@ -2,8 +2,8 @@
 #include "device.cuh"
 
 struct MoveArgs {
-    u64 pages, dense, table;  // [tokens, width] bytes; [count, width] bytes; [blocks] u32 page
-    u32 width;                // bytes of a token's row, a multiple of 2
+    u64 pages, dense, table;  // [tokens, pitch] bytes; [count, width] bytes; [blocks] u32 page
+    u32 pitch, width;         // bytes of a token's row and of what is moved of it, multiples of 2
     u32 first, count, block_shift, out;  // positions [first, first + count); out: pages to dense
 };
 
@@ -11,7 +11,7 @@ struct MoveArgs {
 KERNEL(move_rows, MoveArgs, 256) {
     u32 position = a.first + blockIdx.x;
     u64 token = token_in((const u32*)a.table, position, a.block_shift);
-    u64 here = a.pages + token * a.width, there = a.dense + (u64)blockIdx.x * a.width;
+    u64 here = a.pages + token * a.pitch, there = a.dense + (u64)blockIdx.x * a.width;
     u64 from = a.out ? here : there, to = a.out ? there : here;
     if ((from | to | a.width) % 16 == 0) {
         for (u32 i = threadIdx.x * 16; i < a.width; i += blockDim.x * 16) {

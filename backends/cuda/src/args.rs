@@ -123,8 +123,10 @@ args! {
         splits: u32, scale: f32,
     }
     MoveArgs {
-        pages: u64, dense: u64, table: u64, width: u32, first: u32, count: u32, block_shift: u32, out: u32,
+        pages: u64, dense: u64, table: u64, pitch: u32, width: u32, first: u32, count: u32, block_shift: u32,
+        out: u32,
     }
+    SumArgs { rows: u64, tables: u64, sums: u64, width: u32, count: u32, }
     ExpandArgs { nope: u64, rope: u64, out: u64, heads: u32, nope_dim: u32, rope_dim: u32, }
     /// A quantised matrix on the device, see `kernels/quant.cuh`.
     QuantArgs {

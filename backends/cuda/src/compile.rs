@@ -19,7 +19,7 @@ const SHARED: [&str; 5] = [
 ];
 
 /// The files that have kernels, by name.
-pub const FILES: [(&str, &str); 10] = [
+pub const FILES: [(&str, &str); 11] = [
     ("attention.cu", include_str!("../kernels/attention.cu")),
     ("cache.cu", include_str!("../kernels/cache.cu")),
     ("draw.cu", include_str!("../kernels/draw.cu")),
@@ -30,6 +30,7 @@ pub const FILES: [(&str, &str); 10] = [
     ("prepare.cu", include_str!("../kernels/prepare.cu")),
     ("product.cu", include_str!("../kernels/product.cu")),
     ("rows.cu", include_str!("../kernels/rows.cu")),
+    ("sums.cu", include_str!("../kernels/sums.cu")),
 ];
 
 /// One family's code runs on all its GPUs: Ampere, Hopper, Blackwell of data centres, Blackwell of desks (and DGX Spark).

@@ -1,7 +1,7 @@
 //! What this backend asks of a device: memory, two ordered lanes of work, kernels by name, dense products. Implemented by
 //! [`crate::nvidia`] and, for tests without a GPU, by the emulator.
 
-use backend::{BackendError, DType};
+use backend::{BackendError, DType, Place};
 
 use crate::nccl::Sum;
 
@@ -49,6 +49,8 @@ pub trait Driver: Clone + 'static {
     type Memory: 'static;
     /// Pinned host memory.
     type Host: AsRef<[u8]> + AsMut<[u8]> + Send + Sync + 'static;
+    /// Device memory that other threads hold, freed when dropped.
+    type Lasting: Send + Sync + 'static;
     /// A place in a lane.
     type Event: Send + Sync + 'static;
     /// Work that one call queues again, with the addresses that it had.
@@ -78,8 +80,12 @@ pub trait Driver: Clone + 'static {
     fn attach(&self) -> Attach;
     /// Where NCCL is looked for.
     fn nccl_library(&self) -> String;
+    /// Where transports find [`Driver::Lasting`] memory.
+    fn place(&self) -> Place;
     fn alloc(&self, bytes: usize) -> Result<Self::Memory, BackendError>;
     fn address(&self, memory: &Self::Memory) -> u64;
+    fn lasting(&self, bytes: usize) -> Result<Self::Lasting, BackendError>;
+    fn lasting_address(&self, memory: &Self::Lasting) -> u64;
     /// Contents of this memory are arbitrary from now on; the emulator makes sure of it.
     fn forget(&self, _at: u64, _bytes: usize) {}
     fn host(&self, bytes: usize) -> Result<Self::Host, BackendError>;
@@ -132,6 +138,8 @@ pub trait Driver: Clone + 'static {
     fn passed(&self, event: &Self::Event) -> bool;
     /// Blocks until `event` has come; on any thread.
     fn wait(event: &Self::Event) -> Result<(), BackendError>;
+    /// Copies device memory to the host once `event` has come; on any thread.
+    fn fetch(event: &Self::Event, from: u64, to: &mut [u8]) -> Result<(), BackendError>;
 }
 
 /// A failure of the device.

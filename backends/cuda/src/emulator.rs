@@ -9,7 +9,7 @@ mod stream;
 use std::path::Path;
 use std::sync::{Arc, Mutex};
 
-use backend::BackendError;
+use backend::{BackendError, Place};
 
 use self::kernels::{library, reachable};
 use self::machine::{Graph, Machine, Op, Work, of};
@@ -159,6 +159,7 @@ impl Emulated {
 impl Driver for Emulated {
     type Memory = Memory;
     type Host = Host;
+    type Lasting = Memory;
     type Event = Event;
     type Graph = Graph;
 
@@ -203,6 +204,11 @@ impl Driver for Emulated {
         crate::nccl::named_for_tests().unwrap_or_default()
     }
 
+    /// Memory of this process.
+    fn place(&self) -> Place {
+        Place::Host
+    }
+
     fn alloc(&self, bytes: usize) -> Result<Memory, BackendError> {
         let (wanted_bytes, free_bytes) = (bytes.max(1) as u64, self.free_bytes());
         if wanted_bytes > free_bytes {
@@ -216,6 +222,14 @@ impl Driver for Emulated {
     }
 
     fn address(&self, memory: &Memory) -> u64 {
+        memory.address()
+    }
+
+    fn lasting(&self, bytes: usize) -> Result<Memory, BackendError> {
+        self.alloc(bytes)
+    }
+
+    fn lasting_address(&self, memory: &Memory) -> u64 {
         memory.address()
     }
 
@@ -364,6 +378,18 @@ impl Driver for Emulated {
             Some(reason) => Err(fault("device", reason)),
             None => Ok(()),
         }
+    }
+
+    fn fetch(event: &Event, from: u64, to: &mut [u8]) -> Result<(), BackendError> {
+        Self::wait(event)?;
+        let machine = of(&event.machine);
+        let (at, bytes) = machine.memory.range(..=from).next_back().unwrap_or((&0, &0));
+        if from + to.len() as u64 > at + bytes {
+            return Err(fault("copy to the host", "no such memory"));
+        }
+        // SAFETY: memory that is there, and stays there under the machine's lock.
+        unsafe { std::ptr::copy_nonoverlapping(from as *const u8, to.as_mut_ptr(), to.len()) };
+        Ok(())
     }
 }
 

@@ -1,20 +1,21 @@
 //! The paged KV store of one rank in device memory, `[layer][plane][block][token][head][dim]`; [`Pages`] says which block is
-//! whose. What leaves is gathered into host memory behind the attention that wrote it, beside later layers; what lands is
-//! collected in host memory and scattered at commit.
+//! whose. What leaves is gathered into host memory behind the attention that wrote it, beside later layers, or within the device's
+//! where receivers read it there; what lands is collected in host memory and scattered at commit.
 
 use std::ops::Range;
 use std::rc::Rc;
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, OnceLock};
 
 use backend::paged::{Access, LeaseId, Pages};
-use backend::{BackendError, DType, Fork, KvError, KvSpec, KvStore, KvUsage, SeqId};
+use backend::{BackendError, Cut, DType, Fork, KvError, KvSpec, KvStore, KvUsage, Place, SeqId};
 
-use crate::args::MoveArgs;
+use crate::args::{MoveArgs, SumArgs};
 use crate::device::THREADS;
 use crate::driver::{Driver, Lane, Launch};
-use crate::lease::{CudaExport, CudaLanding, Hold, Layout};
-use crate::memory::{Buffer, Pool};
+use crate::lease::{CudaExport, CudaLanding, Hold, Layout, Staged};
+use crate::memory::{Buffer, Lasting, Pool};
 use crate::step::PADDING_MAX;
+use crate::unstaged::{Part, Unstaged, parts, tables};
 
 /// KV blocks of one rank on the device.
 pub struct CudaKv<D: Driver> {
@@ -31,6 +32,8 @@ pub struct CudaKv<D: Driver> {
     ended: Arc<Mutex<Vec<LeaseId>>>,
     /// Device memory that copies to the host still read.
     leaving: Vec<(Arc<D::Event>, Buffer<D>)>,
+    /// What sums of bytes that stay are made by, once there were any.
+    tables: Option<D::Memory>,
 }
 
 impl<D: Driver> CudaKv<D> {
@@ -90,6 +93,7 @@ impl<D: Driver> CudaKv<D> {
             layer_bytes,
             ended: Arc::default(),
             leaving: Vec::new(),
+            tables: None,
         })
     }
 
@@ -148,11 +152,28 @@ impl<D: Driver> CudaKv<D> {
         dense: u64,
         out: bool,
     ) -> Result<(), BackendError> {
+        let row = self.spec.planes[plane].token_bytes();
+        self.move_heads(layer, plane, (0, row), table, tokens, dense, out)
+    }
+
+    /// As [`CudaKv::move_rows`], of some bytes of each row: how many come before them, and how many they are.
+    #[allow(clippy::too_many_arguments)] // one copy: from where, what, to where
+    fn move_heads(
+        &self,
+        layer: usize,
+        plane: usize,
+        (skip, width): (usize, usize),
+        table: u64,
+        tokens: Range<u32>,
+        dense: u64,
+        out: bool,
+    ) -> Result<(), BackendError> {
         let args = MoveArgs {
-            pages: self.plane(layer, plane),
+            pages: self.plane(layer, plane) + skip as u64,
             dense,
             table,
-            width: self.spec.planes[plane].token_bytes() as u32,
+            pitch: self.spec.planes[plane].token_bytes() as u32,
+            width: width as u32,
             first: tokens.start,
             count: tokens.len() as u32,
             block_shift: self.block_tokens.trailing_zeros(),
@@ -183,13 +204,90 @@ impl<D: Driver> CudaKv<D> {
         }
         let gathered = queue.record(Lane::Compute)?;
         let Some(staged) = staged else {
-            return Ok(CudaExport { hold, host, arrived: Arc::new(gathered) });
+            return Ok(CudaExport::Staged(Staged { hold, host, arrived: Arc::new(gathered) }));
         };
         queue.after(Lane::Copy, &gathered)?;
         queue.to_host(Lane::Copy, &mut host, 0, staged.address, bytes)?;
         let arrived = Arc::new(queue.record(Lane::Copy)?);
         self.leaving.push((arrived.clone(), staged));
-        Ok(CudaExport { hold, host, arrived })
+        Ok(CudaExport::Staged(Staged { hold, host, arrived }))
+    }
+
+    /// As [`KvStore::export`] of `cuts`, whose bytes stay in the device's memory where there is room for them.
+    pub(crate) fn export_there(
+        &mut self,
+        seq: SeqId,
+        layer: usize,
+        tokens: Range<u32>,
+        cuts: &[Cut],
+    ) -> Result<CudaExport<D>, KvError> {
+        let found = parts(&self.spec, cuts, tokens.len()).filter(|_| self.stays().is_some());
+        let Some((parts, bytes, sums)) = found else { return self.export(seq, layer, tokens) };
+        let Some(memory) = self.pool.lasting(bytes).map_err(device)? else {
+            return self.export(seq, layer, tokens);
+        };
+        self.reclaim();
+        let lease = self.pages.lease(seq, layer..layer + 1, tokens.clone(), Access::Read)?;
+        let hold = self.hold(lease, layer..layer + 1, tokens);
+        self.gather_there(seq, layer, hold, parts, memory, (bytes, sums)).map_err(device)
+    }
+
+    /// Gathers parts of one layer in the device's memory and sums their rows; the sums go to the host in the second lane.
+    fn gather_there(
+        &mut self,
+        seq: SeqId,
+        layer: usize,
+        hold: Hold,
+        parts: Vec<Part>,
+        memory: Lasting<D>,
+        (bytes, count): (usize, usize),
+    ) -> Result<CudaExport<D>, BackendError> {
+        let tables = self.tables()?;
+        let pool = self.pool.clone();
+        let queue = &pool.queue;
+        let tokens = hold.layout.tokens.clone();
+        let table = pool.send(self.pages.table(seq)?)?;
+        let (mut host, summed) = (pool.pinned(count * 4)?, pool.take(count * 4)?);
+        for part in &parts {
+            let dense = memory.region().address() + part.at as u64;
+            let (plane, tokens) = (part.cut.plane, tokens.clone());
+            self.move_heads(layer, plane, (part.skip, part.row), table.address, tokens, dense, true)?;
+            let rows = hold.layout.tokens.len() as u32;
+            let sums = summed.address + 4 * part.sums_at as u64;
+            let args = SumArgs { rows: dense, tables, sums, width: part.row as u32, count: rows };
+            let blocks = rows.div_ceil(THREADS / 32).clamp(1, queue.driver.blocks_busy());
+            let grid = [blocks, 1, 1];
+            queue.launch(Launch { kernel: "sum_rows", grid, threads: THREADS, shared_bytes: 0 }, &args)?;
+        }
+        let gathered = queue.record(Lane::Compute)?;
+        queue.after(Lane::Copy, &gathered)?;
+        queue.to_host(Lane::Copy, &mut host, 0, summed.address, count * 4)?;
+        let arrived = Arc::new(queue.record(Lane::Copy)?);
+        self.leaving.push((arrived.clone(), summed));
+        let (words, copy) = (OnceLock::new(), OnceLock::new());
+        Ok(CudaExport::Unstaged(Unstaged {
+            hold,
+            layer,
+            parts,
+            memory,
+            bytes,
+            sums: host,
+            arrived,
+            words,
+            copy,
+        }))
+    }
+
+    /// Where the tables of `sum_rows` are.
+    fn tables(&mut self) -> Result<u64, BackendError> {
+        let queue = &self.pool.queue;
+        if self.tables.is_none() {
+            let bytes: Vec<u8> = tables().iter().flat_map(|word| word.to_ne_bytes()).collect();
+            let memory = queue.driver.alloc(bytes.len())?;
+            queue.upload(queue.driver.address(&memory), &bytes)?;
+            self.tables = Some(memory);
+        }
+        Ok(self.tables.as_ref().map_or(0, |memory| queue.driver.address(memory)))
     }
 
     /// Puts a landing's bytes into the pages.
@@ -274,6 +372,12 @@ impl<D: Driver> KvStore for CudaKv<D> {
         let lease = self.pages.lease(seq, layer..layer + 1, tokens.clone(), Access::Read)?;
         let hold = self.hold(lease, layer..layer + 1, tokens);
         self.gather(seq, layer, hold).map_err(device)
+    }
+
+    /// A device that shares the host's memory stages nothing anyway.
+    fn stays(&self) -> Option<Place> {
+        let driver = &self.pool.queue.driver;
+        (!driver.unified()).then(|| driver.place())
     }
 
     fn land(&mut self, seq: SeqId, tokens: Range<u32>) -> Result<CudaLanding<D>, KvError> {

@@ -1,15 +1,17 @@
-//! Leases on the CUDA store. Both hold their bytes in pinned host memory in wire order, so pieces of whole heads travel
-//! without another copy, and other threads never touch the device but to wait for an event.
+//! Leases on the CUDA store. They hold their bytes in pinned host memory in wire order, so pieces of whole heads travel
+//! without another copy, and other threads never touch the device but to wait for an event; except what receivers read in the
+//! device's memory ([`crate::unstaged`]).
 
 use std::io::{IoSlice, IoSliceMut};
 use std::ops::Range;
 use std::sync::{Arc, Mutex};
 
 use backend::paged::LeaseId;
-use backend::{BackendError, KvError, KvExport, KvLanding, KvSpec, Piece, Plane, SeqId};
+use backend::{BackendError, KvError, KvExport, KvLanding, KvSpec, Piece, Plane, SeqId, Within};
 
 use crate::driver::Driver;
 use crate::memory::Pinned;
+use crate::unstaged::Unstaged;
 
 /// Where the bytes of a lease lie: `[layer][plane][token][head][dim]`.
 #[derive(Clone, Debug)]
@@ -83,21 +85,64 @@ impl Layout {
     }
 }
 
-/// A read lease: bytes on their way to the host.
-pub struct CudaExport<D: Driver> {
+/// A read lease.
+pub enum CudaExport<D: Driver> {
+    /// Bytes on their way to the host.
+    Staged(Staged<D>),
+    /// Bytes that stay.
+    Unstaged(Unstaged<D>),
+}
+
+impl<D: Driver> CudaExport<D> {
+    fn of(&self) -> &dyn KvExport {
+        match self {
+            CudaExport::Staged(export) => export,
+            CudaExport::Unstaged(export) => export,
+        }
+    }
+}
+
+impl<D: Driver> KvExport for CudaExport<D> {
+    fn tokens(&self) -> Range<u32> {
+        self.of().tokens()
+    }
+
+    fn layers(&self) -> Range<usize> {
+        self.of().layers()
+    }
+
+    fn wait(&self) -> Result<(), BackendError> {
+        self.of().wait()
+    }
+
+    fn read(&self, piece: &Piece, out: &mut Vec<u8>) -> Result<(), KvError> {
+        self.of().read(piece, out)
+    }
+
+    fn slices(&self, piece: &Piece) -> Option<Vec<IoSlice<'_>>> {
+        self.of().slices(piece)
+    }
+
+    fn within(&self, piece: &Piece) -> Option<Within<'_>> {
+        self.of().within(piece)
+    }
+}
+
+/// A read lease on bytes of the host.
+pub struct Staged<D: Driver> {
     pub(crate) hold: Hold,
     pub(crate) host: Pinned<D>,
     pub(crate) arrived: Arc<D::Event>,
 }
 
-impl<D: Driver> Drop for CudaExport<D> {
+impl<D: Driver> Drop for Staged<D> {
     fn drop(&mut self) {
         // The copy writes to this memory until then; a device that failed writes no more.
         let _ = D::wait(&self.arrived);
     }
 }
 
-impl<D: Driver> KvExport for CudaExport<D> {
+impl<D: Driver> KvExport for Staged<D> {
     fn tokens(&self) -> Range<u32> {
         self.hold.layout.tokens.clone()
     }
@@ -120,6 +165,12 @@ impl<D: Driver> KvExport for CudaExport<D> {
     fn slices(&self, piece: &Piece) -> Option<Vec<IoSlice<'_>>> {
         let places = self.hold.layout.places(piece).ok().filter(|places| places.len() == 1)?;
         Some(places.into_iter().map(|place| IoSlice::new(&self.host.as_ref()[place])).collect())
+    }
+
+    fn within(&self, piece: &Piece) -> Option<Within<'_>> {
+        let places = self.hold.layout.places(piece).ok().filter(|places| places.len() == 1)?;
+        let place = places.into_iter().next()?;
+        Some(Within { region: self.host.region(), at: place.start, bytes: place.len(), sums: None })
     }
 }
 

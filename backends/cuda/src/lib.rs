@@ -22,6 +22,7 @@ mod product;
 mod queue;
 mod ranks;
 mod step;
+mod unstaged;
 mod weight;
 
 #[cfg(feature = "emulator")]
@@ -33,6 +34,7 @@ pub use kv::CudaKv;
 pub use lease::{CudaExport, CudaLanding};
 pub use nvidia::{Nvidia, probe};
 pub use step::CudaStep;
+pub use unstaged::Unstaged;
 pub use weight::CudaWeight;
 
 /// The backend on an NVIDIA GPU.

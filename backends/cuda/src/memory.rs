@@ -1,15 +1,16 @@
 //! Memory of steps. Device buffers go back to a pool when dropped and are handed out again at once: all work that uses
 //! them is in one lane, so a later use runs after an earlier one. Steps that are written down have buffers of their own,
-//! the oldest first, so that equal steps get equal ones whatever comes between. Pinned host memory is pooled too, since getting it and
-//! giving it back stops the device; whoever drops it knows that no copy uses it any more.
+//! the oldest first, so that equal steps get equal ones whatever comes between. What leases hold, pinned host memory and some of the
+//! device's, is pooled too, since getting it and giving it back stops the device, and so that transports register it once; whoever drops
+//! it knows that nothing uses it any more.
 
 use std::cell::{Cell, RefCell};
 use std::collections::BTreeMap;
 use std::ops::{Deref, DerefMut};
 use std::rc::Rc;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use backend::BackendError;
+use backend::{BackendError, Place, Region};
 
 use crate::driver::{Driver, Lane};
 use crate::queue::Queue;
@@ -18,6 +19,8 @@ use crate::queue::Queue;
 const PINNED_KEPT_BYTES_MAX: usize = 4 << 30;
 /// Least pinned memory of one piece.
 const PINNED_BYTES_MIN: usize = 4096;
+/// Device memory that leases hold or may hold again: some tens of milliseconds of a fast link. What leaves beyond it goes by the host.
+const LASTING_BYTES_MAX: usize = 256 << 20;
 
 /// Free memory by size, and host memory that queued copies still read.
 pub(crate) struct Pool<D: Driver> {
@@ -28,23 +31,41 @@ pub(crate) struct Pool<D: Driver> {
     /// Buffers of such steps so far.
     ages: Cell<u64>,
     sent: RefCell<Vec<(D::Event, Pinned<D>)>>,
-    pinned: Arc<Kept<D>>,
+    pinned: Arc<Kept<D::Host>>,
+    lasting: Arc<Kept<D::Lasting>>,
 }
 
-/// Free pinned memory by size.
-struct Kept<D: Driver>(Mutex<Free<D::Host>>);
+/// Free memory by size, of which so many bytes are kept.
+struct Kept<M> {
+    free: Mutex<Free<M>>,
+    bytes_max: usize,
+}
 
-struct Free<H> {
+struct Free<M> {
+    /// What is kept, and what there is in all.
     bytes: usize,
-    by_size: BTreeMap<usize, Vec<H>>,
+    all_bytes: usize,
+    by_size: BTreeMap<usize, Vec<Known<M>>>,
 }
 
-/// Pinned host memory; goes back to its pool when dropped, on any thread.
-pub struct Pinned<D: Driver> {
-    kept: Arc<Kept<D>>,
-    size: usize,
-    memory: Option<D::Host>,
+/// Memory, and what transports have tied to it: that goes first.
+struct Known<M> {
+    region: Region,
+    memory: M,
 }
+
+/// Memory that leases hold; goes back to its pool when dropped, on any thread.
+pub struct Parked<M> {
+    kept: Arc<Kept<M>>,
+    size: usize,
+    known: Option<Known<M>>,
+}
+
+/// Pinned memory of the host.
+pub type Pinned<D> = Parked<<D as Driver>::Host>;
+
+/// Memory of the device.
+pub(crate) type Lasting<D> = Parked<<D as Driver>::Lasting>;
 
 /// Some device memory.
 pub(crate) struct Buffer<D: Driver> {
@@ -65,14 +86,14 @@ fn size_class(bytes: usize) -> usize {
 
 impl<D: Driver> Pool<D> {
     pub(crate) fn new(driver: D) -> Rc<Self> {
-        let kept = Kept(Mutex::new(Free { bytes: 0, by_size: BTreeMap::new() }));
         Rc::new(Pool {
             queue: Queue::new(driver),
             free: RefCell::default(),
             steady: RefCell::default(),
             ages: Cell::new(0),
             sent: RefCell::default(),
-            pinned: Arc::new(kept),
+            pinned: Kept::new(PINNED_KEPT_BYTES_MAX),
+            lasting: Kept::new(LASTING_BYTES_MAX),
         })
     }
 
@@ -113,7 +134,8 @@ impl<D: Driver> Pool<D> {
         let graphs = self.queue.forget_graphs();
         let (free, steady) = (self.free.take(), self.steady.take());
         let any = free.values().any(|kept| !kept.is_empty()) || steady.values().any(|kept| !kept.is_empty());
-        Ok(graphs || any)
+        let lasting = self.lasting.clear();
+        Ok(graphs || any || lasting)
     }
 
     /// `words` on the device; the copy is queued.
@@ -150,17 +172,35 @@ impl<D: Driver> Pool<D> {
     /// At least `bytes` of pinned host memory, contents arbitrary.
     pub(crate) fn pinned(&self, bytes: usize) -> Result<Pinned<D>, BackendError> {
         let size = size_class(bytes.max(PINNED_BYTES_MIN));
-        let mut free = self.pinned.0.lock().unwrap_or_else(PoisonError::into_inner);
-        let found = free.by_size.get_mut(&size).and_then(Vec::pop);
-        if found.is_some() {
-            free.bytes -= size;
+        if let Some(pinned) = self.pinned.take(size) {
+            return Ok(pinned);
         }
-        drop(free);
-        let memory = match found {
-            Some(memory) => memory,
-            None => self.queue.driver.host(size)?,
+        let memory = self.queue.driver.host(size)?;
+        let bytes = memory.as_ref();
+        let region = Region::new(bytes.as_ptr() as u64, bytes.len(), Place::Host);
+        Ok(self.pinned.add(size, Known { region, memory }))
+    }
+
+    /// At least `bytes` of device memory that a lease may hold, contents arbitrary. `None`: there is no room for it.
+    pub(crate) fn lasting(&self, bytes: usize) -> Result<Option<Lasting<D>>, BackendError> {
+        let (size, driver) = (size_class(bytes), &self.queue.driver);
+        let parked = match self.lasting.take(size) {
+            Some(parked) => parked,
+            None => {
+                if !self.lasting.fits(size) {
+                    return Ok(None);
+                }
+                let memory = match driver.lasting(size) {
+                    Ok(memory) => memory,
+                    Err(BackendError::OutOfMemory { .. }) => return Ok(None),
+                    Err(error) => return Err(error),
+                };
+                let region = Region::new(driver.lasting_address(&memory), size, driver.place());
+                self.lasting.add(size, Known { region, memory })
+            }
         };
-        Ok(Pinned { kept: self.pinned.clone(), size, memory: Some(memory) })
+        self.queue.forget(parked.region().address(), size);
+        Ok(Some(parked))
     }
 
     /// Keeps `host` until the copies that were queued in [`Lane::Compute`] so far have read it.
@@ -190,28 +230,77 @@ impl<D: Driver> Drop for Buffer<D> {
     }
 }
 
-impl<D: Driver> Deref for Pinned<D> {
-    type Target = D::Host;
+impl<M> Kept<M> {
+    fn new(bytes_max: usize) -> Arc<Self> {
+        let free = Mutex::new(Free { bytes: 0, all_bytes: 0, by_size: BTreeMap::new() });
+        Arc::new(Kept { free, bytes_max })
+    }
 
-    fn deref(&self) -> &D::Host {
-        self.memory.as_ref().expect("held until dropped")
+    fn free(&self) -> MutexGuard<'_, Free<M>> {
+        self.free.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// What is kept of this size.
+    fn take(self: &Arc<Self>, size: usize) -> Option<Parked<M>> {
+        let mut free = self.free();
+        let known = free.by_size.get_mut(&size).and_then(Vec::pop)?;
+        free.bytes -= size;
+        drop(free);
+        Some(Parked { kept: self.clone(), size, known: Some(known) })
+    }
+
+    /// New memory of this size.
+    fn add(self: &Arc<Self>, size: usize, known: Known<M>) -> Parked<M> {
+        self.free().all_bytes += size;
+        Parked { kept: self.clone(), size, known: Some(known) }
+    }
+
+    /// Whether there may be so much more, with what is held; what is kept of other sizes makes room.
+    fn fits(&self, size: usize) -> bool {
+        let fits = || self.free().all_bytes + size <= self.bytes_max;
+        fits() || (self.clear() && fits())
+    }
+
+    /// Frees what nobody holds; whether there was anything.
+    fn clear(&self) -> bool {
+        let mut free = self.free();
+        let cleared = std::mem::take(&mut free.by_size);
+        free.all_bytes -= free.bytes;
+        free.bytes = 0;
+        drop(free);
+        cleared.values().any(|kept| !kept.is_empty())
     }
 }
 
-impl<D: Driver> DerefMut for Pinned<D> {
-    fn deref_mut(&mut self) -> &mut D::Host {
-        self.memory.as_mut().expect("held until dropped")
+impl<M> Parked<M> {
+    /// Where it is.
+    pub(crate) fn region(&self) -> &Region {
+        &self.known.as_ref().expect("held until dropped").region
     }
 }
 
-impl<D: Driver> Drop for Pinned<D> {
+impl<M> Deref for Parked<M> {
+    type Target = M;
+
+    fn deref(&self) -> &M {
+        &self.known.as_ref().expect("held until dropped").memory
+    }
+}
+
+impl<M> DerefMut for Parked<M> {
+    fn deref_mut(&mut self) -> &mut M {
+        &mut self.known.as_mut().expect("held until dropped").memory
+    }
+}
+
+impl<M> Drop for Parked<M> {
     fn drop(&mut self) {
-        let mut free = self.kept.0.lock().unwrap_or_else(PoisonError::into_inner);
-        if free.bytes + self.size <= PINNED_KEPT_BYTES_MAX
-            && let Some(memory) = self.memory.take()
-        {
+        let mut free = self.kept.free();
+        if free.bytes + self.size > self.kept.bytes_max {
+            free.all_bytes -= self.size;
+        } else if let Some(known) = self.known.take() {
             free.bytes += self.size;
-            free.by_size.entry(self.size).or_default().push(memory);
+            free.by_size.entry(self.size).or_default().push(known);
         }
     }
 }

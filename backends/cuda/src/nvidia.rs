@@ -10,13 +10,13 @@ use std::cell::RefCell;
 use std::path::Path;
 use std::rc::Rc;
 
-use backend::BackendError;
+use backend::{BackendError, Place};
 use cudarc::cublaslt::sys as lt_sys;
 use cudarc::driver::{DriverError, result, sys};
 
 use self::graph::Graph;
 use self::kernels::Kernels;
-use self::memory::{Event, Host, Memory, available_bytes};
+use self::memory::{Event, Host, Lasting, Memory, available_bytes};
 use self::products::Products;
 use crate::compile;
 use crate::device::Open;
@@ -173,6 +173,18 @@ impl Drop for Gpu {
     }
 }
 
+impl Nvidia {
+    fn malloc(&self, bytes: usize) -> Result<sys::CUdeviceptr, BackendError> {
+        // SAFETY: the context is current on the owner thread.
+        match unsafe { result::malloc_sync(bytes.max(1)) } {
+            Err(DriverError(sys::CUresult::CUDA_ERROR_OUT_OF_MEMORY)) => {
+                Err(BackendError::OutOfMemory { wanted_bytes: bytes as u64, free_bytes: self.free_bytes() })
+            }
+            other => other.map_err(failed("memory")),
+        }
+    }
+}
+
 impl Gpu {
     fn lane(&self, lane: Lane) -> sys::CUstream {
         self.lanes[usize::from(lane == Lane::Copy)]
@@ -182,6 +194,7 @@ impl Gpu {
 impl Driver for Nvidia {
     type Memory = Memory;
     type Host = Host;
+    type Lasting = Lasting;
     type Event = Event;
     type Graph = Graph;
 
@@ -236,15 +249,20 @@ impl Driver for Nvidia {
         "libnccl.so.2".to_owned()
     }
 
+    fn place(&self) -> Place {
+        Place::Cuda
+    }
+
     fn alloc(&self, bytes: usize) -> Result<Memory, BackendError> {
-        // SAFETY: the context is current on the owner thread.
-        match unsafe { result::malloc_sync(bytes.max(1)) } {
-            Ok(address) => Ok(Memory { gpu: self.0.clone(), address }),
-            Err(DriverError(sys::CUresult::CUDA_ERROR_OUT_OF_MEMORY)) => {
-                Err(BackendError::OutOfMemory { wanted_bytes: bytes as u64, free_bytes: self.free_bytes() })
-            }
-            Err(error) => Err(failed("memory")(error)),
-        }
+        Ok(Memory { gpu: self.0.clone(), address: self.malloc(bytes)? })
+    }
+
+    fn lasting(&self, bytes: usize) -> Result<Lasting, BackendError> {
+        Ok(Lasting { address: self.malloc(bytes)?, context: self.0.context })
+    }
+
+    fn lasting_address(&self, memory: &Lasting) -> u64 {
+        memory.address
     }
 
     fn address(&self, memory: &Memory) -> u64 {
@@ -373,5 +391,11 @@ impl Driver for Nvidia {
             result::ctx::set_current(event.context).map_err(failed("context"))?;
             result::event::synchronize(event.event).map_err(failed("device"))
         }
+    }
+
+    fn fetch(event: &Event, from: u64, to: &mut [u8]) -> Result<(), BackendError> {
+        Self::wait(event)?;
+        // SAFETY: the context is this thread's since the wait, and the caller holds memory of so many bytes.
+        unsafe { result::memcpy_dtoh_sync(to, from) }.map_err(failed("copy to the host"))
     }
 }

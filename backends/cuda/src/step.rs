@@ -9,7 +9,7 @@ use std::borrow::Cow;
 use std::ops::Range;
 use std::rc::Rc;
 
-use backend::{Attend, BackendError, Batch, Glu, KvError, KvStore, Mla, Moe, Out, Pending, SeqId, Step};
+use backend::{Attend, BackendError, Batch, Cut, Glu, KvError, KvStore, Mla, Moe, Out, Pending, SeqId, Step};
 
 use crate::act::{CudaAct, State};
 use crate::args::{AddArgs, GatherArgs, GluArgs, NormArgs};
@@ -314,6 +314,16 @@ impl<D: Driver + Open> Step for CudaStep<'_, D> {
 
     fn export(&mut self, seq: SeqId, layer: usize, tokens: Range<u32>) -> Result<CudaExport<D>, KvError> {
         self.kv.export(seq, layer, tokens)
+    }
+
+    fn export_there(
+        &mut self,
+        seq: SeqId,
+        layer: usize,
+        tokens: Range<u32>,
+        cuts: &[Cut],
+    ) -> Result<CudaExport<D>, KvError> {
+        self.kv.export_there(seq, layer, tokens, cuts)
     }
 
     fn submit(self, out: Out<CudaAct<D>>) -> Box<dyn Pending<CudaAct<D>>> {

@@ -3,7 +3,7 @@
 use std::io::IoSlice;
 use std::sync::Mutex;
 
-use backend::{BackendError, KvError, KvExport, Piece};
+use backend::{BackendError, KvError, KvExport, Piece, Within};
 
 use crate::sync::lock;
 
@@ -14,7 +14,7 @@ pub(super) struct SharedExport {
 }
 
 // SAFETY: the export's methods are called under `turn` only, so never by two threads at once, which is all that `Send`
-// without `Sync` asks for. What outlives the turn are shared slices of bytes, borrowed from `self`.
+// without `Sync` asks for. What outlives the turn are shared slices of bytes and a region, borrowed from `self`.
 unsafe impl Sync for SharedExport {}
 
 impl SharedExport {
@@ -33,6 +33,13 @@ impl SharedExport {
         let _turn = lock(&self.turn);
         let slices = self.export.slices(piece)?;
         (slices.iter().map(|slice| slice.len()).sum::<usize>() == bytes).then_some(slices)
+    }
+
+    /// The `bytes` of `piece` in memory that lives longer than the lease, if they lie there.
+    pub fn within(&self, piece: &Piece, bytes: usize) -> Option<Within<'_>> {
+        let _turn = lock(&self.turn);
+        let within = self.export.within(piece).filter(|within| within.bytes == bytes && bytes > 0)?;
+        within.sums.is_none_or(|sums| sums.len() == piece.tokens.len()).then_some(within)
     }
 
     /// See [`KvExport::read`].

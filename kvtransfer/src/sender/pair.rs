@@ -14,7 +14,7 @@ use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use backend::Piece;
+use backend::{Piece, Place};
 
 use crate::layout::Part;
 use crate::limits::RESUMES_MAX;
@@ -194,6 +194,13 @@ impl Pair {
     /// Lanes that lost a connection and went on over another.
     pub fn resumed(&self) -> u32 {
         lock(&self.state).resumed
+    }
+
+    /// Whether the receiver reads memory of `place` over every connection that there is, and there is one.
+    pub fn reads(&self, place: Place) -> bool {
+        let state = lock(&self.state);
+        let mut live = state.lanes.iter().filter_map(|lane| lane.live.as_ref()).peekable();
+        self.codec == Codec::Exact && live.peek().is_some() && live.all(|live| live.way.reads(place))
     }
 
     /// Waits until at most `bytes` are queued, or the pair has ended.

@@ -37,6 +37,8 @@ pub(super) struct Pool {
     pub resumed: AtomicU64,
     /// Connections that were left because nothing came back by their path.
     pub silent: AtomicU64,
+    /// Payload bytes that receivers were let read out of a device's memory.
+    pub unstaged_bytes: AtomicU64,
     /// Lanes that lost a connection whose payloads went by UCX: their next one is without.
     pub fallbacks: AtomicU64,
     /// When that was last, by address.
@@ -83,6 +85,7 @@ impl Pool {
             resumed: AtomicU64::new(0),
             silent: AtomicU64::new(0),
             fallbacks: AtomicU64::new(0),
+            unstaged_bytes: AtomicU64::new(0),
             without: Mutex::default(),
             peers: Mutex::default(),
             conns: Mutex::default(),

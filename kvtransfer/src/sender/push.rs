@@ -10,7 +10,7 @@ use std::sync::{Arc, Mutex};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use backend::{KvExport, Piece};
+use backend::{Cut, KvExport, Piece, Place};
 
 use crate::coverage::{CoverageError, Intervals};
 use crate::layout::Part;
@@ -180,6 +180,23 @@ impl Push {
                 pair.push(Job::new(export.clone(), rects));
             }
         }
+    }
+
+    /// What the receivers take, heads of planes, if all of them can read it out of memory of `place` now: then an export may leave it
+    /// there ([`backend::Step::export_there`]). A connection that is lost after is no harm: bytes are copied to the host then.
+    pub fn reads(&self, place: Place) -> Option<Vec<Cut>> {
+        let pairs = || self.shared.pairs.iter().filter(|pair| !pair.parts.is_empty());
+        if pairs().next().is_none() || !pairs().all(|pair| pair.reads(place)) {
+            return None;
+        }
+        let mut cuts: Vec<Cut> = Vec::new();
+        for part in pairs().flat_map(|pair| &pair.parts) {
+            let cut = Cut { plane: part.plane, heads: part.heads.clone() };
+            if !cuts.contains(&cut) {
+                cuts.push(cut);
+            }
+        }
+        Some(cuts)
     }
 
     /// Ends the session after everything that is queued.

@@ -11,8 +11,9 @@
 //! ```
 //!
 //! The receiver reads, the sender never writes: a sender that is late, lost or wrong can touch no byte of a landing, so blocks
-//! return as with any other transport. What it may read is registered for reading only, for one frame (shared memory) or one
-//! connection (a ring that payloads are copied to). Until the receiver has answered, and for whatever does not fit, payloads go
+//! return as with any other transport. What it may read is registered for reading only: memory that lives longer than the leases in
+//! it ([`backend::Region`]) once, of the host or of a device; else for one frame (shared memory) or one connection (a ring that
+//! payloads are copied to). Until the receiver has answered, and for whatever does not fit, payloads go
 //! over the connection as always; a connection whose payloads cannot be read is lost like any other, and the lane comes back
 //! without UCX. Sessions know nothing of it.
 
@@ -23,6 +24,8 @@ mod take;
 
 use std::fs;
 use std::sync::atomic::{AtomicU8, Ordering};
+
+use backend::Place;
 
 pub(crate) use give::give;
 pub(crate) use take::take;
@@ -64,16 +67,32 @@ impl Way {
 
 /// The way of a connection, which may change from [`Way::Stream`] to another while it lives.
 #[derive(Debug, Default)]
-pub struct WayCell(AtomicU8);
+pub struct WayCell {
+    way: AtomicU8,
+    /// A bit for each place whose memory the receiver reads.
+    places: AtomicU8,
+}
 
 impl WayCell {
     /// What it is now.
     pub fn get(&self) -> Way {
-        Way::from_number(self.0.load(Ordering::Relaxed)).unwrap_or(Way::Stream)
+        Way::from_number(self.way.load(Ordering::Relaxed)).unwrap_or(Way::Stream)
     }
 
     fn set(&self, way: Way) {
-        self.0.store(way as u8, Ordering::Relaxed);
+        self.way.store(way as u8, Ordering::Relaxed);
+    }
+
+    /// Whether the receiver reads payloads that lie in memory of `place` and that the host does not touch.
+    pub fn reads(&self, place: Place) -> bool {
+        self.places.load(Ordering::Relaxed) & 1 << place as u8 != 0
+    }
+
+    fn set_reads(&self, place: Place, reads: bool) {
+        match reads {
+            true => self.places.fetch_or(1 << place as u8, Ordering::Relaxed),
+            false => self.places.fetch_and(!(1 << place as u8), Ordering::Relaxed),
+        };
     }
 }
 
@@ -86,15 +105,17 @@ pub struct Ways {
     pub rdma: bool,
     /// See [`Way::Tcp`].
     pub tcp: bool,
+    /// Whether payloads may be read out of a device's memory on such a way, where sender and way can do that (GPUDirect).
+    pub device: bool,
 }
 
 impl Ways {
     /// Payloads go over the connection.
-    pub const NONE: Ways = Ways { shm: false, rdma: false, tcp: false };
+    pub const NONE: Ways = Ways { shm: false, rdma: false, tcp: false, device: false };
 
     /// Whether there is one.
     pub fn any(self) -> bool {
-        self != Ways::NONE
+        self.shm || self.rdma || self.tcp
     }
 
     /// Those that this machine has.
@@ -128,6 +149,26 @@ pub(crate) fn warm(ways: Ways) {
 pub fn available() -> Result<String, String> {
     let (a, b, c) = ucx_sys::load().map_err(|error| error.to_string())?.version;
     Ok(format!("{a}.{b}.{c}"))
+}
+
+/// Whether network cards may read memory of `place` here for peers that `ways` lead to: why not, in words. Whether one can is tried with
+/// the first payload.
+pub fn reaches(place: Place, ways: Ways) -> Result<(), String> {
+    if !ways.device {
+        return Err("it is turned off".into());
+    }
+    available()?;
+    if place == Place::Host {
+        return Ok(());
+    }
+    if !ways.here().rdma {
+        let why = if ways.rdma { "no RDMA port is up" } else { "RDMA is not used" };
+        return Err(why.into());
+    }
+    match device::context(Way::Rdma)?.knows(place) {
+        true => Ok(()),
+        false => Err("UCX has no CUDA transports (libuct_cuda.so)".into()),
+    }
 }
 
 /// RDMA ports of this machine that are up.

@@ -29,6 +29,28 @@ impl Drop for Memory {
     }
 }
 
+/// Device memory that any thread may hold.
+pub struct Lasting {
+    pub(super) address: sys::CUdeviceptr,
+    pub(super) context: sys::CUcontext,
+}
+
+// SAFETY: an address and a handle, which any thread may use.
+unsafe impl Send for Lasting {}
+// SAFETY: as above.
+unsafe impl Sync for Lasting {}
+
+impl Drop for Lasting {
+    fn drop(&mut self) {
+        // SAFETY: ours, and freeing waits for work that uses it. The thread that drops it may never have seen the context; a failure
+        // loses memory of a device that has failed, or is gone.
+        let _ = unsafe {
+            let _ = result::ctx::set_current(self.context);
+            result::free_sync(self.address)
+        };
+    }
+}
+
 /// Pinned host memory.
 pub struct Host {
     pub(super) start: *mut u8,

@@ -74,7 +74,7 @@ impl Spec {
         Limits {
             streams: self.streams,
             frame_bytes: self.frame_bytes,
-            ways: Ways { shm: self.shm, rdma: false, tcp: self.ucx_tcp },
+            ways: Ways { shm: self.shm, rdma: false, tcp: self.ucx_tcp, device: false },
             probe: self.probe.then(|| Ticket::probe(b"kvpipe")),
             ..Limits::default()
         }

@@ -1,7 +1,8 @@
 //! The writing half of a lane: takes rectangles off the pair's queue as credit allows, and sends them from where they lie or
-//! through one staging buffer.
+//! through one staging buffer; out of memory that the receiver reads by itself nothing is touched here.
 
 use std::io::{self, IoSlice};
+use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
 
@@ -10,6 +11,7 @@ use super::{Job, Pair, Progress, REASON_WAIT, State};
 use crate::SessionError;
 use crate::codec::{Codec, Row};
 use crate::crc;
+use crate::frame::Head;
 use crate::layout::cut;
 use crate::message::Message;
 use crate::sender::export::SharedExport;
@@ -26,6 +28,10 @@ enum Step {
     Say(Message),
     Abort(SessionError),
     Over(Outcome),
+}
+
+fn sum(slices: &[IoSlice<'_>]) -> u32 {
+    slices.iter().fold(0, |crc, slice| crc::append(crc, slice))
 }
 
 /// Buffers of one writing thread.
@@ -219,11 +225,25 @@ impl Pair {
             let at = lock(pace).book(frame.wire_bytes as u64, Instant::now());
             self.pause(at);
         }
-        let slices = frame.export.slices(&frame.piece, frame.bytes);
         let row = self.row(frame.piece.plane);
+        let within = frame.export.within(&frame.piece, frame.bytes).filter(|_| row.is_none());
+        let within = within.filter(|within| lock(sink).reads(within));
+        let hold: Hold = frame.export.clone();
+        if let Some(within) = &within
+            && let Some(sums) = within.sums
+        {
+            let crc = crc::of_rows(sums, frame.bytes / sums.len());
+            pool.unstaged_bytes.fetch_add(frame.bytes as u64, Ordering::Relaxed);
+            let send = |sink: &mut dyn FrameSink, head: &Head| sink.send_within(head, within, &hold);
+            return self.send_data(index, pool, sink, frame, Codec::Exact, crc, send);
+        }
+        let slices = frame.export.slices(&frame.piece, frame.bytes);
         if let (None, Some(slices)) = (row, &slices) {
-            let hold: Hold = frame.export.clone();
-            return self.send_data(index, pool, sink, frame, Codec::Exact, slices, Some(&hold));
+            let send = |sink: &mut dyn FrameSink, head: &Head| match &within {
+                Some(within) => sink.send_within(head, within, &hold),
+                None => sink.send_held(head, slices, &hold),
+            };
+            return self.send_data(index, pool, sink, frame, Codec::Exact, sum(slices), send);
         }
         staging.exact.clear();
         match slices {
@@ -242,15 +262,20 @@ impl Pair {
                 }
             }
         }
-        let Some(row) = row else {
-            let exact = [IoSlice::new(&staging.exact)];
-            return self.send_data(index, pool, sink, frame, Codec::Exact, &exact, None);
+        let (codec, staged) = match row {
+            None => (Codec::Exact, &staging.exact),
+            Some(row) => {
+                staging.encoded.clear();
+                self.codec.encode(row, frame.piece.heads.len(), &staging.exact, &mut staging.encoded);
+                (self.codec, &staging.encoded)
+            }
         };
-        staging.encoded.clear();
-        self.codec.encode(row, frame.piece.heads.len(), &staging.exact, &mut staging.encoded);
-        self.send_data(index, pool, sink, frame, self.codec, &[IoSlice::new(&staging.encoded)], None)
+        let slices = [IoSlice::new(staged)];
+        let send = |sink: &mut dyn FrameSink, head: &Head| sink.send(head, &slices);
+        self.send_data(index, pool, sink, frame, codec, sum(&slices), send)
     }
 
+    /// Sends a frame whose payload has the checksum `crc`, by `send`.
     #[allow(clippy::too_many_arguments)] // one frame: where it is, where it goes, how it is written
     fn send_data(
         &self,
@@ -259,10 +284,9 @@ impl Pair {
         sink: &Mutex<Box<dyn FrameSink>>,
         frame: &Frame,
         codec: Codec,
-        slices: &[IoSlice<'_>],
-        hold: Option<&Hold>,
+        crc: u32,
+        send: impl FnOnce(&mut dyn FrameSink, &Head) -> io::Result<()>,
     ) -> io::Result<()> {
-        let crc = slices.iter().fold(0, |crc, slice| crc::append(crc, slice));
         let mut sink = lock(sink);
         let head = {
             let mut state = lock(&self.state);
@@ -278,10 +302,7 @@ impl Pair {
             }
             live.sending.data(&frame.piece, codec, frame.wire_bytes, crc)
         };
-        let sent = match hold {
-            Some(hold) => sink.send_held(&head, slices, hold),
-            None => sink.send(&head, slices),
-        };
+        let sent = send(&mut **sink, &head);
         self.step(index, |live| live.writing = false);
         sent
     }

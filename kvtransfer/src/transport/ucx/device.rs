@@ -3,21 +3,23 @@
 
 use std::ffi::CString;
 use std::ptr::{null, null_mut};
-use std::sync::OnceLock;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
+use backend::{Place, Region};
 use ucx_sys::raw::{
-    UCP_API_MAJOR, UCP_API_MINOR, UCP_EP_CLOSE_FLAG_FORCE, UCP_EP_PARAM_FIELD_ERR_HANDLER,
-    UCP_EP_PARAM_FIELD_ERR_HANDLING_MODE, UCP_EP_PARAM_FIELD_REMOTE_ADDRESS, UCP_ERR_HANDLING_MODE_NONE,
-    UCP_ERR_HANDLING_MODE_PEER, UCP_FEATURE_RMA, UCP_FEATURE_WAKEUP, UCP_MEM_MAP_PARAM_FIELD_ADDRESS,
-    UCP_MEM_MAP_PARAM_FIELD_LENGTH, UCP_MEM_MAP_PARAM_FIELD_MEMORY_TYPE, UCP_MEM_MAP_PARAM_FIELD_PROT,
-    UCP_MEM_MAP_PROT_LOCAL_READ, UCP_MEM_MAP_PROT_LOCAL_WRITE, UCP_MEM_MAP_PROT_REMOTE_READ,
-    UCP_OP_ATTR_FIELD_FLAGS, UCP_OP_ATTR_FIELD_MEMORY_TYPE, UCP_PARAM_FIELD_FEATURES,
-    UCP_PARAM_FIELD_MT_WORKERS_SHARED, UCP_WORKER_PARAM_FIELD_THREAD_MODE, UCS_INPROGRESS,
-    UCS_MEMORY_TYPE_HOST, UCS_OK, UCS_THREAD_MODE_SERIALIZED, ucp_context_h, ucp_ep_h, ucp_ep_params_t,
-    ucp_err_handler_t, ucp_mem_h, ucp_mem_map_params_t, ucp_params_t, ucp_request_param_t, ucp_rkey_h,
-    ucp_worker_h, ucp_worker_params_t, ucs_status_t,
+    UCP_API_MAJOR, UCP_API_MINOR, UCP_ATTR_FIELD_MEMORY_TYPES, UCP_EP_CLOSE_FLAG_FORCE,
+    UCP_EP_PARAM_FIELD_ERR_HANDLER, UCP_EP_PARAM_FIELD_ERR_HANDLING_MODE, UCP_EP_PARAM_FIELD_REMOTE_ADDRESS,
+    UCP_ERR_HANDLING_MODE_NONE, UCP_ERR_HANDLING_MODE_PEER, UCP_FEATURE_RMA, UCP_FEATURE_WAKEUP,
+    UCP_MEM_MAP_PARAM_FIELD_ADDRESS, UCP_MEM_MAP_PARAM_FIELD_LENGTH, UCP_MEM_MAP_PARAM_FIELD_MEMORY_TYPE,
+    UCP_MEM_MAP_PARAM_FIELD_PROT, UCP_MEM_MAP_PROT_LOCAL_READ, UCP_MEM_MAP_PROT_LOCAL_WRITE,
+    UCP_MEM_MAP_PROT_REMOTE_READ, UCP_OP_ATTR_FIELD_FLAGS, UCP_OP_ATTR_FIELD_MEMORY_TYPE,
+    UCP_PARAM_FIELD_FEATURES, UCP_PARAM_FIELD_MT_WORKERS_SHARED, UCP_WORKER_PARAM_FIELD_THREAD_MODE,
+    UCS_INPROGRESS, UCS_MEMORY_TYPE_CUDA, UCS_MEMORY_TYPE_HOST, UCS_OK, UCS_THREAD_MODE_SERIALIZED,
+    ucp_context_attr_t, ucp_context_h, ucp_ep_h, ucp_ep_params_t, ucp_err_handler_t, ucp_mem_h,
+    ucp_mem_map_params_t, ucp_params_t, ucp_request_param_t, ucp_rkey_h, ucp_worker_h, ucp_worker_params_t,
+    ucs_status_t,
 };
 use ucx_sys::{Posted, Ucx};
 
@@ -57,7 +59,8 @@ impl Context {
         let transports = match way {
             Way::Stream => return Err("a stream needs no UCX".into()),
             Way::Shm => "posix,sysv,cma,knem,xpmem,self",
-            Way::Rdma => "ib",
+            // The second finds out how a network card is told of a GPU's memory.
+            Way::Rdma => "ib,cuda_copy",
             Way::Tcp => "tcp",
         };
         // SAFETY: all zeros are valid for both structs; their masks say that nothing is set.
@@ -83,22 +86,68 @@ impl Context {
         Ok(Context { ucx, raw, way })
     }
 
+    /// Whether its library knows memory of `place`.
+    pub fn knows(&self, place: Place) -> bool {
+        // SAFETY: zeros are valid, the mask says what is asked for.
+        let mut attr: ucp_context_attr_t = unsafe { std::mem::zeroed() };
+        attr.field_mask = UCP_ATTR_FIELD_MEMORY_TYPES;
+        // SAFETY: a context that lives for ever, and a place for the answer.
+        let asked = unsafe { (self.ucx.ucp_context_query)(self.raw, &mut attr) };
+        asked == UCS_OK && attr.memory_types >> memory_type(place) & 1 == 1
+    }
+
+    /// Whether peers can read memory of `place`, by this way: as `tried` says, which is asked once in the life of the process.
+    pub fn proven(&self, place: Place, tried: impl FnOnce() -> Result<(), String>) -> bool {
+        let tried = || {
+            let tried = tried();
+            let way = self.way.name();
+            match &tried {
+                Ok(()) => tracing::info!(
+                    way,
+                    "KV leaves the device's memory without a copy on the host (GPUDirect)"
+                ),
+                Err(words) => {
+                    tracing::warn!(
+                        way,
+                        words,
+                        "KV leaves by the host: the device's memory cannot be read from outside"
+                    )
+                }
+            }
+            tried.is_ok()
+        };
+        *self.proof(place).get_or_init(tried)
+    }
+
+    /// What [`Context::proven`] has found, if it was asked.
+    pub fn proof(&self, place: Place) -> &'static OnceLock<bool> {
+        static PROOFS: [[OnceLock<bool>; 2]; 4] = [const { [const { OnceLock::new() }; 2] }; 4];
+        &PROOFS[self.way as usize][place as usize]
+    }
+
     /// Lets peers read `bytes` from `start` on, until it is dropped. The caller keeps them there.
-    pub fn register(&'static self, start: *const u8, bytes: usize) -> Result<Memory, String> {
+    pub fn register(&'static self, start: u64, bytes: usize, place: Place) -> Result<Memory, String> {
         // SAFETY: zeros are valid, the mask says what is set.
         let mut params: ucp_mem_map_params_t = unsafe { std::mem::zeroed() };
         params.field_mask = UCP_MEM_MAP_PARAM_FIELD_ADDRESS
             | UCP_MEM_MAP_PARAM_FIELD_LENGTH
             | UCP_MEM_MAP_PARAM_FIELD_PROT
             | UCP_MEM_MAP_PARAM_FIELD_MEMORY_TYPE;
-        (params.address, params.length) = (start as *mut libc::c_void, bytes);
+        (params.address, params.length) = (start as usize as *mut libc::c_void, bytes);
         params.prot =
             UCP_MEM_MAP_PROT_LOCAL_READ | UCP_MEM_MAP_PROT_LOCAL_WRITE | UCP_MEM_MAP_PROT_REMOTE_READ;
-        params.memory_type = UCS_MEMORY_TYPE_HOST;
+        params.memory_type = memory_type(place);
         let mut raw = null_mut();
         // SAFETY: the context lives for ever; registering reads no byte.
         unsafe { self.ucx.check((self.ucx.ucp_mem_map)(self.raw, &params, &mut raw))? };
         Ok(Memory { context: self, raw })
+    }
+}
+
+fn memory_type(place: Place) -> u32 {
+    match place {
+        Place::Host => UCS_MEMORY_TYPE_HOST,
+        Place::Cuda => UCS_MEMORY_TYPE_CUDA,
     }
 }
 
@@ -110,6 +159,8 @@ pub(super) struct Memory {
 
 // SAFETY: a handle of a context that locks itself.
 unsafe impl Send for Memory {}
+// SAFETY: as above.
+unsafe impl Sync for Memory {}
 
 impl Memory {
     /// What a peer needs to read it.
@@ -133,6 +184,31 @@ impl Drop for Memory {
         if status != UCS_OK {
             tracing::warn!(status, "UCX did not let go of memory");
         }
+    }
+}
+
+/// Memory that outlives leases, known to a way's devices for as long as it is there: tied to its region.
+pub(super) struct Known {
+    way: Way,
+    /// With the key; the words of a refusal, which is final.
+    registered: Result<(Memory, Vec<u8>), String>,
+}
+
+impl Known {
+    /// That of `region`, which is registered here if it is not yet.
+    pub fn of(context: &'static Context, region: &Region) -> Arc<Known> {
+        let register = || {
+            let memory = context.register(region.address(), region.bytes(), region.place())?;
+            let key = memory.key()?;
+            Ok((memory, key))
+        };
+        let make = || Known { way: context.way, registered: register() };
+        region.tie(|known: &Known| known.way == context.way, make)
+    }
+
+    /// What a peer needs to read it.
+    pub fn key(&self) -> Result<&[u8], String> {
+        self.registered.as_ref().map(|(_, key)| &key[..]).map_err(Clone::clone)
     }
 }
 

@@ -1,5 +1,6 @@
 //! The sender's end: offers, and once the receiver has chosen lets it read payloads where they lie (shared memory, bytes that
-//! stay) or in a ring that they are copied to (everything else). What a frame lies in stays until the receiver has read it.
+//! stay; memory that outlives its leases, of the host or a device) or in a ring that they are copied to (everything else). What a frame
+//! lies in stays until the receiver has read it.
 
 use std::collections::VecDeque;
 use std::io::{self, IoSlice, IoSliceMut};
@@ -8,10 +9,14 @@ use std::sync::{Arc, Mutex};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
-use super::device::{Context, Memory, Waker, Worker, context};
+use backend::{Place, Within};
+
+use super::device::{Context, Known, Memory, Reader, Waker, Worker, context};
 use super::offer::{Fetch, Offer, RUNS_MAX, Run, host};
+use super::take::{Pace, read};
 use super::{Way, WayCell, Ways};
 use crate::SessionId;
+use crate::crc;
 use crate::frame::{FrameError, Head, Kind};
 use crate::limits::FETCH_BYTES_MAX;
 use crate::sync::lock;
@@ -19,6 +24,9 @@ use crate::wire::{FrameSink, FrameSource, Hold, Incoming, Wire, WireError, contr
 
 /// Copies of payloads that wait to be read: two windows of a receiver with the default limits.
 const RING_BYTES: usize = 32 << 20;
+
+/// Longest time for the first payload in a device's memory to be read from outside; beyond it none is.
+const PROOF_MAX: Duration = Duration::from_secs(2);
 
 /// Longest wait of the worker's thread, which looks up when it is told to end.
 const LOOK_EVERY: Duration = Duration::from_secs(1);
@@ -75,16 +83,21 @@ impl Sink {
         if let (Kind::Data, Phase::Giving(giver)) = (head.kind, &mut self.phase)
             && let Some(fetch) = giver.lend(head, payload, hold)
         {
-            let place = fetch.encode();
-            let head = Head {
-                kind: Kind::Fetch,
-                payload_bytes: place.len() as u32,
-                payload_crc: crc32c::crc32c(&place),
-                ..head.clone()
-            };
-            return self.inner.send(&head, &[IoSlice::new(&place)]);
+            return self.fetch(head, &fetch);
         }
         self.inner.send(head, payload)
+    }
+
+    /// Sends the place of a payload instead of it.
+    fn fetch(&mut self, head: &Head, fetch: &Fetch) -> io::Result<()> {
+        let place = fetch.encode();
+        let head = Head {
+            kind: Kind::Fetch,
+            payload_bytes: place.len() as u32,
+            payload_crc: crc32c::crc32c(&place),
+            ..head.clone()
+        };
+        self.inner.send(&head, &[IoSlice::new(&place)])
     }
 }
 
@@ -107,6 +120,28 @@ impl FrameSink for GiveSink {
 
     fn send_held(&mut self, head: &Head, payload: &[IoSlice<'_>], hold: &Hold) -> io::Result<()> {
         lock(&self.0.sink).frame(head, payload, Some(hold))
+    }
+
+    fn reads(&mut self, within: &Within<'_>) -> bool {
+        let unstaged = within.sums.is_some();
+        if unstaged && !self.0.way.reads(within.region.place()) {
+            return false;
+        }
+        let reads = match &lock(&self.0.sink).phase {
+            Phase::Giving(giver) => giver.reads(within),
+            _ => false,
+        };
+        if unstaged && !reads {
+            self.0.way.set_reads(within.region.place(), false);
+        }
+        reads
+    }
+
+    fn send_within(&mut self, head: &Head, within: &Within<'_>, hold: &Hold) -> io::Result<()> {
+        let mut sink = lock(&self.0.sink);
+        let Phase::Giving(giver) = &mut sink.phase else { return Err(io::ErrorKind::Unsupported.into()) };
+        let fetch = giver.lend_within(head, within, hold).map_err(io::Error::other)?;
+        sink.fetch(head, &fetch)
     }
 
     fn set_stall(&mut self, stall: Duration) -> io::Result<()> {
@@ -143,8 +178,12 @@ impl GiveSource {
                 sink.phase = Phase::Off;
                 if let Some((giver, address)) = giver {
                     sink.own(Kind::Address, &address)?;
+                    let places = [Place::Host, Place::Cuda].map(|place| (place, giver.may_read(place)));
                     sink.phase = Phase::Giving(giver);
                     self.shared.way.set(way);
+                    for (place, may) in places {
+                        self.shared.way.set_reads(place, may && self.shared.ways.device);
+                    }
                 }
                 Ok(())
             }
@@ -195,6 +234,7 @@ struct Giver {
     _serving: Serving,
     context: &'static Context,
     way: Way,
+    address: Vec<u8>,
     lent: VecDeque<Lent>,
     fetched: u64,
     ring: Option<Ring>,
@@ -208,7 +248,57 @@ impl Giver {
         let address = worker.address()?;
         let serving = Serving::new(worker)?;
         let lent = VecDeque::new();
-        Ok((Giver { _serving: serving, context, way, lent, fetched: 0, ring: None }, address))
+        let own = address.clone();
+        Ok((Giver { _serving: serving, context, way, address: own, lent, fetched: 0, ring: None }, address))
+    }
+
+    /// Whether the receiver might read payloads that are in `place` alone.
+    fn may_read(&self, place: Place) -> bool {
+        let could = match place {
+            Place::Host => true,
+            // Nothing but a network card reads a GPU's memory.
+            Place::Cuda => self.way == Way::Rdma && self.context.knows(place),
+        };
+        could && self.context.proof(place).get() != Some(&false)
+    }
+
+    /// Whether the receiver can read payloads in this memory. That of a device is read by this process first, as a peer reads it: such
+    /// memory takes a network card, a GPU and drivers that get along.
+    fn reads(&self, within: &Within<'_>) -> bool {
+        let known = Known::of(self.context, within.region);
+        match (known.key(), within.sums) {
+            (Ok(key), Some(sums)) => {
+                self.context.proven(within.region.place(), || self.prove(run(within, key), sums))
+            }
+            (Ok(_), None) => true,
+            (Err(words), _) => {
+                tracing::debug!(words, region = ?within.region, "UCX does not take memory");
+                false
+            }
+        }
+    }
+
+    fn prove(&self, run: Run, sums: &[u32]) -> Result<(), String> {
+        let mut bytes = vec![0; run.bytes];
+        // Declared after its place, so that it ends before.
+        let reader = Reader::new(self.context, &self.address)?;
+        let want = crc::of_rows(sums, run.bytes / sums.len().max(1));
+        let (fetch, until) = (Fetch { payload_crc: want, runs: vec![run] }, Instant::now() + PROOF_MAX);
+        let into = &mut [IoSliceMut::new(&mut bytes)];
+        let got = read(&reader, &fetch, into, Pace::of(self.way), until, || false)?;
+        if got == want {
+            Ok(())
+        } else {
+            Err(format!("checksum {got:08x} was read, the device has {want:08x}"))
+        }
+    }
+
+    /// Makes a payload readable that lies where the receiver [`Giver::reads`].
+    fn lend_within(&mut self, head: &Head, within: &Within<'_>, hold: &Hold) -> Result<Fetch, String> {
+        let known = Known::of(self.context, within.region);
+        let runs = vec![run(within, known.key()?)];
+        self.lent.push_back(Lent { _memory: Vec::new(), _hold: Some(hold.clone()), ring_bytes: 0 });
+        Ok(Fetch { payload_crc: head.payload_crc, runs })
     }
 
     /// Makes a payload readable. `None`: it goes over the connection.
@@ -234,7 +324,7 @@ impl Giver {
     fn held(&self, payload: &[IoSlice<'_>], hold: &Hold) -> Result<(Lent, Vec<Run>), String> {
         let (mut memory, mut runs) = (Vec::with_capacity(payload.len()), Vec::with_capacity(payload.len()));
         for slice in payload.iter().filter(|slice| !slice.is_empty()) {
-            let registered = self.context.register(slice.as_ptr(), slice.len())?;
+            let registered = self.context.register(slice.as_ptr() as u64, slice.len(), Place::Host)?;
             runs.push(Run { address: slice.as_ptr() as u64, bytes: slice.len(), key: registered.key()? });
             memory.push(registered);
         }
@@ -266,6 +356,10 @@ impl Giver {
     }
 }
 
+fn run(within: &Within<'_>, key: &[u8]) -> Run {
+    Run { address: within.region.address() + within.at as u64, bytes: within.bytes, key: key.to_vec() }
+}
+
 /// Registered memory that payloads are copied to, in the order in which they are read.
 struct Ring {
     // In this order: taken back before it goes.
@@ -280,7 +374,7 @@ struct Ring {
 impl Ring {
     fn new(context: &'static Context) -> Result<Self, String> {
         let bytes = vec![0; RING_BYTES].into_boxed_slice();
-        let memory = context.register(bytes.as_ptr(), bytes.len())?;
+        let memory = context.register(bytes.as_ptr() as u64, bytes.len(), Place::Host)?;
         Ok(Ring { key: memory.key()?, _memory: memory, bytes, head: 0, used: 0 })
     }
 

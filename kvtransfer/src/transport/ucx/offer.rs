@@ -43,7 +43,7 @@ pub(super) struct Offer {
 impl Offer {
     pub fn encode(&self) -> Vec<u8> {
         let bit = |yes: bool, way: Way| u8::from(yes) << way as u8;
-        let Ways { shm, rdma, tcp } = self.ways;
+        let Ways { shm, rdma, tcp, .. } = self.ways;
         let bits = bit(shm, Way::Shm) | bit(rdma, Way::Rdma) | bit(tcp, Way::Tcp);
         [&[bits][..], &self.host].concat()
     }
@@ -52,7 +52,7 @@ impl Offer {
         let wrong = FrameError::Message("is no offer");
         let (bits, host) = bytes.split_first().ok_or(wrong.clone())?;
         let has = |way: Way| bits >> way as u8 & 1 == 1;
-        let ways = Ways { shm: has(Way::Shm), rdma: has(Way::Rdma), tcp: has(Way::Tcp) };
+        let ways = Ways { shm: has(Way::Shm), rdma: has(Way::Rdma), tcp: has(Way::Tcp), device: false };
         Ok(Offer { ways, host: host.try_into().map_err(|_| wrong)? })
     }
 
@@ -139,7 +139,7 @@ mod tests {
 
     #[test]
     fn what_is_said_survives_and_no_other_length_parses() {
-        let offer = Offer { ways: Ways { shm: true, rdma: false, tcp: true }, host: [7; 24] };
+        let offer = Offer { ways: Ways { shm: true, tcp: true, ..Ways::NONE }, host: [7; 24] };
         assert_eq!(Offer::decode(&offer.encode()), Ok(offer));
         assert!(Offer::decode(&offer.encode()[1..]).is_err() && Offer::decode(&[]).is_err());
         let run = |at: u8| Run { address: u64::from(at) << 40, bytes: 65_536, key: vec![at; 9] };
@@ -154,7 +154,7 @@ mod tests {
 
     #[test]
     fn the_best_common_way_is_taken_and_memory_is_shared_on_one_machine_only() {
-        let all = Ways { shm: true, rdma: true, tcp: true };
+        let all = Ways { shm: true, rdma: true, tcp: true, device: true };
         let (here, there) = ([1; 24], [2; 24]);
         let offer = |ways| Offer { ways, host: here };
         assert_eq!(offer(all).choose(all, &there), Way::Rdma);

@@ -28,7 +28,7 @@ const READS_MAX: usize = 64;
 
 /// How payloads are read.
 #[derive(Clone, Copy)]
-struct Pace {
+pub(super) struct Pace {
     /// Reads under way at once.
     most: usize,
     /// What is under way is waited for even where the connection is over.
@@ -38,7 +38,7 @@ struct Pace {
 impl Pace {
     /// Over TCP the peer's UCX answers reads itself, and ends its process when it comes upon one of somebody who has gone meanwhile
     /// (`ucp_get_req_handler`, 1.22): there is one at a time, and nobody goes before its end.
-    fn of(way: Way) -> Pace {
+    pub(super) fn of(way: Way) -> Pace {
         let tcp = way == Way::Tcp;
         Pace { most: if tcp { 1 } else { READS_MAX }, patient: tcp }
     }
@@ -262,7 +262,7 @@ impl FrameSource for TakeSource {
 }
 
 /// Reads all runs into all places, and returns the checksum. On an error reads may be under way still: the reader has to go.
-fn read(
+pub(super) fn read(
     reader: &Reader,
     fetch: &Fetch,
     into: &mut [IoSliceMut<'_>],
