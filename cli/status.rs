@@ -213,7 +213,7 @@ fn json_of(reply: &StatusReply) -> Value {
                 "kv_bytes": counters.kv_bytes, "preemptions": counters.preemptions,
                 "failed_sessions": counters.failed_sessions,
                 "kv_resumed": counters.kv_resumed, "kv_fallbacks": counters.kv_fallbacks,
-                "kv_silent": counters.kv_silent,
+                "kv_silent": counters.kv_silent, "kv_gpudirect_bytes": counters.kv_gpudirect_bytes,
             },
             "joined_ms_ago": member.joined_ms_ago,
             "reported_ms_ago": member.reported_ms_ago,

@@ -48,6 +48,8 @@ settings! {
         kv_codec: CodecPolicy ["NAME"] = "exact";
         /// What carries KV: auto (shared memory or RDMA where both ends have UCX, else TCP), tcp, or ucx (RDMA also where a cluster with certificates encrypts: KV in clear)
         kv_transport: KvTransport ["NAME"] = "auto";
+        /// Copy KV to the host before it leaves an NVIDIA GPU, also where RDMA could read it there (GPUDirect)
+        kv_staged: bool [""];
         /// Connections per path of a KV push
         kv_streams: usize ["N"] = "1";
         /// Tokens per KV block

@@ -81,6 +81,7 @@ async fn start(settings: NodeSettings, role: &str) -> Result<Option<(NodeConfig,
         kv_codec: settings.kv_codec,
         kv_streams: settings.kv_streams,
         kv_transport: settings.kv_transport,
+        kv_staged: settings.kv_staged,
         cpu: CpuOptions {
             level: settings.cpu_level,
             activations: settings.cpu_activations,

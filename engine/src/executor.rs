@@ -58,12 +58,19 @@ impl<'r, B: Backend> Executor<'r, B> {
     }
 
     fn compute(&mut self, plan: &Plan) -> Submitted<B> {
+        let place = self.kv.stays();
         let mut step = self.backend.step(self.kv, &plan.batch);
         let transfers = &self.transfers;
         let mut refused = None;
         let mut after = |step: &mut B::Step<'_>, layer: usize| {
             for export in &plan.exports {
-                match step.export(export.seq, layer, export.tokens.clone()) {
+                let (seq, tokens) = (export.seq, export.tokens.clone());
+                let cuts = place.and_then(|place| transfers.reads(export.lease, place));
+                let given = match &cuts {
+                    Some(cuts) => step.export_there(seq, layer, tokens, cuts),
+                    None => step.export(seq, layer, tokens),
+                };
+                match given {
                     Ok(bytes) => transfers.push_layer(export.lease, bytes),
                     Err(error) => refused = refused.take().or(Some((format!("{export:?}"), error))),
                 }

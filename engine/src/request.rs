@@ -316,4 +316,6 @@ pub struct Counters {
     pub kv_fallbacks: u64,
     /// Of them, those that were left because nothing came back by their path.
     pub kv_silent: u64,
+    /// KV payload bytes sent that receivers read out of a device's memory.
+    pub kv_unstaged_bytes: u64,
 }

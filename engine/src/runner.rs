@@ -83,6 +83,11 @@ impl<B: Backend> Runner<B> {
         self.sender.clone()
     }
 
+    /// Where KV that leaves may stay until receivers read it, see [`KvStore::stays`].
+    pub fn stays(&self) -> Option<backend::Place> {
+        self.kv.stays()
+    }
+
     /// This rank's cache.
     pub fn kv_spec(&self) -> &KvSpec {
         self.model.kv_spec()

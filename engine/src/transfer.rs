@@ -6,7 +6,7 @@ use std::ops::Range;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use backend::{KvExport, KvStore};
+use backend::{Cut, KvExport, KvStore, Place};
 use kvtransfer::{Close, Expect, Landed, Peers, Push, PushSpec, Receiver, Sender, SessionId, TargetSpec};
 
 use crate::error::EngineError;
@@ -167,6 +167,11 @@ impl<K: KvStore> Transfers<K> {
             }
         }
         Ok(())
+    }
+
+    /// What the receivers of a push take, if all of them read memory of `place`: then its bytes may stay there.
+    pub fn reads(&self, lease: LeaseId, place: Place) -> Option<Vec<Cut>> {
+        self.pushes.get(&lease)?.0.reads(place)
     }
 
     /// Queues what a layer has just given.

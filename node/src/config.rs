@@ -71,6 +71,8 @@ pub struct NodeConfig {
     pub kv_streams: usize,
     /// What carries KV beside TCP.
     pub kv_transport: KvTransport,
+    /// KV always leaves a GPU by the host's memory.
+    pub kv_staged: bool,
     /// Reservations without progress lapse after this.
     pub land_deadline: Duration,
     /// Time for running work to end after a stop signal.
@@ -100,12 +102,13 @@ impl std::fmt::Display for KvTransport {
 }
 
 impl KvTransport {
-    /// What a rank may use. `sealed`: its connections are encrypted.
-    pub fn ways(self, sealed: bool) -> Ways {
+    /// What a rank may use. `sealed`: its connections are encrypted; `staged`: nobody reads a device's memory.
+    pub fn ways(self, sealed: bool, staged: bool) -> Ways {
+        let device = !staged;
         match self {
             KvTransport::Tcp => Ways::NONE,
-            KvTransport::Auto => Ways { shm: true, rdma: !sealed, tcp: false, device: false },
-            KvTransport::Ucx => Ways { shm: true, rdma: true, tcp: false, device: false },
+            KvTransport::Auto => Ways { shm: true, rdma: !sealed, tcp: false, device },
+            KvTransport::Ucx => Ways { shm: true, rdma: true, tcp: false, device },
         }
     }
 }
@@ -173,7 +176,8 @@ mod tests {
     #[test]
     fn rdma_in_clear_needs_a_word_where_connections_are_sealed() {
         let ways = |transport: KvTransport, sealed| {
-            let Ways { shm, rdma, .. } = transport.ways(sealed);
+            let Ways { shm, rdma, device, .. } = transport.ways(sealed, false);
+            assert_eq!((device, transport.ways(sealed, true).device), (transport != KvTransport::Tcp, false));
             (shm, rdma)
         };
         assert_eq!(ways(KvTransport::Auto, true), (true, false));

@@ -306,6 +306,7 @@ pub fn report_message(report: Report, ready: bool, draining: bool) -> v1::NodeRe
             kv_resumed: c.kv_resumed,
             kv_fallbacks: c.kv_fallbacks,
             kv_silent: c.kv_silent,
+            kv_gpudirect_bytes: c.kv_unstaged_bytes,
         }),
     }
 }

@@ -116,6 +116,11 @@ pub fn page(report: &Report, refusals: &Refusals, model: &str, name: &str, role:
         ("baton_kv_resumed_total", "Connections of KV pushes lost and replaced", counters.kv_resumed),
         ("baton_kv_fallbacks_total", "Of them, those by UCX, now over TCP", counters.kv_fallbacks),
         ("baton_kv_silent_total", "Of them, those left since their path fell silent", counters.kv_silent),
+        (
+            "baton_kv_gpudirect_bytes_total",
+            "KV payload sent that receivers read out of a GPU's memory",
+            counters.kv_unstaged_bytes,
+        ),
         ("baton_kv_audit_errors_total", "Audits of the idle store that failed", blocks.audit_errors.into()),
     ] {
         family(name, "counter", help, &one(value as f64));

@@ -257,7 +257,16 @@ fn serve<B: Backend>(
         kv_probe: Some(kvtransfer::Ticket::probe(config.token.expose().as_bytes())),
         ..EngineOptions::default()
     };
+    let ways = options.kv_ways;
     let mut runner = Runner::new(backend, model, options)?;
+    if let Some(place) = runner.stays() {
+        match kvtransfer::transport::ucx::reaches(place, ways) {
+            Ok(()) => tracing::info!(
+                "KV leaves the GPU by GPUDirect where the other end has RDMA, by the host elsewhere"
+            ),
+            Err(why) => tracing::info!("KV leaves the GPU by the host, not by GPUDirect: {why}"),
+        }
+    }
     let about = Loaded {
         backend: format!("{} ({})", caps.name, caps.device),
         kv_addresses: runner.kv_addresses(),
@@ -283,7 +292,7 @@ fn serve<B: Backend>(
 
 /// What carries KV beside TCP. Errors where UCX is asked for by name and is not there.
 fn kv_ways(config: &NodeConfig) -> Result<Ways, NodeError> {
-    let ways = config.kv_transport.ways(config.token.identity().is_some());
+    let ways = config.kv_transport.ways(config.token.identity().is_some(), config.kv_staged);
     match kvtransfer::transport::ucx::available() {
         Ok(version) if ways.any() => tracing::info!("UCX {version} carries KV where the other end has it"),
         Err(words) if config.kv_transport == KvTransport::Ucx => {

@@ -145,6 +145,7 @@ impl<'l> Lead<'l> {
         let counters = &mut report.counters;
         (counters.kv_resumed, counters.kv_fallbacks, counters.kv_silent) =
             (self.sender.resumed(), self.sender.fallbacks(), self.sender.silent());
+        counters.kv_unstaged_bytes = self.sender.unstaged_bytes();
         self.reported = Some(Instant::now());
         let quarantined = report.blocks.quarantined;
         self.commands.publish(report);

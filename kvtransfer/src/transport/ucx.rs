@@ -154,8 +154,9 @@ pub fn available() -> Result<String, String> {
 /// Whether network cards may read memory of `place` here for peers that `ways` lead to: why not, in words. Whether one can is tried with
 /// the first payload.
 pub fn reaches(place: Place, ways: Ways) -> Result<(), String> {
-    if !ways.device {
-        return Err("it is turned off".into());
+    if !ways.any() || !ways.device {
+        let why = if ways.any() { "it is turned off" } else { "UCX is not used" };
+        return Err(why.into());
     }
     available()?;
     if place == Place::Host {

@@ -186,6 +186,12 @@ impl ClusterMetrics {
             "Of them, those left since their path fell silent",
             of(|c| c.kv_silent),
         )?;
+        counters(
+            encoder,
+            "baton_kv_gpudirect_bytes",
+            "KV payload sent that receivers read out of a GPU's memory",
+            of(|c| c.kv_gpudirect_bytes),
+        )?;
         let blocks = snapshot.members.iter().flat_map(|member| {
             let kv = member.report.kv.unwrap_or_default();
             let states = [

@@ -85,6 +85,7 @@ pub async fn node(spec: &str) -> Result<()> {
         kv_codec: kvtransfer::CodecPolicy::Always(kvtransfer::Codec::Exact),
         kv_streams: 1,
         kv_transport: node::KvTransport::Tcp,
+        kv_staged: false,
         cpu: backend::CpuOptions::default(),
         cuda: backend::CudaOptions::default(),
         land_deadline: Duration::from_secs(120),
