@@ -21,6 +21,8 @@
 
 mod pack;
 
+use std::ops::Range;
+
 use backend::QuantView;
 
 use crate::kernel::{
@@ -199,7 +201,8 @@ impl Coded {
         (self.inputs / ranges).is_multiple_of(8) && Scaled::GROUP_MAX.is_multiple_of(self.form.group)
     }
 
-    /// As [`Coded::sum`], over whole octets, of weights and inputs as pairs of bf16.
+    /// As [`Coded::sum`], over some of `all` ranges of whole octets, of weights and inputs as pairs of bf16: `inputs` are those of
+    /// the first range, and the sums of ranges lie so many floats apart.
     ///
     /// # Safety
     /// As for [`Coded::sum`].
@@ -207,6 +210,55 @@ impl Coded {
     pub(crate) unsafe fn sum_pairs(
         &self,
         kernels: &PairKernels,
+        (ranges, all): (Range<usize>, usize),
+        panels: (usize, usize),
+        inputs: PairInputs<'_>,
+        rows: usize,
+        (acc, acc_range): (*mut f32, usize),
+        buffer: *mut f32,
+    ) {
+        let each = self.inputs / all;
+        let together = match kernels.coded {
+            CodedPairs::Scaled { .. } if rows <= Scaled::ROWS_RANGES => ranges.len().max(1),
+            _ => 1,
+        };
+        for (at, range) in ranges.enumerate().step_by(together) {
+            let (summed, inputs) = ((range * each, (range + 1) * each), inputs.of(range));
+            // SAFETY: the panels have these octets, the rest is the caller's.
+            unsafe {
+                let acc = acc.add(at * acc_range);
+                match kernels.coded {
+                    CodedPairs::Rounded(decode) => {
+                        self.sum_rounded(kernels, decode, summed, panels, inputs, rows, acc, buffer);
+                    }
+                    CodedPairs::Scaled { product, .. } => product(&Scaled {
+                        form: &self.form,
+                        panel: self.place.at(panels.0 * self.panel_bytes()),
+                        panel_bytes: self.panel_bytes(),
+                        panels: panels.1,
+                        octets: (summed.0 / 8, summed.1 / 8),
+                        ranges: together,
+                        x: inputs.x(),
+                        x_stride: inputs.stride(),
+                        sums: inputs.sums(self.form.group),
+                        sums_range: inputs.sums_range(),
+                        rows,
+                        acc,
+                        acc_range,
+                        acc_stride: panels.1 * LANES,
+                        buffer,
+                    }),
+                }
+            }
+        }
+    }
+
+    /// [`Coded::sum_pairs`] over inputs `[from, to)`, of weights rounded to bf16.
+    #[allow(clippy::too_many_arguments)] // the operands of one product
+    unsafe fn sum_rounded(
+        &self,
+        kernels: &PairKernels,
+        decode: unsafe fn(&Decode<'_>),
         (from, to): (usize, usize),
         (panel, panels): (usize, usize),
         inputs: PairInputs<'_>,
@@ -217,28 +269,6 @@ impl Coded {
         let (form, panel_bytes, acc_stride) = (&self.form, self.panel_bytes(), panels * LANES);
         let (x, x_stride) = (inputs.x(), inputs.stride());
         let at = |panel: usize| self.place.at(panel * panel_bytes).cast_const();
-        let decode = match kernels.coded {
-            CodedPairs::Rounded(decode) => decode,
-            CodedPairs::Scaled { product, .. } => {
-                // SAFETY: the panels have these octets, the rest is the caller's.
-                return unsafe {
-                    product(&Scaled {
-                        form,
-                        panel: at(panel),
-                        panel_bytes,
-                        panels,
-                        octets: (from / 8, to / 8),
-                        x,
-                        x_stride,
-                        sums: inputs.sums(form.group),
-                        rows,
-                        acc,
-                        acc_stride,
-                        buffer,
-                    });
-                };
-            }
-        };
         let (wide, deep) = if rows > ROWS_STREAMING { MANY_ROWS } else { FEW_ROWS };
         // A pair takes a float's place: twice as many inputs at once.
         let deep = 2 * deep;

@@ -107,21 +107,28 @@ pub(crate) struct Scaled<'a> {
     /// Bytes from one panel to the next.
     pub(crate) panel_bytes: usize,
     pub(crate) panels: usize,
+    /// Those of the first range.
     pub(crate) octets: (usize, usize),
+    /// Ranges of as many octets that follow each other and are summed apart; one, but for up to [`Scaled::ROWS_RANGES`] rows.
+    pub(crate) ranges: usize,
     /// `[rows][pair]` from the first octet on, rows `x_stride` pairs apart.
     pub(crate) x: *const i32,
     pub(crate) x_stride: usize,
-    /// [`GroupSums`] of each row, `x_stride` apart too; not read where the form has no offsets.
+    /// [`GroupSums`] of each row, `x_stride` apart too, those of ranges `sums_range`; not read where the form has no offsets.
     pub(crate) sums: *const f32,
+    pub(crate) sums_range: usize,
     pub(crate) rows: usize,
-    /// `[rows][panels * 16]`, rows `acc_stride` apart.
+    /// `[ranges][rows][panels * 16]`, ranges `acc_range` and rows `acc_stride` apart.
     pub(crate) acc: *mut f32,
+    pub(crate) acc_range: usize,
     pub(crate) acc_stride: usize,
     /// Room for [`Scaled::BUFFER_FLOATS`], from a cache line on.
     pub(crate) buffer: *mut f32,
 }
 
 impl Scaled<'_> {
+    /// Rows up to which several ranges are summed at once.
+    pub(crate) const ROWS_RANGES: usize = 4;
     /// Inputs that may share a scale: groups must divide them.
     pub(crate) const GROUP_MAX: usize = 256;
     /// A group of two panels as bf16, their scales and offsets.

@@ -9,9 +9,10 @@ use backend::{Glu, Moe};
 use crate::act::{CpuAct, Raw};
 use crate::coded::DECODED_FLOATS;
 use crate::device::CpuBackend;
+use crate::kernel::Scaled;
 use crate::lanes::LANES;
 use crate::packed::{Kind, Packed};
-use crate::product::{Product, TASKS_PER_THREAD, Tile, Tiles};
+use crate::product::{Product, TASKS_PER_THREAD, Tile, Tiles, join};
 use crate::route::{self, Choice};
 use crate::step::CpuStep;
 
@@ -240,8 +241,10 @@ impl CpuStep<'_> {
         let ranges = first.ranges;
         let most = plan.starts.windows(2).map(|pair| pair[1] - pair[0]).max().unwrap_or(0);
         let most = if shared.is_some() { rows } else { most };
-        // Sums of every range and one expert's part, [rows][width] each.
-        let sums = |width: usize| (ranges * rows + most) * width;
+        // Few rows of an expert sum all ranges at once.
+        let together = if most <= Scaled::ROWS_RANGES { ranges } else { 1 };
+        // Sums of every range, [rows][width] each, and one expert's part of as many as are summed at once.
+        let sums = |width: usize| (ranges * rows + together * most) * width;
         let mut enough = self.device.pool.threads() * TASKS_PER_THREAD;
         let mut tiles = Tiles::new(first, 1, enough);
         while sums(tiles.group() * LANES) > SUMS_FLOATS && tiles.group() > 1 {
@@ -257,57 +260,44 @@ impl CpuStep<'_> {
             * first.outputs;
         self.device.pool.run(tiles.count, work, |task, scratch| {
             let Some(Tile { segment, panel, panels, .. }) = tiles.get(task) else { return };
-            let width = panels * LANES;
+            let (width, panels) = (panels * LANES, (panel, panels));
             let size = rows * width;
             let acc = scratch.floats(sums(width) + DECODED_FLOATS);
             // SAFETY: sums, part and buffer lie in this thread's scratch one behind the other; inputs are those of each
             // expert's pairs; the columns of `out` are this task's.
             unsafe {
                 let part = acc.add(ranges * size);
-                let buffer = part.add(most * width);
+                let part_range = most * width;
+                let buffer = part.add(together * part_range);
                 acc.write_bytes(0, ranges * size);
                 for (expert, weight) in weights.down.iter().enumerate() {
                     let pairs = &plan.pairs[plan.starts[expert]..plan.starts[expert + 1]];
                     let own = own_other.of(own, weight).rows_from(plan.starts[expert]);
-                    for range in (0..ranges).filter(|_| !pairs.is_empty()) {
-                        weight.segments[segment].sum(
-                            kernels,
-                            (range, ranges),
-                            (panel, panels),
-                            own.inputs(range),
-                            pairs.len(),
-                            part,
-                            buffer,
-                        );
-                        let acc = acc.add(range * size);
-                        for (at, (row, factor)) in pairs.iter().enumerate() {
-                            let (sum, part) = (acc.add(*row as usize * width), part.add(at * width));
-                            (kernels.blend)(sum, part, width, 1.0, *factor);
+                    for first in (0..ranges).step_by(together).filter(|_| !pairs.is_empty()) {
+                        let summed = first..first + together;
+                        let segment = &weight.segments[segment];
+                        let count = pairs.len();
+                        segment.sum(kernels, summed.clone(), panels, own, count, part, part_range, buffer);
+                        for (range, at) in summed.zip(0..) {
+                            let (acc, part) = (acc.add(range * size), part.add(at * part_range));
+                            for (at, (row, factor)) in pairs.iter().enumerate() {
+                                let (sum, part) = (acc.add(*row as usize * width), part.add(at * width));
+                                (kernels.blend)(sum, part, width, 1.0, *factor);
+                            }
                         }
                     }
                 }
                 if let Some((weight, act, other)) = &shared {
-                    for range in 0..ranges {
-                        weight.segments[segment].sum(
-                            kernels,
-                            (range, ranges),
-                            (panel, panels),
-                            other.of(act, weight).inputs(range),
-                            rows,
-                            part,
-                            buffer,
-                        );
-                        (kernels.add)(acc.add(range * size), part, size, false);
+                    for first in (0..ranges).step_by(together) {
+                        let (summed, x) = (first..first + together, other.of(act, weight));
+                        let segment = &weight.segments[segment];
+                        segment.sum(kernels, summed.clone(), panels, x, rows, part, part_range, buffer);
+                        for (range, at) in summed.zip(0..) {
+                            (kernels.add)(acc.add(range * size), part.add(at * part_range), size, false);
+                        }
                     }
                 }
-                let mut apart = 1;
-                while apart < ranges {
-                    for low in (0..ranges).step_by(apart * 2) {
-                        let (to, from) = (acc.add(low * size), acc.add((low + apart) * size));
-                        (kernels.add)(to, from, size, false);
-                    }
-                    apart *= 2;
-                }
+                join(kernels, acc, ranges, size);
                 let column = first.segments[segment].first + panel * LANES;
                 let columns = width.min(first.segments[segment].outputs - panel * LANES);
                 for row in 0..rows {

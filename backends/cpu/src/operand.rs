@@ -28,7 +28,7 @@ impl Operands {
 /// Addresses of rows that `weight` is multiplied by.
 #[derive(Clone, Copy)]
 pub(crate) struct Operand<'a> {
-    weight: &'a Packed,
+    pub(crate) weight: &'a Packed,
     x: *const f32,
     pairs: Option<*const i32>,
     bytes: Option<*const Eighths>,
@@ -55,6 +55,11 @@ pub(crate) struct PairInputs<'a> {
 }
 
 impl PairInputs<'_> {
+    /// The same rows' inputs of another range.
+    pub(crate) fn of(self, range: usize) -> Self {
+        PairInputs { range, ..self }
+    }
+
     /// The first row's pairs.
     pub(crate) fn x(&self) -> *const i32 {
         self.start.wrapping_add(self.row.pairs(self.range))
@@ -68,6 +73,11 @@ impl PairInputs<'_> {
     /// The first row's sums of inputs by groups of `group`; null where there are none.
     pub(crate) fn sums(&self, group: usize) -> *const f32 {
         self.row.sums(self.range, group).map_or(std::ptr::null(), |at| self.start.wrapping_add(at).cast())
+    }
+
+    /// Sums from one range to the next.
+    pub(crate) fn sums_range(&self) -> usize {
+        self.row.range_sums
     }
 }
 

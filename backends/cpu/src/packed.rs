@@ -3,6 +3,8 @@
 
 mod draft;
 
+use std::ops::Range;
+
 use backend::weight::widen;
 use backend::{BackendError, DType, KSum, Linear, MatrixView, WeightSource};
 use half::bf16;
@@ -12,7 +14,7 @@ use crate::heads::PackedHeads;
 use crate::kernel::{Kernels, Layout};
 use crate::lanes::LANES;
 use crate::memory::Place;
-use crate::operand::Inputs;
+use crate::operand::{Inputs, Operand};
 use crate::pair_row::PairRow;
 use crate::plain::Plain;
 use crate::pool::Pool;
@@ -128,38 +130,56 @@ impl Segment {
         }
     }
 
-    /// Sums of range `range` of `[0, ranges)` over its inputs: `acc[row][panel * 16 + lane]` for `panels` panels from
-    /// `panel` on. `inputs` begin at the range's first.
+    /// Sums of some of the operand's ranges over their inputs: `acc[range][row][panel * 16 + lane]` for `panels` panels from
+    /// `panel` on, ranges `acc_range` apart. Up to [`crate::kernel::Scaled::ROWS_RANGES`] rows, whose weights stream from
+    /// memory, read panels from end to end through all ranges: what kernels ask for ahead is used next.
     ///
     /// # Safety
-    /// `inputs` and `acc` are valid for the rows and panels, `buffer` for [`crate::coded::DECODED_FLOATS`].
+    /// `x` and `acc` are valid for the ranges, rows and panels, `buffer` for [`crate::coded::DECODED_FLOATS`].
     #[allow(clippy::too_many_arguments)] // the operands of one product, named by its two callers
     pub(crate) unsafe fn sum(
         &self,
         kernels: &Kernels,
-        (range, ranges): (usize, usize),
+        ranges: Range<usize>,
         panels: (usize, usize),
-        inputs: Inputs<'_>,
+        x: Operand<'_>,
         rows: usize,
         acc: *mut f32,
+        acc_range: usize,
         buffer: *mut f32,
     ) {
+        let all = x.weight.ranges;
         // SAFETY: the caller's.
         unsafe {
-            match &self.panels {
-                Panels::Plain(plain) => plain.sum(kernels, range, panels, inputs, rows, acc),
-                Panels::Coded(coded) => {
-                    let each = coded.inputs / ranges;
-                    let summed = (range * each, (range + 1) * each);
-                    if let Some(x) = inputs.bytes.filter(|_| coded.has_bytes(ranges)) {
-                        return coded.sum_bytes(kernels, summed, panels, x, rows, acc);
-                    }
-                    match (kernels.pairs, inputs.pairs) {
-                        (Some(pairs), Some(x)) if coded.has_pairs(ranges) => {
-                            coded.sum_pairs(&pairs, summed, panels, x, rows, acc, buffer);
-                        }
-                        _ => coded.sum(kernels, summed, panels, inputs.x, inputs.stride, rows, acc, buffer),
-                    }
+            let coded = match &self.panels {
+                Panels::Plain(plain) => {
+                    return plain.sum(kernels, ranges, panels, x, rows, (acc, acc_range));
+                }
+                Panels::Coded(coded) => coded,
+            };
+            let Inputs { pairs, bytes, .. } = x.inputs(ranges.start);
+            let bytes = bytes.is_some() && coded.has_bytes(all);
+            if let Some((pairs, inputs)) = kernels.pairs.zip(pairs)
+                && coded.has_pairs(all)
+                && !bytes
+            {
+                return coded.sum_pairs(
+                    &pairs,
+                    (ranges, all),
+                    panels,
+                    inputs,
+                    rows,
+                    (acc, acc_range),
+                    buffer,
+                );
+            }
+            let each = coded.inputs / all;
+            for (at, range) in ranges.enumerate() {
+                let (summed, inputs) = ((range * each, (range + 1) * each), x.inputs(range));
+                let acc = acc.add(at * acc_range);
+                match inputs.bytes.filter(|_| bytes) {
+                    Some(x) => coded.sum_bytes(kernels, summed, panels, x, rows, acc),
+                    None => coded.sum(kernels, summed, panels, inputs.x, inputs.stride, rows, acc, buffer),
                 }
             }
         }

@@ -17,7 +17,7 @@ pub(crate) struct PairRow {
     groups: Vec<usize>,
     /// Where the sums begin, and how many places those of one range and one size of groups have.
     first_sum: usize,
-    range_sums: usize,
+    pub(crate) range_sums: usize,
     /// From one row to the next: an odd number of cache lines, so that the same pair of several rows does not fall into the
     /// same places of the cache.
     pub(crate) stride: usize,

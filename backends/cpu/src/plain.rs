@@ -1,13 +1,15 @@
 //! Matrices of numbers as the kernels read them: panels of 16 outputs, K-major. bf16 stays bf16 in pairs along K (the
 //! layout of AMX and AVX-512 BF16 tiles too), f16 stays f16, f32 stays f32.
 
+use std::ops::Range;
+
 use backend::{BackendError, DType, MatrixView, TensorView};
 use half::{bf16, f16};
 
-use crate::kernel::{Kernels, Layout, Pairs, Sweep};
+use crate::kernel::{Kernels, Layout, Pairs, Scaled, Sweep};
 use crate::lanes::LANES;
 use crate::memory::Place;
-use crate::operand::Inputs;
+use crate::operand::{Inputs, Operand};
 use crate::pool::Pool;
 
 /// Inputs summed before the next rows come: two panels of them stay in the first cache.
@@ -15,6 +17,8 @@ const INPUTS_BLOCK: usize = 256;
 const _: () = assert!(INPUTS_BLOCK.is_multiple_of(2));
 /// Up to so many rows are a tile or two, and weights are read about once: long streams are best.
 const ROWS_STREAMING: usize = 12;
+/// Weights of a range that few rows read before those of the next: worth a call.
+const STRIP_BYTES: usize = 16 << 10;
 
 /// Panels of numbers.
 #[derive(Debug)]
@@ -103,18 +107,55 @@ impl Plain {
         }
     }
 
-    /// Sums of one range: `acc[row][panel * 16 + lane]` over its inputs.
+    /// Sums of some ranges, `acc[range][row][panel * 16 + lane]` over their inputs, ranges so many floats apart. Of few rows some
+    /// panels pass all ranges before the next come.
     ///
     /// # Safety
-    /// `inputs` and `acc` are valid for the rows and panels, and the level's instructions exist.
+    /// `x` and `acc` are valid for the ranges, rows and panels, and the level's instructions exist.
     pub(crate) unsafe fn sum(
+        &self,
+        kernels: &Kernels,
+        ranges: Range<usize>,
+        (panel, panels): (usize, usize),
+        x: Operand<'_>,
+        rows: usize,
+        (acc, acc_range): (*mut f32, usize),
+    ) {
+        let strip = match rows <= Scaled::ROWS_RANGES && ranges.len() > 1 {
+            true => (STRIP_BYTES / (self.range_elements() * self.element_bytes())).next_power_of_two().max(2),
+            false => panels.max(1),
+        };
+        for first in (0..panels).step_by(strip) {
+            let count = strip.min(panels - first);
+            for (at, range) in ranges.clone().enumerate() {
+                // SAFETY: these panels of the caller's.
+                unsafe {
+                    let acc = acc.add(at * acc_range + first * LANES);
+                    self.sum_range(
+                        kernels,
+                        range,
+                        (panel + first, count),
+                        x.inputs(range),
+                        rows,
+                        (acc, panels * LANES),
+                    );
+                }
+            }
+        }
+    }
+
+    /// Sums of one range, rows so many floats apart.
+    ///
+    /// # Safety
+    /// As for [`Plain::sum`].
+    unsafe fn sum_range(
         &self,
         kernels: &Kernels,
         range: usize,
         (panel, panels): (usize, usize),
         inputs: Inputs<'_>,
         rows: usize,
-        acc: *mut f32,
+        (acc, acc_stride): (*mut f32, usize),
     ) {
         let all = self.range_inputs();
         let many =
@@ -122,8 +163,7 @@ impl Plain {
         let block = if rows > ROWS_STREAMING { many } else { all };
         for k in (0..all).step_by(block) {
             let (count, fresh) = (block.min(all - k), k == 0);
-            let (w, panel_stride, acc_stride) =
-                (self.at(panel, range, k), self.panel_elements(), panels * LANES);
+            let (w, panel_stride) = (self.at(panel, range, k), self.panel_elements());
             // SAFETY: the weights are those of these panels and inputs, the rest is the caller's.
             unsafe {
                 match (kernels.pairs, inputs.pairs) {

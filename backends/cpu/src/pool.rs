@@ -1,16 +1,24 @@
-//! Worker threads that share the tasks of one operation. Between operations workers look for more for some
-//! microseconds, then sleep: an idle server uses no processor. Used by every operation of a step.
+//! Worker threads that share the tasks of one operation. Between operations workers look for more for a fraction of a
+//! millisecond, then sleep: an idle server uses no processor, and being woken takes as long as a small product. After some
+//! microseconds they give way to whoever else wants the processor. Used by every operation of a step.
 
 use std::cell::RefCell;
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::sync::atomic::{AtomicBool, AtomicPtr, AtomicU64, AtomicUsize, Ordering::SeqCst};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard};
 use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
 
 use crate::memory::Memory;
 
-/// Looks for the next job before sleeping: 10 to 40 us, longer than the gaps between the operations of a layer.
+/// Looks before a thread gives way between them: 10 to 40 us, longer than most gaps between the operations of a layer.
 const SPINS: u32 = 1000;
+/// The same from then on: about a microsecond.
+const SPINS_GIVING_WAY: u32 = 50;
+/// Longest wait without sleep: longer than what one thread does alone within a step, such as attention to a short cache.
+const AWAKE: Duration = Duration::from_micros(150);
+/// Giving way took so long: somebody else has something to do here.
+const WANTED: Duration = Duration::from_micros(50);
 /// Multiply-adds from which on others help: some 10 us, several times what it takes to meet.
 const WORK_SHARED_MIN: usize = 128 * 1024;
 /// Tasks of one job: fits the packed ticket.
@@ -184,11 +192,8 @@ impl Shared {
 
     fn wait_done(&self, tasks: usize) {
         let done = || self.done.load(SeqCst) == tasks;
-        for _ in 0..SPINS {
-            if done() {
-                return;
-            }
-            std::hint::spin_loop();
+        if awake_until(done) {
+            return;
         }
         self.caller_sleeps.store(true, SeqCst);
         let mut held = lock(&self.finish);
@@ -200,15 +205,13 @@ impl Shared {
 
     fn work(&self) {
         loop {
-            let mut spins = 0;
-            while !self.ready() && spins < SPINS && !self.stop.load(SeqCst) {
-                std::hint::spin_loop();
-                spins += 1;
-            }
+            let ready = awake_until(|| self.ready() || self.stop.load(SeqCst));
             if self.stop.load(SeqCst) {
                 return;
             }
-            if !self.take_one() && spins == SPINS {
+            if ready {
+                self.take_one();
+            } else {
                 self.sleep_until_ready();
             }
         }
@@ -222,6 +225,29 @@ impl Shared {
             held = self.wake.wait(held).unwrap_or_else(|poisoned| poisoned.into_inner());
         }
         self.sleepers.fetch_sub(1, SeqCst);
+    }
+}
+
+/// Waits without sleep, as long as that is worth it and nobody else wants the processor; whether it was until `ready`.
+fn awake_until(ready: impl Fn() -> bool) -> bool {
+    let mut looks = SPINS;
+    let begun = Instant::now();
+    loop {
+        for _ in 0..looks {
+            if ready() {
+                return true;
+            }
+            std::hint::spin_loop();
+        }
+        let now = Instant::now();
+        if now - begun > AWAKE {
+            return false;
+        }
+        std::thread::yield_now();
+        if now.elapsed() > WANTED {
+            return ready();
+        }
+        looks = SPINS_GIVING_WAY;
     }
 }
 

@@ -1,7 +1,7 @@
 //! `x W^T`: cuts a product into tasks of some panels by some rows, each summing K in order.
 
 use crate::coded::DECODED_FLOATS;
-use crate::kernel::Kernels;
+use crate::kernel::{Kernels, Scaled};
 use crate::lanes::LANES;
 use crate::operand::Operand;
 use crate::packed::{Packed, Segment};
@@ -74,19 +74,22 @@ impl Product<'_> {
         let segment: &Segment = &w.segments[tile.segment];
         let width = tile.panels * LANES;
         let Tile { row, rows, .. } = tile;
-        let x = self.x.rows_from(row);
-        // Level i holds sums of 2^i ranges, [rows][width] each; then what a segment decodes into.
+        let (x, panels) = (self.x.rows_from(row), (tile.panel, tile.panels));
+        // Few rows sum all ranges at once: places for all of them. Else level i holds sums of 2^i ranges. All are [rows][width];
+        // then comes what a segment decodes into.
         let size = rows * width;
-        let sums = scratch.floats(size * TREE_LEVELS + DECODED_FLOATS);
+        let together = if rows <= Scaled::ROWS_RANGES { w.ranges } else { 1 };
+        let places = together.max(TREE_LEVELS);
+        let sums = scratch.floats(size * places + DECODED_FLOATS);
         let mut waiting = 0usize;
-        for range in 0..w.ranges {
+        for range in (0..w.ranges).step_by(together) {
             // SAFETY: bits of `waiting` count ranges, at most 8: the free slot is at most level 3. Weights, x and sums
             // are valid for the panels, rows and inputs named.
             unsafe {
                 let slot = waiting.count_ones() as usize;
-                let (acc, buffer) = (sums.add(slot * size), sums.add(TREE_LEVELS * size));
-                let panels = (tile.panel, tile.panels);
-                segment.sum(self.kernels, (range, w.ranges), panels, x.inputs(range), rows, acc, buffer);
+                let (acc, buffer) = (sums.add(slot * size), sums.add(places * size));
+                let ranges = range..range + together;
+                segment.sum(self.kernels, ranges, panels, x, rows, acc, size, buffer);
                 // As in binary counting: a carry joins two sums of equally many ranges.
                 let (mut carry, mut top) = (1, slot);
                 while waiting & carry != 0 {
@@ -98,6 +101,8 @@ impl Product<'_> {
                 waiting |= carry;
             }
         }
+        // SAFETY: there are so many places.
+        unsafe { join(self.kernels, sums, together, size) };
         // SAFETY: `out` has these rows and columns; level 0 holds the sum of all ranges (a power of two).
         unsafe {
             let columns = width.min(segment.outputs - tile.panel * LANES);
@@ -111,6 +116,21 @@ impl Product<'_> {
                 std::ptr::copy_nonoverlapping(sum, out, columns);
             }
         }
+    }
+}
+
+/// Adds up the sums of `ranges` ranges (a power of two), `[ranges][size]`, as a binary tree, in the first one's place.
+///
+/// # Safety
+/// `sums` has all of them.
+pub(crate) unsafe fn join(kernels: &Kernels, sums: *mut f32, ranges: usize, size: usize) {
+    let mut apart = 1;
+    while apart < ranges {
+        for low in (0..ranges).step_by(apart * 2) {
+            // SAFETY: both are among the caller's.
+            unsafe { (kernels.add)(sums.add(low * size), sums.add((low + apart) * size), size, false) };
+        }
+        apart *= 2;
     }
 }
 

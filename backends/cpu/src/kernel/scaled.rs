@@ -422,8 +422,44 @@ mod tests {
         if !Level::Avx512Bf16.available() {
             return;
         }
+        for form in forms() {
+            for octets in [(0, OCTETS), (3, OCTETS - 5)] {
+                let alone: Vec<u32> =
+                    (0..ROWS).flat_map(|row| product(&form, octets, 1, row..row + 1)).collect();
+                for rows in (2..=34).chain([45, 86, 96, ROWS]) {
+                    let together = product(&form, octets, 1, 0..rows);
+                    assert!(together == alone[..together.len()], "{form:?}, octets {octets:?}, {rows} rows");
+                }
+            }
+        }
+    }
+
+    /// Ranges that are summed at once have the sums that each has by itself, wherever they begin and end.
+    #[test]
+    fn ranges_do_not_depend_on_each_other() {
+        if !Level::Avx512Bf16.available() {
+            return;
+        }
+        for form in forms() {
+            for (first, each) in [(0, OCTETS / 8), (3, 19)] {
+                for rows in 1..=Scaled::ROWS_RANGES {
+                    let alone: Vec<u32> = (0..8)
+                        .map(|range| (first + range * each, first + (range + 1) * each))
+                        .flat_map(|octets| product(&form, octets, 1, 0..rows))
+                        .collect();
+                    let together = product(&form, (first, first + each), 8, 0..rows);
+                    assert!(
+                        together == alone,
+                        "{form:?}, 8 ranges of {each} octets from {first} on, {rows} rows"
+                    );
+                }
+            }
+        }
+    }
+
+    fn forms() -> [Form; 8] {
         let form = |code, scale, group, span| Form { code, scale, group, span };
-        for form in [
+        [
             form(Code::Planes(4), Scale::Minima, 32, 256),
             form(Code::Planes(6), Scale::Signed, 16, 256),
             form(Code::Planes(6), Scale::F16(Zero::Bias), 64, 64),
@@ -432,20 +468,11 @@ mod tests {
             form(Code::Planes(2), Scale::Bf16(Zero::Bias), 128, 128),
             form(Code::Bytes, Scale::F16(Zero::Code(128.0)), 32, 64),
             form(Code::E4m3, Scale::F32(Zero::Code(0.0)), 128, 128),
-        ] {
-            for octets in [(0, OCTETS), (3, OCTETS - 5)] {
-                let alone: Vec<u32> =
-                    (0..ROWS).flat_map(|row| product(&form, octets, row..row + 1)).collect();
-                for rows in (2..=34).chain([45, 86, 96, ROWS]) {
-                    let together = product(&form, octets, 0..rows);
-                    assert!(together == alone[..together.len()], "{form:?}, octets {octets:?}, {rows} rows");
-                }
-            }
-        }
+        ]
     }
 
-    /// Bits of the sums of some rows; weights and inputs are always the same.
-    fn product(form: &Form, octets: (usize, usize), rows: std::ops::Range<usize>) -> Vec<u32> {
+    /// Bits of the sums of some rows over `octets` and as many ranges behind them; weights and inputs are always the same.
+    fn product(form: &Form, octets: (usize, usize), ranges: usize, rows: std::ops::Range<usize>) -> Vec<u32> {
         let panel_bytes = (OCTETS * 8).div_ceil(form.span) * form.block_bytes();
         let weights = Memory::zeroed(PANELS * panel_bytes).unwrap();
         for at in 0..PANELS * panel_bytes {
@@ -453,7 +480,8 @@ mod tests {
             // SAFETY: within the weights.
             unsafe { *weights.at(at) = (at.wrapping_mul(0x9e37_79b9) >> 13) as u8 & 0x3b };
         }
-        let (pairs, stride) = (OCTETS * 4, OCTETS * 4 + OCTETS + 1);
+        let (pairs, sums_range) = (OCTETS * 4, OCTETS + 1);
+        let stride = pairs + ranges * sums_range;
         let mut x = vec![0i32; rows.len() * stride];
         for (row, x) in rows.clone().zip(x.chunks_exact_mut(stride)) {
             for (at, pair) in x[..pairs].iter_mut().enumerate() {
@@ -462,11 +490,16 @@ mod tests {
                 *pair = 0x3f00_3f00 | (bits & 0x80ff_80ff) as i32;
             }
             let (pairs, sums) = x.split_at_mut(pairs);
-            let (x, out) = (pairs[octets.0 * 4..].as_ptr(), sums.as_mut_ptr().cast());
-            // SAFETY: the row's pairs, and room for as many sums as octets.
-            unsafe { group_sums::sums(&GroupSums { x, octets, group: form.group / 8, out }) };
+            for (range, sums) in sums.chunks_exact_mut(sums_range).enumerate() {
+                let behind = range * (octets.1 - octets.0);
+                let octets = (octets.0 + behind, octets.1 + behind);
+                let (x, out) = (pairs[octets.0 * 4..].as_ptr(), sums.as_mut_ptr().cast());
+                // SAFETY: the row's pairs, and room for as many sums as octets.
+                unsafe { group_sums::sums(&GroupSums { x, octets, group: form.group / 8, out }) };
+            }
         }
-        let mut acc = vec![f32::NAN; rows.len() * PANELS * LANES];
+        let acc_range = rows.len() * PANELS * LANES;
+        let mut acc = vec![f32::NAN; ranges * acc_range];
         let buffer = Memory::zeroed(Scaled::BUFFER_FLOATS * 4).unwrap();
         let product = Scaled {
             form,
@@ -474,11 +507,14 @@ mod tests {
             panel_bytes,
             panels: PANELS,
             octets,
+            ranges,
             x: x[octets.0 * 4..].as_ptr(),
             x_stride: stride,
             sums: x[pairs..].as_ptr().cast(),
+            sums_range,
             rows: rows.len(),
             acc: acc.as_mut_ptr(),
+            acc_range,
             acc_stride: PANELS * LANES,
             buffer: buffer.at(0).cast(),
         };

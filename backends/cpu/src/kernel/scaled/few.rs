@@ -13,7 +13,7 @@ use crate::lanes::LANES;
 use crate::lanes::avx512::Avx512;
 
 /// Rows at most: their sums stay in registers.
-pub(super) const ROWS: usize = 4;
+pub(super) const ROWS: usize = Scaled::ROWS_RANGES;
 
 /// All rows by all panels.
 ///
@@ -51,7 +51,8 @@ unsafe fn panels<const CODE: usize, const R: usize, const P: usize>(s: &Scaled<'
     }
 }
 
-/// All rows by `P` panels, group after group.
+/// All rows by `P` panels, range after range, group after group: a panel is read from end to end whatever ranges it has, so that
+/// what is asked for ahead is used next.
 #[inline(always)]
 unsafe fn strip<const CODE: usize, const R: usize, const P: usize>(
     s: &Scaled<'_>,
@@ -61,62 +62,67 @@ unsafe fn strip<const CODE: usize, const R: usize, const P: usize>(
     // Octets of whole chunks; of 6 bits, of halves, of 16 inputs that share a scale.
     let whole = const { if CODE == 6 { 2 } else { 4 } };
     let scale_bytes = s.form.scale_bytes();
-    let mut cursor = Cursor::new(s.form, s.octets.0);
-    let mut left = s.octets.1 - s.octets.0;
+    let each = s.octets.1 - s.octets.0;
     // SAFETY: the panels have these octets, x the rows and pairs, acc the rows and panels, the buffer room for an octet.
     unsafe {
         let first = s.panel.add(panel * s.panel_bytes);
-        let (mut x, mut of_inputs) = (s.x, s.sums);
-        let mut totals: Sums<R, P> = [[_mm512_setzero_ps(); P]; R];
-        while left > 0 {
-            let count = cursor.count(left);
-            let base = first.add(cursor.base);
-            let behind = behind::<P>(s, cursor.base);
-            if cursor.at == 0 {
-                for (line, p) in (0..scale_bytes / 64).flat_map(|line| (0..P).map(move |p| (line, p))) {
-                    let ahead = base.wrapping_add(p * s.panel_bytes + behind + line * 64);
-                    _mm_prefetch::<_MM_HINT_T0>(ahead.cast());
-                }
-            }
-            let codes = base.add(scale_bytes);
-            let mut sums: Sums<R, P> = [[_mm512_setzero_ps(); P]; R];
-            let (mut octet, end) = (cursor.at, cursor.at + count);
-            while octet < end {
-                let chunk = codes.add(octet / 4 * const { chunk_bytes(CODE) });
-                let part = Part { chunk, behind, x, keep: s.buffer };
-                let done = match (octet % 4, end - octet) {
-                    (0, left) if left >= whole => octets::<CODE, R, P, 0>(s, part, table, &mut sums),
-                    (2, 2..) if const { CODE == 6 } => octets::<CODE, R, P, 2>(s, part, table, &mut sums),
-                    (from, _) => {
-                        take_apart::<CODE>(part, (from, P), s.panel_bytes);
-                        follow_octet(s, part, &mut sums);
-                        1
+        let mut x = s.x;
+        for range in 0..s.ranges {
+            let mut cursor = Cursor::new(s.form, s.octets.0 + range * each);
+            let mut left = each;
+            let mut of_inputs = s.sums.wrapping_add(range * s.sums_range);
+            let mut totals: Sums<R, P> = [[_mm512_setzero_ps(); P]; R];
+            while left > 0 {
+                let count = cursor.count(left);
+                let base = first.add(cursor.base);
+                let behind = behind::<P>(s, cursor.base);
+                if cursor.at == 0 {
+                    for (line, p) in (0..scale_bytes / 64).flat_map(|line| (0..P).map(move |p| (line, p))) {
+                        let ahead = base.wrapping_add(p * s.panel_bytes + behind + line * 64);
+                        _mm_prefetch::<_MM_HINT_T0>(ahead.cast());
                     }
-                };
-                octet += done;
-                x = x.add(done * 4);
-            }
-            for p in 0..P {
-                let (scale, offset) =
-                    scale_of::<Avx512>(s.form, base.add(p * s.panel_bytes), cursor.at_group);
-                for r in 0..R {
-                    let total = _mm512_fmadd_ps(scale.0, sums[r][p], totals[r][p]);
-                    totals[r][p] = match const { CODE == E4M3 } {
-                        true => total,
-                        false => {
-                            let of_inputs = _mm512_set1_ps(*of_inputs.add(r * s.x_stride));
-                            _mm512_fmadd_ps(offset.0, of_inputs, total)
+                }
+                let codes = base.add(scale_bytes);
+                let mut sums: Sums<R, P> = [[_mm512_setzero_ps(); P]; R];
+                let (mut octet, end) = (cursor.at, cursor.at + count);
+                while octet < end {
+                    let chunk = codes.add(octet / 4 * const { chunk_bytes(CODE) });
+                    let part = Part { chunk, behind, x, keep: s.buffer };
+                    let done = match (octet % 4, end - octet) {
+                        (0, left) if left >= whole => octets::<CODE, R, P, 0>(s, part, table, &mut sums),
+                        (2, 2..) if const { CODE == 6 } => octets::<CODE, R, P, 2>(s, part, table, &mut sums),
+                        (from, _) => {
+                            take_apart::<CODE>(part, (from, P), s.panel_bytes);
+                            follow_octet(s, part, &mut sums);
+                            1
                         }
                     };
+                    octet += done;
+                    x = x.add(done * 4);
                 }
+                for p in 0..P {
+                    let (scale, offset) =
+                        scale_of::<Avx512>(s.form, base.add(p * s.panel_bytes), cursor.at_group);
+                    for r in 0..R {
+                        let total = _mm512_fmadd_ps(scale.0, sums[r][p], totals[r][p]);
+                        totals[r][p] = match const { CODE == E4M3 } {
+                            true => total,
+                            false => {
+                                let of_inputs = _mm512_set1_ps(*of_inputs.add(r * s.x_stride));
+                                _mm512_fmadd_ps(offset.0, of_inputs, total)
+                            }
+                        };
+                    }
+                }
+                of_inputs = of_inputs.wrapping_add(1);
+                cursor.pass(s.form, count);
+                left -= count;
             }
-            of_inputs = of_inputs.wrapping_add(1);
-            cursor.pass(s.form, count);
-            left -= count;
-        }
-        for (r, row) in totals.into_iter().enumerate() {
-            for (p, total) in row.into_iter().enumerate() {
-                _mm512_storeu_ps(s.acc.add(r * s.acc_stride + (panel + p) * LANES), total);
+            let acc = s.acc.add(range * s.acc_range + panel * LANES);
+            for (r, row) in totals.into_iter().enumerate() {
+                for (p, total) in row.into_iter().enumerate() {
+                    _mm512_storeu_ps(acc.add(r * s.acc_stride + p * LANES), total);
+                }
             }
         }
     }
