@@ -55,7 +55,7 @@ struct Registered {
     Registered(const char* name, Kernel kernel, u32 threads);
 };
 
-#define KERNEL(name, Args, threads)                                              \
+#define KERNEL(name, Args, threads, ...)                                         \
     static void name##_body(const Args& a);                                      \
     static void name##_call(const void* args) { name##_body(*(const Args*)args); } \
     static Registered name##_registered(#name, name##_call, threads);            \
@@ -145,6 +145,10 @@ static inline void load_four(u32 (&r)[4], const void* at) {
 }
 
 static inline void store_four(void* at, const u32 (&r)[4]) {
+    store_aligned(at, r, 16);
+}
+
+static inline void store_four_shared(void* at, const u32 (&r)[4]) {
     store_aligned(at, r, 16);
 }
 

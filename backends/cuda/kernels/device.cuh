@@ -16,8 +16,9 @@ struct bf16 {
 #ifdef BATON_EMULATED
 #include "emulated.h"
 #else
-// One argument, a struct: the host passes bytes. `threads`: the most of a block, so that registers suffice for them.
-#define KERNEL(name, Args, threads) extern "C" __global__ void __launch_bounds__(threads) name(const __grid_constant__ Args a)
+// One argument, a struct: the host passes bytes. Then the most threads of a block, and blocks that a processor is to hold, so that
+// registers suffice for them.
+#define KERNEL(name, Args, ...) extern "C" __global__ void __launch_bounds__(__VA_ARGS__) name(const __grid_constant__ Args a)
 #define DYNAMIC_SHARED(type, name)                       \
     extern __shared__ __align__(1024) u8 dynamic_shared[]; \
     type* name = (type*)dynamic_shared
@@ -132,6 +133,11 @@ __device__ __forceinline__ void load_four(u32 (&r)[4], const void* at) {
 
 __device__ __forceinline__ void store_four(void* at, const u32 (&r)[4]) {
     asm volatile("st.global.v4.u32 [%4],{%0,%1,%2,%3};" ::"r"(r[0]), "r"(r[1]), "r"(r[2]), "r"(r[3]), "l"(at) : "memory");
+}
+
+// The same to shared memory.
+__device__ __forceinline__ void store_four_shared(void* at, const u32 (&r)[4]) {
+    asm volatile("st.shared.v4.u32 [%4],{%0,%1,%2,%3};" ::"r"(r[0]), "r"(r[1]), "r"(r[2]), "r"(r[3]), "r"(shared_address(at)) : "memory");
 }
 
 // Two bf16 in a word, each rounded to nearest even.

@@ -135,3 +135,37 @@ __device__ __forceinline__ void decode8(const Quant& q, u32 row, u32 k, float (&
         out[i] = d * (float)code - m;
     }
 }
+
+// Eight codes as words, with what makes numbers of them: read first, computed later. For matrices whose eights lie in whole words
+// and share a scale: FP8, INT4, and MLX's formats of 4 and 8 bits (`in_words` in src/product.rs).
+struct Eight {
+    u32 words[2];
+    float scale, bias;
+};
+
+// Columns [k, k + 8) of such a matrix; k is a multiple of 8 below its columns.
+__device__ __forceinline__ Eight fetch8(const Quant& q, u32 row, u32 k) {
+    Eight e = {{0, 0}, 0.0f, 0.0f};
+    const u8* at = (const u8*)q.codes + (u64)row * q.row_bytes + (q.bits == 4 ? k / 2 : k);
+    e.words[0] = word_at(at);
+    if (q.bits != 4) e.words[1] = word_at(at + 4);
+    if (q.format == FP8) {
+        const u64 line = (u64)((q.origin_row + row) / q.group_rows) * q.scale_cols;
+        e.scale = scale_at(q.scales, line + (q.origin_col + k) / q.group, q.scale_type);
+        return e;
+    }
+    const u64 group = (u64)row * q.scale_cols + k / q.group;
+    e.scale = scale_at(q.scales, group, q.scale_type);
+    e.bias = q.format == AFFINE ? scale_at(q.biases, group, q.scale_type) : -8.0f * e.scale;
+    return e;
+}
+
+// The numbers, as `decode8` has them.
+__device__ __forceinline__ void expand8(const Quant& q, const Eight& e, float (&out)[8]) {
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+        if (q.format == FP8) out[i] = e4m3((u8)(e.words[i / 4] >> (i % 4 * 8))) * e.scale;
+        else if (q.bits == 4) out[i] = (float)(e.words[0] >> (i * 4) & 15) * e.scale + e.bias;
+        else out[i] = (float)(e.words[i / 4] >> (i % 4 * 8) & 255) * e.scale + e.bias;
+    }
+}

@@ -29,6 +29,7 @@ pub const FILES: [(&str, &str); 11] = [
     ("moe.cu", include_str!("../kernels/moe.cu")),
     ("prepare.cu", include_str!("../kernels/prepare.cu")),
     ("product.cu", include_str!("../kernels/product.cu")),
+    ("product_group.cu", include_str!("../kernels/product_group.cu")),
     ("rows.cu", include_str!("../kernels/rows.cu")),
     ("sums.cu", include_str!("../kernels/sums.cu")),
 ];

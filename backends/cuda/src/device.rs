@@ -35,6 +35,8 @@ pub struct Device<D: Driver> {
     pub(crate) rounds: bool,
     /// Whether warp groups attend prompts.
     pub(crate) groups: bool,
+    /// Whether they multiply many rows with weights that are not the library's.
+    pub(crate) group_products: bool,
     /// The other ranks, where there are others.
     pub(crate) ranks: Option<Ranks>,
     /// What the step before drew: which rows did, and the choices on the device.
@@ -72,6 +74,7 @@ impl<D: Driver> Device<D> {
             block_tokens: options.block_tokens,
             rounds,
             groups: false,
+            group_products: false,
             ranks: match group.links {
                 Links::Alone if group.world == 1 => None,
                 _ => Some(Ranks::new(group)?),
@@ -83,7 +86,10 @@ impl<D: Driver> Device<D> {
             // Ranks wait for each other from their first step on.
             device.driver().prepare()?;
         }
-        device.groups = asked && device.driver().multiplies_in_groups() && hopper::agrees(&device);
+        if asked && device.driver().multiplies_in_groups() {
+            device.groups = hopper::attends(&device);
+            device.group_products = hopper::multiplies(&device);
+        }
         Ok(device)
     }
 
@@ -187,9 +193,12 @@ impl<D: Driver + Open> Backend for Device<D> {
 
     fn caps(&self) -> Caps {
         let mut device = self.driver().describe();
-        if self.groups {
-            device += ", wgmma";
-        }
+        device += match (self.groups, self.group_products) {
+            (true, true) => ", wgmma",
+            (true, false) => ", wgmma for attention",
+            (false, true) => ", wgmma for products",
+            (false, false) => "",
+        };
         if let Some(ranks) = &self.ranks {
             device += &format!(", {}", ranks.describe());
         }

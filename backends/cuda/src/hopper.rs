@@ -1,14 +1,17 @@
-//! Whether prompts are attended by the products of warp groups (`kernels/hopper.cu`). A device that has them gets a small prompt
-//! when it is opened, which both kinds of kernels must answer alike: who trusts an instruction looks first.
+//! Whether prompts are attended by the products of warp groups (`kernels/hopper.cu`), and multiplied with weights
+//! (`kernels/product_group.cu`). A device that has them gets a small prompt and some small products when it is opened, to which
+//! both kinds of kernels must answer alike: who trusts an instruction looks first.
 
-use backend::BackendError;
+use backend::{BackendError, GgufBlock};
 use half::bf16;
 
-use crate::args::AttendArgs;
+use crate::args::{AttendArgs, ProductArgs, QuantArgs};
 use crate::attend::{FLASH, Flash, Kernel};
 use crate::device::Device;
 use crate::driver::Driver;
+use crate::product::{MANY, in_groups};
 use crate::step::Fetched;
+use crate::weight::{AFFINE, gguf_code};
 
 /// Tokens of the prompt: three tiles of keys, so that every part of the kernel's loop has its turn.
 const TOKENS: usize = 300;
@@ -17,9 +20,16 @@ const HEADS: usize = 4;
 const GROUP: usize = 2;
 /// Largest difference, as a part of the largest value: weights are rounded to bf16 by both, against other peaks.
 const LIMIT: f32 = 0.02;
+/// The same of products, whose sums are f32 of the same numbers in another order.
+const PRODUCT_LIMIT: f32 = 1e-3;
+/// Of products: experts, outputs and inputs of one, which end within tiles, and rows.
+const EXPERTS: usize = 3;
+const OUTPUTS: usize = 72;
+const INPUTS: usize = 160;
+const ROWS: usize = 150;
 
-/// Whether both kinds agree on `device`; says so where they do not.
-pub(crate) fn agrees<D: Driver>(device: &Device<D>) -> bool {
+/// Whether both kinds attend alike on `device`; says so where they do not.
+pub(crate) fn attends<D: Driver>(device: &Device<D>) -> bool {
     for (flash, kinds) in FLASH.iter().filter_map(|flash| Some((flash, flash.kinds()?))) {
         let reason = match difference(device, flash, kinds) {
             Ok(difference) if difference <= LIMIT => continue,
@@ -81,10 +91,108 @@ fn difference<D: Driver>(device: &Device<D>, flash: &Flash, kinds: [Kernel; 2]) 
         let (halves, _) = answer.bytes()?.as_chunks();
         Ok(halves.iter().map(|half| bf16::from_le_bytes(*half).to_f32()).collect())
     };
-    let (left, right) = (values(&answers[0])?, values(&answers[1])?);
+    Ok(apart(&values(&answers[0])?, &values(&answers[1])?))
+}
+
+/// The largest difference, as a part of the largest value. Not a number where one is.
+fn apart(left: &[f32], right: &[f32]) -> f32 {
     let largest = left.iter().fold(0f32, |most, x| most.max(x.abs()));
-    let differences = left.iter().zip(&right).map(|(x, y)| (x - y).abs() / largest);
-    Ok(differences.fold(0f32, |most, x| if x > most || x.is_nan() { x } else { most }))
+    let differences = left.iter().zip(right).map(|(x, y)| (x - y).abs() / largest);
+    differences.fold(0f32, |most, x| if x > most || x.is_nan() { x } else { most })
+}
+
+/// Whether both kinds multiply alike on `device`; says so where they do not.
+pub(crate) fn multiplies<D: Driver>(device: &Device<D>) -> bool {
+    for kind in ["numbers", "words of codes", "blocks of codes"] {
+        let reason = match product_difference(device, kind) {
+            Ok(difference) if difference <= PRODUCT_LIMIT => continue,
+            Ok(difference) => format!("off by {difference} of the largest value"),
+            Err(error) => error.to_string(),
+        };
+        eprintln!("cuda: products go without those of warp groups: with {kind} they were {reason}");
+        return false;
+    }
+    true
+}
+
+/// The largest difference of experts' products by the two kernels, as a part of the largest value.
+fn product_difference<D: Driver>(device: &Device<D>, kind: &str) -> Result<f32, BackendError> {
+    let x = device.pool.send(&numbers(1, ROWS * INPUTS))?;
+    // Tiles as `routes` makes them: full, ragged and of an expert that is not the next, and none.
+    let tiles = [[0, 0, 128], [2, 128, 70], [0, 0, 0]];
+    let places = 198u32;
+    let tiles_sent = device.pool.send(tiles.as_flattened())?;
+    let sources = device.pool.send(&(0..places).map(|at| at * 7 % ROWS as u32).collect::<Vec<_>>())?;
+    let of = |codes: u64, scales: u64, format, group: usize, row_bytes: usize| QuantArgs {
+        codes,
+        scales,
+        biases: scales,
+        format,
+        bits: 8,
+        group: group as u32,
+        group_rows: 1,
+        scale_type: 2,
+        scale_cols: (INPUTS / group) as u32,
+        row_bytes: row_bytes as u32,
+        cols: INPUTS as u32,
+        ..QuantArgs::default()
+    };
+    let lines = EXPERTS * OUTPUTS;
+    let scales = device.pool.send(&numbers(3, lines * INPUTS / 32))?;
+    let (weights, w, quant, row_bytes) = match kind {
+        "numbers" => {
+            let weights = device.pool.send(&numbers(2, lines * INPUTS))?;
+            let at = weights.address;
+            (weights, at, QuantArgs::default(), 0)
+        }
+        "words of codes" => {
+            let weights = device.pool.send(&numbers(2, lines * INPUTS / 2))?;
+            let quant = of(weights.address, scales.address, AFFINE, 32, INPUTS);
+            (weights, 0, quant, INPUTS)
+        }
+        _ => {
+            // Q8_0: blocks of a half-precision scale, here 1, and 32 codes.
+            let row_bytes = INPUTS / 32 * 34;
+            let mut codes: Vec<u8> =
+                numbers(2, lines * row_bytes / 2).iter().flat_map(|word| word.to_le_bytes()).collect();
+            codes.chunks_exact_mut(34).for_each(|block| block[..2].copy_from_slice(&0x3c00u16.to_le_bytes()));
+            let (words, _) = codes.as_chunks();
+            let words: Vec<u32> = words.iter().map(|word| u32::from_le_bytes(*word)).collect();
+            let weights = device.pool.send(&words)?;
+            let quant = of(weights.address, scales.address, gguf_code(GgufBlock::Q8_0), 32, row_bytes);
+            (weights, 0, quant, row_bytes)
+        }
+    };
+    let mut answers = Vec::new();
+    for groups in [false, true] {
+        let bytes = places as usize * OUTPUTS * 4;
+        let out = device.pool.take(bytes)?;
+        let args = ProductArgs {
+            quant,
+            w,
+            x: x.address,
+            out: out.address,
+            rows: sources.address,
+            tiles: tiles_sent.address,
+            codes_expert: (OUTPUTS * row_bytes) as u64,
+            scales_expert: (OUTPUTS * INPUTS / 32) as u64,
+            m: places,
+            n: OUTPUTS as u32,
+            k: INPUTS as u32,
+            out_stride: OUTPUTS as u32,
+            out_f32: 1,
+            ..ProductArgs::default()
+        };
+        let tiling = if groups { in_groups(&args) } else { MANY };
+        device.run_as(tiling, tiles.len(), OUTPUTS, &args)?;
+        answers.push(Fetched::of(device, out.address, bytes)?);
+    }
+    drop(weights);
+    let values = |answer: &Fetched<D>| -> Result<Vec<f32>, BackendError> {
+        let (words, _) = answer.bytes()?.as_chunks();
+        Ok(words.iter().map(|word| f32::from_le_bytes(*word)).collect())
+    };
+    Ok(apart(&values(&answers[0])?, &values(&answers[1])?))
 }
 
 /// So many numbers in bf16 between -2 and 2, two in a word.

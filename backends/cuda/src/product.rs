@@ -6,7 +6,7 @@ use crate::args::{ConvertArgs, DecodeArgs, ProductArgs, QuantArgs};
 use crate::device::{Device, THREADS};
 use crate::driver::{Dense, Driver};
 use crate::fp8::Rounded;
-use crate::weight::{Data, Matrix, Part};
+use crate::weight::{AFFINE, Data, FP8, INT4, Matrix, Part};
 
 /// A kernel of `product.cu`.
 #[derive(Clone, Copy, Debug)]
@@ -28,12 +28,20 @@ const fn stages(rows: usize) -> usize {
 /// For many rows.
 pub(crate) const MANY: Tiling =
     Tiling { kernel: "product_many", rows: 128, outputs: 128, threads: 256, shared_bytes: stages(128) };
+/// The same where warp groups multiply (`kernels/product_group.cu`): three stages of 64 inputs, for numbers, words and codes.
+const GROUPS: [Tiling; 3] =
+    [groups("product_group_plain"), groups("product_group_words"), groups("product_group_codes")];
 const SOME: Tiling =
     Tiling { kernel: "product_some", rows: 32, outputs: 128, threads: 128, shared_bytes: stages(32) };
 const FEW: Tiling = Tiling { kernel: "product_few", rows: 8, outputs: 8, threads: 256, shared_bytes: 0 };
 const PLAIN_F32: Tiling =
     Tiling { kernel: "product_plain_f32", rows: 32, outputs: 32, threads: 256, shared_bytes: 0 };
 const PLAIN_BF16: Tiling = Tiling { kernel: "product_plain_bf16", ..PLAIN_F32 };
+
+const fn groups(kernel: &'static str) -> Tiling {
+    let shared_bytes = 3 * (MANY.rows + MANY.outputs) * 64 * 2;
+    Tiling { kernel, shared_bytes, ..MANY }
+}
 
 /// From so many rows on a quantised matrix is decoded once and given to the library.
 const ROWS_DECODED: usize = 256;
@@ -173,6 +181,21 @@ impl<D: Driver> Device<D> {
         outputs: usize,
         args: &ProductArgs,
     ) -> Result<(), BackendError> {
+        let tiling = match tiling.kernel == MANY.kernel && self.group_products {
+            true => in_groups(args),
+            false => tiling,
+        };
+        self.run_as(tiling, tiles, outputs, args)
+    }
+
+    /// With no other kernel than this.
+    pub(crate) fn run_as(
+        &self,
+        tiling: Tiling,
+        tiles: usize,
+        outputs: usize,
+        args: &ProductArgs,
+    ) -> Result<(), BackendError> {
         let grid = [outputs.div_ceil(tiling.outputs) as u32, tiles as u32, 1];
         self.launch(tiling.kernel, grid, tiling.threads, tiling.shared_bytes, args)
     }
@@ -234,6 +257,26 @@ impl<D: Driver> Device<D> {
         let args = ProductArgs { w, x, out, m, n, k, out_stride, ..ProductArgs::default() };
         let tiling = self.tiling(rows, inputs);
         self.run(tiling, rows.div_ceil(tiling.rows), outputs, &args)
+    }
+}
+
+/// The kernel of warp groups for these weights.
+pub(crate) fn in_groups(args: &ProductArgs) -> Tiling {
+    let [plain, words, codes] = GROUPS;
+    match args {
+        ProductArgs { w: 0, quant, .. } if in_words(quant) => words,
+        ProductArgs { w: 0, .. } => codes,
+        _ => plain,
+    }
+}
+
+/// Whether eight numbers lie in whole words and share a scale: FP8, INT4, and MLX's formats of 4 and 8 bits.
+fn in_words(quant: &QuantArgs) -> bool {
+    let aligned = quant.row_bytes.is_multiple_of(4) && quant.group.is_multiple_of(8);
+    match quant.format {
+        FP8 => aligned && quant.origin_col.is_multiple_of(8) && quant.cols.is_multiple_of(8),
+        AFFINE | INT4 => aligned && [4, 8].contains(&quant.bits),
+        _ => false,
     }
 }
 

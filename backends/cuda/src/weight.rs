@@ -14,7 +14,9 @@ use half::bf16;
 use crate::args::QuantArgs;
 use crate::driver::Driver;
 
-/// DeepSeek's FP8 in `enum Format` of `kernels/quant.cuh`.
+/// Formats in `enum Format` of `kernels/quant.cuh`: MLX's, INT4, DeepSeek's FP8.
+pub(crate) const AFFINE: u32 = 0;
+pub(crate) const INT4: u32 = 1;
 pub(crate) const FP8: u32 = 2;
 
 /// A weight of the CUDA backend. Shared, so that a product can wait until it is known where its result goes.
@@ -368,8 +370,8 @@ fn quantised<D: Driver>(driver: &D, view: &QuantView<'_>, experts: usize) -> Res
     let memory = sizes.map(|bytes| Memory::room(driver, room(bytes, experts)?));
     let memory = memory.into_iter().collect::<Result<Vec<_>, _>>()?;
     let (format, bits, group, group_rows) = match view.format {
-        Quant::Affine { bits, group } => (0, bits, group, 1),
-        Quant::Int4 { group } => (1, 4, group, 1),
+        Quant::Affine { bits, group } => (AFFINE, bits, group, 1),
+        Quant::Int4 { group } => (INT4, 4, group, 1),
         Quant::Fp8 { rows, cols } => (FP8, 8, cols, rows),
         Quant::Gguf(block) => (gguf_code(block), 0, block.cols(), 1),
     };
@@ -397,7 +399,7 @@ fn quantised<D: Driver>(driver: &D, view: &QuantView<'_>, experts: usize) -> Res
 }
 
 /// As `enum Format` in `kernels/quant.cuh`.
-fn gguf_code(block: GgufBlock) -> u32 {
+pub(crate) fn gguf_code(block: GgufBlock) -> u32 {
     match block {
         GgufBlock::Q4_0 => 3,
         GgufBlock::Q4_1 => 4,

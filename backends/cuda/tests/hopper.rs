@@ -1,4 +1,4 @@
-//! Attention by the products of warp groups, on an emulated device that has them: beside the kernels of every generation, which the
+//! Attention and experts by the products of warp groups, on an emulated device that has them: beside the kernels of every generation, which the
 //! conformance suite compares with a reference. The emulator does these products as late as somebody waits for them, from
 //! the descriptors that the kernels made, and checks that everything they read is there and shown to them.
 
@@ -6,8 +6,9 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use backend::conformance::{QUANTS, Suite, Tolerance};
 use backend::{
-    Attend, Backend, Batch, CudaOptions, DType, DeviceOptions, Group, KvSpec, KvStore, Out, Output,
-    PromptAttention, Rope, RopeStyle, SeqId, Step, TensorView, WeightSource,
+    Attend, Backend, Batch, CudaOptions, DType, DeviceOptions, Glu, Group, KSum, KvSpec, KvStore, Linear,
+    Moe, Out, Output, PromptAttention, Rope, RopeStyle, Routing, Score, SeqId, Step, TensorView,
+    WeightSource,
 };
 use backend_cuda::EmulatedBackend;
 use half::bf16;
@@ -133,7 +134,77 @@ fn warp_groups_attend_as_the_other_kernels_do() {
     }
 }
 
-/// Latent attention's prompts too, whose keys are longer than its values.
+/// Answers of a mixture of experts, each of which gets many rows.
+fn mixed(attention: PromptAttention) -> Vec<f32> {
+    const ROWS: usize = 210;
+    const HIDDEN: usize = 136;
+    const INNER: usize = 72;
+    const EXPERTS: usize = 3;
+    let mut backend = EmulatedBackend::open(&options(attention, 32), Group::alone()).unwrap();
+    let numbers = |seed: usize, count: usize| -> Vec<u8> {
+        let number = |at: usize| bf16::from_f32((at * 7919 % 4001) as f32 / 4000.0 - 0.5);
+        (0..count).flat_map(|at| number(at + seed * 31).to_le_bytes()).collect()
+    };
+    fn view(bytes: &[u8], rows: usize) -> TensorView<'_> {
+        let cols = bytes.len() / 2 / rows;
+        TensorView { name: "test", dtype: DType::BF16, rows, cols, row_stride_bytes: cols * 2, bytes }
+    }
+    fn linear(bytes: &[u8], rows: usize) -> Linear<'_> {
+        Linear { parts: vec![view(bytes, rows).into()], bias: None, sum: KSum::Ascending }
+    }
+    let table = numbers(1, ROWS * HIDDEN);
+    let table = backend.load(&WeightSource::Embedding(view(&table, ROWS).into())).unwrap();
+    let router = numbers(2, EXPERTS * HIDDEN);
+    let router = backend.load(&WeightSource::Linear(linear(&router, EXPERTS))).unwrap();
+    let mut experts = |seed: usize, outputs: usize, inputs: usize| {
+        let bytes: Vec<_> = (0..EXPERTS).map(|at| numbers(seed + at, outputs * inputs)).collect();
+        let experts: Vec<Linear<'_>> = bytes.iter().map(|bytes| linear(bytes, outputs)).collect();
+        backend.load(&WeightSource::Experts(&&experts[..])).unwrap()
+    };
+    let (gate_up, down) = (experts(10, 2 * INNER, HIDDEN), experts(20, HIDDEN, INNER));
+    let routing = Routing {
+        experts: EXPERTS,
+        top_k: 2,
+        score: Score::Softmax,
+        groups: None,
+        normalise: true,
+        normalise_eps: 0.0,
+        scale: 1.0,
+    };
+    let spec = KvSpec::gqa(1, 1, 0..1, 8, DType::BF16);
+    let mut kv = backend.kv(&spec, 32 * spec.token_bytes() as u64).unwrap();
+    let mut batch = Batch::default();
+    batch.push(SeqId(1), 0, &(0..ROWS as u32).collect::<Vec<_>>());
+    let mut step = backend.step(&mut kv, &batch);
+    let x = step.embed(&table);
+    let moe = Moe {
+        router: &router,
+        routing: &routing,
+        choice_bias: None,
+        gate_up: &gate_up,
+        down: &down,
+        shared: None,
+        glu: Glu::Silu,
+    };
+    let x = step.moe(&x, &moe);
+    match step.submit(Out::Logits(x)).wait() {
+        Ok(Output::Logits(logits)) => logits,
+        Ok(_) => panic!("no result of experts"),
+        Err(error) => panic!("{error}"),
+    }
+}
+
+#[test]
+fn warp_groups_multiply_as_the_other_kernels_do() {
+    let _alone = alone();
+    let (got, want) = (mixed(PromptAttention::Auto), mixed(PromptAttention::Mma));
+    let largest = want.iter().fold(0f32, |most, x| most.max(x.abs()));
+    let worst = want.iter().zip(&got).map(|(x, y)| (x - y).abs() / largest);
+    let worst = worst.fold(0f32, |most, x| if x > most || x.is_nan() { x } else { most });
+    assert!(want.len() == got.len() && worst < 1e-2, "{worst} of the largest value");
+}
+
+/// Latent attention's prompts too, whose keys are longer than its values, and products with every format of weights.
 #[test]
 fn a_device_with_warp_groups_conforms() {
     let _alone = alone();
@@ -144,7 +215,10 @@ fn a_device_with_warp_groups_conforms() {
     let dtypes = &[DType::BF16];
     let suite = Suite { open: &open, tolerance, dtypes, group: None, quants: QUANTS, plain_experts: dtypes };
     for (name, case) in suite.cases() {
-        if ["head sizes", "ragged", "latent attention, long"].iter().any(|part| name.contains(part)) {
+        if ["head sizes", "ragged", "latent attention, long", "quantised, products"]
+            .iter()
+            .any(|part| name.contains(part))
+        {
             println!("conformance: {name}");
             case(&suite, DType::BF16);
         }
