@@ -19,7 +19,7 @@ const SHARED: [&str; 5] = [
 ];
 
 /// The files that have kernels, by name.
-pub const FILES: [(&str, &str); 11] = [
+pub const FILES: [(&str, &str); 12] = [
     ("attention.cu", include_str!("../kernels/attention.cu")),
     ("cache.cu", include_str!("../kernels/cache.cu")),
     ("draw.cu", include_str!("../kernels/draw.cu")),
