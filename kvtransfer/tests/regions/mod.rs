@@ -3,6 +3,7 @@
 
 use std::io::IoSlice;
 use std::ops::Range;
+use std::process::Command;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
@@ -62,8 +63,18 @@ impl Gathered {
 struct Lease {
     layer: Arc<Gathered>,
     tokens: Range<u32>,
-    /// The host does not read it but by a copy, each of which is counted here.
-    unstaged: Option<Arc<AtomicUsize>>,
+    how: How,
+}
+
+/// How a lease tells of its bytes.
+#[derive(Clone)]
+enum How {
+    /// As slices alone.
+    Slices,
+    /// In memory that outlives it.
+    Known,
+    /// There, and the host does not read it but by a copy, each of which is counted.
+    Unstaged(Arc<AtomicUsize>),
 }
 
 impl Lease {
@@ -95,15 +106,18 @@ impl KvExport for Lease {
     }
 
     fn slices(&self, piece: &Piece) -> Option<Vec<IoSlice<'_>>> {
-        if let Some(copies) = &self.unstaged {
+        if let How::Unstaged(copies) = &self.how {
             copies.fetch_add(1, Ordering::Relaxed);
         }
         Some(vec![IoSlice::new(&self.layer.bytes[self.place(piece).0])])
     }
 
     fn within(&self, piece: &Piece) -> Option<Within<'_>> {
+        if matches!(self.how, How::Slices) {
+            return None;
+        }
         let (place, sums) = self.place(piece);
-        let sums = self.unstaged.is_some().then(|| &self.layer.sums[sums]);
+        let sums = matches!(self.how, How::Unstaged(_)).then(|| &self.layer.sums[sums]);
         Some(Within { region: &self.layer.region, at: place.start, bytes: place.len(), sums })
     }
 }
@@ -141,19 +155,18 @@ impl Rig {
         assert!(self.sender.links().iter().any(|link| link.way == crate::WAY));
     }
 
-    fn run(
-        &self,
-        addresses: Vec<String>,
-        unstaged: bool,
-    ) -> (Result<Pushed, SessionError>, Landed<MemLanding>) {
+    fn unstaged(&self) -> How {
+        How::Unstaged(self.copies.clone())
+    }
+
+    fn run(&self, addresses: Vec<String>, how: How) -> (Result<Pushed, SessionError>, Landed<MemLanding>) {
         let case = self.case();
         let ends = expect_all(&case, std::slice::from_ref(&self.receiver), 16, true);
         let (push, end) = open(&case, 0, &self.sender, &[addresses]);
         let cuts = await_reads(&push);
         assert_eq!(cuts, [0, 1].map(|plane| Cut { plane, heads: 0..8 }));
         for layer in &self.layers {
-            let unstaged = unstaged.then(|| self.copies.clone());
-            push.layer(Lease { layer: layer.clone(), tokens: case.tokens.clone(), unstaged });
+            push.layer(Lease { layer: layer.clone(), tokens: case.tokens.clone(), how: how.clone() });
         }
         push.close(CLOSE);
         (end.recv().unwrap(), ends.recv().unwrap().1)
@@ -181,10 +194,10 @@ fn memory_that_outlives_its_leases_is_read_where_it_lies() {
     let address = rig.receiver.local_addr().to_string();
     rig.warm(&address);
     let bytes = u64::from(TOKENS) * 4096;
-    for (unstaged, so_far) in [(false, 0), (true, bytes), (true, 2 * bytes)] {
-        let (pushed, landed) = rig.run(vec![address.clone()], unstaged);
+    for (how, so_far) in [(How::Known, 0), (rig.unstaged(), bytes), (rig.unstaged(), 2 * bytes)] {
+        let (pushed, landed) = rig.run(vec![address.clone()], how);
         assert_eq!(pushed.unwrap().bytes, bytes);
-        assert!(landed.result.is_ok() && landed.landing.cache.is_right(), "unstaged: {unstaged}");
+        assert!(landed.result.is_ok() && landed.landing.cache.is_right());
         assert_eq!(rig.sender.unstaged_bytes(), so_far);
         assert!(
             rig.layers.iter().all(|layer| Arc::strong_count(layer) == 1),
@@ -192,6 +205,35 @@ fn memory_that_outlives_its_leases_is_read_where_it_lies() {
         );
     }
     assert_eq!((rig.copies.load(Ordering::Relaxed), rig.sender.fallbacks()), (0, 0));
+}
+
+/// Protects: where memory of a device cannot be read from outside, as the first payload shows, everything goes by the host.
+#[test]
+fn what_cannot_be_read_goes_by_the_host() {
+    if !here() {
+        return;
+    }
+    // In a process of its own: it is found out once.
+    let child = Command::new(std::env::current_exe().unwrap())
+        .args(["regions::refused_process", "--exact", "--ignored"])
+        .output()
+        .unwrap();
+    assert!(child.status.success(), "{}", String::from_utf8_lossy(&child.stdout));
+}
+
+#[test]
+#[ignore = "the other process of the test above"]
+fn refused_process() {
+    let mut rig = Rig::new();
+    let address = rig.receiver.local_addr().to_string();
+    rig.warm(&address);
+    for layer in &mut rig.layers {
+        Arc::get_mut(layer).unwrap().sums.iter_mut().for_each(|sum| *sum ^= 1);
+    }
+    let (pushed, landed) = rig.run(vec![address], rig.unstaged());
+    assert!(pushed.is_ok() && landed.result.is_ok() && landed.landing.cache.is_right());
+    assert!(rig.copies.load(Ordering::Relaxed) > 0);
+    assert_eq!((rig.sender.unstaged_bytes(), rig.sender.fallbacks()), (0, 0));
 }
 
 /// Protects: a GPU's memory is not offered on a way that only reads the host's.
@@ -219,12 +261,12 @@ fn bytes_that_are_not_those_that_were_summed_end_the_session() {
     let address = rig.receiver.local_addr().to_string();
     rig.warm(&address);
     // The first payload is read by its own process, and this one is right.
-    let (pushed, _) = rig.run(vec![address.clone()], true);
+    let (pushed, _) = rig.run(vec![address.clone()], rig.unstaged());
     pushed.unwrap();
     let layer = Arc::get_mut(&mut rig.layers[1]).unwrap();
     let middle = layer.sums.len() / 2;
     layer.sums[middle] ^= 1;
-    let (pushed, landed) = rig.run(vec![address], true);
+    let (pushed, landed) = rig.run(vec![address], rig.unstaged());
     let error = landed.result.unwrap_err().to_string();
     assert!(error.contains("checksum"), "{error}");
     assert!(pushed.is_err());
@@ -243,11 +285,46 @@ fn a_lost_way_costs_a_copy_and_no_byte() {
     // 12 frames of up to 1 MiB: lost in the middle.
     let proxy = Proxy::new(rig.receiver.local_addr(), Harm::CutInFrame(frames + 6), Harm::None);
     rig.warm(&proxy.address);
-    let (pushed, landed) = rig.run(vec![proxy.address.clone(), address.clone()], true);
+    let (pushed, landed) = rig.run(vec![proxy.address.clone(), address.clone()], rig.unstaged());
     assert_eq!((pushed.unwrap().resumed, landed.result.unwrap().resumed, rig.sender.fallbacks()), (1, 1, 1));
     assert!(landed.landing.cache.is_right());
     assert!(rig.copies.load(Ordering::Relaxed) > 0 && rig.sender.unstaged_bytes() > 0);
     let way = |peer: &String| rig.sender.links().iter().find(|link| link.peer == *peer).map(|link| link.way);
     assert_eq!(way(&proxy.address), Some(crate::WAY));
     assert!(rig.layers.iter().all(|layer| Arc::strong_count(layer) == 1), "leases of a push that has ended");
+}
+
+/// Prints what sessions take, by turns, whose payloads are copied to a ring or registered one by one, and whose memory is known.
+#[test]
+#[ignore = "measures"]
+fn how_fast() {
+    let rig = Rig::new();
+    let address = rig.receiver.local_addr().to_string();
+    rig.warm(&address);
+    let mut took = [(); 3].map(|()| Vec::new());
+    for turn in 0..31 {
+        for (how, took) in [How::Slices, How::Known, rig.unstaged()].into_iter().zip(&mut took) {
+            let begun = (Instant::now(), cpu_s());
+            let (pushed, landed) = rig.run(vec![address.clone()], how);
+            assert!(pushed.is_ok() && landed.result.is_ok());
+            if turn > 0 {
+                took.push((begun.0.elapsed().as_secs_f64() * 1e3, (cpu_s() - begun.1) * 1e3));
+            }
+        }
+    }
+    for (name, took) in ["slices", "known", "unstaged"].iter().zip(&mut took) {
+        took.sort_by(|a, b| a.0.total_cmp(&b.0));
+        let wall = took[took.len() / 2].0;
+        took.sort_by(|a, b| a.1.total_cmp(&b.1));
+        println!(
+            "{name}: {wall:.1} ms, {:.1} ms of CPU for 12 MB at both ends (medians)",
+            took[took.len() / 2].1
+        );
+    }
+}
+
+/// Processor seconds of this process.
+fn cpu_s() -> f64 {
+    let stat = std::fs::read_to_string("/proc/self/schedstat").unwrap_or_default();
+    stat.split_whitespace().next().and_then(|ns| ns.parse::<f64>().ok()).map_or(0.0, |ns| ns / 1e9)
 }
