@@ -8,6 +8,12 @@ pub const POLYNOMIAL: u32 = 0x82f6_3b78;
 /// 1.
 const ONE: u32 = 1 << 31;
 
+/// The checksum of `bytes`, bit by bit: for tests.
+pub fn of(bytes: &[u8]) -> u32 {
+    let step = |crc: u32| crc >> 1 ^ if crc & 1 == 1 { POLYNOMIAL } else { 0 };
+    !bytes.iter().fold(!0, |crc, byte| (0..8).fold(crc ^ u32::from(*byte), |crc, _| step(crc)))
+}
+
 /// `a b` modulo P.
 pub const fn times(a: u32, b: u32) -> u32 {
     let (mut product, mut bit) = (0, 0);
@@ -64,21 +70,15 @@ impl Further {
 mod tests {
     use super::*;
 
-    /// Bit by bit.
-    fn crc32c(bytes: &[u8]) -> u32 {
-        let step = |crc: u32| crc >> 1 ^ if crc & 1 == 1 { POLYNOMIAL } else { 0 };
-        !bytes.iter().fold(!0, |crc, byte| (0..8).fold(crc ^ u32::from(*byte), |crc, _| step(crc)))
-    }
-
     #[test]
     fn sums_of_parts_make_that_of_the_whole() {
         // RFC 3720, B.4.
-        assert_eq!(crc32c(&[0; 32]), 0x8a91_36aa);
+        assert_eq!(of(&[0; 32]), 0x8a91_36aa);
         let bytes: Vec<u8> = (0..600u32).map(|at| (at.wrapping_mul(2_654_435_761) >> 24) as u8).collect();
         for (first, second) in [(1, 1), (4, 252), (100, 500), (599, 1)] {
             let (a, b) = bytes[..first + second].split_at(first);
-            let joined = Further::new(second as u64).of(crc32c(a)) ^ crc32c(b);
-            assert_eq!(joined, crc32c(&bytes[..first + second]), "{first} and {second} bytes");
+            let joined = Further::new(second as u64).of(of(a)) ^ of(b);
+            assert_eq!(joined, of(&bytes[..first + second]), "{first} and {second} bytes");
         }
         assert_eq!(times(x_to(40), x_to(2000)), x_to(2040));
     }

@@ -191,6 +191,11 @@ impl<D: Driver> Pool<D> {
                     return Ok(None);
                 }
                 let memory = match driver.lasting(size) {
+                    // What is kept of other sizes may be enough.
+                    Err(BackendError::OutOfMemory { .. }) if self.lasting.clear() => driver.lasting(size),
+                    other => other,
+                };
+                let memory = match memory {
                     Ok(memory) => memory,
                     Err(BackendError::OutOfMemory { .. }) => return Ok(None),
                     Err(error) => return Err(error),
@@ -364,6 +369,28 @@ mod tests {
         device.load(&WeightSource::Experts(&&experts[..1])).unwrap();
         drop(device);
         assert_eq!(driver.free_bytes(), 400 << 10);
+    }
+
+    /// Memory that leases hold is bounded, and what nobody holds makes room for other leases and for steps.
+    #[test]
+    fn what_leases_hold_is_bounded_and_gives_way() {
+        let driver = Emulated::open(0, None).unwrap().limited(1 << 20);
+        let pool = open(&driver).pool.clone();
+        let held = pool.lasting(400 << 10).unwrap().unwrap();
+        assert!(pool.lasting(800 << 10).unwrap().is_none(), "more than the device has");
+        let address = held.region().address();
+        drop(held);
+        let again = pool.lasting(400 << 10).unwrap().unwrap();
+        assert_eq!(again.region().address(), address);
+        drop(again);
+        let other = pool.lasting(800 << 10).unwrap().unwrap();
+        drop(other);
+        let step = pool.take(800 << 10).unwrap();
+        assert!(pool.lasting(400 << 10).unwrap().is_none());
+        drop(step);
+        assert!(pool.lasting(LASTING_BYTES_MAX + 1).unwrap().is_none());
+        drop(pool);
+        assert_eq!(driver.free_bytes(), 1 << 20);
     }
 
     /// A step whose scratch memory does not fit fails with the sum; one that fits goes on after it, with what the pool had

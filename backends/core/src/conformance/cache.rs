@@ -4,13 +4,15 @@ use super::attention::{Layer, ids, small};
 use super::reference::Attention;
 use super::{Case, Suite};
 use crate::{
-    Backend, Batch, DType, Fork, KvError, KvExport, KvLanding, KvSpec, KvStore, Piece, RopeStyle, SeqId,
+    Backend, Batch, Cut, DType, Fork, KvError, KvExport, KvLanding, KvSpec, KvStore, Piece, RopeStyle, SeqId,
+    Step, checksum,
 };
 
 pub(super) fn cases<'a, B: Backend>() -> Vec<Case<'a, B>> {
     vec![
         ("kv, capacity", capacity),
         ("kv, export in wire order", export),
+        ("kv, export that stays on the device", export_there),
         ("kv, export survives its sequence", export_outlives),
         ("kv, export of what is not there", export_missing),
         ("kv, land and go on", land),
@@ -120,6 +122,32 @@ fn export<X: Backend>(suite: &Suite<'_, X>, dtype: DType) {
         assert!(export.slices(&outside).is_none(), "slices of {outside:?} of a lease on 3..39");
         let outside = Piece { layer: 1, plane: 0, heads: 1..3, tokens: 3..4 };
         assert!(export.read(&outside, &mut Vec::new()).is_err(), "read {outside:?} of 2 heads");
+    }
+}
+
+/// What stays for receivers that read it there is what leaves by the host, each token with its checksum.
+fn export_there<X: Backend>(suite: &Suite<'_, X>, dtype: DType) {
+    let mut layer = Layer::new(suite, dtype, small(), 50, 64);
+    let ids = ids(1, 40, 50);
+    layer.rig.open(A, 40);
+    feed(&mut layer, A, 0, &ids);
+    if layer.rig.kv.stays().is_none() {
+        return;
+    }
+    let staged = ok("export", layer.rig.kv.export(A, 1, 3..39));
+    let (batch, rig) = (Batch::default(), &mut layer.rig);
+    let cuts = [Cut { plane: 0, heads: 0..2 }, Cut { plane: 1, heads: 1..2 }];
+    let mut step = rig.backend.step(&mut rig.kv, &batch);
+    let there = ok("export there", step.export_there(A, 1, 3..39, &cuts));
+    drop(step);
+    for (cut, tokens) in [(0, 3..39), (1, 3..39), (0, 7..8), (1, 10..38)] {
+        let Cut { plane, heads } = cuts[cut].clone();
+        let piece = Piece { layer: 1, plane, heads, tokens: tokens.clone() };
+        let want = read(&staged, &piece);
+        assert!(read(&there, &piece) == want, "copy of {piece:?}");
+        let within = there.within(&piece).unwrap_or_else(|| panic!("{piece:?} has not stayed"));
+        let sums: Vec<u32> = want.chunks(want.len() / tokens.len()).map(checksum::of).collect();
+        assert_eq!((within.bytes, within.sums), (want.len(), Some(&sums[..])), "sums of {piece:?}");
     }
 }
 
