@@ -89,6 +89,13 @@ static inline u32 lane_ballot(bool x) {
     return bits;
 }
 
+static inline u32 lane_same(u32 x) {
+    const u8* all = exchange(&x, sizeof x);
+    u32 bits = 0;
+    for (int lane = 0; lane < 32; ++lane) bits |= (u32)(memcmp(all + lane * 64, &x, sizeof x) == 0) << lane;
+    return bits;
+}
+
 static inline float bits_float(u32 bits) {
     float x;
     memcpy(&x, &bits, 4);

@@ -43,6 +43,11 @@ __device__ __forceinline__ u32 lane_ballot(bool x) {
     return __ballot_sync(0xffffffffu, x);
 }
 
+// The lanes whose `x` is this lane's.
+__device__ __forceinline__ u32 lane_same(u32 x) {
+    return __match_any_sync(0xffffffffu, x);
+}
+
 __device__ __forceinline__ void warp_sync() {
     __syncwarp();
 }

@@ -79,16 +79,33 @@ struct RoutesArgs {
     u32 rows, top_k, count, tile, tiles_max;
 };
 
-// Places: all rows of expert 0 in order, then those of expert 1, ... and tiles over them. One block of 1,024 threads.
-KERNEL(routes, RoutesArgs, 1024) {
-    __shared__ u32 begin[EXPERTS_MAX + 1], tile_begin[EXPERTS_MAX + 1];
+const int ROUTE_WARPS = 16;
+const u32 NO_EXPERT = 0xffffffffu;
+
+// Places: all rows of expert 0 in order, then those of expert 1, ... and tiles over them. One block; each warp takes neighbours among
+// the choices, counts them, and puts them behind those of earlier warps.
+KERNEL(routes, RoutesArgs, 512) {
+    __shared__ u32 places[ROUTE_WARPS][EXPERTS_MAX], begin[EXPERTS_MAX + 1], tile_begin[EXPERTS_MAX + 1];
     u32 warp = threadIdx.x / 32, lane = threadIdx.x % 32, warps = blockDim.x / 32, total = a.rows * a.top_k;
     const u32* experts = (const u32*)a.experts;
-    for (u32 e = warp; e < a.count; e += warps) {
-        u32 found = 0;
-        for (u32 base = 0; base < total; base += 32)
-            found += __popc(lane_ballot(base + lane < total && experts[base + lane] == e));
-        if (lane == 0) begin[e + 1] = found;
+    const u32 lower = (1u << lane) - 1, chunk = (total + ROUTE_WARPS * 32 - 1) / (ROUTE_WARPS * 32) * 32;
+    const u32 from = warp * chunk, to = from + chunk < total ? from + chunk : total;
+    for (u32 i = threadIdx.x; i < ROUTE_WARPS * a.count; i += blockDim.x) places[i / a.count][i % a.count] = 0;
+    __syncthreads();
+    for (u32 base = from; base < to; base += 32) {
+        u32 e = base + lane < to ? experts[base + lane] : NO_EXPERT, same = lane_same(e);
+        if (e != NO_EXPERT && (same & lower) == 0) places[warp][e] += __popc(same);
+        warp_sync();
+    }
+    __syncthreads();
+    for (u32 e = threadIdx.x; e < a.count; e += blockDim.x) {
+        u32 sum = 0;
+        for (u32 w = 0; w < ROUTE_WARPS; ++w) {
+            u32 own = places[w][e];
+            places[w][e] = sum;
+            sum += own;
+        }
+        begin[e + 1] = sum;
     }
     __syncthreads();
     if (threadIdx.x == 0) {
@@ -99,19 +116,19 @@ KERNEL(routes, RoutesArgs, 1024) {
         }
     }
     __syncthreads();
+    for (u32 base = from; base < to; base += 32) {
+        u32 e = base + lane < to ? experts[base + lane] : NO_EXPERT, same = lane_same(e);
+        if (e != NO_EXPERT) {
+            u32 place = begin[e] + places[warp][e] + __popc(same & lower);
+            ((u32*)a.slots)[base + lane] = place;
+            ((u32*)a.sources)[place] = (base + lane) / a.top_k;
+        }
+        warp_sync();
+        if (e != NO_EXPERT && (same & lower) == 0) places[warp][e] += __popc(same);
+        warp_sync();
+    }
     RowTile* tiles = (RowTile*)a.tiles;
     for (u32 e = warp; e < a.count; e += warps) {
-        u32 at = begin[e];
-        for (u32 base = 0; base < total; base += 32) {
-            bool mine = base + lane < total && experts[base + lane] == e;
-            u32 all = lane_ballot(mine);
-            if (mine) {
-                u32 place = at + __popc(all & ((1u << lane) - 1));
-                ((u32*)a.slots)[base + lane] = place;
-                ((u32*)a.sources)[place] = (base + lane) / a.top_k;
-            }
-            at += __popc(all);
-        }
         for (u32 i = lane; i < tile_begin[e + 1] - tile_begin[e]; i += 32) {
             u32 first = begin[e] + i * a.tile, left = begin[e + 1] - first;
             RowTile tile = {e, first, left < a.tile ? left : a.tile};

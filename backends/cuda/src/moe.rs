@@ -16,7 +16,7 @@ use crate::weight::{CudaWeight, Kind, Matrix};
 /// As in `kernels/moe.cu`.
 const EXPERTS_MAX: usize = 512;
 /// Threads of the block that sorts rows by expert.
-const ROUTES_THREADS: u32 = 1024;
+const ROUTES_THREADS: u32 = 512;
 
 fn refused<T>(reason: String) -> Result<T, BackendError> {
     Err(BackendError::Device(reason))
@@ -158,5 +158,65 @@ fn matrix<D: Driver>(weight: &CudaWeight<D>, experts: bool) -> Result<&Matrix<D>
         Kind::Product(matrix) if !experts => Ok(matrix),
         Kind::Experts(matrix) if experts => Ok(matrix),
         _ => refused("a weight of another kind than its place in a mixture of experts".to_owned()),
+    }
+}
+
+#[cfg(all(test, feature = "emulator"))]
+mod tests {
+    use backend::{DType, DeviceOptions, Group};
+
+    use super::*;
+    use crate::emulator::Emulated;
+    use crate::step::Fetched;
+
+    /// Many choices, so that every warp takes several handfuls: places are in order of expert, then of row, and tiles cover them.
+    #[test]
+    fn rows_find_their_places() {
+        for (rows, top_k, count, tile) in [(700, 3, 37, 32), (1, 2, 2, 8), (130, 4, EXPERTS_MAX, 128)] {
+            let options = DeviceOptions { dtype: DType::F32, block_tokens: 16, ..DeviceOptions::default() };
+            let driver = Emulated::open(0, None).unwrap();
+            let device = Device::over(driver, &options, Group::alone()).unwrap();
+            let places = rows * top_k;
+            // Some experts have no row, some many.
+            let chosen: Vec<u32> = (0..places).map(|at| (at * at % 101 % count) as u32).collect();
+            let tiles_max = places.div_ceil(tile) + count.min(places);
+            let experts = device.pool.send(&chosen).unwrap();
+            let [slots, sources, tiles] =
+                [places, places, tiles_max * 3].map(|words| device.pool.take(words * 4).unwrap());
+            let args = RoutesArgs {
+                experts: experts.address,
+                slots: slots.address,
+                sources: sources.address,
+                tiles: tiles.address,
+                rows: rows as u32,
+                top_k: top_k as u32,
+                count: count as u32,
+                tile: tile as u32,
+                tiles_max: tiles_max as u32,
+            };
+            device.launch("routes", [1, 1, 1], ROUTES_THREADS, 0, &args).unwrap();
+            let words = |buffer: &Buffer<Emulated>, count: usize| -> Vec<u32> {
+                let fetched = Fetched::of(&device, buffer.address, count * 4).unwrap();
+                let (words, _) = fetched.bytes().unwrap().as_chunks();
+                words.iter().map(|word| u32::from_le_bytes(*word)).collect()
+            };
+            let mut order: Vec<usize> = (0..places).collect();
+            order.sort_by_key(|at| chosen[*at]);
+            let mut want = vec![0; places];
+            order.iter().enumerate().for_each(|(place, at)| want[*at] = place as u32);
+            assert_eq!(words(&slots, places), want);
+            let want: Vec<u32> = order.iter().map(|at| (at / top_k) as u32).collect();
+            assert_eq!(words(&sources, places), want);
+            let mut want = Vec::new();
+            let mut first = 0;
+            for own in order.chunk_by(|a, b| chosen[*a] == chosen[*b]) {
+                for piece in own.chunks(tile) {
+                    want.extend([chosen[own[0]], first, piece.len() as u32]);
+                    first += piece.len() as u32;
+                }
+            }
+            want.resize(tiles_max * 3, 0);
+            assert_eq!(words(&tiles, tiles_max * 3), want);
+        }
     }
 }
