@@ -39,12 +39,11 @@ __device__ void attend(const AttendArgs& a) {
         copy_async(sq + place<DK>(m, c), (const bf16*)a.q + (u64)row * a.q_row + (u64)head * a.q_head + (there ? c : 0), there);
     }
 
-    float o[MT][DV / 8][4], peak[MT][2], total[MT][2];
+    float o[MT][DV / 8][4];
     clear(o);
+    Softmax soft[MT];
 #pragma unroll
-    for (int t = 0; t < MT; ++t)
-#pragma unroll
-        for (int h = 0; h < 2; ++h) peak[t][h] = MINUS_INFINITY, total[t][h] = 0.0f;
+    for (int t = 0; t < MT; ++t) soft[t] = Softmax NOTHING_SEEN;
     const float scale = a.scale * 1.4426950408889634f;  // exponents to base 2
 
     if (from < to) load_tile<DK, BN, THREADS>(sk, k_base, a.k_token, a.key_dim, a, tile.run, from * BN, end, key_place);
@@ -77,37 +76,7 @@ __device__ void attend(const AttendArgs& a) {
         for (int t = 0; t < MT; ++t) {
 #pragma unroll
             for (int h = 0; h < 2; ++h) {
-                const int m = (warp * MT + t) * 16 + lane / 4 + h * 8;
-                const u32 position = tile.position + m / a.pack;
-                float highest = MINUS_INFINITY;
-#pragma unroll
-                for (int n = 0; n < NT; ++n)
-#pragma unroll
-                    for (int i = 0; i < 2; ++i) {
-                        float& x = s[t][n][h * 2 + i];
-                        const u32 p = j * BN + n * 8 + lane % 4 * 2 + i;
-                        if (cut && (p > position || (a.window && p + a.window <= position))) x = MINUS_INFINITY;
-                        highest = fmaxf(highest, x);
-                    }
-                highest = fmaxf(highest, lane_xor(highest, 1));
-                highest = fmaxf(highest, lane_xor(highest, 2));
-                const float before = peak[t][h], now = fmaxf(before, highest);
-                // A row that has seen nothing yet keeps zeros.
-                const float base = now == MINUS_INFINITY ? 0.0f : now * scale;
-                const float keep = before == MINUS_INFINITY ? 0.0f : power_of_two(before * scale - base);
-                peak[t][h] = now;
-                float sum = 0.0f;
-#pragma unroll
-                for (int n = 0; n < NT; ++n)
-#pragma unroll
-                    for (int i = 0; i < 2; ++i) {
-                        float& x = s[t][n][h * 2 + i];
-                        x = power_of_two(x * scale - base);
-                        sum += x;
-                    }
-                sum += lane_xor(sum, 1);
-                sum += lane_xor(sum, 2);
-                total[t][h] = total[t][h] * keep + sum;
+                const float keep = weigh(s[t], soft[t], h, a, tile.position, (warp * MT + t) * 16 + lane / 4, j * BN, cut, scale);
 #pragma unroll
                 for (int n = 0; n < DV / 8; ++n)
 #pragma unroll
@@ -146,12 +115,13 @@ __device__ void attend(const AttendArgs& a) {
 #pragma unroll
         for (int h = 0; h < 2; ++h) {
             const int m = (warp * MT + t) * 16 + lane / 4 + h * 8;
+            const float total = row_sum(soft[t].total[h]);
             if (m >= queries) continue;
             if (a.partial) {
                 // [tile][pack group][split][query]: peak, total, value
                 u64 at = (((u64)blockIdx.x * gridDim.y + blockIdx.y) * a.splits + blockIdx.z) * BM + m;
                 float* sums = (float*)a.partial + at * (a.value_dim + 2);
-                if (lane % 4 == 0) sums[0] = peak[t][h], sums[1] = total[t][h];
+                if (lane % 4 == 0) sums[0] = soft[t].peak[h], sums[1] = total;
 #pragma unroll
                 for (int n = 0; n < DV / 8; ++n)
 #pragma unroll
@@ -163,7 +133,7 @@ __device__ void attend(const AttendArgs& a) {
             }
             const u64 row = tile.row + m / a.pack, head = head_first + m % a.pack;
             bf16* out = (bf16*)a.out + (row * a.heads + head) * a.value_dim;
-            const float factor = 1.0f / total[t][h];
+            const float factor = 1.0f / total;
 #pragma unroll
             for (int n = 0; n < DV / 8; ++n) {
                 u32 d = n * 8 + lane % 4 * 2;

@@ -1,4 +1,4 @@
-// What the kernels of attention share: arguments, and where a position lies.
+// What the kernels of attention share: arguments, where a position lies, and the softmax.
 #pragma once
 #include "device.cuh"
 
@@ -32,4 +32,54 @@ __device__ __forceinline__ void load_tile(bf16* to, const bf16* base, u32 stride
 #pragma unroll
         for (u32 d = c; d < D; d += 64) copy_async(to + place(at, d), row + (d < dim ? d : 0), there && d < dim);
     }
+}
+
+// What one thread knows of the softmax of its two rows, 8 apart.
+struct Softmax {
+    float peak[2], total[2];  // of the scaled scores; of its own columns, see `row_sum`
+};
+
+#define NOTHING_SEEN {{MINUS_INFINITY, MINUS_INFINITY}, {0.0f, 0.0f}}
+
+// The sum over the four lanes that share a row.
+__device__ __forceinline__ float row_sum(float x) {
+    x += lane_xor(x, 1);
+    return x + lane_xor(x, 2);
+}
+
+// Scores of positions [first, first + NT * 8) to weights, for one of the thread's rows: row `row` + 8 `h` of a tile that begins at
+// `position`. Gives what earlier sums are multiplied by. `cut`: whether a mask passes through them.
+template <int NT>
+__device__ __forceinline__ float weigh(float (&s)[NT][4], Softmax& soft, int h, const AttendArgs& a, u32 position, u32 row,
+                                       u32 first, bool cut, float scale) {
+    const u32 at = position + (row + h * 8) / a.pack;
+    float highest = MINUS_INFINITY;
+#pragma unroll
+    for (int n = 0; n < NT; ++n)
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+            float& x = s[n][h * 2 + i];
+            const u32 p = first + n * 8 + threadIdx.x % 4 * 2 + i;
+            if (cut && (p > at || (a.window && p + a.window <= at))) x = MINUS_INFINITY;
+            highest = fmaxf(highest, x);
+        }
+    highest = fmaxf(highest, lane_xor(highest, 1));
+    highest = fmaxf(highest, lane_xor(highest, 2));
+    const float before = soft.peak[h], now = fmaxf(before, highest);
+    // A row that has seen nothing yet keeps zeros.
+    const float base = now == MINUS_INFINITY ? 0.0f : now * scale;
+    const float keep = before == MINUS_INFINITY ? 0.0f : power_of_two(before * scale - base);
+    soft.peak[h] = now;
+    float sum = 0.0f;
+#pragma unroll
+    for (int n = 0; n < NT; ++n)
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+            float& x = s[n][h * 2 + i];
+            x = power_of_two(x * scale - base);
+            sum += x;
+        }
+    // Lanes of a row are summed at the end.
+    soft.total[h] = soft.total[h] * keep + sum;
+    return keep;
 }

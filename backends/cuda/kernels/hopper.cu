@@ -5,50 +5,6 @@
 
 const int GROUP_QUERIES = 128, GROUP_THREADS = 256, GROUP_KEYS = 128;
 
-// What one thread knows of its two rows.
-struct Softmax {
-    float peak[2], total[2];
-};
-
-// Scores of positions [first, first + GROUP_KEYS) to weights; `keep` is what earlier sums are multiplied by. `cut`: whether a mask passes
-// through them.
-template <int NT>
-__device__ __forceinline__ void weigh(float (&s)[NT][4], Softmax& soft, float (&keep)[2], const AttendArgs& a, u32 position,
-                                      u32 first, bool cut, float scale) {
-#pragma unroll
-    for (int h = 0; h < 2; ++h) {
-        const u32 at = position + (threadIdx.x / 32 * 16 + threadIdx.x % 32 / 4 + h * 8) / a.pack;
-        float highest = MINUS_INFINITY;
-#pragma unroll
-        for (int n = 0; n < NT; ++n)
-#pragma unroll
-            for (int i = 0; i < 2; ++i) {
-                float& x = s[n][h * 2 + i];
-                const u32 p = first + n * 8 + threadIdx.x % 4 * 2 + i;
-                if (cut && (p > at || (a.window && p + a.window <= at))) x = MINUS_INFINITY;
-                highest = fmaxf(highest, x);
-            }
-        highest = fmaxf(highest, lane_xor(highest, 1));
-        highest = fmaxf(highest, lane_xor(highest, 2));
-        const float before = soft.peak[h], now = fmaxf(before, highest);
-        // A row that has seen nothing yet keeps zeros.
-        const float base = now == MINUS_INFINITY ? 0.0f : now * scale;
-        keep[h] = before == MINUS_INFINITY ? 0.0f : power_of_two(before * scale - base);
-        soft.peak[h] = now;
-        float sum = 0.0f;
-#pragma unroll
-        for (int n = 0; n < NT; ++n)
-#pragma unroll
-            for (int i = 0; i < 2; ++i) {
-                float& x = s[n][h * 2 + i];
-                x = power_of_two(x * scale - base);
-                sum += x;
-            }
-        // Lanes of a row are summed at the end.
-        soft.total[h] = soft.total[h] * keep[h] + sum;
-    }
-}
-
 template <int DK, int DV>
 __device__ __forceinline__ void attend_group(const AttendArgs& a) {
 #if WARP_GROUPS
@@ -104,13 +60,17 @@ __device__ __forceinline__ void attend_group(const AttendArgs& a) {
             p[n / 2][3] = pair_bits(s[n + 1][2], s[n + 1][3]);
         }
     };
-    Softmax soft = {{MINUS_INFINITY, MINUS_INFINITY}, {0.0f, 0.0f}};
+    Softmax soft = NOTHING_SEEN;
     float keep[2];
+    const u32 own_row = warp * 16 + lane / 4;
     auto to_weights = [&](u32 j) {
         const u32 at = j * GROUP_KEYS;
         const bool cut = at + GROUP_KEYS > tile.position + 1 || (a.window && at + a.window < end);
-        if (cut) weigh(s, soft, keep, a, tile.position, at, true, scale);
-        else weigh(s, soft, keep, a, tile.position, at, false, scale);
+#pragma unroll
+        for (int h = 0; h < 2; ++h) {
+            if (cut) keep[h] = weigh(s, soft, h, a, tile.position, own_row, at, true, scale);
+            else keep[h] = weigh(s, soft, h, a, tile.position, own_row, at, false, scale);
+        }
     };
 
     for (u32 i = threadIdx.x; i < GROUP_QUERIES * DK / 8; i += GROUP_THREADS) {
@@ -176,9 +136,7 @@ __device__ __forceinline__ void attend_group(const AttendArgs& a) {
 
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
-        float total = soft.total[h];
-        total += lane_xor(total, 1);
-        total += lane_xor(total, 2);
+        const float total = row_sum(soft.total[h]);
         const u32 m = warp * 16 + lane / 4 + h * 8;
         if (m >= queries) continue;
         const u64 row = tile.row + m / a.pack, head = head_first + m % a.pack;
