@@ -50,7 +50,7 @@ settings! {
         kv_transport: KvTransport ["NAME"] = "auto";
         /// Copy KV to the host before it leaves an NVIDIA GPU, also where RDMA could read it there (GPUDirect)
         kv_staged: bool [""];
-        /// Connections per path of a KV push
+        /// Connections per path of a KV push; large ones through shared memory take at least 2
         kv_streams: usize ["N"] = "1";
         /// Tokens per KV block
         block_tokens: u32 ["TOKENS"] = "32";

@@ -94,7 +94,7 @@ pub struct Limits {
     pub idle_max: Duration,
     /// How long a lane that has lost its connection may take to come back over another.
     pub resume: Duration,
-    /// Connections per path and receiver, at most [`LANES_MAX`] in all.
+    /// Connections per path and receiver, at most [`LANES_MAX`] in all. Many bytes through shared memory take at least two.
     pub streams: usize,
     /// Both ends' secret for probes of links; without one nobody probes and no probe is answered.
     pub probe: Option<Ticket>,

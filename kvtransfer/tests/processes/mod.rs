@@ -16,7 +16,7 @@ use crate::common::{CLOSE, Cache, Case, MemExport};
 
 const TOKENS: u32 = 3000;
 
-fn limits() -> Limits {
+pub fn limits() -> Limits {
     Limits { ways: crate::WAYS, ..Limits::default() }
 }
 
@@ -32,7 +32,7 @@ fn case(seed: u8) -> Case {
 }
 
 /// Whether there is UCX to test; says so where there is not.
-fn here() -> bool {
+pub fn here() -> bool {
     match available() {
         Ok(_) => true,
         Err(why) => {

@@ -9,29 +9,13 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 use backend::{Cut, DType, KvError, KvExport, KvSpec, Piece, Place, Region, Within};
-use kvtransfer::transport::ucx::available;
-use kvtransfer::{Landed, Limits, Push, Pushed, Receiver, Sender, SessionError};
+use kvtransfer::{Landed, Push, Pushed, Receiver, Sender, SessionError};
 
 use crate::common::net::{Harm, LOCAL, Proxy, expect_all, open, session};
 use crate::common::{CLOSE, Cache, Case, MemLanding};
+use crate::processes::{here, limits};
 
 const TOKENS: u32 = 3000;
-
-fn limits() -> Limits {
-    Limits { ways: crate::WAYS, ..Limits::default() }
-}
-
-/// Whether there is UCX to test; says so where there is not.
-fn here() -> bool {
-    match available() {
-        Ok(_) => true,
-        Err(why) => {
-            println!("skipped: {why}");
-            assert!(std::env::var_os("BATON_NEEDS_UCX").is_none(), "{why}");
-            false
-        }
-    }
-}
 
 /// A layer of a cache, `[plane][token][head][dim]`, as a device gathers it. What is in it outlives every lease.
 struct Gathered {
