@@ -31,7 +31,7 @@ enum Command {
     },
     /// List all join tokens, without the tokens themselves
     List,
-    /// Let a token admit nobody any more, and refuse the nodes that came in by it
+    /// Let a token admit nobody any more, and cut off the nodes that came in by it
     Revoke {
         /// Name or id
         token: String,
@@ -64,7 +64,10 @@ pub fn run(args: Args) -> Result<()> {
         Command::List => print(&table(&Tokens::read(folder)?.tokens, now)),
         Command::Revoke { token } => {
             let record = Tokens::change(folder, |tokens| tokens.revoke(&token, now))?;
-            eprintln!("revoked {} ({})", record.name, record.id);
+            eprintln!(
+                "revoked {} ({}): who came in by it is cut off within two seconds",
+                record.name, record.id
+            );
         }
     }
     Ok(())

@@ -66,9 +66,14 @@ pub async fn router(settings: RouterSettings) -> Result<()> {
     });
     let service = server::cluster(ClusterService::new(members.clone(), requests, behind.clone()));
     let routes = Routes::new(service);
+    let identity = token.identity().cloned();
     let nodes = tokio::spawn({
         let behind = behind.clone();
         async move { server::serve_open(for_nodes, &token, routes, open, behind, CLUSTER_DRAIN).await }
+    });
+    let tokens = identity.map(|identity| {
+        let (members, behind) = (members.clone(), behind.clone());
+        tokio::spawn(async move { members.follow_tokens(identity, behind).await })
     });
     let leases = tokio::spawn({
         let behind = behind.clone();
@@ -93,6 +98,9 @@ pub async fn router(settings: RouterSettings) -> Result<()> {
     behind.cancel();
     nodes.await.context("membership service")??;
     leases.await.context("leases")?;
+    if let Some(tokens) = tokens {
+        tokens.await.context("join tokens")?;
+    }
     watch.await.context("dispatch")?;
     tracer.flush(super::LAST_SPANS);
     served

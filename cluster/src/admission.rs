@@ -5,6 +5,7 @@
 use proto::v1::{Identity, JoinRequest, KvSpec, Role};
 
 use crate::membership::MembershipConfig;
+use crate::trust::REVOKED;
 
 /// Layers of a model at the most; a join that claims more is nonsense.
 const LAYERS_MAX: u32 = 4096;
@@ -45,6 +46,9 @@ pub enum Refusal {
         /// Members now.
         members: usize,
     },
+    /// It came in by a token that was revoked since.
+    #[error("{REVOKED}")]
+    Revoked,
 }
 
 /// A value of the node that is not the cluster's.

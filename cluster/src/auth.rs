@@ -144,12 +144,15 @@ pub struct ServerAuth {
 }
 
 impl Interceptor for ServerAuth {
-    fn call(&mut self, request: Request<()>) -> Result<Request<()>, Status> {
+    fn call(&mut self, mut request: Request<()>) -> Result<Request<()>, Status> {
         if let Some(identity) = &self.identity {
             let certs = request.peer_certs().unwrap_or_default();
-            if let Err(reason) = identity.admits(&certs) {
-                self.refusals.count(Door::Grpc, reason);
-                return Err(Status::unauthenticated(reason));
+            match identity.admits(&certs) {
+                Ok(caller) => _ = caller.map(|caller| request.extensions_mut().insert(caller)),
+                Err(reason) => {
+                    self.refusals.count(Door::Grpc, reason);
+                    return Err(Status::unauthenticated(reason));
+                }
             }
         }
         let Some(given) = request.metadata().get(proto::AUTHORIZATION) else {

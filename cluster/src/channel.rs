@@ -44,8 +44,8 @@ pub struct BadAddress {
 pub fn connect_lazy(address: &str, token: &ClusterToken) -> Result<NodeChannel, BadAddress> {
     let endpoint = match token.identity() {
         None => endpoint(address, false)?,
-        Some(identity) => endpoint(address, true)?
-            .tls_config(identity.client())
+        Some(identity) => identity
+            .client(endpoint(address, true)?)
             .map_err(|_| BadAddress { address: address.to_string() })?,
     };
     Ok(InterceptedService::new(endpoint.connect_lazy(), token.client()))

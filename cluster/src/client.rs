@@ -1,10 +1,12 @@
-//! The node's end of membership: join, report, come back after every interruption, obey a drain.
+//! The node's end of membership: join, report, come back after every interruption, obey a drain; and hear which join tokens were
+//! revoked.
 //!
-//! Callers: prefill and decode nodes, one [`join`] per process, beside their own server.
+//! Callers: prefill and decode nodes, one [`join`] per node, beside its own server; one [`follow_revocations`] per process, which
+//! is a rank.
 
 use std::time::Duration;
 
-use proto::v1::{JoinRequest, NodeReport};
+use proto::v1::{JoinRequest, NodeReport, RevocationsRequest};
 use tokio::sync::mpsc;
 use tokio::time::Instant;
 use tokio_stream::wrappers::ReceiverStream;
@@ -125,6 +127,36 @@ pub async fn join(
             () = shutdown.cancelled() => return Ok(()),
             () = tokio::time::sleep(wait) => {}
         }
+    }
+}
+
+/// Hears from the router which join tokens were revoked, and notes it in the [`Revocations`](crate::trust::Revocations) of `token`,
+/// for ever: it returns when this process's own token was revoked, or when trying again cannot help. Without certificates there is
+/// nothing to hear.
+pub async fn follow_revocations(router: &str, token: &ClusterToken) -> JoinError {
+    let revocations = token.identity().and_then(|identity| identity.revocations());
+    let Some(revocations) = revocations else { return std::future::pending().await };
+    let channel = match connect_lazy(router, token) {
+        Ok(channel) => channel,
+        Err(error) => return error.into(),
+    };
+    let mut pause = Backoff::default();
+    loop {
+        let heard = async {
+            let mut replies =
+                cluster_client(channel.clone()).revocations(RevocationsRequest {}).await?.into_inner();
+            while let Some(reply) = replies.message().await? {
+                pause = Backoff::default();
+                revocations.add(reply.tokens);
+            }
+            Err(Status::unavailable("the router ended the call"))
+        };
+        let Err::<(), _>(status) = heard.await else { continue };
+        if is_final(&status) {
+            return JoinError::Refused { router: router.to_string(), reason: one_line(&status) };
+        }
+        tracing::debug!(router, reason = one_line(&status), "not told of revoked tokens, trying again");
+        tokio::time::sleep(pause.next(random_u32())).await;
     }
 }
 

@@ -2,6 +2,7 @@
 //!
 //! Caller: [`crate::service`], which adds the lock, the clock and gRPC.
 
+use std::collections::BTreeSet;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -53,6 +54,8 @@ pub struct Member {
     pub id: String,
     /// What the node said when it joined.
     pub join: JoinRequest,
+    /// Id of the join token that its certificate names; `None` in a cluster without certificates.
+    pub token: Option<String>,
     /// What it reported last; empty, thus not ready, before the first report.
     pub report: NodeReport,
     /// When it joined.
@@ -96,12 +99,16 @@ pub struct Membership {
     config: MembershipConfig,
     // In order of joining. Shared with the snapshots that readers hold.
     members: Vec<Arc<Member>>,
+    // Ids of join tokens.
+    revoked: BTreeSet<String>,
+    // Node ids of members that were taken out for them.
+    expelled: Arc<BTreeSet<String>>,
 }
 
 impl Membership {
     /// An empty table.
     pub fn new(config: MembershipConfig) -> Membership {
-        Membership { config, members: Vec::new() }
+        Membership { config, members: Vec::new(), revoked: BTreeSet::new(), expelled: Arc::default() }
     }
 
     /// The settings.
@@ -114,13 +121,19 @@ impl Membership {
         &self.members
     }
 
-    /// Lets a node in under `member_id`, or says why not. A node that is in already is replaced: it restarted.
+    /// Lets a node in under `member_id`, or says why not. A node that is in already is replaced: it restarted. `token`: the join
+    /// token that it came in by, where there are some.
     pub fn join(
         &mut self,
         request: JoinRequest,
+        token: Option<String>,
         member_id: String,
         now: Instant,
     ) -> Result<JoinReply, Refusal> {
+        // It may have passed the door before.
+        if token.as_ref().is_some_and(|token| self.revoked.contains(token)) {
+            return Err(Refusal::Revoked);
+        }
         let others = || self.members.iter().filter(|member| member.join.node_id != request.node_id);
         admission::check(&request, &self.config, others().next().map(|member| &member.join))?;
         if others().count() >= MEMBERS_MAX {
@@ -130,6 +143,7 @@ impl Membership {
         self.members.push(Arc::new(Member {
             id: member_id.clone(),
             join: request,
+            token,
             report: NodeReport::default(),
             joined: now,
             reported: now,
@@ -169,6 +183,22 @@ impl Membership {
             .partition(|member| now.saturating_duration_since(member.reported) >= lease);
         self.members = stay;
         out
+    }
+
+    /// These are the join tokens that are revoked: takes out and returns those who came in by them.
+    pub fn revoke(&mut self, tokens: BTreeSet<String>) -> Vec<Arc<Member>> {
+        self.revoked = tokens;
+        let (out, stay): (Vec<_>, Vec<_>) = std::mem::take(&mut self.members)
+            .into_iter()
+            .partition(|member| member.token.as_ref().is_some_and(|token| self.revoked.contains(token)));
+        self.members = stay;
+        Arc::make_mut(&mut self.expelled).extend(out.iter().map(|member| member.join.node_id.clone()));
+        out
+    }
+
+    /// Node ids of those who were taken out because their token was revoked.
+    pub fn expelled(&self) -> &Arc<BTreeSet<String>> {
+        &self.expelled
     }
 
     /// A call to the node failed: no new work until its next report. False: no such node.
@@ -227,7 +257,7 @@ mod tests {
         let start = Instant::now();
         let at = |ms| start + Duration::from_millis(ms);
         let mut table = Membership::new(MembershipConfig::default());
-        let reply = table.join(node("d0", Role::Decode), "m1".into(), start).unwrap();
+        let reply = table.join(node("d0", Role::Decode), None, "m1".into(), start).unwrap();
         assert_eq!((reply.heartbeat_ms, reply.lease_ms), (500, 5000));
         assert!(!table.members()[0].ready());
         assert_eq!(table.report(report("m1", 7), at(100)), Ok(false));
@@ -257,12 +287,32 @@ mod tests {
     fn a_restart_replaces() {
         let now = Instant::now();
         let mut table = Membership::new(MembershipConfig::default());
-        table.join(node("d0", Role::Decode), "m1".into(), now).unwrap();
-        table.join(node("d0", Role::Decode), "m2".into(), now).unwrap();
+        table.join(node("d0", Role::Decode), None, "m1".into(), now).unwrap();
+        table.join(node("d0", Role::Decode), None, "m2".into(), now).unwrap();
         assert_eq!(table.members().len(), 1);
         assert!(table.leave("m1").is_none());
         assert!(table.leave("m2").is_some());
         assert!(table.members().is_empty());
+    }
+
+    /// Protects: whose token is revoked is out at once and does not come back; who came in by another does not notice.
+    #[test]
+    fn a_revoked_token_takes_its_members_out() {
+        let now = Instant::now();
+        let mut table = Membership::new(MembershipConfig::default());
+        for (id, token) in [("d0", "a"), ("d1", "b"), ("d2", "a")] {
+            table.join(node(id, Role::Decode), Some(token.into()), id.into(), now).unwrap();
+        }
+        table.join(node("d3", Role::Decode), None, "d3".into(), now).unwrap();
+        let ids = |members: &[Arc<Member>]| -> Vec<String> {
+            members.iter().map(|member| member.join.node_id.clone()).collect()
+        };
+        assert_eq!(ids(&table.revoke(["a".into()].into())), ["d0", "d2"]);
+        assert_eq!(ids(table.members()), ["d1", "d3"]);
+        assert!(table.report(report("d0", 1), now).is_err() && table.report(report("d1", 1), now).is_ok());
+        let again = table.join(node("d0", Role::Decode), Some("a".into()), "m".into(), now).unwrap_err();
+        assert_eq!(again.to_string(), "the join token of this node was revoked");
+        assert!(table.expelled().contains("d2") && !table.expelled().contains("d1"));
     }
 
     /// Protects: the identity is that of present members; alone, a node may come back as another model.
@@ -272,12 +322,12 @@ mod tests {
         let mut table = Membership::new(MembershipConfig::default());
         let mut large = node("d0", Role::Decode);
         large.model = "large".into();
-        table.join(node("d0", Role::Decode), "m1".into(), now).unwrap();
-        table.join(large.clone(), "m2".into(), now).unwrap();
-        assert!(table.join(node("p0", Role::Prefill), "m3".into(), now).is_err());
+        table.join(node("d0", Role::Decode), None, "m1".into(), now).unwrap();
+        table.join(large.clone(), None, "m2".into(), now).unwrap();
+        assert!(table.join(node("p0", Role::Prefill), None, "m3".into(), now).is_err());
         table.leave("m2");
-        table.join(node("p0", Role::Prefill), "m4".into(), now).unwrap();
-        assert!(table.join(large, "m5".into(), now).is_err());
+        table.join(node("p0", Role::Prefill), None, "m4".into(), now).unwrap();
+        assert!(table.join(large, None, "m5".into(), now).is_err());
     }
 
     #[derive(Debug, Clone)]
@@ -308,7 +358,7 @@ mod tests {
                     Step::Join { node: id, model } => {
                         let mut request = node(&format!("n{id}"), Role::Decode);
                         request.model = format!("model{model}");
-                        let _ = table.join(request, format!("m{count}"), now);
+                        let _ = table.join(request, None, format!("m{count}"), now);
                     }
                     Step::Report { member } => {
                         let known = table.members().iter().any(|m| m.id == format!("m{member}"));

@@ -2,13 +2,15 @@
 //!
 //! Callers: the router's start-up serves [`ClusterService`]; its dispatch reads [`Members`] and reports failed calls.
 
+use std::collections::BTreeSet;
 use std::net::SocketAddr;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use proto::v1::cluster_server::Cluster;
 use proto::v1::{
-    HeartbeatReply, JoinReply, JoinRequest, KvPeer, NodeReport, Role, StatusReply, StatusRequest,
+    HeartbeatReply, JoinReply, JoinRequest, KvPeer, NodeReport, RevocationsReply, RevocationsRequest, Role,
+    StatusReply, StatusRequest,
 };
 use tokio::sync::{mpsc, watch};
 use tokio_stream::wrappers::ReceiverStream;
@@ -17,6 +19,7 @@ use tonic::{Request, Response, Status, Streaming};
 
 use crate::admission::Refusal;
 use crate::membership::{Member, Membership, MembershipConfig};
+use crate::trust::{Caller, Identity, REVOKED, TOKENS_AGE_MAX};
 
 /// Replies that wait for a slow node; it sends no report without reading the reply to an earlier one for long.
 const REPLIES_WAITING_MAX: usize = 4;
@@ -26,6 +29,8 @@ const REPLIES_WAITING_MAX: usize = 4;
 pub struct Snapshot {
     /// In order of joining.
     pub members: Vec<Arc<Member>>,
+    /// Node ids of those whose join token was revoked while they were in.
+    pub expelled: Arc<BTreeSet<String>>,
 }
 
 impl Snapshot {
@@ -60,13 +65,16 @@ pub struct Members {
 struct Shared {
     table: Mutex<Membership>,
     changes: watch::Sender<Arc<Snapshot>>,
+    /// Ids of join tokens, as in the table.
+    revoked: watch::Sender<Arc<BTreeSet<String>>>,
 }
 
 impl Members {
     /// Nobody yet.
     pub fn new(config: MembershipConfig) -> Members {
         let (changes, _) = watch::channel(Arc::default());
-        Members { shared: Arc::new(Shared { table: Mutex::new(Membership::new(config)), changes }) }
+        let (revoked, _) = watch::channel(Arc::default());
+        Members { shared: Arc::new(Shared { table: Mutex::new(Membership::new(config)), changes, revoked }) }
     }
 
     /// Who is in now.
@@ -94,11 +102,15 @@ impl Members {
         self.lock().config().lease
     }
 
-    /// Lets a node in, as the gRPC service does.
+    /// Lets a node in that has no certificate, as the gRPC service does.
     pub fn join(&self, request: JoinRequest) -> Result<JoinReply, Refusal> {
+        self.join_by(request, None)
+    }
+
+    fn join_by(&self, request: JoinRequest, token: Option<String>) -> Result<JoinReply, Refusal> {
         let member_id = random_id();
         let (name, role, backend) = (request.name.clone(), request.role(), request.backend.clone());
-        let result = self.change(|table| table.join(request, member_id, now()));
+        let result = self.change(|table| table.join(request, token, member_id, now()));
         match &result {
             Ok(reply) => {
                 tracing::info!(
@@ -151,11 +163,36 @@ impl Members {
         }
     }
 
+    /// Looks every second which join tokens are revoked, takes out who came in by them, and tells the other nodes, until
+    /// `shutdown`. The router runs one such task where it has certificates.
+    pub async fn follow_tokens(&self, identity: Arc<Identity>, shutdown: CancellationToken) {
+        let mut ticks = tokio::time::interval(TOKENS_AGE_MAX);
+        while shutdown.run_until_cancelled(ticks.tick()).await.is_some() {
+            let revoked: BTreeSet<String> = identity.revoked().into_iter().collect();
+            if revoked != **self.shared.revoked.borrow() {
+                self.revoke(revoked);
+            }
+        }
+    }
+
+    fn revoke(&self, revoked: BTreeSet<String>) {
+        let out = self.change(|table| table.revoke(revoked.clone()));
+        self.shared.revoked.send_replace(Arc::new(revoked));
+        for member in out {
+            tracing::warn!(
+                node = member.join.name,
+                token = member.token,
+                "taken out: its join token was revoked"
+            );
+        }
+    }
+
     fn change<T>(&self, change: impl FnOnce(&mut Membership) -> T) -> T {
         let mut table = self.lock();
         let result = change(&mut table);
         // Sent under the lock, so that watchers see changes in their order.
-        self.shared.changes.send_replace(Arc::new(Snapshot { members: table.members().to_vec() }));
+        let (members, expelled) = (table.members().to_vec(), table.expelled().clone());
+        self.shared.changes.send_replace(Arc::new(Snapshot { members, expelled }));
         result
     }
 
@@ -187,6 +224,7 @@ impl ClusterService {
 impl Cluster for ClusterService {
     async fn join(&self, request: Request<JoinRequest>) -> Result<Response<JoinReply>, Status> {
         let peer = request.remote_addr();
+        let token = caller(&request);
         let mut join = request.into_inner();
         if let Some(address) = peer.and_then(|peer| reachable(&join.grpc_address, peer)) {
             join.grpc_address = address;
@@ -195,8 +233,9 @@ impl Cluster for ClusterService {
             Refusal::Invalid { .. } => Status::invalid_argument(refusal.to_string()),
             Refusal::Differs(_) => Status::failed_precondition(refusal.to_string()),
             Refusal::Full { .. } => Status::resource_exhausted(refusal.to_string()),
+            Refusal::Revoked => Status::unauthenticated(refusal.to_string()),
         };
-        self.members.join(join).map(Response::new).map_err(refused)
+        self.members.join_by(join, token).map(Response::new).map_err(refused)
     }
 
     type HeartbeatStream = ReceiverStream<Result<HeartbeatReply, Status>>;
@@ -234,6 +273,39 @@ impl Cluster for ClusterService {
         Ok(Response::new(ReceiverStream::new(stream)))
     }
 
+    type RevocationsStream = ReceiverStream<Result<RevocationsReply, Status>>;
+
+    async fn revocations(
+        &self,
+        request: Request<RevocationsRequest>,
+    ) -> Result<Response<Self::RevocationsStream>, Status> {
+        let own = caller(&request);
+        let mut revoked = self.members.shared.revoked.subscribe();
+        let (replies, stream) = mpsc::channel(1);
+        let shutdown = self.shutdown.clone();
+        tokio::spawn(async move {
+            let mut told = BTreeSet::new();
+            loop {
+                let now = revoked.borrow_and_update().clone();
+                let is_out = own.as_ref().is_some_and(|own| now.contains(own));
+                let reply = match is_out {
+                    true => Err(Status::unauthenticated(REVOKED)),
+                    false => Ok(RevocationsReply { tokens: now.difference(&told).cloned().collect() }),
+                };
+                told.extend(now.iter().cloned());
+                if replies.send(reply).await.is_err() || is_out {
+                    return;
+                }
+                tokio::select! {
+                    () = shutdown.cancelled() => return,
+                    () = replies.closed() => return,
+                    changed = revoked.changed() => if changed.is_err() { return },
+                }
+            }
+        });
+        Ok(Response::new(ReceiverStream::new(stream)))
+    }
+
     async fn status(&self, _: Request<StatusRequest>) -> Result<Response<StatusReply>, Status> {
         let (running, queued) = (self.requests)();
         let table = self.members.lock();
@@ -247,6 +319,11 @@ impl Cluster for ClusterService {
             version: config.version.clone(),
         }))
     }
+}
+
+/// The join token of who calls, where there are certificates.
+fn caller<T>(request: &Request<T>) -> Option<String> {
+    request.extensions().get::<Caller>().map(|caller| caller.token.clone())
 }
 
 /// A node that listens on every interface does not know under which address the router sees it; the router does.

@@ -11,11 +11,16 @@ mod identity;
 mod join_token;
 mod pinned;
 mod private_file;
+mod revocations;
+mod standing;
 
 pub use authority::{Authority, AuthorityError};
 pub use enrolment::{EnrollError, Enrolment, enroll};
+pub(crate) use identity::{Caller, REVOKED};
 pub use identity::{Identity, bulk_provider};
 pub use join_token::{JoinToken, JoinTokenError, TokenRecord, Tokens};
+pub use revocations::Revocations;
+pub(crate) use standing::TOKENS_AGE_MAX;
 
 /// Name of the router in its certificate, whatever its address.
 pub(crate) const ROUTER: &str = "router.baton.internal";

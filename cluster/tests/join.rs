@@ -1,11 +1,14 @@
 //! A node and a router's membership service over real sockets: joining, refusals, loss and return, drain, leaving.
 
+mod common;
+
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
 use cluster::{ClusterService, ClusterToken, JoinError, JoinEvent, Members, MembershipConfig, Snapshot};
-use proto::v1::{Identity, JoinRequest, KvPlane, KvSpec, NodeReport, Role, StatusRequest};
+use common::node;
+use proto::v1::{JoinRequest, NodeReport, Role, StatusRequest};
 use tokio::sync::mpsc;
 use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
@@ -13,27 +16,6 @@ use tonic::service::Routes;
 
 /// Nothing here takes this long; it only turns a hang into a failure.
 const PATIENCE: Duration = Duration::from_secs(30);
-
-fn node(id: &str, role: Role) -> JoinRequest {
-    let plane =
-        KvPlane { name: "k".into(), heads_total: 1, dim: 8, dtype: "f32".into(), ..KvPlane::default() };
-    JoinRequest {
-        node_id: id.into(),
-        name: id.into(),
-        role: role.into(),
-        version: env!("CARGO_PKG_VERSION").into(),
-        protocol: proto::PROTOCOL,
-        model: "tiny".into(),
-        identity: Some(Identity { graph: "g".into(), vocab: "v".into(), weights: "w".into() }),
-        kv_spec: Some(KvSpec { layers: 1, planes: vec![plane] }),
-        grpc_address: "0.0.0.0:7001".into(),
-        kv_addresses: vec![],
-        ranks: 1,
-        context_tokens: 128,
-        backend: "test".into(),
-        allow_mixed_weights: false,
-    }
-}
 
 struct Router {
     address: SocketAddr,

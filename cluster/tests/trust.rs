@@ -1,5 +1,7 @@
 //! A cluster whose connections are TLS: how a node comes in, and who does not.
 
+mod common;
+
 use std::fs;
 use std::net::SocketAddr;
 use std::path::PathBuf;
@@ -9,12 +11,15 @@ use std::time::{Duration, Instant};
 use cluster::channel::{cluster_client, decode_client};
 use cluster::{
     Authority, ClusterService, ClusterToken, Door, EnrollError, Enrolment, JoinToken, Members,
-    MembershipConfig, Refusals, Tokens, connect_lazy, enroll, server,
+    MembershipConfig, Refusals, Tokens, connect_lazy, enroll, follow_revocations, join, server,
 };
+use common::node;
 use proto::v1::decode_server::Decode;
 use proto::v1::{
-    DrainReply, DrainRequest, GenerateEvent, GenerateRequest, ProbeReply, ProbeRequest, StatusRequest,
+    DrainReply, DrainRequest, GenerateEvent, GenerateRequest, NodeReport, ProbeReply, ProbeRequest, Role,
+    StatusRequest,
 };
+use rustls::pki_types::CertificateDer;
 use tokio_util::sync::CancellationToken;
 use tonic::service::Routes;
 use tonic::service::interceptor::InterceptedService;
@@ -28,6 +33,7 @@ struct Router {
     folder: PathBuf,
     authority: Arc<Authority>,
     refusals: Arc<Refusals>,
+    members: Members,
     address: SocketAddr,
     stop: CancellationToken,
 }
@@ -39,18 +45,21 @@ impl Router {
         let authority = Arc::new(Authority::open(&folder).unwrap());
         let stop = CancellationToken::new();
         let members = Members::new(MembershipConfig::default());
-        let service = server::cluster(ClusterService::new(members, Arc::new(|| (0, 0)), stop.clone()));
+        let service = ClusterService::new(members.clone(), Arc::new(|| (0, 0)), stop.clone());
+        let service = server::cluster(service);
         let listener = server::bind(([127, 0, 0, 1], 0).into()).await.unwrap();
         let address = listener.local_addr().unwrap();
         let (token, ends) = (authority.router().unwrap(), stop.clone());
         let refusals = Arc::clone(token.refusals());
+        let (identity, follows, until) = (token.identity().unwrap().clone(), members.clone(), stop.clone());
+        tokio::spawn(async move { follows.follow_tokens(identity, until).await });
         let open = Routes::new(Enrolment::service(Arc::clone(&authority), Arc::clone(&refusals)));
         tokio::spawn(async move {
             server::serve_open(listener, &token, Routes::new(service), open, ends, Duration::ZERO)
                 .await
                 .unwrap();
         });
-        Router { folder, authority, refusals, address, stop }
+        Router { folder, authority, refusals, members, address, stop }
     }
 
     fn token(&self, name: &str) -> JoinToken {
@@ -100,8 +109,19 @@ impl Decode for Node {
 async fn nodes_agree_on_the_cheaper_cipher() {
     let router = Router::start("cipher").await;
     let [gpu, mac] = [router.enroll(&router.token("gpu")).await, router.enroll(&router.token("mac")).await];
-    let nodes = |token: ClusterToken| token.identity().unwrap().nodes().unwrap();
-    let ((_, client, name), (server, ..)) = (nodes(gpu.unwrap()), nodes(mac.unwrap()));
+    let (caller, called) = handshake(&gpu.unwrap(), &mac.unwrap());
+    assert!(!caller.is_handshaking() && !called.is_handshaking());
+    let suite = caller.negotiated_cipher_suite().map(|suite| suite.suite());
+    assert_eq!(suite, Some(rustls::CipherSuite::TLS13_AES_128_GCM_SHA256));
+}
+
+/// Two nodes as far as TLS takes them.
+fn handshake(
+    caller: &ClusterToken,
+    called: &ClusterToken,
+) -> (rustls::ClientConnection, rustls::ServerConnection) {
+    let nodes = |token: &ClusterToken| token.identity().unwrap().nodes().unwrap();
+    let ((_, client, name), (server, ..)) = (nodes(caller), nodes(called));
     let mut caller = rustls::ClientConnection::new(client, name).unwrap();
     let mut called = rustls::ServerConnection::new(server).unwrap();
     for _ in 0..4 {
@@ -124,9 +144,7 @@ async fn nodes_agree_on_the_cheaper_cipher() {
             caller.process_new_packets().unwrap();
         }
     }
-    assert!(!caller.is_handshaking() && !called.is_handshaking());
-    let suite = caller.negotiated_cipher_suite().map(|suite| suite.suite());
-    assert_eq!(suite, Some(rustls::CipherSuite::TLS13_AES_128_GCM_SHA256));
+    (caller, called)
 }
 
 /// A node comes in by its token, calls the router, and is called by it; not by another node, though that one has a
@@ -234,23 +252,92 @@ async fn strangers_stay_out() {
     assert!(router.status(&theirs).await.is_err());
 }
 
-/// A revoked token lets nobody in, and what came in by it is refused from its next call on; other tokens do not notice.
+/// A revoked token lets nobody in, and what came in by it is refused from its next call on, and is a member no more; other nodes
+/// hear of it and know its certificate, and go on as they were.
 #[tokio::test]
 async fn revoked_is_out() {
     let router = Router::start("revoked").await;
     let (gone, stays) = (router.token("gone"), router.token("stays"));
     let (out, inside) = (router.enroll(&gone).await.unwrap(), router.enroll(&stays).await.unwrap());
     router.status(&out).await.unwrap();
+    let address = router.address.to_string();
+    let mut follows = Vec::new();
+    let mut joins = Vec::new();
+    for (id, token) in [("out", &out), ("inside", &inside)] {
+        let (address, token, stop) = (address.clone(), token.clone(), router.stop.clone());
+        follows.push(tokio::spawn({
+            let (address, token) = (address.clone(), token.clone());
+            async move { follow_revocations(&address, &token).await }
+        }));
+        joins.push(tokio::spawn(async move {
+            let report = || NodeReport { ready: true, ..NodeReport::default() };
+            join(&address, node(id, Role::Decode), &token, report, |_| {}, stop).await
+        }));
+    }
+    let mut changes = router.members.subscribe();
+    let both = changes.wait_for(|now| now.find("out").is_some() && now.find("inside").is_some());
+    drop(tokio::time::timeout(PATIENCE, both).await.expect("both are in"));
+    let (of_inside, of_out) = handshake(&inside, &out);
+    let certs = |certs: Option<&[CertificateDer<'static>]>| certs.unwrap().to_vec();
+    let (cert_of_out, cert_of_inside) =
+        (certs(of_inside.peer_certificates()), certs(of_out.peer_certificates()));
+    let revocations = inside.identity().unwrap().revocations().unwrap().clone();
+    let stands = |certs: &[CertificateDer<'_>]| revocations.stands(certs);
+    assert!(stands(&cert_of_out) && stands(&cert_of_inside));
+
     Tokens::change(&router.folder, |tokens| tokens.revoke("gone", 1)).unwrap();
     assert!(matches!(router.enroll(&gone).await.unwrap_err(), EnrollError::Refused { .. }));
-    let begun = Instant::now();
-    let refused = loop {
-        match router.status(&out).await {
-            Err(status) => break status,
-            Ok(()) => assert!(begun.elapsed() < PATIENCE, "still in"),
-        }
-        tokio::time::sleep(Duration::from_millis(20)).await;
-    };
+    let expelled = changes.wait_for(|now| now.find("out").is_none() && now.expelled.contains("out"));
+    drop(tokio::time::timeout(PATIENCE, expelled).await.expect("it is out"));
+    // Its process hears why, whichever of its calls is first.
+    let wanted = format!("router {address} refused this node: the join token of this node was revoked");
+    let (heard, joined) = (follows.remove(0), joins.remove(0));
+    assert_eq!(tokio::time::timeout(PATIENCE, heard).await.unwrap().unwrap().to_string(), wanted);
+    assert_eq!(
+        tokio::time::timeout(PATIENCE, joined).await.unwrap().unwrap().unwrap_err().to_string(),
+        wanted
+    );
+    let refused = router.status(&out).await.unwrap_err();
     assert_eq!(refused.message(), "the join token of this node was revoked");
+
+    let begun = Instant::now();
+    while stands(&cert_of_out) {
+        assert!(begun.elapsed() < PATIENCE, "the other node does not hear of it");
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+    assert!(stands(&cert_of_inside) && revocations.version() == 1);
+    // A token that was made a moment ago, and its nodes, are known at once.
+    let young = router.enroll(&router.token("young")).await.unwrap();
+    router.status(&young).await.unwrap();
     router.status(&inside).await.unwrap();
+    assert!(router.members.snapshot().find("inside").is_some());
+    assert!(!follows[0].is_finished() && !joins[0].is_finished());
+}
+
+/// The router does not call whoever answers with the certificate of a revoked token, at whatever address.
+#[tokio::test]
+async fn revoked_is_not_called() {
+    let router = Router::start("called").await;
+    let gone = router.token("gone");
+    let node = router.enroll(&gone).await.unwrap();
+    let listener = server::bind(([127, 0, 0, 1], 0).into()).await.unwrap();
+    let address = listener.local_addr().unwrap().to_string();
+    let stop = router.stop.clone();
+    tokio::spawn(async move {
+        server::serve(listener, &node, Routes::new(server::decode(Node)), stop, Duration::ZERO)
+            .await
+            .unwrap();
+    });
+    let token = router.authority.router().unwrap();
+    let probe = async || {
+        let mut client = decode_client(connect_lazy(&address, &token).unwrap());
+        client.probe(ProbeRequest {}).await
+    };
+    assert_eq!(probe().await.unwrap().into_inner().step_us, 7);
+    Tokens::change(&router.folder, |tokens| tokens.revoke("gone", 1)).unwrap();
+    let begun = Instant::now();
+    while probe().await.is_ok() {
+        assert!(begun.elapsed() < PATIENCE, "still called");
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
 }

@@ -43,6 +43,12 @@ pub enum SessionError {
         /// What was seen.
         reason: String,
     },
+    /// The other end does not belong to the cluster any more.
+    #[error("the join token of {peer} was revoked")]
+    Revoked {
+        /// The other end.
+        peer: String,
+    },
     /// The other end was silent for too long.
     #[error("{what} for {ms} ms")]
     Expired {
@@ -158,7 +164,7 @@ impl SessionError {
             SessionError::Known(_) | SessionError::Unknown(_) => FailCode::Unknown,
             SessionError::Expired { .. } => FailCode::Expired,
             SessionError::Refused { code, .. } => *code,
-            SessionError::Proof(_) => FailCode::Proof,
+            SessionError::Proof(_) | SessionError::Revoked { .. } => FailCode::Proof,
             SessionError::Frame(FrameError::PayloadChecksum { .. } | FrameError::HeadChecksum { .. }) => {
                 FailCode::Checksum
             }

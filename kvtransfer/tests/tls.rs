@@ -4,15 +4,17 @@ mod common;
 
 use std::io::{Read, Write};
 use std::net::TcpStream;
-use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use backend::{DType, KvSpec};
-use common::net::{LOCAL, expect_all, open, session};
+use common::net::{LOCAL, expect_all, open, push_all, session};
 use common::{CLOSE, Cache, Case, MemExport};
 use kvtransfer::transport::Dialer;
-use kvtransfer::transport::tls::{Tls, TlsDialer};
-use kvtransfer::{Limits, OnTurned, Receiver, Sender, Turned};
+use kvtransfer::transport::tls::{CertificateDer, Peers, Tls, TlsDialer};
+use kvtransfer::wire::Incoming;
+use kvtransfer::{Limits, OnTurned, Receiver, Sender, SessionError, Turned};
 use rcgen::{BasicConstraints, CertificateParams, CertifiedIssuer, IsCa, KeyPair};
 use rustls::crypto::ring;
 use rustls::pki_types::{PrivateKeyDer, ServerName};
@@ -54,7 +56,8 @@ fn tls(own: &Authority, trusted: &Authority) -> Tls {
         .with_root_certificates(roots)
         .with_client_auth_cert(chain, private())
         .unwrap();
-    Tls { server: Arc::new(server), client: Arc::new(client), name: ServerName::try_from(NAME).unwrap() }
+    let name = ServerName::try_from(NAME).unwrap();
+    Tls { server: Arc::new(server), client: Arc::new(client), name, peers: None }
 }
 
 fn case(tokens: u32) -> Case {
@@ -111,6 +114,122 @@ fn strangers_are_refused_both_ways() {
     let silent = std::net::TcpListener::bind(LOCAL).unwrap();
     let silent = silent.local_addr().unwrap().to_string();
     assert!(TlsDialer(tls(&ours, &ours)).dial(&silent, Duration::from_millis(50)).is_err());
+}
+
+/// Certificates that were revoked, as one process has heard.
+#[derive(Default)]
+struct Revoked(Mutex<Vec<CertificateDer<'static>>>, AtomicU64);
+
+impl Revoked {
+    fn add(&self, cert: &CertificateDer<'static>) {
+        self.0.lock().unwrap().push(cert.clone());
+        self.1.fetch_add(1, Ordering::Release);
+    }
+}
+
+impl Peers for Revoked {
+    fn version(&self) -> u64 {
+        self.1.load(Ordering::Acquire)
+    }
+
+    fn stands(&self, certs: &[CertificateDer<'_>]) -> bool {
+        certs.first().is_some_and(|cert| !self.0.lock().unwrap().contains(cert))
+    }
+}
+
+/// The certificate that `tls` shows.
+fn cert(tls: &Tls) -> CertificateDer<'static> {
+    tls.client
+        .client_auth_cert_resolver
+        .resolve(&[], &[rustls::SignatureScheme::ECDSA_NISTP256_SHA256])
+        .unwrap()
+        .cert[0]
+        .clone()
+}
+
+/// Tells `tls` who was revoked.
+fn told(tls: Tls) -> (Tls, Arc<Revoked>) {
+    let revoked = Arc::<Revoked>::default();
+    (Tls { peers: Some(revoked.clone()), ..tls }, revoked)
+}
+
+/// Slow enough that a session is under way for a while.
+fn slow() -> Limits {
+    Limits { rate_bytes_per_s: Some(1 << 20), frame_bytes: 16 << 10, ..Limits::default() }
+}
+
+/// Waits until something has been sent.
+fn under_way(sender: &Sender) {
+    let begun = Instant::now();
+    while sender.links().iter().all(|link| link.bytes == 0) {
+        assert!(begun.elapsed() < Duration::from_secs(10), "nothing is sent");
+        std::thread::sleep(Duration::from_millis(5));
+    }
+}
+
+/// A sender that was revoked is cut off in the middle of a session, which fails at once and says why; it gets no other
+/// connection, and who sends to the same receiver does not notice. The sender here has not heard that it was revoked.
+#[test]
+fn a_revoked_sender_is_cut_off() {
+    let ours = authority();
+    let (counts, counted) = std::sync::mpsc::channel();
+    let turned = OnTurned::new(move |turned| {
+        if let Turned::Because(reason) = turned {
+            // A test that has ended does not listen.
+            let _ = counts.send(reason);
+        }
+    });
+    let (own, revoked) = told(tls(&ours, &ours));
+    let receiver = Receiver::bind_counted(LOCAL, Limits::default(), Some(own), turned).unwrap();
+    let address = receiver.local_addr().to_string();
+    let [bad, good] = [tls(&ours, &ours), tls(&ours, &ours)];
+    let senders = [&bad, &good].map(|tls| Sender::with_dialer(slow(), Box::new(TlsDialer(tls.clone()))));
+    // 4 layers x 2 planes x 8 heads x 64 x 2 B = 8 KiB per token: 1.6 MB, a second and a half.
+    let ends: Vec<_> = senders
+        .iter()
+        .map(|sender| {
+            let case = case(200);
+            let landed = expect_all(&case, std::slice::from_ref(&receiver), 16, true);
+            let (push, pushed) = open(&case, 0, sender, &[vec![address.clone()]]);
+            push_all(&case, 0, &push, 32, 16, true);
+            push.close(CLOSE);
+            (pushed, landed)
+        })
+        .collect();
+    senders.iter().for_each(under_way);
+    revoked.add(&cert(&bad));
+    let (_, cut) = ends[0].1.recv().unwrap();
+    assert!(matches!(cut.result, Err(SessionError::Revoked { .. })), "{:?}", cut.result);
+    assert!(ends[0].0.recv().unwrap().is_err());
+    let mut wire = TlsDialer(bad).dial(&address, Duration::from_secs(10)).unwrap();
+    assert!(!matches!(wire.source.head(None), Ok(Incoming::Head(_))));
+    assert_eq!(counted.recv_timeout(Duration::from_secs(10)), Ok("join token revoked"));
+    let (_, whole) = ends[1].1.recv().unwrap();
+    assert!(whole.result.is_ok() && ends[1].0.recv().unwrap().is_ok());
+    assert!(whole.landing.cache.is_right());
+}
+
+/// A receiver that was revoked gets nothing more of a session under way, and no further connection. It has not heard that it was
+/// revoked.
+#[test]
+fn a_revoked_receiver_is_cut_off() {
+    let ours = authority();
+    let theirs = tls(&ours, &ours);
+    let receiver = Receiver::bind_with(LOCAL, Limits::default(), Some(theirs.clone())).unwrap();
+    let address = receiver.local_addr().to_string();
+    let (own, revoked) = told(tls(&ours, &ours));
+    let sender = Sender::with_dialer(slow(), Box::new(TlsDialer(own.clone())));
+    let case = case(200);
+    let landed = expect_all(&case, std::slice::from_ref(&receiver), 16, true);
+    let (push, pushed) = open(&case, 0, &sender, &[vec![address.clone()]]);
+    push_all(&case, 0, &push, 32, 16, true);
+    push.close(CLOSE);
+    under_way(&sender);
+    revoked.add(&cert(&theirs));
+    assert_eq!(pushed.recv().unwrap(), Err(SessionError::Revoked { peer: address.clone() }));
+    assert!(landed.recv().unwrap().1.result.is_err());
+    let refused = TlsDialer(own).dial(&address, Duration::from_secs(10)).err().expect("refused");
+    assert_eq!(refused.to_string(), "its join token was revoked");
 }
 
 /// What encryption costs on loopback: sessions of 64 MiB by turns in clear and over TLS, between the same two ends. Run by hand:

@@ -1,6 +1,7 @@
 //! The thread that owns the device: opens it, loads this rank's part of the model, and serves the engine until stopped.
 
 use std::net::TcpListener;
+use std::sync::Arc;
 use std::thread;
 use std::time::{Instant, SystemTime, UNIX_EPOCH};
 
@@ -9,7 +10,7 @@ use backend_cpu::CpuBackend;
 use cluster::Door;
 use engine::tp::Trust;
 use engine::{Commands, EngineOptions, Place, Runner, Terms};
-use kvtransfer::transport::tls::Tls;
+use kvtransfer::transport::tls::{self, CertificateDer, Tls};
 use kvtransfer::{OnTurned, Turned, Ways};
 use models::{Checkpoint, Identity, Model, ModelError};
 use tokio::sync::oneshot;
@@ -246,7 +247,7 @@ fn serve<B: Backend>(
         step_tokens,
         chunk_tokens,
         kv_bind: config.kv_bind,
-        kv_tls: tls(config)?,
+        kv_tls: certified(config)?,
         kv_turned: turned(config, Door::Kv),
         kv_advertise: config.advertise.iter().cloned().collect(),
         land_deadline: config.land_deadline,
@@ -278,7 +279,7 @@ fn serve<B: Backend>(
     let terms = Terms {
         trust: Trust {
             secret: config.token.expose().as_bytes().to_vec(),
-            tls: tls(config)?,
+            tls: certified(config)?,
             sealing: config.sealing,
             turned: turned(config, Door::Rank),
         },
@@ -313,12 +314,26 @@ fn turned(config: &NodeConfig, door: Door) -> OnTurned {
 }
 
 /// TLS for the KV wire and the links of ranks, where this process has a certificate.
-fn tls(config: &NodeConfig) -> Result<Option<Tls>, NodeError> {
+fn certified(config: &NodeConfig) -> Result<Option<Tls>, NodeError> {
     let Some(identity) = config.token.identity() else { return Ok(None) };
     let (server, client, name) = identity
         .nodes()
         .map_err(|error| NodeError::System { what: "TLS", reason: std::io::Error::other(error) })?;
-    Ok(Some(Tls { server, client, name }))
+    let peers = identity.revocations().map(|revocations| Arc::new(Peers(revocations.clone())) as _);
+    Ok(Some(Tls { server, client, name, peers }))
+}
+
+/// Which other nodes this one exchanges anything with.
+struct Peers(Arc<cluster::trust::Revocations>);
+
+impl tls::Peers for Peers {
+    fn version(&self) -> u64 {
+        self.0.version()
+    }
+
+    fn stands(&self, certs: &[CertificateDer<'_>]) -> bool {
+        self.0.stands(certs)
+    }
 }
 
 /// Greater than any epoch of an earlier process: milliseconds since 1970.

@@ -161,6 +161,13 @@ impl Parts {
         stdout
     }
 
+    /// The flag for a node that joins by a token of its own.
+    pub fn token_file(&self, name: &str) -> String {
+        let path = self.folder.join(format!("token-{name}"));
+        fs::write(&path, self.token(&["create", name])).expect("writes");
+        format!("--token-file={}", path.display())
+    }
+
     /// Where nodes join, `host:port`.
     pub fn cluster(&self) -> String {
         format!("127.0.0.1:{}", self.cluster)
@@ -185,6 +192,12 @@ impl Parts {
         let part = self.part(name);
         assert!(part.child.try_wait().expect("a child").is_some(), "{name} still runs");
         *part = Part::start(part.name.clone(), part.arguments.clone(), part.passes);
+    }
+
+    /// As [`Parts::restart`], with another flag.
+    pub fn restart_with(&mut self, name: &str, flag: &str) {
+        self.part(name).arguments.push(flag.to_owned());
+        self.restart(name);
     }
 
     /// kill -9 of all ranks of a node, then starts them again.

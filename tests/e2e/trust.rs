@@ -6,6 +6,7 @@ use std::time::Instant;
 
 use serde_json::json;
 
+use crate::client::Said;
 use crate::harness::{LOOK, PATIENCE, baton, free_port, model, output};
 use crate::parts::{Parts, TOKEN, ids};
 
@@ -86,4 +87,49 @@ async fn by_token_and_certificate() {
     let (ok, _, stderr) = output(&mut baton(&["status", &router, &format!("--token={TOKEN}")]));
     assert!(!ok, "{stderr}");
     parts.wait_until_ready(&["p.0", "d.0"]).await;
+}
+
+/// A machine whose token is revoked is out in the middle of its work, and says why; who was served by it does not notice, and who
+/// came in by another token stays.
+#[tokio::test]
+async fn a_revoked_machine_is_out() {
+    let mut parts = Parts::certified(&["--disaggregation=always"]);
+    let lent = parts.token_file("lent");
+    parts.prefill("p", 1, &[&lent, "--chunk-tokens=128", "--step-tokens=128"]);
+    parts.decode("d", 2, &["--rank-encryption=always"]);
+    parts.wait_until_ready(&["p.0", "d.0"]).await;
+    let body = |salt: &str| {
+        json!({
+            "prompt": ids(7, 3_000), "max_tokens": 40, "temperature": 0, "ignore_eos": true, "logprobs": 0,
+            "cache_salt": salt,
+        })
+    };
+    let whole = Said::all(parts.complete_begin(&body("whole")).await).await;
+    assert_eq!(whole.tokens.len(), 40);
+    // One prompt after the other: while the first is answered, the others are still computed and sent.
+    let mut streams = Vec::new();
+    for salt in ["first", "second", "third", "fourth"] {
+        streams.push(parts.complete_begin(&body(salt)).await);
+    }
+    let mut said = Said::default();
+    said.read(&mut streams[0], 1).await;
+    parts.token(&["revoke", "lent"]);
+    let (ended, log) = parts.wait_for_end("p.0").await;
+    let last = log.lines().last().unwrap_or_default();
+    assert!(
+        !ended.success() && last.ends_with("refused this node: the join token of this node was revoked"),
+        "{log}"
+    );
+    said.read(&mut streams[0], usize::MAX).await;
+    said.assert_same(&whole, "of the first");
+    for stream in streams.drain(1..) {
+        Said::all(stream).await.assert_same(&whole, "of the others");
+    }
+    let log = parts.log();
+    assert!(log.contains("taken out: its join token was revoked"), "{log}");
+    assert!(log.contains("a join token was revoked: who came in by it is cut off"), "{log}");
+    // Another token lets the machine in again.
+    parts.restart_with("p.0", &parts.token_file("again"));
+    parts.wait_until_ready(&["p.0", "d.0"]).await;
+    assert_eq!(Said::all(parts.complete_begin(&body("again")).await).await.tokens, whole.tokens);
 }

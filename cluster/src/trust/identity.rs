@@ -1,26 +1,30 @@
-//! A process's certificate, and whom it lets call: nodes are called by the router, the router by nodes whose join token still
-//! stands.
+//! A process's certificate, and whom it talks to: nodes are called by the router, the router by nodes whose join token still
+//! stands; and nodes exchange caches with nodes whose token was not revoked.
 
+use std::error::Error;
 use std::fmt;
-use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, PoisonError};
-use std::time::{Duration, Instant};
+use std::path::Path;
+use std::sync::Arc;
+use std::time::Duration;
 
+use rustls::client::{Resumption, WebPkiServerVerifier};
 use rustls::crypto::{CryptoProvider, ring};
 use rustls::pki_types::pem::PemObject;
 use rustls::pki_types::{CertificateDer, PrivateKeyDer, ServerName};
 use rustls::server::WebPkiClientVerifier;
 use rustls::version::TLS13;
 use rustls::{CipherSuite, ClientConfig, RootCertStore, ServerConfig};
-use tonic::transport::{Certificate, ClientTlsConfig};
+use tonic::transport::{Certificate, ClientTlsConfig, Endpoint};
 use webpki::EndEntityCert;
 
-use super::{NODE, ROUTER, TOKEN_SUFFIX, Tokens};
+use super::revocations::Revocations;
+use super::standing::{Called, Standing};
+use super::{NODE, ROUTER, TOKEN_SUFFIX};
 
 /// A peer that is not through its handshake by then is not heard.
 const HANDSHAKE: Duration = Duration::from_secs(5);
-/// The file of tokens is read again this often, when somebody calls.
-const TOKENS_AGE_MAX: Duration = Duration::from_secs(1);
+/// What a node hears whose join token was revoked.
+pub(crate) const REVOKED: &str = "the join token of this node was revoked";
 
 /// The cryptography of who calls a node to send it a cache: AES-128 first, whose 10 rounds of the 14 of AES-256 show in what
 /// a core encrypts. The one who calls says what comes first.
@@ -40,22 +44,23 @@ pub struct Identity {
 
 /// Who may call this process.
 enum Peers {
-    /// The router: this is a node.
-    Router,
+    /// The router: this is a node, which has heard of these.
+    Router(Arc<Revocations>),
     /// Nodes whose token stands: this is the router.
-    Nodes(Standing),
+    Nodes(Arc<Standing>),
 }
 
-/// Which tokens stand, by their file.
-struct Standing {
-    folder: PathBuf,
-    read: Mutex<Option<(Instant, Tokens)>>,
+/// Who calls the router.
+#[derive(Clone, Debug)]
+pub(crate) struct Caller {
+    /// Id of the join token that it came in by.
+    pub token: String,
 }
 
 impl Identity {
     /// Of the router with the authority in `folder`.
     pub(super) fn router(cert_pem: &str, authority_pem: &str, key_pem: &str, folder: &Path) -> Identity {
-        let peers = Peers::Nodes(Standing { folder: folder.into(), read: Mutex::default() });
+        let peers = Peers::Nodes(Arc::new(Standing::of(folder)));
         Identity {
             // The authority goes along: those who have no certificate yet know it by its fingerprint.
             cert_pem: format!("{cert_pem}{authority_pem}"),
@@ -67,7 +72,7 @@ impl Identity {
 
     /// Of a node.
     pub(super) fn node(cert_pem: String, authority_pem: String, key_pem: String) -> Identity {
-        Identity { cert_pem, key_pem, authority_pem, peers: Peers::Router }
+        Identity { cert_pem, key_pem, authority_pem, peers: Peers::Router(Arc::default()) }
     }
 
     /// How to serve gRPC. Everybody shows a certificate, except who comes to the router for one.
@@ -77,17 +82,23 @@ impl Identity {
         Ok(server)
     }
 
-    /// How to call: the router calls nodes, nodes call the router.
-    pub(crate) fn client(&self) -> ClientTlsConfig {
-        let name = match self.peers {
-            Peers::Router => ROUTER,
-            Peers::Nodes(_) => NODE,
-        };
-        ClientTlsConfig::new()
+    /// How to call: the router calls nodes whose token stands, nodes call the router.
+    pub(crate) fn client(&self, endpoint: Endpoint) -> Result<Endpoint, Box<dyn Error>> {
+        let tls = ClientTlsConfig::new()
             .identity(tonic::transport::Identity::from_pem(&self.cert_pem, &self.key_pem))
-            .ca_certificate(Certificate::from_pem(&self.authority_pem))
-            .domain_name(name)
-            .timeout(HANDSHAKE)
+            .timeout(HANDSHAKE);
+        Ok(match &self.peers {
+            Peers::Router(_) => {
+                let authority = Certificate::from_pem(&self.authority_pem);
+                endpoint.tls_config(tls.ca_certificate(authority).domain_name(ROUTER))?
+            }
+            Peers::Nodes(standing) => {
+                let provider = Arc::new(ring::default_provider());
+                let signed = WebPkiServerVerifier::builder_with_provider(self.roots()?, provider).build()?;
+                let called = Arc::new(Called { signed, standing: standing.clone() });
+                endpoint.tls_config_with_verifier(tls.domain_name(NODE), called)?
+            }
+        })
     }
 
     /// TLS 1.3 between nodes, certificates of both ends: to serve with, to call with, and the name of who is called.
@@ -97,10 +108,12 @@ impl Identity {
         let mut server = self.serving(false)?;
         // An idle connection on which something has come is not used again: nothing comes unasked.
         server.send_tls13_tickets = 0;
-        let client = ClientConfig::builder_with_provider(Arc::new(bulk_provider()))
+        let mut client = ClientConfig::builder_with_provider(Arc::new(bulk_provider()))
             .with_protocol_versions(&[&TLS13])?
             .with_root_certificates(self.roots()?)
             .with_client_auth_cert(self.chain()?, self.key()?)?;
+        // Every connection shows certificates anew.
+        client.resumption = Resumption::disabled();
         let name = ServerName::try_from(NODE).map_err(|error| wrong(&error))?;
         Ok((Arc::new(server), Arc::new(client), name))
     }
@@ -131,41 +144,48 @@ impl Identity {
         Ok(Arc::new(roots))
     }
 
-    /// Whether who shows this certificate, which the authority has signed, may call. The error says why not.
-    pub(crate) fn admits(&self, certs: &[CertificateDer<'_>]) -> Result<(), &'static str> {
+    /// Whether who shows this certificate, which the authority has signed, may call; the router learns who it is. The error
+    /// says why not.
+    pub(crate) fn admits(&self, certs: &[CertificateDer<'_>]) -> Result<Option<Caller>, &'static str> {
         let cert = certs.first().ok_or("no certificate")?;
         let cert = EndEntityCert::try_from(cert).map_err(|_| "a certificate that cannot be read")?;
         let names: Vec<&str> = cert.valid_dns_names().collect();
         match &self.peers {
-            Peers::Router if names.contains(&ROUTER) => Ok(()),
-            Peers::Router => Err("not the router's certificate"),
-            Peers::Nodes(standing) => {
-                let token = names.iter().find_map(|name| name.strip_suffix(TOKEN_SUFFIX));
-                match token.filter(|_| names.contains(&NODE)) {
-                    Some(token) if standing.holds(token) => Ok(()),
-                    Some(_) => Err("the join token of this node was revoked"),
-                    None => Err("not a node's certificate"),
-                }
-            }
+            Peers::Router(_) if names.contains(&ROUTER) => Ok(None),
+            Peers::Router(_) => Err("not the router's certificate"),
+            Peers::Nodes(standing) => match token_of(certs).filter(|_| names.contains(&NODE)) {
+                Some(token) if standing.holds(&token) => Ok(Some(Caller { token })),
+                Some(_) => Err(REVOKED),
+                None => Err("not a node's certificate"),
+            },
         }
     }
+
+    /// Which join tokens were revoked, as this node has heard; `None` of the router, which reads their file.
+    pub fn revocations(&self) -> Option<&Arc<Revocations>> {
+        match &self.peers {
+            Peers::Router(revocations) => Some(revocations),
+            Peers::Nodes(_) => None,
+        }
+    }
+
+    /// Of the router: ids of the join tokens that are revoked, read anew.
+    pub(crate) fn revoked(&self) -> Vec<String> {
+        match &self.peers {
+            Peers::Router(_) => Vec::new(),
+            Peers::Nodes(standing) => standing.revoked(),
+        }
+    }
+}
+
+/// Id of the join token in a node's certificate.
+pub(super) fn token_of(certs: &[CertificateDer<'_>]) -> Option<String> {
+    let cert = EndEntityCert::try_from(certs.first()?).ok()?;
+    cert.valid_dns_names().find_map(|name| name.strip_suffix(TOKEN_SUFFIX)).map(str::to_owned)
 }
 
 fn wrong(error: &dyn fmt::Display) -> rustls::Error {
     rustls::Error::General(error.to_string())
-}
-
-impl Standing {
-    fn holds(&self, token: &str) -> bool {
-        let mut read = self.read.lock().unwrap_or_else(PoisonError::into_inner);
-        if read.as_ref().is_none_or(|(at, _)| at.elapsed() > TOKENS_AGE_MAX) {
-            match Tokens::read(&self.folder) {
-                Ok(tokens) => *read = Some((Instant::now(), tokens)),
-                Err(error) => tracing::warn!("{error}; join tokens stay as they were"),
-            }
-        }
-        read.as_ref().is_some_and(|(_, tokens)| tokens.stands(token))
-    }
 }
 
 impl fmt::Debug for Identity {

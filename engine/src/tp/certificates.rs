@@ -66,5 +66,6 @@ fn server(trusted: &Authority, chain: Chain, key: PrivateKeyDer<'static>) -> Tls
         .with_single_cert(chain, key)
         .unwrap();
     server.send_tls13_tickets = 0;
-    Tls { server: Arc::new(server), client: client(trusted, None), name: ServerName::try_from(NAME).unwrap() }
+    let name = ServerName::try_from(NAME).unwrap();
+    Tls { server: Arc::new(server), client: client(trusted, None), name, peers: None }
 }

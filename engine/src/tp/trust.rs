@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 
 use backend::RankLink;
 use kvtransfer::transport::sealed::Sealed;
-use kvtransfer::transport::tls::{self, Connection, Tls};
+use kvtransfer::transport::tls::{self, Connection, Revoked, Tls};
 use kvtransfer::{OnTurned, Turned};
 use subtle::ConstantTimeEq;
 
@@ -77,7 +77,7 @@ impl Trust {
         wait: impl FnOnce(&TcpStream) -> Result<Instant, TpError>,
     ) -> Result<Opened, TpError> {
         let peer = stream.peer_addr()?.ip();
-        let Some(tls) = self.sealed(kind, peer) else { return Ok(Opened { stream, tls: None }) };
+        let Some(tls) = self.sealed(kind, peer) else { return Ok(Opened { stream, sealed: None }) };
         let mut stopped = None;
         let waited = |stream: &TcpStream| {
             wait(stream).map_err(|error| {
@@ -86,7 +86,7 @@ impl Trust {
             })
         };
         match tls::connect(&mut stream, tls, until, waited) {
-            Ok(connection) => Ok(Opened { stream, tls: Some(connection) }),
+            Ok(connection) => Ok(Opened { stream, sealed: Some((connection, tls.clone())) }),
             Err(error) => Err(stopped.unwrap_or(TpError::Io(error))),
         }
     }
@@ -99,7 +99,7 @@ impl Trust {
         until: Instant,
     ) -> Result<Opened, TpError> {
         stream.set_nonblocking(false)?;
-        let Some(tls) = &self.tls else { return Ok(Opened { stream, tls: None }) };
+        let Some(tls) = &self.tls else { return Ok(Opened { stream, sealed: None }) };
         let peer = stream.peer_addr()?.ip();
         stream.set_read_timeout(Some(left(until)?))?;
         let mut first = [0];
@@ -108,11 +108,11 @@ impl Trust {
         }
         if first[0] == TLS_HANDSHAKE {
             let connection = tls::accepted(&mut stream, tls, until).map_err(TpError::Tls)?;
-            return Ok(Opened { stream, tls: Some(connection) });
+            return Ok(Opened { stream, sealed: Some((connection, tls.clone())) });
         }
         match self.sealed(kind, peer) {
             Some(_) => Err(TpError::InClear),
-            None => Ok(Opened { stream, tls: None }),
+            None => Ok(Opened { stream, sealed: None }),
         }
     }
 
@@ -122,6 +122,7 @@ impl Trust {
         let turned = match error {
             TpError::Tls(error) | TpError::Io(error) if silent(error) => Turned::Because("silent"),
             TpError::Tls(error) if error.kind() == ErrorKind::InvalidData => Turned::Handshake(error),
+            TpError::Tls(error) if Revoked::is(error) => Turned::Because("join token revoked"),
             TpError::InClear => Turned::Because("in clear"),
             TpError::Proof | TpError::Unproved => Turned::Because("secret not proved"),
             TpError::Protocol(_) => Turned::Because("not a rank"),
@@ -134,28 +135,28 @@ impl Trust {
 /// A link whose ends know each other's certificates, where they have some.
 pub(super) struct Opened {
     stream: TcpStream,
-    tls: Option<Connection>,
+    sealed: Option<(Connection, Tls)>,
 }
 
 impl Opened {
     /// For one thread.
     pub fn link(self) -> Box<dyn RankLink> {
-        match self.tls {
+        match self.sealed {
             None => Box::new(self.stream),
-            Some(tls) => Box::new(Sealed::new(self.stream, tls)),
+            Some((connection, tls)) => Box::new(Sealed::new(self.stream, connection, &tls)),
         }
     }
 
     /// For a thread each way.
     pub fn duplex(self) -> Result<Duplex, TpError> {
         let stream = self.stream.try_clone()?;
-        Ok(match self.tls {
+        Ok(match self.sealed {
             None => {
                 let reader = Box::new(self.stream.try_clone()?);
                 Duplex { stream, reader, writer: Box::new(self.stream) }
             }
-            Some(tls) => {
-                let (reader, writer) = tls::halves(self.stream, tls)?;
+            Some((connection, tls)) => {
+                let (reader, writer) = tls::halves(self.stream, connection, &tls)?;
                 Duplex { stream, reader: Box::new(reader), writer: Box::new(writer) }
             }
         })

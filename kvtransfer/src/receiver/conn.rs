@@ -4,7 +4,7 @@ use std::net::Shutdown;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use crate::frame::{FrameError, Head, Kind};
+use crate::frame::{Head, Kind};
 use crate::id::fill_random;
 use crate::message::Message;
 use crate::receiver::probe;
@@ -12,6 +12,7 @@ use crate::receiver::registry::{Place, Registry};
 use crate::receiver::slot::{Conn, Slot};
 use crate::session::{Handshake, millis, parse};
 use crate::sync::lock;
+use crate::transport::tls::Revoked;
 use crate::wire::{FrameSource, Incoming, WireError, control_payload};
 use crate::{SessionError, SessionId};
 
@@ -132,6 +133,7 @@ pub(super) fn read(
 pub(super) fn lost(conn: &Conn, error: WireError) -> SessionError {
     match error {
         WireError::Frame(error) => error.into(),
+        WireError::Io(error) if Revoked::is(&error) => SessionError::Revoked { peer: conn.peer.clone() },
         WireError::Io(error) => SessionError::Lost { peer: conn.peer.clone(), reason: error.to_string() },
     }
 }
@@ -154,11 +156,12 @@ fn receive(
                 slot.lost(conn, "closed by the sender");
                 return lock(&conn.fate).take().map_or(Ok(None), Err);
             }
-            Err(WireError::Io(error)) => {
+            Err(WireError::Io(error)) if !Revoked::is(&error) => {
                 slot.lost(conn, &error.to_string());
                 return lock(&conn.fate).take().map_or(Ok(None), Err);
             }
-            Err(WireError::Frame(error)) => return Err(spoilt(conn, slot, error)),
+            // Its sender does not come back.
+            Err(error) => return Err(spoilt(conn, slot, lost(conn, error))),
         };
         match head.kind {
             Kind::Hello if slot.landed() => return Ok(Some(head)),
@@ -166,17 +169,17 @@ fn receive(
             _ => match control_payload(source, &head, None) {
                 Ok((payload, crc)) => match parse(&head, &payload, crc) {
                     Ok(message) => slot.message(conn, &head, message),
-                    Err(error) => return Err(spoilt(conn, slot, error)),
+                    Err(error) => return Err(spoilt(conn, slot, error.into())),
                 },
                 Err(WireError::Io(error)) => slot.lost(conn, &error.to_string()),
-                Err(WireError::Frame(error)) => return Err(spoilt(conn, slot, error)),
+                Err(WireError::Frame(error)) => return Err(spoilt(conn, slot, error.into())),
             },
         }
     }
 }
 
 /// A bad frame ends its session, and its connection even when the session was over.
-fn spoilt(conn: &Conn, slot: &dyn Slot, error: FrameError) -> SessionError {
-    slot.fail(Some(conn), error.clone().into());
-    error.into()
+fn spoilt(conn: &Conn, slot: &dyn Slot, error: SessionError) -> SessionError {
+    slot.fail(Some(conn), error.clone());
+    error
 }

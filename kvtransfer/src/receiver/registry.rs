@@ -88,6 +88,7 @@ impl Registry {
     pub fn turned_away(&self, error: &SessionError) {
         let because = match error {
             SessionError::Proof(_) => "ticket not proved",
+            SessionError::Revoked { .. } => "join token revoked",
             SessionError::Unknown(_) => "no such admission",
             SessionError::Stale { .. } => "ticket of another session",
             SessionError::Expired { .. } => "silent",

@@ -11,6 +11,7 @@ use crate::sender::pool::Pool;
 use crate::sender::watch::SILENT;
 use crate::session::send::retryable;
 use crate::session::{Outcome, Sending, parse};
+use crate::transport::tls::Revoked;
 use crate::transport::ucx::Ways;
 use crate::wire::{Incoming, Wire, WireError, control_payload};
 use crate::{Limits, SessionError};
@@ -96,7 +97,10 @@ pub(super) fn connect(
             }
             let dialed = pool.dial(&address, ways, patience.min(left));
             let greeted = dialed
-                .map_err(|error| SessionError::Connect { peer: address.clone(), reason: error.to_string() })
+                .map_err(|error| match Revoked::is(&error) {
+                    true => SessionError::Revoked { peer: address.clone() },
+                    false => SessionError::Connect { peer: address.clone(), reason: error.to_string() },
+                })
                 .map_err(Ungreeted::from)
                 .and_then(|wire| greet(pair, index, &pool.limits, wire, until));
             pool.note(&address, greeted.as_ref().err().is_none_or(|ungreeted| ungreeted.refused));

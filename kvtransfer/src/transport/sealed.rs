@@ -9,6 +9,8 @@ use std::ops::Range;
 use backend::RankLink;
 use rustls::Connection;
 
+use super::tls::{Standing, Tls};
+
 /// Ciphertext read at once.
 const READ_BYTES: usize = 128 << 10;
 /// Plaintext encrypted at once, before it goes to the socket; what a write takes at the most.
@@ -18,6 +20,7 @@ const WRITE_BYTES: usize = 128 << 10;
 pub struct Sealed {
     stream: TcpStream,
     tls: Connection,
+    standing: Standing,
     cipher: Box<[u8]>,
     /// Of `cipher`: read, not yet taken in.
     ready: Range<usize>,
@@ -34,11 +37,11 @@ impl fmt::Debug for Sealed {
 }
 
 impl Sealed {
-    /// Over `stream`, whose handshake `tls` has been through.
-    pub fn new(stream: TcpStream, mut tls: Connection) -> Self {
-        tls.set_buffer_limit(Some(WRITE_BYTES));
-        let cipher = vec![0; READ_BYTES].into_boxed_slice();
-        Sealed { stream, tls, cipher, ready: 0..0, out: Vec::new(), gone: 0 }
+    /// Over `stream`, whose handshake `connection` has been through by `tls`.
+    pub fn new(stream: TcpStream, mut connection: Connection, tls: &Tls) -> Self {
+        connection.set_buffer_limit(Some(WRITE_BYTES));
+        let (cipher, standing) = (vec![0; READ_BYTES].into_boxed_slice(), Standing::new(tls));
+        Sealed { stream, tls: connection, standing, cipher, ready: 0..0, out: Vec::new(), gone: 0 }
     }
 
     /// Hands records that are ready to the socket: all of them, or an error.
@@ -78,6 +81,7 @@ impl RankLink for Sealed {
 impl Read for Sealed {
     fn read(&mut self, into: &mut [u8]) -> io::Result<usize> {
         loop {
+            self.standing.check(&self.tls, &self.stream)?;
             match self.tls.reader().read(into) {
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
                 // A rank that closes without saying so is lost as any other.
@@ -107,6 +111,7 @@ impl Write for Sealed {
     }
 
     fn write_vectored(&mut self, slices: &[IoSlice<'_>]) -> io::Result<usize> {
+        self.standing.check(&self.tls, &self.stream)?;
         // One piece at a time: what a rank does not take stays with who sends.
         self.push()?;
         let taken = self.tls.writer().write_vectored(slices)?;

@@ -5,10 +5,12 @@
 use std::fmt;
 use std::io::{self, IoSlice, Read, Write};
 use std::net::TcpStream;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 pub use rustls::Connection;
+pub use rustls::pki_types::CertificateDer;
 use rustls::pki_types::ServerName;
 use rustls::{ClientConfig, ClientConnection, ServerConfig, ServerConnection};
 
@@ -32,6 +34,64 @@ pub struct Tls {
     pub client: Arc<ClientConfig>,
     /// Name in the certificates of those that connections are made to.
     pub name: ServerName<'static>,
+    /// Of those with a right certificate, who may talk; `None`: all.
+    pub peers: Option<Arc<dyn Peers>>,
+}
+
+/// Who may talk, of those that the authority has certified. Asked at the end of a handshake, and when the answer may have changed.
+pub trait Peers: Send + Sync {
+    /// Changes when [`Peers::stands`] may answer otherwise than before; 0 as long as it has turned nobody down. Asked at every read
+    /// and write.
+    fn version(&self) -> u64;
+
+    /// Whether the owner of these certificates, its own first, may talk.
+    fn stands(&self, certs: &[CertificateDer<'_>]) -> bool;
+}
+
+/// Why a read or write fails whose peer does not stand any more, or a handshake whose peer never did.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("its join token was revoked")]
+pub struct Revoked;
+
+impl Revoked {
+    /// Whether it is the reason of `error`.
+    pub fn is(error: &io::Error) -> bool {
+        error.get_ref().is_some_and(|inner| inner.is::<Revoked>())
+    }
+}
+
+/// Whether the other end of one connection still stands.
+#[derive(Default)]
+pub(super) struct Standing {
+    peers: Option<Arc<dyn Peers>>,
+    /// When it was looked at last.
+    version: AtomicU64,
+    ended: AtomicBool,
+}
+
+impl Standing {
+    pub fn new(tls: &Tls) -> Self {
+        Standing { peers: tls.peers.clone(), ..Standing::default() }
+    }
+
+    /// Errors with [`Revoked`] when the other end of `connection` may not talk any more; one that is not through its handshake is
+    /// nobody yet. One number is read where nothing has changed.
+    pub fn check(&self, connection: &Connection, stream: &TcpStream) -> io::Result<()> {
+        let Some(peers) = &self.peers else { return Ok(()) };
+        let version = peers.version();
+        if version == self.version.load(Ordering::Relaxed) || connection.is_handshaking() {
+            return Ok(());
+        }
+        if !peers.stands(connection.peer_certificates().unwrap_or_default()) {
+            if !self.ended.swap(true, Ordering::Relaxed) {
+                let peer = stream.peer_addr().map_or_else(|_| "a peer".to_owned(), |peer| peer.to_string());
+                tracing::warn!(peer, "connection ended: {Revoked}");
+            }
+            return Err(io::Error::new(io::ErrorKind::PermissionDenied, Revoked));
+        }
+        self.version.store(version, Ordering::Relaxed);
+        Ok(())
+    }
 }
 
 /// The same configurations, not ones that look alike.
@@ -61,7 +121,7 @@ impl Dialer for TlsDialer {
         let mut stream = tcp::connect(address, timeout)?;
         tcp::prepare(&stream)?;
         let connection = connect(&mut stream, &self.0, until, |_| Ok(until))?;
-        wire(stream, connection, address.to_owned())
+        wire(stream, connection, &self.0, address.to_owned())
     }
 }
 
@@ -79,6 +139,7 @@ pub fn connect(
     say(stream, &mut connection, until)?;
     let until = wait(stream)?;
     shake_hands(stream, &mut connection, until)?;
+    Standing::new(tls).check(&connection, stream)?;
     Ok(connection)
 }
 
@@ -87,6 +148,7 @@ pub fn accepted(stream: &mut TcpStream, tls: &Tls, until: Instant) -> io::Result
     let connection = ServerConnection::new(tls.server.clone());
     let mut connection = Connection::Server(connection.map_err(io::Error::other)?);
     shake_hands(stream, &mut connection, until)?;
+    Standing::new(tls).check(&connection, stream)?;
     Ok(connection)
 }
 
@@ -129,9 +191,11 @@ fn left(until: Instant) -> io::Result<Duration> {
 pub fn halves(
     stream: TcpStream,
     mut connection: Connection,
+    tls: &Tls,
 ) -> io::Result<(impl Read + ReadTimeout + Send + 'static, impl Write + WriteTimeout + Send + 'static)> {
     connection.set_buffer_limit(Some(WRITE_BYTES));
-    let shared = Arc::new(Shared { state: Mutex::new(connection), out: Mutex::new(stream.try_clone()?) });
+    let (state, out) = (Mutex::new(connection), Mutex::new(stream.try_clone()?));
+    let shared = Arc::new(Shared { state, out, standing: Standing::new(tls) });
     let writer = Writer { stream: stream.try_clone()?, shared: shared.clone(), cipher: Vec::new() };
     Ok((Reader { stream, shared, cipher: vec![0; READ_BYTES], ready: 0..0 }, writer))
 }
@@ -140,12 +204,12 @@ pub fn halves(
 pub fn accept(stream: TcpStream, tls: &Tls, peer: String) -> io::Result<Wire> {
     tcp::prepare(&stream)?;
     let connection = ServerConnection::new(tls.server.clone()).map_err(io::Error::other)?;
-    wire(stream, Connection::Server(connection), peer)
+    wire(stream, Connection::Server(connection), tls, peer)
 }
 
-fn wire(stream: TcpStream, connection: Connection, peer: String) -> io::Result<Wire> {
+fn wire(stream: TcpStream, connection: Connection, tls: &Tls, peer: String) -> io::Result<Wire> {
     let control = tcp::control(&stream)?;
-    let (reader, writer) = halves(stream, connection)?;
+    let (reader, writer) = halves(stream, connection, tls)?;
     Ok(split(reader, writer, control, peer))
 }
 
@@ -153,6 +217,7 @@ fn wire(stream: TcpStream, connection: Connection, peer: String) -> io::Result<W
 struct Shared {
     state: Mutex<Connection>,
     out: Mutex<TcpStream>,
+    standing: Standing,
 }
 
 impl Shared {
@@ -201,6 +266,7 @@ impl Read for Reader {
     fn read(&mut self, into: &mut [u8]) -> io::Result<usize> {
         loop {
             let mut state = self.shared.state();
+            self.shared.standing.check(&state, &self.stream)?;
             match state.reader().read(into) {
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
                 // A peer that closes without saying so ends a session as any lost connection does: the counts are missing.
@@ -254,6 +320,7 @@ impl Write for Writer {
     fn write_vectored(&mut self, slices: &[IoSlice<'_>]) -> io::Result<usize> {
         let mut out = self.shared.out.lock().unwrap_or_else(PoisonError::into_inner);
         let mut state = self.shared.state();
+        self.shared.standing.check(&state, &self.stream)?;
         let mut written = 0;
         for slice in slices {
             let part = &slice[..slice.len().min(WRITE_BYTES - written)];

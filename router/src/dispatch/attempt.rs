@@ -154,7 +154,7 @@ impl Attempt<'_> {
             answer = timeout(limit, call) => {
                 answer.unwrap_or_else(|_| Err(Status::deadline_exceeded(format!("no answer within {limit:?}"))))
             }
-            () = decode.departed.cancelled() => Err(Status::unavailable("it stopped reporting")),
+            () = decode.departed.cancelled() => Err(Status::unavailable("it is not in the cluster any more")),
         };
         if let Err(status) = &answer {
             span.fail(status.message());
@@ -200,7 +200,7 @@ impl Attempt<'_> {
             answer = timeout(limit, call) => {
                 answer.unwrap_or_else(|_| Err(Status::deadline_exceeded(format!("no answer within {limit:?}"))))
             }
-            () = prefill.departed.cancelled() => Err(Status::unavailable("it stopped reporting")),
+            () = prefill.departed.cancelled() => Err(Status::unavailable("it is not in the cluster any more")),
         };
         match answer {
             Ok(call) => {

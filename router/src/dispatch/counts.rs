@@ -16,7 +16,7 @@ pub enum Cause {
     DecodeLost,
     /// The group gave the sequence up for want of room.
     Preempted,
-    /// A node stopped reporting.
+    /// A node stopped reporting, or its join token was revoked.
     LeaseExpired,
     /// A node kept the call and said nothing for too long.
     Stalled,

@@ -165,6 +165,7 @@ mod tests {
         Member {
             id: id.into(),
             join: JoinRequest { node_id: "d0".into(), ..JoinRequest::default() },
+            token: None,
             report: NodeReport { epoch: 1, ..NodeReport::default() },
             joined: reported,
             reported,

@@ -60,8 +60,8 @@ impl Nodes {
         self.members.suspect(&member.join.node_id);
     }
 
-    /// Cancelled when the node has sent no report for a lease and then has been away for another. A call that breaks says
-    /// so sooner; this is for peers whose connection stays up.
+    /// Cancelled when the node has sent no report for a lease and then has been away for another, or at once when its join token
+    /// was revoked. A call that breaks says so sooner; this is for peers whose connection stays up.
     pub fn departure(&self, member: &Member) -> Shutdown {
         self.lock().presence.entry(member.join.node_id.clone()).or_default().0.clone()
     }
@@ -77,7 +77,8 @@ impl Nodes {
             if snapshot.find(node_id).is_some() {
                 return true;
             }
-            let gone = now.duration_since(*away.get_or_insert(now)) >= lease;
+            let gone =
+                snapshot.expelled.contains(node_id) || now.duration_since(*away.get_or_insert(now)) >= lease;
             if gone {
                 departed.cancel();
             }
@@ -138,6 +139,7 @@ mod tests {
         let member = Arc::new(Member {
             id: "m".into(),
             join: JoinRequest { node_id: "d0".into(), ..JoinRequest::default() },
+            token: None,
             report: Default::default(),
             joined: now,
             reported: now,
@@ -145,7 +147,7 @@ mod tests {
             drain: false,
         });
         let members = if present { vec![member.clone()] } else { vec![] };
-        (member, Snapshot { members })
+        (member, Snapshot { members, ..Snapshot::default() })
     }
 
     /// Protects: a node that comes back within a lease keeps its streams; one that stays away loses them.
@@ -168,5 +170,18 @@ mod tests {
         assert!(departed.is_cancelled());
         nodes.watch(&here, at(13));
         assert!(!nodes.departure(&member).is_cancelled());
+    }
+
+    /// Protects: calls to a node whose token was revoked end at once.
+    #[test]
+    fn expelled() {
+        let nodes = Nodes::new(Members::new(MembershipConfig::default()), ClusterToken::generate().unwrap());
+        let (member, here) = snapshot(true);
+        let departed = nodes.departure(&member);
+        nodes.watch(&here, Instant::now());
+        assert!(!departed.is_cancelled());
+        let out = Snapshot { expelled: Arc::new(["d0".into()].into()), ..Snapshot::default() };
+        nodes.watch(&out, Instant::now());
+        assert!(departed.is_cancelled());
     }
 }

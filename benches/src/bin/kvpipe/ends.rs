@@ -102,6 +102,7 @@ impl Spec {
             server: Arc::new(server),
             client: Arc::new(client),
             name: ServerName::try_from(NAME).context("name")?,
+            peers: None,
         }))
     }
 }

@@ -1,13 +1,15 @@
 //! Who meets and who does not: order, agreement, proof, certificates; and sums over the links that come of it.
 
 use std::io::{Read, Write};
+use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex};
 
 use backend::{DType, KvSpec, RankLink};
-use kvtransfer::transport::tls::Tls;
+use kvtransfer::transport::tls::{self, CertificateDer, Peers, Tls};
 use kvtransfer::{OnTurned, Turned};
 
 use super::*;
+use crate::handle::Command;
 use crate::tp::Sealing;
 use crate::tp::certificates::{Authority, nameless, tls};
 
@@ -131,6 +133,65 @@ fn strangers_take_no_part() {
     let (heard, counted) = turned(Trust { secret: b"t".to_vec(), ..sealed(tls(&ours, &ours)).0 });
     assert!(heard.contains("does not hold the cluster's token"), "{heard}");
     assert_eq!(counted, ["secret not proved"]);
+}
+
+/// Everybody's certificates, from the moment that they are revoked.
+#[derive(Default)]
+struct Revoked(std::sync::atomic::AtomicU64);
+
+impl Peers for Revoked {
+    fn version(&self) -> u64 {
+        self.0.load(Ordering::Acquire)
+    }
+
+    fn stands(&self, _: &[CertificateDer<'_>]) -> bool {
+        self.version() == 0
+    }
+}
+
+/// Protects: a rank whose join token is revoked is out of a group that runs, and of every later one, though it does not know.
+#[test]
+fn a_revoked_rank_is_cut_off() {
+    let ours = Authority::new();
+    let revoked = Arc::<Revoked>::default();
+    let (leader, told) = sealed(Tls { peers: Some(revoked.clone()), ..tls(&ours, &ours) });
+    let rank = sealed(tls(&ours, &ours)).0;
+    let groups = meet_by(leader.clone(), 2, vec![(member(1), rank.clone())]);
+    let mut groups: Vec<Group> = groups.into_iter().map(Result::unwrap).collect();
+    let mut links: Vec<_> = groups
+        .iter_mut()
+        .map(|group| match group.collective().unwrap().links {
+            Links::Sockets(links) => links.into_iter().flatten().next().unwrap(),
+            _ => panic!("no sockets"),
+        })
+        .collect();
+    let runs: Vec<_> = groups
+        .iter_mut()
+        .map(|group| {
+            let (engine, commands) = crate::engine();
+            group.run(&commands).unwrap();
+            (engine, commands)
+        })
+        .collect();
+    let mut byte = [0];
+    links[1].write_all(&[7]).unwrap();
+    links[0].read_exact(&mut byte).unwrap();
+    links[1].write_all(&[8]).unwrap();
+    revoked.0.store(1, Ordering::Release);
+    // What is computed: nothing goes out, and nothing that has come is read.
+    assert!(links[0].write(&[7]).is_err_and(|error| tls::Revoked::is(&error)));
+    assert!(links[0].read(&mut byte).is_err_and(|error| tls::Revoked::is(&error)));
+    // What is planned: the leader's link is lost with the next heartbeat.
+    let Ok(Command::Frame { frame: Err(lost), .. }) = runs[0].1.receiver.recv_timeout(Duration::from_secs(5))
+    else {
+        panic!("the leader keeps its link")
+    };
+    assert!(lost.to_string().ends_with("its join token was revoked"), "{lost}");
+    drop(groups);
+    // It does not come back.
+    let groups = meet_by(leader, 2, vec![(member(1), rank)]);
+    assert!(groups[1].is_err());
+    assert_eq!(*told.lock().unwrap(), ["join token revoked"]);
 }
 
 /// Protects: ranks of one machine pay nothing for certificates unless they are told to.

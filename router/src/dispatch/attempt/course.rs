@@ -103,7 +103,7 @@ impl<'a> Course<'a> {
                     return Err(self.decode_broke(&Status::unavailable("its stream ended without an end")));
                 }
                 Heard::Departed(role) => {
-                    return Err(self.silent(role, Cause::LeaseExpired, "it stopped reporting"));
+                    return Err(self.silent(role, Cause::LeaseExpired, "it is not in the cluster any more"));
                 }
                 Heard::Silence => {
                     if let Some((_, failure)) = self.doubt {
