@@ -7,6 +7,7 @@ use std::path::Path;
 
 use anyhow::{Context, Result, bail, ensure};
 use serde_json::{Value, json};
+use sha2::{Digest, Sha256};
 
 use super::How;
 
@@ -106,12 +107,12 @@ fn form(first: &str, text: bool) -> Result<(Form, &'static str)> {
 fn request(input: &Input, number: u64, line: &str, how: &How, model: &str) -> Result<Request> {
     let object =
         || serde_json::from_str::<Value>(line).ok().filter(Value::is_object).context("not a JSON object");
-    let (id, mut body) = match input.form {
+    let mut body = match input.form {
         Form::OpenAi => {
             let id = object()?["custom_id"].as_str().context("no custom_id")?.to_owned();
             return Ok(Request { id, line: line.trim().to_owned() });
         }
-        Form::Bodies => (format!("line-{number}"), object()?),
+        Form::Bodies => object()?,
         Form::Prompts => {
             // A line that is a JSON string may hold line ends.
             let text = serde_json::from_str::<String>(line).unwrap_or_else(|_| line.to_owned());
@@ -124,14 +125,22 @@ fn request(input: &Input, number: u64, line: &str, how: &How, model: &str) -> Re
             if let Some(temperature) = how.temperature {
                 body["temperature"] = json!(temperature);
             }
-            (format!("line-{number}"), body)
+            body
         }
     };
+    let id = name(number, &body, how);
     if body.get("model").is_none() {
         body["model"] = model.into();
     }
     let line = json!({"custom_id": id, "method": "POST", "url": input.endpoint, "body": body}).to_string();
     Ok(Request { id, line })
+}
+
+/// Names a line by its place and by what it asks: answers of a file that was changed since are not taken for its own.
+fn name(number: u64, body: &Value, how: &How) -> String {
+    let sum = Sha256::digest(format!("{body} {:?}", how.model));
+    let sum: String = sum[..4].iter().map(|byte| format!("{byte:02x}")).collect();
+    format!("line-{number}-{sum}")
 }
 
 #[cfg(test)]
@@ -173,7 +182,7 @@ mod tests {
         let all = requests("bodies", "{\"prompt\": \"x\"}\n\n{\"prompt\": \"y\", \"model\": \"n\"}", false)
             .expect("reads");
         let value = |request: &Request| serde_json::from_str::<Value>(&request.line).expect("JSON");
-        assert_eq!((all[0].id.as_str(), all[1].id.as_str()), ("line-1", "line-3"));
+        assert!(all[0].id.starts_with("line-1-") && all[1].id.starts_with("line-3-"), "{all:?}");
         assert_eq!(value(&all[0])["url"], "/v1/completions");
         assert_eq!(
             (&value(&all[0])["body"]["model"], &value(&all[1])["body"]["model"]),
@@ -184,6 +193,9 @@ mod tests {
         let content = |i: usize| value(&all[i])["body"]["messages"][1]["content"].clone();
         assert_eq!((content(0), content(1)), (json!("Hello"), json!("two\nlines")));
         assert_eq!(value(&all[0])["body"]["max_tokens"], 5);
+        // What was answered is known by what it asked.
+        let changed = requests("changed", "Hello!\n\"two\\nlines\"\n", false).expect("reads");
+        assert!(changed[0].id != all[0].id && changed[1].id == all[1].id, "{changed:?} {all:?}");
         let all = requests("text", "{not JSON\n", true).expect("reads");
         assert_eq!(value(&all[0])["body"]["messages"][1]["content"], "{not JSON");
         for wrong in ["", "{not JSON", "{\"a\": 1}", r#"{"custom_id": "a", "url": "/x", "body": {}}"#] {

@@ -45,8 +45,15 @@ async fn a_file_is_answered() {
     let (ok, _, stderr) = batch(&url, &run);
     assert!(ok && stderr.contains("completed: 3 of 3 lines"), "{stderr}");
     let got = lines(&answers);
-    let ids: Vec<_> = got.iter().map(|line| line["custom_id"].as_str().expect("an id")).collect();
-    assert_eq!(ids, ["line-1", "line-3", "line-4"]);
+    let ids = |lines: &[Value]| -> Vec<String> {
+        lines.iter().map(|line| line["custom_id"].as_str().expect("an id").to_owned()).collect()
+    };
+    let whole = ids(&got);
+    let begins = ["line-1-", "line-3-", "line-4-"];
+    assert!(
+        whole.len() == 3 && whole.iter().zip(begins).all(|(id, begin)| id.starts_with(begin)),
+        "{whole:?}"
+    );
     assert!(got.iter().all(|line| line["response"]["body"]["choices"][0]["message"]["content"].is_string()));
     let asked = cluster.metric("baton_batch_lines_total", "").await;
     let (ok, _, stderr) = batch(&url, &run);
@@ -58,8 +65,14 @@ async fn a_file_is_answered() {
     let (ok, _, stderr) = batch(&url, &run);
     assert!(ok, "{stderr}");
     assert_eq!(cluster.metric("baton_batch_lines_total", "").await, asked + 1.0);
-    let again: Vec<_> = lines(&answers).iter().map(|line| line["custom_id"].clone()).collect();
-    assert_eq!(again, ["line-1", "line-3", "line-4"]);
+    assert_eq!(ids(&lines(&answers)), whole);
+    // A prompt was changed: its answer is asked for anew, and the one to what it was is gone.
+    fs::write(&prompts, "Who are you?\n\nTell me a story.\nHello\n").expect("writes");
+    let (ok, _, stderr) = batch(&url, &run);
+    assert!(ok, "{stderr}");
+    assert_eq!(cluster.metric("baton_batch_lines_total", "").await, asked + 2.0);
+    let changed = ids(&lines(&answers));
+    assert!(changed.len() == 3 && changed[1] != whole[1] && changed[2] == whole[2], "{changed:?}");
 
     // Step by step; a line that cannot be served shows in the exit code and in the results.
     let two = folder.join("two.jsonl");
