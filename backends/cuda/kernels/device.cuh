@@ -124,6 +124,12 @@ __device__ __forceinline__ void copies_wait() {
     asm volatile("cp.async.wait_group %0;" ::"n"(LEFT) : "memory");
 }
 
+// `x`, from which the compiler computes nothing ahead of this place: that would hold registers.
+__device__ __forceinline__ u32 only_here(u32 x) {
+    asm volatile("" : "+r"(x));
+    return x;
+}
+
 // 2^x without subnormals: weights of a softmax.
 __device__ __forceinline__ float power_of_two(float x) {
     float y;

@@ -21,11 +21,11 @@ __device__ __forceinline__ void product_group(const ProductArgs& a) {
     const u32 steps = (a.k + INPUTS - 1) / INPUTS;
     const Quant quant = quant_of(a, tile.expert);
     const bf16* w = (const bf16*)a.w + (u64)tile.expert * a.n * a.k;
-    const bf16* x[PIECES];
+    u32 rows[PIECES];
 #pragma unroll
     for (int i = 0; i < PIECES; ++i) {
         const u32 m = line + i * LINES;
-        x[i] = (const bf16*)a.x + (u64)row_of(a, tile.first + (m < tile.count ? m : 0)) * a.k;
+        rows[i] = row_of(a, tile.first + (m < tile.count ? m : 0));
     }
     // Codes are read a step before they become numbers, so that nobody waits for memory in between.
     Eight ahead[PIECES];
@@ -45,7 +45,7 @@ __device__ __forceinline__ void product_group(const ProductArgs& a) {
 #pragma unroll
         for (int i = 0; i < PIECES; ++i) {
             const u32 m = line + i * LINES;
-            copy_async(sx + swizzled(m, c), x[i] + (inside ? k : 0), inside && m < tile.count);
+            copy_async(sx + swizzled(m, c), (const bf16*)a.x + (u64)rows[i] * a.k + (inside ? k : 0), inside && m < tile.count);
         }
         auto put_eight = [&](bf16* to, const float(&y)[8]) {
             u32 pairs[4];
@@ -59,7 +59,7 @@ __device__ __forceinline__ void product_group(const ProductArgs& a) {
             for (int i = 0; i < PIECES; ++i) {
                 const u32 n = line + i * LINES;
                 float y[8] = {0, 0, 0, 0, 0, 0, 0, 0};
-                if (inside && n_first + n < a.n) decode8(quant, n_first + n, k, y);
+                if (inside && n_first + n < a.n) decode8(quant, n_first + n, only_here(k), y);
                 put_eight(sw + swizzled(n, c), y);
             }
         } else {

@@ -85,28 +85,36 @@ __device__ __forceinline__ void decode8(const Quant& q, u32 row, u32 k, float (&
         u32 head = 2 + (has_min ? 2 : 0), size = head + (fifth ? 4 : 0) + 16;
         const u8* block = codes + k / 32 * size;
         float d = half_at(block), m = has_min ? half_at(block + 2) : 0.0f;
-        u32 high = 0;
-        if (fifth) high = (u32)block[head] | (u32)block[head + 1] << 8 | (u32)block[head + 2] << 16 | (u32)block[head + 3] << 24;
-        const u8* at = block + size - 16;
-        int zero = fifth ? 16 : 8;
-        for (int i = 0; i < 8; ++i) {
-            u32 place = k % 32 + i;
-            u32 four = place < 16 ? at[place] & 15 : at[place - 16] >> 4;
-            int code = (int)(four | (high >> place & 1) << 4);
-            out[i] = has_min ? (float)code * d + m : (float)(code - zero) * d;
+        u32 high = fifth ? (half_word_at(block + head) | half_word_at(block + head + 2) << 16) >> k % 32 : 0;
+        // Eights are low halves of bytes, or high ones; blocks have an even number of bytes.
+        const u8* at = block + size - 16 + k % 16;
+        u32 shift = k % 32 < 16 ? 0 : 4;
+        const int zero = has_min ? 0 : fifth ? 16 : 8;
+#pragma unroll
+        for (int i = 0; i < 8; i += 2) {
+            u32 pair = half_word_at(at + i) >> shift;
+#pragma unroll
+            for (int j = 0; j < 2; ++j) {
+                int code = (int)((pair >> j * 8 & 15) | (high >> (i + j) & 1) << 4);
+                out[i + j] = (float)(code - zero) * d + m;
+            }
         }
         return;
     }
     if (q.format == Q6_K) {
+        // Blocks have an even number of bytes, and an eight one scale.
         const u8* block = codes + k / 256 * 210;
-        float d = half_at(block + 208);
-        for (int i = 0; i < 8; ++i) {
-            u32 at = k % 256 + i, part = at / 128, quarter = at / 32 % 4, l = at % 32;
-            u32 low = block[part * 64 + quarter % 2 * 32 + l];
-            low = quarter < 2 ? low & 15 : low >> 4;
-            u32 high = block[128 + part * 32 + l] >> (quarter * 2) & 3;
-            float scale = (float)(i8)block[192 + part * 8 + quarter * 2 + l / 16];
-            out[i] = d * scale * ((float)(low | high << 4) - 32.0f);
+        const u32 part = k % 256 / 128, quarter = k % 128 / 32, l = k % 32;
+        const u8 *low = block + part * 64 + quarter % 2 * 32 + l, *high = block + 128 + part * 32 + l;
+        const float scale = half_at(block + 208) * (float)(i8)block[192 + part * 8 + quarter * 2 + l / 16];
+#pragma unroll
+        for (int i = 0; i < 8; i += 2) {
+            u32 fours = half_word_at(low + i) >> quarter / 2 * 4, twos = half_word_at(high + i) >> quarter * 2;
+#pragma unroll
+            for (int j = 0; j < 2; ++j) {
+                u32 code = (fours >> j * 8 & 15) | (twos >> j * 8 & 3) << 4;
+                out[i + j] = scale * ((float)code - 32.0f);
+            }
         }
         return;
     }
