@@ -25,13 +25,14 @@ pub struct Launch {
     pub(crate) shared_bytes: u32,
 }
 
-/// A dense product `out = x W^T` of elements of `dtype`, without bias: x `[m, k]`, W `[n, k]`, out `[m, n]` with rows
-/// `out_stride` elements apart, of `dtype` or f32. Sums are f32.
+/// A dense product `out = x W^T + bias` of elements of `dtype`: x `[m, k]`, W `[n, k]`, bias `[n]` or 0 for none, out `[m, n]` with
+/// rows `out_stride` elements apart, of `dtype` or f32. Sums are f32, the bias within them; it is of out's type.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Dense {
     pub(crate) dtype: DType,
     pub(crate) x: u64,
     pub(crate) w: u64,
+    pub(crate) bias: u64,
     pub(crate) out: u64,
     pub(crate) out_f32: bool,
     pub(crate) m: usize,

@@ -136,6 +136,12 @@ impl Emulated {
         self
     }
 
+    /// Kernels that were queued so far.
+    #[cfg(test)]
+    pub(crate) fn launched(&self) -> impl Iterator<Item = &'static str> {
+        of(&self.machine).loaded.clone().into_iter()
+    }
+
     /// With no more memory than it has given out.
     #[cfg(test)]
     pub(crate) fn exhaust(&self) {

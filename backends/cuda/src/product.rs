@@ -46,6 +46,9 @@ const fn groups(kernel: &'static str) -> Tiling {
 /// From so many rows on a quantised matrix is decoded once and given to the library.
 const ROWS_DECODED: usize = 256;
 
+/// Where a bias begins that a library takes, in bytes.
+const BIAS_ALIGN: u64 = 16;
+
 /// Rows that meet the experts of a layer, as `routes` has placed them.
 pub(crate) struct Routed {
     pub(crate) tiling: Tiling,
@@ -103,7 +106,7 @@ impl<D: Driver> Device<D> {
                 self.product_fp8(rounded, rows.div_ceil(tiling.rows), args)?;
                 continue;
             }
-            if bias == 0 && rows > FEW.rows && self.dense_part(matrix, part, x, rows, at, out_f32)? {
+            if rows > FEW.rows && self.dense_part(matrix, part, &args)? {
                 continue;
             }
             self.run(tiling, rows.div_ceil(tiling.rows), part.outputs, &args)?;
@@ -111,22 +114,26 @@ impl<D: Driver> Device<D> {
         Ok(())
     }
 
-    /// Through the device's library, where it has one.
+    /// Through the device's library, where it has one: the dense product that `args` are of.
     fn dense_part(
         &self,
         matrix: &Matrix<D>,
         part: &Part<D>,
-        x: u64,
-        rows: usize,
-        out: u64,
-        out_f32: bool,
+        args: &ProductArgs,
     ) -> Result<bool, BackendError> {
+        let out_f32 = args.out_f32 != 0 || !self.bf16();
+        // A library wants a bias of the type that it writes, in its places.
+        if args.bias != 0 && (out_f32 == self.bf16() || !args.bias.is_multiple_of(BIAS_ALIGN)) {
+            return Ok(false);
+        }
+        let rows = args.m as usize;
         let dense = |w| Dense {
             dtype: self.dtype,
-            x,
+            x: args.x,
             w,
-            out,
-            out_f32: out_f32 || !self.bf16(),
+            bias: args.bias,
+            out: args.out,
+            out_f32,
             m: rows,
             n: part.outputs,
             k: matrix.inputs,
@@ -243,6 +250,7 @@ impl<D: Driver> Device<D> {
             dtype: self.dtype,
             x,
             w,
+            bias: 0,
             out,
             out_f32: !self.bf16(),
             m: rows,
@@ -294,5 +302,66 @@ fn of<D: Driver>(matrix: &Matrix<D>, part: &Part<D>) -> ProductArgs {
             out_stride,
             ..ProductArgs::default()
         },
+    }
+}
+
+#[cfg(all(test, feature = "emulator"))]
+mod tests {
+    use backend::{Backend, DType, DeviceOptions, Group, KSum, Linear, TensorView, WeightSource};
+    use half::bf16;
+
+    use super::*;
+    use crate::device::Open;
+    use crate::emulator::Emulated;
+    use crate::step::Fetched;
+    use crate::weight::Kind;
+
+    const ROWS: usize = 20;
+    const INPUTS: usize = 16;
+    const OUTPUTS: usize = 24;
+
+    /// Whole numbers that are exact in both types, as are their products.
+    fn numbers(count: usize, dtype: DType) -> Vec<u8> {
+        let numbers = (0..count).map(|at| (at * 7 % 5) as f32 - 2.0);
+        match dtype {
+            DType::BF16 => numbers.flat_map(|x| bf16::from_f32(x).to_le_bytes()).collect(),
+            _ => numbers.flat_map(f32::to_le_bytes).collect(),
+        }
+    }
+
+    /// The product on emulated device `number`, and whether a kernel of ours made it.
+    fn product(number: usize, dtype: DType, out_f32: bool) -> (Vec<u8>, bool) {
+        let driver = Emulated::open(number, None).unwrap();
+        let options = DeviceOptions { dtype, block_tokens: 16, ..DeviceOptions::default() };
+        let mut device = Device::over(driver.clone(), &options, Group::alone()).unwrap();
+        let [x, w, bias] = [ROWS * INPUTS, OUTPUTS * INPUTS, OUTPUTS].map(|count| numbers(count, dtype));
+        let view = |bytes, rows, cols| {
+            let row_stride_bytes = cols * dtype.bytes();
+            TensorView { name: "test", dtype, rows, cols, row_stride_bytes, bytes }
+        };
+        let parts = vec![view(&w, OUTPUTS, INPUTS).into()];
+        let linear = Linear { parts, bias: Some(vec![view(&bias, 1, OUTPUTS)]), sum: KSum::Ascending };
+        let weight = device.load(&WeightSource::Linear(linear)).unwrap();
+        let Kind::Product(matrix) = &*weight.0 else { panic!("no product") };
+        let (words, _) = x.as_chunks();
+        let words: Vec<u32> = words.iter().map(|word| u32::from_le_bytes(*word)).collect();
+        let x = device.pool.send(&words).unwrap();
+        let bytes = ROWS * OUTPUTS * if out_f32 { 4 } else { dtype.bytes() };
+        let out = device.pool.take(bytes).unwrap();
+        device.product(matrix, x.address, ROWS, out.address, out_f32).unwrap();
+        let fetched = Fetched::of(&device, out.address, bytes).unwrap();
+        (fetched.bytes().unwrap().to_vec(), driver.launched().any(|kernel| kernel.starts_with("product")))
+    }
+
+    /// A library adds biases of the type that it writes; others are added by kernels.
+    #[test]
+    fn biases_go_to_the_library_with_their_products() {
+        for (dtype, out_f32, ours) in
+            [(DType::BF16, false, false), (DType::BF16, true, true), (DType::F32, true, false)]
+        {
+            let (with_library, by_kernel) = product(2, dtype, out_f32);
+            assert_eq!(by_kernel, ours, "{dtype}, f32 out: {out_f32}");
+            assert_eq!((with_library, true), product(0, dtype, out_f32), "{dtype}, f32 out: {out_f32}");
+        }
     }
 }

@@ -199,10 +199,16 @@ impl Machine {
     }
 
     fn dense(&self, product: &Dense) -> Result<(), BackendError> {
-        let Dense { dtype, x, w, out, out_f32, m, n, k, out_stride } = *product;
+        let Dense { dtype, x, w, bias, out, out_f32, m, n, k, out_stride } = *product;
         let item = dtype.bytes();
         self.there(x, m * k * item)?;
         self.there(w, n * k * item)?;
+        if bias != 0 {
+            if out_f32 != (dtype == DType::F32) || !bias.is_multiple_of(16) {
+                return Err(fault("dense product", "a bias that no library takes"));
+            }
+            self.there(bias, n * item)?;
+        }
         self.there(out, ((m - 1) * out_stride + n) * if out_f32 { 4 } else { item })?;
         let load = |at: u64, index: usize| {
             // SAFETY: within the matrices, which are there.
@@ -214,7 +220,10 @@ impl Machine {
             }
         };
         for (row, column) in (0..m).flat_map(|row| (0..n).map(move |column| (row, column))) {
-            let sum = (0..k).fold(0.0, |sum, i| sum + load(x, row * k + i) * load(w, column * k + i));
+            let mut sum = (0..k).fold(0.0, |sum, i| sum + load(x, row * k + i) * load(w, column * k + i));
+            if bias != 0 {
+                sum += load(bias, column);
+            }
             let at = row * out_stride + column;
             // SAFETY: as above.
             unsafe {

@@ -1,6 +1,6 @@
 //! Dense products through cuBLASLt, whose plans are kept by shape.
 
-use std::cell::RefCell;
+use std::cell::{Cell, RefCell};
 use std::collections::HashMap;
 use std::ffi::c_void;
 
@@ -24,6 +24,8 @@ pub(super) struct Products {
     workspace: sys::CUdeviceptr,
     /// By shape: what the library proposed; `None`: it has nothing for it.
     plans: RefCell<HashMap<Shape, Option<Plan>>>,
+    /// Whether somebody has been told that it has nothing where it should.
+    told: Cell<bool>,
 }
 
 /// What a dense product's plan depends on.
@@ -35,8 +37,8 @@ struct Shape {
     n: usize,
     k: usize,
     out_stride: usize,
-    /// Alignments of w, x and out in bytes.
-    aligned: [u32; 3],
+    /// Alignments of w, x, out and bias in bytes; 0: no bias.
+    aligned: [u32; 4],
 }
 
 /// A dense product as the library wants it.
@@ -57,7 +59,7 @@ impl Shape {
             n: product.n,
             k: product.k,
             out_stride: product.out_stride,
-            aligned: [product.w, product.x, product.out].map(alignment),
+            aligned: [product.w, product.x, product.out, product.bias].map(alignment),
         }
     }
 }
@@ -68,7 +70,7 @@ impl Products {
         let lt = lt::create_handle().map_err(|error| fault("cublasLt", error))?;
         // SAFETY: the caller's promise.
         let workspace = unsafe { result::malloc_sync(WORKSPACE_BYTES) }.map_err(failed("workspace"))?;
-        Ok(Products { lt, workspace, plans: RefCell::default() })
+        Ok(Products { lt, workspace, plans: RefCell::default(), told: Cell::new(false) })
     }
 
     /// Gives everything back.
@@ -91,7 +93,21 @@ impl Products {
         if plans.len() >= PLANS_MAX && !plans.contains_key(&shape) {
             plans.clear();
         }
-        plans.entry(shape).or_insert_with(|| self.plan(shape).ok()).is_some()
+        let plan = || self.plan(shape, product.bias).map_err(|error| self.tell(shape, error)).ok();
+        plans.entry(shape).or_insert_with(plan).is_some()
+    }
+
+    /// Says once that the library does not take what every version for this GPU takes.
+    fn tell(&self, shape: Shape, error: lt::CublasError) {
+        let Shape { m, n, k, .. } = shape;
+        let even = [n, k, shape.out_stride].iter().all(|size| size.is_multiple_of(64));
+        if even && !self.told.replace(true) {
+            // SAFETY: writes nothing.
+            let version = unsafe { lt_sys::cublasLtGetVersion() };
+            eprintln!(
+                "cuda: cuBLASLt {version} takes no product of {m} x {k} with {k} x {n} ({error}): slower kernels do it"
+            );
+        }
     }
 
     /// Queues a product that the library takes in `stream`.
@@ -104,6 +120,9 @@ impl Products {
         let Some(Some(plan)) = plans.get(&Shape::of(product)) else {
             return Err(fault("dense product", product));
         };
+        if product.bias != 0 {
+            bias_at(plan.desc, product.bias).map_err(|error| fault("dense product", error))?;
+        }
         let (alpha, beta) = (1f32, 0f32);
         // SAFETY: handles live as long as the GPU; addresses are of live memory of the plan's shapes.
         unsafe {
@@ -129,7 +148,8 @@ impl Products {
         .map_err(|error| fault("dense product", error))
     }
 
-    fn plan(&self, shape: Shape) -> Result<Plan, lt::CublasError> {
+    /// With a bias like this one, if with any: the library looks at its alignment.
+    fn plan(&self, shape: Shape, bias: u64) -> Result<Plan, lt::CublasError> {
         use lt_sys::{
             cublasComputeType_t as Compute, cublasLtMatmulDescAttributes_t as Of, cudaDataType as Type,
         };
@@ -152,14 +172,28 @@ impl Products {
                 std::ptr::from_ref(&transposed).cast(),
                 size_of_val(&transposed),
             )?;
+            if bias != 0 {
+                let epilogue = lt_sys::cublasLtEpilogue_t::CUBLASLT_EPILOGUE_BIAS as u32;
+                let value = std::ptr::from_ref(&epilogue).cast();
+                lt::set_matmul_desc_attribute(desc, Of::CUBLASLT_MATMUL_DESC_EPILOGUE, value, 4)?;
+                bias_at(desc, bias)?;
+            }
+            use lt_sys::cublasLtMatmulPreferenceAttributes_t as Preference;
             lt::set_matmul_pref_attribute(
                 preference,
-                lt_sys::cublasLtMatmulPreferenceAttributes_t::CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES,
+                Preference::CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES,
                 std::ptr::from_ref(&WORKSPACE_BYTES).cast(),
                 size_of_val(&WORKSPACE_BYTES),
             )?;
-            use lt_sys::cublasLtMatmulPreferenceAttributes_t as Preference;
-            let [w_bytes, x_bytes, out_bytes] = shape.aligned;
+            // Parts of a sum meet as f32; else they may meet in the result's type.
+            let reductions = lt_sys::cublasLtReductionScheme_t::CUBLASLT_REDUCTION_SCHEME_COMPUTE_TYPE as u32;
+            lt::set_matmul_pref_attribute(
+                preference,
+                Preference::CUBLASLT_MATMUL_PREF_REDUCTION_SCHEME_MASK,
+                std::ptr::from_ref(&reductions).cast(),
+                size_of_val(&reductions),
+            )?;
+            let [w_bytes, x_bytes, out_bytes, _] = shape.aligned;
             for (attribute, bytes) in [
                 (Preference::CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_A_BYTES, w_bytes),
                 (Preference::CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_B_BYTES, x_bytes),
@@ -177,6 +211,13 @@ impl Products {
     }
 }
 
+/// The bias of the next product by `desc`.
+fn bias_at(desc: lt_sys::cublasLtMatmulDesc_t, bias: u64) -> Result<(), lt::CublasError> {
+    let of = lt_sys::cublasLtMatmulDescAttributes_t::CUBLASLT_MATMUL_DESC_BIAS_POINTER;
+    // SAFETY: a live handle; the attribute is an address, given with its size.
+    unsafe { lt::set_matmul_desc_attribute(desc, of, std::ptr::from_ref(&bias).cast(), size_of_val(&bias)) }
+}
+
 impl Drop for Plan {
     fn drop(&mut self) {
         // SAFETY: made in `plan`, destroyed once; queued products have copied what they need.
@@ -189,9 +230,9 @@ impl Drop for Plan {
     }
 }
 
-/// The largest power of two that divides `address`, as far as the library cares.
+/// The largest power of two that divides `address`, as far as the library cares; 0 of none.
 fn alignment(address: u64) -> u32 {
-    (1 << (address | ALIGNMENT_MAX).trailing_zeros()) as u32
+    if address == 0 { 0 } else { 1 << (address | ALIGNMENT_MAX).trailing_zeros() }
 }
 
 #[cfg(test)]
@@ -200,6 +241,6 @@ mod tests {
 
     #[test]
     fn alignments_are_powers_of_two_up_to_what_the_library_assumes() {
-        assert_eq!([0, 4096, 16, 2, 6, 1 << 40].map(alignment), [256, 256, 16, 2, 2, 256]);
+        assert_eq!([0, 4096, 16, 2, 6, 1 << 40].map(alignment), [0, 256, 16, 2, 2, 256]);
     }
 }
