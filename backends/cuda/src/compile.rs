@@ -97,6 +97,13 @@ fn built(program: sys::nvrtcProgram, name: &str, target: &str) -> Result<Vec<u8>
     // SAFETY: the program is alive, and buffers are as large as the library said.
     unsafe {
         if let Err(error) = result::compile_program(program, &options(target)) {
+            if error.0 == sys::nvrtcResult::NVRTC_ERROR_INVALID_OPTION {
+                let (major, minor) = version();
+                return Err(format!(
+                    "libnvrtc {major}.{minor} does not know {target}{}",
+                    known_since(target)
+                ));
+            }
             let log = result::get_program_log(program).unwrap_or_default();
             let log = if log.is_empty() { c"" } else { CStr::from_ptr(log.as_ptr()) };
             return Err(format!("{name} for {target}: {error:?}: {}", log.to_string_lossy()));
@@ -133,11 +140,27 @@ pub(crate) fn cached(
     Ok(code)
 }
 
+/// Which NVRTC this is, e.g. (13, 0); zeros when it does not say. The library is there.
+pub(crate) fn version() -> (i32, i32) {
+    let (mut major, mut minor) = (0, 0);
+    // SAFETY: writes two numbers.
+    let _ = unsafe { sys::nvrtcVersion(&mut major, &mut minor) };
+    (major, minor)
+}
+
+/// Which later one knows a family, in words.
+fn known_since(target: &str) -> &'static str {
+    match target {
+        "sm_90a" => ": 12.0 does",
+        "sm_100f" | "sm_120f" => ": 12.9 does",
+        "sm_110f" => ": 13.0 does",
+        _ => "",
+    }
+}
+
 /// By everything that the code depends on.
 fn place(dir: &Path, name: &str, source: &str, target: &str) -> PathBuf {
-    let (mut major, mut minor) = (0, 0);
-    // SAFETY: writes two numbers; without an answer they stay zero.
-    let _ = unsafe { sys::nvrtcVersion(&mut major, &mut minor) };
+    let (major, minor) = version();
     let mut hash = Sha256::new();
     hash.update(whole(source));
     hash.update(options(target).join(" "));

@@ -10,7 +10,7 @@ use backend::{
 
 use crate::act::CudaAct;
 use crate::args::Args;
-use crate::driver::{Driver, Launch};
+use crate::driver::{Driver, Lane, Launch};
 use crate::hopper;
 use crate::kv::CudaKv;
 use crate::memory::{Buffer, Pool};
@@ -82,15 +82,28 @@ impl<D: Driver> Device<D> {
             drawn: None,
             choices: None,
         };
-        if device.ranks.is_some() {
-            // Ranks wait for each other from their first step on.
-            device.driver().prepare()?;
-        }
+        // Now, where what cannot be compiled is said at once, and not while somebody waits for an answer.
+        device.driver().prepare()?;
         if asked && device.driver().multiplies_in_groups() {
             device.groups = hopper::attends(&device);
             device.group_products = hopper::multiplies(&device);
+            if !(device.groups && device.group_products) {
+                device.works()?;
+            }
         }
         Ok(device)
+    }
+
+    /// Whether it still does anything: a kernel that faults ends its process's use of a device.
+    fn works(&self) -> Result<(), BackendError> {
+        let ended = self.driver().record(Lane::Compute).and_then(|event| D::wait(&event));
+        ended.map_err(|error| BackendError::Unavailable {
+            backend: "cuda",
+            reason: format!(
+                "{} faulted in kernels of warp groups ({error}): go without by --cuda-attention mma",
+                self.driver().describe()
+            ),
+        })
     }
 
     pub(crate) fn driver(&self) -> &D {

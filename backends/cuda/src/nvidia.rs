@@ -3,6 +3,7 @@
 
 mod graph;
 mod kernels;
+mod libraries;
 mod memory;
 mod products;
 
@@ -11,7 +12,6 @@ use std::path::Path;
 use std::rc::Rc;
 
 use backend::{BackendError, Place};
-use cudarc::cublaslt::sys as lt_sys;
 use cudarc::driver::{DriverError, result, sys};
 
 use self::graph::Graph;
@@ -23,8 +23,8 @@ use crate::device::Open;
 use crate::driver::{Attach, Dense, Driver, Lane, Launch, fault};
 use crate::nccl::Sum;
 
-/// CUDA 13.0: what this build speaks.
-const DRIVER_MIN: i32 = 13_000;
+/// CUDA 12.0: the oldest driver that has every call that is used here.
+const DRIVER_MIN: i32 = 12_000;
 /// Blocks a processor that keep it busy.
 const BLOCKS_PER_PROCESSOR: u32 = 4;
 /// Uploads pass through two pieces of pinned memory of this size.
@@ -57,14 +57,48 @@ fn refused(reason: String) -> BackendError {
 
 fn failed(what: &str) -> impl Fn(DriverError) -> BackendError {
     move |error| match error.error_name() {
-        Ok(name) => fault(what, name),
+        Ok(name) => fault(what, format_args!("{}", name.to_string_lossy())),
         Err(_) => fault(what, error),
     }
 }
 
-/// Whether CUDA can be used here: the number of GPUs, or one line on what is missing. Touches no function of the driver
-/// before it is known to be there: the bindings panic on a missing one.
+/// As CUDA counts: 12080 is 12.8.
+fn version(number: i32) -> String {
+    format!("{}.{}", number / 1000, number % 1000 / 10)
+}
+
+/// What usually is behind a driver that does not start.
+fn hint(error: sys::CUresult) -> &'static str {
+    match error {
+        sys::CUresult::CUDA_ERROR_UNKNOWN => " (are its kernel modules loaded? nvidia-smi tells)",
+        sys::CUresult::CUDA_ERROR_SYSTEM_NOT_READY => " (does nvidia-fabricmanager run?)",
+        sys::CUresult::CUDA_ERROR_SYSTEM_DRIVER_MISMATCH => {
+            " (its library and its kernel module are of different versions: restart the machine)"
+        }
+        sys::CUresult::CUDA_ERROR_COMPAT_NOT_SUPPORTED_ON_DEVICE => {
+            " (a compatibility library comes first in the loader's path)"
+        }
+        sys::CUresult::CUDA_ERROR_STUB_LIBRARY => " (the toolkit's stub comes first in the loader's path)",
+        _ => "",
+    }
+}
+
+/// A GPU that has code.
+struct Found {
+    device: sys::CUdevice,
+    name: String,
+    capability: (i32, i32),
+    target: String,
+}
+
+/// Whether CUDA can be used here: the number of GPUs that can, or one line on what is missing.
 pub fn probe() -> Result<i32, String> {
+    found().map(|gpus| gpus.len() as i32)
+}
+
+/// The GPUs that can be used, in the driver's order: those that are too old do not count. Touches no function of the driver
+/// before it is known to be there: the bindings panic on a missing one.
+fn found() -> Result<Vec<Found>, String> {
     // SAFETY: only looks for the library.
     if !unsafe { sys::is_culib_present() } {
         return Err("no NVIDIA driver: libcuda.so.1 was not found".to_owned());
@@ -73,7 +107,7 @@ pub fn probe() -> Result<i32, String> {
         Ok(()) => {}
         Err(DriverError(sys::CUresult::CUDA_ERROR_NO_DEVICE)) => return Err("no usable GPU".to_owned()),
         // Without the driver's own words, which a broken one may lack.
-        Err(error) => return Err(format!("the NVIDIA driver failed: {:?}", error.0)),
+        Err(error) => return Err(format!("the NVIDIA driver failed: {:?}{}", error.0, hint(error.0))),
     }
     let mut have = 0;
     // SAFETY: writes one number; every driver has this function.
@@ -81,53 +115,56 @@ pub fn probe() -> Result<i32, String> {
         .result()
         .map_err(|error| format!("driver version: {:?}", error.0))?;
     if have < DRIVER_MIN {
-        let show = |version: i32| format!("{}.{}", version / 1000, version % 1000 / 10);
-        return Err(format!("the NVIDIA driver knows CUDA {}, this needs {}", show(have), show(DRIVER_MIN)));
+        let (have, need) = (version(have), version(DRIVER_MIN));
+        return Err(format!("the NVIDIA driver knows CUDA {have}, this needs {need}"));
     }
-    let count = result::device::get_count().map_err(|error| format!("counting GPUs: {:?}", error.0))?;
-    if count == 0 {
-        return Err("no usable GPU".to_owned());
+    let counting = |error: DriverError| format!("counting GPUs: {:?}", error.0);
+    let (mut usable, mut old) = (Vec::new(), None);
+    for index in 0..result::device::get_count().map_err(counting)? {
+        let device = result::device::get(index).map_err(counting)?;
+        let name = result::device::get_name(device).map_err(counting)?;
+        use sys::CUdevice_attribute as Of;
+        // SAFETY: the device is there.
+        let attribute = |of| unsafe { result::device::get_attribute(device, of) }.map_err(counting);
+        let major = attribute(Of::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR)?;
+        let minor = attribute(Of::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR)?;
+        match compile::target(major, minor) {
+            Some(target) => usable.push(Found { device, name, capability: (major, minor), target }),
+            None => old = Some(format!("{name} is older than Ampere (compute capability {major}.{minor})")),
+        }
     }
-    // SAFETY: only looks for the library.
-    if !unsafe { cudarc::nvrtc::sys::is_culib_present() } {
-        return Err(
-            "libnvrtc was not found (it comes with the CUDA toolkit, or pip's nvidia-cuda-nvrtc)".to_owned()
-        );
+    if usable.is_empty() {
+        return Err(old.unwrap_or_else(|| "no usable GPU".to_owned()));
     }
-    // SAFETY: only looks for the library.
-    if !unsafe { lt_sys::is_culib_present() } {
-        return Err(
-            "libcublasLt was not found (it comes with the CUDA toolkit, or pip's nvidia-cublas)".to_owned()
-        );
-    }
-    Ok(count)
+    libraries::check(have)?;
+    Ok(usable)
 }
 
 impl Open for Nvidia {
     fn open(index: usize, cache: Option<&Path>) -> Result<Self, BackendError> {
-        let count = probe().map_err(refused)?;
-        if index >= count as usize {
-            return Err(refused(format!("GPU {index} of {count}")));
+        let mut gpus = found().map_err(refused)?;
+        if index >= gpus.len() {
+            return Err(refused(format!("GPU {index} of {}", gpus.len())));
         }
-        let device = result::device::get(index as i32).map_err(failed("device"))?;
+        let Found { device, name, capability, target } = gpus.swap_remove(index);
         // SAFETY: the device is there; handles are used while the context lives, which is to the end.
         unsafe {
             let attribute =
                 |attribute| result::device::get_attribute(device, attribute).map_err(failed("attributes"));
             use sys::CUdevice_attribute as Of;
-            let major = attribute(Of::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR)?;
-            let minor = attribute(Of::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR)?;
             let processors = attribute(Of::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)? as u32;
             let shared = attribute(Of::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN)?;
             let integrated = attribute(Of::CU_DEVICE_ATTRIBUTE_INTEGRATED)? != 0;
-            let name = result::device::get_name(device).map_err(failed("name"))?;
             let uuid = result::device::get_uuid(device).map_err(failed("uuid"))?;
-            let Some(target) = compile::target(major, minor) else {
-                return Err(refused(format!(
-                    "{name} is older than Ampere (compute capability {major}.{minor})"
-                )));
-            };
-            let context = result::primary_ctx::retain(device).map_err(failed("context"))?;
+            let context = result::primary_ctx::retain(device).map_err(|error| match error.0 {
+                sys::CUresult::CUDA_ERROR_OUT_OF_MEMORY => {
+                    refused(format!("{name} has no memory left: other processes hold it"))
+                }
+                sys::CUresult::CUDA_ERROR_DEVICE_UNAVAILABLE => {
+                    refused(format!("{name} is another process's alone (its compute mode says so)"))
+                }
+                _ => failed("context")(error),
+            })?;
             result::ctx::set_current(context).map_err(failed("context"))?;
             let lane =
                 || result::stream::create(result::stream::StreamKind::NonBlocking).map_err(failed("stream"));
@@ -145,8 +182,8 @@ impl Open for Nvidia {
                 processors,
                 shared_bytes_max: shared as usize,
                 // Ada and later.
-                multiplies_fp8: (major, minor) >= (8, 9),
-                multiplies_in_groups: major == 9,
+                multiplies_fp8: capability >= (8, 9),
+                multiplies_in_groups: capability.0 == 9,
                 unified: integrated,
                 identity: uuid.bytes.map(|byte| byte as u8),
                 stages: RefCell::default(),

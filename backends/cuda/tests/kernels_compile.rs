@@ -20,4 +20,7 @@ fn for_every_family() {
             println!("{name} for {target}: {} bytes", code.len());
         }
     }
+    // A family that this NVRTC does not know yet.
+    let said = compile(first, source, "sm_999f").unwrap_err();
+    assert!(said.starts_with("libnvrtc ") && said.ends_with(" does not know sm_999f"), "{said}");
 }

@@ -99,10 +99,13 @@ impl Kernels {
                 threads.into_iter().map(joined).collect()
             });
             for ((file, source), code) in compile::FILES.into_iter().zip(compiled) {
-                let code = code.map_err(|reason| fault(file, reason))?;
+                let code = code.map_err(|reason| fault("kernels", format_args!("{reason}")))?;
                 // SAFETY: `code` is an image for this GPU and outlives the call.
-                let module = unsafe { result::module::load_data(code.as_ptr().cast()) }
-                    .map_err(failed("loading kernels"))?;
+                let module = unsafe { result::module::load_data(code.as_ptr().cast()) }.map_err(|error| {
+                    let (major, minor) = compile::version();
+                    let what = format!("loading {file} as libnvrtc {major}.{minor} made it for {target}");
+                    failed(&what)(error)
+                })?;
                 self.modules.borrow_mut().push(module);
                 for kernel in compile::kernels(source) {
                     let symbol = CString::new(kernel).map_err(|error| fault(kernel, error))?;
