@@ -17,41 +17,33 @@ __device__ void attend(const AttendArgs& a) {
     auto value_place = [](u32 row, u32 c) { return place<DV>(row, c); };
     DYNAMIC_SHARED(bf16, shared);
     bf16 *sq = shared, *sk = sq + BM * DK, *sv = sk + BN * DK;
-    const Tile tile = ((const Tile*)a.tiles)[blockIdx.x];
+    const Part part = part_of<BN>(a);
+    const Tile& tile = part.tile;
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-    const u32 head_first = blockIdx.y * a.pack, kv_head = head_first / a.group;
-    const int queries = tile.rows * a.pack;
-    const bf16* k_base = (const bf16*)a.k + (u64)kv_head * a.k_head;
-    const bf16* v_base = (const bf16*)a.v + (u64)kv_head * a.v_head;
 
-    // Positions [first, end), in tiles [from, to) of this split.
-    const u32 end = tile.position + tile.rows;
-    const u32 first = a.window && tile.position + 1 > a.window ? tile.position + 1 - a.window : 0;
-    u32 from = first / BN, to = (end + BN - 1) / BN;
-    const u32 each = (to - from + a.splits - 1) / a.splits;
-    from += blockIdx.z * each;
-    to = to < from + each ? to : from + each;
-
-    for (int i = threadIdx.x; i < BM * DK / 8; i += THREADS) {
-        int m = i / (DK / 8), c = i % (DK / 8) * 8;
-        bool there = m < queries && c < (int)a.key_dim;
-        u32 row = tile.row + (there ? m / a.pack : 0), head = head_first + (there ? m % a.pack : 0);
-        copy_async(sq + place<DK>(m, c), (const bf16*)a.q + (u64)row * a.q_row + (u64)head * a.q_head + (there ? c : 0), there);
-    }
+    // Tiles [from, to) of this split.
+    const u32 each = (part.to - part.from + a.splits - 1) / a.splits;
+    const u32 from = part.from + blockIdx.z * each, to = part.to < from + each ? part.to : from + each;
+    auto load_keys = [&](u32 j) {
+        load_tile<DK, BN, THREADS>(sk, part.k, a.k_token, a.key_dim, a, tile.run, j * BN, part.end, key_place);
+    };
+    auto load_values = [&](u32 j) {
+        load_tile<DV, BN, THREADS>(sv, part.v, a.v_token, a.value_dim, a, tile.run, j * BN, part.end, value_place);
+    };
+    load_queries<DK, BM, THREADS>(sq, a, part, key_place);
 
     float o[MT][DV / 8][4];
     clear(o);
     Softmax soft[MT];
 #pragma unroll
     for (int t = 0; t < MT; ++t) soft[t] = Softmax NOTHING_SEEN;
-    const float scale = a.scale * 1.4426950408889634f;  // exponents to base 2
 
-    if (from < to) load_tile<DK, BN, THREADS>(sk, k_base, a.k_token, a.key_dim, a, tile.run, from * BN, end, key_place);
+    if (from < to) load_keys(from);
     copies_commit();
     for (u32 j = from; j < to; ++j) {
         copies_wait<0>();
         __syncthreads();  // K is there, and V of the last tile is no longer read
-        load_tile<DV, BN, THREADS>(sv, v_base, a.v_token, a.value_dim, a, tile.run, j * BN, end, value_place);
+        load_values(j);
         copies_commit();
 
         float s[MT][NT][4];
@@ -71,12 +63,13 @@ __device__ void attend(const AttendArgs& a) {
         }
 
         // Whether a mask passes through this tile.
-        const bool cut = (j + 1) * BN > tile.position + 1 || (a.window && j * BN + a.window < end);
+        const bool cut = (j + 1) * BN > tile.position + 1 || (a.window && j * BN + a.window < part.end);
 #pragma unroll
         for (int t = 0; t < MT; ++t) {
 #pragma unroll
             for (int h = 0; h < 2; ++h) {
-                const float keep = weigh(s[t], soft[t], h, a, tile.position, (warp * MT + t) * 16 + lane / 4, j * BN, cut, scale);
+                const u32 row = (warp * MT + t) * 16 + lane / 4;
+                const float keep = weigh(s[t], soft[t], h, a, tile.position, row, j * BN, cut, part.scale);
 #pragma unroll
                 for (int n = 0; n < DV / 8; ++n)
 #pragma unroll
@@ -86,8 +79,7 @@ __device__ void attend(const AttendArgs& a) {
 
         copies_wait<0>();
         __syncthreads();  // V is there, and K is no longer read
-        if (j + 1 < to)
-            load_tile<DK, BN, THREADS>(sk, k_base, a.k_token, a.key_dim, a, tile.run, (j + 1) * BN, end, key_place);
+        if (j + 1 < to) load_keys(j + 1);
         copies_commit();
 #pragma unroll
         for (int k = 0; k < BN; k += 16) {
@@ -114,9 +106,9 @@ __device__ void attend(const AttendArgs& a) {
     for (int t = 0; t < MT; ++t)
 #pragma unroll
         for (int h = 0; h < 2; ++h) {
-            const int m = (warp * MT + t) * 16 + lane / 4 + h * 8;
+            const u32 m = (warp * MT + t) * 16 + lane / 4 + h * 8;
             const float total = row_sum(soft[t].total[h]);
-            if (m >= queries) continue;
+            if (m >= part.queries) continue;
             if (a.partial) {
                 // [tile][pack group][split][query]: peak, total, value
                 u64 at = (((u64)blockIdx.x * gridDim.y + blockIdx.y) * a.splits + blockIdx.z) * BM + m;
@@ -131,8 +123,7 @@ __device__ void attend(const AttendArgs& a) {
                     }
                 continue;
             }
-            const u64 row = tile.row + m / a.pack, head = head_first + m % a.pack;
-            bf16* out = (bf16*)a.out + (row * a.heads + head) * a.value_dim;
+            bf16* out = answer_of(a, part, m);
             const float factor = 1.0f / total;
 #pragma unroll
             for (int n = 0; n < DV / 8; ++n) {

@@ -1,4 +1,4 @@
-// What the kernels of attention share: arguments, where a position lies, and the softmax.
+// What the kernels of attention share: arguments, what a block attends, where a position lies, and the softmax.
 #pragma once
 #include "device.cuh"
 
@@ -19,14 +19,63 @@ __device__ __forceinline__ u64 token_at(const AttendArgs& a, u32 run, u32 positi
     return token_in((const u32*)a.tables + (u64)run * a.blocks_max, position, a.block_shift);
 }
 
+// What a block attends: the rows of a tile, for some heads that share K and V.
+struct Part {
+    Tile tile;
+    u32 head_first, queries;  // the first of its heads; rows times heads
+    const bf16 *k, *v;        // of the head that they share
+    u32 end, from, to;        // behind the last position that a row sees; tiles of KEYS positions that rows see
+    float scale;              // of scores, to exponents of base 2
+};
+
+template <int KEYS>
+__device__ __forceinline__ Part part_of(const AttendArgs& a) {
+    Part part;
+    part.tile = ((const Tile*)a.tiles)[blockIdx.x];
+    part.head_first = blockIdx.y * a.pack;
+    part.queries = part.tile.rows * a.pack;
+    const u64 kv_head = part.head_first / a.group;
+    part.k = (const bf16*)a.k + kv_head * a.k_head;
+    part.v = (const bf16*)a.v + kv_head * a.v_head;
+    const u32 position = part.tile.position;
+    const u32 first = a.window && position + 1 > a.window ? position + 1 - a.window : 0;
+    part.end = position + part.tile.rows;
+    part.from = first / KEYS, part.to = (part.end + KEYS - 1) / KEYS;
+    part.scale = a.scale * 1.4426950408889634f;
+    return part;
+}
+
+// Whether a row at position `at` does not see position `p`.
+__device__ __forceinline__ bool hidden(const AttendArgs& a, u32 at, u32 p) {
+    return p > at || (a.window && p + a.window <= at);
+}
+
+// The queries of a block into shared memory, columns [c, c + 8) of each at `place(row, c)`; zeros where there is nothing.
+template <int D, int QUERIES, int THREADS, typename Place>
+__device__ __forceinline__ void load_queries(bf16* to, const AttendArgs& a, const Part& part, Place place) {
+    for (u32 i = threadIdx.x; i < QUERIES * D / 8; i += THREADS) {
+        const u32 m = i / (D / 8), c = i % (D / 8) * 8;
+        const bool there = m < part.queries && c < a.key_dim;
+        const u32 row = part.tile.row + (there ? m / a.pack : 0), head = part.head_first + (there ? m % a.pack : 0);
+        const bf16* q = (const bf16*)a.q + (u64)row * a.q_row + (u64)head * a.q_head;
+        copy_async(to + place(m, c), q + (there ? c : 0), there);
+    }
+}
+
+// Where the answer to query `m` of a block goes.
+__device__ __forceinline__ bf16* answer_of(const AttendArgs& a, const Part& part, u32 m) {
+    const u64 row = part.tile.row + m / a.pack, head = part.head_first + m % a.pack;
+    return (bf16*)a.out + (row * a.heads + head) * a.value_dim;
+}
+
 // Positions [first, first + KEYS) of K or V into shared memory, columns [c, c + 8) of each at `place(row, c)`; zeros where there is
-// nothing. A thread takes 16 bytes of every 64 columns of its rows, so that it looks a page up once a row.
+// nothing. Each of THREADS takes 16 bytes of every 64 columns of its rows, so that it looks a page up once a row.
 template <int D, int KEYS, int THREADS, typename Place>
 __device__ __forceinline__ void load_tile(bf16* to, const bf16* base, u32 stride, u32 dim, const AttendArgs& a, u32 run,
-                                          u32 first, u32 end, Place place) {
-    const u32 c = threadIdx.x % 8 * 8;
+                                          u32 first, u32 end, Place place, u32 thread = threadIdx.x) {
+    const u32 c = thread % 8 * 8;
 #pragma unroll
-    for (u32 at = threadIdx.x / 8; at < KEYS; at += THREADS / 8) {
+    for (u32 at = thread / 8; at < KEYS; at += THREADS / 8) {
         const bool there = first + at < end;
         const bf16* row = base + token_at(a, run, there ? first + at : first) * stride;
 #pragma unroll
@@ -60,7 +109,7 @@ __device__ __forceinline__ float weigh(float (&s)[NT][4], Softmax& soft, int h, 
         for (int i = 0; i < 2; ++i) {
             float& x = s[n][h * 2 + i];
             const u32 p = first + n * 8 + threadIdx.x % 4 * 2 + i;
-            if (cut && (p > at || (a.window && p + a.window <= at))) x = MINUS_INFINITY;
+            if (cut && hidden(a, at, p)) x = MINUS_INFINITY;
             highest = fmaxf(highest, x);
         }
     highest = fmaxf(highest, lane_xor(highest, 1));

@@ -11,25 +11,19 @@ __device__ __forceinline__ void attend_group(const AttendArgs& a) {
     const int NT = GROUP_KEYS / 8, QUERY_TILE = GROUP_QUERIES * TILE_COLUMNS, TILE = GROUP_KEYS * TILE_COLUMNS;
     DYNAMIC_SHARED(bf16, shared);
     bf16 *sq = shared, *sk = sq + GROUP_QUERIES * DK, *sv = sk + 2 * GROUP_KEYS * DK;
-    const Tile tile = ((const Tile*)a.tiles)[blockIdx.x];
+    const Part part = part_of<GROUP_KEYS>(a);
+    const Tile& tile = part.tile;
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-    const u32 head_first = blockIdx.y * a.pack, kv_head = head_first / a.group;
-    const u32 queries = tile.rows * a.pack;
-    const bf16* k_base = (const bf16*)a.k + (u64)kv_head * a.k_head;
-    const bf16* v_base = (const bf16*)a.v + (u64)kv_head * a.v_head;
-    const u32 end = tile.position + tile.rows;
-    const u32 first = a.window && tile.position + 1 > a.window ? tile.position + 1 - a.window : 0;
-    const u32 from = first / GROUP_KEYS, to = (end + GROUP_KEYS - 1) / GROUP_KEYS;
-    const float scale = a.scale * 1.4426950408889634f;  // exponents to base 2
+    const u32 from = part.from, to = part.to;
 
     auto place = [](u32 row, u32 c) { return c / TILE_COLUMNS * TILE + swizzled(row, c % TILE_COLUMNS); };
     auto load_keys = [&](u32 j) {
-        load_tile<DK, GROUP_KEYS, GROUP_THREADS>(sk + (j - from) % 2 * GROUP_KEYS * DK, k_base, a.k_token, a.key_dim, a, tile.run,
-                                                 j * GROUP_KEYS, end, place);
+        load_tile<DK, GROUP_KEYS, GROUP_THREADS>(sk + (j - from) % 2 * GROUP_KEYS * DK, part.k, a.k_token, a.key_dim, a, tile.run,
+                                                 j * GROUP_KEYS, part.end, place);
     };
     auto load_values = [&](u32 j) {
-        load_tile<DV, GROUP_KEYS, GROUP_THREADS>(sv + (j - from) % 2 * GROUP_KEYS * DV, v_base, a.v_token, a.value_dim, a, tile.run,
-                                                 j * GROUP_KEYS, end, place);
+        load_tile<DV, GROUP_KEYS, GROUP_THREADS>(sv + (j - from) % 2 * GROUP_KEYS * DV, part.v, a.v_token, a.value_dim, a, tile.run,
+                                                 j * GROUP_KEYS, part.end, place);
     };
     const bf16* own_q = sq + warp / 4 * 64 * TILE_COLUMNS;
     float s[NT][4], o[DV / 8][4];
@@ -65,21 +59,16 @@ __device__ __forceinline__ void attend_group(const AttendArgs& a) {
     const u32 own_row = warp * 16 + lane / 4;
     auto to_weights = [&](u32 j) {
         const u32 at = j * GROUP_KEYS;
-        const bool cut = at + GROUP_KEYS > tile.position + 1 || (a.window && at + a.window < end);
+        const bool cut = at + GROUP_KEYS > tile.position + 1 || (a.window && at + a.window < part.end);
 #pragma unroll
         for (int h = 0; h < 2; ++h) {
-            if (cut) keep[h] = weigh(s, soft, h, a, tile.position, own_row, at, true, scale);
-            else keep[h] = weigh(s, soft, h, a, tile.position, own_row, at, false, scale);
+            if (cut) keep[h] = weigh(s, soft, h, a, tile.position, own_row, at, true, part.scale);
+            else keep[h] = weigh(s, soft, h, a, tile.position, own_row, at, false, part.scale);
         }
     };
 
-    for (u32 i = threadIdx.x; i < GROUP_QUERIES * DK / 8; i += GROUP_THREADS) {
-        const u32 m = i / (DK / 8), c = i % (DK / 8) * 8;
-        const bool there = m < queries && c < a.key_dim;
-        const u32 row = tile.row + (there ? m / a.pack : 0), head = head_first + (there ? m % a.pack : 0);
-        const bf16* q = (const bf16*)a.q + (u64)row * a.q_row + (u64)head * a.q_head;
-        copy_async(sq + c / TILE_COLUMNS * QUERY_TILE + swizzled(m, c % TILE_COLUMNS), q + (there ? c : 0), there);
-    }
+    auto query_place = [](u32 row, u32 c) { return c / TILE_COLUMNS * QUERY_TILE + swizzled(row, c % TILE_COLUMNS); };
+    load_queries<DK, GROUP_QUERIES, GROUP_THREADS>(sq, a, part, query_place);
     load_keys(from);
     copies_commit();
     load_values(from);
@@ -138,9 +127,8 @@ __device__ __forceinline__ void attend_group(const AttendArgs& a) {
     for (int h = 0; h < 2; ++h) {
         const float total = row_sum(soft.total[h]);
         const u32 m = warp * 16 + lane / 4 + h * 8;
-        if (m >= queries) continue;
-        const u64 row = tile.row + m / a.pack, head = head_first + m % a.pack;
-        bf16* out = (bf16*)a.out + (row * a.heads + head) * a.value_dim;
+        if (m >= part.queries) continue;
+        bf16* out = answer_of(a, part, m);
         const float factor = 1.0f / total;
 #pragma unroll
         for (int n = 0; n < DV / 8; ++n) {
