@@ -150,8 +150,10 @@ void checks_access(u64 at, u32 size, bool write) {
     if (within(at, size, stacks_begin, stacks_end) || within(at, size, args_begin, args_end)) return;
     Region* region = region_of(at, size);
     if (!region) {
-        // Registers and constants of the library itself.
-        if (within(at, size, (u64)__ehdr_start, (u64)_end)) return;
+        // Registers and constants of the library itself. g++ leaves the shared memory of templates among what is its own, unseen.
+        const bool ours = within(at, size, (u64)__ehdr_start, (u64)_end);
+        if (ours && write) return checks_fail("a write to what is no shared memory here: that of a template?");
+        if (ours) return;
         char text[96];
         snprintf(text, sizeof text, "%s of %u bytes outside of all memory, at %llx", write ? "write" : "read", size, at);
         return checks_fail(text);

@@ -110,11 +110,19 @@ KERNEL(product_few, ProductArgs, 256) {
 
 const int PLAIN = 32;
 
+struct PlainTiles {
+    float x[PLAIN][9], w[PLAIN][9];
+};
+
+__device__ __forceinline__ PlainTiles& plain_tiles() {
+    __shared__ PlainTiles tiles;
+    return tiles;
+}
+
 // Any size and type: 32 x 32 outputs by 256 threads, 8 inputs at a time. f32 steps, and widths that fit no tensor core.
 template <typename T>
 __device__ void product_plain(const ProductArgs& a) {
-    __shared__ float xs[PLAIN][9];
-    __shared__ float ws[PLAIN][9];
+    PlainTiles& tiles = plain_tiles();
     const RowTile tile = tile_of(a, PLAIN);
     if (tile.count == 0) return;
     const Quant quant = quant_of(a, tile.expert);
@@ -125,24 +133,24 @@ __device__ void product_plain(const ProductArgs& a) {
         __syncthreads();
         u32 line = threadIdx.x / 8, column = threadIdx.x % 8;
         bool inside = base + column < a.k;
-        xs[line][column] = inside && line < tile.count
-                               ? up(((const T*)a.x)[(u64)row_of(a, tile.first + line) * a.k + base + column])
-                               : 0.0f;
+        tiles.x[line][column] = inside && line < tile.count
+                                    ? up(((const T*)a.x)[(u64)row_of(a, tile.first + line) * a.k + base + column])
+                                    : 0.0f;
         if (a.w) {
-            ws[line][column] = inside && n_first + line < a.n ? up(w[(u64)(n_first + line) * a.k + base + column]) : 0.0f;
+            tiles.w[line][column] = inside && n_first + line < a.n ? up(w[(u64)(n_first + line) * a.k + base + column]) : 0.0f;
         } else if (threadIdx.x < PLAIN) {
             float x[8] = {0, 0, 0, 0, 0, 0, 0, 0};
             if (n_first + threadIdx.x < a.n) decode8(quant, n_first + threadIdx.x, base, x);
             // As the other kernels: a bf16 step multiplies bf16 numbers.
 #pragma unroll
-            for (int i = 0; i < 8; ++i) ws[threadIdx.x][i] = up(down<T>(x[i]));
+            for (int i = 0; i < 8; ++i) tiles.w[threadIdx.x][i] = up(down<T>(x[i]));
         }
         __syncthreads();
         for (int k = 0; k < 8; ++k)
 #pragma unroll
             for (int i = 0; i < 2; ++i)
 #pragma unroll
-                for (int j = 0; j < 2; ++j) acc[i][j] += xs[ty + 16 * i][k] * ws[tx + 16 * j][k];
+                for (int j = 0; j < 2; ++j) acc[i][j] += tiles.x[ty + 16 * i][k] * tiles.w[tx + 16 * j][k];
     }
 #pragma unroll
     for (int i = 0; i < 2; ++i)
