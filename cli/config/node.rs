@@ -74,7 +74,7 @@ settings! {
         cuda_activations: Fp8Activations ["NAME"] = "exact";
         /// Queue every step kernel by kernel on an NVIDIA GPU, without CUDA graphs
         cuda_eager: bool [""];
-        /// Attention of prompts on an NVIDIA GPU: auto, or mma (the kernels of every generation, on Hopper too)
+        /// Attention of prompts on an NVIDIA GPU: auto, or mma (the kernels of every generation, on Hopper and Blackwell too)
         cuda_attention: PromptAttention ["NAME"] = "auto";
         /// Processes that share the model, each holding a part (tensor parallel)
         tp: usize ["N"] = "1";

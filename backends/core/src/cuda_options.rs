@@ -14,7 +14,8 @@ pub struct CudaOptions {
 /// Which kernels attend prompts in bf16.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum PromptAttention {
-    /// The fastest for the GPU: on Hopper those of warp groups (wgmma), once they have been compared with the others.
+    /// The fastest for the GPU: on Hopper those of warp groups (wgmma), on Blackwell of data centres those of tensor memory
+    /// (tcgen05), once they have been compared with the others.
     #[default]
     Auto,
     /// Those of every generation (mma.sync).

@@ -5,8 +5,8 @@
 #include "device.h"
 #include <stdio.h>
 #include <stdlib.h>
+#include <algorithm>
 #include <map>
-#include <vector>
 
 extern u8 __start_baton_shared[] __attribute__((visibility("hidden")));
 extern u8 __stop_baton_shared[] __attribute__((visibility("hidden")));
@@ -15,6 +15,8 @@ extern u8 _end[] __attribute__((visibility("hidden")));
 
 namespace {
 const u32 WARPS_MAX = 32, THREADS_MAX = 1024;
+// What products of tensor memory do is done by nobody's thread.
+const u16 PRODUCTS = THREADS_MAX;
 
 // Of a byte of shared memory, or of two bytes of the device's. Times are counted over the whole process: barriers, blocks and
 // launches all begin a new one, so that nothing needs to be reset.
@@ -22,6 +24,7 @@ struct Cell {
     u32 written, written_warp, read, read_warp;  // times; of the warp's own barriers
     u32 read_by_blocks;                          // launch in which several blocks read this
     u32 fences;                                  // of the writer, before it wrote
+    u32 written_clock, read_clock;               // of the writer, of the reader
     u32 added;                                   // time of the last addition
     u16 writer, reader;
     u8 lanes, warps;  // whether several lanes, several warps have read since the last barrier
@@ -38,8 +41,40 @@ std::map<u64, Region> allocations;  // by end
 Region dynamic, fixed, *last;
 u64 stacks_begin, stacks_end, args_begin, args_end;
 u64 pending;  // bytes that copies will fill
-u32 now = 1, launch_begin, block_begin, warp_times[WARPS_MAX], fences[THREADS_MAX];
+u32 now = 1, launch_begin, block_begin, warp_times[WARPS_MAX + 1], fences[THREADS_MAX + 1];
 std::string kernel, failure;
+
+// Order by barriers in shared memory, for blocks that have them; by thread, PRODUCTS last. A thread's clock moves on as it arrives.
+std::vector<Seen> own, at_block_barrier;
+std::vector<Known> known, known_tensor;
+const Order* acting;  // of the products that are done now
+
+u16 actor() {
+    return acting ? PRODUCTS : (u16)threadIdx.x;
+}
+
+size_t place_of(u16 who) {
+    return who == PRODUCTS ? own.size() - 1 : who;
+}
+
+u32 clock_of(u16 who) {
+    return own.empty() ? 0 : own[place_of(who)].clock;
+}
+
+void join(Seen& to, const Seen& from) {
+    to.clock = std::max(to.clock, from.clock);
+    to.shared_fences = std::max(to.shared_fences, from.shared_fences);
+    to.tensor_fences = std::max(to.tensor_fences, from.tensor_fences);
+}
+
+// What the one who acts knows of another.
+Seen seen(u16 by) {
+    if (own.empty()) return Seen();
+    if (acting) return acting->shared[place_of(by)];
+    Seen all = known[threadIdx.x][place_of(by)];
+    join(all, at_block_barrier[place_of(by)]);
+    return all;
+}
 
 Cell* cells_of(u64 count) {
     // Pages that nobody touches cost nothing.
@@ -69,8 +104,9 @@ std::string name(const Region* region, u64 at) {
 }
 
 // Whether an access of thread `by` at these times comes before what this thread does now.
-bool ordered(u32 time, u32 warp_time, u16 by, u16 me, bool several_lanes, bool several_warps) {
-    if (time < now) return true;
+bool ordered(u32 time, u32 warp_time, u32 clock, u16 by, u16 me, bool several_lanes, bool several_warps) {
+    if (time < (acting ? acting->time : now)) return true;
+    if (!several_lanes && !several_warps && seen(by).clock > clock) return true;
     if (several_warps || by / 32 != me / 32) return false;
     if (by == me && !several_lanes) return true;
     return warp_time < warp_times[me / 32];
@@ -78,22 +114,23 @@ bool ordered(u32 time, u32 warp_time, u16 by, u16 me, bool several_lanes, bool s
 
 void check_cell(Region* region, u64 at, Cell& cell, bool write) {
     const bool shared = region == &dynamic || region == &fixed;
-    const u16 me = (u16)threadIdx.x;
+    const u16 me = actor();
     if (shared && cell.pending) return checks_fail("while a copy fills it: " + name(region, at));
     if (shared && !write && cell.written < block_begin) return checks_fail("read before anybody wrote " + name(region, at));
     if (shared && cell.added == now) return checks_fail("race with an addition: " + name(region, at));
     const bool by_other_block = cell.written >= launch_begin && cell.written < block_begin;
     if (!shared && by_other_block) return checks_fail("another block has written " + name(region, at));
-    if (cell.written >= block_begin && !ordered(cell.written, cell.written_warp, cell.writer, me, false, false))
+    if (cell.written >= block_begin && !ordered(cell.written, cell.written_warp, cell.written_clock, cell.writer, me, false, false))
         return checks_fail("race with a write of thread " + std::to_string(cell.writer) + ": " + name(region, at));
     if (write) {
         const bool read_elsewhere = cell.read_by_blocks == launch_begin || (cell.read >= launch_begin && cell.read < block_begin);
         if (!shared && read_elsewhere) return checks_fail("another block has read " + name(region, at));
-        if (cell.read >= block_begin && !ordered(cell.read, cell.read_warp, cell.reader, me, cell.lanes, cell.warps))
+        if (cell.read >= block_begin && !ordered(cell.read, cell.read_warp, cell.read_clock, cell.reader, me, cell.lanes, cell.warps))
             return checks_fail("race with a read of thread " + std::to_string(cell.reader) + ": " + name(region, at));
         cell.written = now;
         cell.written_warp = warp_times[me / 32];
         cell.writer = me;
+        cell.written_clock = clock_of(me);
         cell.fences = fences[me];
         return;
     }
@@ -106,6 +143,7 @@ void check_cell(Region* region, u64 at, Cell& cell, bool write) {
     cell.read = now;
     cell.read_warp = warp_times[me / 32];
     cell.reader = me;
+    cell.read_clock = clock_of(me);
 }
 }  // namespace
 
@@ -135,10 +173,20 @@ void checks_block(u8* shared, u32 bytes) {
     if (pending)
         for (u64 i = 0; i < bytes; ++i) dynamic.cells[i].pending = 0;
     pending = 0;
+    own.clear();
+    acting = nullptr;
 }
 
 void checks_block_barrier() {
     ++now;
+    // Everybody knows now what anybody knew.
+    for (size_t i = 0; i < own.size(); ++i) {
+        for (const Known& of : known) join(at_block_barrier[i], of[i]);
+        if (i == place_of(PRODUCTS)) continue;
+        ++own[i].clock;
+        own[i].shared_fences = fences[i];
+        join(at_block_barrier[i], own[i]);
+    }
 }
 
 void checks_warp_barrier(u32 warp) {
@@ -201,13 +249,71 @@ void checks_product(u64 at) {
     Region* region = region_of(at, 16);
     for (u64 i = at; region && i < at + 16; i += region->grain) {
         const Cell& cell = region->cells[(i - region->begin) / region->grain];
-        if (cell.fences == fences[cell.writer]) checks_fail("no fence has shown products " + name(region, i));
+        const u32 shown = acting ? seen(cell.writer).shared_fences : fences[cell.writer];
+        if (shown <= cell.fences) checks_fail("no fence has shown products " + name(region, i));
     }
+}
+
+void checks_barriers() {
+    if (!own.empty()) return;
+    own.assign(blockDim.x + 1, Seen());
+    at_block_barrier.assign(blockDim.x + 1, Seen());
+    known.assign(blockDim.x, Known(blockDim.x + 1));
+    known_tensor.assign(blockDim.x, Known(blockDim.x + 1));
+}
+
+void checks_release(Known& to) {
+    to.resize(own.size());
+    Seen& mine = own[place_of(actor())];
+    ++mine.clock;
+    if (!acting) mine.shared_fences = fences[threadIdx.x];
+    const Known all = acting ? acting->shared : checks_order().shared;
+    for (size_t i = 0; i < own.size(); ++i) join(to[i], all[i]);
+    join(to[place_of(actor())], mine);
+}
+
+void checks_acquire(const Known& from) {
+    for (size_t i = 0; i < from.size(); ++i) join(known[threadIdx.x][i], from[i]);
+}
+
+void checks_tensor_before() {
+    ++own[threadIdx.x].tensor_fences;
+}
+
+void checks_tensor_after() {
+    for (size_t i = 0; i < own.size(); ++i) {
+        known_tensor[threadIdx.x][i] = known[threadIdx.x][i];
+        join(known_tensor[threadIdx.x][i], at_block_barrier[i]);
+    }
+}
+
+Order checks_order() {
+    Order order = {known[threadIdx.x], known_tensor[threadIdx.x], now};
+    for (size_t i = 0; i < own.size(); ++i) join(order.shared[i], at_block_barrier[i]);
+    join(order.shared[threadIdx.x], own[threadIdx.x]);
+    return order;
+}
+
+void checks_act(const Order* as) {
+    acting = as;
+}
+
+u16 checks_actor() {
+    return actor();
+}
+
+Seen checks_own() {
+    return own[place_of(actor())];
+}
+
+Seen checks_seen_tensor(u16 by) {
+    return (acting ? acting->tensor : known_tensor[threadIdx.x])[place_of(by)];
 }
 
 void checks_fail(const std::string& what) {
     char place[128];
-    snprintf(place, sizeof place, "block %u,%u,%u thread %u: ", blockIdx.x, blockIdx.y, blockIdx.z, threadIdx.x);
+    const char* whose = acting ? "products of " : "";
+    snprintf(place, sizeof place, "block %u,%u,%u %sthread %u: ", blockIdx.x, blockIdx.y, blockIdx.z, whose, threadIdx.x);
     failure = place + what;
     stop_block();
 }

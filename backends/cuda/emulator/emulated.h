@@ -46,6 +46,23 @@ void group_fence();
 void group_product_of(float* d, int tiles, const u32* x, u64 x_at, u64 w_at, bool adds, bool turned);
 void group_commit();
 void group_wait_for(int left);
+// Tensor memory, and barriers in shared memory (tensor.cpp): products, loads and stores are done as late as can be.
+bool elected();
+void tensor_take(u32* at);
+void tensor_give(u32 memory);
+void tensor_product(u32 d, u64 x, u64 w, u32 kind, bool adds);
+void tensor_product_held(u32 d, u32 x, u64 w, u32 kind, bool adds);
+void tensor_commit(u64* barrier);
+void tensor_fence_before();
+void tensor_fence_after();
+void tensor_load_of(float* r, u32 columns, u32 at);
+void tensor_loaded_all();
+void tensor_store(u32 at, const float (&r)[32]);
+void tensor_stored();
+void barrier_make(u64* at, u32 arrivals);
+void barriers_made();
+void barrier_arrive(u64* at);
+bool barrier_wait(u64* at, u32 parity);
 // `bytes` at a multiple of so many.
 void load_aligned(void* to, const void* from, u32 bytes);
 void store_aligned(void* to, const void* from, u32 bytes);
@@ -198,3 +215,13 @@ static inline void group_wait() {
 
 template <typename T>
 static inline void settle(T&) {}
+
+template <int N>
+static inline void tensor_load(float (&r)[N][32], u32 at) {
+    tensor_load_of(r[0], N * 32, at);
+}
+
+template <int N>
+static inline void tensor_loaded(float (&)[N][32]) {
+    tensor_loaded_all();
+}

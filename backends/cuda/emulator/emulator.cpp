@@ -72,11 +72,17 @@ const void* arguments;
 u32 alive(u32 from, u32 to) {
     return std::count_if(fibers.begin() + from, fibers.begin() + std::min(to, threads), [](Fiber& f) { return !f.ended; });
 }
+}  // namespace
 
 void give_way() {
     if (!_setjmp(fibers[current].place)) _longjmp(scheduler, 1);
 }
 
+void moved() {
+    ++progress;
+}
+
+namespace {
 void wait_at(Barrier& barrier, u32 from, u32 to, void (*passed)(u32)) {
     u32 turn = barrier.turn;
     ++barrier.arrived;
@@ -96,6 +102,7 @@ void wait_at(Barrier& barrier, u32 from, u32 to, void (*passed)(u32)) {
 void fiber_main() {
     running(arguments);
     if (!fibers[current].products.empty()) checks_fail("ended with products on their way");
+    tensor_thread_end();
     fibers[current].ended = true;
     ++progress;
     _longjmp(scheduler, 1);
@@ -138,17 +145,13 @@ bool run_block() {
             resume(i);
             if (!checks_failure().empty()) return true;
         }
-        if (left && progress == before) return false;
+        if (left && progress == before) {
+            // Only now, as late as can be, what tensor cores have been asked for. A failure ends up here, too.
+            if (!_setjmp(scheduler) && !tensor_step()) return false;
+            if (!checks_failure().empty()) return true;
+        }
     }
     return true;
-}
-
-float low_half(u32 pair) {
-    return bits_float(pair << 16);
-}
-
-float high_half(u32 pair) {
-    return bits_float(pair & 0xffff0000u);
 }
 
 float fp8_float(u8 code) {
@@ -158,6 +161,19 @@ float fp8_float(u8 code) {
     return code & 128 ? -x : x;
 }
 }  // namespace
+
+float low_half(u32 pair) {
+    return bits_float(pair << 16);
+}
+
+float high_half(u32 pair) {
+    return bits_float(pair & 0xffff0000u);
+}
+
+void warp_meets() {
+    const u32 warp = current / 32;
+    wait_at(rendezvous[warp], warp * 32, warp * 32 + 32, nullptr);
+}
 
 Registered::Registered(const char* name, Kernel kernel, u32 threads) {
     kernels()[name] = {kernel, threads};
@@ -294,13 +310,17 @@ static const u8* permuted(u64 at) {
     return registers.dynamic_shared + (at ^ (at >> 7 & 7) << 4);
 }
 
-// Where element `k` of line `line` of an operand lies, by its descriptor: lines of 128 bytes in eights, or columns of them.
-static const bf16* element(u64 tile, int line, int k, bool turned) {
+// Lines of 128 bytes in eights, or columns of them.
+const bf16* tile_element(u64 tile, u32 version, int line, int k, bool turned) {
     const u64 begin = (tile & 0x3fff) << 4, leading = (tile >> 16 & 0x3fff) << 4, stride = (tile >> 32 & 0x3fff) << 4;
-    if (tile >> 62 != 1) checks_fail("a tile that is not permuted by 128 bytes");
+    if (tile >> 46 != version || tile & 0xc000c000) checks_fail("a tile that is not permuted by 128 bytes, or of another version");
     const u64 at = turned ? begin + line / 64 * leading + k / 8 * stride + k % 8 * 128 + line % 64 * 2
                           : begin + line / 8 * stride + line % 8 * 128 + k * 2;
     return (const bf16*)(permuted(at / 16 * 16) + at % 16);
+}
+
+static const bf16* element(u64 tile, int line, int k, bool turned) {
+    return tile_element(tile, 1 << 16, line, k, turned);
 }
 
 static float value(bf16 x) {
@@ -374,8 +394,10 @@ extern "C" int emulator_launch(const char* name, const u32* grid, u32 count, u32
             for (u32 x = 0; x < grid[0]; ++x) {
                 registers.block = {x, y, z};
                 checks_block(dynamic, shared_bytes);
+                tensor_block();
                 if (!run_block()) return say("threads wait for each other for ever, block " + std::to_string(x));
                 if (!checks_failure().empty()) return say(checks_failure());
+                if (const char* wrong = tensor_end()) return say(wrong);
             }
     return 0;
 }

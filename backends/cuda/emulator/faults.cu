@@ -1,5 +1,5 @@
 // Kernels that do what a GPU would punish or, worse, would not: the checks must see each of them. See src/emulator.rs.
-#include "../kernels/groups.cuh"
+#include "../kernels/tensor.cuh"
 
 struct FaultArgs {
     u64 at;  // [64] u32
@@ -109,4 +109,53 @@ KERNEL(fault_add, FaultArgs, 64) {
     shared_add(&sum, threadIdx.x);
     if (!a.wrong) __syncthreads();
     ((u32*)a.at)[threadIdx.x] = (u32)sum;
+}
+
+// A product of tensor memory, and one of what it gave; `wrong`, beginning with 1, says what is left out.
+KERNEL(fault_tensor, FaultArgs, 128) {
+    auto right = [&](u32 what) { return a.wrong != what; };
+    DYNAMIC_SHARED(bf16, x);
+    __shared__ u64 done, ready;
+    __shared__ u32 memory;
+    const bool first = threadIdx.x < 32;
+    if (first) tensor_take(&memory);
+    if (threadIdx.x == 0) {
+        barrier_make(&done, 1), barrier_make(&ready, 128);
+        if (right(1)) barriers_made();
+    }
+    for (u32 i = threadIdx.x; i < 128 * 64; i += 128) x[i].bits = 0;
+    if (right(2)) shared_fence();
+    __syncthreads();
+    const u32 own = right(3) ? tensor_lanes(memory) : memory;
+    const bool asks = first && elected();
+    if (asks) {
+        const u32 kind = tensor_kind(right(4) ? 32 : 24, false);
+        tensor_product(memory, tensor_tile(x), right(5) ? tensor_tile(x) : tile_address(x), right(6) ? kind : kind ^ 1 << 7, false);
+        tensor_commit(&done);
+    }
+    if (right(7)) barrier_wait(&done, 0);
+    if (right(8)) tensor_fence_after();
+    float r[1][32];
+    tensor_load(r, own);
+    if (right(9)) tensor_loaded(r);
+    tensor_store(own + 32, r[0]);
+    if (right(10)) tensor_stored();
+    if (right(11)) tensor_fence_before();
+    barrier_arrive(&ready);
+    if (asks) {
+        if (right(12)) barrier_wait(&ready, 0);
+        if (right(13)) tensor_fence_after();
+        tensor_product_held(memory, memory + 32, tensor_tile(x), tensor_kind(32, false), false);
+        tensor_commit(&done);
+    }
+    barrier_wait(&done, right(14) ? 1 : 0);
+    tensor_fence_after();
+    tensor_load(r, own);
+    tensor_loaded(r);
+    if (threadIdx.x < 64) ((u32*)a.at)[threadIdx.x] = float_bits(r[0][0]);
+    if (right(15)) tensor_fence_before();
+    __syncthreads();
+    if (right(16)) tensor_fence_after();
+    if (first && right(17)) tensor_give(memory);
+    if (!right(18)) barrier_wait(&ready, 1);
 }

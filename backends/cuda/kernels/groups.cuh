@@ -28,9 +28,11 @@ __device__ __forceinline__ u64 tile_address(const bf16* at, u32 leading = 16) {
 #define GROUP_ASM(...) do { } while (0)
 #endif
 
-// What this thread has written to shared memory is there for products that begin behind the next barrier.
+// What this thread has written to shared memory is there for products that begin behind the next barrier. Hopper and later.
 __device__ __forceinline__ void shared_fence() {
-    GROUP_ASM("fence.proxy.async.shared::cta;" ::: "memory");
+#if __CUDA_ARCH__ >= 900
+    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+#endif
 }
 
 // Before products whose registers something else has touched.

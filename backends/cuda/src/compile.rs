@@ -10,17 +10,19 @@ use cudarc::nvrtc::{result, sys};
 use sha2::{Digest, Sha256};
 
 /// What every kernel file begins with instead of its includes.
-const SHARED: [&str; 5] = [
+const SHARED: [&str; 6] = [
     include_str!("../kernels/device.cuh"),
     include_str!("../kernels/quant.cuh"),
     include_str!("../kernels/product.cuh"),
     include_str!("../kernels/attention.cuh"),
     include_str!("../kernels/groups.cuh"),
+    include_str!("../kernels/tensor.cuh"),
 ];
 
 /// The files that have kernels, by name.
-pub const FILES: [(&str, &str); 12] = [
+pub const FILES: [(&str, &str); 13] = [
     ("attention.cu", include_str!("../kernels/attention.cu")),
+    ("blackwell.cu", include_str!("../kernels/blackwell.cu")),
     ("cache.cu", include_str!("../kernels/cache.cu")),
     ("draw.cu", include_str!("../kernels/draw.cu")),
     ("fp8.cu", include_str!("../kernels/fp8.cu")),

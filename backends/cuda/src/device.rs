@@ -10,13 +10,13 @@ use backend::{
 
 use crate::act::CudaAct;
 use crate::args::Args;
-use crate::driver::{Driver, Lane, Launch};
-use crate::hopper;
+use crate::driver::{Driver, Lane, Launch, Wide};
 use crate::kv::CudaKv;
 use crate::memory::{Buffer, Pool};
 use crate::queue::Queue;
 use crate::ranks::Ranks;
 use crate::step::CudaStep;
+use crate::trial;
 use crate::weight::CudaWeight;
 
 /// Threads of a block of the simple kernels.
@@ -33,9 +33,9 @@ pub struct Device<D: Driver> {
     pub(crate) block_tokens: u32,
     /// Whether activations are rounded to FP8 for products with FP8 weights.
     pub(crate) rounds: bool,
-    /// Whether warp groups attend prompts.
-    pub(crate) groups: bool,
-    /// Whether they multiply many rows with weights that are not the library's.
+    /// The products of the GPU's generation that attend prompts, if they do.
+    pub(crate) attends: Option<Wide>,
+    /// Whether warp groups multiply many rows with weights that are not the library's.
     pub(crate) group_products: bool,
     /// The other ranks, where there are others.
     pub(crate) ranks: Option<Ranks>,
@@ -73,7 +73,7 @@ impl<D: Driver> Device<D> {
             dtype: options.dtype,
             block_tokens: options.block_tokens,
             rounds,
-            groups: false,
+            attends: None,
             group_products: false,
             ranks: match group.links {
                 Links::Alone if group.world == 1 => None,
@@ -84,23 +84,21 @@ impl<D: Driver> Device<D> {
         };
         // Now, where what cannot be compiled is said at once, and not while somebody waits for an answer.
         device.driver().prepare()?;
-        if asked && device.driver().multiplies_in_groups() {
-            device.groups = hopper::attends(&device);
-            device.group_products = hopper::multiplies(&device);
-            if !(device.groups && device.group_products) {
-                device.works()?;
-            }
+        if let Some(wide) = device.driver().wide().filter(|_| asked) {
+            device.attends = trial::attends(&device, wide).then_some(wide);
+            device.group_products = wide == Wide::Groups && trial::multiplies(&device);
+            device.works(wide)?;
         }
         Ok(device)
     }
 
-    /// Whether it still does anything: a kernel that faults ends its process's use of a device.
-    fn works(&self) -> Result<(), BackendError> {
+    /// Whether it still does anything after the trials of `wide`: a kernel that faults ends its process's use of a device.
+    pub(crate) fn works(&self, wide: Wide) -> Result<(), BackendError> {
         let ended = self.driver().record(Lane::Compute).and_then(|event| D::wait(&event));
         ended.map_err(|error| BackendError::Unavailable {
             backend: "cuda",
             reason: format!(
-                "{} faulted in kernels of warp groups ({error}): go without by --cuda-attention mma",
+                "{} faulted in kernels of {wide} ({error}): go without by --cuda-attention mma",
                 self.driver().describe()
             ),
         })
@@ -206,12 +204,12 @@ impl<D: Driver + Open> Backend for Device<D> {
 
     fn caps(&self) -> Caps {
         let mut device = self.driver().describe();
-        device += match (self.groups, self.group_products) {
-            (true, true) => ", wgmma",
-            (true, false) => ", wgmma for attention",
-            (false, true) => ", wgmma for products",
-            (false, false) => "",
-        };
+        match (self.attends, self.group_products) {
+            (Some(Wide::Groups), false) => device += ", wgmma for attention",
+            (Some(wide), _) => device += &format!(", {wide}"),
+            (None, true) => device += ", wgmma for products",
+            (None, false) => {}
+        }
         if let Some(ranks) = &self.ranks {
             device += &format!(", {}", ranks.describe());
         }

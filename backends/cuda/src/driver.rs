@@ -14,6 +14,24 @@ pub enum Lane {
     Copy,
 }
 
+/// Products of a generation's own: wider than those of a warp, which every generation has, and done beside other work.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Wide {
+    /// Of warp groups: Hopper's wgmma.
+    Groups,
+    /// Of tensor memory: tcgen05 of Blackwell in data centres.
+    Memory,
+}
+
+impl std::fmt::Display for Wide {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(match self {
+            Wide::Groups => "wgmma",
+            Wide::Memory => "tcgen05",
+        })
+    }
+}
+
 /// How a kernel is started.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Launch {
@@ -71,8 +89,8 @@ pub trait Driver: Clone + 'static {
     fn shared_bytes_max(&self) -> usize;
     /// Whether its tensor cores multiply FP8.
     fn multiplies_fp8(&self) -> bool;
-    /// Whether its warps multiply in groups (Hopper's wgmma).
-    fn multiplies_in_groups(&self) -> bool;
+    /// What its tensor cores have beside the products of a warp.
+    fn wide(&self) -> Option<Wide>;
     /// Whether device and host have one memory, so that nothing needs to be staged.
     fn unified(&self) -> bool;
     /// Which of all devices this is.

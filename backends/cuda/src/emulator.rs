@@ -14,7 +14,7 @@ use backend::{BackendError, Place};
 use self::kernels::{library, reachable};
 use self::machine::{Graph, Machine, Op, Work, of};
 use crate::device::Open;
-use crate::driver::{Attach, Dense, Driver, Lane, Launch, fault};
+use crate::driver::{Attach, Dense, Driver, Lane, Launch, Wide, fault};
 use crate::nccl::Sum;
 
 /// Shared memory of a block on the smallest GPUs that are supported (sm_86, sm_120), and on large ones (sm_90, sm_100).
@@ -23,13 +23,13 @@ const SHARED_BYTES: [usize; 2] = [99 * 1024, 227 * 1024];
 const PROGRESS: usize = 4;
 
 /// Kernels on the host. Device 0 is small and has memory of its own, device 1 is large, multiplies FP8 and shares the host's; devices 2 and
-/// 3 are such with a library of dense products; 4 to 7 are as 0 to 3, and their warps multiply in groups.
+/// 3 are such with a library of dense products; 4 to 7 are as 0 to 3, and their warps multiply in groups; 8 to 11 are, and have tensor memory.
 #[derive(Clone)]
 pub struct Emulated {
     machine: Arc<Mutex<Machine>>,
     large: bool,
     library: bool,
-    groups: bool,
+    wide: Option<Wide>,
     identity: [u8; 16],
 }
 
@@ -118,7 +118,7 @@ impl Open for Emulated {
             machine: Arc::default(),
             large: device % 2 == 1,
             library: device / 2 % 2 == 1,
-            groups: device / 4 % 2 == 1,
+            wide: [None, Some(Wide::Groups), Some(Wide::Memory), None][device / 4 % 4],
             identity,
         })
     }
@@ -190,8 +190,8 @@ impl Driver for Emulated {
         self.large
     }
 
-    fn multiplies_in_groups(&self) -> bool {
-        self.groups
+    fn wide(&self) -> Option<Wide> {
+        self.wide
     }
 
     fn unified(&self) -> bool {

@@ -10,7 +10,6 @@ mod device;
 mod driver;
 mod fp8;
 mod graphs;
-mod hopper;
 mod kv;
 mod latent;
 mod lease;
@@ -22,6 +21,7 @@ mod product;
 mod queue;
 mod ranks;
 mod step;
+mod trial;
 mod unstaged;
 mod weight;
 

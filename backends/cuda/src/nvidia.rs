@@ -20,7 +20,7 @@ use self::memory::{Event, Host, Lasting, Memory, available_bytes};
 use self::products::Products;
 use crate::compile;
 use crate::device::Open;
-use crate::driver::{Attach, Dense, Driver, Lane, Launch, fault};
+use crate::driver::{Attach, Dense, Driver, Lane, Launch, Wide, fault};
 use crate::nccl::Sum;
 
 /// CUDA 12.0: the oldest driver that has every call that is used here.
@@ -44,7 +44,7 @@ struct Gpu {
     processors: u32,
     shared_bytes_max: usize,
     multiplies_fp8: bool,
-    multiplies_in_groups: bool,
+    wide: Option<Wide>,
     unified: bool,
     identity: [u8; 16],
     /// Pinned memory that uploads pass through, and the copy that reads it.
@@ -183,7 +183,11 @@ impl Open for Nvidia {
                 shared_bytes_max: shared as usize,
                 // Ada and later.
                 multiplies_fp8: capability >= (8, 9),
-                multiplies_in_groups: capability.0 == 9,
+                wide: match capability.0 {
+                    9 => Some(Wide::Groups),
+                    10 => Some(Wide::Memory),
+                    _ => None,
+                },
                 unified: integrated,
                 identity: uuid.bytes.map(|byte| byte as u8),
                 stages: RefCell::default(),
@@ -260,8 +264,8 @@ impl Driver for Nvidia {
         self.0.multiplies_fp8
     }
 
-    fn multiplies_in_groups(&self) -> bool {
-        self.0.multiplies_in_groups
+    fn wide(&self) -> Option<Wide> {
+        self.0.wide
     }
 
     fn unified(&self) -> bool {

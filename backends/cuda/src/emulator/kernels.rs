@@ -74,7 +74,9 @@ fn compiled(root: &Path, dir: &Path) -> Result<PathBuf, String> {
         .collect();
     sources.push((root.join("emulator/faults.cu"), true));
     sources.sort();
-    sources.extend(["emulator.cpp", "checks.cpp"].map(|name| (root.join("emulator").join(name), false)));
+    sources.extend(
+        ["emulator.cpp", "tensor.cpp", "checks.cpp"].map(|name| (root.join("emulator").join(name), false)),
+    );
     let mut compilers = Vec::new();
     let mut objects = Vec::new();
     for (source, is_kernel) in &sources {

@@ -14,6 +14,7 @@ fn said(kernel: &'static str, blocks: u32, wrong: u32) -> Result<(), String> {
     let (threads, shared_bytes) = match kernel {
         "fault_blocks" => (1, 256),
         "fault_unfenced" | "fault_registers" | "fault_operand" => (128, 64 * 64 * 2),
+        "fault_tensor" => (128, 128 * 64 * 2),
         _ => (64, 256),
     };
     let launch = Launch { kernel, grid: [blocks, 1, 1], threads, shared_bytes };
@@ -43,6 +44,35 @@ fn faults_of_kernels_are_seen() {
         assert_eq!(said(kernel, blocks, 0), Ok(()), "{kernel}");
         let got = said(kernel, blocks, 1);
         assert!(got.as_ref().is_err_and(|said| said.contains(want)), "{kernel}: {got:?}");
+    }
+}
+
+/// So is every wait, fence and descriptor that products of tensor memory lack.
+#[test]
+fn faults_of_tensor_memory_are_seen() {
+    assert_eq!(said("fault_tensor", 1, 0), Ok(()));
+    for (wrong, want) in (1..).zip([
+        "no fence has shown this barrier",
+        "no fence has shown products",
+        "lanes that are not its own",
+        "products of no such size",
+        "of another version",
+        "not of bf16 with sums in f32",
+        "read before anybody wrote",
+        "products have not been waited for",
+        "registers that a load fills",
+        "while a store fills it",
+        "no fence behind an access",
+        "race with an access",
+        "race with an access",
+        "ended with products on their way",
+        "no fence behind an access",
+        "race with an access",
+        "ended with tensor memory",
+        "wait for each other for ever",
+    ]) {
+        let got = said("fault_tensor", 1, wrong);
+        assert!(got.as_ref().is_err_and(|said| said.contains(want)), "{wrong}: {got:?}");
     }
 }
 

@@ -48,7 +48,7 @@ struct Args {
     /// Measure attention by itself over the long prompt
     #[arg(long)]
     attention_speed: bool,
-    /// Attend prompts by the kernels of every generation, on Hopper too
+    /// Attend prompts by the kernels of every generation, on Hopper and Blackwell too
     #[arg(long)]
     mma: bool,
     /// Measure products by themselves, by format of the weights

@@ -1,6 +1,6 @@
-//! Whether prompts are attended by the products of warp groups (`kernels/hopper.cu`), and multiplied with weights
-//! (`kernels/product_group.cu`). A device that has them gets a small prompt and some small products when it is opened, to which
-//! both kinds of kernels must answer alike: who trusts an instruction looks first.
+//! Whether prompts are attended by the products of a GPU's generation ([`Wide`]: `kernels/hopper.cu`, `kernels/blackwell.cu`), and
+//! multiplied with weights by warp groups (`kernels/product_group.cu`). A device that has them gets a small prompt and some small
+//! products when it is opened, to which both kinds of kernels must answer alike: who trusts an instruction looks first.
 
 use backend::{BackendError, GgufBlock};
 use half::bf16;
@@ -8,16 +8,17 @@ use half::bf16;
 use crate::args::{AttendArgs, ProductArgs, QuantArgs};
 use crate::attend::{FLASH, Flash, Kernel};
 use crate::device::Device;
-use crate::driver::Driver;
+use crate::driver::{Driver, Wide};
 use crate::product::{MANY, in_groups};
 use crate::step::Fetched;
 use crate::weight::{AFFINE, gguf_code};
 
-/// Tokens of the prompt: three tiles of keys, so that every part of the kernel's loop has its turn.
-const TOKENS: usize = 300;
-/// Its heads of queries, and how many of them share keys and values.
-const HEADS: usize = 4;
-const GROUP: usize = 2;
+/// Tokens of the prompt, the last of which are attended: some tiles of keys, so that every part of the kernels' loops has its turn,
+/// and every place for a tile and parity of a barrier comes round.
+const SEEN: usize = 800;
+const TOKENS: usize = 150;
+/// Its heads of queries, all of which share keys and values.
+const HEADS: usize = 2;
 /// Largest difference, as a part of the largest value: weights are rounded to bf16 by both, against other peaks.
 const LIMIT: f32 = 0.02;
 /// The same of products, whose sums are f32 of the same numbers in another order.
@@ -29,35 +30,37 @@ const INPUTS: usize = 160;
 const ROWS: usize = 150;
 
 /// Whether both kinds attend alike on `device`; says so where they do not.
-pub(crate) fn attends<D: Driver>(device: &Device<D>) -> bool {
-    for (flash, kinds) in FLASH.iter().filter_map(|flash| Some((flash, flash.kinds()?))) {
-        let reason = match difference(device, flash, kinds) {
-            Ok(difference) if difference <= LIMIT => continue,
-            Ok(difference) => format!("off by {difference} of the largest value"),
-            Err(error) => error.to_string(),
-        };
-        eprintln!(
-            "cuda: attention goes without products of warp groups: with keys of {} they were {reason}",
-            flash.key_max
-        );
-        return false;
-    }
-    true
+pub(crate) fn attends<D: Driver>(device: &Device<D>, wide: Wide) -> bool {
+    FLASH.iter().filter_map(|flash| Some((flash, flash.kinds(wide)?))).all(|(flash, kinds)| {
+        let what = format!("attention with keys of {}", flash.key_max);
+        alike(wide, &what, difference(device, flash, kinds), LIMIT)
+    })
+}
+
+/// Whether a trial's `difference` is within its limit; says so where it is not.
+fn alike(wide: Wide, what: &str, difference: Result<f32, BackendError>, limit: f32) -> bool {
+    let reason = match difference {
+        Ok(difference) if difference <= limit => return true,
+        Ok(difference) => format!("off by {difference} of the largest value"),
+        Err(error) => error.to_string(),
+    };
+    eprintln!("cuda: goes without {wide}, which failed a trial: {what}: {reason}");
+    false
 }
 
 /// The largest difference between the two kernels' answers, as a part of the largest value. Not a number where one is.
 fn difference<D: Driver>(device: &Device<D>, flash: &Flash, kinds: [Kernel; 2]) -> Result<f32, BackendError> {
-    let (dim, value_dim, kv_heads) = (flash.key_max, flash.value_max, HEADS / GROUP);
+    let (dim, value_dim) = (flash.key_max, flash.value_max);
     let q = device.pool.send(&numbers(1, TOKENS * HEADS * dim))?;
-    let k = device.pool.send(&numbers(2, TOKENS * kv_heads * dim))?;
-    let v = device.pool.send(&numbers(3, TOKENS * kv_heads * value_dim))?;
+    let k = device.pool.send(&numbers(2, SEEN * dim))?;
+    let v = device.pool.send(&numbers(3, SEEN * value_dim))?;
     let firsts = device.pool.send(&[0])?;
     let mut answers = Vec::new();
     for kernel in kinds {
-        let rows = kernel.queries / GROUP;
+        let rows = kernel.queries / HEADS;
         let tiles = (0..TOKENS).step_by(rows).flat_map(|first| {
-            let position = first as u32;
-            [0, position, rows.min(TOKENS - first) as u32, position]
+            let position = SEEN - TOKENS + first;
+            [0, first as u32, rows.min(TOKENS - first) as u32, position as u32]
         });
         let tiles = device.pool.send(&tiles.collect::<Vec<u32>>())?;
         let bytes = TOKENS * HEADS * value_dim * 2;
@@ -71,20 +74,20 @@ fn difference<D: Driver>(device: &Device<D>, flash: &Flash, kinds: [Kernel; 2]) 
             tiles: tiles.address,
             q_row: (HEADS * dim) as u32,
             q_head: dim as u32,
-            k_token: (kv_heads * dim) as u32,
+            k_token: dim as u32,
             k_head: dim as u32,
-            v_token: (kv_heads * value_dim) as u32,
+            v_token: value_dim as u32,
             v_head: value_dim as u32,
             heads: HEADS as u32,
-            group: GROUP as u32,
-            pack: GROUP as u32,
+            group: HEADS as u32,
+            pack: HEADS as u32,
             key_dim: dim as u32,
             value_dim: value_dim as u32,
             splits: 1,
             scale: (dim as f32).powf(-0.5),
             ..AttendArgs::default()
         };
-        flash.launch(device, kernel, [TOKENS.div_ceil(rows), kv_heads, 1], &args)?;
+        flash.launch(device, kernel, [TOKENS.div_ceil(rows), 1, 1], &args)?;
         answers.push(Fetched::of(device, out.address, bytes)?);
     }
     let values = |answer: &Fetched<D>| -> Result<Vec<f32>, BackendError> {
@@ -103,16 +106,10 @@ fn apart(left: &[f32], right: &[f32]) -> f32 {
 
 /// Whether both kinds multiply alike on `device`; says so where they do not.
 pub(crate) fn multiplies<D: Driver>(device: &Device<D>) -> bool {
-    for kind in ["numbers", "words of codes", "blocks of codes"] {
-        let reason = match product_difference(device, kind) {
-            Ok(difference) if difference <= PRODUCT_LIMIT => continue,
-            Ok(difference) => format!("off by {difference} of the largest value"),
-            Err(error) => error.to_string(),
-        };
-        eprintln!("cuda: products go without those of warp groups: with {kind} they were {reason}");
-        return false;
-    }
-    true
+    ["numbers", "words of codes", "blocks of codes"].iter().all(|kind| {
+        let what = format!("products with {kind}");
+        alike(Wide::Groups, &what, product_difference(device, kind), PRODUCT_LIMIT)
+    })
 }
 
 /// The largest difference of experts' products by the two kernels, as a part of the largest value.
@@ -203,4 +200,30 @@ fn numbers(seed: u32, count: usize) -> Vec<u32> {
         u32::from(bf16::from_f32((state >> 8) as f32 / (1u32 << 22) as f32 - 2.0).to_bits())
     };
     (0..count / 2).map(|_| number() | number() << 16).collect()
+}
+
+#[cfg(all(test, feature = "emulator"))]
+mod tests {
+    use backend::{Backend, DType, DeviceOptions, Group};
+
+    use super::*;
+    use crate::EmulatedBackend;
+    use crate::driver::{Launch, fault};
+
+    /// What fails a trial is left alone, and what brings the device down is named to whoever starts the node.
+    #[test]
+    fn a_trial_is_passed_by_what_is_within_its_limit() {
+        let options = DeviceOptions { dtype: DType::BF16, ..DeviceOptions::default() };
+        let device = EmulatedBackend::open(&options, Group::alone()).unwrap();
+        let passes = |difference| alike(Wide::Memory, "test", difference, LIMIT);
+        assert!(passes(Ok(LIMIT)));
+        assert!(!passes(Ok(LIMIT * 1.1)));
+        assert!(!passes(Ok(apart(&[1.0, 2.0], &[1.0, f32::NAN]))));
+        assert!(!passes(Err(fault("kernel", "refused"))));
+        device.works(Wide::Memory).unwrap();
+        let outside = Launch { kernel: "fault_outside", grid: [1, 1, 1], threads: 64, shared_bytes: 0 };
+        device.driver().launch(outside, &[0, 1]).unwrap();
+        let error = device.works(Wide::Memory).unwrap_err().to_string();
+        assert!(error.contains("tcgen05") && error.contains("--cuda-attention mma"), "{error}");
+    }
 }

@@ -1,6 +1,6 @@
-//! Attention and experts by the products of warp groups, on an emulated device that has them: beside the kernels of every generation, which the
-//! conformance suite compares with a reference. The emulator does these products as late as somebody waits for them, from
-//! the descriptors that the kernels made, and checks that everything they read is there and shown to them.
+//! Attention and experts by the products of a GPU's generation, on emulated devices that have them: beside the kernels of every
+//! generation, which the conformance suite compares with a reference, and beside one here. The emulator does these products as late
+//! as somebody waits for them, from the descriptors that the kernels made, and checks that everything they read is there and shown to them.
 
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
@@ -14,7 +14,9 @@ use backend_cuda::EmulatedBackend;
 use half::bf16;
 
 /// Large, with warp groups.
-const DEVICE: usize = 5;
+const HOPPER: usize = 5;
+/// Large, with tensor memory.
+const BLACKWELL: usize = 9;
 
 /// Kernels run one at a time in a process.
 fn alone() -> MutexGuard<'static, ()> {
@@ -22,28 +24,92 @@ fn alone() -> MutexGuard<'static, ()> {
     ALONE.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-fn options(attention: PromptAttention, block_tokens: u32) -> DeviceOptions {
+fn options(device: usize, attention: PromptAttention, block_tokens: u32) -> DeviceOptions {
     let cuda = CudaOptions { attention, ..CudaOptions::default() };
-    DeviceOptions { dtype: DType::BF16, device: DEVICE, block_tokens, cuda, ..DeviceOptions::default() }
+    DeviceOptions { dtype: DType::BF16, device, block_tokens, cuda, ..DeviceOptions::default() }
 }
 
-/// Of each sequence: tokens that are there, and tokens of this step.
+/// `runs`, of each sequence: tokens that are there, and tokens of this step.
+#[derive(Debug)]
 struct Case {
     heads: usize,
     kv_heads: usize,
     dim: usize,
     window: Option<u32>,
     block_tokens: u32,
-    runs: &'static [(u32, u32)],
+    runs: Vec<(u32, u32)>,
+}
+
+/// A number of all tokens' q, k and v.
+fn number(at: usize) -> bf16 {
+    bf16::from_f32(((at * 7919 % 4001) as f32 / 1000.0 - 2.0) * (1 + at % 3) as f32)
+}
+
+/// The angle by which pair `pair` is turned from one position to the next.
+fn frequency(pair: usize) -> f32 {
+    1.0 / (1 + pair * 3) as f32
+}
+
+/// What the second step is to answer, in f64 of what the cache has in bf16.
+fn reference(case: &Case) -> Vec<f32> {
+    let Case { heads, kv_heads, dim, window, .. } = *case;
+    let width = (heads + 2 * kv_heads) * dim;
+    let turned = |token: u32, position: u32, head: usize| -> Vec<f64> {
+        let at = |i: usize| number(token as usize * width + head * dim + i).to_f32();
+        let pair = |i: usize| {
+            let (sin, cos) = (position as f32 * frequency(i % (dim / 2))).sin_cos();
+            let (low, high) = (at(i % (dim / 2)), at(i % (dim / 2) + dim / 2));
+            if i < dim / 2 { low * cos - high * sin } else { high * cos + low * sin }
+        };
+        (0..dim).map(|i| f64::from(bf16::from_f32(pair(i)))).collect()
+    };
+    let (mut answers, mut first) = (Vec::new(), 0);
+    for (before, now) in &case.runs {
+        let keys: Vec<Vec<Vec<f64>>> = (0..kv_heads)
+            .map(|kv| (0..before + now).map(|p| turned(first + p, p, heads + kv)).collect())
+            .collect();
+        for position in *before..before + now {
+            let seen = window.map_or(0, |window| (position + 1).saturating_sub(window))..position + 1;
+            for head in 0..heads {
+                let (q, kv) = (turned(first + position, position, head), head * kv_heads / heads);
+                let score = |p: u32| {
+                    let products = q.iter().zip(&keys[kv][p as usize]).map(|(q, k)| q * k);
+                    products.sum::<f64>() * (dim as f64).powf(-0.5)
+                };
+                let scores: Vec<f64> = seen.clone().map(score).collect();
+                let peak = scores.iter().fold(f64::NEG_INFINITY, |most, x| most.max(*x));
+                let weights: Vec<f64> = scores.iter().map(|x| (x - peak).exp()).collect();
+                let total: f64 = weights.iter().sum();
+                answers.extend((0..dim).map(|i| {
+                    let value = |p: u32| {
+                        f64::from(number((first + p) as usize * width + (heads + kv_heads + kv) * dim + i))
+                    };
+                    let sum: f64 =
+                        weights.iter().zip(seen.clone()).map(|(weight, p)| weight * value(p)).sum();
+                    (sum / total) as f32
+                }));
+            }
+        }
+        first += before + now;
+    }
+    answers
+}
+
+/// The largest difference, as a part of the largest value. Not a number where one is.
+fn apart(want: &[f32], got: &[f32]) -> f32 {
+    assert_eq!(want.len(), got.len());
+    let largest = want.iter().fold(0f32, |most, x| most.max(x.abs()));
+    let differences = want.iter().zip(got).map(|(x, y)| (x - y).abs() / largest);
+    differences.fold(0f32, |most, x| if x > most || x.is_nan() { x } else { most })
 }
 
 /// Answers of the second step.
-fn attended(case: &Case, attention: PromptAttention) -> (String, Vec<f32>) {
+fn attended(device: usize, case: &Case, attention: PromptAttention) -> (String, Vec<f32>) {
     let Case { heads, kv_heads, dim, .. } = *case;
-    let mut backend = EmulatedBackend::open(&options(attention, case.block_tokens), Group::alone()).unwrap();
+    let options = options(device, attention, case.block_tokens);
+    let mut backend = EmulatedBackend::open(&options, Group::alone()).unwrap();
     let width = (heads + 2 * kv_heads) * dim;
     let rows: u32 = case.runs.iter().map(|(before, now)| before + now).sum();
-    let number = |at: usize| bf16::from_f32(((at * 7919 % 4001) as f32 / 1000.0 - 2.0) * (1 + at % 3) as f32);
     let bytes: Vec<u8> = (0..rows as usize * width).flat_map(|at| number(at).to_le_bytes()).collect();
     let table = TensorView {
         name: "test",
@@ -57,12 +123,12 @@ fn attended(case: &Case, attention: PromptAttention) -> (String, Vec<f32>) {
     let spec = KvSpec::gqa(1, kv_heads, 0..kv_heads, dim, DType::BF16);
     let room = (rows as usize + case.runs.len() * case.block_tokens as usize) * spec.token_bytes();
     let mut kv = backend.kv(&spec, room as u64).unwrap();
-    let inv_freq: Vec<f32> = (0..dim / 2).map(|at| 1.0 / (1 + at * 3) as f32).collect();
+    let inv_freq: Vec<f32> = (0..dim / 2).map(frequency).collect();
     let rope = Rope { inv_freq: inv_freq.into(), factor: 1.0, style: RopeStyle::HalfSplit };
     let mut got = Vec::new();
     for now in [false, true] {
         let (mut batch, mut first) = (Batch::default(), 0);
-        for (seq, (before, after)) in (0..).map(SeqId).zip(case.runs) {
+        for (seq, (before, after)) in (0..).map(SeqId).zip(&case.runs) {
             if !now {
                 kv.open(seq, before + after).unwrap();
             }
@@ -96,18 +162,17 @@ fn attended(case: &Case, attention: PromptAttention) -> (String, Vec<f32>) {
     (backend.caps().device, got)
 }
 
-#[test]
-fn warp_groups_attend_as_the_other_kernels_do() {
-    let _alone = alone();
-    let case = |heads, kv_heads, dim, window, block_tokens, runs| Case {
+/// Shapes that matter.
+fn shapes() -> Vec<Case> {
+    let case = |heads, kv_heads, dim, window, block_tokens, runs: &[(u32, u32)]| Case {
         heads,
         kv_heads,
         dim,
         window,
         block_tokens,
-        runs,
+        runs: runs.to_vec(),
     };
-    for case in [
+    vec![
         // Several tiles of queries and keys, pages as a cluster has them.
         case(4, 2, 64, None, 32, &[(0, 300)]),
         // What was there before; sequences of unlike lengths; one token; small pages.
@@ -117,20 +182,49 @@ fn warp_groups_attend_as_the_other_kernels_do() {
         case(4, 4, 96, Some(7), 64, &[(129, 140)]),
         // A group of heads that does not divide a tile.
         case(5, 1, 128, None, 32, &[(0, 257)]),
-    ] {
-        let (device, got) = attended(&case, PromptAttention::Auto);
+    ]
+}
+
+#[test]
+fn warp_groups_attend_as_the_other_kernels_do() {
+    let _alone = alone();
+    for case in shapes() {
+        let (device, got) = attended(HOPPER, &case, PromptAttention::Auto);
         assert!(device.contains("wgmma"), "{device}");
-        let (device, want) = attended(&case, PromptAttention::Mma);
+        let (device, want) = attended(HOPPER, &case, PromptAttention::Mma);
         assert!(!device.contains("wgmma"), "{device}");
-        let largest = want.iter().fold(0f32, |most, x| most.max(x.abs()));
-        let worst = want.iter().zip(&got).map(|(x, y)| (x - y).abs() / largest);
-        let worst = worst.fold(0f32, |most, x| if x > most || x.is_nan() { x } else { most });
-        let Case { heads, kv_heads, dim, window, runs, .. } = case;
-        assert!(
-            worst < 1e-2,
-            "{worst} of the largest value: {heads} on {kv_heads} of {dim}, {window:?}, {runs:?}"
-        );
-        assert_eq!(want.len(), got.len());
+        let worst = apart(&want, &got);
+        assert!(worst < 1e-2, "{worst} of the largest value: {case:?}");
+    }
+}
+
+/// These, many tiles of keys, so that places for them and the parities of barriers come round and round, and shapes drawn by chance.
+#[test]
+fn tensor_memory_attends_as_a_reference_does() {
+    let _alone = alone();
+    let mut cases =
+        vec![Case { heads: 1, kv_heads: 1, dim: 64, window: None, block_tokens: 32, runs: vec![(1500, 40)] }];
+    let mut state = 20u32;
+    let mut below = |end: u32| {
+        state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
+        (state >> 8) % end
+    };
+    for _ in 0..4 {
+        let kv_heads = 1 + below(2) as usize;
+        cases.push(Case {
+            heads: kv_heads * (1 + below(7) as usize),
+            kv_heads,
+            dim: 8 * (1 + below(16) as usize),
+            window: [None, Some(1 + below(300))][below(2) as usize],
+            block_tokens: 16 << below(3),
+            runs: (0..1 + below(3)).map(|_| (below(400), 1 + below(140))).collect(),
+        });
+    }
+    for case in cases {
+        let (device, got) = attended(BLACKWELL, &case, PromptAttention::Auto);
+        assert!(device.contains("tcgen05"), "{device}");
+        let worst = apart(&reference(&case), &got);
+        assert!(worst < 1e-2, "{worst} of the largest value: {case:?}");
     }
 }
 
@@ -140,7 +234,7 @@ fn mixed(attention: PromptAttention) -> Vec<f32> {
     const HIDDEN: usize = 136;
     const INNER: usize = 72;
     const EXPERTS: usize = 3;
-    let mut backend = EmulatedBackend::open(&options(attention, 32), Group::alone()).unwrap();
+    let mut backend = EmulatedBackend::open(&options(HOPPER, attention, 32), Group::alone()).unwrap();
     let numbers = |seed: usize, count: usize| -> Vec<u8> {
         let number = |at: usize| bf16::from_f32((at * 7919 % 4001) as f32 / 4000.0 - 0.5);
         (0..count).flat_map(|at| number(at + seed * 31).to_le_bytes()).collect()
@@ -198,29 +292,33 @@ fn mixed(attention: PromptAttention) -> Vec<f32> {
 fn warp_groups_multiply_as_the_other_kernels_do() {
     let _alone = alone();
     let (got, want) = (mixed(PromptAttention::Auto), mixed(PromptAttention::Mma));
-    let largest = want.iter().fold(0f32, |most, x| most.max(x.abs()));
-    let worst = want.iter().zip(&got).map(|(x, y)| (x - y).abs() / largest);
-    let worst = worst.fold(0f32, |most, x| if x > most || x.is_nan() { x } else { most });
-    assert!(want.len() == got.len() && worst < 1e-2, "{worst} of the largest value");
+    let worst = apart(&want, &got);
+    assert!(worst < 1e-2, "{worst} of the largest value");
 }
 
 /// Latent attention's prompts too, whose keys are longer than its values, and products with every format of weights.
-#[test]
-fn a_device_with_warp_groups_conforms() {
+fn conforms(device: usize, parts: &[&str]) {
     let _alone = alone();
     let open = |options: &DeviceOptions, group: Group| {
-        EmulatedBackend::open(&DeviceOptions { device: DEVICE, ..options.clone() }, group)
+        EmulatedBackend::open(&DeviceOptions { device, ..options.clone() }, group)
     };
     let tolerance = Tolerance { f32: 3e-6, bf16: 2e-2 };
     let dtypes = &[DType::BF16];
     let suite = Suite { open: &open, tolerance, dtypes, group: None, quants: QUANTS, plain_experts: dtypes };
     for (name, case) in suite.cases() {
-        if ["head sizes", "ragged", "latent attention, long", "quantised, products"]
-            .iter()
-            .any(|part| name.contains(part))
-        {
+        if parts.iter().any(|part| name.contains(part)) {
             println!("conformance: {name}");
             case(&suite, DType::BF16);
         }
     }
+}
+
+#[test]
+fn a_device_with_warp_groups_conforms() {
+    conforms(HOPPER, &["head sizes", "ragged", "latent attention, long", "quantised, products"]);
+}
+
+#[test]
+fn a_device_with_tensor_memory_conforms() {
+    conforms(BLACKWELL, &["head sizes", "ragged", "latent attention, long"]);
 }
