@@ -2,6 +2,9 @@
 
 use std::fs::File;
 
+use serde_json::{Value, json};
+
+use crate::client::MODEL;
 use crate::harness::{Cluster, baton, folder, free_port, output};
 
 /// A conversation from a pipe: an answer for each line until `/exit`; what follows is not asked.
@@ -19,6 +22,23 @@ async fn a_conversation() {
     assert!(said.lines().count() >= 2, "{said}");
     let asked = cluster.metric("baton_http_responses_total", "path=\"/v1/chat/completions\"").await;
     assert_eq!(asked, 2.0);
+
+    // A model that does not think is asked for nothing by "none", and for what it cannot do by more.
+    let ask = json!({ "model": MODEL, "messages": [{ "role": "user", "content": "Hi" }], "max_tokens": 2 });
+    let with = |name: &str, value: Value| {
+        let mut ask = ask.clone();
+        ask[name] = value;
+        ask
+    };
+    let (chats, messages) = ("/v1/chat/completions", "/v1/messages");
+    let thinking = |kind: &str| with("thinking", json!({ "type": kind }));
+    assert_eq!(cluster.post(chats, &with("reasoning_effort", json!("none"))).await.0, 200);
+    assert_eq!(cluster.post(messages, &thinking("disabled")).await.0, 200);
+    let (status, refused) = cluster.post(chats, &with("reasoning_effort", json!("low"))).await;
+    assert_eq!((status, &refused["error"]["param"]), (400, &json!("reasoning_effort")));
+    let (status, refused) = cluster.post(messages, &thinking("enabled")).await;
+    let message = refused["error"]["message"].as_str().unwrap_or_default();
+    assert!(status == 400 && message.contains("'thinking'"), "{refused}");
 
     let (ok, said, stderr) = output(&mut baton(&["chat", "--url", &url, "--model=gpt", "Hello"]));
     assert!(!ok && said.is_empty());

@@ -27,7 +27,7 @@ pub async fn handle(State(gateway): State<Arc<Gateway>>, request: Request) -> Re
     let (params, prompt, reading) = gateway
         .on_text_thread(move |gateway| {
             let chat = to_chat(Fields::parse(&body)?, true)?;
-            prepare(gateway, parse(gateway, chat)?)
+            prepare(gateway, parse(gateway, chat).map_err(own_words)?)
         })
         .await?;
     let head = Head::new("msg", random()?, SystemTime::now(), Arc::clone(&gateway.model));
@@ -48,11 +48,19 @@ pub async fn count(State(gateway): State<Arc<Gateway>>, request: Request) -> Res
     let count = gateway.on_text_thread(move |gateway| {
         let mut chat = to_chat(Fields::parse(&body)?, false)?;
         gateway.check_model(&mut chat)?;
-        let (conversation, ..) = read_conversation(gateway, &mut chat)?;
+        let (conversation, ..) = read_conversation(gateway, &mut chat).map_err(own_words)?;
         let tokens = gateway.encode_any(&render(gateway, conversation)?, false)?;
         Ok(Json(json!({"input_tokens": tokens.len()})))
     });
     count.await
+}
+
+/// What a chat has no effort for is named as the client wrote it.
+fn own_words(error: ApiError) -> ApiError {
+    match error.param.as_deref() {
+        Some("reasoning_effort") => ApiError::unsupported("thinking", "has no effect with this model"),
+        _ => error,
+    }
 }
 
 /// The same request as a chat. `answers`: with what concerns the answer.

@@ -176,7 +176,8 @@ fn reasoning_effort(
         variables.entry("reasoning_effort").or_insert(effort.into());
     } else if let Some(switch) = switches.into_iter().find(|switch| gateway.text.template_has(switch)) {
         variables.entry(switch).or_insert((effort != "none").into());
-    } else {
+    } else if effort != "none" || gateway.reasons {
+        // A model that does not think gives what "none" asks for.
         return Err(ApiError::unsupported("reasoning_effort", "has no effect with this model"));
     }
     Ok(())
