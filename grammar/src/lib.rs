@@ -127,10 +127,12 @@ fn word(vocab: &Vocab, id: u32) -> Vec<u8> {
     }
 }
 
-/// The first line, and not all of it.
+/// The first line, with the one that says which error it announces; and not all of it.
 fn clipped(text: &str) -> String {
-    let line = text.lines().find(|line| !line.trim().is_empty()).unwrap_or_default();
-    line.chars().take(REASON_CHARS_MAX).collect()
+    let mut lines = text.lines().map(str::trim).filter(|line| !line.is_empty());
+    let first = lines.next().unwrap_or_default();
+    let which = lines.find_map(|line| line.strip_prefix("error:")).unwrap_or_default();
+    first.chars().chain(which.chars()).take(REASON_CHARS_MAX).collect()
 }
 
 /// A grammar, and how far an answer has come in it.
@@ -301,6 +303,9 @@ mod tests {
             let error = compiler().compile(lark).unwrap_err().to_string();
             assert!(!error.is_empty() && error.lines().count() == 1 && error.len() < 1000, "{error}");
         }
+        // What a line announces is not left out.
+        let ahead = compiler().compile(r"start: /(?=a)b/").unwrap_err().to_string();
+        assert!(ahead.contains("look-around"), "{ahead}");
         let long = "x".repeat(GRAMMAR_BYTES_MAX + 1);
         assert_eq!(compiler().compile(&long).unwrap_err(), GrammarError::TooLong { bytes: long.len() });
     }
