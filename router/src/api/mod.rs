@@ -220,6 +220,7 @@ fn routes(gateway: Arc<Gateway>) -> axum::Router {
         .route("/detokenize", post(tokens::detokenize))
         .route_layer(from_fn_with_state(Arc::clone(&gateway), guard::key));
     let open = axum::Router::new()
+        .route("/", get(status::root))
         .route("/health", get(status::health))
         .route("/live", get(status::live))
         .route("/ping", get(status::live).post(status::live))

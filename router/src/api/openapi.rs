@@ -14,7 +14,7 @@ use super::params::{TIERS, TOP_LOGPROBS_MAX};
 type Route = (&'static str, &'static str, &'static str, Option<&'static str>);
 
 /// All that is served.
-const ROUTES: [Route; 27] = [
+const ROUTES: [Route; 28] = [
     ("post", "/v1/chat/completions", "Answers a conversation.", Some("ChatRequest")),
     ("post", "/v1/completions", "Goes on with texts.", Some("CompletionRequest")),
     ("post", "/v1/responses", "Answers, and keeps the conversation.", Some("ResponseRequest")),
@@ -36,6 +36,7 @@ const ROUTES: [Route; 27] = [
     ("get", "/v1/models/{id}", "One served name.", None),
     ("post", "/tokenize", "Ids of a text or of a conversation.", Some("TokenizeRequest")),
     ("post", "/detokenize", "The text of ids.", Some("DetokenizeRequest")),
+    ("get", "/", "What is served here, for people.", None),
     ("get", "/health", "Runs a step on every role.", None),
     ("get", "/live", "The process answers.", None),
     ("get", "/ping", "As /live.", None),
@@ -78,6 +79,7 @@ fn operation(method: &str, path: &str, summary: &str, body: Option<&str>) -> Val
     };
     let content = match path {
         "/metrics" => json!({"text/plain": {}, "application/openmetrics-text": {}}),
+        "/" => json!({"text/plain": {}}),
         "/live" | "/ping" | "/health" => json!({}),
         "/v1/files/{id}/content" => json!({"application/octet-stream": {}}),
         _ if body.is_some() => {

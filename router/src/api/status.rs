@@ -1,4 +1,4 @@
-//! `GET /health`, `/live`, `/version`, `/metrics` and `/v1/models`: what a balancer, a dashboard or a client asks before it works.
+//! `GET /`, `/health`, `/live`, `/version`, `/metrics` and `/v1/models`: what a balancer, a dashboard or a client asks before it works.
 
 use std::sync::Arc;
 use std::time::{Duration, Instant, UNIX_EPOCH};
@@ -30,6 +30,17 @@ pub struct Health(Mutex<Option<(Instant, Result<(), String>)>>);
 /// The process answers.
 pub async fn live() -> StatusCode {
     StatusCode::OK
+}
+
+/// For whoever opens the server's address to see what is there.
+pub async fn root(State(gateway): State<Arc<Gateway>>) -> String {
+    format!(
+        "baton {} serves {}.\n\n\
+         POST /v1/chat/completions, /v1/completions, /v1/responses (OpenAI) or /v1/messages (Anthropic)\n\
+         GET  /v1/models, /health, /metrics; every parameter is in /openapi.json\n",
+        env!("CARGO_PKG_VERSION"),
+        gateway.config.model
+    )
 }
 
 /// As vLLM tells it.

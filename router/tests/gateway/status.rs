@@ -18,6 +18,8 @@ async fn health_is_the_clusters_and_live_is_ours() {
         (&json!("no decode group"), &json!("service_unavailable"))
     );
     assert_eq!(gateway.get("/live").await.status(), 200);
+    let root = gateway.get("/").await.text().await.unwrap();
+    assert!(root.contains(" serves tiny.\n") && root.contains("/v1/chat/completions"), "{root}");
     let healthy = Gateway::new(|_| says("x")).await;
     assert_eq!(healthy.get("/health").await.status(), 200);
 }
