@@ -16,8 +16,8 @@
 //!
 //! A product of many rows decodes some inputs of some panels into the first cache and runs the ordinary kernel over them;
 //! one of few rows decodes in registers. Both sum the decoded numbers in ascending K, so a row's bits are the same. Decoded
-//! numbers are f32. Where the level multiplies bf16 itself, and the step is of bf16, codes are multiplied as they are and
-//! a group's sum is scaled; only for tiles of AMX are decoded numbers rounded to bf16.
+//! numbers are f32. Where the level multiplies pairs, and the step is of bf16, codes are multiplied as they are and a group's
+//! sum is scaled; only for tiles of AMX are decoded numbers rounded to bf16.
 
 mod pack;
 
@@ -32,6 +32,7 @@ use crate::kernel::{
 use crate::lanes::LANES;
 use crate::memory::Place;
 use crate::operand::PairInputs;
+use crate::pair_row::PairKind;
 
 /// Inputs of a chunk of codes.
 const CHUNK: usize = 32;
@@ -153,7 +154,7 @@ impl Coded {
 
     /// Whether ranges are whole blocks of 32 and codes whole numbers: what products of bytes are for.
     pub(crate) fn has_bytes(&self, ranges: usize) -> bool {
-        (self.inputs / ranges).is_multiple_of(BLOCK) && self.form.is_whole()
+        (self.inputs / ranges).is_multiple_of(BLOCK) && self.form.has_blocks()
     }
 
     /// As [`Coded::sum`], over whole blocks, of inputs in 8 bits.
@@ -196,20 +197,28 @@ impl Coded {
         }
     }
 
-    /// Whether ranges are whole octets, of which pairs are made, and groups such as the kernel has room for.
-    pub(crate) fn has_pairs(&self, ranges: usize) -> bool {
-        (self.inputs / ranges).is_multiple_of(8) && Scaled::GROUP_MAX.is_multiple_of(self.form.group)
+    /// What rows of pairs a level's products with these take: ranges are whole octets, of which pairs are made, and groups such as
+    /// the kernels have room for.
+    pub(crate) fn pairs(&self, kernels: &Kernels, ranges: usize) -> Option<PairKind> {
+        let fits =
+            (self.inputs / ranges).is_multiple_of(8) && Scaled::GROUP_MAX.is_multiple_of(self.form.group);
+        match (kernels.whole, kernels.pairs) {
+            _ if !fits => None,
+            (Some(_), _) if self.form.is_whole() => Some(PairKind::Whole(self.form.group)),
+            (_, pairs) => pairs.map(|_| PairKind::Bf16),
+        }
     }
 
-    /// As [`Coded::sum`], over some of `all` ranges of whole octets, of weights and inputs as pairs of bf16: `inputs` are those of
-    /// the first range, and the sums of ranges lie so many floats apart.
+    /// As [`Coded::sum`], over some of `all` ranges of whole octets, of weights and inputs as pairs of the `kind` that these take:
+    /// `inputs` are those of the first range, and the sums of ranges lie so many floats apart.
     ///
     /// # Safety
     /// As for [`Coded::sum`].
     #[allow(clippy::too_many_arguments)] // the operands of one product
     pub(crate) unsafe fn sum_pairs(
         &self,
-        kernels: &PairKernels,
+        kernels: &Kernels,
+        kind: PairKind,
         (ranges, all): (Range<usize>, usize),
         panels: (usize, usize),
         inputs: PairInputs<'_>,
@@ -218,42 +227,53 @@ impl Coded {
         buffer: *mut f32,
     ) {
         let each = self.inputs / all;
-        let together = match kernels.coded {
-            CodedPairs::Scaled { .. } if rows <= Scaled::ROWS_RANGES => ranges.len().max(1),
-            _ => 1,
+        let product = match (kind, kernels.whole, kernels.pairs.map(|pairs| (pairs, pairs.coded))) {
+            (PairKind::Whole(_), Some(whole), _) => whole.product,
+            (_, _, Some((_, CodedPairs::Scaled(product)))) => product,
+            (_, _, Some((pairs, CodedPairs::Rounded(decode)))) => {
+                for (at, range) in ranges.enumerate() {
+                    let (summed, inputs) = ((range * each, (range + 1) * each), inputs.of(range));
+                    // SAFETY: the caller's.
+                    unsafe {
+                        let acc = acc.add(at * acc_range);
+                        self.sum_rounded(&pairs, decode, summed, panels, inputs, rows, acc, buffer);
+                    }
+                }
+                return;
+            }
+            (_, _, None) => return,
         };
+        let together = if rows <= Scaled::ROWS_RANGES { ranges.len().max(1) } else { 1 };
         for (at, range) in ranges.enumerate().step_by(together) {
-            let (summed, inputs) = ((range * each, (range + 1) * each), inputs.of(range));
+            let inputs = inputs.of(range);
+            let (x, groups) = match kind {
+                PairKind::Whole(group) => inputs.whole(group).unwrap_or((inputs.x(), std::ptr::null())),
+                PairKind::Bf16 => (inputs.x(), std::ptr::null()),
+            };
             // SAFETY: the panels have these octets, the rest is the caller's.
             unsafe {
-                let acc = acc.add(at * acc_range);
-                match kernels.coded {
-                    CodedPairs::Rounded(decode) => {
-                        self.sum_rounded(kernels, decode, summed, panels, inputs, rows, acc, buffer);
-                    }
-                    CodedPairs::Scaled { product, .. } => product(&Scaled {
-                        form: &self.form,
-                        panel: self.place.at(panels.0 * self.panel_bytes()),
-                        panel_bytes: self.panel_bytes(),
-                        panels: panels.1,
-                        octets: (summed.0 / 8, summed.1 / 8),
-                        ranges: together,
-                        x: inputs.x(),
-                        x_stride: inputs.stride(),
-                        sums: inputs.sums(self.form.group),
-                        sums_range: inputs.sums_range(),
-                        rows,
-                        acc,
-                        acc_range,
-                        acc_stride: panels.1 * LANES,
-                        buffer,
-                    }),
-                }
+                product(&Scaled {
+                    form: &self.form,
+                    panel: self.place.at(panels.0 * self.panel_bytes()),
+                    panel_bytes: self.panel_bytes(),
+                    panels: panels.1,
+                    octets: (range * each / 8, (range + 1) * each / 8),
+                    ranges: together,
+                    x,
+                    x_stride: inputs.stride(),
+                    groups,
+                    groups_range: inputs.groups_range(),
+                    rows,
+                    acc: acc.add(at * acc_range),
+                    acc_range,
+                    acc_stride: panels.1 * LANES,
+                    buffer,
+                });
             }
         }
     }
 
-    /// [`Coded::sum_pairs`] over inputs `[from, to)`, of weights rounded to bf16.
+    /// Products of pairs over inputs `[from, to)`, of weights rounded to bf16.
     #[allow(clippy::too_many_arguments)] // the operands of one product
     unsafe fn sum_rounded(
         &self,

@@ -8,10 +8,6 @@ mod bytes_vnni;
 mod coded_pairs;
 mod codes;
 #[cfg(target_arch = "x86_64")]
-mod group_sums;
-#[cfg(target_arch = "x86_64")]
-mod pair_codes;
-#[cfg(target_arch = "x86_64")]
 mod pairs;
 mod rows;
 #[cfg(target_arch = "x86_64")]
@@ -38,6 +34,8 @@ pub(crate) struct Kernels {
     pub(crate) sweep: unsafe fn(&Sweep),
     /// Where the level multiplies pairs of bf16 as such.
     pub(crate) pairs: Option<PairKernels>,
+    /// Where the level multiplies codes that are whole numbers by whole numbers of 16 bits.
+    pub(crate) whole: Option<WholeKernels>,
     /// The same for attention, whose rows see different positions.
     pub(crate) attend: Option<PairKernels>,
     pub(crate) decode: unsafe fn(&Decode<'_>),
@@ -86,20 +84,24 @@ pub(crate) struct PairKernels {
     pub(crate) weigh: unsafe fn(&Weigh),
 }
 
-/// How quantised weights are multiplied by bf16.
+/// How quantised weights are multiplied by bf16, where not as whole numbers.
 #[derive(Clone, Copy, Debug)]
 pub(crate) enum CodedPairs {
     /// As [`Decode`], to [`Layout::Bf16Pairs`], rounded to bf16: [`PairKernels::multiply`] does the rest.
     Rounded(unsafe fn(&Decode<'_>)),
-    /// Codes are multiplied as they are, and sums of groups scaled.
-    Scaled {
-        product: unsafe fn(&Scaled<'_>),
-        /// What a row brings along for it.
-        sums: unsafe fn(&GroupSums),
-    },
+    /// E4M3 is multiplied as it is, and sums of groups scaled.
+    Scaled(unsafe fn(&Scaled<'_>)),
 }
 
-/// Rows times some panels of codes; as [`Stream`], from zero on, `x` being pairs.
+/// Products of whole numbers in bf16 steps.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct WholeKernels {
+    pub(crate) product: unsafe fn(&Scaled<'_>),
+    /// What rows become for it.
+    pub(crate) inputs: unsafe fn(&WholeInputs),
+}
+
+/// Rows times some panels of codes; as [`Stream`], from zero on, `x` being pairs of whole numbers, or of bf16 for E4M3.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Scaled<'a> {
     pub(crate) form: &'a Form,
@@ -114,9 +116,9 @@ pub(crate) struct Scaled<'a> {
     /// `[rows][pair]` from the first octet on, rows `x_stride` pairs apart.
     pub(crate) x: *const i32,
     pub(crate) x_stride: usize,
-    /// [`GroupSums`] of each row, `x_stride` apart too, those of ranges `sums_range`; not read where the form has no offsets.
-    pub(crate) sums: *const f32,
-    pub(crate) sums_range: usize,
+    /// What each row's groups have, rows `x_stride` words apart too, ranges so many groups; not read where inputs are bf16.
+    pub(crate) groups: *const Group,
+    pub(crate) groups_range: usize,
     pub(crate) rows: usize,
     /// `[ranges][rows][panels * 16]`, ranges `acc_range` and rows `acc_stride` apart.
     pub(crate) acc: *mut f32,
@@ -135,15 +137,27 @@ impl Scaled<'_> {
     pub(crate) const BUFFER_FLOATS: usize = (Self::GROUP_MAX + 4) * LANES;
 }
 
-/// Sums of inputs `[octets.0 * 8, octets.1 * 8)`, cut at multiples of `group` octets: what offsets are multiplied by.
+/// What the inputs of a group of a row have in common.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub(crate) struct Group {
+    /// An input is this times its whole number; not a number where one of the row's inputs is none.
+    pub(crate) factor: f32,
+    /// The sum of the inputs: what offsets are multiplied by.
+    pub(crate) sum: f32,
+}
+
+/// Inputs `[octets.0 * 8, octets.1 * 8)` as whole numbers, by groups that are cut at multiples of `group` octets.
 #[derive(Clone, Copy, Debug)]
-pub(crate) struct GroupSums {
-    /// Pairs from the first octet on.
-    pub(crate) x: *const i32,
+pub(crate) struct WholeInputs {
+    /// bf16 all, from the first octet on.
+    pub(crate) x: *const f32,
     pub(crate) octets: (usize, usize),
     pub(crate) group: usize,
-    /// A float per group, or part of one at either end.
-    pub(crate) out: *mut f32,
+    /// Pairs of whole numbers, the first of a pair in the lower half.
+    pub(crate) out: *mut i32,
+    /// One per group, or part of one at either end.
+    pub(crate) groups: *mut Group,
 }
 
 /// `acc[row][panel * 16 + lane]` plus the sums over pairs of inputs, of bf16 by bf16.
@@ -191,7 +205,7 @@ macro_rules! level {
         pub(crate) mod $level {
             use super::{Bytes, Decode, Eighths, Kernels, LANES, Stream, Sweep};
 
-            pub(crate) const KERNELS: Kernels = Kernels { sweep, pairs: None, attend: None, decode, stream, bytes, quantise, norm, add, silu, round, rotate, narrow, transpose, softmax, blend, divide, exp };
+            pub(crate) const KERNELS: Kernels = Kernels { sweep, pairs: None, whole: None, attend: None, decode, stream, bytes, quantise, norm, add, silu, round, rotate, narrow, transpose, softmax, blend, divide, exp };
 
             $(#[target_feature(enable = $features)])?
             unsafe fn sweep(s: &Sweep) {
@@ -298,23 +312,30 @@ level!(avx2, crate::lanes::avx2::Avx2, "avx2,fma,f16c");
 #[cfg(target_arch = "x86_64")]
 level!(avx512, crate::lanes::avx512::Avx512, "avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c");
 
-/// AVX-512 with products of bytes.
+/// AVX2 with products of whole numbers.
 #[cfg(target_arch = "x86_64")]
-pub(crate) static AVX512_VNNI: Kernels = Kernels { bytes: bytes_vnni::bytes, ..avx512::KERNELS };
+pub(crate) static AVX2: Kernels = Kernels {
+    whole: Some(WholeKernels { product: scaled::words_avx2, inputs: scaled::inputs_avx2 }),
+    ..avx2::KERNELS
+};
 
-/// AVX-512 with products of bf16 and of bytes.
+/// AVX-512 with products of whole numbers, of bytes too.
 #[cfg(target_arch = "x86_64")]
-pub(crate) static AVX512_BF16: Kernels = Kernels {
+pub(crate) static AVX512_VNNI: Kernels = Kernels {
     bytes: bytes_vnni::bytes,
-    pairs: Some(BF16_PAIRS),
-    attend: Some(BF16_PAIRS),
+    whole: Some(WholeKernels { product: scaled::words_vnni, inputs: scaled::inputs_vnni }),
     ..avx512::KERNELS
 };
+
+/// The same with products of bf16.
+#[cfg(target_arch = "x86_64")]
+pub(crate) static AVX512_BF16: Kernels =
+    Kernels { pairs: Some(BF16_PAIRS), attend: Some(BF16_PAIRS), ..AVX512_VNNI };
 
 #[cfg(target_arch = "x86_64")]
 const BF16_PAIRS: PairKernels = PairKernels {
     multiply: pairs::pairs,
-    coded: CodedPairs::Scaled { product: scaled::scaled, sums: group_sums::sums },
+    coded: CodedPairs::Scaled(scaled::halves),
     inputs_block: 256,
     interleave: pairs::interleave,
     weigh: weigh::weigh,

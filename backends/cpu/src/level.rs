@@ -10,11 +10,13 @@ use crate::kernel::{self, Kernels};
 pub enum Level {
     /// What the compiler makes of plain arrays: NEON on aarch64, SSE2 on x86-64.
     Portable,
-    /// AVX2 with FMA and F16C.
+    /// AVX2 with FMA and F16C: from here on quantised weights in bf16 steps are multiplied as whole numbers.
     Avx2,
-    /// AVX-512 F, BW, VL and DQ.
+    /// AVX-512 F, BW, VL and DQ; quantised weights are multiplied as floats.
     Avx512,
-    /// The same with BF16, VNNI and VBMI: products of bf16 weights in bf16 steps have their own order of sums.
+    /// The same with VNNI and VBMI: quantised weights in bf16 steps are multiplied as whole numbers.
+    Avx512Vnni,
+    /// The same with BF16: products of bf16 weights in bf16 steps have their own order of sums.
     Avx512Bf16,
     /// The same with AMX's tiles for products, which have their own order of sums.
     Amx,
@@ -22,17 +24,21 @@ pub enum Level {
 
 impl Level {
     /// All levels, the plainest first.
-    pub const ALL: [Level; 5] = [Level::Portable, Level::Avx2, Level::Avx512, Level::Avx512Bf16, Level::Amx];
+    pub const ALL: [Level; 6] =
+        [Level::Portable, Level::Avx2, Level::Avx512, Level::Avx512Vnni, Level::Avx512Bf16, Level::Amx];
 
     /// The best level of this machine.
     pub fn best() -> Self {
-        Level::ALL.into_iter().rev().find(|level| level.available()).unwrap_or(Level::Portable)
+        // Products of bf16 take Intel's processors twice as long as those of floats, and AMX is what they have for them.
+        let slow = |level: Level| level == Level::Avx512Bf16 && is_intel();
+        let mut levels = Level::ALL.into_iter().rev().filter(|level| level.available() && !slow(*level));
+        levels.next().unwrap_or(Level::Portable)
     }
 
     /// Whether this machine has the instructions.
     pub fn available(self) -> bool {
         #[cfg(target_arch = "x86_64")]
-        let (avx2, avx512, bf16) = (
+        let (avx2, avx512, vnni, bf16) = (
             is_x86_feature_detected!("avx2")
                 && is_x86_feature_detected!("fma")
                 && is_x86_feature_detected!("f16c"),
@@ -40,31 +46,31 @@ impl Level {
                 && is_x86_feature_detected!("avx512bw")
                 && is_x86_feature_detected!("avx512vl")
                 && is_x86_feature_detected!("avx512dq"),
-            // Products of bytes come along: of processors that have bf16, Cooper Lake alone lacks them.
-            is_x86_feature_detected!("avx512bf16")
-                && is_x86_feature_detected!("avx512vnni")
-                && is_x86_feature_detected!("avx512vbmi"),
+            is_x86_feature_detected!("avx512vnni") && is_x86_feature_detected!("avx512vbmi"),
+            is_x86_feature_detected!("avx512bf16"),
         );
         #[cfg(not(target_arch = "x86_64"))]
-        let (avx2, avx512, bf16) = (false, false, false);
+        let (avx2, avx512, vnni, bf16) = (false, false, false, false);
         match self {
             Level::Portable => true,
             Level::Avx2 => avx2,
             Level::Avx512 => avx2 && avx512,
-            Level::Avx512Bf16 => avx2 && avx512 && bf16,
+            Level::Avx512Vnni => avx2 && avx512 && vnni,
+            Level::Avx512Bf16 => avx2 && avx512 && vnni && bf16,
             #[cfg(target_arch = "x86_64")]
-            Level::Amx => avx2 && avx512 && bf16 && kernel::tiles::available(),
+            Level::Amx => avx2 && avx512 && vnni && bf16 && kernel::tiles::available(),
             #[cfg(not(target_arch = "x86_64"))]
             Level::Amx => false,
         }
     }
 
-    /// `portable`, `avx2`, `avx512`, `avx512bf16` or `amx`.
+    /// `portable`, `avx2`, `avx512`, `avx512vnni`, `avx512bf16` or `amx`.
     pub const fn name(self) -> &'static str {
         match self {
             Level::Portable => "portable",
             Level::Avx2 => "avx2",
             Level::Avx512 => "avx512",
+            Level::Avx512Vnni => "avx512vnni",
             Level::Avx512Bf16 => "avx512bf16",
             Level::Amx => "amx",
         }
@@ -72,15 +78,13 @@ impl Level {
 
     /// The kernels, for a level that is available.
     pub(crate) fn kernels(self) -> &'static Kernels {
-        #[cfg(target_arch = "x86_64")]
-        let bytes = is_x86_feature_detected!("avx512vnni") && is_x86_feature_detected!("avx512vbmi");
         match self {
             #[cfg(target_arch = "x86_64")]
-            Level::Avx2 => &kernel::avx2::KERNELS,
-            #[cfg(target_arch = "x86_64")]
-            Level::Avx512 if bytes => &kernel::AVX512_VNNI,
+            Level::Avx2 => &kernel::AVX2,
             #[cfg(target_arch = "x86_64")]
             Level::Avx512 => &kernel::avx512::KERNELS,
+            #[cfg(target_arch = "x86_64")]
+            Level::Avx512Vnni => &kernel::AVX512_VNNI,
             #[cfg(target_arch = "x86_64")]
             Level::Avx512Bf16 => &kernel::AVX512_BF16,
             #[cfg(target_arch = "x86_64")]
@@ -88,6 +92,17 @@ impl Level {
             _ => &kernel::portable::KERNELS,
         }
     }
+}
+
+/// Whether Intel made this processor.
+fn is_intel() -> bool {
+    #[cfg(target_arch = "x86_64")]
+    {
+        let leaf = std::arch::x86_64::__cpuid(0);
+        [leaf.ebx, leaf.edx, leaf.ecx].map(u32::to_le_bytes).concat() == b"GenuineIntel"
+    }
+    #[cfg(not(target_arch = "x86_64"))]
+    false
 }
 
 impl fmt::Display for Level {
@@ -102,7 +117,7 @@ impl FromStr for Level {
     fn from_str(s: &str) -> Result<Self, String> {
         let named = Level::ALL.into_iter().find(|level| level.name() == s);
         named.ok_or_else(|| {
-            format!("unknown instruction level {s:?}: expected portable, avx2, avx512, avx512bf16 or amx")
+            format!("unknown instruction level {s:?}: expected portable, avx2, avx512, avx512vnni, avx512bf16 or amx")
         })
     }
 }

@@ -1,8 +1,8 @@
-//! Rows of an activation as products take them: floats, and beside them what the level and the weight want, pairs of bf16 or
-//! whole numbers of 8 bits. Made once per product (`step`, `moe`); every task reads its rows and range.
+//! Rows of an activation as products take them: floats, and beside them what the level and the weight want, pairs of bf16 or of
+//! whole numbers, or whole numbers of 8 bits. Made once per product (`step`, `moe`); every task reads its rows and range.
 
 use crate::act::{CpuAct, Raw};
-use crate::kernel::{BLOCK, BLOCK_FLOATS, Eighths};
+use crate::kernel::{BLOCK, BLOCK_FLOATS, Eighths, Group};
 use crate::packed::Packed;
 use crate::pair_row::PairRow;
 use crate::step::CpuStep;
@@ -40,7 +40,7 @@ pub(crate) struct Inputs<'a> {
     /// `[rows][input]`, rows `stride` apart.
     pub(crate) x: *const f32,
     pub(crate) stride: usize,
-    /// The same as pairs of bf16, where the level wants them and the values are bf16.
+    /// The same as pairs, where the level wants them and the values are bf16.
     pub(crate) pairs: Option<PairInputs<'a>>,
     /// The same in 8 bits, rows so many blocks apart, where they are asked for.
     pub(crate) bytes: Option<(*const Eighths, usize)>,
@@ -60,24 +60,25 @@ impl PairInputs<'_> {
         PairInputs { range, ..self }
     }
 
-    /// The first row's pairs.
+    /// The first row's pairs of bf16.
     pub(crate) fn x(&self) -> *const i32 {
         self.start.wrapping_add(self.row.pairs(self.range))
     }
 
-    /// Pairs, and sums, from one row to the next.
+    /// Words from one row to the next.
     pub(crate) fn stride(&self) -> usize {
         self.row.stride
     }
 
-    /// The first row's sums of inputs by groups of `group`; null where there are none.
-    pub(crate) fn sums(&self, group: usize) -> *const f32 {
-        self.row.sums(self.range, group).map_or(std::ptr::null(), |at| self.start.wrapping_add(at).cast())
+    /// The first row's pairs of whole numbers by groups of `group`, and what its groups have.
+    pub(crate) fn whole(&self, group: usize) -> Option<(*const i32, *const Group)> {
+        let (words, groups) = self.row.whole(self.range, group)?;
+        Some((self.start.wrapping_add(words), self.start.wrapping_add(groups).cast()))
     }
 
-    /// Sums from one range to the next.
-    pub(crate) fn sums_range(&self) -> usize {
-        self.row.range_sums
+    /// Groups from one range to the next.
+    pub(crate) fn groups_range(&self) -> usize {
+        self.row.range_groups
     }
 }
 
@@ -119,8 +120,8 @@ impl CpuStep<'_> {
 
     fn pairs(&self, x: &CpuAct, weight: &Packed) -> Option<CpuAct> {
         let kernels = self.device.kernels;
-        (self.device.bf16() && kernels.pairs.is_some() && weight.has_pairs()).then(|| {
-            let width = weight.pair_row.stride;
+        let width = weight.pair_row.stride;
+        (self.device.bf16() && width > 0).then(|| {
             let mut pairs = self.act(x.rows, width);
             let (from, to) = (x.floats.as_slice(), Raw(pairs.floats.as_mut_ptr()));
             self.each_row(x.rows, x.width, |row| {

@@ -15,7 +15,7 @@ use crate::kernel::{Kernels, Layout};
 use crate::lanes::LANES;
 use crate::memory::Place;
 use crate::operand::{Inputs, Operand};
-use crate::pair_row::PairRow;
+use crate::pair_row::{PairKind, PairRow};
 use crate::plain::Plain;
 use crate::pool::Pool;
 
@@ -78,11 +78,6 @@ impl Packed {
         self.inputs / self.ranges
     }
 
-    /// Whether a level's products of bf16 pairs are for some of these weights.
-    pub(crate) fn has_pairs(&self) -> bool {
-        self.segments.iter().any(|segment| segment.has_pairs(self.ranges))
-    }
-
     /// Whether products of activations in 8 bits are for some of these weights.
     pub(crate) fn has_bytes(&self) -> bool {
         self.segments.iter().any(|segment| segment.has_bytes(self.ranges))
@@ -111,7 +106,7 @@ impl Packed {
         let draft = draft::draft(linear)?;
         let places = Place::cut(&draft.sizes())?;
         let mut packed = draft.fill(places, kernels, pool)?;
-        draft::lay_out_rows(std::slice::from_mut(&mut packed));
+        draft::lay_out_rows(std::slice::from_mut(&mut packed), kernels);
         Ok(packed)
     }
 }
@@ -122,11 +117,13 @@ impl Segment {
         self.outputs.div_ceil(LANES)
     }
 
-    /// Whether a level's products of bf16 pairs are for these weights.
-    fn has_pairs(&self, ranges: usize) -> bool {
+    /// What rows of pairs a level's products with these weights take.
+    fn pairs(&self, kernels: &Kernels, ranges: usize) -> Option<PairKind> {
         match &self.panels {
-            Panels::Plain(plain) => plain.layout == Layout::Bf16Pairs,
-            Panels::Coded(coded) => coded.has_pairs(ranges),
+            Panels::Plain(plain) => {
+                (kernels.pairs.is_some() && plain.layout == Layout::Bf16Pairs).then_some(PairKind::Bf16)
+            }
+            Panels::Coded(coded) => coded.pairs(kernels, ranges),
         }
     }
 
@@ -159,12 +156,12 @@ impl Segment {
             };
             let Inputs { pairs, bytes, .. } = x.inputs(ranges.start);
             let bytes = bytes.is_some() && coded.has_bytes(all);
-            if let Some((pairs, inputs)) = kernels.pairs.zip(pairs)
-                && coded.has_pairs(all)
+            if let Some((kind, inputs)) = coded.pairs(kernels, all).zip(pairs)
                 && !bytes
             {
                 return coded.sum_pairs(
-                    &pairs,
+                    kernels,
+                    kind,
                     (ranges, all),
                     panels,
                     inputs,
@@ -190,16 +187,6 @@ impl Segment {
         match &self.panels {
             Panels::Plain(_) => false,
             Panels::Coded(coded) => coded.has_bytes(ranges),
-        }
-    }
-
-    /// The size of groups whose sums of inputs the products of pairs want.
-    fn sums_group(&self, ranges: usize) -> Option<usize> {
-        match &self.panels {
-            Panels::Coded(coded) if coded.has_pairs(ranges) && coded.form.has_offsets() => {
-                Some(coded.form.group)
-            }
-            _ => None,
         }
     }
 

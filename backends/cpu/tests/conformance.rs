@@ -41,6 +41,11 @@ fn avx512() {
 }
 
 #[test]
+fn avx512_vnni() {
+    conforms(Level::Avx512Vnni);
+}
+
+#[test]
 fn avx512_bf16() {
     conforms(Level::Avx512Bf16);
 }
@@ -68,6 +73,17 @@ fn avx512_bf16_in_bytes() {
 /// Whole numbers are exact, so what multiplies them does not matter: levels differ in the rounding of f32 sums only.
 #[test]
 fn levels_agree_in_bytes() {
+    products_agree(Activations::Int8, DType::F32, |_| 2e-6);
+}
+
+/// Where inputs become whole numbers of 16 bits, products are those of the inputs themselves; AMX rounds weights to bf16.
+#[test]
+fn levels_agree_in_bf16() {
+    products_agree(Activations::Exact, DType::BF16, |level| if level == Level::Amx { 8e-3 } else { 3e-5 });
+}
+
+/// Products with quantised weights are those of the portable level, within a part of the largest, and the same for a row alone.
+fn products_agree(activations: Activations, dtype: DType, within: impl Fn(Level) -> f32) {
     use backend::GgufBlock::{Q4_0, Q4K, Q5_1, Q5K, Q6K, Q8_0};
     let (rows, inputs, outputs) = (7, 512, 50);
     let mut state = 7u64;
@@ -101,10 +117,10 @@ fn levels_agree_in_bytes() {
             origin: (0, 0),
         };
         let run = |level: Level, rows: std::ops::Range<u32>| {
-            let cpu = CpuOptions { activations: Activations::Int8, ..CpuOptions::default() };
-            let options = DeviceOptions { dtype: DType::F32, cpu, ..DeviceOptions::default() };
+            let cpu = CpuOptions { activations, ..CpuOptions::default() };
+            let options = DeviceOptions { dtype, cpu, ..DeviceOptions::default() };
             let mut backend = CpuBackend::with_level(&options, Group::alone(), level).unwrap();
-            let mut kv = backend.kv(&KvSpec::gqa(1, 1, 0..1, 8, DType::F32), 1 << 16).unwrap();
+            let mut kv = backend.kv(&KvSpec::gqa(1, 1, 0..1, 8, dtype), 1 << 16).unwrap();
             let table = TensorView {
                 name: "x",
                 dtype: DType::F32,
@@ -131,7 +147,11 @@ fn levels_agree_in_bytes() {
         for level in Level::ALL.into_iter().filter(|level| level.available()) {
             let all = run(level, 0..rows as u32);
             for (a, b) in plain.iter().zip(&all) {
-                assert!((a - b).abs() <= 2e-6 * largest, "{level}, {}: {b}, portable {a}", block.name());
+                assert!(
+                    (a - b).abs() <= within(level) * largest,
+                    "{level}, {}: {b}, portable {a}",
+                    block.name()
+                );
             }
             assert_eq!(
                 all[2 * outputs..3 * outputs],

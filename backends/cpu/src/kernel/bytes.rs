@@ -48,9 +48,9 @@ pub(crate) struct Bytes<'a> {
 }
 
 impl Form {
-    /// Whether codes can be multiplied as whole numbers.
-    pub(crate) fn is_whole(&self) -> bool {
-        self.code != Code::E4m3 && (self.group == 16 || self.group.is_multiple_of(BLOCK))
+    /// Whether codes are whole numbers, and scales such that blocks can be multiplied.
+    pub(crate) fn has_blocks(&self) -> bool {
+        self.is_whole() && (self.group == 16 || self.group.is_multiple_of(BLOCK))
     }
 }
 

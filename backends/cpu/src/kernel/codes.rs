@@ -69,9 +69,9 @@ pub(crate) struct Form {
 }
 
 impl Form {
-    /// Whether something is added to `code * scale`. Whole numbers always have offsets, be it of zeros: a part of a matrix may
-    /// be stored with offsets where the whole is not.
-    pub(crate) const fn has_offsets(&self) -> bool {
+    /// Whether codes are whole numbers. Those always have offsets, be it of zeros: a part of a matrix may be stored with offsets
+    /// where the whole is not.
+    pub(crate) const fn is_whole(&self) -> bool {
         !matches!(self.code, Code::E4m3)
     }
 

@@ -1,27 +1,30 @@
-//! Quantised weights where the level multiplies pairs of bf16: codes are whole numbers (or E4M3), which are bf16 as they
-//! are, so they are multiplied as such, and a group's sum is scaled once. Weights stream from memory as small as they are:
-//! the first rows take codes apart in registers between their products, where that costs next to nothing, and leave
-//! them in the first cache for the rows that follow, group by group; few rows are [`few`]'s. All rows add the same numbers in the same order:
-//! within a group pair after pair, then group after group `scale * sum`, then `offset * (sum of the inputs)`.
+//! Quantised weights in bf16 steps, where the level multiplies pairs: codes are multiplied as they are, and a group's sum is
+//! scaled once. Whole numbers are multiplied by whole numbers of 16 bits, which inputs become group by group with a factor that
+//! is a power of two ([`inputs`]): what is as large as 1/128 of a group's largest is exact, and the rest is off by less than 1/65,000 of the largest. E4M3
+//! is multiplied as bf16. Weights stream from memory as small as they are: the first rows take codes apart in registers between their
+//! products, where that costs next to nothing, and leave them in the first cache for the rows that follow, group by group; few
+//! rows are [`few`]'s. All rows add the same numbers in the same order: within a group pair after pair, then group after group
+//! `scale * factor * sum`, then `offset * (sum of the inputs)`.
 
 mod few;
+mod halves;
+mod inputs;
+mod multiply;
+mod words;
+mod words_avx2;
 
-use std::arch::x86_64::*;
+use std::marker::PhantomData;
 
 use few::few;
+use halves::Halves;
+use multiply::{Multiply, Task};
+use words::Words;
+use words_avx2::WordsAvx2;
 
-use super::Scaled;
 use super::codes::{Code, Cursor, E4M3, by_code, scale_of};
-use super::group_sums::sum_of;
-use super::pair_codes::{Table, pair_of};
-use super::pairs::halves;
-use crate::lanes::LANES;
-use crate::lanes::avx512::Avx512;
+use super::{Group, Scaled, WholeInputs};
+use crate::lanes::{LANES, Lanes};
 
-/// Rows of the first tile at most: by 2 panels they are enough sums in flight, and leave registers for taking codes apart.
-const ROWS_FIRST: usize = 8;
-/// Rows of another tile at most.
-const ROWS_FOLLOWING: usize = 12;
 /// Inputs are asked for so many pairs ahead: rows are more than the processor follows by itself.
 const PAIRS_AHEAD: usize = 48;
 /// Up to so many rows panels are read from end to end. Beyond, rows pass by so many octets of all panels before the next,
@@ -29,7 +32,7 @@ const PAIRS_AHEAD: usize = 48;
 const ROWS_WHOLE: usize = 32;
 const OCTETS_DEEP: usize = 512 / 8;
 const _: () = assert!((OCTETS_DEEP * 8).is_multiple_of(Scaled::GROUP_MAX));
-/// Panels of a tile: with more rows than [`few::ROWS`] they are sums enough in flight.
+/// Panels of a tile at most.
 const PANELS: usize = 2;
 /// Bytes that are asked for ahead of use, of all panels of a tile together.
 const AHEAD_BYTES: usize = 8192;
@@ -38,17 +41,72 @@ const AHEAD_BYTES: usize = 8192;
 const SCALES: usize = Scaled::GROUP_MAX / 2 * PANELS * LANES;
 const _: () = assert!(SCALES + PANELS * 2 * LANES <= Scaled::BUFFER_FLOATS);
 
-/// Runs a product.
+/// Does something for each of up to 12 rows. Of a loop the compiler may leave some turns, and then sums are in memory all the time.
+macro_rules! each_row {
+    ($count:expr, $row:ident => $body:block) => {
+        each_row!($count, $row => $body; 0 1 2 3 4 5 6 7 8 9 10 11)
+    };
+    ($count:expr, $row:ident => $body:block; $($at:literal)*) => {
+        $(if $at < $count {
+            let $row: usize = $at;
+            $body
+        })*
+    };
+}
+use each_row;
+
+/// The kernels of one way to multiply whole numbers, as functions of their own.
+macro_rules! whole {
+    ($product:ident, $inputs:ident, $multiply:ty, $features:literal) => {
+        /// Runs a product of whole numbers.
+        ///
+        /// # Safety
+        /// Pointers are valid for what the fields say, the form's codes are whole numbers, and the instructions exist.
+        #[target_feature(enable = $features)]
+        pub(super) unsafe fn $product(s: &Scaled<'_>) {
+            // SAFETY: the caller's.
+            unsafe { by_code!(s.form.code, scaled<$multiply>(s)) }
+        }
+
+        /// Makes inputs whole numbers.
+        ///
+        /// # Safety
+        /// Pointers are valid for what the fields say, and the instructions exist.
+        #[target_feature(enable = $features)]
+        pub(super) unsafe fn $inputs(w: &WholeInputs) {
+            // SAFETY: the caller's.
+            unsafe { inputs::inputs::<$multiply>(w) }
+        }
+    };
+}
+
+whole!(
+    words_vnni,
+    inputs_vnni,
+    Words,
+    "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx512vbmi,avx2,fma,f16c"
+);
+whole!(words_avx2, inputs_avx2, WordsAvx2, "avx2,fma,f16c");
+
+/// Runs a product of E4M3.
 ///
 /// # Safety
-/// Pointers are valid for what the fields say, and this machine has AVX-512 BF16.
+/// Pointers are valid for what the fields say, the form's codes are E4M3, and this machine has AVX-512 BF16.
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,avx2,fma,f16c")]
-pub(super) unsafe fn scaled(s: &Scaled<'_>) {
+pub(super) unsafe fn halves(s: &Scaled<'_>) {
+    // SAFETY: the caller's.
+    unsafe { scaled::<Halves, E4M3>(s) }
+}
+
+#[inline(always)]
+unsafe fn scaled<M: Multiply, const CODE: usize>(s: &Scaled<'_>) {
     // SAFETY: the caller's.
     unsafe {
         match s.rows <= few::ROWS {
-            true => by_code!(s.form.code, few(s)),
-            false => by_code!(s.form.code, many(s)),
+            // Not what this multiplies.
+            _ if const { M::WHOLE == (CODE == E4M3) } => {}
+            true => few::<M, CODE>(s),
+            false => many::<M, CODE>(s),
         }
     }
 }
@@ -64,9 +122,9 @@ struct Heights {
 }
 
 impl Heights {
-    fn of(rows: usize) -> Self {
-        let tiles = rows.saturating_sub(ROWS_FIRST).div_ceil(ROWS_FOLLOWING);
-        let first = rows.div_ceil(tiles + 1).min(ROWS_FIRST);
+    fn of<M: Multiply>(rows: usize) -> Self {
+        let tiles = rows.saturating_sub(M::ROWS_FIRST).div_ceil(M::ROWS_FOLLOWING);
+        let first = rows.div_ceil(tiles + 1).min(M::ROWS_FIRST);
         Heights { first, others: rows - first, tiles }
     }
 
@@ -78,12 +136,12 @@ impl Heights {
 
 /// More rows than are few.
 #[inline(always)]
-unsafe fn many<const CODE: usize>(s: &Scaled<'_>) {
-    let heights = Heights::of(s.rows);
+unsafe fn many<M: Multiply, const CODE: usize>(s: &Scaled<'_>) {
+    let heights = Heights::of::<M>(s.rows);
     let group = s.form.group / 8;
     let deep = if s.rows > ROWS_WHOLE { OCTETS_DEEP } else { usize::MAX };
     let (first, last) = s.octets;
-    let (mut from, mut sums) = (first, 0);
+    let (mut from, mut passed) = (first, 0);
     while from < last {
         let to = last.min((from / deep + 1).saturating_mul(deep));
         // SAFETY: octets and rows are the product's.
@@ -91,51 +149,76 @@ unsafe fn many<const CODE: usize>(s: &Scaled<'_>) {
             let part = Scaled {
                 octets: (from, to),
                 x: s.x.add((from - first) * 4),
-                sums: s.sums.wrapping_add(sums),
+                groups: s.groups.wrapping_add(passed),
                 ..*s
             };
             let fresh = from == first;
+            // Even heights are more than half of the most.
             match heights.first {
-                ..=5 => panels::<CODE, 5>(&part, heights, fresh),
-                6 => panels::<CODE, 6>(&part, heights, fresh),
-                7 => panels::<CODE, 7>(&part, heights, fresh),
-                _ => panels::<CODE, ROWS_FIRST>(&part, heights, fresh),
+                ..=5 if const { M::ROWS_FIRST == 8 } => panels::<M, CODE, 5>(&part, heights, fresh),
+                6 if const { M::ROWS_FIRST == 8 } => panels::<M, CODE, 6>(&part, heights, fresh),
+                7 if const { M::ROWS_FIRST == 8 } => panels::<M, CODE, 7>(&part, heights, fresh),
+                _ if const { M::ROWS_FIRST == 8 } => panels::<M, CODE, 8>(&part, heights, fresh),
+                ..=3 => panels::<M, CODE, 3>(&part, heights, fresh),
+                _ => panels::<M, CODE, 4>(&part, heights, fresh),
             }
         }
         // Parts end where groups do.
-        sums += to.div_ceil(group) - from / group;
+        passed += to.div_ceil(group) - from / group;
         from = to;
     }
 }
 
-/// All panels, [`PANELS`] at a time while there are so many; the first tile has `R` rows. `fresh`: from zero on.
+/// All panels, as many at a time as tiles have while there are so many; the first tile has `R` rows. `fresh`: from zero on.
 #[inline(always)]
-unsafe fn panels<const CODE: usize, const R: usize>(s: &Scaled<'_>, heights: Heights, fresh: bool) {
+unsafe fn panels<M: Multiply, const CODE: usize, const R: usize>(
+    s: &Scaled<'_>,
+    heights: Heights,
+    fresh: bool,
+) {
     let mut panel = 0;
     // SAFETY: panels stay within the product.
     unsafe {
-        while panel + PANELS <= s.panels {
-            strip::<CODE, R, PANELS>(s, heights, fresh, panel);
-            panel += PANELS;
+        while const { M::PANELS == 2 } && panel + 2 <= s.panels {
+            strip::<M, CODE, R, 2>(s, heights, fresh, panel);
+            panel += 2;
         }
         while panel < s.panels {
-            strip::<CODE, R, 1>(s, heights, fresh, panel);
+            strip::<M, CODE, R, 1>(s, heights, fresh, panel);
             panel += 1;
         }
     }
 }
 
 /// Sums of `R` rows by `P` panels.
-type Sums<const R: usize, const P: usize> = [[__m512; P]; R];
+type Sums<M, const R: usize, const P: usize> = [[<M as Multiply>::Words; P]; R];
 
 /// A group's scales and offsets.
-type Scales<const P: usize> = [(__m512, __m512); P];
+type Scales<M, const P: usize> = [(<M as Multiply>::Floats, <M as Multiply>::Floats); P];
 
-/// Some rows where they are in a group: their inputs, the sums of those, and what they add up to in memory.
+/// The scales of group `group` of the blocks of some panels.
+#[inline(always)]
+unsafe fn scales_of<M: Multiply, const P: usize>(
+    s: &Scaled<'_>,
+    block: *const u8,
+    group: usize,
+) -> Scales<M, P> {
+    // A closure would be a function of its own, without these instructions.
+    // SAFETY: the caller's blocks.
+    unsafe {
+        let mut scales = [(M::Floats::splat(0.0), M::Floats::splat(0.0)); P];
+        for (p, scales) in scales.iter_mut().enumerate() {
+            *scales = scale_of::<M::Floats>(s.form, block.add(p * s.panel_bytes), group);
+        }
+        scales
+    }
+}
+
+/// Some rows where they are in a group: their inputs, what is known of those, and what they add up to in memory.
 #[derive(Clone, Copy)]
 struct Rows {
     x: *const i32,
-    of_inputs: *const f32,
+    group: *const Group,
     out: *mut f32,
 }
 
@@ -145,15 +228,23 @@ impl Rows {
     fn from(self, s: &Scaled<'_>, row: usize) -> Self {
         Rows {
             x: self.x.wrapping_add(row * s.x_stride),
-            of_inputs: self.of_inputs.wrapping_add(row * s.x_stride),
+            group: s.group_of(self.group, row),
             out: self.out.wrapping_add(row * s.acc_stride),
         }
     }
 }
 
+impl Scaled<'_> {
+    /// Row `row`'s of what `first` is of the first row.
+    #[inline(always)]
+    fn group_of(&self, first: *const Group, row: usize) -> *const Group {
+        first.wrapping_byte_add(row * self.x_stride * size_of::<i32>())
+    }
+}
+
 /// All rows by `P` panels, group after group.
 #[inline(always)]
-unsafe fn strip<const CODE: usize, const R: usize, const P: usize>(
+unsafe fn strip<M: Multiply, const CODE: usize, const R: usize, const P: usize>(
     s: &Scaled<'_>,
     heights: Heights,
     fresh: bool,
@@ -164,13 +255,12 @@ unsafe fn strip<const CODE: usize, const R: usize, const P: usize>(
     let mut left = s.octets.1 - s.octets.0;
     // SAFETY: the panels have these octets, x the rows and pairs, acc the rows and panels, the buffer room for a group.
     unsafe {
-        let table = Table::new::<CODE>();
         let first = s.panel.add(panel * s.panel_bytes);
-        let mut rows = Rows { x: s.x, of_inputs: s.sums, out: s.acc.add(panel * LANES) };
+        let mut rows = Rows { x: s.x, group: s.groups, out: s.acc.add(panel * LANES) };
         if fresh {
             for row in 0..s.rows {
                 for p in 0..P {
-                    _mm512_storeu_ps(rows.out.add(row * s.acc_stride + p * LANES), _mm512_setzero_ps());
+                    M::Floats::splat(0.0).store(rows.out.add(row * s.acc_stride + p * LANES));
                 }
             }
         }
@@ -180,9 +270,9 @@ unsafe fn strip<const CODE: usize, const R: usize, const P: usize>(
             let behind = behind::<P>(s, cursor.base);
             for p in 0..P {
                 let scales = s.form.scale.first() + cursor.at_group * s.form.scale.stride();
-                _mm_prefetch::<_MM_HINT_T0>(base.wrapping_add(p * s.panel_bytes + behind + scales).cast());
+                M::Floats::prefetch(base.wrapping_add(p * s.panel_bytes + behind + scales));
             }
-            let mut sums = [[_mm512_setzero_ps(); P]; R];
+            let mut sums = [[M::zero(); P]; R];
             let (mut octet, end) = (cursor.at, cursor.at + count);
             while octet < end {
                 let chunk = base.add(scale_bytes + octet / 4 * chunk_bytes);
@@ -192,49 +282,32 @@ unsafe fn strip<const CODE: usize, const R: usize, const P: usize>(
                 // Whole chunks (or halves, of 16 inputs that share a scale), which groups nearly always are, have their
                 // shifts as constants.
                 octet += match (CODE, octet % 4, end - octet) {
-                    (6, 0, 2..) => octets::<CODE, R, P, 0, 2>(s, part, table, &mut sums),
-                    (6, 2, 2..) => octets::<CODE, R, P, 2, 2>(s, part, table, &mut sums),
-                    (..6 | 7.., 0, 4..) => octets::<CODE, R, P, 0, 4>(s, part, table, &mut sums),
+                    (6, 0, 2..) => octets::<M, CODE, R, P, 0, 2>(s, part, &mut sums),
+                    (6, 2, 2..) => octets::<M, CODE, R, P, 2, 2>(s, part, &mut sums),
+                    (..6 | 7.., 0, 4..) => octets::<M, CODE, R, P, 0, 4>(s, part, &mut sums),
                     (_, from, _) => {
-                        take_apart::<CODE>(part, (from, P), s.panel_bytes);
-                        follow_octet(s, part, &mut sums);
+                        take_apart::<M, CODE>(part, (from, P), s.panel_bytes);
+                        follow_octet::<M, R, P>(s, part, &mut sums);
                         1
                     }
                 };
             }
-            let mut scales = [(_mm512_setzero_ps(), _mm512_setzero_ps()); P];
-            for (p, scales) in scales.iter_mut().enumerate() {
-                let at = base.add(p * s.panel_bytes);
-                let (scale, offset) = scale_of::<Avx512>(s.form, at, cursor.at_group);
-                *scales = (scale.0, offset.0);
-            }
-            let offsets = const { CODE != E4M3 };
-            debug_assert!(!offsets || rows.are_summed(s, R, count));
-            finish::<R, P>(s, rows, &sums, &scales, offsets);
+            let scales = scales_of::<M, P>(s, base, cursor.at_group);
+            finish::<M, R, P>(s, rows, &sums, &scales);
             if heights.tiles > 0 {
                 for (p, (scale, offset)) in scales.into_iter().enumerate() {
                     let to = s.buffer.add(SCALES + p * 2 * LANES);
-                    _mm512_store_ps(to, scale);
-                    _mm512_store_ps(to.add(LANES), offset);
+                    scale.store(to);
+                    offset.store(to.add(LANES));
                 }
                 for tile in 0..heights.tiles {
                     let row = heights.before(tile);
                     let rows = rows.from(s, row);
-                    match heights.before(tile + 1) - row {
-                        12 => follow::<12, P>(s, rows, count),
-                        11 => follow::<11, P>(s, rows, count),
-                        10 => follow::<10, P>(s, rows, count),
-                        9 => follow::<9, P>(s, rows, count),
-                        8 => follow::<8, P>(s, rows, count),
-                        7 => follow::<7, P>(s, rows, count),
-                        6 => follow::<6, P>(s, rows, count),
-                        5 => follow::<5, P>(s, rows, count),
-                        _ => follow::<4, P>(s, rows, count),
-                    }
+                    follow_rows::<M, P>(s, rows, count, heights.before(tile + 1) - row);
                 }
             }
             rows.x = rows.x.add(count * 4);
-            rows.of_inputs = rows.of_inputs.wrapping_add(1);
+            rows.group = rows.group.wrapping_add(1);
             cursor.pass(s.form, count);
             left -= count;
         }
@@ -263,12 +336,17 @@ struct Part {
 /// Adds octets `[FROM, FROM + COUNT)` of a chunk to the sums of a group, and asks for what lies so far behind them; says how
 /// many octets that were.
 #[inline(always)]
-#[allow(clippy::needless_range_loop)] // panels index weights and addresses alike
-unsafe fn octets<const CODE: usize, const R: usize, const P: usize, const FROM: usize, const COUNT: usize>(
+unsafe fn octets<
+    M: Multiply,
+    const CODE: usize,
+    const R: usize,
+    const P: usize,
+    const FROM: usize,
+    const COUNT: usize,
+>(
     s: &Scaled<'_>,
     part: Part,
-    table: Table,
-    sums: &mut Sums<R, P>,
+    sums: &mut Sums<M, R, P>,
 ) -> usize {
     // SAFETY: the caller's panels have this chunk, rows these inputs, and the buffer room for them.
     unsafe {
@@ -276,20 +354,20 @@ unsafe fn octets<const CODE: usize, const R: usize, const P: usize, const FROM: 
         for p in 0..P {
             let ahead = part.chunk.wrapping_add(p * s.panel_bytes + part.behind);
             for line in FROM * chunk_bytes / 256..(FROM + COUNT) * chunk_bytes / 256 {
-                _mm_prefetch::<_MM_HINT_T0>(ahead.wrapping_add(line * 64).cast());
+                M::Floats::prefetch(ahead.wrapping_add(line * 64));
             }
         }
         // Two loops are unrolled where one of as many turns is not.
         for octet in 0..COUNT {
             for pair in 0..4 {
                 let at = octet * 4 + pair;
-                let mut weights = [_mm512_setzero_si512(); P];
-                for p in 0..P {
+                let mut weights = [M::zero(); P];
+                for (p, weights) in weights.iter_mut().enumerate() {
                     let chunk = part.chunk.add(p * s.panel_bytes);
-                    weights[p] = pair_of::<CODE>(chunk, FROM + octet, pair, table);
-                    _mm512_store_si512(part.keep.add((at * P + p) * LANES).cast(), weights[p]);
+                    *weights = M::pair::<CODE>(chunk, FROM + octet, pair);
+                    M::store(*weights, part.keep.add((at * P + p) * LANES));
                 }
-                add(s, part.x.add(at), &weights, sums);
+                add::<M, R, P>(s, part.x.add(at), &weights, sums);
             }
         }
     }
@@ -297,117 +375,182 @@ unsafe fn octets<const CODE: usize, const R: usize, const P: usize, const FROM: 
 }
 
 /// Takes octet `octet` of a chunk of some panels apart, of a group that is no whole chunks.
-#[inline(never)]
-#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,avx2,fma,f16c")]
-unsafe fn take_apart<const CODE: usize>(part: Part, (octet, panels): (usize, usize), panel_bytes: usize) {
-    // SAFETY: the caller's panels have this chunk, and the buffer room for it.
-    unsafe {
-        let table = Table::new::<CODE>();
+#[inline(always)]
+unsafe fn take_apart<M: Multiply, const CODE: usize>(
+    part: Part,
+    (octet, panels): (usize, usize),
+    panel_bytes: usize,
+) {
+    // SAFETY: the caller's.
+    unsafe { M::apart(TakeApart::<M, CODE> { part, octet, panels, panel_bytes, multiply: PhantomData }) }
+}
+
+struct TakeApart<M, const CODE: usize> {
+    part: Part,
+    octet: usize,
+    panels: usize,
+    panel_bytes: usize,
+    multiply: PhantomData<M>,
+}
+
+impl<M: Multiply, const CODE: usize> Task for TakeApart<M, CODE> {
+    #[inline(always)]
+    unsafe fn run(self) {
+        let TakeApart { part, octet, panels, panel_bytes, .. } = self;
         for (pair, panel) in (0..4).flat_map(|pair| (0..panels).map(move |panel| (pair, panel))) {
-            let weights = pair_of::<CODE>(part.chunk.add(panel * panel_bytes), octet, pair, table);
-            _mm512_store_si512(part.keep.add((pair * panels + panel) * LANES).cast(), weights);
+            // SAFETY: the caller's panels have this chunk, and the buffer room for it.
+            unsafe {
+                let weights = M::pair::<CODE>(part.chunk.add(panel * panel_bytes), octet, pair);
+                M::store(weights, part.keep.add((pair * panels + panel) * LANES));
+            }
         }
     }
 }
 
 /// Adds an octet that is in the buffer.
 #[inline(always)]
-unsafe fn follow_octet<const R: usize, const P: usize>(s: &Scaled<'_>, part: Part, sums: &mut Sums<R, P>) {
+unsafe fn follow_octet<M: Multiply, const R: usize, const P: usize>(
+    s: &Scaled<'_>,
+    part: Part,
+    sums: &mut Sums<M, R, P>,
+) {
     for pair in 0..4 {
         // SAFETY: the buffer has these codes, and rows the inputs.
         unsafe {
             let at = part.keep.add(pair * P * LANES);
-            let weights = std::array::from_fn(|p| _mm512_load_si512(at.add(p * LANES).cast()));
-            add(s, part.x.add(pair), &weights, sums);
+            let mut weights = [M::zero(); P];
+            for (p, weights) in weights.iter_mut().enumerate() {
+                *weights = M::load(at.add(p * LANES));
+            }
+            add::<M, R, P>(s, part.x.add(pair), &weights, sums);
         }
     }
 }
 
 /// Adds a pair of inputs, of the first row at `x`, by the weights of each panel.
 #[inline(always)]
-unsafe fn add<const R: usize, const P: usize>(
+unsafe fn add<M: Multiply, const R: usize, const P: usize>(
     s: &Scaled<'_>,
     x: *const i32,
-    weights: &[__m512i; P],
-    sums: &mut Sums<R, P>,
+    weights: &[M::Words; P],
+    sums: &mut Sums<M, R, P>,
 ) {
-    for (r, row) in sums.iter_mut().enumerate() {
+    each_row!(R, r => {
         // SAFETY: the caller's rows.
         unsafe {
-            let factor = halves(_mm512_set1_epi32(*x.add(r * s.x_stride)));
-            for (sum, weights) in row.iter_mut().zip(weights) {
-                *sum = _mm512_dpbf16_ps(*sum, halves(*weights), factor);
+            let inputs = *x.add(r * s.x_stride);
+            for (sum, weights) in sums[r].iter_mut().zip(weights) {
+                *sum = M::add(*sum, *weights, inputs);
             }
         }
-    }
+    });
 }
 
 /// Scales a group's sums and adds them to the rows' totals.
 #[inline(always)]
-unsafe fn finish<const R: usize, const P: usize>(
+unsafe fn finish<M: Multiply, const R: usize, const P: usize>(
     s: &Scaled<'_>,
     rows: Rows,
-    sums: &Sums<R, P>,
-    scales: &Scales<P>,
-    offsets: bool,
+    sums: &Sums<M, R, P>,
+    scales: &Scales<M, P>,
 ) {
-    for (r, sums) in sums.iter().enumerate() {
+    each_row!(R, r => {
         // SAFETY: the caller's rows.
         unsafe {
-            let ahead = rows.x.wrapping_add(r * s.x_stride + PAIRS_AHEAD);
-            _mm_prefetch::<_MM_HINT_T0>(ahead.cast());
-            let of_inputs = match offsets {
-                true => _mm512_set1_ps(*rows.of_inputs.add(r * s.x_stride)),
-                false => _mm512_setzero_ps(),
-            };
+            M::Floats::prefetch(rows.x.wrapping_add(r * s.x_stride + PAIRS_AHEAD).cast());
+            let group = s.group_of(rows.group, r);
             for (p, (scale, offset)) in scales.iter().enumerate() {
                 let out = rows.out.add(r * s.acc_stride + p * LANES);
-                let mut total = _mm512_fmadd_ps(*scale, sums[p], _mm512_loadu_ps(out));
-                if offsets {
-                    total = _mm512_fmadd_ps(*offset, of_inputs, total);
-                }
-                _mm512_storeu_ps(out, total);
+                total::<M>(M::Floats::load(out), sums[r][p], (*scale, *offset), group).store(out);
             }
+        }
+    });
+}
+
+/// `total` and a group's sum, scaled.
+#[inline(always)]
+unsafe fn total<M: Multiply>(
+    total: M::Floats,
+    sum: M::Words,
+    (scale, offset): (M::Floats, M::Floats),
+    group: *const Group,
+) -> M::Floats {
+    // SAFETY: the caller's group, where there are such.
+    unsafe {
+        let sum = M::floats(sum);
+        match const { M::WHOLE } {
+            true => {
+                let Group { factor, sum: inputs } = *group;
+                let total = total.madd(scale, sum.mul(M::Floats::splat(factor)));
+                total.madd(offset, M::Floats::splat(inputs))
+            }
+            false => total.madd(scale, sum),
+        }
+    }
+}
+
+/// A group of `height` more rows by `P` panels.
+#[inline(always)]
+unsafe fn follow_rows<M: Multiply, const P: usize>(s: &Scaled<'_>, rows: Rows, octets: usize, height: usize) {
+    // SAFETY: the caller's.
+    unsafe {
+        match height {
+            12.. if const { M::ROWS_FOLLOWING == 12 } => follow::<M, 12, P>(s, rows, octets),
+            11 if const { M::ROWS_FOLLOWING == 12 } => follow::<M, 11, P>(s, rows, octets),
+            10 if const { M::ROWS_FOLLOWING == 12 } => follow::<M, 10, P>(s, rows, octets),
+            9 if const { M::ROWS_FOLLOWING == 12 } => follow::<M, 9, P>(s, rows, octets),
+            8 if const { M::ROWS_FOLLOWING == 12 } => follow::<M, 8, P>(s, rows, octets),
+            7 if const { M::ROWS_FOLLOWING == 12 } => follow::<M, 7, P>(s, rows, octets),
+            6.. => follow::<M, 6, P>(s, rows, octets),
+            5 => follow::<M, 5, P>(s, rows, octets),
+            4 => follow::<M, 4, P>(s, rows, octets),
+            3 if const { M::ROWS_FOLLOWING == 6 } => follow::<M, 3, P>(s, rows, octets),
+            _ => follow::<M, 2, P>(s, rows, octets),
         }
     }
 }
 
 /// A group of `R` more rows by `P` panels, by the codes and scales that are in the buffer.
-#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,avx2,fma,f16c")]
-unsafe fn follow<const R: usize, const P: usize>(s: &Scaled<'_>, rows: Rows, octets: usize) {
-    // SAFETY: the buffer has these octets and their scales, x and acc the rows.
-    unsafe {
-        let offsets = s.form.has_offsets();
-        debug_assert!(!offsets || rows.are_summed(s, R, octets));
-        let mut sums = [[_mm512_setzero_ps(); P]; R];
-        for octet in 0..octets {
-            let (x, keep) = (rows.x.add(octet * 4), s.buffer.add(octet * 4 * P * LANES));
-            follow_octet(s, Part { chunk: std::ptr::null(), behind: 0, x, keep }, &mut sums);
-        }
-        let scales = std::array::from_fn(|p| {
-            let at = s.buffer.add(SCALES + p * 2 * LANES);
-            (_mm512_load_ps(at), _mm512_load_ps(at.add(LANES)))
-        });
-        finish::<R, P>(s, rows, &sums, &scales, offsets);
-    }
+#[inline(always)]
+unsafe fn follow<M: Multiply, const R: usize, const P: usize>(s: &Scaled<'_>, rows: Rows, octets: usize) {
+    // SAFETY: the caller's.
+    unsafe { M::apart(Follow::<M, R, P> { s, rows, octets, multiply: PhantomData }) }
 }
 
-impl Rows {
-    /// Whether `count` rows bring the sums of the `octets` octets that they are at.
-    unsafe fn are_summed(self, s: &Scaled<'_>, count: usize, octets: usize) -> bool {
-        // SAFETY: the caller's rows.
-        (0..count).all(|row| unsafe {
-            let Rows { x, of_inputs, .. } = self.from(s, row);
-            (*of_inputs).to_bits() == sum_of(x, octets).to_bits()
-        })
+struct Follow<'a, M, const R: usize, const P: usize> {
+    s: &'a Scaled<'a>,
+    rows: Rows,
+    octets: usize,
+    multiply: PhantomData<M>,
+}
+
+impl<M: Multiply, const R: usize, const P: usize> Task for Follow<'_, M, R, P> {
+    #[inline(always)]
+    unsafe fn run(self) {
+        let Follow { s, rows, octets, .. } = self;
+        // SAFETY: the buffer has these octets and their scales, x and acc the rows.
+        unsafe {
+            let mut sums = [[M::zero(); P]; R];
+            for octet in 0..octets {
+                let (x, keep) = (rows.x.add(octet * 4), s.buffer.add(octet * 4 * P * LANES));
+                let part = Part { chunk: std::ptr::null(), behind: 0, x, keep };
+                follow_octet::<M, R, P>(s, part, &mut sums);
+            }
+            let mut scales = [(M::Floats::splat(0.0), M::Floats::splat(0.0)); P];
+            for (p, scales) in scales.iter_mut().enumerate() {
+                let at = s.buffer.add(SCALES + p * 2 * LANES);
+                *scales = (M::Floats::load(at), M::Floats::load(at.add(LANES)));
+            }
+            finish::<M, R, P>(s, rows, &sums, &scales);
+        }
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::super::codes::{Form, Scale, Zero};
-    use super::super::{GroupSums, group_sums};
-    use super::{Code, LANES, Scaled, scaled};
+    use super::super::{CodedPairs, Kernels};
+    use super::{Code, LANES, Scaled, WholeInputs};
     use crate::level::Level;
     use crate::memory::Memory;
 
@@ -415,46 +558,58 @@ mod tests {
     const PANELS: usize = 5;
     const ROWS: usize = 97;
 
-    /// A row's bits are those that it has alone, however many rows tiles share codes with, and where parts of K begin and
-    /// end within groups and chunks.
-    #[test]
-    fn rows_do_not_depend_on_each_other() {
-        if !Level::Avx512Bf16.available() {
-            return;
-        }
-        for form in forms() {
-            for octets in [(0, OCTETS), (3, OCTETS - 5)] {
-                let alone: Vec<u32> =
-                    (0..ROWS).flat_map(|row| product(&form, octets, 1, row..row + 1)).collect();
-                for rows in (2..=34).chain([45, 86, 96, ROWS]) {
-                    let together = product(&form, octets, 1, 0..rows);
-                    assert!(together == alone[..together.len()], "{form:?}, octets {octets:?}, {rows} rows");
+    /// Levels that multiply codes of a form as they are.
+    fn each(check: impl Fn(&'static Kernels, unsafe fn(&Scaled<'_>), Form, String)) {
+        for level in Level::ALL.into_iter().filter(|level| level.available()) {
+            let kernels = level.kernels();
+            for form in forms() {
+                let halves = match kernels.pairs.map(|pairs| pairs.coded) {
+                    Some(CodedPairs::Scaled(product)) => Some(product),
+                    _ => None,
+                };
+                let whole = kernels.whole.map(|whole| whole.product);
+                if let Some(product) = if form.is_whole() { whole } else { halves } {
+                    check(kernels, product, form, format!("{level}, {form:?}"));
                 }
             }
         }
     }
 
+    /// A row's bits are those that it has alone, however many rows tiles share codes with, and where parts of K begin and
+    /// end within groups and chunks.
+    #[test]
+    fn rows_do_not_depend_on_each_other() {
+        each(|kernels, kernel, form, name| {
+            for octets in [(0, OCTETS), (3, OCTETS - 5)] {
+                let alone: Vec<u32> = (0..ROWS)
+                    .flat_map(|row| product(kernels, kernel, &form, octets, 1, row..row + 1))
+                    .collect();
+                for rows in (2..=34).chain([45, 86, 96, ROWS]) {
+                    let together = product(kernels, kernel, &form, octets, 1, 0..rows);
+                    assert!(together == alone[..together.len()], "{name}, octets {octets:?}, {rows} rows");
+                }
+            }
+        });
+    }
+
     /// Ranges that are summed at once have the sums that each has by itself, wherever they begin and end.
     #[test]
     fn ranges_do_not_depend_on_each_other() {
-        if !Level::Avx512Bf16.available() {
-            return;
-        }
-        for form in forms() {
+        each(|kernels, kernel, form, name| {
             for (first, each) in [(0, OCTETS / 8), (3, 19)] {
                 for rows in 1..=Scaled::ROWS_RANGES {
                     let alone: Vec<u32> = (0..8)
                         .map(|range| (first + range * each, first + (range + 1) * each))
-                        .flat_map(|octets| product(&form, octets, 1, 0..rows))
+                        .flat_map(|octets| product(kernels, kernel, &form, octets, 1, 0..rows))
                         .collect();
-                    let together = product(&form, (first, first + each), 8, 0..rows);
+                    let together = product(kernels, kernel, &form, (first, first + each), 8, 0..rows);
                     assert!(
                         together == alone,
-                        "{form:?}, 8 ranges of {each} octets from {first} on, {rows} rows"
+                        "{name}, 8 ranges of {each} octets from {first} on, {rows} rows"
                     );
                 }
             }
-        }
+        });
     }
 
     fn forms() -> [Form; 8] {
@@ -472,7 +627,14 @@ mod tests {
     }
 
     /// Bits of the sums of some rows over `octets` and as many ranges behind them; weights and inputs are always the same.
-    fn product(form: &Form, octets: (usize, usize), ranges: usize, rows: std::ops::Range<usize>) -> Vec<u32> {
+    fn product(
+        kernels: &Kernels,
+        kernel: unsafe fn(&Scaled<'_>),
+        form: &Form,
+        octets: (usize, usize),
+        ranges: usize,
+        rows: std::ops::Range<usize>,
+    ) -> Vec<u32> {
         let panel_bytes = (OCTETS * 8).div_ceil(form.span) * form.block_bytes();
         let weights = Memory::zeroed(PANELS * panel_bytes).unwrap();
         for at in 0..PANELS * panel_bytes {
@@ -480,22 +642,33 @@ mod tests {
             // SAFETY: within the weights.
             unsafe { *weights.at(at) = (at.wrapping_mul(0x9e37_79b9) >> 13) as u8 & 0x3b };
         }
-        let (pairs, sums_range) = (OCTETS * 4, OCTETS + 1);
-        let stride = pairs + ranges * sums_range;
+        // Pairs, and then what the groups of each range have.
+        let (pairs, groups_range) = (OCTETS * 4, OCTETS + 1);
+        let stride = pairs + ranges * groups_range * 2;
         let mut x = vec![0i32; rows.len() * stride];
-        for (row, x) in rows.clone().zip(x.chunks_exact_mut(stride)) {
-            for (at, pair) in x[..pairs].iter_mut().enumerate() {
-                let bits = (row * pairs + at).wrapping_mul(0x85eb_ca6b) >> 7;
-                // Two numbers between a half and two.
-                *pair = 0x3f00_3f00 | (bits & 0x80ff_80ff) as i32;
-            }
-            let (pairs, sums) = x.split_at_mut(pairs);
-            for (range, sums) in sums.chunks_exact_mut(sums_range).enumerate() {
+        for (row, out) in rows.clone().zip(x.chunks_exact_mut(stride)) {
+            let floats: Vec<f32> = (row * pairs * 2..(row + 1) * pairs * 2)
+                .map(|at| {
+                    let bits = at.wrapping_mul(0x85eb_ca6b) >> 7;
+                    // Between a half and two in size.
+                    f32::from_bits((0x3f00_0000 | bits & 0x80ff_0000) as u32)
+                })
+                .collect();
+            let (out, groups) = out.split_at_mut(pairs);
+            for (range, groups) in groups.chunks_exact_mut(groups_range * 2).enumerate() {
                 let behind = range * (octets.1 - octets.0);
                 let octets = (octets.0 + behind, octets.1 + behind);
-                let (x, out) = (pairs[octets.0 * 4..].as_ptr(), sums.as_mut_ptr().cast());
-                // SAFETY: the row's pairs, and room for as many sums as octets.
-                unsafe { group_sums::sums(&GroupSums { x, octets, group: form.group / 8, out }) };
+                let (x, out) = (floats[octets.0 * 8..].as_ptr(), out[octets.0 * 4..].as_mut_ptr());
+                let groups = groups.as_mut_ptr().cast();
+                // SAFETY: the row's inputs and pairs, and room for as many groups as octets.
+                unsafe {
+                    match kernels.whole.filter(|_| form.is_whole()) {
+                        Some(whole) => {
+                            (whole.inputs)(&WholeInputs { x, octets, group: form.group / 8, out, groups });
+                        }
+                        None => (kernels.narrow)(x, out.cast(), (octets.1 - octets.0) * 8),
+                    }
+                }
             }
         }
         let acc_range = rows.len() * PANELS * LANES;
@@ -510,8 +683,8 @@ mod tests {
             ranges,
             x: x[octets.0 * 4..].as_ptr(),
             x_stride: stride,
-            sums: x[pairs..].as_ptr().cast(),
-            sums_range,
+            groups: x[pairs..].as_ptr().cast(),
+            groups_range,
             rows: rows.len(),
             acc: acc.as_mut_ptr(),
             acc_range,
@@ -519,7 +692,7 @@ mod tests {
             buffer: buffer.at(0).cast(),
         };
         // SAFETY: the level is available, and all are as long as the product says.
-        unsafe { scaled(&product) };
+        unsafe { kernel(&product) };
         acc.into_iter().map(f32::to_bits).collect()
     }
 }

@@ -6,7 +6,7 @@ use super::{LANES, Lanes, place_of};
 
 /// Sixteen floats: lanes `[0, 8)` and `[8, 16)`.
 #[derive(Clone, Copy)]
-pub(crate) struct Avx2(__m256, __m256);
+pub(crate) struct Avx2(pub(crate) __m256, pub(crate) __m256);
 
 // SAFETY (all blocks here): the kernels of this level run only where AVX2, FMA and F16C were detected, and the caller
 // gives memory for the elements that each method names.
@@ -303,7 +303,7 @@ unsafe fn round_bf16(x: __m256) -> __m256 {
 
 /// Half of line `n` of a chunk of codes.
 #[inline(always)]
-unsafe fn line(chunk: *const u8, n: usize) -> __m256i {
+pub(crate) unsafe fn line(chunk: *const u8, n: usize) -> __m256i {
     // SAFETY: the caller's chunk has this line.
     unsafe { _mm256_loadu_si256(chunk.add(n * 64).cast()) }
 }

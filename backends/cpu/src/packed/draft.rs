@@ -146,12 +146,12 @@ fn panels(part: &MatrixView<'_>, ranges: usize) -> Panels {
 }
 
 /// Gives weights of one shape rows of pairs of one layout: rows are made once for all of them.
-pub(super) fn lay_out_rows(weights: &mut [Packed]) {
+pub(super) fn lay_out_rows(weights: &mut [Packed], kernels: &Kernels) {
     let Some((inputs, ranges)) = weights.first().map(|weight| (weight.range_inputs(), weight.ranges)) else {
         return;
     };
     let segments = weights.iter().flat_map(|weight| &weight.segments);
-    let row = PairRow::new(inputs, ranges, segments.filter_map(|segment| segment.sums_group(ranges)));
+    let row = PairRow::new(inputs, ranges, segments.filter_map(|segment| segment.pairs(kernels, ranges)));
     weights.iter_mut().for_each(|weight| weight.pair_row = row.clone());
 }
 
@@ -189,7 +189,7 @@ pub(super) fn experts(
     if all.len() != count || all.is_empty() {
         return Err(weight_error("", format!("{} experts in a mixture of {count}", all.len())));
     }
-    lay_out_rows(&mut all);
+    lay_out_rows(&mut all, kernels);
     Ok(all)
 }
 

@@ -3,14 +3,13 @@
 //! where it could read 35. A group's sum is a chain of its own, and chains of groups that follow each other overlap by
 //! themselves. More rows have more to compute per weight, and share the inputs of two panels.
 
-use std::arch::x86_64::*;
+use std::marker::PhantomData;
 
 use super::super::Scaled;
-use super::super::codes::{Cursor, E4M3, scale_of};
-use super::super::pair_codes::{Table, pair_of};
-use super::{Part, Sums, add, behind, follow_octet, take_apart};
-use crate::lanes::LANES;
-use crate::lanes::avx512::Avx512;
+use super::super::codes::Cursor;
+use super::multiply::{Multiply, Task};
+use super::{Part, Sums, add, behind, each_row, follow_octet, scales_of, take_apart, total};
+use crate::lanes::{LANES, Lanes};
 
 /// Rows at most: their sums stay in registers.
 pub(super) const ROWS: usize = Scaled::ROWS_RANGES;
@@ -18,35 +17,46 @@ pub(super) const ROWS: usize = Scaled::ROWS_RANGES;
 /// All rows by all panels.
 ///
 /// # Safety
-/// As for [`super::scaled`]; there are at most [`ROWS`] rows.
+/// As for the product; there are at most [`ROWS`] rows.
 #[inline(always)]
-pub(super) unsafe fn few<const CODE: usize>(s: &Scaled<'_>) {
+pub(super) unsafe fn few<M: Multiply, const CODE: usize>(s: &Scaled<'_>) {
     // SAFETY: the caller's.
     unsafe {
         match s.rows {
             0 => {}
-            1 => panels::<CODE, 1, 1>(s),
-            2 => panels::<CODE, 2, 2>(s),
-            3 => panels::<CODE, 3, 2>(s),
-            _ => panels::<CODE, ROWS, 2>(s),
+            1 => M::apart(Panels::<M, CODE, 1, 1> { s, multiply: PhantomData }),
+            2 if const { M::PANELS == 2 } => M::apart(Panels::<M, CODE, 2, 2> { s, multiply: PhantomData }),
+            3 if const { M::PANELS == 2 } => M::apart(Panels::<M, CODE, 3, 2> { s, multiply: PhantomData }),
+            _ if const { M::PANELS == 2 } => {
+                M::apart(Panels::<M, CODE, ROWS, 2> { s, multiply: PhantomData })
+            }
+            2 => M::apart(Panels::<M, CODE, 2, 1> { s, multiply: PhantomData }),
+            3 => M::apart(Panels::<M, CODE, 3, 1> { s, multiply: PhantomData }),
+            _ => M::apart(Panels::<M, CODE, ROWS, 1> { s, multiply: PhantomData }),
         }
     }
 }
 
-/// All panels, `P` at a time while there are so many. A function of its own: within a larger one addresses are spilled.
-#[inline(never)]
-#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,avx2,fma,f16c")]
-unsafe fn panels<const CODE: usize, const R: usize, const P: usize>(s: &Scaled<'_>) {
-    let mut panel = 0;
-    // SAFETY: panels stay within the product.
-    unsafe {
-        let table = Table::new::<CODE>();
-        while panel + P <= s.panels {
-            strip::<CODE, R, P>(s, table, panel);
-            panel += P;
-        }
-        if const { P > 1 } && panel < s.panels {
-            strip::<CODE, R, 1>(s, table, panel);
+/// All panels, `P` at a time while there are so many.
+struct Panels<'a, M, const CODE: usize, const R: usize, const P: usize> {
+    s: &'a Scaled<'a>,
+    multiply: PhantomData<M>,
+}
+
+impl<M: Multiply, const CODE: usize, const R: usize, const P: usize> Task for Panels<'_, M, CODE, R, P> {
+    #[inline(always)]
+    unsafe fn run(self) {
+        let s = self.s;
+        let mut panel = 0;
+        // SAFETY: panels stay within the product.
+        unsafe {
+            while panel + P <= s.panels {
+                strip::<M, CODE, R, P>(s, panel);
+                panel += P;
+            }
+            if const { P > 1 } && panel < s.panels {
+                strip::<M, CODE, R, 1>(s, panel);
+            }
         }
     }
 }
@@ -54,9 +64,8 @@ unsafe fn panels<const CODE: usize, const R: usize, const P: usize>(s: &Scaled<'
 /// All rows by `P` panels, range after range, group after group: a panel is read from end to end whatever ranges it has, so that
 /// what is asked for ahead is used next.
 #[inline(always)]
-unsafe fn strip<const CODE: usize, const R: usize, const P: usize>(
+unsafe fn strip<M: Multiply, const CODE: usize, const R: usize, const P: usize>(
     s: &Scaled<'_>,
-    table: Table,
     panel: usize,
 ) {
     // Octets of whole chunks; of 6 bits, of halves, of 16 inputs that share a scale.
@@ -70,58 +79,50 @@ unsafe fn strip<const CODE: usize, const R: usize, const P: usize>(
         for range in 0..s.ranges {
             let mut cursor = Cursor::new(s.form, s.octets.0 + range * each);
             let mut left = each;
-            let mut of_inputs = s.sums.wrapping_add(range * s.sums_range);
-            let mut totals: Sums<R, P> = [[_mm512_setzero_ps(); P]; R];
+            let mut group = s.groups.wrapping_add(range * s.groups_range);
+            let mut totals = [[M::Floats::splat(0.0); P]; R];
             while left > 0 {
                 let count = cursor.count(left);
                 let base = first.add(cursor.base);
                 let behind = behind::<P>(s, cursor.base);
                 if cursor.at == 0 {
                     for (line, p) in (0..scale_bytes / 64).flat_map(|line| (0..P).map(move |p| (line, p))) {
-                        let ahead = base.wrapping_add(p * s.panel_bytes + behind + line * 64);
-                        _mm_prefetch::<_MM_HINT_T0>(ahead.cast());
+                        M::Floats::prefetch(base.wrapping_add(p * s.panel_bytes + behind + line * 64));
                     }
                 }
                 let codes = base.add(scale_bytes);
-                let mut sums: Sums<R, P> = [[_mm512_setzero_ps(); P]; R];
+                let mut sums: Sums<M, R, P> = [[M::zero(); P]; R];
                 let (mut octet, end) = (cursor.at, cursor.at + count);
                 while octet < end {
                     let chunk = codes.add(octet / 4 * const { chunk_bytes(CODE) });
                     let part = Part { chunk, behind, x, keep: s.buffer };
                     let done = match (octet % 4, end - octet) {
-                        (0, left) if left >= whole => octets::<CODE, R, P, 0>(s, part, table, &mut sums),
-                        (2, 2..) if const { CODE == 6 } => octets::<CODE, R, P, 2>(s, part, table, &mut sums),
+                        (0, left) if left >= whole => octets::<M, CODE, R, P, 0>(s, part, &mut sums),
+                        (2, 2..) if const { CODE == 6 } => octets::<M, CODE, R, P, 2>(s, part, &mut sums),
                         (from, _) => {
-                            take_apart::<CODE>(part, (from, P), s.panel_bytes);
-                            follow_octet(s, part, &mut sums);
+                            take_apart::<M, CODE>(part, (from, P), s.panel_bytes);
+                            follow_octet::<M, R, P>(s, part, &mut sums);
                             1
                         }
                     };
                     octet += done;
                     x = x.add(done * 4);
                 }
-                for p in 0..P {
-                    let (scale, offset) =
-                        scale_of::<Avx512>(s.form, base.add(p * s.panel_bytes), cursor.at_group);
-                    for r in 0..R {
-                        let total = _mm512_fmadd_ps(scale.0, sums[r][p], totals[r][p]);
-                        totals[r][p] = match const { CODE == E4M3 } {
-                            true => total,
-                            false => {
-                                let of_inputs = _mm512_set1_ps(*of_inputs.add(r * s.x_stride));
-                                _mm512_fmadd_ps(offset.0, of_inputs, total)
-                            }
-                        };
+                let scales = scales_of::<M, P>(s, base, cursor.at_group);
+                each_row!(R, r => {
+                    let group = s.group_of(group, r);
+                    for p in 0..P {
+                        totals[r][p] = total::<M>(totals[r][p], sums[r][p], scales[p], group);
                     }
-                }
-                of_inputs = of_inputs.wrapping_add(1);
+                });
+                group = group.wrapping_add(1);
                 cursor.pass(s.form, count);
                 left -= count;
             }
             let acc = s.acc.add(range * s.acc_range + panel * LANES);
             for (r, row) in totals.into_iter().enumerate() {
                 for (p, total) in row.into_iter().enumerate() {
-                    _mm512_storeu_ps(acc.add(r * s.acc_stride + p * LANES), total);
+                    total.store(acc.add(r * s.acc_stride + p * LANES));
                 }
             }
         }
@@ -136,11 +137,10 @@ const fn chunk_bytes(code: usize) -> usize {
 /// Adds the octets of a chunk from `FROM` on, a half or a whole, to the sums of a group, and asks for what lies so far behind
 /// them; says how many octets that were.
 #[inline(always)]
-unsafe fn octets<const CODE: usize, const R: usize, const P: usize, const FROM: usize>(
+unsafe fn octets<M: Multiply, const CODE: usize, const R: usize, const P: usize, const FROM: usize>(
     s: &Scaled<'_>,
     part: Part,
-    table: Table,
-    sums: &mut Sums<R, P>,
+    sums: &mut Sums<M, R, P>,
 ) -> usize {
     let count = const { if CODE == 6 { 2 } else { 4 } };
     for octet in 0..count {
@@ -150,16 +150,16 @@ unsafe fn octets<const CODE: usize, const R: usize, const P: usize, const FROM: 
             for p in 0..P {
                 let ahead = part.chunk.wrapping_add(p * s.panel_bytes + part.behind);
                 for line in (FROM + octet) * octet_bytes / 64..(FROM + octet + 1) * octet_bytes / 64 {
-                    _mm_prefetch::<_MM_HINT_T0>(ahead.wrapping_add(line * 64).cast());
+                    M::Floats::prefetch(ahead.wrapping_add(line * 64));
                 }
             }
             for pair in 0..4 {
-                let mut weights = [_mm512_setzero_si512(); P];
+                let mut weights = [M::zero(); P];
                 for (p, weights) in weights.iter_mut().enumerate() {
                     let chunk = part.chunk.add(p * s.panel_bytes);
-                    *weights = pair_of::<CODE>(chunk, FROM + octet, pair, table);
+                    *weights = M::pair::<CODE>(chunk, FROM + octet, pair);
                 }
-                add(s, part.x.add(octet * 4 + pair), &weights, sums);
+                add::<M, R, P>(s, part.x.add(octet * 4 + pair), &weights, sums);
             }
         }
     }

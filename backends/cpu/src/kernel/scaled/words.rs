@@ -1,0 +1,171 @@
+//! Whole numbers of 16 bits by AVX-512 VNNI. Codes come out of their planes by a shift and a mask.
+
+use std::arch::asm;
+use std::arch::x86_64::*;
+
+use super::super::codes::BYTES;
+use super::inputs::Whole;
+use super::multiply::{Multiply, Task};
+use crate::lanes::LANES;
+use crate::lanes::avx512::{Avx512, line};
+
+/// Pairs of whole numbers; sums are whole too.
+pub(super) struct Words;
+
+// SAFETY (all blocks here): the product runs only where AVX-512 VNNI and VBMI were detected, and the caller gives memory as each
+// method says.
+impl Multiply for Words {
+    type Floats = Avx512;
+    type Words = __m512i;
+
+    const WHOLE: bool = true;
+    const ROWS_FIRST: usize = 8;
+    const ROWS_FOLLOWING: usize = 12;
+    const PANELS: usize = 2;
+
+    #[inline(always)]
+    unsafe fn zero() -> __m512i {
+        // SAFETY: see the impl.
+        unsafe { _mm512_setzero_si512() }
+    }
+
+    #[inline(always)]
+    unsafe fn load(at: *const f32) -> __m512i {
+        // SAFETY: see the impl.
+        unsafe { _mm512_load_si512(at.cast()) }
+    }
+
+    #[inline(always)]
+    unsafe fn store(words: __m512i, at: *mut f32) {
+        // SAFETY: see the impl.
+        unsafe { _mm512_store_si512(at.cast(), words) }
+    }
+
+    #[inline(always)]
+    unsafe fn pair<const CODE: usize>(chunk: *const u8, octet: usize, pair: usize) -> __m512i {
+        // SAFETY: see the impl.
+        unsafe {
+            // Where a pair's bits begin in planes of 2, 1 and 4 bits.
+            let (two, one, four) = (8 * (octet % 2) + 2 * pair, 4 * octet + pair, 4 * pair);
+            match CODE {
+                2 => and(moved(line(chunk, octet / 2), two, 0), 3),
+                3 => {
+                    let low = moved(line(chunk, octet / 2), two, 0);
+                    joined(low, 3, moved(line(chunk, 2), one, 2), 7)
+                }
+                // The last four bits have nothing above.
+                4 if pair == 3 => moved(line(chunk, octet), 12, 0),
+                4 => and(moved(line(chunk, octet), four, 0), 15),
+                5 => joined(moved(line(chunk, octet), four, 0), 15, moved(line(chunk, 4), one, 4), 31),
+                6 => {
+                    let high = moved(line(chunk, 4 + octet / 2), two, 4);
+                    joined(moved(line(chunk, octet), four, 0), 15, high, 63)
+                }
+                _ => {
+                    debug_assert!(const { CODE <= BYTES });
+                    let bytes: &'static [[u8; 64]; 2] = const { &[bytes(0), bytes(1)] };
+                    let control = _mm512_loadu_si512(bytes[pair / 2].as_ptr().cast());
+                    let words = line(chunk, 2 * octet + pair % 2);
+                    _mm512_maskz_permutexvar_epi8(0x5555_5555_5555_5555, control, words)
+                }
+            }
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn add(sums: __m512i, codes: __m512i, inputs: i32) -> __m512i {
+        // SAFETY: see the impl.
+        unsafe { add_products(sums, codes, _mm512_set1_epi32(inputs)) }
+    }
+
+    #[inline(always)]
+    unsafe fn floats(sums: __m512i) -> Avx512 {
+        // SAFETY: see the impl.
+        Avx512(unsafe { _mm512_cvtepi32_ps(sums) })
+    }
+
+    #[inline(always)]
+    unsafe fn apart<T: Task>(task: T) {
+        // SAFETY: see the impl.
+        unsafe { apart(task) }
+    }
+}
+
+impl Whole for Words {
+    #[inline(always)]
+    unsafe fn narrowed(x: Avx512, out: *mut i16) -> __m512i {
+        // SAFETY: see the other impl.
+        unsafe {
+            let words = _mm512_cvtps_epi32(x.0);
+            _mm256_storeu_si256(out.cast(), _mm512_cvtsepi32_epi16(words));
+            words
+        }
+    }
+}
+
+/// `sums` and the products of pairs. The compiler makes two instructions of the intrinsic, which are as quick one after the other but
+/// take as long again where many sums are in flight.
+#[inline]
+#[target_feature(enable = "avx512f,avx512vnni")]
+fn add_products(mut sums: __m512i, codes: __m512i, inputs: __m512i) -> __m512i {
+    // SAFETY: register arithmetic of this level.
+    unsafe {
+        asm!(
+            "vpdpwssd {sums}, {codes}, {inputs}",
+            sums = inout(zmm_reg) sums,
+            codes = in(zmm_reg) codes,
+            inputs = in(zmm_reg) inputs,
+            options(pure, nomem, nostack, preserves_flags),
+        );
+    }
+    sums
+}
+
+/// # Safety
+/// This machine has AVX-512 VNNI and VBMI; the rest is the task's.
+#[inline(never)]
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx512vbmi,avx2,fma,f16c")]
+unsafe fn apart<T: Task>(task: T) {
+    // SAFETY: the caller's.
+    unsafe { task.run() }
+}
+
+/// In every half the bits from `from` on, moved to `to`.
+#[inline(always)]
+unsafe fn moved(words: __m512i, from: usize, to: usize) -> __m512i {
+    // SAFETY: register arithmetic of this level.
+    unsafe {
+        match from >= to {
+            true => _mm512_srlv_epi16(words, _mm512_set1_epi16((from - to) as i16)),
+            false => _mm512_sllv_epi16(words, _mm512_set1_epi16((to - from) as i16)),
+        }
+    }
+}
+
+/// The bits of `mask` in every half.
+#[inline(always)]
+unsafe fn and(words: __m512i, mask: i16) -> __m512i {
+    // SAFETY: register arithmetic of this level.
+    unsafe { _mm512_and_si512(words, _mm512_set1_epi16(mask)) }
+}
+
+/// Of every half the bits of `mask` from `low`, and those of `code` above from `high`.
+#[inline(always)]
+unsafe fn joined(low: __m512i, mask: i16, high: __m512i, code: i16) -> __m512i {
+    /// Bits of the mask from the first, the others from the second.
+    const SELECT: i32 = 0xca;
+    // SAFETY: register arithmetic of this level.
+    unsafe { and(_mm512_ternarylogic_epi32::<SELECT>(_mm512_set1_epi16(mask), low, high), code) }
+}
+
+/// Which byte of four lines, each of 16 outputs, is the lower one of every half, for lines `first` and `first + 2`; see
+/// [`super::super::ORDER`].
+const fn bytes(first: usize) -> [u8; 64] {
+    let mut out = [0; 64];
+    let mut at = 0;
+    while at < 64 {
+        out[at] = ((first + at / 2 % 2 * 2) * LANES + at / 4) as u8;
+        at += 1;
+    }
+    out
+}
