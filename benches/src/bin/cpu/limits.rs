@@ -7,8 +7,10 @@ use std::time::Instant;
 pub struct Limits {
     /// Bytes per second read of memory.
     pub read: f64,
-    /// Operations per second of the widest dot product for bf16 (f32 where there is none), two per multiply-add.
-    pub bf16: f64,
+    /// Operations per second of bf16 or f32 products, whichever are quicker, two per multiply-add.
+    pub floats: f64,
+    /// The same of whole numbers of 16 bits; 0 where there are none.
+    pub int16: f64,
     /// The same of signed bytes by unsigned ones; 0 where there is none.
     pub int8: f64,
 }
@@ -35,7 +37,8 @@ impl Probe {
             std::hint::black_box(sum(memory));
             size_of_val(memory) as f64
         });
-        Limits { read, bf16: self.together(|_| bf16()), int8: self.together(|_| int8()) }
+        let floats = self.together(|_| floats()).max(self.together(|_| bf16()));
+        Limits { read, floats, int16: self.together(|_| int16()), int8: self.together(|_| int8()) }
     }
 
     /// Work per second of all threads at once, each saying how much it did.
@@ -54,7 +57,8 @@ impl Limits {
     pub fn best(self, other: Limits) -> Limits {
         Limits {
             read: self.read.max(other.read),
-            bf16: self.bf16.max(other.bf16),
+            floats: self.floats.max(other.floats),
+            int16: self.int16.max(other.int16),
             int8: self.int8.max(other.int8),
         }
     }
@@ -88,7 +92,16 @@ fn bf16() -> f64 {
         // SAFETY: the instructions are there.
         return unsafe { x86::bf16(ROUNDS) };
     }
-    floats()
+    0.0
+}
+
+fn int16() -> f64 {
+    #[cfg(target_arch = "x86_64")]
+    if is_x86_feature_detected!("avx512vnni") {
+        // SAFETY: the instructions are there.
+        return unsafe { x86::int16(ROUNDS) };
+    }
+    0.0
 }
 
 fn int8() -> f64 {
@@ -100,8 +113,13 @@ fn int8() -> f64 {
     0.0
 }
 
-/// Fused multiply-adds of f32, as the compiler makes them here.
+/// Fused multiply-adds of f32, as the compiler makes them where there is no AVX-512.
 fn floats() -> f64 {
+    #[cfg(target_arch = "x86_64")]
+    if is_x86_feature_detected!("avx512f") {
+        // SAFETY: the instructions are there.
+        return unsafe { x86::floats(ROUNDS) };
+    }
     let mut sums = [[0f32; 16]; 8];
     let (x, y) = (std::hint::black_box([0.5f32; 16]), std::hint::black_box([0.25f32; 16]));
     for _ in 0..ROUNDS {
@@ -117,6 +135,7 @@ fn floats() -> f64 {
 
 #[cfg(target_arch = "x86_64")]
 mod x86 {
+    use std::arch::asm;
     use std::arch::x86_64::*;
 
     /// Accumulators in flight.
@@ -145,6 +164,36 @@ mod x86 {
         for _ in 0..rounds {
             for sum in &mut sums {
                 *sum = _mm512_dpbf16_ps(*sum, x, x);
+            }
+        }
+        std::hint::black_box(sums);
+        (rounds * SUMS * 32 * 2) as f64
+    }
+
+    #[target_feature(enable = "avx512f")]
+    pub fn floats(rounds: usize) -> f64 {
+        let mut sums = [_mm512_setzero_ps(); SUMS];
+        let x = std::hint::black_box(_mm512_set1_ps(0.5));
+        for _ in 0..rounds {
+            for sum in &mut sums {
+                *sum = _mm512_fmadd_ps(x, x, *sum);
+            }
+        }
+        std::hint::black_box(sums);
+        (rounds * SUMS * 16 * 2) as f64
+    }
+
+    #[target_feature(enable = "avx512f,avx512vnni")]
+    pub fn int16(rounds: usize) -> f64 {
+        let mut sums = [_mm512_setzero_si512(); SUMS];
+        let x = std::hint::black_box(_mm512_set1_epi32(0x0001_0001));
+        for _ in 0..rounds {
+            for sum in &mut sums {
+                // The compiler would make two instructions of the intrinsic.
+                // SAFETY: register arithmetic.
+                unsafe {
+                    asm!("vpdpwssd {sum}, {x}, {x}", sum = inout(zmm_reg) *sum, x = in(zmm_reg) x, options(pure, nomem, nostack));
+                }
             }
         }
         std::hint::black_box(sums);

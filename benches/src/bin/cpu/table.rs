@@ -87,8 +87,9 @@ pub fn heading(shape: &Shape, limits: Limits, device: &str, threads: usize) {
         limits.read / 1e9
     );
     println!(
-        "multiplies at most {:.0} GFLOP/s of bf16, {:.0} GOP/s of int8.\n",
-        limits.bf16 / 1e9,
+        "multiplies at most {:.0} GFLOP/s of floats, {:.0} GOP/s of 16-bit and {:.0} of 8-bit whole numbers.\n",
+        limits.floats / 1e9,
+        limits.int16 / 1e9,
         limits.int8 / 1e9
     );
     println!(
@@ -110,11 +111,13 @@ pub fn row(format: &str, test: Test, work: &Work, ours: &[f64], theirs: &[f64], 
         0.0 => " | ".to_owned(),
         _ => format!("{:.1} | {:.2}", read / 1e9, read / limits.read),
     };
+    // Quantised weights are multiplied as whole numbers.
+    let limit = if format.starts_with('q') { limits.floats.max(limits.int16) } else { limits.floats };
     println!(
         "| {format} | {} | {own:.1} | {peer} | {reading} | {:.0} | {:.2} |",
         test.words(),
         rate / 1e9,
-        rate / limits.bf16
+        rate / limit
     );
 }
 
