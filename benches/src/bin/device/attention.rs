@@ -77,9 +77,10 @@ pub fn check<B: Backend>(count: usize, options: &DeviceOptions) -> Result<bool> 
         let options = DeviceOptions { dtype, ..options.clone() };
         let mut random = Random(0x2545_f491_4f6c_dd1d);
         let (mut worst, mut failed) = (0f64, 0);
+        let mut backend = B::open(&options, Group::alone())?;
         for _ in 0..count {
             let shape = Shape::random(&mut random);
-            let difference = difference::<B>(&shape, &options, &mut random)?;
+            let difference = difference(&mut backend, &shape, &options, &mut random)?;
             if difference.is_nan() || difference > limit {
                 failed += 1;
                 println!("attention {dtype}: {difference:.1e} for {shape:?}");
@@ -123,11 +124,15 @@ fn view(bytes: &[u8], rows: usize, cols: usize, dtype: DType) -> MatrixView<'_> 
     TensorView { name: "attention", dtype, rows, cols, row_stride_bytes, bytes }.into()
 }
 
-fn difference<B: Backend>(shape: &Shape, options: &DeviceOptions, random: &mut Random) -> Result<f64> {
+fn difference<B: Backend>(
+    backend: &mut B,
+    shape: &Shape,
+    options: &DeviceOptions,
+    random: &mut Random,
+) -> Result<f64> {
     let width = shape.width();
     let rows: usize = shape.runs.iter().map(|(before, now)| before + now).sum();
     let (values, bytes) = table(random, rows * width, options.dtype);
-    let mut backend = B::open(options, Group::alone())?;
     let weight = backend.load(&WeightSource::Embedding(view(&bytes, rows, width, options.dtype)))?;
     let spec = KvSpec::gqa(1, shape.kv_heads, 0..shape.kv_heads, shape.dim, options.dtype);
     let blocks = rows / options.block_tokens as usize + shape.runs.len() + 1;

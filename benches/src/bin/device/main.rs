@@ -95,8 +95,8 @@ fn run<B: Backend>(args: &Args, replays: Option<Replays<B>>) -> Result<()> {
     let cuda = CudaOptions { attention, ..CudaOptions::default() };
     let options = DeviceOptions { dtype, cuda, cache: args.cache.clone(), ..DeviceOptions::default() };
     let device = B::open(&options, Group::alone())?;
+    // Held to the end: while a GPU's context is there, opening it again takes little.
     println!("{}: {}", device.caps().name, device.caps().device);
-    drop(device);
     let beside = match &args.beside {
         Some(path) => {
             serde_json::from_slice(&std::fs::read(path)?).with_context(|| path.display().to_string())?
