@@ -608,8 +608,14 @@ def models_are_listed():
     assert one == models["data"][0] and one["object"] == "model" and isinstance(one["created"], int) and one["owned_by"], one
 
 
-table("no such route", [("GET", "/nowhere"), ("POST", "/v1/nowhere"), ("GET", "/"), ("POST", "/v1/chat")],
+table("no such route", [("GET", "/nowhere"), ("POST", "/v1/nowhere"), ("GET", "/v1"), ("POST", "/v1/chat")],
       lambda method, path: refused(http_ask(method, path), None, 404, "unknown_url"))
+
+
+@check
+def the_root_says_what_is_served():
+    answer = http_ask("GET", "/")
+    assert answer.status == 200 and MODEL in answer.body.decode() and CHAT in answer.body.decode(), (answer.status, answer.body)
 
 
 def not_allowed(method: str, path: str) -> None:
@@ -618,7 +624,7 @@ def not_allowed(method: str, path: str) -> None:
     assert answer.headers["allow"], "no Allow"
 
 
-table("no such method", [("GET", CHAT), ("PUT", COMPLETIONS), ("DELETE", "/v1/models"), ("POST", "/v1/models")], not_allowed)
+table("no such method", [("GET", CHAT), ("PUT", COMPLETIONS), ("DELETE", "/v1/models"), ("POST", "/v1/models"), ("POST", "/")], not_allowed)
 table("no JSON", [(body,) for body in ("", "{", "{'a': 1}", "[" * 10_000, '{"temperature": NaN}', '{"a": 1} x', '{"a": "\\ud800"}')],
       lambda body: refused(http_ask("POST", CHAT, body.encode()), None, 400, "invalid_json"))
 table("no JSON in bytes", [(body,) for body in (
