@@ -1,5 +1,6 @@
 //! Reads a request's body within its bounds of size, time and type.
 
+use axum::body::HttpBody;
 use axum::extract::Request;
 use bytes::Bytes;
 use futures::StreamExt;
@@ -9,11 +10,7 @@ use tokio::time::{Instant, timeout_at};
 use super::config::Limits;
 use super::error::ApiError;
 
-/// A client that sends too much is read on for this many times the limit, so that it gets to see the refusal: many read
-/// no response before they have sent all.
-const DRAIN_FACTOR: usize = 4;
-
-/// The whole body of a JSON request. 408, 413 or 415 where it is not to be had.
+/// The whole body of a JSON request. 408, 413 or 415 where it is not to be had; what is left of it then is `linger`'s.
 pub async fn read_body(request: Request, limits: &Limits) -> Result<Bytes, ApiError> {
     let (parts, body) = request.into_parts();
     // A web page can send other types to us without asking its browser first.
@@ -25,26 +22,22 @@ pub async fn read_body(request: Request, limits: &Limits) -> Result<Bytes, ApiEr
     if parts.headers.get(header::CONTENT_ENCODING).is_some_and(|coding| coding != "identity") {
         return Err(ApiError::packed());
     }
+    // Before a client that asks first (`Expect: 100-continue`) is told to go on.
+    if body.size_hint().lower() > limits.body_bytes as u64 {
+        return Err(ApiError::too_large(limits.body_bytes));
+    }
     let deadline = Instant::now() + limits.body_read;
     let mut chunks = body.into_data_stream();
-    let (mut kept, mut bytes) = (Vec::new(), 0);
+    let mut kept = Vec::new();
     loop {
         match timeout_at(deadline, chunks.next()).await {
             Err(_) => return Err(ApiError::slow_body(limits.body_read)),
             Ok(Some(Err(error))) => return Err(ApiError::no_json(format!("the body broke off ({error})"))),
-            Ok(None) if bytes > limits.body_bytes => return Err(ApiError::too_large(limits.body_bytes)),
             Ok(None) => return Ok(kept.into()),
-            Ok(Some(Ok(chunk))) => {
-                bytes += chunk.len();
-                if bytes > limits.body_bytes * DRAIN_FACTOR {
-                    return Err(ApiError::too_large(limits.body_bytes));
-                }
-                if bytes > limits.body_bytes {
-                    kept = Vec::new();
-                } else {
-                    kept.extend_from_slice(&chunk);
-                }
+            Ok(Some(Ok(chunk))) if kept.len() + chunk.len() > limits.body_bytes => {
+                return Err(ApiError::too_large(limits.body_bytes));
             }
+            Ok(Some(Ok(chunk))) => kept.extend_from_slice(&chunk),
         }
     }
 }

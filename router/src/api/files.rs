@@ -34,9 +34,6 @@ const FIELD_BYTES_MAX: usize = 512;
 /// Longest name of a file.
 const FILENAME_BYTES_MAX: usize = 1024;
 
-/// Of an upload that is too large, so much is read and forgotten, so that the client gets to see why.
-const DRAIN_BYTES: u64 = 64 << 20;
-
 /// Seconds that a client may have files live: an hour to 30 days, OpenAI's bounds.
 pub const LIFETIME_S: std::ops::RangeInclusive<i64> = 3_600..=2_592_000;
 
@@ -110,14 +107,7 @@ pub async fn upload(
     let store = gateway.store().await?;
     let limit = gateway.batches.as_ref().map_or(0, |batches| batches.config.file_bytes);
     let mut form = Form::new(request, gateway.config.limits.body_read)?;
-    let taken = take(&mut form, &store, limit).await;
-    let Taken { upload, filename, lifetime } = match taken {
-        Ok(taken) => taken,
-        Err(error) => {
-            form.drain(DRAIN_BYTES).await;
-            return Err(error);
-        }
-    };
+    let Taken { upload, filename, lifetime } = take(&mut form, &store, limit).await?;
     let record = on_disk(move || store.keep(upload, &owner, &filename, lifetime)).await?;
     Ok(Json(object(&record)))
 }

@@ -23,6 +23,7 @@ mod form;
 mod guard;
 mod head;
 mod keys;
+mod linger;
 mod logprobs;
 mod messages;
 mod multipart;

@@ -127,18 +127,6 @@ impl Form {
         String::from_utf8(text).map_err(|_| ApiError::wrong_value(name, "UTF-8", "other bytes"))
     }
 
-    /// Reads on and forgets, `bytes` at the most, so that a client gets to see a refusal: many read nothing before they have sent
-    /// all.
-    pub async fn drain(mut self, bytes: u64) {
-        let mut left = bytes;
-        while let Ok(Some(Ok(piece))) = timeout(self.stall, self.body.next()).await {
-            left = left.saturating_sub(piece.len() as u64);
-            if left == 0 {
-                return;
-            }
-        }
-    }
-
     /// Takes the line end that stands before a part's content, unless a delimiter begins with it.
     async fn skip_line_end(&mut self) -> Result<(), ApiError> {
         while self.buffer.len() < self.delimiter.len() {

@@ -7,7 +7,6 @@ use std::time::Duration;
 use axum::Router;
 use hyper::server::conn::http1;
 use hyper_util::rt::{TokioIo, TokioTimer};
-use hyper_util::service::TowerToHyperService;
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::Semaphore;
@@ -17,6 +16,7 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
 use super::config::Limits;
+use super::linger::{Unread, linger};
 use super::stall::Stalling;
 
 /// After an error of `accept` that will pass (no more file descriptors).
@@ -87,18 +87,16 @@ struct Ends {
 }
 
 async fn serve(stream: impl AsyncRead + AsyncWrite + Unpin, app: Router, limits: &Limits, ends: Ends) {
-    let heard = CancellationToken::new();
+    let (heard, unread) = (CancellationToken::new(), Unread::default());
+    let mut stream = Stalling::new(stream, limits.write_stall, heard.clone());
     let connection = http1::Builder::new()
         .timer(TokioTimer::new())
         .header_read_timeout(limits.head_read)
         .max_buf_size(limits.head_bytes)
         .max_header_size(limits.head_bytes)
         .max_headers(limits.headers)
-        .serve_connection(
-            TokioIo::new(Stalling::new(stream, limits.write_stall, heard.clone())),
-            TowerToHyperService::new(app),
-        );
-    let mut connection = std::pin::pin!(connection);
+        .serve_connection(TokioIo::new(&mut stream), unread.watch(app));
+    let mut connection = Box::pin(connection);
     // `graceful_shutdown` closes a connection that has said nothing at once.
     let last_call = async {
         ends.shutdown.cancelled().await;
@@ -110,13 +108,21 @@ async fn serve(stream: impl AsyncRead + AsyncWrite + Unpin, app: Router, limits:
         () = last_call => {
             connection.as_mut().graceful_shutdown();
             tokio::select! {
-                result = connection => result,
+                result = &mut connection => result,
                 () = ends.cut_off.cancelled() => Ok(()),
             }
         }
     };
-    if let Err(error) = result {
+    drop(connection);
+    if let Err(error) = &result {
         tracing::debug!("connection: {error}");
+    }
+    // A head that is none has been answered, too.
+    if unread.is_set() || result.is_err_and(|error| error.is_parse()) {
+        tokio::select! {
+            () = linger(&mut stream) => {}
+            () = ends.cut_off.cancelled() => {}
+        }
     }
 }
 

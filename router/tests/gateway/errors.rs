@@ -150,18 +150,63 @@ async fn what_is_no_request_is_answered_in_the_same_form() {
     }
 }
 
+/// What a client gets that sends all before it reads.
+async fn sent_whole(gateway: &Gateway, request: &[u8]) -> String {
+    let mut connection = TcpStream::connect(gateway.url.trim_start_matches("http://")).await.unwrap();
+    connection.write_all(request).await.unwrap();
+    let mut answer = String::new();
+    connection.read_to_string(&mut answer).await.unwrap();
+    answer
+}
+
+/// Protects: a client learns why, also one that sends far too much before it reads; and its connection ends then.
+#[tokio::test]
+async fn a_refusal_is_seen_whatever_was_sent() {
+    const BYTES: usize = 40 << 20;
+    let gateway = Gateway::new(|_| says("x")).await;
+    let post = |path: &str, head: &str| {
+        let head = format!("POST {path} HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n{head}\r\n");
+        [head.into_bytes(), vec![b'x'; BYTES]].concat()
+    };
+    let length = format!("content-length: {BYTES}\r\n");
+    let chunked = format!("transfer-encoding: chunked\r\n\r\n{BYTES:x}\r\n");
+    for (request, status, code) in [
+        (post(CHAT, &length), "413", "request_too_large"),
+        (post(CHAT, chunked.trim_end_matches("\r\n")), "413", "request_too_large"),
+        (post("/v1/messages", &length), "413", "request_too_large"),
+        (post("/v2/x", &length), "404", "unknown_url"),
+    ] {
+        let answer = sent_whole(&gateway, &request).await;
+        let (head, body) = answer.split_once("\r\n\r\n").unwrap_or_default();
+        assert!(
+            head.starts_with(&format!("HTTP/1.1 {status}")) && head.contains("connection: close"),
+            "{head}"
+        );
+        let body: Value = serde_json::from_str(body).expect("an error");
+        assert!(body["error"]["code"] == code || body["error"]["type"] == code, "{body}");
+    }
+}
+
+/// Protects: who asks before sending too much is not told to go on.
+#[tokio::test]
+async fn a_body_that_is_announced_too_large_is_not_asked_for() {
+    let gateway = Gateway::new(|_| says("x")).await;
+    let head = format!(
+        "POST {CHAT} HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: {}\r\n\
+         expect: 100-continue\r\n\r\n",
+        config().limits.body_bytes + 1
+    );
+    let answer = sent_whole(&gateway, head.as_bytes()).await;
+    assert!(answer.starts_with("HTTP/1.1 413"), "{answer}");
+}
+
 #[tokio::test]
 async fn a_head_beyond_its_bounds_is_refused() {
     let gateway = Gateway::new(|_| says("x")).await;
-    let address = gateway.url.trim_start_matches("http://");
-    for head in ["a: b\r\n".repeat(101), format!("a: {}\r\n", "b".repeat(70 << 10))] {
-        let mut connection = TcpStream::connect(address).await.unwrap();
+    for head in ["a: b\r\n".repeat(101), format!("a: {}\r\n", "b".repeat(10 << 20))] {
         let request = format!("GET /live HTTP/1.1\r\nhost: x\r\n{head}\r\n");
-        // The server may close before it has read all.
-        _ = connection.write_all(request.as_bytes()).await;
-        let mut answer = [0; 12];
-        connection.read_exact(&mut answer).await.unwrap();
-        assert_eq!(&answer, b"HTTP/1.1 431", "{} bytes", head.len());
+        let answer = sent_whole(&gateway, request.as_bytes()).await;
+        assert!(answer.starts_with("HTTP/1.1 431"), "{} bytes: {answer}", head.len());
     }
 }
 
