@@ -187,6 +187,8 @@ table("chat serves", [("chat", fields) for fields in (
     {"messages": [*QUESTION, {"role": "assistant", "content": None, "tool_calls": [{"id": "c", "type": "function", "function": {
         "name": "get_weather", "arguments": '{"city": "Ulm"}'}}]}, {"role": "tool", "tool_call_id": "c", "content": "Rain"}],
      "tools": [TOOL]},
+    {"messages": [*QUESTION, {"role": "assistant", "content": None, "tool_calls": [{"id": "c", "type": "function", "function": {
+        "name": "get_weather", "arguments": '{"city": "U'}}]}, {"role": "tool", "tool_call_id": "c", "content": "cut off"}], "tools": [TOOL]},
     {"messages": [*QUESTION, {"role": "assistant", "content": None, "function_call": {"name": "f", "arguments": "{}"}},
                   {"role": "function", "name": "f", "content": "5"}]},
 )], is_served)
@@ -201,7 +203,7 @@ table("chat refuses", [("chat", fields, param) for fields, param in (
     ({"messages": [{"role": "user", "content": [{"type": "text"}]}]}, "messages[0].content[0].text"),
     ({"messages": [*QUESTION, {"role": "tool", "content": "x"}]}, "messages[1].tool_call_id"),
     ({"messages": [*QUESTION, {"role": "assistant", "tool_calls": [{"id": "c", "type": "function", "function": {
-        "name": "f", "arguments": "{"}}]}]}, "messages[1].tool_calls[0].function.arguments"),
+        "name": "f", "arguments": [1]}}]}]}, "messages[1].tool_calls[0].function.arguments"),
     ({"messages": [{"role": "user", "content": "x", "nonsense": 1}]}, "messages[0].nonsense"),
     ({"max_tokens": 0}, "max_tokens"), ({"max_completion_tokens": 0}, "max_completion_tokens"),
     ({"max_completion_tokens": "4"}, "max_completion_tokens"), ({"logprobs": 5}, "logprobs"), ({"logprobs": True, "top_logprobs": 21}, "top_logprobs"),

@@ -143,7 +143,8 @@ fn read_turn(path: &str, turn: Value, messages: &mut Vec<Value>) -> Result<(), A
             }
             ("redacted_thinking", "assistant") => _ = block.string("data")?,
             ("tool_use", "assistant") => {
-                let function = json!({"name": needed(&mut block, "name")?, "arguments": block.take("input")});
+                let input = block.object("input")?.map(Fields::rest);
+                let function = json!({"name": needed(&mut block, "name")?, "arguments": input});
                 calls
                     .push(json!({"id": needed(&mut block, "id")?, "type": "function", "function": function}));
             }

@@ -14,13 +14,13 @@ use super::error::ApiError;
 use super::fields::Fields;
 use super::form::{self, CallRule, Form, read_form};
 use super::head::Head;
-use super::messages::{ToolChoice, read_messages, read_tools};
+use super::messages::{ToolChoice, broken_arguments, read_messages, read_tools};
 use super::params::{Params, TIER, TOP_LOGPROBS_MAX};
 use super::prompt_scores::ScoresWanted;
 use super::reply;
 use super::run::{Asker, Prompt, Reading, random, start};
 use crate::text::answer::{self, Opening, Types};
-use crate::text::{Beginning, Conversation, template};
+use crate::text::{Beginning, Conversation, TemplateError, template};
 
 /// What OpenAI or vLLM serve under these names, and this server does not.
 const UNSUPPORTED: [&str; 9] = [
@@ -191,5 +191,12 @@ pub fn render(gateway: &Gateway, conversation: Conversation) -> Result<String, A
     }
     // A template repeats a conversation at most: tools are indented, messages wrapped.
     let bytes_max = 4 * gateway.config.limits.body_bytes;
-    Ok(gateway.text.templates.render(conversation, SystemTime::now(), bytes_max)?)
+    let broken = broken_arguments(&conversation.messages);
+    match (gateway.text.templates.render(conversation, SystemTime::now(), bytes_max), broken) {
+        (Err(TemplateError::Failed(_)), Some(path)) => {
+            let expected = "a JSON object, as this model's chat template wants it";
+            Err(ApiError::wrong_value(&path, expected, "a string that is none"))
+        }
+        (rendered, _) => Ok(rendered?),
+    }
 }

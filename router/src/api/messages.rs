@@ -1,5 +1,5 @@
 //! Checks the messages and tools of a chat and brings them into the form that chat templates expect: contents are texts,
-//! arguments of tool calls are objects. Pure. Called by `chat` and `tokens`.
+//! arguments of tool calls are objects where they are whole. Pure. Called by `chat` and `tokens`.
 
 use serde_json::{Map, Value, json};
 
@@ -150,20 +150,27 @@ fn tool_calls(fields: &mut Fields) -> Result<Option<Vec<Value>>, ApiError> {
     Ok(Some(calls).filter(|calls| !calls.is_empty()))
 }
 
-/// OpenAI's clients send a text; templates want the object.
+/// OpenAI's clients send a text; templates want the object. What a model wrote that is none, such as a call that `max_tokens`
+/// cut off, stays the text that it is.
 fn arguments(path: &str, value: Option<Value>) -> Result<Value, ApiError> {
-    let value = match value {
-        Some(Value::String(text)) if text.trim().is_empty() => json!({}),
-        Some(Value::String(text)) => serde_json::from_str(&text).map_err(|error| {
-            ApiError::wrong_value(path, "a JSON object as a string", format!("no JSON ({error})"))
-        })?,
-        None => json!({}),
-        Some(other) => other,
-    };
     match value {
-        Value::Object(_) => Ok(value),
-        other => Err(ApiError::wrong_value(path, "a JSON object", type_name(&other))),
+        None => Ok(json!({})),
+        Some(Value::String(text)) if text.trim().is_empty() => Ok(json!({})),
+        Some(Value::String(text)) => {
+            Ok(serde_json::from_str(&text).ok().filter(Value::is_object).unwrap_or(Value::String(text)))
+        }
+        Some(value @ Value::Object(_)) => Ok(value),
+        Some(other) => Err(ApiError::wrong_type(path, "an object, or a string of one", &other)),
     }
+}
+
+/// Where the first arguments are that are a text and no object.
+pub fn broken_arguments(messages: &[Value]) -> Option<String> {
+    messages.iter().enumerate().find_map(|(i, message)| {
+        let calls = message["tool_calls"].as_array()?;
+        let call = calls.iter().position(|call| call["function"]["arguments"].is_string())?;
+        Some(format!("messages[{i}].tool_calls[{call}].function.arguments"))
+    })
 }
 
 /// Reads `tools`, `tool_choice` and `parallel_tool_calls`. Empty: the model is to answer in words.
@@ -334,6 +341,29 @@ mod tests {
         assert_eq!(read.map(Value::from), Ok(expected));
     }
 
+    /// Protects: a client that sends back what a model wrote is answered, also where that was cut off.
+    #[test]
+    fn arguments_that_are_no_object_stay_as_they_were_written() {
+        let call = |arguments: Value| {
+            json!([{"role": "user", "content": "x"}, {"role": "assistant", "tool_calls": [
+                {"id": "a", "function": {"name": "f", "arguments": {}}},
+                {"id": "b", "function": {"name": "f", "arguments": arguments}}]}])
+        };
+        for (given, kept) in [
+            (json!("{\"city\": \"Ul"), json!("{\"city\": \"Ul")),
+            (json!("[1]"), json!("[1]")),
+            (json!("{\"x\": 1}"), json!({"x": 1})),
+            (json!({"x": 1}), json!({"x": 1})),
+            (json!(" "), json!({})),
+            (Value::Null, json!({})),
+        ] {
+            let read = messages(call(given)).expect("served");
+            assert_eq!(read[1]["tool_calls"][1]["function"]["arguments"], kept);
+            let broken = kept.is_string().then(|| "messages[1].tool_calls[1].function.arguments".to_owned());
+            assert_eq!(broken_arguments(&read), broken);
+        }
+    }
+
     #[test]
     fn what_is_wrong_in_a_message_is_named() {
         let user = |content: Value| json!([{"role": "user", "content": content}]);
@@ -351,7 +381,7 @@ mod tests {
             (json!([{"role": "user", "content": "x", "mood": "good"}]), "messages[0].mood"),
             (json!([{"role": "user", "content": "x", "tool_calls": []}]), "messages[0].tool_calls"),
             (
-                json!([{"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": "{"}}]}]),
+                json!([{"role": "assistant", "tool_calls": [{"id": "c", "function": {"name": "f", "arguments": [1]}}]}]),
                 "messages[0].tool_calls[0].function.arguments",
             ),
             (

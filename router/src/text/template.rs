@@ -81,7 +81,7 @@ impl fmt::Display for Cap {
 /// One conversation, as a template sees it.
 #[derive(Debug, Clone, Default)]
 pub struct Conversation {
-    /// As the client gave them, checked; arguments of tool calls are objects.
+    /// As the client gave them, checked; arguments of tool calls are objects, or texts where the client's are no object.
     pub messages: Vec<Json>,
     /// Function definitions; empty: none.
     pub tools: Vec<Json>,

@@ -70,6 +70,31 @@ async fn without_parallel_calls_the_first_ends_the_answer() {
     assert!(!gateway.gone().await.1, "the second is not generated");
 }
 
+/// Protects: a conversation goes on after a call that was cut off, where the template has a place for what there is of it.
+#[tokio::test]
+async fn a_call_that_was_cut_off_does_not_end_the_conversation() {
+    let cut = |arguments: &str| {
+        let mut body = body();
+        let call = json!({"id": "c", "type": "function", "function": {"name": "get_weather", "arguments": arguments}});
+        body["messages"] = json!([{"role": "user", "content": "Weather?"}, {"role": "assistant", "tool_calls": [call]},
+                                  {"role": "tool", "tool_call_id": "c", "content": "no JSON"}]);
+        body
+    };
+    let gateway = Gateway::new(|_| says("I see.")).await;
+    let (status, answer) = gateway.ask(CHAT, &cut("{\"city\": \"Be")).await;
+    assert_eq!(status, 200, "{answer}");
+    let prompt = crate::mock::tokenizer().decode(&gateway.last().tokens, false);
+    assert!(prompt.contains(r#""arguments": "{\"city\": \"Be"}"#), "{prompt}");
+    // This one goes through arguments by name.
+    let config = router::GatewayConfig::new(crate::mock::fixture("minimax_m2"), "tiny", crate::mock::CONTEXT);
+    let gateway = Gateway::with(config, |_| says("I see.")).await;
+    let (status, answer) = gateway.ask(CHAT, &cut("{\"city\": \"Be")).await;
+    let path = "messages[1].tool_calls[0].function.arguments";
+    assert_eq!((status, &answer["error"]["param"]), (400, &json!(path)), "{answer}");
+    let (status, answer) = gateway.ask(CHAT, &cut("{\"city\": \"Bern\"}")).await;
+    assert_eq!(status, 200, "{answer}");
+}
+
 #[tokio::test]
 async fn without_tools_all_is_text() {
     let gateway = Gateway::new(|_| says(ANSWER)).await;
