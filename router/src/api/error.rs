@@ -6,6 +6,7 @@ use axum::response::{IntoResponse, Response};
 use http::{HeaderValue, StatusCode, header};
 use serde_json::{Value, json};
 
+use super::openapi;
 use super::quota::Exhausted;
 use crate::inference::InferenceError;
 use crate::text::{TemplateError, TextError};
@@ -138,12 +139,15 @@ impl ApiError {
 
     /// 404 or 405: no such route.
     pub fn no_route(status: StatusCode, method: &http::Method, path: &str) -> Self {
-        let message = match status {
-            StatusCode::METHOD_NOT_ALLOWED => format!("Not allowed to {method} on {path}."),
-            _ => format!("Unknown request URL: {method} {path}."),
+        let (code, message) = match (status, openapi::meant(path)) {
+            (StatusCode::METHOD_NOT_ALLOWED, _) => {
+                ("method_not_allowed", format!("Not allowed to {method} on {path}."))
+            }
+            (_, None) => ("unknown_url", format!("Unknown request URL: {method} {path}.")),
+            (_, Some(meant)) => {
+                ("unknown_url", format!("Unknown request URL: {method} {path}. Did you mean {meant}?"))
+            }
         };
-        let code =
-            if status == StatusCode::METHOD_NOT_ALLOWED { "method_not_allowed" } else { "unknown_url" };
         Self::new(status, "invalid_request_error", Some(code), message)
     }
 

@@ -45,6 +45,13 @@ const ROUTES: [Route; 28] = [
     ("get", "/openapi.json", "This document.", None),
 ];
 
+/// The path that a client meant which was told another address: without `/v1`, with it twice, or with a slash at the end.
+pub fn meant(path: &str) -> Option<&'static str> {
+    let path = path.trim_end_matches('/');
+    let ends = |known: &&str| known.len() > 1 && path.ends_with(known.trim_start_matches("/v1"));
+    ROUTES.map(|(_, known, ..)| known).into_iter().filter(ends).max_by_key(|known| known.len())
+}
+
 /// The handler.
 pub async fn handle(State(gateway): State<Arc<Gateway>>) -> Json<Value> {
     Json(document(&gateway.config.model, gateway.config.limits.sequences))

@@ -150,6 +150,25 @@ async fn what_is_no_request_is_answered_in_the_same_form() {
     }
 }
 
+/// Protects: whoever was told a wrong address learns the right one.
+#[tokio::test]
+async fn a_path_beside_the_right_one_names_it() {
+    let gateway = Gateway::new(|_| says("x")).await;
+    for (path, meant) in [
+        ("/chat/completions", CHAT),
+        ("/completions", COMPLETION),
+        ("/v1/v1/messages", "/v1/messages"),
+        ("/api/v1/models/", "/v1/models"),
+        ("/v1/tokenize", "/tokenize"),
+    ] {
+        let (status, answer) = gateway.ask(path, &json!({})).await;
+        let message = answer["error"]["message"].as_str().unwrap_or_default();
+        assert!(status == 404 && message.ends_with(&format!("Did you mean {meant}?")), "{path}: {answer}");
+    }
+    let (_, answer) = gateway.ask("/v1/moderations", &json!({})).await;
+    assert_eq!(answer["error"]["message"], "Unknown request URL: POST /v1/moderations.");
+}
+
 /// What a client gets that sends all before it reads.
 async fn sent_whole(gateway: &Gateway, request: &[u8]) -> String {
     let mut connection = TcpStream::connect(gateway.url.trim_start_matches("http://")).await.unwrap();
