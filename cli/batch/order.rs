@@ -20,7 +20,7 @@ pub struct Place {
 }
 
 /// Lines of a file of answers by `custom_id`; the last of an id counts. What is no answer is left out: a line that was being
-/// written when the process died.
+/// written when the process died, a question.
 pub fn places(path: &Path) -> Result<HashMap<String, Place>> {
     let file = File::open(path).with_context(|| format!("cannot read {}", path.display()))?;
     let (mut places, mut begin, mut line) = (HashMap::new(), 0, Vec::new());
@@ -35,6 +35,7 @@ pub fn places(path: &Path) -> Result<HashMap<String, Place>> {
         let bytes = line.trim_ascii_end().len();
         if let Ok(value) = serde_json::from_slice::<Value>(&line)
             && let Some(id) = value["custom_id"].as_str()
+            && (value.get("response").is_some() || value.get("error").is_some())
         {
             let good = value["error"].is_null() && value["response"]["status_code"] == 200;
             places.insert(id.to_owned(), Place { begin, bytes, good });
@@ -53,7 +54,8 @@ mod tests {
         let good = r#"{"custom_id": "a", "response": {"status_code": 200}, "error": null}"#;
         let bad = r#"{"custom_id": "b", "response": {"status_code": 400}, "error": null}"#;
         let none = r#"{"custom_id": "c", "response": null, "error": {"code": "batch_expired"}}"#;
-        std::fs::write(&path, format!("{good}\n{bad}\n{none}\n{}", &good[..20])).expect("writes");
+        let question = r#"{"custom_id": "d", "method": "POST", "url": "/v1/completions", "body": {}}"#;
+        std::fs::write(&path, format!("{good}\n{bad}\n{none}\n{question}\n{}", &good[..20])).expect("writes");
         let places = places(&path).expect("reads");
         std::fs::remove_file(&path).expect("cleans up");
         let of = |id: &str| places[id];

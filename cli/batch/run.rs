@@ -10,7 +10,7 @@ use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, bail, ensure};
 use reqwest::StatusCode;
 use serde_json::{Value, json};
 use sha2::{Digest, Sha256};
@@ -103,6 +103,9 @@ pub async fn prepare(
 /// Runs it.
 pub async fn run(args: Args) -> Result<ExitCode> {
     let Args { input, output, how, server } = args;
+    if let (Ok(from), Ok(to)) = (input.canonicalize(), output.canonicalize()) {
+        ensure!(from != to, "{} is the input: name another file for the answers", output.display());
+    }
     let api = server.api()?;
     let source = Input::open(&input, how.text)?;
     let (state, answers) = (beside_of(&output, ".batch.json"), beside_of(&output, ".part"));
@@ -123,6 +126,9 @@ pub async fn run(args: Args) -> Result<ExitCode> {
         id = None;
     }
     let mut before: HashMap<String, Place> = if output.exists() { places(&output)? } else { HashMap::new() };
+    if before.is_empty() && fs::metadata(&output).is_ok_and(|file| file.is_file() && file.len() > 0) {
+        bail!("{} is there already and holds no answers: name another file", output.display());
+    }
     before.retain(|_, place| place.good);
     let id = match id {
         Some(id) => {

@@ -58,6 +58,14 @@ async fn a_file_is_answered() {
     let asked = cluster.metric("baton_batch_lines_total", "").await;
     let (ok, _, stderr) = batch(&url, &run);
     assert!(ok && stderr.contains("all lines are answered already"), "{stderr}");
+    // What is no file of answers is not written over.
+    for (path, part) in [(&prompts, "is the input"), (&folder.join("notes.txt"), "holds no answers")] {
+        fs::write(folder.join("notes.txt"), "mine\n").expect("writes");
+        let kept = fs::read_to_string(path).expect("reads");
+        let (ok, _, stderr) = batch(&url, &["run", "-i", &input_path, "-o", &path.display().to_string()]);
+        assert!(!ok && stderr.contains(part), "{stderr}");
+        assert_eq!(fs::read_to_string(path).expect("reads"), kept);
+    }
     // One answer is lost: one line is asked again, and the file is whole again.
     let text = fs::read_to_string(&answers).expect("reads");
     let without: Vec<&str> = text.lines().filter(|line| !line.contains("line-3")).collect();
