@@ -77,6 +77,10 @@ impl Api {
         } else if !url.starts_with("http://") {
             bail!("{url}: expected http://host:port or https://host:port");
         }
+        ensure!(
+            key.iter().all(|key| key.bytes().all(|byte| byte.is_ascii_graphic())),
+            "the API key has characters that no key has, such as a space or an end of line"
+        );
         let client = builder.build().context("no HTTP client")?;
         Ok(Api { client, url, key })
     }
@@ -190,12 +194,16 @@ impl Api {
             let mut causes = std::iter::successors(std::error::Error::source(&error), |cause| cause.source());
             let last = causes.by_ref().last().map(ToString::to_string).unwrap_or_default();
             if last.contains("certificate") {
-                return anyhow::anyhow!("{}: not trusted ({last}): give --ca FILE", self.url);
+                // No other file makes a certificate one of another name.
+                let help = if last.contains("not valid for name") { "" } else { ": give --ca FILE" };
+                return anyhow::anyhow!("{}: not trusted ({last}){help}", self.url);
             }
-            let why = if error.is_connect() {
-                "nobody answers there (is `baton up` running?)"
+            let why = if last.contains("InvalidContentType") {
+                "no TLS there: try http://".into()
+            } else if error.is_connect() {
+                "nobody answers there (is `baton up` running?)".into()
             } else {
-                "no answer"
+                format!("no answer ({last})")
             };
             anyhow::anyhow!("{}: {why}", self.url)
         })

@@ -25,13 +25,13 @@ enum Command {
         /// Whose it is
         name: String,
         /// Requests that it may make per minute
-        #[arg(long, value_name = "N")]
+        #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
         requests_per_minute: Option<u32>,
         /// Tokens of prompts and answers that it may use per minute
-        #[arg(long, value_name = "N")]
+        #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
         tokens_per_minute: Option<u32>,
         /// Requests that it may have running at once
-        #[arg(long, value_name = "N")]
+        #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
         concurrent: Option<u32>,
     },
     /// List all keys, without the keys themselves

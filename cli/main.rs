@@ -90,7 +90,8 @@ fn main() -> ExitCode {
     match run(Cli::parse().command) {
         Ok(code) => code,
         Err(error) => {
-            eprintln!("baton: {error:#}");
+            // Nobody may be there to read it (`baton ... 2>&1 | head`).
+            _ = writeln!(std::io::stderr(), "baton: {error:#}");
             ExitCode::FAILURE
         }
     }

@@ -2,7 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, bail};
 use hub::{Hub, ModelName, Want};
 
 use crate::config;
@@ -21,6 +21,12 @@ pub struct Located {
 /// A directory of that name goes before the hub. Without `say` it is shown on standard error.
 pub async fn locate(named: &Path, want: Want, say: Option<fn(&str)>) -> Result<Located> {
     let Some(name) = on_hub(named) else {
+        // A config.json is enough for random weights.
+        let config = named.extension().is_some_and(|end| end == "json");
+        if named.exists() && !named.is_dir() && !config && gguf::find(named).is_ok_and(|file| file.is_none())
+        {
+            bail!("model {}: neither a model's directory nor a GGUF file", named.display());
+        }
         return Ok(Located { path: named.into(), name: model_name(named) });
     };
     let settings = config::hub();

@@ -26,7 +26,7 @@ enum Command {
         #[arg(default_value = "nodes")]
         name: String,
         /// It lets nobody in any more after this; who is in stays [default: never]
-        #[arg(long, value_name = "HOURS")]
+        #[arg(long, value_name = "HOURS", value_parser = clap::value_parser!(u64).range(1..))]
         expires: Option<u64>,
     },
     /// List all join tokens, without the tokens themselves

@@ -232,14 +232,20 @@ impl Up {
 
     fn welcome(&self, port: u16, model: &str, took: Duration) {
         self.console.line("up", &format!("serving after {:.1} s", took.as_secs_f64()));
-        let other = if port == 8000 { String::new() } else { format!(" --url http://127.0.0.1:{port}") };
-        let up = if port == 8000 { String::new() } else { format!(" --up {port}") };
+        let (url, up) = match port {
+            8000 => (String::new(), String::new()),
+            port => (format!(" --url http://127.0.0.1:{port}"), format!(" --up {port}")),
+        };
+        // As the user called us: not everybody has it in the PATH.
+        let baton = std::env::args().next().unwrap_or_else(|| "baton".into());
+        let (chat, status) = (format!("{baton} chat{url}"), format!("{baton} status{up}"));
+        let width = chat.len().max(status.len());
         crate::print(&format!(
             "\nbaton serves {model} at http://127.0.0.1:{port}/v1\n\n  \
              curl http://127.0.0.1:{port}/v1/chat/completions -H 'Content-Type: application/json' \\\n    \
              -d '{{\"model\": \"{model}\", \"messages\": [{{\"role\": \"user\", \"content\": \"Who are you?\"}}]}}'\n\n  \
-             baton chat{other}     talk to it in this terminal\n  \
-             baton status{up}   nodes, load, links\n\n\
+             {chat:width$}   talk to it in this terminal\n  \
+             {status:width$}   nodes, load, links\n\n\
              Ctrl-C stops all.\n\n"
         ));
     }

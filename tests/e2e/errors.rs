@@ -49,6 +49,8 @@ fn what_a_model_or_machine_cannot_do_is_named() {
         &["9 tensor-parallel ranks", "there are 8"],
     );
     ends("prefill", &["--router=nowhere"], &["router address: `nowhere` is not an address"]);
+    let file = concat!("--model=", env!("CARGO_MANIFEST_DIR"), "/Cargo.toml");
+    ends("router", &[file], &["Cargo.toml: neither a model's directory nor a GGUF file"]);
 }
 
 /// A rank that does not belong to its group ends; one leader is told of several.
