@@ -86,6 +86,7 @@ fn chats_equal_hugging_faces() {
                 messages: chat.messages,
                 tools: chat.tools,
                 add_generation_prompt: chat.add_generation_prompt,
+                continues: false,
                 variables: Map::new(),
             };
             let rendered =

@@ -34,6 +34,7 @@ fn constructs_of_real_templates() {
             messages: file.messages.clone(),
             tools: file.tools.clone(),
             add_generation_prompt: true,
+            continues: false,
             variables: case.variables,
         };
         let got = Templates::new(vec![("default".into(), case.source.clone())], specials.clone())

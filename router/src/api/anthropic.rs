@@ -27,7 +27,7 @@ pub async fn handle(State(gateway): State<Arc<Gateway>>, request: Request) -> Re
     let (params, prompt, reading) = gateway
         .on_text_thread(move |gateway| {
             let chat = to_chat(Fields::parse(&body)?, true)?;
-            prepare(gateway, parse(gateway, chat).map_err(own_words)?)
+            parse(gateway, chat).and_then(|chat| prepare(gateway, chat)).map_err(own_words)
         })
         .await?;
     let head = Head::new("msg", random()?, SystemTime::now(), Arc::clone(&gateway.model));
@@ -55,10 +55,17 @@ pub async fn count(State(gateway): State<Arc<Gateway>>, request: Request) -> Res
     count.await
 }
 
-/// What a chat has no effort for is named as the client wrote it.
-fn own_words(error: ApiError) -> ApiError {
-    match error.param.as_deref() {
-        Some("reasoning_effort") => ApiError::unsupported("thinking", "has no effect with this model"),
+/// What is wrong is named as the client wrote it.
+fn own_words(mut error: ApiError) -> ApiError {
+    const SCHEMA: (&str, &str) = ("response_format.json_schema", "output_config.format");
+    match error.param.as_mut() {
+        Some(param) if param == "reasoning_effort" => {
+            ApiError::unsupported("thinking", "has no effect with this model")
+        }
+        Some(param) if param.starts_with(SCHEMA.0) => {
+            *param = param.replace(SCHEMA.0, SCHEMA.1);
+            ApiError { message: error.message.replace(SCHEMA.0, SCHEMA.1), ..error }
+        }
         _ => error,
     }
 }
@@ -74,7 +81,13 @@ fn to_chat(mut fields: Fields, answers: bool) -> Result<Fields, ApiError> {
     for (i, turn) in turns.into_iter().enumerate() {
         read_turn(&format!("messages[{i}]"), turn, &mut messages)?;
     }
+    // What the assistant has begun to say is gone on with.
+    let begun =
+        messages.last().is_some_and(|last| last["role"] == "assistant" && last["tool_calls"].is_null());
+    chat.insert("continue_final_message".into(), begun.into());
     chat.insert("messages".into(), messages.into());
+    // All prompts are cached.
+    fields.object("cache_control")?;
     let tools = fields.array("tools")?.unwrap_or_default();
     if !tools.is_empty() {
         let tools = tools.into_iter().enumerate().map(|(i, tool)| read_tool(&format!("tools[{i}]"), tool));
@@ -88,6 +101,20 @@ fn to_chat(mut fields: Fields, answers: bool) -> Result<Fields, ApiError> {
         if let Some(mut metadata) = fields.object("metadata")? {
             metadata.string("user_id")?;
             metadata.finish()?;
+        }
+        if let Some(mut output) = fields.object("output_config")? {
+            if let Some(mut format) = output.object("format")? {
+                format
+                    .word("type", &["json_schema"])?
+                    .ok_or_else(|| ApiError::missing("output_config.format.type"))?;
+                let schema =
+                    format.take("schema").ok_or_else(|| ApiError::missing("output_config.format.schema"))?;
+                format.finish()?;
+                let schema = json!({"name": "answer", "strict": true, "schema": schema});
+                chat.insert("response_format".into(), json!({"type": "json_schema", "json_schema": schema}));
+            }
+            output.refuse(&["effort"], "is not supported")?;
+            output.finish()?;
         }
         if let Some(stop) = fields.array("stop_sequences")? {
             chat.insert("stop".into(), stop.into());

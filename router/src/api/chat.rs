@@ -144,13 +144,20 @@ pub fn read_conversation(
         return Err(ApiError::unsupported("tools", why));
     }
     fields.refuse(&["chat_template"], "is not allowed: only the model's own template is used")?;
-    fields.only("continue_final_message", &json!(false), "is not supported")?;
+    let continues = fields.boolean("continue_final_message")?.unwrap_or(false);
+    let add_generation_prompt = fields.boolean("add_generation_prompt")?;
+    let may_go_on = |last: &Value| last["role"] == "assistant" && last.get("tool_calls").is_none();
+    if continues && (add_generation_prompt == Some(true) || !messages.last().is_some_and(may_go_on)) {
+        let expected = "false, unless the last message is the assistant's, without calls, and 'add_generation_prompt' is not";
+        return Err(ApiError::wrong_value("continue_final_message", expected, "true"));
+    }
     let mut variables = template_variables(fields)?;
     reasoning_effort(gateway, fields, &mut variables)?;
     let conversation = Conversation {
         messages,
         tools: tools.definitions,
-        add_generation_prompt: fields.boolean("add_generation_prompt")?.unwrap_or(true),
+        add_generation_prompt: add_generation_prompt.unwrap_or(!continues),
+        continues,
         variables,
     };
     Ok((conversation, tools.choice, tools.parallel))

@@ -307,7 +307,7 @@ fn chat_only() -> Vec<Property> {
         ("include_reasoning", boolean()),
         ("reasoning_effort", json!({"enum": ["none", "minimal", "low", "medium", "high", "xhigh", null]})),
         ("add_generation_prompt", boolean()),
-        ("continue_final_message", json!({"enum": [false, null]})),
+        ("continue_final_message", boolean()),
         ("chat_template_kwargs", any_object()),
     ]
 }
@@ -401,9 +401,11 @@ fn message_fields(model: &str, answers: bool) -> Vec<Property> {
         ("tools", json!({"type": ["array", "null"], "items": {"type": "object"}})),
         ("tool_choice", any_object()),
         ("thinking", any_object()),
+        ("cache_control", any_object()),
     ];
     if answers {
         fields.extend([
+            ("output_config", any_object()),
             ("max_tokens", json!({"type": "integer", "minimum": 1})),
             ("stream", boolean()),
             (

@@ -28,6 +28,9 @@ const TIME_MAX: Duration = Duration::from_secs(5);
 const DEFAULT: &str = "default";
 const TOOL_USE: &str = "tool_use";
 
+/// Stands where a message ends that is gone on with, until the rest of the turn has been cut off.
+const GOES_ON: &str = "\u{e000}goes on here\u{e000}";
+
 /// Names in a template's context that a client cannot set.
 pub const RESERVED: [&str; 6] =
     ["messages", "tools", "documents", "add_generation_prompt", "chat_template", "continue_final_message"];
@@ -87,6 +90,8 @@ pub struct Conversation {
     pub tools: Vec<Json>,
     /// Ends with the header of the assistant's turn.
     pub add_generation_prompt: bool,
+    /// Ends within the last message, with which the model goes on. Its content is a text.
+    pub continues: bool,
     /// `chat_template_kwargs`: variables such as `enable_thinking`. Not of `RESERVED` names.
     pub variables: Map<String, Json>,
 }
@@ -149,17 +154,27 @@ impl Templates {
     /// (DeepSeek V3's) put arguments of tool calls together with texts: one that fails on objects gets them as JSON.
     pub fn render(
         &self,
-        conversation: Conversation,
+        mut conversation: Conversation,
         now: SystemTime,
         bytes_max: usize,
     ) -> Result<String, TemplateError> {
-        let spelled = spelled_out(&conversation);
-        match (self.attempt(conversation, now, bytes_max), spelled) {
-            (Err(TemplateError::Failed(reason)), Some(spelled)) => {
-                self.attempt(spelled, now, bytes_max).map_err(|_| TemplateError::Failed(reason))
-            }
-            (rendered, _) => rendered,
+        let last = conversation.messages.last_mut().filter(|_| conversation.continues);
+        if let Some(Json::String(content)) = last.and_then(|last| last.get_mut("content")) {
+            content.push_str(GOES_ON);
         }
+        let continues = conversation.continues;
+        let spelled = spelled_out(&conversation);
+        let mut rendered = match (self.attempt(conversation, now, bytes_max), spelled) {
+            (Err(TemplateError::Failed(reason)), Some(spelled)) => {
+                self.attempt(spelled, now, bytes_max).map_err(|_| TemplateError::Failed(reason))?
+            }
+            (rendered, _) => rendered?,
+        };
+        if continues {
+            let reason = || TemplateError::Failed("it does not show the last message".into());
+            rendered.truncate(rendered.rfind(GOES_ON).ok_or_else(reason)?);
+        }
+        Ok(rendered)
     }
 
     fn attempt(
@@ -400,6 +415,22 @@ mod tests {
         assert_eq!(with("f.name ~ f.arguments.n").as_deref(), Ok("f1"));
         assert_eq!(with("f.name + f.arguments").as_deref(), Ok("f{\"a\": \"ü\", \"n\": 1}"));
         assert!(matches!(with("f.name + 1"), Err(TemplateError::Failed(_))));
+    }
+
+    #[test]
+    fn a_message_that_is_gone_on_with_stays_open() {
+        let source = "{% for m in messages %}<{{ m.role }}>{{ m.content | trim }}</end>{% endfor %}";
+        let templates =
+            Templates::new(vec![(DEFAULT.into(), source.into())], Map::new()).expect("a template");
+        let goes_on = |content: &str| {
+            let messages =
+                vec![json!({"role": "u", "content": "end"}), json!({"role": "a", "content": content})];
+            let conversation = Conversation { messages, continues: true, ..Conversation::default() };
+            templates.render(conversation, SystemTime::UNIX_EPOCH, 1 << 16)
+        };
+        assert_eq!(goes_on("I am").as_deref(), Ok("<u>end</end><a>I am"));
+        assert_eq!(goes_on("end").as_deref(), Ok("<u>end</end><a>end"));
+        assert_eq!(goes_on("").as_deref(), Ok("<u>end</end><a>"));
     }
 
     #[test]

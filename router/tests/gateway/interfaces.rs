@@ -132,6 +132,46 @@ async fn a_message_has_blocks_and_takes_them_back() {
     assert_eq!(count, json!({"input_tokens": tokens}));
 }
 
+/// Protects: what the assistant has begun to say is gone on with, as Anthropic has it, and where a chat says so.
+#[tokio::test]
+async fn a_message_that_was_begun_is_gone_on_with() {
+    let gateway = Gateway::new(|_| says("fine.")).await;
+    let begun = json!([{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "I am"}]);
+    let ends = |end: &str| assert!(prompt(&gateway).ends_with(end), "{}", prompt(&gateway));
+    let (status, answer) = gateway.ask(MESSAGES, &json!({"max_tokens": 9, "messages": begun})).await;
+    assert_eq!((status, &answer["content"][0]["text"]), (200, &json!("fine.")), "{answer}");
+    ends("<|im_start|>assistant\nI am");
+    let chat = "/v1/chat/completions";
+    let (status, answer) =
+        gateway.ask(chat, &json!({"messages": begun, "continue_final_message": true})).await;
+    assert_eq!((status, &answer["choices"][0]["message"]["content"]), (200, &json!("fine.")), "{answer}");
+    ends("<|im_start|>assistant\nI am");
+    assert_eq!(gateway.ask(chat, &json!({"messages": begun})).await.0, 200);
+    ends("I am<|im_end|>\n<|im_start|>assistant\n");
+    for fields in [
+        json!({"messages": [begun[0]], "continue_final_message": true}),
+        json!({"messages": begun, "continue_final_message": true, "add_generation_prompt": true}),
+    ] {
+        let (status, answer) = gateway.ask(chat, &fields).await;
+        assert_eq!((status, &answer["error"]["param"]), (400, &json!("continue_final_message")), "{answer}");
+    }
+}
+
+#[tokio::test]
+async fn an_answer_in_a_form_is_asked_for_in_anthropics_words() {
+    let gateway = Gateway::new(|_| says("{}")).await;
+    let ask = |schema: Value| {
+        json!({"max_tokens": 9, "messages": [{"role": "user", "content": "Hi"}],
+            "output_config": {"format": {"type": "json_schema", "schema": schema}}})
+    };
+    let (status, answer) = gateway.ask(MESSAGES, &ask(json!({"type": "object"}))).await;
+    assert_eq!(status, 200, "{answer}");
+    assert!(gateway.last().grammar.is_some());
+    let (status, answer) = gateway.ask(MESSAGES, &ask(json!({"type": "nonsense"}))).await;
+    let message = answer["error"]["message"].as_str().unwrap_or_default();
+    assert!(status == 400 && message.contains("'output_config.format.schema'"), "{answer}");
+}
+
 #[tokio::test]
 async fn a_streamed_message_opens_and_closes_its_blocks() {
     let gateway = Gateway::new(|_| says(ANSWER)).await;
