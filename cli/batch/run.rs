@@ -159,42 +159,60 @@ pub async fn run(args: Args) -> Result<ExitCode> {
     let mut file = File::create(&answers).with_context(|| format!("cannot write {}", answers.display()))?;
     let _part = Made(answers.clone());
     fetch(&api, &batch, &mut file).await?;
-    let good = write(&source, &how, &output, &before, &answers)?;
+    let written = write(&source, &how, &output, &before, &answers)?;
     let _ = fs::remove_file(&state);
     if batch["errors"]["data"].as_array().is_some_and(|problems| !problems.is_empty()) {
         return ended(&batch);
     }
-    eprintln!("{}: {} of {} lines have answers, in {}", status(&batch), good.0, good.1, output.display());
-    Ok(if good.0 == good.1 { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+    let Written { good, all, refusal } = written;
+    eprintln!("{}: {good} of {all} lines have answers, in {}", status(&batch), output.display());
+    if let Some(refusal) = refusal {
+        eprintln!("baton: the first of the others: {refusal}");
+    }
+    Ok(if good == all { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+}
+
+/// What has become of the lines of an input.
+#[derive(Default)]
+struct Written {
+    /// So many got what they asked for.
+    good: usize,
+    /// So many there are.
+    all: usize,
+    /// Why the first of the others did not.
+    refusal: Option<String>,
 }
 
 /// Writes the answers of `before` (in `output`) and of the file `answers` in the order of the input. Nobody finds half of
-/// it. Returns how many are good, and how many lines there are.
+/// it.
 fn write(
     source: &Input,
     how: &How,
     output: &Path,
     before: &HashMap<String, Place>,
     answers: &Path,
-) -> Result<(usize, usize)> {
+) -> Result<Written> {
     let fresh = places(answers)?;
     let path = beside_of(output, ".new");
     let failed = || format!("cannot write {}", path.display());
     let mut to = BufWriter::new(File::create(&path).with_context(failed)?);
     let new = File::open(answers)?;
     let old = if before.is_empty() { None } else { Some(File::open(output)?) };
-    let (mut good, mut all, mut line) = (0, 0, Vec::new());
+    let (mut written, mut line) = (Written::default(), Vec::new());
     source.each(how, "", |request| {
-        all += 1;
+        written.all += 1;
         let found = match (fresh.get(&request.id), before.get(&request.id), &old) {
             (Some(place), ..) => Some((place, &new)),
             (None, Some(place), Some(old)) => Some((place, old)),
             _ => None,
         };
         let Some((place, file)) = found else { return Ok(()) };
-        good += usize::from(place.good);
         line.resize(place.bytes, 0);
         file.read_exact_at(&mut line, place.begin)?;
+        written.good += usize::from(place.good);
+        if !place.good && written.refusal.is_none() {
+            written.refusal = refusal(&line);
+        }
         line.push(b'\n');
         Ok(to.write_all(&line)?)
     })?;
@@ -203,7 +221,14 @@ fn write(
         .and_then(|file| file.sync_all())
         .with_context(failed)?;
     fs::rename(&path, output).with_context(|| format!("cannot write {}", output.display()))?;
-    Ok((good, all))
+    Ok(written)
+}
+
+/// What a line of answers says that is no good one.
+fn refusal(line: &[u8]) -> Option<String> {
+    let answer: Value = serde_json::from_slice(line).ok()?;
+    let errors = [&answer["response"]["body"]["error"], &answer["error"]];
+    errors.iter().find_map(|error| error["message"].as_str()).map(str::to_owned)
 }
 
 fn beside_of(path: &Path, end: &str) -> PathBuf {

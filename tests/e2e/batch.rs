@@ -55,6 +55,10 @@ async fn a_file_is_answered() {
         "{whole:?}"
     );
     assert!(got.iter().all(|line| line["response"]["body"]["choices"][0]["message"]["content"].is_string()));
+    // Whose lines are refused learns why.
+    let none = folder.join("none.jsonl").display().to_string();
+    let (ok, _, stderr) = batch(&url, &["run", "-i", &input_path, "-o", &none, "--max-tokens=0"]);
+    assert!(!ok && stderr.contains("0 of 3 lines") && stderr.contains("'max_tokens'"), "{stderr}");
     let asked = cluster.metric("baton_batch_lines_total", "").await;
     let (ok, _, stderr) = batch(&url, &run);
     assert!(ok && stderr.contains("all lines are answered already"), "{stderr}");
