@@ -68,6 +68,9 @@ fn header_bytes(path: &str, bytes: &[u8], len: u64) -> Result<u64, ModelError> {
     let Some(prefix) = bytes.first_chunk::<8>() else {
         return Err(format(path, format!("truncated: {len} bytes, a safetensors file has at least 8")));
     };
+    if gguf::is_lfs_pointer(bytes) {
+        return Err(format(path, gguf::LFS_POINTER.into()));
+    }
     let header = u64::from_le_bytes(*prefix);
     if header > HEADER_BYTES_MAX {
         let reason = format!("not a safetensors file: header of {header} bytes, at most {HEADER_BYTES_MAX}");
@@ -317,6 +320,8 @@ mod tests {
             error(&u64::MAX.to_le_bytes(), 1 << 40),
             "f: not a safetensors file: header of 18446744073709551615 bytes, at most 100000000"
         );
+        let pointer = error(b"version https://git-lfs.github.com/spec/v1\noid", 130);
+        assert!(pointer.contains("`git lfs pull`"), "{pointer}");
         assert_eq!(
             error(&100u64.to_le_bytes(), 50),
             "f: truncated: the header ends at byte 108, the file has 50"

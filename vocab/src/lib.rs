@@ -75,8 +75,8 @@ impl Vocab {
     /// Reads the vocabulary of the model at `path`, a directory or a GGUF file; see [`TokenizerJson::read`].
     pub fn read(path: &Path) -> Result<Vocab, VocabError> {
         let Some(TokenizerJson { path, json }) = TokenizerJson::read(path)? else {
-            let path = path.join("tokenizer.json").display().to_string();
-            return Err(VocabError::Io { path, reason: std::io::ErrorKind::NotFound.into() });
+            let reason = "no tokenizer.json, tiktoken.model or GGUF file is there".into();
+            return Err(VocabError::Format { path: path.display().to_string(), reason });
         };
         let format = |reason| VocabError::Format { path: path.display().to_string(), reason };
         Vocab::from_tokenizer_json(&json).map_err(format)
@@ -232,6 +232,17 @@ mod tests {
     #[test]
     fn a_missing_file_is_named() {
         let error = Vocab::read(Path::new("no/such/dir")).unwrap_err().to_string();
-        assert!(error.starts_with("no/such/dir/tokenizer.json: "), "{error}");
+        assert_eq!(error, "no/such/dir: no tokenizer.json, tiktoken.model or GGUF file is there");
+    }
+
+    #[test]
+    fn a_pointer_in_place_of_a_file_is_named() {
+        let folder = std::env::temp_dir().join(format!("baton-vocab-pointer-{}", std::process::id()));
+        std::fs::create_dir_all(&folder).expect("a folder");
+        std::fs::write(folder.join("tokenizer.json"), "version https://git-lfs.github.com/spec/v1\n")
+            .expect("a file");
+        let error = Vocab::read(&folder).unwrap_err().to_string();
+        std::fs::remove_dir_all(&folder).expect("cleans up");
+        assert!(error.contains("tokenizer.json: ") && error.contains("`git lfs pull`"), "{error}");
     }
 }

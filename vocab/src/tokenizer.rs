@@ -54,6 +54,9 @@ impl TokenizerJson {
 /// The bytes of a file, where there is one.
 fn file(path: &Path) -> Result<Option<Vec<u8>>, VocabError> {
     match std::fs::read(path) {
+        Ok(bytes) if gguf::is_lfs_pointer(&bytes) => {
+            Err(VocabError::Format { path: path.display().to_string(), reason: gguf::LFS_POINTER.into() })
+        }
         Ok(bytes) => Ok(Some(bytes)),
         Err(error) if matches!(error.kind(), ErrorKind::NotFound | ErrorKind::NotADirectory) => Ok(None),
         Err(reason) => Err(VocabError::Io { path: path.display().to_string(), reason }),

@@ -6,7 +6,7 @@ use std::ops::Range;
 
 use crate::cursor::Cursor;
 use crate::metadata::{Metadata, short};
-use crate::{GgufError, Type};
+use crate::{GgufError, LFS_POINTER, Type, is_lfs_pointer};
 
 /// What every file begins with.
 pub(crate) const MAGIC: &[u8; 4] = b"GGUF";
@@ -85,6 +85,9 @@ impl Header {
     /// tensor begins off alignment, ends behind the file or shares bytes with another.
     pub fn parse(path: &str, bytes: &[u8], len: u64) -> Result<Header, Fault> {
         let mut cursor = Cursor::new(bytes, len);
+        if is_lfs_pointer(bytes) {
+            return Err(cursor.wrong(LFS_POINTER));
+        }
         if len < MAGIC.len() as u64 || cursor.take(MAGIC.len() as u64)? != MAGIC {
             return Err(cursor.wrong("not a GGUF file"));
         }
