@@ -200,11 +200,11 @@ impl Coded {
     /// What rows of pairs a level's products with these take: ranges are whole octets, of which pairs are made, and groups such as
     /// the kernels have room for.
     pub(crate) fn pairs(&self, kernels: &Kernels, ranges: usize) -> Option<PairKind> {
-        let fits =
-            (self.inputs / ranges).is_multiple_of(8) && Scaled::GROUP_MAX.is_multiple_of(self.form.group);
+        let each = self.inputs / ranges;
+        let fits = each.is_multiple_of(8) && Scaled::UNIT_MAX.is_multiple_of(self.form.group);
         match (kernels.whole, kernels.pairs) {
             _ if !fits => None,
-            (Some(_), _) if self.form.is_whole() => Some(PairKind::Whole(self.form.group)),
+            (Some(_), _) if self.form.is_whole() => Some(PairKind::Whole(self.form.units(each))),
             (_, pairs) => pairs.map(|_| PairKind::Bf16),
         }
     }
@@ -246,14 +246,16 @@ impl Coded {
         let together = if rows <= Scaled::ROWS_RANGES { ranges.len().max(1) } else { 1 };
         for (at, range) in ranges.enumerate().step_by(together) {
             let inputs = inputs.of(range);
-            let (x, groups) = match kind {
-                PairKind::Whole(group) => inputs.whole(group).unwrap_or((inputs.x(), std::ptr::null())),
-                PairKind::Bf16 => (inputs.x(), std::ptr::null()),
+            let rows_of = match kind {
+                PairKind::Whole(units) => inputs.whole(&units),
+                PairKind::Bf16 => None,
             };
+            let (x, known, known_range) = rows_of.unwrap_or((inputs.x(), std::ptr::null(), 0));
             // SAFETY: the panels have these octets, the rest is the caller's.
             unsafe {
                 product(&Scaled {
                     form: &self.form,
+                    units: self.form.units(each),
                     panel: self.place.at(panels.0 * self.panel_bytes()),
                     panel_bytes: self.panel_bytes(),
                     panels: panels.1,
@@ -261,8 +263,8 @@ impl Coded {
                     ranges: together,
                     x,
                     x_stride: inputs.stride(),
-                    groups,
-                    groups_range: inputs.groups_range(),
+                    known,
+                    known_range,
                     rows,
                     acc: acc.add(at * acc_range),
                     acc_range,

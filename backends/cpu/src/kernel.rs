@@ -21,7 +21,7 @@ mod weigh;
 
 use crate::lanes::LANES;
 pub(crate) use bytes::{BLOCK, BLOCK_FLOATS, Bytes, Eighths, ORDER};
-pub(crate) use codes::{Code, Decode, E4M3_SCALE, Form, Scale, Zero};
+pub(crate) use codes::{Code, Decode, E4M3_SCALE, Form, Scale, Units, Zero};
 pub(crate) use stream::Stream;
 pub(crate) use sweep::{Layout, Sweep};
 
@@ -105,6 +105,7 @@ pub(crate) struct WholeKernels {
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Scaled<'a> {
     pub(crate) form: &'a Form,
+    pub(crate) units: Units,
     pub(crate) panel: *const u8,
     /// Bytes from one panel to the next.
     pub(crate) panel_bytes: usize,
@@ -116,9 +117,10 @@ pub(crate) struct Scaled<'a> {
     /// `[rows][pair]` from the first octet on, rows `x_stride` pairs apart.
     pub(crate) x: *const i32,
     pub(crate) x_stride: usize,
-    /// What each row's groups have, rows `x_stride` words apart too, ranges so many groups; not read where inputs are bf16.
-    pub(crate) groups: *const Group,
-    pub(crate) groups_range: usize,
+    /// What the units of each row have ([`Units::words`]), rows `x_stride` words apart too, ranges so many words; not read where
+    /// inputs are bf16.
+    pub(crate) known: *const i32,
+    pub(crate) known_range: usize,
     pub(crate) rows: usize,
     /// `[ranges][rows][panels * 16]`, ranges `acc_range` and rows `acc_stride` apart.
     pub(crate) acc: *mut f32,
@@ -131,33 +133,24 @@ pub(crate) struct Scaled<'a> {
 impl Scaled<'_> {
     /// Rows up to which several ranges are summed at once.
     pub(crate) const ROWS_RANGES: usize = 4;
-    /// Inputs that may share a scale: groups must divide them.
-    pub(crate) const GROUP_MAX: usize = 256;
-    /// A group of two panels as bf16, their scales and offsets.
-    pub(crate) const BUFFER_FLOATS: usize = (Self::GROUP_MAX + 4) * LANES;
+    /// Inputs that may share a scale: groups must divide them, and units.
+    pub(crate) const UNIT_MAX: usize = 256;
+    pub(crate) const PARTS_MAX: usize = 4;
+    /// A unit of two panels as words of pairs, their scales and the offsets of their groups.
+    pub(crate) const BUFFER_FLOATS: usize = (Self::UNIT_MAX + 2 + 2 * Self::PARTS_MAX) * LANES;
 }
 
-/// What the inputs of a group of a row have in common.
-#[repr(C)]
-#[derive(Clone, Copy, Debug, PartialEq)]
-pub(crate) struct Group {
-    /// An input is this times its whole number; not a number where one of the row's inputs is none.
-    pub(crate) factor: f32,
-    /// The sum of the inputs: what offsets are multiplied by.
-    pub(crate) sum: f32,
-}
-
-/// Inputs `[octets.0 * 8, octets.1 * 8)` as whole numbers, by groups that are cut at multiples of `group` octets.
+/// Inputs `[octets.0 * 8, octets.1 * 8)` as whole numbers, by units that are cut at their multiples.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct WholeInputs {
     /// bf16 all, from the first octet on.
     pub(crate) x: *const f32,
     pub(crate) octets: (usize, usize),
-    pub(crate) group: usize,
+    pub(crate) units: Units,
     /// Pairs of whole numbers, the first of a pair in the lower half.
     pub(crate) out: *mut i32,
-    /// One per group, or part of one at either end.
-    pub(crate) groups: *mut Group,
+    /// [`Units::words`] per unit, or part of one at either end.
+    pub(crate) known: *mut i32,
 }
 
 /// `acc[row][panel * 16 + lane]` plus the sums over pairs of inputs, of bf16 by bf16.

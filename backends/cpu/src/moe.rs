@@ -208,7 +208,7 @@ impl CpuStep<'_> {
         tiles.clear();
         for expert in 0..all {
             if let Some(product) = product(expert).filter(|product| product.rows > 0) {
-                let cut = Tiles::new(product.weight, product.rows, enough);
+                let cut = product.tiles(enough);
                 tiles.extend((0..cut.count).filter_map(|at| cut.get(at)).map(|tile| (expert, tile)));
             }
         }
@@ -246,10 +246,10 @@ impl CpuStep<'_> {
         // Sums of every range, [rows][width] each, and one expert's part of as many as are summed at once.
         let sums = |width: usize| (ranges * rows + together * most) * width;
         let mut enough = self.device.pool.threads() * TASKS_PER_THREAD;
-        let mut tiles = Tiles::new(first, 1, enough);
+        let mut tiles = Tiles::of_row(first, enough);
         while sums(tiles.group() * LANES) > SUMS_FLOATS && tiles.group() > 1 {
             enough = tiles.count + 1;
-            tiles = Tiles::new(first, 1, enough);
+            tiles = Tiles::of_row(first, enough);
         }
         let own_other = self.operands(own, first);
         let shared = weights

@@ -2,7 +2,7 @@
 //! whole numbers, or whole numbers of 8 bits. Made once per product (`step`, `moe`); every task reads its rows and range.
 
 use crate::act::{CpuAct, Raw};
-use crate::kernel::{BLOCK, BLOCK_FLOATS, Eighths, Group};
+use crate::kernel::{BLOCK, BLOCK_FLOATS, Eighths, Units};
 use crate::packed::Packed;
 use crate::pair_row::PairRow;
 use crate::step::CpuStep;
@@ -70,19 +70,20 @@ impl PairInputs<'_> {
         self.row.stride
     }
 
-    /// The first row's pairs of whole numbers by groups of `group`, and what its groups have.
-    pub(crate) fn whole(&self, group: usize) -> Option<(*const i32, *const Group)> {
-        let (words, groups) = self.row.whole(self.range, group)?;
-        Some((self.start.wrapping_add(words), self.start.wrapping_add(groups).cast()))
-    }
-
-    /// Groups from one range to the next.
-    pub(crate) fn groups_range(&self) -> usize {
-        self.row.range_groups
+    /// The first row's pairs of whole numbers in such units, what those units have, and the words from there to the next range's.
+    pub(crate) fn whole(&self, units: &Units) -> Option<(*const i32, *const i32, usize)> {
+        let set = self.row.whole(units)?;
+        let (pairs, known) = (set.pairs_of(self.range), set.known_of(self.range));
+        Some((self.start.wrapping_add(pairs), self.start.wrapping_add(known), set.known_range))
     }
 }
 
 impl<'a> Operand<'a> {
+    /// Whether these are whole numbers of 16 bits, for some of the weight's segments at least.
+    pub(crate) fn is_whole(&self) -> bool {
+        self.pairs.is_some() && self.weight.pair_row.has_whole()
+    }
+
     /// Rows from `row` on.
     pub(crate) fn rows_from(self, row: usize) -> Self {
         let Operand { weight, x, pairs, bytes } = self;

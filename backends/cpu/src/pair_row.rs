@@ -1,20 +1,18 @@
 //! How a row of pairs lies in memory: the pairs of bf16 of each range of inputs, where a weight's segments take such, and behind
-//! them, for every size of groups whose codes are multiplied as whole numbers, the pairs of whole numbers of each range and
-//! what its groups have. Made once per row and product (`operand`), read by every task.
+//! them, for every way in which codes are multiplied as whole numbers, the pairs of whole numbers of each range; then what their
+//! units have. Made once per row and product (`operand`), read by every task.
 
-use crate::kernel::{Group, Kernels, WholeInputs};
+use crate::kernel::{Kernels, Units, WholeInputs};
 
 /// Words of 4 bytes to a cache line.
 const LINE: usize = 16;
-/// Words of what a group has.
-const GROUP: usize = size_of::<Group>() / size_of::<i32>();
 
 /// What pairs a product takes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum PairKind {
     Bf16,
-    /// Whole numbers, by groups of so many inputs.
-    Whole(usize),
+    /// Whole numbers, in such units.
+    Whole(Units),
 }
 
 /// The layout of a row, in words of 4 bytes.
@@ -25,35 +23,62 @@ pub(crate) struct PairRow {
     ranges: usize,
     /// Whether there are pairs of bf16.
     bf16: bool,
-    /// Inputs of a group, by size of groups.
-    groups: Vec<usize>,
-    /// Where the groups begin, and how many places those of one range and one size have.
-    first_group: usize,
-    pub(crate) range_groups: usize,
+    sets: Vec<Set>,
     /// From one row to the next: an odd number of cache lines, so that the same pair of several rows does not fall into the
     /// same places of the cache. 0 where nobody takes pairs.
     pub(crate) stride: usize,
 }
 
+/// A row's pairs of whole numbers of one kind.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub(crate) struct Set {
+    units: Units,
+    /// Where the pairs of the first range begin, and what their units have; and how far it is to the next range's.
+    pairs: usize,
+    pairs_range: usize,
+    known: usize,
+    pub(crate) known_range: usize,
+}
+
+impl Set {
+    /// Where the pairs of range `range` begin. Each range is filled up to whole ones.
+    pub(crate) fn pairs_of(&self, range: usize) -> usize {
+        self.pairs + range * self.pairs_range
+    }
+
+    /// Where what the units of range `range` have begins.
+    pub(crate) fn known_of(&self, range: usize) -> usize {
+        self.known + range * self.known_range
+    }
+}
+
 impl PairRow {
     /// For `ranges` ranges of `inputs` inputs, in all these kinds.
     pub(crate) fn new(inputs: usize, ranges: usize, kinds: impl Iterator<Item = PairKind>) -> Self {
-        let (mut bf16, mut groups) = (false, Vec::new());
+        let mut row = PairRow { inputs, ranges, ..PairRow::default() };
         for kind in kinds {
             match kind {
-                PairKind::Bf16 => bf16 = true,
-                PairKind::Whole(group) => groups.push(group),
+                PairKind::Bf16 => row.bf16 = true,
+                PairKind::Whole(units) if row.whole(&units).is_some() => {}
+                PairKind::Whole(units) => {
+                    // A range may begin and end within a unit.
+                    let known_range = (inputs.div_ceil(units.unit) + 1) * units.words();
+                    let set = Set { units, pairs: 0, pairs_range: inputs.div_ceil(2), known: 0, known_range };
+                    row.sets.push(set);
+                }
             }
         }
-        groups.sort_unstable();
-        groups.dedup();
-        let sets = usize::from(bf16) + groups.len();
-        let first_group = sets * ranges * inputs.div_ceil(2);
-        // A range may begin and end within a group.
-        let range_groups = groups.first().map_or(0, |smallest| inputs.div_ceil(*smallest) + 1);
-        let words = first_group + groups.len() * ranges * range_groups * GROUP;
-        let stride = if sets == 0 { 0 } else { words.next_multiple_of(2 * LINE) + LINE };
-        PairRow { inputs, ranges, bf16, groups, first_group, range_groups, stride }
+        let mut words = if row.bf16 { row.pairs(ranges) } else { 0 };
+        for set in &mut row.sets {
+            set.pairs = words;
+            words = set.pairs_of(ranges);
+        }
+        for set in &mut row.sets {
+            set.known = words;
+            words = set.known_of(ranges);
+        }
+        row.stride = if words == 0 { 0 } else { words.next_multiple_of(2 * LINE) + LINE };
+        row
     }
 
     /// Where the pairs of bf16 of range `range` begin. Each range is filled up to whole ones.
@@ -61,13 +86,14 @@ impl PairRow {
         range * self.inputs.div_ceil(2)
     }
 
-    /// Where the pairs of whole numbers of range `range` by groups of `group` inputs begin, and what those groups have; `None`
-    /// where nobody takes them.
-    pub(crate) fn whole(&self, range: usize, group: usize) -> Option<(usize, usize)> {
-        let size = self.groups.iter().position(|size| *size == group)?;
-        let words = (usize::from(self.bf16) + size) * self.ranges + range;
-        let groups = (size * self.ranges + range) * self.range_groups;
-        Some((self.pairs(words), self.first_group + groups * GROUP))
+    /// Whether anybody takes whole numbers.
+    pub(crate) fn has_whole(&self) -> bool {
+        !self.sets.is_empty()
+    }
+
+    /// The pairs of whole numbers in such units; `None` where nobody takes them.
+    pub(crate) fn whole(&self, units: &Units) -> Option<&Set> {
+        self.sets.iter().find(|set| set.units == *units)
     }
 
     /// Writes a row.
@@ -87,10 +113,9 @@ impl PairRow {
                 }
                 let Some(whole) = kernels.whole else { continue };
                 let octets = (range * inputs / 8, (range + 1) * inputs / 8);
-                for group in &self.groups {
-                    let Some((words, groups)) = self.whole(range, *group) else { continue };
-                    let (out, groups) = (out.add(words), out.add(groups).cast());
-                    (whole.inputs)(&WholeInputs { x, octets, group: group / 8, out, groups });
+                for set in &self.sets {
+                    let (out, known) = (out.add(set.pairs_of(range)), out.add(set.known_of(range)));
+                    (whole.inputs)(&WholeInputs { x, octets, units: set.units, out, known });
                 }
             }
         }
@@ -99,19 +124,27 @@ impl PairRow {
 
 #[cfg(test)]
 mod tests {
-    use super::{Group, PairKind, PairRow};
+    use super::{PairKind, PairRow, Units};
     use crate::level::Level;
 
-    /// Ranges that begin and end within groups: each has its own whole numbers, for all sizes of groups and at all levels.
+    const UNITS: Units = Units { unit: 32, part: 32, scales: false, zero: 0, offsets: true, bits: 15 };
+
+    /// Ranges that begin and end within units and groups: each has its own whole numbers, for all kinds and at all levels.
     #[test]
-    fn groups_are_those_of_each_range() {
+    fn units_are_those_of_each_range() {
         let (inputs, ranges) = (40, 4);
         let x: Vec<f32> = (0..inputs * ranges)
             .map(|at| (at % 13) as f32 - 5.0 + if at % 37 == 0 { 2000.0 } else { 0.0 })
             .map(|x| half::bf16::from_f32(x).to_f32())
             .collect();
-        let kinds = [PairKind::Whole(32), PairKind::Bf16, PairKind::Whole(16), PairKind::Whole(32)];
-        let row = PairRow::new(inputs, ranges, kinds.into_iter());
+        let all = [
+            UNITS,
+            Units { unit: 16, part: 16, bits: 12, ..UNITS },
+            Units { unit: 64, part: 16, bits: 13, scales: true, ..UNITS },
+            Units { unit: 64, part: 16, zero: 32, scales: true, offsets: false, ..UNITS },
+        ];
+        let kinds = all.into_iter().chain([UNITS]).map(PairKind::Whole).chain([PairKind::Bf16]);
+        let row = PairRow::new(inputs, ranges, kinds);
         assert_eq!(row.stride % 32, 16);
         for level in Level::ALL.into_iter().filter(|level| level.available()) {
             if level.kernels().whole.is_none() {
@@ -120,29 +153,41 @@ mod tests {
             let mut out = vec![0i32; row.stride];
             // SAFETY: the level is available, and both have the row's lengths.
             unsafe { row.fill(level.kernels(), x.as_ptr(), out.as_mut_ptr()) };
-            for group in [16, 32] {
+            for units in all {
+                let set = row.whole(&units).unwrap();
                 for range in 0..ranges {
                     let (from, to) = (range * inputs, (range + 1) * inputs);
-                    let (words, groups) = row.whole(range, group).unwrap();
+                    let words = set.pairs_of(range);
                     let mut next = from;
-                    for at in 0.. {
-                        let end = to.min((next / group + 1) * group);
-                        let told = &out[groups + at * 2..][..2];
-                        let [factor, sum] = [0, 1].map(|at| f32::from_bits(told[at] as u32));
+                    for known in out[set.known_of(range)..].chunks(units.words()) {
+                        let end = to.min((next / units.unit + 1) * units.unit);
+                        let factor = f32::from_bits(known[0] as u32);
                         let largest = x[next..end].iter().fold(0.0f32, |largest, x| largest.max(x.abs()));
+                        let most = (1 << units.bits) as f32;
                         assert!(
-                            (8192.0..32768.0).contains(&(largest / factor)),
+                            (most / 2.0..most).contains(&(largest / factor)),
                             "{level}: {factor} for {largest}"
                         );
-                        let mut total = 0i32;
+                        let mut totals = vec![0i32; units.parts()];
                         for (k, x) in (next..end).zip(&x[next..end]) {
                             let half = out[words + (k - from) / 2] >> (k % 2 * 16) << 16 >> 16;
-                            let at = format!("{level}, group of {group}, input {k}");
+                            let at = format!("{level}, {units:?}, input {k}");
                             assert!((half as f32 * factor - x).abs() <= factor / 2.0, "{at}");
-                            assert!(half as f32 * factor == *x || x.abs() < largest / 128.0, "{at}");
-                            total += half;
+                            let exact = x.abs() >= largest / (1 << (units.bits - 8)) as f32;
+                            assert!(half as f32 * factor == *x || !exact, "{at}");
+                            totals[k % units.unit / units.part] += half;
                         }
-                        assert_eq!(Group { factor, sum }.sum, total as f32 * factor);
+                        for part in next % units.unit / units.part..(end - 1) % units.unit / units.part + 1 {
+                            let want = match units.zero {
+                                0 => (totals[part] as f32 * factor).to_bits() as i32,
+                                zero => -zero * totals[part],
+                            };
+                            assert_eq!(
+                                known[1 + part],
+                                want,
+                                "{level}, {units:?}, range {range}, group {part}"
+                            );
+                        }
                         next = end;
                         if end == to {
                             break;
@@ -153,13 +198,13 @@ mod tests {
             // The pairs of bf16 lie before them.
             assert_eq!(out[row.pairs(1)] as u32, x[41].to_bits() & 0xffff_0000 | x[40].to_bits() >> 16);
         }
-        assert_eq!(row.whole(0, 64), None);
+        assert_eq!(row.whole(&Units { part: 8, ..UNITS }), None);
     }
 
     /// What is not a number stays so for the whole row.
     #[test]
     fn no_number_becomes_one() {
-        let row = PairRow::new(64, 1, [PairKind::Whole(32)].into_iter());
+        let row = PairRow::new(64, 1, [PairKind::Whole(UNITS)].into_iter());
         for level in Level::ALL.into_iter().filter(|level| level.available()) {
             for bad in [f32::NAN, -f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {
                 if level.kernels().whole.is_none() {
@@ -170,8 +215,8 @@ mod tests {
                 let mut out = vec![0i32; row.stride];
                 // SAFETY: the level is available, and both have the row's lengths.
                 unsafe { row.fill(level.kernels(), x.as_ptr(), out.as_mut_ptr()) };
-                let (_, groups) = row.whole(0, 32).unwrap();
-                let factors = [0, 2].map(|at| f32::from_bits(out[groups + at] as u32));
+                let known = row.whole(&UNITS).unwrap().known_of(0);
+                let factors = [0, UNITS.words()].map(|at| f32::from_bits(out[known + at] as u32));
                 assert!(factors.iter().all(|factor| factor.is_nan()), "{level}, {bad}");
             }
         }

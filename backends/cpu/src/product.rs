@@ -14,6 +14,8 @@ const PANELS_STREAMING: usize = 32;
 const ROWS_STREAMING: usize = 4;
 /// Rows of one task at most: their sums (48 KiB) and inputs stay in the second cache.
 const ROWS_MAX: usize = 96;
+/// The same where a task takes codes apart for all its rows, and inputs are half as large.
+const ROWS_MAX_WHOLE: usize = 192;
 /// Tasks per thread that even out unequal speeds.
 pub(crate) const TASKS_PER_THREAD: usize = 3;
 /// Sums waiting for their partner in a tree of ranges, by level.
@@ -53,9 +55,9 @@ impl Product<'_> {
         if self.rows == 0 {
             return;
         }
-        let row_blocks = self.rows.div_ceil(ROWS_MAX);
+        let row_blocks = self.rows.div_ceil(self.rows_max());
         let enough = (pool.threads() * TASKS_PER_THREAD).div_ceil(row_blocks);
-        let tiles = Tiles::new(self.weight, self.rows, enough);
+        let tiles = self.tiles(enough);
         let work = self.rows * self.weight.inputs * self.weight.outputs;
         pool.run(tiles.count, work, |task, scratch| {
             if let Some(tile) = tiles.get(task) {
@@ -63,6 +65,16 @@ impl Product<'_> {
                 unsafe { self.tile(tile, scratch) }
             }
         });
+    }
+
+    /// Rows of a tile at most.
+    fn rows_max(&self) -> usize {
+        if self.x.is_whole() { ROWS_MAX_WHOLE } else { ROWS_MAX }
+    }
+
+    /// Its tiles, with `enough` groups of panels if there are as many.
+    pub(crate) fn tiles(&self, enough: usize) -> Tiles<'_> {
+        Tiles::new(self.weight, self.rows, self.rows_max(), enough)
     }
 
     /// Computes one tile.
@@ -148,8 +160,8 @@ pub(crate) struct Tiles<'a> {
 }
 
 impl<'a> Tiles<'a> {
-    /// Tiles for `rows` rows, `enough` groups of panels if there are as many.
-    pub(crate) fn new(weight: &'a Packed, rows: usize, enough: usize) -> Self {
+    /// Tiles for `rows` rows, up to `rows_max` each, `enough` groups of panels if there are as many.
+    fn new(weight: &'a Packed, rows: usize, rows_max: usize, enough: usize) -> Self {
         let groups = |group: usize| -> usize {
             weight.segments.iter().map(|segment| segment.panels().div_ceil(group)).sum()
         };
@@ -158,9 +170,14 @@ impl<'a> Tiles<'a> {
         while group > 1 && groups(group) < enough {
             group /= 2;
         }
-        let row_blocks = rows.div_ceil(ROWS_MAX).max(1);
+        let row_blocks = rows.div_ceil(rows_max).max(1);
         let block = rows.div_ceil(row_blocks);
         Tiles { weight, rows, group, row_blocks, block, count: groups(group) * row_blocks }
+    }
+
+    /// Tiles for one row.
+    pub(crate) fn of_row(weight: &'a Packed, enough: usize) -> Self {
+        Tiles::new(weight, 1, ROWS_MAX, enough)
     }
 
     /// Panels of a tile.

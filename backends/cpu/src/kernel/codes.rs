@@ -13,6 +13,9 @@ pub(crate) enum Code {
     E4m3,
 }
 
+/// The code of zero of [`Scale::Signed`].
+const SIGNED_ZERO: i32 = 32;
+
 /// How a group's scale is stored, 16 lanes side by side.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub(crate) enum Scale {
@@ -46,6 +49,11 @@ impl Scale {
         }
     }
 
+    /// Whether groups have whole numbers as scales.
+    const fn is_whole(self) -> bool {
+        matches!(self, Scale::Minima | Scale::Signed)
+    }
+
     /// Bytes of a group.
     pub(crate) const fn stride(self) -> usize {
         match self {
@@ -54,6 +62,41 @@ impl Scale {
             Scale::F32(Zero::Bias) => 128,
             Scale::Signed => 16,
         }
+    }
+}
+
+/// How products of codes and inputs as whole numbers add up before they are scaled.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Units {
+    /// Inputs whose products make one whole number: they share a factor.
+    pub(crate) unit: usize,
+    /// Inputs of a group, some groups to a unit.
+    pub(crate) part: usize,
+    /// Whether the unit's groups have scales that are whole numbers.
+    pub(crate) scales: bool,
+    /// The code of zero, where codes count from there.
+    pub(crate) zero: i32,
+    /// Whether groups have offsets, by which sums of inputs are multiplied.
+    pub(crate) offsets: bool,
+    /// Whole numbers of inputs are less than 2 to this.
+    pub(crate) bits: u32,
+}
+
+impl Units {
+    /// Groups of a unit. Both are powers of two, which spares divisions where units are small.
+    pub(crate) const fn parts(&self) -> usize {
+        self.unit >> self.part.trailing_zeros()
+    }
+
+    /// Octets of a group, as a power of two.
+    pub(super) const fn part_shift(&self) -> u32 {
+        self.part.trailing_zeros() - 3
+    }
+
+    /// Words that a unit of a row has: the factor (f32), not a number where one of the row's inputs is none; then for each group
+    /// the sum of its inputs, as f32, or, where codes have a zero, that many times the sum of the whole numbers, negated.
+    pub(crate) const fn words(&self) -> usize {
+        1 + self.parts()
     }
 }
 
@@ -69,10 +112,55 @@ pub(crate) struct Form {
 }
 
 impl Form {
-    /// Whether codes are whole numbers. Those always have offsets, be it of zeros: a part of a matrix may be stored with offsets
-    /// where the whole is not.
+    /// Whether codes are whole numbers.
     pub(crate) const fn is_whole(&self) -> bool {
         !matches!(self.code, Code::E4m3)
+    }
+
+    /// Inputs at whose multiples a matrix is cut without being stored in another form.
+    const fn cut(&self) -> usize {
+        if self.scale.is_whole() { self.span } else { self.group }
+    }
+
+    /// How products with inputs as whole numbers add up, in sums of `inputs` inputs (of a range, which all ranks have alike).
+    pub(crate) fn units(&self, inputs: usize) -> Units {
+        // The first 16 bits of an input beside its sign: it is less than 2^15.
+        const BITS_MAX: u32 = 15;
+        let plain = Units {
+            unit: self.group,
+            part: self.group,
+            scales: false,
+            zero: 0,
+            offsets: false,
+            bits: BITS_MAX,
+        };
+        if !self.is_whole() {
+            return plain;
+        }
+        if !inputs.is_multiple_of(self.cut()) {
+            // A rank's part may be stored with offsets where the whole matrix is not, and gives the same sums.
+            return Units { offsets: true, ..plain };
+        }
+        let units = match self.scale {
+            Scale::F16(zero) | Scale::Bf16(zero) | Scale::F32(zero) => match zero {
+                Zero::Code(zero) => Units { zero: zero as i32, ..plain },
+                Zero::Bias => Units { offsets: true, ..plain },
+            },
+            Scale::Minima => Units { unit: 4 * self.group, scales: true, offsets: true, ..plain },
+            Scale::Signed => Units { unit: 4 * self.group, scales: true, zero: SIGNED_ZERO, ..plain },
+        };
+        let codes = match self.code {
+            Code::Planes(bits) => (1 << bits) - 1,
+            _ => 255,
+        };
+        // The largest that a code comes to, and products of a unit must fit into 32 bits with their sign.
+        let largest = match self.scale {
+            Scale::Minima => codes * 63,
+            Scale::Signed => SIGNED_ZERO as u32 * 128,
+            _ => codes,
+        };
+        let room = (1u32 << 31) / (largest * units.unit as u32);
+        Units { bits: room.ilog2().min(BITS_MAX), ..units }
     }
 
     /// Bytes of the codes of 32 inputs.
@@ -150,7 +238,13 @@ pub(super) struct Cursor {
 impl Cursor {
     #[inline(always)]
     pub(super) fn new(form: &Form, octet: usize) -> Self {
-        let (block, group) = (form.span / 8, form.group / 8);
+        Cursor::by(form, form.group, octet)
+    }
+
+    /// By groups of so many inputs, which divide blocks.
+    #[inline(always)]
+    pub(super) fn by(form: &Form, inputs: usize, octet: usize) -> Self {
+        let (block, group) = (form.span / 8, inputs / 8);
         let (base, at) = (octet / block * form.block_bytes(), octet % block);
         Cursor { block, group, base, at_group: at / group, at }
     }
@@ -234,7 +328,19 @@ pub(super) unsafe fn scale_of<V: Lanes>(form: &Form, block: *const u8, group: us
                 let minimum = least.mul(V::load_u8(at.add(16)));
                 (d.mul(V::load_u8(at)), V::splat(0.0).sub(minimum))
             }
-            Scale::Signed => from_zero(V::load_f16(block.cast()).mul(V::load_i8(at)), 32.0),
+            Scale::Signed => from_zero(V::load_f16(block.cast()).mul(V::load_i8(at)), SIGNED_ZERO as f32),
+        }
+    }
+}
+
+/// What the whole number of group `group`'s unit is scaled by: the scale that its groups' whole numbers leave, or the group's.
+#[inline(always)]
+pub(super) unsafe fn unit_scale<V: Lanes>(form: &Form, block: *const u8, group: usize, units: &Units) -> V {
+    // SAFETY: the caller's block has this group.
+    unsafe {
+        match units.scales {
+            true => V::load_f16(block.cast()),
+            false => scale_of::<V>(form, block, group).0,
         }
     }
 }

@@ -7,8 +7,9 @@ use std::marker::PhantomData;
 
 use super::super::Scaled;
 use super::super::codes::Cursor;
-use super::multiply::{Multiply, Task};
-use super::{Part, Sums, add, behind, each_row, follow_octet, scales_of, take_apart, total};
+use super::multiply::{Multiply, Task, Words};
+use super::unit::{Change, Unit, has_zero, offsets, unit_scales, whole_scales};
+use super::{Part, Sums, add, behind, each_row, factored, follow_octet, take_apart};
 use crate::lanes::{LANES, Lanes};
 
 /// Rows at most: their sums stay in registers.
@@ -19,31 +20,37 @@ pub(super) const ROWS: usize = Scaled::ROWS_RANGES;
 /// # Safety
 /// As for the product; there are at most [`ROWS`] rows.
 #[inline(always)]
-pub(super) unsafe fn few<M: Multiply, const CODE: usize>(s: &Scaled<'_>) {
+pub(super) unsafe fn few<M: Multiply, const CODE: usize, const SCALES: bool>(s: &Scaled<'_>) {
     // SAFETY: the caller's.
     unsafe {
         match s.rows {
             0 => {}
-            1 => M::apart(Panels::<M, CODE, 1, 1> { s, multiply: PhantomData }),
-            2 if const { M::PANELS == 2 } => M::apart(Panels::<M, CODE, 2, 2> { s, multiply: PhantomData }),
-            3 if const { M::PANELS == 2 } => M::apart(Panels::<M, CODE, 3, 2> { s, multiply: PhantomData }),
-            _ if const { M::PANELS == 2 } => {
-                M::apart(Panels::<M, CODE, ROWS, 2> { s, multiply: PhantomData })
+            1 => M::apart(Panels::<M, CODE, SCALES, 1, 1> { s, multiply: PhantomData }),
+            2 if const { M::PANELS == 2 } => {
+                M::apart(Panels::<M, CODE, SCALES, 2, 2> { s, multiply: PhantomData })
             }
-            2 => M::apart(Panels::<M, CODE, 2, 1> { s, multiply: PhantomData }),
-            3 => M::apart(Panels::<M, CODE, 3, 1> { s, multiply: PhantomData }),
-            _ => M::apart(Panels::<M, CODE, ROWS, 1> { s, multiply: PhantomData }),
+            3 if const { M::PANELS == 2 } => {
+                M::apart(Panels::<M, CODE, SCALES, 3, 2> { s, multiply: PhantomData })
+            }
+            _ if const { M::PANELS == 2 } => {
+                M::apart(Panels::<M, CODE, SCALES, ROWS, 2> { s, multiply: PhantomData })
+            }
+            2 => M::apart(Panels::<M, CODE, SCALES, 2, 1> { s, multiply: PhantomData }),
+            3 => M::apart(Panels::<M, CODE, SCALES, 3, 1> { s, multiply: PhantomData }),
+            _ => M::apart(Panels::<M, CODE, SCALES, ROWS, 1> { s, multiply: PhantomData }),
         }
     }
 }
 
 /// All panels, `P` at a time while there are so many.
-struct Panels<'a, M, const CODE: usize, const R: usize, const P: usize> {
+struct Panels<'a, M, const CODE: usize, const SCALES: bool, const R: usize, const P: usize> {
     s: &'a Scaled<'a>,
     multiply: PhantomData<M>,
 }
 
-impl<M: Multiply, const CODE: usize, const R: usize, const P: usize> Task for Panels<'_, M, CODE, R, P> {
+impl<M: Multiply, const CODE: usize, const SCALES: bool, const R: usize, const P: usize> Task
+    for Panels<'_, M, CODE, SCALES, R, P>
+{
     #[inline(always)]
     unsafe fn run(self) {
         let s = self.s;
@@ -51,27 +58,28 @@ impl<M: Multiply, const CODE: usize, const R: usize, const P: usize> Task for Pa
         // SAFETY: panels stay within the product.
         unsafe {
             while panel + P <= s.panels {
-                strip::<M, CODE, R, P>(s, panel);
+                strip::<M, CODE, SCALES, R, P>(s, panel);
                 panel += P;
             }
             if const { P > 1 } && panel < s.panels {
-                strip::<M, CODE, R, 1>(s, panel);
+                strip::<M, CODE, SCALES, R, 1>(s, panel);
             }
         }
     }
 }
 
 /// All rows by `P` panels, range after range, group after group: a panel is read from end to end whatever ranges it has, so that
-/// what is asked for ahead is used next.
+/// what is asked for ahead is used next. Scales that are whole numbers multiply sums of groups here instead of codes, which makes
+/// the same whole numbers.
 #[inline(always)]
-unsafe fn strip<M: Multiply, const CODE: usize, const R: usize, const P: usize>(
+unsafe fn strip<M: Multiply, const CODE: usize, const SCALES: bool, const R: usize, const P: usize>(
     s: &Scaled<'_>,
     panel: usize,
 ) {
     // Octets of whole chunks; of 6 bits, of halves, of 16 inputs that share a scale.
     let whole = const { if CODE == 6 { 2 } else { 4 } };
     let scale_bytes = s.form.scale_bytes();
-    let each = s.octets.1 - s.octets.0;
+    let (each, unit_octets) = (s.octets.1 - s.octets.0, s.units.unit / 8);
     // SAFETY: the panels have these octets, x the rows and pairs, acc the rows and panels, the buffer room for an octet.
     unsafe {
         let first = s.panel.add(panel * s.panel_bytes);
@@ -79,10 +87,9 @@ unsafe fn strip<M: Multiply, const CODE: usize, const R: usize, const P: usize>(
         for range in 0..s.ranges {
             let mut cursor = Cursor::new(s.form, s.octets.0 + range * each);
             let mut left = each;
-            let mut group = s.groups.wrapping_add(range * s.groups_range);
+            let mut known = s.known.wrapping_add(range * s.known_range);
             let mut totals = [[M::Floats::splat(0.0); P]; R];
             while left > 0 {
-                let count = cursor.count(left);
                 let base = first.add(cursor.base);
                 let behind = behind::<P>(s, cursor.base);
                 if cursor.at == 0 {
@@ -91,33 +98,69 @@ unsafe fn strip<M: Multiply, const CODE: usize, const R: usize, const P: usize>(
                     }
                 }
                 let codes = base.add(scale_bytes);
-                let mut sums: Sums<M, R, P> = [[M::zero(); P]; R];
-                let (mut octet, end) = (cursor.at, cursor.at + count);
-                while octet < end {
-                    let chunk = codes.add(octet / 4 * const { chunk_bytes(CODE) });
-                    let part = Part { chunk, behind, x, keep: s.buffer };
-                    let done = match (octet % 4, end - octet) {
-                        (0, left) if left >= whole => octets::<M, CODE, R, P, 0>(s, part, &mut sums),
-                        (2, 2..) if const { CODE == 6 } => octets::<M, CODE, R, P, 2>(s, part, &mut sums),
-                        (from, _) => {
-                            take_apart::<M, CODE>(part, (from, P), s.panel_bytes);
-                            follow_octet::<M, R, P>(s, part, &mut sums);
-                            1
+                let unit = Unit::new(s, cursor.at, left.min(unit_octets - (cursor.at & (unit_octets - 1))));
+                left -= unit.octets.1 - unit.octets.0;
+                let mut sums: Sums<M, R, P> = [[M::Words::splat(0); P]; R];
+                for part in unit.parts.0..unit.parts.1 {
+                    let count = cursor.count(unit.octets.1 - cursor.at);
+                    let mut group: Sums<M, R, P> = [[M::Words::splat(0); P]; R];
+                    if const { M::WHOLE && (!SCALES || has_zero(CODE)) } && s.units.zero != 0 {
+                        each_row!(R, r => {
+                            group[r] = [M::Words::splat(*s.known_of(known, r).add(1 + part)); P];
+                        });
+                    }
+                    let (mut octet, end) = (cursor.at, cursor.at + count);
+                    while octet < end {
+                        let chunk = codes.add(octet / 4 * const { chunk_bytes(CODE) });
+                        let part = Part { chunk, behind, x, next: x, keep: s.buffer };
+                        let done = match (octet % 4, end - octet) {
+                            (0, left) if left >= whole => octets::<M, CODE, R, P, 0>(s, part, &mut group),
+                            (2, 2..) if const { CODE == 6 } => {
+                                octets::<M, CODE, R, P, 2>(s, part, &mut group)
+                            }
+                            (from, _) => {
+                                let change = Change::none();
+                                take_apart::<M, CODE, false, P>(part, from, s.panel_bytes, &change);
+                                follow_octet::<M, R, P>(s, part, &mut group);
+                                1
+                            }
+                        };
+                        octet += done;
+                        x = x.add(done * 4);
+                    }
+                    match const { SCALES } {
+                        true => {
+                            let scales: [M::Words; P] = whole_scales(s, base, cursor.at_group);
+                            each_row!(R, r => {
+                                for p in 0..P {
+                                    sums[r][p] = sums[r][p].plus(group[r][p], scales[p]);
+                                }
+                            });
                         }
-                    };
-                    octet += done;
-                    x = x.add(done * 4);
+                        false => sums = group,
+                    }
+                    // The block's end is the unit's.
+                    cursor.pass(s.form, count);
                 }
-                let scales = scales_of::<M, P>(s, base, cursor.at_group);
+                let scales = unit_scales::<M, P>(s, base, unit);
                 each_row!(R, r => {
-                    let group = s.group_of(group, r);
+                    let known = s.known_of(known, r);
                     for p in 0..P {
-                        totals[r][p] = total::<M>(totals[r][p], sums[r][p], scales[p], group);
+                        totals[r][p] = totals[r][p].madd(scales[p], factored::<M>(sums[r][p], known));
                     }
                 });
-                group = group.wrapping_add(1);
-                cursor.pass(s.form, count);
-                left -= count;
+                if s.units.offsets {
+                    for part in unit.parts.0..unit.parts.1 {
+                        let offsets = offsets::<M, P>(s, base, unit.group(s, part));
+                        each_row!(R, r => {
+                            let inputs = M::Floats::splat(*s.known_of(known, r).add(1 + part).cast());
+                            for p in 0..P {
+                                totals[r][p] = totals[r][p].madd(offsets[p], inputs);
+                            }
+                        });
+                    }
+                }
+                known = known.wrapping_add(s.units.words());
             }
             let acc = s.acc.add(range * s.acc_range + panel * LANES);
             for (r, row) in totals.into_iter().enumerate() {
@@ -128,6 +171,9 @@ unsafe fn strip<M: Multiply, const CODE: usize, const R: usize, const P: usize>(
         }
     }
 }
+
+/// Whole numbers add up in any order: so many sums of one row and one panel are on their way at once.
+const CHAINS: usize = 2;
 
 /// Bytes of the codes of 32 inputs.
 const fn chunk_bytes(code: usize) -> usize {
@@ -143,9 +189,11 @@ unsafe fn octets<M: Multiply, const CODE: usize, const R: usize, const P: usize,
     sums: &mut Sums<M, R, P>,
 ) -> usize {
     let count = const { if CODE == 6 { 2 } else { 4 } };
-    for octet in 0..count {
-        // SAFETY: the caller's panels have this chunk, and rows these inputs.
-        unsafe {
+    // SAFETY: the caller's panels have this chunk, and rows these inputs.
+    unsafe {
+        let mut chains: [Sums<M, R, P>; CHAINS] = [[[M::Words::splat(0); P]; R]; CHAINS];
+        chains[0] = *sums;
+        for octet in 0..count {
             let octet_bytes = const { chunk_bytes(CODE) / 4 };
             for p in 0..P {
                 let ahead = part.chunk.wrapping_add(p * s.panel_bytes + part.behind);
@@ -154,12 +202,19 @@ unsafe fn octets<M: Multiply, const CODE: usize, const R: usize, const P: usize,
                 }
             }
             for pair in 0..4 {
-                let mut weights = [M::zero(); P];
+                let mut weights = [M::Words::splat(0); P];
                 for (p, weights) in weights.iter_mut().enumerate() {
                     let chunk = part.chunk.add(p * s.panel_bytes);
                     *weights = M::pair::<CODE>(chunk, FROM + octet, pair);
                 }
-                add::<M, R, P>(s, part.x.add(octet * 4 + pair), &weights, sums);
+                let chain = if const { M::WHOLE && R * P == 1 } { pair % CHAINS } else { 0 };
+                add::<M, R, P>(s, part.x.add(octet * 4 + pair), &weights, &mut chains[chain]);
+            }
+        }
+        *sums = chains[0];
+        if const { M::WHOLE && R * P == 1 } {
+            for chain in &chains[1..] {
+                sums[0][0] = sums[0][0].added(chain[0][0]);
             }
         }
     }

@@ -22,24 +22,6 @@ impl Multiply for Halves {
     const PANELS: usize = 2;
 
     #[inline(always)]
-    unsafe fn zero() -> __m512i {
-        // SAFETY: see the impl.
-        unsafe { _mm512_setzero_si512() }
-    }
-
-    #[inline(always)]
-    unsafe fn load(at: *const f32) -> __m512i {
-        // SAFETY: see the impl.
-        unsafe { _mm512_load_si512(at.cast()) }
-    }
-
-    #[inline(always)]
-    unsafe fn store(words: __m512i, at: *mut f32) {
-        // SAFETY: see the impl.
-        unsafe { _mm512_store_si512(at.cast(), words) }
-    }
-
-    #[inline(always)]
     unsafe fn pair<const CODE: usize>(chunk: *const u8, octet: usize, pair: usize) -> __m512i {
         /// Bits of the mask from the first, the others from the second.
         const SELECT: i32 = 0xca;

@@ -1,52 +1,52 @@
 //! Inputs as whole numbers of 16 bits, made once per row and product (`pair_row`).
 
-use super::multiply::Multiply;
-use crate::kernel::{Group, WholeInputs};
+use super::multiply::{Multiply, Words};
+use crate::kernel::{Units, WholeInputs};
 use crate::lanes::{LANES, Lanes};
 
 /// How inputs become whole numbers.
 ///
 /// # Safety
 /// As for [`Multiply`].
-pub(super) trait Whole: Multiply {
+pub(super) trait Narrow: Multiply {
     /// The nearest whole numbers of `x`, which are within 16 bits, to `out`; and what adds up to their sum.
     unsafe fn narrowed(x: Self::Floats, out: *mut i16) -> Self::Words;
+    /// The sum of all words.
+    unsafe fn sum(words: Self::Words) -> i32;
 }
 
-/// The least exponent, as floats store it, that a group's largest input counts with: factors stay normal, and what is smaller
+/// The least exponent, as floats store it, that a unit's largest input counts with: factors stay normal, and what is smaller
 /// than anything that matters becomes zero.
 const EXPONENT_MIN: u32 = 30;
-/// A group's largest input, as bf16 are, becomes a whole number of so many bits and 1.
-const BITS: u32 = 14;
 
-/// Makes inputs whole numbers, group by group: `x = factor * number`, with the largest factor, a power of two, at which a group's
-/// largest is exact.
+/// Makes inputs whole numbers, unit by unit: `x = factor * number`, the factor being the smallest power of two by which the unit's largest is
+/// within its bits.
 ///
 /// # Safety
 /// Pointers are valid for what the fields say, inputs are bf16 all, and the instructions exist.
 #[inline(always)]
-pub(super) unsafe fn inputs<M: Whole>(w: &WholeInputs) {
+pub(super) unsafe fn inputs<M: Narrow>(w: &WholeInputs) {
     let (first, last) = w.octets;
+    let unit = w.units.unit / 8;
     // SAFETY: the caller's.
     unsafe {
         let number = numbers::<M>(w.x, (last - first) * 8);
-        let (mut octet, mut groups) = (first, w.groups);
+        let (mut octet, mut known) = (first, w.known);
         while octet < last {
-            let end = last.min((octet / w.group + 1) * w.group);
+            let end = last.min((octet | (unit - 1)) + 1);
             let at = (octet - first) * 8;
-            let mut group = group::<M>(w.x.add(at), (end - octet) * 8, w.out.cast::<i16>().add(at));
+            one::<M>(&w.units, (octet, end), w.x.add(at), w.out.cast::<i16>().add(at), known);
             if !number {
-                group.factor = f32::NAN;
+                known.cast::<f32>().write(f32::NAN);
             }
-            groups.write(group);
-            (octet, groups) = (end, groups.add(1));
+            (octet, known) = (end, known.add(w.units.words()));
         }
     }
 }
 
 /// Whether `n` inputs are numbers all.
 #[inline(always)]
-unsafe fn numbers<M: Whole>(x: *const f32, n: usize) -> bool {
+unsafe fn numbers<M: Narrow>(x: *const f32, n: usize) -> bool {
     // SAFETY: the caller's inputs.
     unsafe {
         let zero = M::Floats::splat(0.0);
@@ -59,20 +59,49 @@ unsafe fn numbers<M: Whole>(x: *const f32, n: usize) -> bool {
     }
 }
 
-/// A group of `n` inputs.
+/// The inputs of octets `[from, to)`, of one unit.
 #[inline(always)]
-unsafe fn group<M: Whole>(x: *const f32, n: usize, out: *mut i16) -> Group {
-    // SAFETY: the caller's inputs, and room for as many whole numbers.
+unsafe fn one<M: Narrow>(
+    units: &Units,
+    (from, to): (usize, usize),
+    x: *const f32,
+    out: *mut i16,
+    known: *mut i32,
+) {
+    let n = (to - from) * 8;
+    // SAFETY: the caller's inputs, and room for as many whole numbers and what is known of them.
     unsafe {
-        let zero = M::Floats::splat(0.0);
-        let mut largest = zero;
+        let mut largest = M::Floats::splat(0.0);
         for at in (0..n).step_by(LANES) {
             let x = M::Floats::load_first(x.add(at), n - at);
-            largest = largest.at_least(x.at_least(zero.sub(x)));
+            largest = largest.at_least(x.at_least(M::Floats::splat(0.0).sub(x)));
         }
-        let exponent = (largest.peak().to_bits() >> 23 & 0xff).max(EXPONENT_MIN) - BITS;
+        let exponent = (largest.peak().to_bits() >> 23 & 0xff).max(EXPONENT_MIN) - (units.bits - 1);
         let (factor, inverse) = (f32::from_bits(exponent << 23), f32::from_bits((254 - exponent) << 23));
-        let mut sum = zero;
+        known.cast::<f32>().write(factor);
+        let shift = units.part_shift();
+        let mut octet = from;
+        while octet < to {
+            let part = octet >> shift;
+            let end = to.min((part + 1) << shift);
+            let (first, n) = ((octet - from) * 8, (end - octet) * 8);
+            let sum = narrowed::<M>(x.add(first), n, inverse, out.add(first));
+            let known = known.add(1 + (part & (units.parts() - 1)));
+            match units.zero {
+                0 => known.cast::<f32>().write(sum as f32 * factor),
+                zero => known.write(-zero * sum),
+            }
+            octet = end;
+        }
+    }
+}
+
+/// `n` inputs times `inverse`; returns the sum of these whole numbers.
+#[inline(always)]
+unsafe fn narrowed<M: Narrow>(x: *const f32, n: usize, inverse: f32, out: *mut i16) -> i32 {
+    // SAFETY: the caller's inputs, and room for as many.
+    unsafe {
+        let mut sum = M::Words::splat(0);
         for at in (0..n).step_by(LANES) {
             let x = M::Floats::load_first(x.add(at), n - at).mul(M::Floats::splat(inverse));
             let words = match n - at {
@@ -84,9 +113,8 @@ unsafe fn group<M: Whole>(x: *const f32, n: usize, out: *mut i16) -> Group {
                     words
                 }
             };
-            // Such small whole numbers add up exactly.
-            sum = sum.add(M::floats(words));
+            sum = sum.added(words);
         }
-        Group { factor, sum: sum.total() * factor }
+        M::sum(sum)
     }
 }

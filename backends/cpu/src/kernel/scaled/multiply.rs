@@ -7,12 +7,12 @@ use crate::lanes::Lanes;
 /// # Safety
 /// Methods may only be called where the instructions exist, and memory arguments must be valid for what each method names.
 pub(super) trait Multiply {
-    /// What sums of groups are scaled in.
+    /// What sums of units are scaled in.
     type Floats: Lanes;
     /// 16 words: pairs of codes, or sums.
-    type Words: Copy;
+    type Words: Words;
 
-    /// Whether inputs are whole numbers, which groups have factors for, and offsets sums.
+    /// Whether inputs are whole numbers, of which something is known by unit.
     const WHOLE: bool;
     /// Rows of the first tile at most, by [`PANELS`](Self::PANELS) enough sums in flight, with registers left for taking codes
     /// apart: 8 or 4.
@@ -22,11 +22,6 @@ pub(super) trait Multiply {
     /// Panels of a tile: 1 or 2.
     const PANELS: usize;
 
-    unsafe fn zero() -> Self::Words;
-    /// 16 words at `at`, a multiple of 64 bytes.
-    unsafe fn load(at: *const f32) -> Self::Words;
-    /// 16 words at `at`, a multiple of 64 bytes.
-    unsafe fn store(words: Self::Words, at: *mut f32);
     /// Pair `pair` of the four of octet `octet` of a chunk of this code.
     unsafe fn pair<const CODE: usize>(chunk: *const u8, octet: usize, pair: usize) -> Self::Words;
     /// `sums` and the products of the pairs of `codes` by the pair `inputs`.
@@ -35,6 +30,31 @@ pub(super) trait Multiply {
     unsafe fn floats(sums: Self::Words) -> Self::Floats;
     /// Runs a task as a function of its own: within a larger one its addresses would be spilled.
     unsafe fn apart<T: Task>(task: T);
+}
+
+/// 16 words of 32 bits, or as many pairs of halves.
+///
+/// # Safety
+/// As for [`Multiply`].
+pub(super) trait Words: Copy {
+    /// The same word everywhere.
+    unsafe fn splat(word: i32) -> Self;
+    /// 16 words at `at`, a multiple of 64 bytes.
+    unsafe fn load(at: *const f32) -> Self;
+    /// 16 words at `at`, a multiple of 64 bytes.
+    unsafe fn store(self, at: *mut f32);
+    /// 16 signed bytes at `at`.
+    unsafe fn bytes(at: *const u8) -> Self;
+    /// Words, of 16 bits each, in both halves.
+    unsafe fn twice(self) -> Self;
+    /// The sums of words.
+    unsafe fn added(self, other: Self) -> Self;
+    /// The sums of words and the products of two more.
+    unsafe fn plus(self, a: Self, b: Self) -> Self;
+    /// Halves less those of `other`.
+    unsafe fn halves_less(self, other: Self) -> Self;
+    /// Halves times those of `other`.
+    unsafe fn halves_times(self, other: Self) -> Self;
 }
 
 /// See [`Multiply::apart`].

@@ -4,17 +4,17 @@ use std::arch::asm;
 use std::arch::x86_64::*;
 
 use super::super::codes::BYTES;
-use super::inputs::Whole;
-use super::multiply::{Multiply, Task};
+use super::inputs::Narrow;
+use super::multiply::{Multiply, Task, Words};
 use crate::lanes::LANES;
 use crate::lanes::avx512::{Avx512, line};
 
 /// Pairs of whole numbers; sums are whole too.
-pub(super) struct Words;
+pub(super) struct WordsVnni;
 
 // SAFETY (all blocks here): the product runs only where AVX-512 VNNI and VBMI were detected, and the caller gives memory as each
 // method says.
-impl Multiply for Words {
+impl Multiply for WordsVnni {
     type Floats = Avx512;
     type Words = __m512i;
 
@@ -22,24 +22,6 @@ impl Multiply for Words {
     const ROWS_FIRST: usize = 8;
     const ROWS_FOLLOWING: usize = 12;
     const PANELS: usize = 2;
-
-    #[inline(always)]
-    unsafe fn zero() -> __m512i {
-        // SAFETY: see the impl.
-        unsafe { _mm512_setzero_si512() }
-    }
-
-    #[inline(always)]
-    unsafe fn load(at: *const f32) -> __m512i {
-        // SAFETY: see the impl.
-        unsafe { _mm512_load_si512(at.cast()) }
-    }
-
-    #[inline(always)]
-    unsafe fn store(words: __m512i, at: *mut f32) {
-        // SAFETY: see the impl.
-        unsafe { _mm512_store_si512(at.cast(), words) }
-    }
 
     #[inline(always)]
     unsafe fn pair<const CODE: usize>(chunk: *const u8, octet: usize, pair: usize) -> __m512i {
@@ -91,7 +73,64 @@ impl Multiply for Words {
     }
 }
 
-impl Whole for Words {
+// SAFETY (all blocks here): as above; these are instructions of AVX-512 BW.
+impl Words for __m512i {
+    #[inline(always)]
+    unsafe fn splat(word: i32) -> Self {
+        // SAFETY: see the impl.
+        unsafe { _mm512_set1_epi32(word) }
+    }
+
+    #[inline(always)]
+    unsafe fn load(at: *const f32) -> Self {
+        // SAFETY: see the impl.
+        unsafe { _mm512_load_si512(at.cast()) }
+    }
+
+    #[inline(always)]
+    unsafe fn store(self, at: *mut f32) {
+        // SAFETY: see the impl.
+        unsafe { _mm512_store_si512(at.cast(), self) }
+    }
+
+    #[inline(always)]
+    unsafe fn bytes(at: *const u8) -> Self {
+        // SAFETY: see the impl.
+        unsafe { _mm512_cvtepi8_epi32(_mm_loadu_si128(at.cast())) }
+    }
+
+    #[inline(always)]
+    unsafe fn twice(self) -> Self {
+        // SAFETY: see the impl.
+        unsafe { _mm512_mask_blend_epi16(0xaaaa_aaaa, self, _mm512_slli_epi32::<16>(self)) }
+    }
+
+    #[inline(always)]
+    unsafe fn added(self, other: Self) -> Self {
+        // SAFETY: see the impl.
+        unsafe { _mm512_add_epi32(self, other) }
+    }
+
+    #[inline(always)]
+    unsafe fn plus(self, a: Self, b: Self) -> Self {
+        // SAFETY: see the impl.
+        unsafe { _mm512_add_epi32(self, _mm512_mullo_epi32(a, b)) }
+    }
+
+    #[inline(always)]
+    unsafe fn halves_less(self, other: Self) -> Self {
+        // SAFETY: see the impl.
+        unsafe { _mm512_sub_epi16(self, other) }
+    }
+
+    #[inline(always)]
+    unsafe fn halves_times(self, other: Self) -> Self {
+        // SAFETY: see the impl.
+        unsafe { _mm512_mullo_epi16(self, other) }
+    }
+}
+
+impl Narrow for WordsVnni {
     #[inline(always)]
     unsafe fn narrowed(x: Avx512, out: *mut i16) -> __m512i {
         // SAFETY: see the other impl.
@@ -100,6 +139,12 @@ impl Whole for Words {
             _mm256_storeu_si256(out.cast(), _mm512_cvtsepi32_epi16(words));
             words
         }
+    }
+
+    #[inline(always)]
+    unsafe fn sum(words: __m512i) -> i32 {
+        // SAFETY: see the other impl.
+        unsafe { _mm512_reduce_add_epi32(words) }
     }
 }
 

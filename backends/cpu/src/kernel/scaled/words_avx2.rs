@@ -3,8 +3,8 @@
 use std::arch::x86_64::*;
 
 use super::super::codes::BYTES;
-use super::inputs::Whole;
-use super::multiply::{Multiply, Task};
+use super::inputs::Narrow;
+use super::multiply::{Multiply, Task, Words};
 use crate::lanes::LANES;
 use crate::lanes::avx2::{Avx2, line};
 
@@ -25,27 +25,6 @@ impl Multiply for WordsAvx2 {
     const ROWS_FIRST: usize = 4;
     const ROWS_FOLLOWING: usize = 6;
     const PANELS: usize = 1;
-
-    #[inline(always)]
-    unsafe fn zero() -> Two {
-        // SAFETY: see the impl.
-        unsafe { Two(_mm256_setzero_si256(), _mm256_setzero_si256()) }
-    }
-
-    #[inline(always)]
-    unsafe fn load(at: *const f32) -> Two {
-        // SAFETY: see the impl.
-        unsafe { Two(_mm256_load_si256(at.cast()), _mm256_load_si256(at.add(8).cast())) }
-    }
-
-    #[inline(always)]
-    unsafe fn store(words: Two, at: *mut f32) {
-        // SAFETY: see the impl.
-        unsafe {
-            _mm256_store_si256(at.cast(), words.0);
-            _mm256_store_si256(at.add(8).cast(), words.1);
-        }
-    }
 
     #[inline(always)]
     unsafe fn pair<const CODE: usize>(chunk: *const u8, octet: usize, pair: usize) -> Two {
@@ -90,7 +69,80 @@ impl Multiply for WordsAvx2 {
     }
 }
 
-impl Whole for WordsAvx2 {
+// SAFETY (all blocks here): as above.
+impl Words for Two {
+    #[inline(always)]
+    unsafe fn splat(word: i32) -> Self {
+        // SAFETY: see the impl.
+        unsafe { Two(_mm256_set1_epi32(word), _mm256_set1_epi32(word)) }
+    }
+
+    #[inline(always)]
+    unsafe fn load(at: *const f32) -> Self {
+        // SAFETY: see the impl.
+        unsafe { Two(_mm256_load_si256(at.cast()), _mm256_load_si256(at.add(8).cast())) }
+    }
+
+    #[inline(always)]
+    unsafe fn store(self, at: *mut f32) {
+        // SAFETY: see the impl.
+        unsafe {
+            _mm256_store_si256(at.cast(), self.0);
+            _mm256_store_si256(at.add(8).cast(), self.1);
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn bytes(at: *const u8) -> Self {
+        // SAFETY: see the impl.
+        unsafe {
+            let (low, high) = (_mm_loadl_epi64(at.cast()), _mm_loadl_epi64(at.add(8).cast()));
+            Two(_mm256_cvtepi8_epi32(low), _mm256_cvtepi8_epi32(high))
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn twice(self) -> Self {
+        // SAFETY: see the impl.
+        unsafe {
+            Two(
+                _mm256_blend_epi16::<0xaa>(self.0, _mm256_slli_epi32::<16>(self.0)),
+                _mm256_blend_epi16::<0xaa>(self.1, _mm256_slli_epi32::<16>(self.1)),
+            )
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn added(self, other: Self) -> Self {
+        // SAFETY: see the impl.
+        unsafe { Two(_mm256_add_epi32(self.0, other.0), _mm256_add_epi32(self.1, other.1)) }
+    }
+
+    #[inline(always)]
+    unsafe fn plus(self, a: Self, b: Self) -> Self {
+        // SAFETY: see the impl.
+        unsafe {
+            Two(
+                _mm256_add_epi32(self.0, _mm256_mullo_epi32(a.0, b.0)),
+                _mm256_add_epi32(self.1, _mm256_mullo_epi32(a.1, b.1)),
+            )
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn halves_less(self, other: Self) -> Self {
+        // SAFETY: see the impl.
+        unsafe { Two(_mm256_sub_epi16(self.0, other.0), _mm256_sub_epi16(self.1, other.1)) }
+    }
+
+    #[inline(always)]
+    unsafe fn halves_times(self, other: Self) -> Self {
+        // SAFETY: see the impl.
+        unsafe { Two(_mm256_mullo_epi16(self.0, other.0), _mm256_mullo_epi16(self.1, other.1)) }
+    }
+}
+
+impl Narrow for WordsAvx2 {
     #[inline(always)]
     unsafe fn narrowed(x: Avx2, out: *mut i16) -> Two {
         // SAFETY: see the other impl. Packing works within 128-bit halves: put the middle quarters right.
@@ -99,6 +151,17 @@ impl Whole for WordsAvx2 {
             let packed = _mm256_permute4x64_epi64::<0b11_01_10_00>(_mm256_packs_epi32(words.0, words.1));
             _mm256_storeu_si256(out.cast(), packed);
             words
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn sum(words: Two) -> i32 {
+        // SAFETY: see the other impl. Each step adds the other half of what is left.
+        unsafe {
+            let eight = _mm256_add_epi32(words.0, words.1);
+            let four = _mm_add_epi32(_mm256_castsi256_si128(eight), _mm256_extracti128_si256::<1>(eight));
+            let two = _mm_add_epi32(four, _mm_shuffle_epi32::<0b00_00_11_10>(four));
+            _mm_cvtsi128_si32(_mm_add_epi32(two, _mm_shuffle_epi32::<1>(two)))
         }
     }
 }
