@@ -124,7 +124,7 @@ impl Form {
 
     /// How products with inputs as whole numbers add up, in sums of `inputs` inputs (of a range, which all ranks have alike).
     pub(crate) fn units(&self, inputs: usize) -> Units {
-        // The first 16 bits of an input beside its sign: it is less than 2^15.
+        // What 16 bits have beside a sign.
         const BITS_MAX: u32 = 15;
         let plain = Units {
             unit: self.group,
