@@ -10,7 +10,7 @@ use crate::kernel::{self, Kernels};
 pub enum Level {
     /// What the compiler makes of plain arrays: NEON on aarch64, SSE2 on x86-64.
     Portable,
-    /// AVX2 with FMA and F16C: from here on quantised weights in bf16 steps are multiplied as whole numbers.
+    /// AVX2 with FMA and F16C: quantised weights in bf16 steps are multiplied as whole numbers.
     Avx2,
     /// AVX-512 F, BW, VL and DQ; quantised weights are multiplied as floats.
     Avx512,

@@ -12,16 +12,16 @@ mod few;
 mod halves;
 mod inputs;
 mod multiply;
+mod tile;
 mod unit;
 mod words;
 mod words_avx2;
 
-use std::marker::PhantomData;
-
 use few::few;
 use halves::Halves;
 use multiply::{Multiply, Task, Words};
-use unit::{Change, OFFSETS, SCALES, Unit, ask_for_scales, has_scales, scale_unit};
+use tile::{Rows, Sums, add, ask_for_rows, begun, finish, follow_octet, follow_rows};
+use unit::{Change, Unit, ask_for_scales, has_scales, scale_unit};
 use words::WordsVnni;
 use words_avx2::WordsAvx2;
 
@@ -204,27 +204,14 @@ unsafe fn last_panel<M: Multiply, const CODE: usize, const SCALES: bool>(s: &Sca
             few::<M, CODE, SCALES>(&Scaled {
                 panel: s.panel.add(panel * s.panel_bytes),
                 panels: 1,
-                x: s.x.add(row * s.x_stride),
-                known: s.known_of(s.known, row),
+                x: s.row_of(s.x, row),
+                known: s.row_of(s.known, row),
                 rows: few::ROWS.min(s.rows - row),
-                acc: s.acc.add(row * s.acc_stride + panel * LANES),
+                acc: s.sums_of(s.acc, row).add(panel * LANES),
                 ..*s
             });
         }
     }
-}
-
-/// Sums of `R` rows by `P` panels.
-type Sums<M, const R: usize, const P: usize> = [[<M as Multiply>::Words; P]; R];
-
-/// Some rows where they are in a unit: their inputs, what is known of those, and what they add up to in memory.
-#[derive(Clone, Copy)]
-struct Rows {
-    x: *const i32,
-    /// The inputs that are multiplied next.
-    next: *const i32,
-    known: *const i32,
-    out: *mut f32,
 }
 
 /// All rows by `P` panels, unit after unit.
@@ -245,7 +232,7 @@ unsafe fn strip<M: Multiply, const CODE: usize, const SCALES: bool, const R: usi
         if fresh {
             for row in 0..s.rows {
                 for p in 0..P {
-                    M::Floats::splat(0.0).store(out.add(row * s.acc_stride + p * LANES));
+                    M::Floats::splat(0.0).store(s.sums_of(out, row).add(p * LANES));
                 }
             }
         }
@@ -257,7 +244,7 @@ unsafe fn strip<M: Multiply, const CODE: usize, const SCALES: bool, const R: usi
             let behind = behind::<P>(s, cursor.base);
             ask_for_scales::<M, P>(s, unit, base.wrapping_add(behind));
             let next = x.wrapping_add(count * 4);
-            let follows = if heights.tiles > 0 { x.wrapping_add(heights.first * s.x_stride) } else { next };
+            let follows = if heights.tiles > 0 { s.row_of(x, heights.first) } else { next };
             let mut sums = begun::<M, R, P>(s, known);
             let (mut octet, end) = unit.octets;
             while octet < end {
@@ -277,7 +264,7 @@ unsafe fn strip<M: Multiply, const CODE: usize, const SCALES: bool, const R: usi
                     (..6 | 7.., 0, 4..) => octets::<M, CODE, SCALES, R, P, 0, 4>(s, part, &change, &mut sums),
                     (_, from, _) => {
                         take_apart::<M, CODE, SCALES, P>(part, from, s.panel_bytes, &change);
-                        follow_octet::<M, R, P>(s, part, &mut sums);
+                        follow_octet::<M, R, P>(s, (part.x, part.keep), &mut sums);
                         1
                     }
                 };
@@ -287,10 +274,10 @@ unsafe fn strip<M: Multiply, const CODE: usize, const SCALES: bool, const R: usi
             for tile in 0..heights.tiles {
                 let (row, end) = (heights.before(tile), heights.before(tile + 1));
                 let rows = Rows {
-                    x: x.wrapping_add(row * s.x_stride),
-                    next: if end < s.rows { x.wrapping_add(end * s.x_stride) } else { next },
-                    known: s.known_of(known, row),
-                    out: out.wrapping_add(row * s.acc_stride),
+                    x: s.row_of(x, row),
+                    next: if end < s.rows { s.row_of(x, end) } else { next },
+                    known: s.row_of(known, row),
+                    out: s.sums_of(out, row),
                 };
                 follow_rows::<M, P>(s, rows, unit, end - row);
             }
@@ -299,14 +286,6 @@ unsafe fn strip<M: Multiply, const CODE: usize, const SCALES: bool, const R: usi
             cursor.pass(s.form, count);
             left -= count;
         }
-    }
-}
-
-impl Scaled<'_> {
-    /// Row `row`'s of what `first` is of the first row.
-    #[inline(always)]
-    fn known_of(&self, first: *const i32, row: usize) -> *const i32 {
-        first.wrapping_add(row * self.x_stride)
     }
 }
 
@@ -402,15 +381,6 @@ const fn shifts_by_octet(code: usize) -> bool {
     matches!(code, 2 | 3 | 5 | 6)
 }
 
-/// Asks for the inputs at `next` of `R` rows: rows are more than the processor follows by itself.
-#[inline(always)]
-unsafe fn ask_for_rows<M: Multiply, const R: usize>(s: &Scaled<'_>, next: *const i32) {
-    each_row!(R, r => {
-        // SAFETY: any address will do.
-        unsafe { M::Floats::prefetch(next.wrapping_add(r * s.x_stride).cast()) }
-    });
-}
-
 /// Takes octet `octet` of a chunk of some panels apart, of a group that is no whole chunks.
 #[inline(always)]
 unsafe fn take_apart<M: Multiply, const CODE: usize, const SCALES: bool, const P: usize>(
@@ -444,170 +414,6 @@ impl<M: Multiply, const CODE: usize, const SCALES: bool, const P: usize> Task
                     change.made::<CODE, SCALES>(codes, p).store(part.keep.add((pair * P + p) * LANES));
                 }
             }
-        }
-    }
-}
-
-/// Adds an octet that is in the buffer.
-#[inline(always)]
-unsafe fn follow_octet<M: Multiply, const R: usize, const P: usize>(
-    s: &Scaled<'_>,
-    part: Part,
-    sums: &mut Sums<M, R, P>,
-) {
-    for pair in 0..4 {
-        // SAFETY: the buffer has these codes, and rows the inputs.
-        unsafe {
-            let at = part.keep.add(pair * P * LANES);
-            let mut weights = [M::Words::splat(0); P];
-            for (p, weights) in weights.iter_mut().enumerate() {
-                *weights = M::Words::load(at.add(p * LANES));
-            }
-            add::<M, R, P>(s, part.x.add(pair), &weights, sums);
-        }
-    }
-}
-
-/// What the sums of a unit begin with: nothing, or what makes codes count from their zero.
-#[inline(always)]
-unsafe fn begun<M: Multiply, const R: usize, const P: usize>(
-    s: &Scaled<'_>,
-    known: *const i32,
-) -> Sums<M, R, P> {
-    // SAFETY: the caller's rows.
-    unsafe {
-        let mut sums = [[M::Words::splat(0); P]; R];
-        if const { M::WHOLE } && s.units.zero != 0 && !s.units.scales {
-            each_row!(R, r => {
-                sums[r] = [M::Words::splat(*s.known_of(known, r).add(1)); P];
-            });
-        }
-        sums
-    }
-}
-
-/// Adds a pair of inputs, of the first row at `x`, by the weights of each panel.
-#[inline(always)]
-unsafe fn add<M: Multiply, const R: usize, const P: usize>(
-    s: &Scaled<'_>,
-    x: *const i32,
-    weights: &[M::Words; P],
-    sums: &mut Sums<M, R, P>,
-) {
-    each_row!(R, r => {
-        // SAFETY: the caller's rows.
-        unsafe {
-            let inputs = *x.add(r * s.x_stride);
-            for (sum, weights) in sums[r].iter_mut().zip(weights) {
-                *sum = M::add(*sum, *weights, inputs);
-            }
-        }
-    });
-}
-
-/// Scales a unit's sums by what the buffer has, and adds them to the rows' totals.
-#[inline(always)]
-unsafe fn finish<M: Multiply, const R: usize, const P: usize>(
-    s: &Scaled<'_>,
-    rows: Rows,
-    sums: &Sums<M, R, P>,
-    parts: (usize, usize),
-) {
-    // SAFETY: the caller's rows, and the buffer's scales and offsets.
-    unsafe {
-        let mut totals = [[M::Floats::splat(0.0); P]; R];
-        let scales = s.buffer.add(SCALES);
-        each_row!(R, r => {
-            let known = s.known_of(rows.known, r);
-            for p in 0..P {
-                let total = M::Floats::load(rows.out.add(r * s.acc_stride + p * LANES));
-                totals[r][p] = total.madd(M::Floats::load(scales.add(p * LANES)), factored::<M>(sums[r][p], known));
-            }
-        });
-        if s.units.offsets {
-            for part in parts.0..parts.1 {
-                let offsets = s.buffer.add(OFFSETS + part * P * LANES);
-                each_row!(R, r => {
-                    let inputs = M::Floats::splat(*s.known_of(rows.known, r).add(1 + part).cast());
-                    for (p, total) in totals[r].iter_mut().enumerate() {
-                        *total = total.madd(M::Floats::load(offsets.add(p * LANES)), inputs);
-                    }
-                });
-            }
-        }
-        each_row!(R, r => {
-            for (p, total) in totals[r].iter().enumerate() {
-                total.store(rows.out.add(r * s.acc_stride + p * LANES));
-            }
-        });
-    }
-}
-
-/// A unit's sum times the factor of its inputs, which are known where they are whole numbers.
-#[inline(always)]
-unsafe fn factored<M: Multiply>(sum: M::Words, known: *const i32) -> M::Floats {
-    // SAFETY: the caller's.
-    unsafe {
-        match const { M::WHOLE } {
-            true => M::floats(sum).mul(M::Floats::splat(*known.cast())),
-            false => M::floats(sum),
-        }
-    }
-}
-
-/// A unit of `height` more rows by `P` panels.
-#[inline(always)]
-unsafe fn follow_rows<M: Multiply, const P: usize>(s: &Scaled<'_>, rows: Rows, unit: Unit, height: usize) {
-    // SAFETY: the caller's.
-    unsafe {
-        match height {
-            12.. if const { M::ROWS_FOLLOWING == 12 } => follow::<M, 12, P>(s, rows, unit),
-            11 if const { M::ROWS_FOLLOWING == 12 } => follow::<M, 11, P>(s, rows, unit),
-            10 if const { M::ROWS_FOLLOWING == 12 } => follow::<M, 10, P>(s, rows, unit),
-            9 if const { M::ROWS_FOLLOWING == 12 } => follow::<M, 9, P>(s, rows, unit),
-            8 if const { M::ROWS_FOLLOWING == 12 } => follow::<M, 8, P>(s, rows, unit),
-            7 if const { M::ROWS_FOLLOWING == 12 } => follow::<M, 7, P>(s, rows, unit),
-            6.. => follow::<M, 6, P>(s, rows, unit),
-            5 => follow::<M, 5, P>(s, rows, unit),
-            4 => follow::<M, 4, P>(s, rows, unit),
-            3 if const { M::ROWS_FOLLOWING == 6 } => follow::<M, 3, P>(s, rows, unit),
-            _ => follow::<M, 2, P>(s, rows, unit),
-        }
-    }
-}
-
-/// A unit of `R` more rows by `P` panels, by the codes, scales and offsets that are in the buffer.
-#[inline(always)]
-unsafe fn follow<M: Multiply, const R: usize, const P: usize>(s: &Scaled<'_>, rows: Rows, unit: Unit) {
-    // SAFETY: the caller's.
-    unsafe { M::apart(Follow::<M, R, P> { s, rows, unit, multiply: PhantomData }) }
-}
-
-struct Follow<'a, M, const R: usize, const P: usize> {
-    s: &'a Scaled<'a>,
-    rows: Rows,
-    unit: Unit,
-    multiply: PhantomData<M>,
-}
-
-impl<M: Multiply, const R: usize, const P: usize> Task for Follow<'_, M, R, P> {
-    #[inline(always)]
-    unsafe fn run(self) {
-        let Follow { s, rows, unit, .. } = self;
-        // SAFETY: the buffer has these octets and their scales, x and acc the rows.
-        unsafe {
-            let mut sums = begun::<M, R, P>(s, rows.known);
-            for octet in 0..unit.octets.1 - unit.octets.0 {
-                let (x, keep) = (rows.x.add(octet * 4), s.buffer.add(octet * 4 * P * LANES));
-                let next = rows.next.wrapping_add(octet * 4);
-                // A cache line has the pairs of four octets.
-                if octet % 4 == 0 {
-                    ask_for_rows::<M, R>(s, next);
-                }
-                let part = Part { chunk: std::ptr::null(), behind: 0, x, next, keep };
-                follow_octet::<M, R, P>(s, part, &mut sums);
-            }
-            finish::<M, R, P>(s, rows, &sums, unit.parts);
         }
     }
 }

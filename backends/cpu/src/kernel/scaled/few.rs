@@ -8,8 +8,9 @@ use std::marker::PhantomData;
 use super::super::Scaled;
 use super::super::codes::Cursor;
 use super::multiply::{Multiply, Task, Words};
+use super::tile::{Sums, add, factored, follow_octet};
 use super::unit::{Change, Unit, has_zero, offsets, unit_scales, whole_scales};
-use super::{Part, Sums, add, behind, each_row, factored, follow_octet, take_apart};
+use super::{Part, behind, each_row, take_apart};
 use crate::lanes::{LANES, Lanes};
 
 /// Rows at most: their sums stay in registers.
@@ -106,7 +107,7 @@ unsafe fn strip<M: Multiply, const CODE: usize, const SCALES: bool, const R: usi
                     let mut group: Sums<M, R, P> = [[M::Words::splat(0); P]; R];
                     if const { M::WHOLE && (!SCALES || has_zero(CODE)) } && s.units.zero != 0 {
                         each_row!(R, r => {
-                            group[r] = [M::Words::splat(*s.known_of(known, r).add(1 + part)); P];
+                            group[r] = [M::Words::splat(*s.row_of(known, r).add(1 + part)); P];
                         });
                     }
                     let (mut octet, end) = (cursor.at, cursor.at + count);
@@ -121,7 +122,7 @@ unsafe fn strip<M: Multiply, const CODE: usize, const SCALES: bool, const R: usi
                             (from, _) => {
                                 let change = Change::none();
                                 take_apart::<M, CODE, false, P>(part, from, s.panel_bytes, &change);
-                                follow_octet::<M, R, P>(s, part, &mut group);
+                                follow_octet::<M, R, P>(s, (part.x, part.keep), &mut group);
                                 1
                             }
                         };
@@ -144,7 +145,7 @@ unsafe fn strip<M: Multiply, const CODE: usize, const SCALES: bool, const R: usi
                 }
                 let scales = unit_scales::<M, P>(s, base, unit);
                 each_row!(R, r => {
-                    let known = s.known_of(known, r);
+                    let known = s.row_of(known, r);
                     for p in 0..P {
                         totals[r][p] = totals[r][p].madd(scales[p], factored::<M>(sums[r][p], known));
                     }
@@ -153,7 +154,7 @@ unsafe fn strip<M: Multiply, const CODE: usize, const SCALES: bool, const R: usi
                     for part in unit.parts.0..unit.parts.1 {
                         let offsets = offsets::<M, P>(s, base, unit.group(s, part));
                         each_row!(R, r => {
-                            let inputs = M::Floats::splat(*s.known_of(known, r).add(1 + part).cast());
+                            let inputs = M::Floats::splat(*s.row_of(known, r).add(1 + part).cast());
                             for p in 0..P {
                                 totals[r][p] = totals[r][p].madd(offsets[p], inputs);
                             }
@@ -165,7 +166,7 @@ unsafe fn strip<M: Multiply, const CODE: usize, const SCALES: bool, const R: usi
             let acc = s.acc.add(range * s.acc_range + panel * LANES);
             for (r, row) in totals.into_iter().enumerate() {
                 for (p, total) in row.into_iter().enumerate() {
-                    total.store(acc.add(r * s.acc_stride + p * LANES));
+                    total.store(s.sums_of(acc, r).add(p * LANES));
                 }
             }
         }
