@@ -80,6 +80,8 @@ pub(crate) trait Lanes: Copy {
     unsafe fn transpose(rows: &[*const u8; LANES], words: usize, out: *mut u32);
     /// Brings the cache line at `p` near; any address will do.
     unsafe fn prefetch(p: *const u8);
+    /// The same, as near as the second cache: more of these are on their way at once.
+    unsafe fn prefetch_far(p: *const u8);
 
     /// The first `n <= 16` floats at `p`, zeros after.
     #[inline(always)]

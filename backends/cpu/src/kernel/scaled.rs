@@ -241,7 +241,7 @@ unsafe fn strip<M: Multiply, const CODE: usize, const SCALES: bool, const R: usi
             let count = cursor.count(left);
             let unit = Unit::new(s, cursor.at, count);
             let base = first.add(cursor.base);
-            let behind = behind::<P>(s, cursor.base);
+            let behind = behind::<P>(s, cursor.base, AHEAD_BYTES);
             ask_for_scales::<M, P>(s, unit, base.wrapping_add(behind));
             let next = x.wrapping_add(count * 4);
             let follows = if heights.tiles > 0 { s.row_of(x, heights.first) } else { next };
@@ -289,10 +289,11 @@ unsafe fn strip<M: Multiply, const CODE: usize, const SCALES: bool, const R: usi
     }
 }
 
-/// Bytes from `at` in `P` panels to what is asked for there: what lies behind, and at the end of the panels those that come next.
+/// Bytes from `at` in `P` panels to what is asked for there, of `bytes` ahead in all of them: what lies behind, and at the end of
+/// the panels those that come next.
 #[inline(always)]
-fn behind<const P: usize>(s: &Scaled<'_>, at: usize) -> usize {
-    let own = const { AHEAD_BYTES / P };
+fn behind<const P: usize>(s: &Scaled<'_>, at: usize, bytes: usize) -> usize {
+    let own = bytes / P;
     if at + own < s.panel_bytes { own } else { own + (P - 1) * s.panel_bytes }
 }
 

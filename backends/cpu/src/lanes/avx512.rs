@@ -246,6 +246,12 @@ impl Lanes for Avx512 {
     }
 
     #[inline(always)]
+    unsafe fn prefetch_far(p: *const u8) {
+        // SAFETY: a prefetch of any address is harmless.
+        unsafe { _mm_prefetch::<_MM_HINT_T1>(p.cast()) }
+    }
+
+    #[inline(always)]
     unsafe fn load_first(p: *const f32, n: usize) -> Self {
         // SAFETY: see the impl; masked lanes are not read.
         unsafe { Avx512(_mm512_maskz_loadu_ps(((1u32 << n.min(LANES)) - 1) as u16, p)) }
