@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 use std::time::{SystemTime, UNIX_EPOCH};
 
-use anyhow::Result;
+use anyhow::{Result, ensure};
 use router::key_file::{KeyFile, KeyFileError, KeyLimits, KeyRecord};
 
 use crate::{dirs, print};
@@ -70,6 +70,8 @@ pub fn run(args: Args) -> Result<()> {
             print(&table(&file.keys, now));
         }
         Command::Revoke { key } => {
+            // Without a file there is none, and nothing to lock.
+            ensure!(path.exists(), "no keys: {} is not there", path.display());
             let record = KeyFile::change(&path, |file| file.revoke(&key, now))?;
             eprintln!("revoked {} ({})", record.name, record.id);
         }

@@ -93,6 +93,8 @@ def responses(client: openai.OpenAI) -> None:
     assert client.responses.retrieve(first.id).output_text == first.output_text
     client.responses.delete(first.id)
     refused(openai.NotFoundError, lambda: client.responses.retrieve(first.id), first.id)
+    count = client.responses.input_tokens.count(model=MODEL, input="What is baton?").input_tokens
+    assert count == first.usage.input_tokens, (count, first.usage)
     with client.responses.stream(model=MODEL, input="What is baton?", max_output_tokens=24, temperature=0) as stream:
         text = "".join(event.delta for event in stream if event.type == "response.output_text.delta")
     assert text == first.output_text, f"streamed {text!r}, not {first.output_text!r}"

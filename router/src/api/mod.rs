@@ -205,6 +205,7 @@ fn routes(gateway: Arc<Gateway>) -> axum::Router {
         .route("/v1/chat/completions", post(chat::handle))
         .route("/v1/completions", post(completions::handle))
         .route("/v1/responses", post(responses::handle))
+        .route("/v1/responses/input_tokens", post(responses::count))
         .route("/v1/responses/{id}", get(responses::get).delete(responses::delete))
         .route("/v1/files", post(files::upload).get(files::list))
         .route("/v1/files/{id}", get(files::get).delete(files::delete))

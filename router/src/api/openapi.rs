@@ -14,10 +14,11 @@ use super::params::{TIERS, TOP_LOGPROBS_MAX};
 type Route = (&'static str, &'static str, &'static str, Option<&'static str>);
 
 /// All that is served.
-const ROUTES: [Route; 28] = [
+const ROUTES: [Route; 29] = [
     ("post", "/v1/chat/completions", "Answers a conversation.", Some("ChatRequest")),
     ("post", "/v1/completions", "Goes on with texts.", Some("CompletionRequest")),
     ("post", "/v1/responses", "Answers, and keeps the conversation.", Some("ResponseRequest")),
+    ("post", "/v1/responses/input_tokens", "Counts what a response would read.", Some("InputTokensRequest")),
     ("get", "/v1/responses/{id}", "A response that was kept.", None),
     ("delete", "/v1/responses/{id}", "Forgets a response.", None),
     ("post", "/v1/messages", "Answers a conversation, Anthropic's interface.", Some("MessageRequest")),
@@ -173,6 +174,7 @@ fn schemas(model: &str, sequences: usize) -> Value {
         "ChatRequest": chat,
         "CompletionRequest": completion,
         "ResponseRequest": object(&["model", "input"], response_fields(model)),
+        "InputTokensRequest": object(&["input"], input_tokens_fields(model)),
         "MessageRequest": object(&["model", "messages", "max_tokens"], message_fields(model, true)),
         "CountRequest": object(&["messages"], message_fields(model, false)),
         "EmbeddingRequest": {"type": "object"},
@@ -361,6 +363,23 @@ fn response_fields(model: &str) -> Vec<Property> {
     fields.extend(tools().into_iter().filter(|(name, _)| *name != "tools"));
     fields.push(("tools", json!({"type": ["array", "null"], "items": {"type": "object"}})));
     fields
+}
+
+/// Those of a response that concern what is read.
+fn input_tokens_fields(model: &str) -> Vec<Property> {
+    const READ: [&str; 10] = [
+        "model",
+        "input",
+        "instructions",
+        "previous_response_id",
+        "parallel_tool_calls",
+        "reasoning",
+        "text",
+        "tool_choice",
+        "tools",
+        "truncation",
+    ];
+    response_fields(model).into_iter().filter(|(name, _)| READ.contains(name)).collect()
 }
 
 fn upload_fields() -> Vec<Property> {

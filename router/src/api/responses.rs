@@ -1,6 +1,6 @@
-//! `POST /v1/responses`, and `GET` and `DELETE` of one: OpenAI's newer interface. A request is written over as a chat, with
-//! the conversation that `previous_response_id` names in front, and goes the way of chats; `responses_format` writes the
-//! answer and keeps it.
+//! `POST /v1/responses` and `/v1/responses/input_tokens`, and `GET` and `DELETE` of one: OpenAI's newer interface. A request is
+//! written over as a chat, with the conversation that `previous_response_id` names in front, and goes the way of chats;
+//! `responses_format` writes the answer and keeps it.
 
 use std::sync::Arc;
 use std::time::{Instant, SystemTime};
@@ -12,7 +12,7 @@ use serde_json::{Map, Value, json};
 
 use super::Gateway;
 use super::body::read_body;
-use super::chat::{parse, prepare};
+use super::chat::{parse, prepare, read_conversation, render};
 use super::error::ApiError;
 use super::fields::{Fields, quoted};
 use super::form::read_flat_format;
@@ -69,6 +69,21 @@ pub async fn handle(State(gateway): State<Arc<Gateway>>, request: Request) -> Re
     } else {
         reply::complete(answer, format).await
     }
+}
+
+/// What an answer to this would read, in tokens.
+pub async fn count(State(gateway): State<Arc<Gateway>>, request: Request) -> Result<Json<Value>, ApiError> {
+    let owner = owner(Asker::of(&request).caller.as_ref());
+    let body = read_body(request, &gateway.config.limits).await?;
+    let count = gateway.on_text_thread(move |gateway| {
+        let (Chat { mut fields, .. }, _) = to_chat(gateway, owner, Fields::parse(&body)?)?;
+        gateway.check_model(&mut fields)?;
+        let (conversation, ..) = read_conversation(gateway, &mut fields)?;
+        fields.finish()?;
+        let tokens = gateway.encode_any(&render(gateway, conversation)?, false)?;
+        Ok(Json(json!({"object": "response.input_tokens", "input_tokens": tokens.len()})))
+    });
+    count.await
 }
 
 /// One kept response.
