@@ -56,6 +56,12 @@ async fn a_response_has_items_and_can_be_gone_on_with() {
     for part in ["<|im_start|>user\nHi<|im_end|>", "Let me see.\n<tool_call>", "<tool_response>\n42\n"] {
         assert!(prompt.contains(part), "{part} is not in {prompt}");
     }
+    let read = json!({"input": output, "previous_response_id": id, "tools": tools});
+    let (_, count) = gateway.ask("/v1/responses/input_tokens", &read).await;
+    assert_eq!(
+        count,
+        json!({"object": "response.input_tokens", "input_tokens": gateway.last().tokens.len()})
+    );
     // The second was not to be kept.
     let second = second["id"].as_str().unwrap();
     assert_eq!(gateway.get(&format!("{RESPONSES}/{second}")).await.status(), 404);

@@ -64,6 +64,7 @@ async fn every_listed_parameter_is_read_and_its_bounds_hold() {
         ("/v1/chat/completions", "ChatRequest", json!({"messages": user})),
         ("/v1/completions", "CompletionRequest", json!({"prompt": "a"})),
         ("/v1/responses", "ResponseRequest", json!({"input": "a"})),
+        ("/v1/responses/input_tokens", "InputTokensRequest", json!({"input": "a"})),
         ("/v1/messages", "MessageRequest", json!({"messages": user, "max_tokens": 9})),
     ] {
         let base = base.as_object().unwrap();
