@@ -12,7 +12,7 @@ pub struct Style {
     pub indent: Option<usize>,
     /// Between items, and between a key and its value.
     pub separators: (String, String),
-    /// Everything above U+007F as `\uXXXX`.
+    /// Everything above U+007F as `\u` and four hexadecimal digits.
     pub ensure_ascii: bool,
     /// Keys in order of their code points.
     pub sort_keys: bool,
