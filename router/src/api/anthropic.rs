@@ -18,6 +18,7 @@ use super::fields::{Fields, quoted};
 use super::head::Head;
 use super::reply;
 use super::run::{Asker, random, start};
+use super::translated::Translated;
 
 /// The handler of messages.
 pub async fn handle(State(gateway): State<Arc<Gateway>>, request: Request) -> Result<Response, ApiError> {
@@ -26,8 +27,7 @@ pub async fn handle(State(gateway): State<Arc<Gateway>>, request: Request) -> Re
     let arrived = Instant::now();
     let (params, prompt, reading) = gateway
         .on_text_thread(move |gateway| {
-            let chat = to_chat(Fields::parse(&body)?, true)?;
-            parse(gateway, chat).and_then(|chat| prepare(gateway, chat)).map_err(own_words)
+            to_chat(Fields::parse(&body)?, true)?.serve(|chat| prepare(gateway, parse(gateway, chat)?))
         })
         .await?;
     let head = Head::new("msg", random()?, SystemTime::now(), Arc::clone(&gateway.model));
@@ -46,85 +46,53 @@ pub async fn handle(State(gateway): State<Arc<Gateway>>, request: Request) -> Re
 pub async fn count(State(gateway): State<Arc<Gateway>>, request: Request) -> Result<Json<Value>, ApiError> {
     let body = read_body(request, &gateway.config.limits).await?;
     let count = gateway.on_text_thread(move |gateway| {
-        let mut chat = to_chat(Fields::parse(&body)?, false)?;
-        gateway.check_model(&mut chat)?;
-        let (conversation, ..) = read_conversation(gateway, &mut chat).map_err(own_words)?;
-        let tokens = gateway.encode_any(&render(gateway, conversation)?, false)?;
-        Ok(Json(json!({"input_tokens": tokens.len()})))
+        to_chat(Fields::parse(&body)?, false)?.serve(|mut chat| {
+            gateway.check_model(&mut chat)?;
+            let (conversation, ..) = read_conversation(gateway, &mut chat)?;
+            let tokens = gateway.encode_any(&render(gateway, conversation)?, false)?;
+            Ok(Json(json!({"input_tokens": tokens.len()})))
+        })
     });
     count.await
 }
 
-/// What is wrong is named as the client wrote it.
-fn own_words(mut error: ApiError) -> ApiError {
-    const SCHEMA: (&str, &str) = ("response_format.json_schema", "output_config.format");
-    match error.param.as_mut() {
-        Some(param) if param == "reasoning_effort" => {
-            ApiError::unsupported("thinking", "has no effect with this model")
-        }
-        Some(param) if param.starts_with(SCHEMA.0) => {
-            *param = param.replace(SCHEMA.0, SCHEMA.1);
-            ApiError { message: error.message.replace(SCHEMA.0, SCHEMA.1), ..error }
-        }
-        _ => error,
-    }
-}
-
 /// The same request as a chat. `answers`: with what concerns the answer.
-fn to_chat(mut fields: Fields, answers: bool) -> Result<Fields, ApiError> {
-    let mut chat = Map::new();
-    let mut messages = Vec::new();
+fn to_chat(mut fields: Fields, answers: bool) -> Result<Translated, ApiError> {
+    let mut chat = Translated::default();
     if let Some(system) = fields.take("system") {
-        messages.push(json!({"role": "system", "content": text("system", system)?}));
+        chat.message(json!({"role": "system", "content": text("system", system)?}), "system");
+        chat.part("content", "system");
     }
     let turns = fields.array("messages")?.ok_or_else(|| ApiError::missing("messages"))?;
     for (i, turn) in turns.into_iter().enumerate() {
-        read_turn(&format!("messages[{i}]"), turn, &mut messages)?;
+        read_turn(&format!("messages[{i}]"), turn, &mut chat)?;
     }
     // What the assistant has begun to say is gone on with.
-    let begun =
-        messages.last().is_some_and(|last| last["role"] == "assistant" && last["tool_calls"].is_null());
-    chat.insert("continue_final_message".into(), begun.into());
-    chat.insert("messages".into(), messages.into());
+    let begun = chat.assistant().is_some_and(|last| last["tool_calls"].is_null());
+    chat.set("continue_final_message", begun.into(), "messages");
     // All prompts are cached.
     fields.object("cache_control")?;
-    let tools = fields.array("tools")?.unwrap_or_default();
-    if !tools.is_empty() {
-        let tools = tools.into_iter().enumerate().map(|(i, tool)| read_tool(&format!("tools[{i}]"), tool));
-        chat.insert("tools".into(), tools.collect::<Result<Value, _>>()?);
+    for (i, tool) in fields.array("tools")?.unwrap_or_default().into_iter().enumerate() {
+        read_tool(&format!("tools[{i}]"), tool, &mut chat)?;
     }
     tool_choice(&mut fields, &mut chat)?;
-    thinking(&mut fields, &mut chat)?;
+    effort(&mut fields, &mut chat)?;
     if answers {
         let max = fields.take("max_tokens").ok_or_else(|| ApiError::missing("max_tokens"))?;
-        chat.insert("max_tokens".into(), max);
+        chat.set("max_tokens", max, "max_tokens");
         if let Some(mut metadata) = fields.object("metadata")? {
             metadata.string("user_id")?;
             metadata.finish()?;
         }
-        if let Some(mut output) = fields.object("output_config")? {
-            if let Some(mut format) = output.object("format")? {
-                format
-                    .word("type", &["json_schema"])?
-                    .ok_or_else(|| ApiError::missing("output_config.format.type"))?;
-                let schema =
-                    format.take("schema").ok_or_else(|| ApiError::missing("output_config.format.schema"))?;
-                format.finish()?;
-                let schema = json!({"name": "answer", "strict": true, "schema": schema});
-                chat.insert("response_format".into(), json!({"type": "json_schema", "json_schema": schema}));
-            }
-            output.refuse(&["effort"], "is not supported")?;
-            output.finish()?;
-        }
         if let Some(stop) = fields.array("stop_sequences")? {
-            chat.insert("stop".into(), stop.into());
+            chat.set("stop", stop.into(), "stop_sequences");
         }
     }
     for name in ["model", "stream", "temperature", "top_p", "top_k", "service_tier", "seed", "cache_salt"] {
         chat.extend(fields.take(name).map(|value| (name.to_string(), value)));
     }
     fields.finish()?;
-    Ok(Fields::top(chat))
+    Ok(chat)
 }
 
 /// A text, or a list of text blocks.
@@ -140,14 +108,14 @@ fn text(path: &str, value: Value) -> Result<Value, ApiError> {
 }
 
 /// One turn becomes one or several messages: results of tools are messages of their own.
-fn read_turn(path: &str, turn: Value, messages: &mut Vec<Value>) -> Result<(), ApiError> {
+fn read_turn(path: &str, turn: Value, chat: &mut Translated) -> Result<(), ApiError> {
     let mut fields = Fields::of(path, turn)?;
     let role = fields.word("role", &["user", "assistant", "system"])?;
     let role = role.ok_or_else(|| ApiError::missing(&format!("{path}.role")))?;
     let content = fields.take("content").ok_or_else(|| ApiError::missing(&format!("{path}.content")))?;
     fields.finish()?;
     let Value::Array(blocks) = content else {
-        messages.push(json!({"role": role, "content": content}));
+        chat.message(json!({"role": role, "content": content}), path);
         return Ok(());
     };
     let (mut texts, mut calls, mut reasoning) = (Vec::new(), Vec::new(), String::new());
@@ -170,16 +138,14 @@ fn read_turn(path: &str, turn: Value, messages: &mut Vec<Value>) -> Result<(), A
             }
             ("redacted_thinking", "assistant") => _ = block.string("data")?,
             ("tool_use", "assistant") => {
-                let input = block.object("input")?.map(Fields::rest);
-                let function = json!({"name": needed(&mut block, "name")?, "arguments": input});
-                calls
-                    .push(json!({"id": needed(&mut block, "id")?, "type": "function", "function": function}));
+                let input = block.object("input")?.map(Fields::rest).unwrap_or_default();
+                calls.push((path.clone(), needed(&mut block, "id")?, needed(&mut block, "name")?, input));
             }
             ("tool_result", "user") => {
                 let id = needed(&mut block, "tool_use_id")?;
                 let content = text(&format!("{path}.content"), block.take("content").unwrap_or("".into()))?;
                 block.boolean("is_error")?;
-                messages.push(json!({"role": "tool", "tool_call_id": id, "content": content}));
+                chat.message(json!({"role": "tool", "tool_call_id": id, "content": content}), &path);
             }
             ("image" | "document", _) => {
                 let why = format!("of type '{kind}' is not supported: this model reads text only");
@@ -192,26 +158,21 @@ fn read_turn(path: &str, turn: Value, messages: &mut Vec<Value>) -> Result<(), A
         }
         block.finish()?;
     }
+    if texts.is_empty() && role != "assistant" {
+        return Ok(());
+    }
     let mut message = json!({"role": role, "content": texts});
-    if role == "assistant" {
-        if !reasoning.is_empty() {
-            message["reasoning_content"] = reasoning.into();
-        }
-        if !calls.is_empty() {
-            message["tool_calls"] = calls.into();
-        }
-        messages.push(message);
-    } else if !texts_of(&message).is_empty() {
-        messages.push(message);
+    if !reasoning.is_empty() {
+        message["reasoning_content"] = reasoning.into();
+    }
+    chat.message(message, path);
+    for (path, id, name, input) in calls {
+        chat.call(id, name, input.into(), &path, ["id", "name", "input"]);
     }
     Ok(())
 }
 
-fn texts_of(message: &Value) -> &[Value] {
-    message["content"].as_array().map_or(&[], Vec::as_slice)
-}
-
-fn read_tool(path: &str, tool: Value) -> Result<Value, ApiError> {
+fn read_tool(path: &str, tool: Value, chat: &mut Translated) -> Result<(), ApiError> {
     let mut fields = Fields::of(path, tool)?;
     if let Some(kind) = fields.string("type")?.filter(|kind| kind != "custom") {
         return Err(ApiError::unsupported(path, &format!("of type {} is not supported", quoted(&kind))));
@@ -227,37 +188,57 @@ fn read_tool(path: &str, tool: Value) -> Result<Value, ApiError> {
         function.extend(fields.take(from).map(|value| (to.to_string(), value)));
     }
     fields.finish()?;
-    Ok(json!({"type": "function", "function": function}))
+    chat.tool(function, path, "input_schema");
+    Ok(())
 }
 
-fn tool_choice(fields: &mut Fields, chat: &mut Map<String, Value>) -> Result<(), ApiError> {
+fn tool_choice(fields: &mut Fields, chat: &mut Translated) -> Result<(), ApiError> {
     let Some(mut choice) = fields.object("tool_choice")? else { return Ok(()) };
     let kind = choice.word("type", &["auto", "any", "tool", "none"])?;
     let value = match kind.ok_or_else(|| ApiError::missing("tool_choice.type"))? {
         "any" => json!("required"),
         "tool" => {
             let name = choice.string("name")?.ok_or_else(|| ApiError::missing("tool_choice.name"))?;
-            json!({"type": "function", "function": {"name": name}})
+            json!({"type": "function", "name": name})
         }
         word => json!(word),
     };
-    chat.insert("tool_choice".into(), value);
+    chat.set("tool_choice", value, "tool_choice");
     if let Some(single) = choice.boolean("disable_parallel_tool_use")? {
-        chat.insert("parallel_tool_calls".into(), (!single).into());
+        chat.set("parallel_tool_calls", (!single).into(), "tool_choice.disable_parallel_tool_use");
     }
     choice.finish()
 }
 
-/// The budget is the model's own: it cannot be bounded apart from `max_tokens`.
-fn thinking(fields: &mut Fields, chat: &mut Map<String, Value>) -> Result<(), ApiError> {
-    let Some(mut thinking) = fields.object("thinking")? else { return Ok(()) };
-    let kind = thinking.word("type", &["enabled", "disabled", "adaptive"])?;
-    let kind = kind.ok_or_else(|| ApiError::missing("thinking.type"))?;
-    thinking.integer("budget_tokens", 1..=i64::from(u32::MAX))?;
-    thinking.finish()?;
-    if kind != "adaptive" {
-        let effort = if kind == "enabled" { "high" } else { "none" };
-        chat.insert("reasoning_effort".into(), effort.into());
+/// Reads `thinking` and `output_config`. The budget is the model's own: it cannot be bounded apart from `max_tokens`.
+fn effort(fields: &mut Fields, chat: &mut Translated) -> Result<(), ApiError> {
+    if let Some(mut thinking) = fields.object("thinking")? {
+        let kind = thinking.word("type", &["enabled", "disabled", "adaptive"])?;
+        let kind = kind.ok_or_else(|| ApiError::missing("thinking.type"))?;
+        thinking.integer("budget_tokens", 1..=i64::from(u32::MAX))?;
+        thinking.finish()?;
+        match kind {
+            "enabled" => chat.set("reasoning_effort", "high".into(), "thinking"),
+            "disabled" => chat.set("reasoning_effort", "none".into(), "thinking"),
+            _ => {}
+        }
     }
-    Ok(())
+    let Some(mut output) = fields.object("output_config")? else { return Ok(()) };
+    if let Some(word) = output.word("effort", &["low", "medium", "high", "xhigh", "max"])?
+        && !chat.is("reasoning_effort", "none")
+    {
+        // Chats have no word for more.
+        let word = if word == "max" { "xhigh" } else { word };
+        chat.set("reasoning_effort", word.into(), "output_config.effort");
+    }
+    if let Some(mut format) = output.object("format")? {
+        format.word("type", &["json_schema"])?.ok_or_else(|| ApiError::missing(&format.name("type")))?;
+        let schema = format.take("schema").ok_or_else(|| ApiError::missing(&format.name("schema")))?;
+        format.finish()?;
+        let schema = json!({"name": "answer", "strict": true, "schema": schema});
+        let format = json!({"type": "json_schema", "json_schema": schema});
+        chat.set("response_format", format, "output_config.format");
+        chat.same("response_format.json_schema", "output_config.format");
+    }
+    output.finish()
 }

@@ -119,10 +119,10 @@ pub fn parse(gateway: &Gateway, mut fields: Fields) -> Result<ChatRequest, ApiEr
         return Err(ApiError::bad("top_logprobs", "invalid_value", message));
     }
     let hide_reasoning = !fields.boolean("include_reasoning")?.unwrap_or(true);
-    fields.only("best_of", &json!(params.n), "is not supported in chats: it must equal n")?;
+    fields.only("best_of", &json!(params.n), "is not supported here: it must equal n")?;
     fields.only("function_call", &json!("auto"), "is not supported: use 'tool_choice'")?;
     fields.only("verbosity", &json!("medium"), "is not supported")?;
-    fields.only("echo", &json!(false), "is not supported in chats")?;
+    fields.only("echo", &json!(false), "is not supported here")?;
     fields.only("modalities", &json!(["text"]), "is not supported: this model writes text only")?;
     fields.refuse(&UNSUPPORTED, "is not supported")?;
     fields.finish()?;

@@ -71,10 +71,10 @@ pub fn read_form(fields: &mut Fields) -> Result<Option<Form>, ApiError> {
     }
     let mut forms = forms.into_iter();
     match (forms.next(), forms.next()) {
-        (Some(first), Some(second)) => {
-            let why = format!("cannot be used together with '{}'", first.param);
-            Err(ApiError::unsupported(second.param, &why))
-        }
+        (_, Some(second)) => Err(ApiError::unsupported(
+            second.param,
+            "comes beside another form of the answer: one may be given",
+        )),
         (form, _) => Ok(form),
     }
 }
@@ -100,26 +100,6 @@ fn response_format(fields: &mut Fields) -> Result<Option<Form>, ApiError> {
             let schema = inner.take("schema").unwrap_or_else(|| json!({"type": "object"}));
             inner.finish()?;
             Some(schema_form(format!("{path}.schema"), &schema, strict)?)
-        }
-    };
-    format.finish()?;
-    Ok(form)
-}
-
-/// The same flat, as `/v1/responses` has it (`text.format`); `path`: of the object.
-pub fn read_flat_format(path: &str, value: Value) -> Result<Option<Form>, ApiError> {
-    let mut format = Fields::of(path, value)?;
-    let kind = format.word("type", &["text", "json_object", "json_schema"])?;
-    let form = match kind.ok_or_else(|| ApiError::missing(&format.name("type")))? {
-        "text" => None,
-        "json_object" => Some(schema_form(path.into(), &json!({"type": "object"}), true)?),
-        _ => {
-            format.string("name")?.ok_or_else(|| ApiError::missing(&format.name("name")))?;
-            format.string("description")?;
-            let strict = format.boolean("strict")?.unwrap_or(false);
-            let param = format.name("schema");
-            let schema = format.take("schema").ok_or_else(|| ApiError::missing(&param))?;
-            Some(schema_form(param, &schema, strict)?)
         }
     };
     format.finish()?;
@@ -286,7 +266,9 @@ fn call_grammar(gateway: &Gateway, rule: &CallRule<'_>) -> Result<Option<CallGra
         (false, Some(words)) => words,
         (false, None) => {
             let why = "is supported with this model only where tool_choice demands a call";
-            return Err(ApiError::unsupported("tools[0].function.strict", why));
+            let first = rule.tools.iter().position(|tool| tool["function"]["strict"] == true);
+            let param = format!("tools[{}].function.strict", first.unwrap_or_default());
+            return Err(ApiError::unsupported(param, why));
         }
     };
     Ok(Some(CallGrammar { body, calls: forced.calls, rules: forced.rules, demanded }))

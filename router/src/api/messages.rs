@@ -197,11 +197,11 @@ fn tool_choice(
     fields: &mut Fields,
     definitions: &[Value],
 ) -> Result<(ToolChoice, Option<Vec<String>>), ApiError> {
-    let known = |path: &str, name: Option<String>| {
-        let name = name.ok_or_else(|| ApiError::missing(path))?;
+    let known = |(path, name): (String, Option<String>)| {
+        let name = name.ok_or_else(|| ApiError::missing(&path))?;
         match definitions.iter().any(|tool| tool["function"]["name"] == name.as_str()) {
             true => Ok(name),
-            false => Err(ApiError::wrong_value(path, "the name of one of the tools", quoted(&name))),
+            false => Err(ApiError::wrong_value(&path, "the name of one of the tools", quoted(&name))),
         }
     };
     let mut allowed = None;
@@ -220,12 +220,13 @@ fn tool_choice(
             let kind = choice.string("type")?.ok_or_else(|| ApiError::missing("tool_choice.type"))?;
             match kind.as_str() {
                 "function" => {
-                    let name = function_name(&mut choice)?;
+                    let name = function_name(&mut choice, false)?;
                     choice.finish()?;
-                    ToolChoice::Named(known("tool_choice.function.name", name)?)
+                    ToolChoice::Named(known(name)?)
                 }
                 "allowed_tools" => {
-                    // `/v1/responses` has it one level higher.
+                    // `/v1/responses` has it one level higher, and names too.
+                    let flat = choice.peek("allowed_tools").is_none();
                     let mut rule = choice.object("allowed_tools")?.unwrap_or(choice);
                     let mode = rule.word("mode", &["auto", "required"])?;
                     let path = rule.name("tools");
@@ -235,7 +236,7 @@ fn tool_choice(
                         let path = format!("{path}[{i}]");
                         let mut tool = Fields::of(&path, tool)?;
                         tool.word("type", &["function"])?;
-                        let name = known(&format!("{path}.function.name"), function_name(&mut tool)?)?;
+                        let name = known(function_name(&mut tool, flat)?)?;
                         tool.finish()?;
                         Ok(name)
                     };
@@ -251,17 +252,23 @@ fn tool_choice(
         Some(other) => return Err(ApiError::wrong_value("tool_choice", expected, type_name(&other))),
     };
     if choice == ToolChoice::Required && allowed.as_ref().map_or(definitions.len(), Vec::len) == 0 {
-        return Err(ApiError::wrong_value("tool_choice", "tools to choose from", "'required' without tools"));
+        return Err(ApiError::wrong_value("tool_choice", "tools to choose from", "none"));
     }
     Ok((choice, allowed))
 }
 
-/// `{"function": {"name": ...}}`; `/v1/responses` has the name one level higher.
-fn function_name(fields: &mut Fields) -> Result<Option<String>, ApiError> {
-    let Some(mut function) = fields.object("function")? else { return fields.string("name") };
+/// `{"function": {"name": ...}}`; `/v1/responses` has the name one level higher. With where it is, or where it is missed:
+/// there if `flat`.
+fn function_name(fields: &mut Fields, flat: bool) -> Result<(String, Option<String>), ApiError> {
+    let Some(mut function) = fields.object("function")? else {
+        let name = fields.string("name")?;
+        let path = if flat || name.is_some() { "name" } else { "function.name" };
+        return Ok((fields.name(path), name));
+    };
     let name = function.string("name")?;
+    let path = function.name("name");
     function.finish()?;
-    Ok(name)
+    Ok((path, name))
 }
 
 /// Whether and what a model calls.
@@ -436,7 +443,7 @@ mod tests {
             (json!({"tool_choice": {"type": "custom"}}), "tool_choice"),
             (
                 json!({"tool_choice": {"type": "allowed_tools", "mode": "auto", "tools": [{"name": "g"}]}}),
-                "tool_choice.tools[0].function.name",
+                "tool_choice.tools[0].name",
             ),
             (json!({"tool_choice": 1}), "tool_choice"),
         ] {

@@ -42,6 +42,7 @@ mod stall;
 mod status;
 mod tls;
 mod tokens;
+mod translated;
 
 use std::sync::Arc;
 use std::time::SystemTime;

@@ -156,7 +156,7 @@ impl Params {
 
     fn check(&self) -> Result<(), ApiError> {
         if let Some(max) = self.max_tokens.filter(|&max| max < self.min_tokens) {
-            let expected = format!("at most max_tokens, which is {max}");
+            let expected = format!("at most the most tokens of an answer, {max}");
             return Err(ApiError::wrong_value("min_tokens", expected, self.min_tokens));
         }
         if self.stream && self.prompt_logprobs.is_some() {

@@ -15,12 +15,13 @@ use super::body::read_body;
 use super::chat::{parse, prepare, read_conversation, render};
 use super::error::ApiError;
 use super::fields::{Fields, quoted};
-use super::form::read_flat_format;
+use super::form::read_form;
 use super::head::Head;
 use super::quota::Caller;
 use super::reply;
 use super::responses_format::{Echo, ResponsesFormat};
 use super::run::{Asker, random, start};
+use super::translated::Translated;
 
 type Default = fn() -> Value;
 
@@ -54,9 +55,7 @@ pub async fn handle(State(gateway): State<Arc<Gateway>>, request: Request) -> Re
     let (params, prompt, reading, echo) = gateway
         .on_text_thread(move |gateway| {
             let (chat, echo) = to_chat(gateway, owner, Fields::parse(&body)?)?;
-            let mut request = parse(gateway, chat.fields)?;
-            request.form = chat.form;
-            let (params, prompt, reading) = prepare(gateway, request)?;
+            let (params, prompt, reading) = chat.serve(|chat| prepare(gateway, parse(gateway, chat)?))?;
             Ok((params, prompt, reading, echo))
         })
         .await?;
@@ -76,12 +75,15 @@ pub async fn count(State(gateway): State<Arc<Gateway>>, request: Request) -> Res
     let owner = owner(Asker::of(&request).caller.as_ref());
     let body = read_body(request, &gateway.config.limits).await?;
     let count = gateway.on_text_thread(move |gateway| {
-        let (Chat { mut fields, .. }, _) = to_chat(gateway, owner, Fields::parse(&body)?)?;
-        gateway.check_model(&mut fields)?;
-        let (conversation, ..) = read_conversation(gateway, &mut fields)?;
-        fields.finish()?;
-        let tokens = gateway.encode_any(&render(gateway, conversation)?, false)?;
-        Ok(Json(json!({"object": "response.input_tokens", "input_tokens": tokens.len()})))
+        let (chat, _) = to_chat(gateway, owner, Fields::parse(&body)?)?;
+        chat.serve(|mut chat| {
+            gateway.check_model(&mut chat)?;
+            let (conversation, ..) = read_conversation(gateway, &mut chat)?;
+            read_form(&mut chat)?;
+            chat.finish()?;
+            let tokens = gateway.encode_any(&render(gateway, conversation)?, false)?;
+            Ok(Json(json!({"object": "response.input_tokens", "input_tokens": tokens.len()})))
+        })
     });
     count.await
 }
@@ -119,45 +121,41 @@ fn no_response(id: &str) -> ApiError {
     ApiError::not_found("response_not_found", format!("Response with id {} not found.", quoted(id)))
 }
 
-struct Chat {
-    fields: Fields,
-    form: Option<super::form::Form>,
-}
-
 /// The same request as a chat, and what its response repeats.
-fn to_chat(gateway: &Gateway, owner: String, mut fields: Fields) -> Result<(Chat, Echo), ApiError> {
+fn to_chat(gateway: &Gateway, owner: String, mut fields: Fields) -> Result<(Translated, Echo), ApiError> {
     let mut echoed = Map::new();
     for (name, default) in ECHOED {
         echoed.insert(name.into(), fields.peek(name).cloned().unwrap_or_else(default));
     }
-    let mut chat = Map::new();
-    let previous = match fields.string("previous_response_id")? {
-        None => Vec::new(),
-        Some(id) => {
-            let kept = gateway.responses.get(&format!("{owner}{id}"));
-            kept.ok_or_else(|| ApiError::previous_not_found(&id))?.messages.clone()
-        }
-    };
-    let mut messages = previous;
-    read_input(&mut fields, &mut messages)?;
-    let instructions = fields.string("instructions")?;
-    let all = instructions.map(|text| json!({"role": "system", "content": text}));
-    chat.insert("messages".into(), all.into_iter().chain(messages.iter().cloned()).collect());
-    let tools = fields.array("tools")?.unwrap_or_default();
-    if !tools.is_empty() {
-        let tools = tools.into_iter().enumerate().map(|(i, tool)| read_tool(&format!("tools[{i}]"), tool));
-        chat.insert("tools".into(), tools.collect::<Result<Value, _>>()?);
+    let mut chat = Translated::default();
+    chat.same("messages", "input");
+    chat.same("tool_choice.function", "tool_choice");
+    if let Some(text) = fields.string("instructions")? {
+        chat.message(json!({"role": "system", "content": text}), "instructions");
     }
-    let mut form = None;
+    // Instructions are of one response only.
+    let instructions = chat.messages().len();
+    if let Some(id) = fields.string("previous_response_id")? {
+        let kept = gateway.responses.get(&format!("{owner}{id}"));
+        let kept = kept.ok_or_else(|| ApiError::previous_not_found(&id))?;
+        kept.messages.iter().for_each(|message| chat.kept_message(message.clone(), "previous_response_id"));
+    }
+    read_input(&mut fields, &mut chat, instructions)?;
+    let messages = chat.messages()[instructions..].to_vec();
+    for (i, tool) in fields.array("tools")?.unwrap_or_default().into_iter().enumerate() {
+        read_tool(&format!("tools[{i}]"), tool, &mut chat)?;
+    }
     if let Some(mut text) = fields.object("text")? {
-        if let Some(format) = text.take("format") {
-            form = read_flat_format("text.format", format)?;
+        if let Some(format) = text.object("format")? {
+            read_format(format, &mut chat)?;
         }
         text.only("verbosity", &json!("medium"), "is not supported")?;
         text.finish()?;
     }
     if let Some(mut reasoning) = fields.object("reasoning")? {
-        chat.extend(reasoning.take("effort").map(|effort| ("reasoning_effort".to_string(), effort)));
+        if let Some(effort) = reasoning.take("effort") {
+            chat.set("reasoning_effort", effort, "reasoning.effort");
+        }
         reasoning.refuse(&["summary", "generate_summary"], "is not supported: reasoning is given in full")?;
         reasoning.finish()?;
     }
@@ -166,7 +164,7 @@ fn to_chat(gateway: &Gateway, owner: String, mut fields: Fields) -> Result<(Chat
     fields.only("truncation", &json!("disabled"), "is not supported")?;
     fields.only("top_logprobs", &json!(0), "is not supported here")?;
     include(&mut fields)?;
-    fields.refuse(&["conversation", "prompt", "max_tool_calls", "n"], "is not supported")?;
+    fields.refuse(&["conversation", "prompt", "max_tool_calls", "n", "best_of"], "is not supported")?;
     if let Some(mut options) = fields.object("stream_options")? {
         options.boolean("include_obfuscation")?; // pads events; there is nothing to pad here
         options.finish()?;
@@ -177,9 +175,11 @@ fn to_chat(gateway: &Gateway, owner: String, mut fields: Fields) -> Result<(Chat
         &["max_tokens", "messages", "response_format", "stop", "logprobs", "prompt_logprobs"],
         "is not supported here",
     )?;
-    chat.extend(max.map(|max| ("max_tokens".to_string(), max.into())));
+    if let Some(max) = max {
+        chat.set("max_tokens", max.into(), "max_output_tokens");
+    }
     chat.extend(fields.rest());
-    Ok((Chat { fields: Fields::top(chat), form }, Echo { fields: echoed, messages, store, owner }))
+    Ok((chat, Echo { fields: echoed, messages, store, owner }))
 }
 
 fn include(fields: &mut Fields) -> Result<(), ApiError> {
@@ -191,26 +191,27 @@ fn include(fields: &mut Fields) -> Result<(), ApiError> {
     }
 }
 
-fn read_input(fields: &mut Fields, messages: &mut Vec<Value>) -> Result<(), ApiError> {
+/// `instructions`: messages that are no part of the conversation.
+fn read_input(fields: &mut Fields, chat: &mut Translated, instructions: usize) -> Result<(), ApiError> {
     let items = match fields.take("input").ok_or_else(|| ApiError::missing("input"))? {
         Value::String(text) => {
-            messages.push(json!({"role": "user", "content": text}));
+            chat.message(json!({"role": "user", "content": text}), "input");
             return Ok(());
         }
         Value::Array(items) => items,
         other => return Err(ApiError::wrong_type("input", "a string or an array of items", &other)),
     };
-    if items.is_empty() && messages.is_empty() {
+    if items.is_empty() && chat.messages().len() == instructions {
         return Err(ApiError::wrong_value("input", "at least one item", "none"));
     }
     for (i, item) in items.into_iter().enumerate() {
-        read_item(&format!("input[{i}]"), item, messages)?;
+        read_item(&format!("input[{i}]"), item, chat)?;
     }
     Ok(())
 }
 
 /// One item is a message, or a part of the assistant's message that is being put together.
-fn read_item(path: &str, item: Value, messages: &mut Vec<Value>) -> Result<(), ApiError> {
+fn read_item(path: &str, item: Value, chat: &mut Translated) -> Result<(), ApiError> {
     let mut item = Fields::of(path, item)?;
     let kind = item.string("type")?.unwrap_or_else(|| "message".into());
     item.string("id")?;
@@ -223,40 +224,34 @@ fn read_item(path: &str, item: Value, messages: &mut Vec<Value>) -> Result<(), A
             let role = needed(&mut item, "role")?;
             let content = item.take("content").ok_or_else(|| ApiError::missing(&item.name("content")))?;
             let content = parts(&format!("{path}.content"), content)?;
-            if role == "assistant" && assistant(messages).is_some_and(|last| last["content"] == "") {
-                if let Some(last) = assistant(messages) {
+            match chat.assistant() {
+                Some(last) if role == "assistant" && last["content"] == "" => {
                     last["content"] = content;
+                    chat.part("content", &item.name("content"));
                 }
-            } else {
-                messages.push(json!({"role": role, "content": content}));
+                _ => chat.message(json!({"role": role, "content": content}), path),
             }
         }
         "function_call" => {
-            let function =
-                json!({"name": needed(&mut item, "name")?, "arguments": needed(&mut item, "arguments")?});
-            let call = json!({"id": needed(&mut item, "call_id")?, "type": "function", "function": function});
-            if assistant(messages).is_none() {
-                messages.push(json!({"role": "assistant", "content": ""}));
+            let [id, name, arguments] = ["call_id", "name", "arguments"].map(|name| needed(&mut item, name));
+            if chat.assistant().is_none() {
+                chat.message(json!({"role": "assistant", "content": ""}), path);
             }
-            if let Some(last) = assistant(messages) {
-                match last["tool_calls"].as_array_mut() {
-                    Some(calls) => calls.push(call),
-                    None => last["tool_calls"] = json!([call]),
-                }
-            }
+            chat.call(id?, name?, arguments?.into(), path, ["call_id", "name", "arguments"]);
         }
         "function_call_output" => {
             let id = needed(&mut item, "call_id")?;
             let output = item.take("output").ok_or_else(|| ApiError::missing(&item.name("output")))?;
             let output = parts(&format!("{path}.output"), output)?;
-            messages.push(json!({"role": "tool", "tool_call_id": id, "content": output}));
+            chat.message(json!({"role": "tool", "tool_call_id": id, "content": output}), path);
+            chat.part("content", &item.name("output"));
         }
         "reasoning" => {
             let summary = item.array("summary")?.unwrap_or_default();
             let content = item.array("content")?.unwrap_or(summary);
             item.string("encrypted_content")?;
             let text: String = content.iter().filter_map(|part| part["text"].as_str()).collect();
-            messages.push(json!({"role": "assistant", "content": "", "reasoning_content": text}));
+            chat.message(json!({"role": "assistant", "content": "", "reasoning_content": text}), path);
         }
         other => {
             let why = format!("of type {} is not supported", quoted(other));
@@ -264,11 +259,6 @@ fn read_item(path: &str, item: Value, messages: &mut Vec<Value>) -> Result<(), A
         }
     }
     item.finish()
-}
-
-/// The assistant's message at the end, if it is one.
-fn assistant(messages: &mut [Value]) -> Option<&mut Value> {
-    messages.last_mut().filter(|last| last["role"] == "assistant")
 }
 
 /// Texts by any of their names become text parts of a chat.
@@ -299,7 +289,7 @@ fn parts(path: &str, content: Value) -> Result<Value, ApiError> {
 }
 
 /// Flat here, nested in chats.
-fn read_tool(path: &str, tool: Value) -> Result<Value, ApiError> {
+fn read_tool(path: &str, tool: Value, chat: &mut Translated) -> Result<(), ApiError> {
     let mut fields = Fields::of(path, tool)?;
     let kind = fields.string("type")?.ok_or_else(|| ApiError::missing(&format!("{path}.type")))?;
     if kind != "function" {
@@ -311,5 +301,23 @@ fn read_tool(path: &str, tool: Value) -> Result<Value, ApiError> {
         function.extend(fields.take(name).map(|value| (name.to_string(), value)));
     }
     fields.finish()?;
-    Ok(json!({"type": "function", "function": function}))
+    chat.tool(function, path, "parameters");
+    Ok(())
+}
+
+/// The same of the form of an answer.
+fn read_format(mut format: Fields, chat: &mut Translated) -> Result<(), ApiError> {
+    let kind = format.take("type").ok_or_else(|| ApiError::missing("text.format.type"))?;
+    let mut nested = Map::from_iter([("type".to_string(), kind)]);
+    if nested["type"] == "json_schema" {
+        let schema = format.take("schema").ok_or_else(|| ApiError::missing("text.format.schema"))?;
+        let mut inner = format.rest();
+        inner.insert("schema".into(), schema);
+        nested.insert("json_schema".into(), inner.into());
+    } else {
+        nested.extend(format.rest());
+    }
+    chat.set("response_format", nested.into(), "text.format");
+    chat.same("response_format.json_schema", "text.format");
+    Ok(())
 }

@@ -7,7 +7,7 @@ use serde_json::{Value, json};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 
-use crate::mock::{Gateway, Step, config, finished, says, script, started, token};
+use crate::mock::{Gateway, Step, config, finished, says, script, started, template_config, token};
 
 const CHAT: &str = "/v1/chat/completions";
 const COMPLETION: &str = "/v1/completions";
@@ -294,14 +294,8 @@ async fn a_sequence_without_an_end_and_tokens_out_of_order_are_failures() {
 
 #[tokio::test]
 async fn a_template_refuses_in_its_own_words() {
-    let dir = std::env::temp_dir().join(format!("baton-template-{}", std::process::id()));
-    std::fs::create_dir_all(&dir).unwrap();
-    std::fs::copy(crate::mock::fixture("qwen3").join("tokenizer.json"), dir.join("tokenizer.json")).unwrap();
-    std::fs::write(dir.join("chat_template.jinja"), "{{ raise_exception('roles must alternate') }}").unwrap();
-    let mut config = config();
-    config.model_dir = dir.clone();
+    let config = template_config("refuses", "{{ raise_exception('roles must alternate') }}");
     let gateway = Gateway::with(config, |_| script(&[40], FinishReason::Length)).await;
     let (status, body) = gateway.ask(CHAT, &json!({"messages": [{"role": "user", "content": "x"}]})).await;
     assert_eq!((status, &body["error"]["message"]), (400, &json!("roles must alternate")));
-    std::fs::remove_dir_all(dir).unwrap();
 }

@@ -2,7 +2,7 @@
 
 use serde_json::{Value, json};
 
-use crate::mock::{Gateway, encode, says};
+use crate::mock::{Gateway, encode, says, template_config};
 
 const RESPONSES: &str = "/v1/responses";
 const MESSAGES: &str = "/v1/messages";
@@ -253,6 +253,142 @@ async fn each_interface_refuses_in_its_own_form() {
     }
 }
 
+/// Protects: an error names what the client wrote, also where it is found in the chat that is made of that.
+#[tokio::test]
+async fn what_is_wrong_is_named_as_its_interface_has_it() {
+    let gateway = Gateway::new(|_| says("x")).await;
+    let call = json!({"type": "function_call", "call_id": "c", "name": "f", "arguments": "{}"});
+    let tool = json!({"type": "function", "name": "f"});
+    let longest = "word ".repeat(2000);
+    let user = json!({"role": "user", "content": "x"});
+    let format = |format: Value| json!({"input": "x", "text": {"format": format}});
+    for (body, param) in [
+        (json!({"input": "x", "instructions": longest}), "input"),
+        (json!({"input": [user, {"role": "robot", "content": "x"}], "instructions": "x"}), "input[1].role"),
+        (json!({"input": [call, {"role": "user", "content": 7}], "instructions": "x"}), "input[1].content"),
+        (json!({"input": [{"type": "reasoning"}, {"role": "assistant", "content": 7}]}), "input[1].content"),
+        (
+            json!({"input": [user, {"type": "function_call_output", "call_id": "c", "output": 7}]}),
+            "input[1].output",
+        ),
+        (json!({"input": "x", "tools": [tool, {"type": "function"}]}), "tools[1].name"),
+        (json!({"input": "x", "tools": [{"type": "function", "name": "a b"}]}), "tools[0].name"),
+        (
+            json!({"input": "x", "tools": [{"type": "function", "name": "f", "parameters": 7}]}),
+            "tools[0].parameters",
+        ),
+        (json!({"input": "x", "tools": [tool], "tool_choice": {"type": "function"}}), "tool_choice.name"),
+        (
+            json!({"input": "x", "tools": [tool], "tool_choice": {"type": "function", "name": "g"}}),
+            "tool_choice.name",
+        ),
+        (
+            json!({"input": "x", "tools": [tool],
+                "tool_choice": {"type": "allowed_tools", "mode": "auto", "tools": [{"type": "function", "name": "g"}]}}),
+            "tool_choice.tools[0].name",
+        ),
+        (json!({"input": "x", "reasoning": {"effort": "some"}}), "reasoning.effort"),
+        (json!({"input": "x", "max_output_tokens": 10_000}), "input"),
+        (format(json!({})), "text.format.type"),
+        (format(json!({"type": "yaml"})), "text.format.type"),
+        (format(json!({"type": "json_object", "name": "n"})), "text.format.name"),
+        (format(json!({"type": "json_schema", "schema": {}})), "text.format.name"),
+        (format(json!({"type": "json_schema", "name": "n"})), "text.format.schema"),
+        (format(json!({"type": "json_schema", "name": "n", "schema": {"type": "x"}})), "text.format.schema"),
+        (format(json!({"type": "json_schema", "name": "n", "schema": {}, "mood": 1})), "text.format.mood"),
+        (
+            json!({"input": "x", "text": {"format": {"type": "json_object"}}, "guided_regex": "x"}),
+            "guided_regex",
+        ),
+    ] {
+        let (status, error) = gateway.ask(RESPONSES, &body).await;
+        assert_eq!((status, &error["error"]["param"]), (400, &json!(param)), "{body} {error}");
+        let message = error["error"]["message"].as_str().unwrap();
+        assert!(
+            error["error"]["code"] == "context_length_exceeded" || message.contains(&format!("'{param}'")),
+            "{error}"
+        );
+    }
+    let ask = |fields: Value| {
+        let mut body = json!({"max_tokens": 9, "system": "Be brief.", "messages": [user]});
+        body.as_object_mut().unwrap().extend(fields.as_object().unwrap().clone());
+        body
+    };
+    let result = json!({"type": "tool_result", "tool_use_id": "t", "content": 7});
+    let text = json!({"type": "text", "text": "x"});
+    let tool = json!({"name": "f", "input_schema": {}});
+    for (fields, named) in [
+        (json!({"system": 7}), "'system'"),
+        (json!({"system": [text, {"type": "image"}]}), "'system[1].type'"),
+        (json!({"messages": [user, {"role": "user", "content": 7}]}), "'messages[1].content'"),
+        (
+            json!({"messages": [user, {"role": "user", "content": [text, result]}]}),
+            "'messages[1].content[1].content'",
+        ),
+        (json!({"tools": [{"name": "f", "input_schema": 7}]}), "'tools[0].input_schema'"),
+        (json!({"tools": [{"name": "a b", "input_schema": {}}]}), "'tools[0].name'"),
+        (json!({"tools": [tool], "tool_choice": {"type": "tool", "name": "g"}}), "'tool_choice.name'"),
+        (json!({"stop_sequences": ["x", ""]}), "'stop_sequences[1]'"),
+        (json!({"output_config": {"effort": "some"}}), "'output_config.effort'"),
+        (
+            json!({"output_config": {"format": {"type": "json_schema", "schema": 7}}}),
+            "'output_config.format.schema'",
+        ),
+    ] {
+        let (status, error) = gateway.ask(MESSAGES, &ask(fields)).await;
+        let message = error["error"]["message"].as_str().unwrap();
+        assert!(status == 400 && message.contains(named), "{named}: {error}");
+    }
+}
+
+/// Protects: an item is named also where only a template finds out.
+#[tokio::test]
+async fn a_call_that_a_template_cannot_print_is_named() {
+    let template = "{% for m in messages %}{% for c in m.tool_calls or [] %}{{ c.function.arguments.x.y }}{% endfor %}{% endfor %}";
+    let gateway = Gateway::with(template_config("calls", template), |_| says("x")).await;
+    let call = |arguments: &str| json!({"type": "function_call", "call_id": "c", "name": "f", "arguments": arguments});
+    let body = json!({"instructions": "x", "input": [{"role": "user", "content": "x"}, call("{\"x\": {}}"), call("{\"x")]});
+    let (status, error) = gateway.ask(RESPONSES, &body).await;
+    assert_eq!((status, &error["error"]["param"]), (400, &json!("input[2].arguments")), "{error}");
+    assert!(error["error"]["message"].as_str().unwrap().contains("'input[2].arguments'"), "{error}");
+}
+
+/// Protects: how hard to think is asked for in every interface, and refused in its words where that has no effect.
+#[tokio::test]
+async fn effort_has_a_name_in_every_interface() {
+    let respond = |effort: &str| (RESPONSES, json!({"input": "x", "reasoning": {"effort": effort}}));
+    let message = |fields: Value| {
+        let mut body = json!({"max_tokens": 9, "messages": [{"role": "user", "content": "x"}]});
+        body.as_object_mut().unwrap().extend(fields.as_object().unwrap().clone());
+        (MESSAGES, body)
+    };
+    let output = |effort: &str| json!({"output_config": {"effort": effort}});
+    let both =
+        |kind: &str, effort: &str| json!({"thinking": {"type": kind}, "output_config": {"effort": effort}});
+    let knows = Gateway::with(template_config("effort", "{{ reasoning_effort }}"), |_| says("x")).await;
+    let plain = Gateway::with(template_config("plain", "x"), |_| says("x")).await;
+    for ((path, body), effort, param) in [
+        (respond("high"), "high", "reasoning.effort"),
+        (message(output("low")), "low", "output_config.effort"),
+        (message(output("max")), "xhigh", "output_config.effort"),
+        (message(both("adaptive", "medium")), "medium", "output_config.effort"),
+        (message(both("enabled", "low")), "low", "output_config.effort"),
+        (message(json!({"thinking": {"type": "enabled"}})), "high", "thinking"),
+        (message(both("disabled", "low")), "none", ""),
+    ] {
+        assert_eq!(knows.ask(path, &body).await.0, 200, "{body}");
+        assert_eq!(prompt(&knows), effort, "{body}");
+        let (status, answer) = plain.ask(path, &body).await;
+        // What does not think gives what "none" asks for.
+        assert_eq!(status, if effort == "none" { 200 } else { 400 }, "{answer}");
+        let message = answer["error"]["message"].as_str().unwrap_or_default();
+        assert!(message.contains(&format!("'{param}' has no effect")) || status == 200, "{answer}");
+    }
+    let count = json!({"messages": [{"role": "user", "content": "x"}], "output_config": {"effort": "low"}});
+    let (status, answer) = knows.ask("/v1/messages/count_tokens", &count).await;
+    assert_eq!((status, &answer["input_tokens"]), (200, &json!(encode("low").len())), "{answer}");
+}
+
 #[tokio::test]
 async fn a_text_format_is_a_grammar() {
     let gateway = Gateway::new(|_| says("{}")).await;
@@ -260,4 +396,8 @@ async fn a_text_format_is_a_grammar() {
     let (status, answer) = gateway.ask(RESPONSES, &json!({"input": "x", "text": {"format": format}})).await;
     assert_eq!((status, &answer["text"]["format"]), (200, &format));
     assert!(gateway.last().grammar.is_some());
+    let (status, _) = gateway.ask(RESPONSES, &json!({"input": "x", "guided_regex": "[a-z]+"})).await;
+    assert_eq!((status, gateway.last().grammar.is_some()), (200, true), "vLLM's words hold here, too");
+    let count = json!({"input": "x", "text": {"format": format}});
+    assert_eq!(gateway.ask("/v1/responses/input_tokens", &count).await.0, 200);
 }

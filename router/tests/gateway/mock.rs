@@ -161,6 +161,16 @@ pub fn batch_config(name: &str) -> GatewayConfig {
     config
 }
 
+/// With this chat template, in a folder of this test's own.
+pub fn template_config(name: &str, template: &str) -> GatewayConfig {
+    let folder =
+        PathBuf::from(env!("CARGO_TARGET_TMPDIR")).join(format!("template-{name}-{}", std::process::id()));
+    std::fs::create_dir_all(&folder).unwrap();
+    std::fs::copy(fixture("qwen3").join("tokenizer.json"), folder.join("tokenizer.json")).unwrap();
+    std::fs::write(folder.join("chat_template.jinja"), template).unwrap();
+    GatewayConfig::new(folder, "tiny", CONTEXT)
+}
+
 impl Gateway {
     /// Every request gets the steps that the script makes of it.
     pub async fn new(script: impl Fn(&GenerateRequest) -> Vec<Step> + Send + Sync + 'static) -> Self {
