@@ -99,6 +99,8 @@ impl<'s> Shown<'s> {
     fn on(&self, event: &Event<'_>, now: Instant) {
         let mut state = self.lock();
         match *event {
+            Event::Asks(hub) => self.say(&format!("{}: asking {hub}", self.name)),
+            Event::AsksAgain(reason) => self.say(&format!("{}: {reason}; asking again", self.name)),
             Event::Begin(files) => self.begin(&mut state, files, now),
             Event::Came(i, bytes) => {
                 state.came(i, bytes, now);
@@ -230,6 +232,8 @@ mod tests {
         let begun = Instant::now();
         let at = |seconds| begun + Duration::from_secs(seconds);
         let files = [("a".to_owned(), 2_000_000_000, 500_000_000), ("b".to_owned(), 10, 0)];
+        shown.on(&Event::Asks("https://h"), at(0));
+        shown.on(&Event::AsksAgain("status 503"), at(0));
         shown.on(&Event::Begin(&files), at(0));
         for second in 1..=12 {
             shown.on(&Event::Came(0, 50_000_000), at(second));
@@ -239,6 +243,8 @@ mod tests {
         assert_eq!(
             *lines.lock().expect("lines"),
             [
+                "o/n: asking https://h",
+                "o/n: status 503; asking again",
                 "o/n: fetching 2.00 GB in 2 files, 500.0 MB are here",
                 "o/n: 1.00 GB of 2.00 GB, 50.0 MB/s, 21 s left",
                 "o/n: a: the connection ended early; going on",
@@ -246,6 +252,6 @@ mod tests {
         );
         // All there: nothing to say.
         shown.on(&Event::Begin(&[("a".to_owned(), 7, 7)]), at(13));
-        assert_eq!(lines.lock().expect("lines").len(), 3);
+        assert_eq!(lines.lock().expect("lines").len(), 5);
     }
 }

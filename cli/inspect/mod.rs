@@ -8,7 +8,7 @@ use std::process::ExitCode;
 
 use anyhow::{Context, Result, ensure};
 use backend::DType;
-use hub::{Hub, ModelName, Want};
+use hub::{Event, Hub, ModelName, Want};
 use models::Checkpoint;
 
 use crate::config::{self, Memory};
@@ -62,7 +62,12 @@ fn look(args: &Args) -> Result<Facts> {
 
 /// Looks at headers only: nothing is kept.
 fn remote(args: &Args, hub: &Hub, name: &ModelName) -> Result<Facts> {
-    let peek = hub.peek(name).with_context(|| {
+    let asked = |event: Event<'_>| match event {
+        Event::Asks(hub) => eprintln!("{name}: asking {hub}"),
+        Event::AsksAgain(reason) => eprintln!("{name}: {reason}; asking again"),
+        _ => {}
+    };
+    let peek = hub.peek(name, &asked).with_context(|| {
         format!("model {} (no file or directory of this name is here)", args.model.display())
     })?;
     let outline = outline::of(&peek, name.quant())?;

@@ -82,7 +82,20 @@ pub enum HubError {
         /// Cache directory.
         cache: PathBuf,
     },
-    /// Nobody answers, or answers break off, again and again.
+    /// Nobody has answered.
+    #[error(
+        "{endpoint} cannot be reached: {reason}; offline, name a directory, a GGUF file or a model that is in the cache ({}); HF_ENDPOINT names a mirror",
+        cache.display()
+    )]
+    Unreachable {
+        /// Who was asked.
+        endpoint: String,
+        /// What the system said.
+        reason: String,
+        /// Cache directory.
+        cache: PathBuf,
+    },
+    /// After others, nobody answers, or answers break off, again and again.
     #[error("{url}: {reason}, after {attempts} attempts")]
     Network {
         /// Address asked.
@@ -160,7 +173,7 @@ pub enum HubError {
 impl HubError {
     /// Whether asking somewhere else, or later, may help: the hub could not be asked.
     pub fn is_network(&self) -> bool {
-        matches!(self, HubError::Network { .. })
+        matches!(self, HubError::Unreachable { .. } | HubError::Network { .. })
     }
 }
 

@@ -40,6 +40,10 @@ pub struct Found {
 /// What is told of a download while it runs. Files are numbered as `Begin` lists them.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Event<'a> {
+    /// The hub at this address is asked what the model is.
+    Asks(&'a str),
+    /// It gave no answer, for this reason; it is asked again, perhaps several times. Told once.
+    AsksAgain(&'a str),
     /// These files are next: name, bytes, bytes that are here already.
     Begin(&'a [(String, u64, u64)]),
     /// Bytes of a file that came over the network.
@@ -104,7 +108,7 @@ impl Hub {
         if self.settings.offline {
             return self.cached(name, want).ok_or_else(|| self.offline(name));
         }
-        let listing = self.remote.list(name)?;
+        let listing = self.remote.list(name, watch)?;
         let repo = Repo::new(&self.settings.cache, name);
         repo.make()?;
         let get = |files: &[&str]| self.get(name, &repo, &listing, files, watch);
@@ -157,11 +161,11 @@ impl Hub {
     }
 
     /// Looks into a repository without keeping anything.
-    pub fn peek<'h>(&'h self, name: &'h ModelName) -> Result<Peek<'h>, HubError> {
+    pub fn peek<'h>(&'h self, name: &'h ModelName, watch: Watch<'h>) -> Result<Peek<'h>, HubError> {
         if self.settings.offline {
             return Err(self.offline(name));
         }
-        Ok(Peek { hub: self, name, listing: self.remote.list(name)? })
+        Ok(Peek { hub: self, name, listing: self.remote.list(name, watch)?, watch })
     }
 
     fn offline(&self, name: &ModelName) -> HubError {
@@ -177,7 +181,8 @@ impl Hub {
         watch: Watch<'_>,
     ) -> Result<(), HubError> {
         let commit = &listing.commit;
-        let infos = at_once(ASKED_AT_ONCE, files, |_, file| self.remote.head(name, commit, file).map(Some))?;
+        let head = |_, file: &&str| self.remote.head(name, commit, file, watch).map(Some);
+        let infos = at_once(ASKED_AT_ONCE, files, head)?;
         self.require_space(name, repo, &infos)?;
         let parts: Vec<_> =
             infos.iter().map(|info| (info.name.clone(), info.len, repo.there(&info.tag, info.len))).collect();
@@ -228,6 +233,7 @@ pub struct Peek<'h> {
     hub: &'h Hub,
     name: &'h ModelName,
     listing: Listing,
+    watch: Watch<'h>,
 }
 
 impl Peek<'_> {
@@ -243,12 +249,12 @@ impl Peek<'_> {
 
     /// Bytes of `file`.
     pub fn len(&self, file: &str) -> Result<u64, HubError> {
-        Ok(self.hub.remote.head(self.name, &self.listing.commit, file)?.len)
+        Ok(self.hub.remote.head(self.name, &self.listing.commit, file, self.watch)?.len)
     }
 
     /// Bytes `[from, to)` of `file`, as many of them as it has; nothing else of it crosses the network.
     pub fn read(&self, file: &str, from: u64, to: u64) -> Result<Vec<u8>, HubError> {
-        self.hub.remote.range(self.name, &self.listing.commit, file, from, to)
+        self.hub.remote.range(self.name, &self.listing.commit, file, (from, to), self.watch)
     }
 }
 

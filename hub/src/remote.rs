@@ -2,7 +2,9 @@
 //! the token must not follow them to another host, and since the answer that redirects says what the file is.
 
 use std::io::{self, Read};
+use std::path::PathBuf;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::sleep;
 use std::time::Duration;
 
@@ -11,7 +13,7 @@ use ureq::http::{HeaderMap, Response, StatusCode};
 use ureq::tls::{RootCerts, TlsConfig, TlsProvider};
 use ureq::{Agent, Body};
 
-use crate::{HubError, ModelName, Patience, Settings, Token};
+use crate::{Event, HubError, ModelName, Patience, Settings, Token, Watch};
 
 /// Longest list of a repository's files; the largest known is some MB.
 const LIST_BYTES_MAX: u64 = 64 << 20;
@@ -63,6 +65,12 @@ pub(crate) struct Remote {
     endpoint: String,
     token: Option<Token>,
     patience: Patience,
+    /// For whom the hub cannot be reached: what is there without it.
+    cache: PathBuf,
+    /// Somebody has answered: what fails from now on may work the next time.
+    reached: AtomicBool,
+    /// It was told that a question is asked again; once is enough.
+    told: AtomicBool,
 }
 
 impl Remote {
@@ -88,7 +96,15 @@ impl Remote {
             config = config.proxy(None);
         }
         let endpoint = settings.endpoint.trim_end_matches('/').to_owned();
-        Remote { agent: config.build().into(), endpoint, token: settings.token.clone(), patience }
+        Remote {
+            agent: config.build().into(),
+            endpoint,
+            token: settings.token.clone(),
+            patience,
+            cache: settings.cache.clone(),
+            reached: AtomicBool::new(false),
+            told: AtomicBool::new(false),
+        }
     }
 
     pub(crate) fn patience(&self) -> Patience {
@@ -96,7 +112,7 @@ impl Remote {
     }
 
     /// What `name` has at its revision.
-    pub(crate) fn list(&self, name: &ModelName) -> Result<Listing, HubError> {
+    pub(crate) fn list(&self, name: &ModelName, watch: Watch<'_>) -> Result<Listing, HubError> {
         #[derive(Deserialize)]
         struct Info {
             sha: String,
@@ -112,7 +128,8 @@ impl Remote {
             name.repo(),
             encode(name.revision(), false)
         );
-        let body = self.patiently(&url, || {
+        watch(Event::Asks(&self.endpoint));
+        let body = self.patiently(&url, watch, || {
             let (answer, url) = self.ask("GET", &url, None, true)?;
             let answer = self.checked(answer, &url, name, None)?;
             read_all(answer.into_body().into_reader(), LIST_BYTES_MAX)
@@ -128,9 +145,15 @@ impl Remote {
     }
 
     /// What `file` is at `commit`, without its bytes.
-    pub(crate) fn head(&self, name: &ModelName, commit: &str, file: &str) -> Result<FileInfo, HubError> {
+    pub(crate) fn head(
+        &self,
+        name: &ModelName,
+        commit: &str,
+        file: &str,
+        watch: Watch<'_>,
+    ) -> Result<FileInfo, HubError> {
         let url = self.address(name, commit, file);
-        self.patiently(&url, || {
+        self.patiently(&url, watch, || {
             let (answer, at) = self.ask("HEAD", &url, None, false)?;
             let answer = if answer.status().is_redirection() {
                 answer
@@ -178,11 +201,11 @@ impl Remote {
         name: &ModelName,
         commit: &str,
         file: &str,
-        from: u64,
-        to: u64,
+        (from, to): (u64, u64),
+        watch: Watch<'_>,
     ) -> Result<Vec<u8>, HubError> {
         let url = self.address(name, commit, file);
-        self.patiently(&url, || {
+        self.patiently(&url, watch, || {
             let mut reading = self.read(name, commit, file, from, Some(to))?;
             let skip = from - reading.from;
             io::copy(&mut reading.body.by_ref().take(skip), &mut io::sink()).map_err(passing)?;
@@ -200,6 +223,7 @@ impl Remote {
     fn patiently<T>(
         &self,
         url: &str,
+        watch: Watch<'_>,
         mut attempt: impl FnMut() -> Result<T, Failure>,
     ) -> Result<T, HubError> {
         let mut tries = 0;
@@ -211,6 +235,9 @@ impl Remote {
                     tries += 1;
                     if tries >= self.patience.attempts {
                         return Err(HubError::Network { url: url.into(), reason, attempts: tries });
+                    }
+                    if !self.told.swap(true, Ordering::Relaxed) {
+                        watch(Event::AsksAgain(&reason));
                     }
                     sleep(pause(self.patience, tries, wait));
                 }
@@ -239,7 +266,8 @@ impl Remote {
             if let Some(Token(token)) = self.token.as_ref().filter(|_| same_host(&url, &self.endpoint)) {
                 request = request.header("authorization", format!("Bearer {token}"));
             }
-            let answer = request.call().map_err(|error| failure(error, &url))?;
+            let answer = request.call().map_err(|error| self.failure(error, &url))?;
+            self.reached.store(true, Ordering::Relaxed);
             let next = header(answer.headers(), "location").filter(|_| answer.status().is_redirection());
             match next.map(|location| absolute(&url, location)) {
                 Some(next) if everywhere || same_host(&next, &url) => url = next,
@@ -250,6 +278,24 @@ impl Remote {
             url,
             reason: format!("more than {REDIRECTS_MAX} redirects"),
         }))
+    }
+
+    fn failure(&self, error: ureq::Error, url: &str) -> Failure {
+        let reason = match &error {
+            ureq::Error::Io(error) => error.to_string(),
+            other => other.to_string(),
+        };
+        match error {
+            ureq::Error::BadUri(_) | ureq::Error::Http(_) | ureq::Error::InvalidProxyUrl => {
+                Failure::Final(HubError::Protocol { url: url.into(), reason })
+            }
+            _ if self.reached.load(Ordering::Relaxed) => Failure::Passing(reason, None),
+            // No network, or the wrong name: who waits in vain wants to know it at once.
+            _ => {
+                let (endpoint, cache) = (self.endpoint.clone(), self.cache.clone());
+                Failure::Final(HubError::Unreachable { endpoint, reason, cache })
+            }
+        }
     }
 
     /// The answer, if it is one.
@@ -299,15 +345,6 @@ pub(crate) fn pause(patience: Patience, tries: u32, asked: Option<Duration>) -> 
 /// A broken connection is worth another attempt.
 pub(crate) fn passing(error: io::Error) -> Failure {
     Failure::Passing(error.to_string(), None)
-}
-
-fn failure(error: ureq::Error, url: &str) -> Failure {
-    match error {
-        ureq::Error::BadUri(_) | ureq::Error::Http(_) | ureq::Error::InvalidProxyUrl => {
-            Failure::Final(HubError::Protocol { url: url.into(), reason: error.to_string() })
-        }
-        other => Failure::Passing(other.to_string(), None),
-    }
 }
 
 /// Tag and length of a file: those that a redirect announces for its target, else the answer's own.

@@ -288,15 +288,34 @@ fn offline() {
     assert_eq!(server.take_requests(), []);
 }
 
-/// Nobody there is said after a bounded number of attempts.
+/// Nobody there is said at once, with what can be done; who answers that they are busy is asked again, and that is told once.
 #[test]
 fn nobody_answers() {
-    let cache = cache();
-    let settings = settings(&server(), cache.path());
-    // The server has ended.
-    let error = Hub::new(settings).find(&name("org/model"), &Want::Model, &quiet).expect_err("nobody");
+    let (server, cache) = (server(), cache());
+    let settings = settings(&server, cache.path());
+    let told = Mutex::new(Vec::new());
+    let watch = |event: Event<'_>| match event {
+        Event::Asks(whom) => told.lock().expect("told").push(format!("asks {whom}")),
+        Event::AsksAgain(why) => told.lock().expect("told").push(format!("again: {why}")),
+        _ => {}
+    };
+    server.faults(|faults| faults.busy = 100);
+    let error = Hub::new(settings.clone()).find(&name("org/model"), &Want::Model, &watch).expect_err("busy");
+    assert!(error.is_network() && error.to_string().ends_with(", after 3 attempts"), "{error}");
+    let asks = format!("asks {}", server.endpoint);
+    assert_eq!(*told.lock().expect("told"), [&asks, "again: status 503 Service Unavailable"]);
+    drop(server);
+    told.lock().expect("told").clear();
+    let error =
+        Hub::new(settings.clone()).find(&name("org/model"), &Want::Model, &watch).expect_err("nobody");
     assert!(error.is_network(), "{error}");
-    assert!(error.to_string().ends_with(", after 3 attempts"), "{error}");
+    let (endpoint, cache) = (settings.endpoint, cache.path().display());
+    let start = format!("{endpoint} cannot be reached: ");
+    let end = format!(
+        "name a directory, a GGUF file or a model that is in the cache ({cache}); HF_ENDPOINT names a mirror"
+    );
+    assert!(error.to_string().starts_with(&start) && error.to_string().ends_with(&end), "{error}");
+    assert_eq!(*told.lock().expect("told"), [asks]);
 }
 
 /// A router takes no weights; a rank, or a person, may name files; what was half fetched is no model.
@@ -359,7 +378,7 @@ fn a_look_inside() {
     let (server, cache) = (server(), cache());
     let hub = Hub::new(settings(&server, cache.path()));
     let model = name("org/model");
-    let peek = hub.peek(&model).expect("lists");
+    let peek = hub.peek(&model, &quiet).expect("lists");
     assert_eq!(peek.commit(), COMMIT);
     assert!(peek.names().contains(&"config.json"));
     let file = "model-00001-of-00002.safetensors";
