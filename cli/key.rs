@@ -4,7 +4,7 @@ use std::path::PathBuf;
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use anyhow::{Result, ensure};
-use router::key_file::{KeyFile, KeyFileError, KeyLimits, KeyRecord};
+use router::key_file::{KeyFile, KeyFileError, KeyLimits, KeyRecord, key_name};
 
 use crate::{dirs, print};
 
@@ -23,6 +23,7 @@ enum Command {
     /// Make a key and print it: once, it is kept nowhere
     Create {
         /// Whose it is
+        #[arg(value_parser = key_name)]
         name: String,
         /// Requests that it may make per minute
         #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]

@@ -3,8 +3,9 @@
 use std::path::PathBuf;
 use std::time::{SystemTime, UNIX_EPOCH};
 
-use anyhow::Result;
-use cluster::{Authority, Tokens, trust::TokenRecord};
+use anyhow::{Result, ensure};
+use cluster::trust::{TokenRecord, token_name};
+use cluster::{Authority, Tokens};
 
 use crate::{dirs, print};
 
@@ -23,7 +24,7 @@ enum Command {
     /// Make a join token and print it: once, it is kept nowhere
     Create {
         /// Which machines it is for, for people
-        #[arg(default_value = "nodes")]
+        #[arg(default_value = "nodes", value_parser = token_name)]
         name: String,
         /// It lets nobody in any more after this; who is in stays [default: never]
         #[arg(long, value_name = "HOURS", value_parser = clap::value_parser!(u64).range(1..))]
@@ -48,13 +49,12 @@ pub fn cluster_dir(named: Option<PathBuf>) -> Result<PathBuf> {
 
 /// Runs one command.
 pub fn run(args: Args) -> Result<()> {
-    let authority = Authority::open(&cluster_dir(args.cluster_dir)?)?;
-    let folder = authority.folder();
+    let folder = &cluster_dir(args.cluster_dir)?;
     let now = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs());
     match args.command {
         Command::Create { name, expires } => {
             let expires = expires.map(|hours| now.saturating_add(hours.saturating_mul(3600)));
-            let fingerprint = authority.fingerprint();
+            let fingerprint = Authority::open(folder)?.fingerprint();
             let token = Tokens::change(folder, |tokens| tokens.create(&name, fingerprint, now, expires))?;
             print(&format!("{}\n", token.expose()));
             eprintln!(
@@ -63,6 +63,8 @@ pub fn run(args: Args) -> Result<()> {
         }
         Command::List => print(&table(&Tokens::read(folder)?.tokens, now)),
         Command::Revoke { token } => {
+            // Where there are none, there may be no cluster whose lock could be taken.
+            ensure!(!Tokens::read(folder)?.tokens.is_empty(), "no join tokens in {}", folder.display());
             let record = Tokens::change(folder, |tokens| tokens.revoke(&token, now))?;
             eprintln!(
                 "revoked {} ({}): who came in by it is cut off within two seconds",

@@ -18,7 +18,7 @@ pub use authority::{Authority, AuthorityError};
 pub use enrolment::{EnrollError, Enrolment, enroll};
 pub(crate) use identity::{Caller, REVOKED};
 pub use identity::{Identity, bulk_provider};
-pub use join_token::{JoinToken, JoinTokenError, TokenRecord, Tokens};
+pub use join_token::{JoinToken, JoinTokenError, TokenRecord, Tokens, token_name};
 pub use revocations::Revocations;
 pub(crate) use standing::TOKENS_AGE_MAX;
 

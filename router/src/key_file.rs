@@ -81,11 +81,8 @@ pub enum KeyFileError {
         reason: String,
     },
     /// A name that people could not tell apart, or that would break a list.
-    #[error("a key's name is 1 to {NAME_CHARS_MAX} letters, digits or any of . _ - @: not {name:?}")]
-    Name {
-        /// As given.
-        name: String,
-    },
+    #[error("a key's name is 1 to {NAME_CHARS_MAX} letters, digits or any of . _ - @")]
+    Name,
     /// The name is in use.
     #[error("there is a key named {name} already: revoke it first, or take another name")]
     Taken {
@@ -159,10 +156,7 @@ impl KeyFile {
 
     /// Makes a key for `name` and returns it: it is shown once and kept nowhere. `now`: seconds since 1970.
     pub fn create(&mut self, name: &str, limits: KeyLimits, now: u64) -> Result<String, KeyFileError> {
-        let plain = |c: char| c.is_ascii_alphanumeric() || "._-@".contains(c);
-        if !(1..=NAME_CHARS_MAX).contains(&name.len()) || !name.chars().all(plain) {
-            return Err(KeyFileError::Name { name: name.into() });
-        }
+        key_name(name)?;
         if self.keys.iter().any(|key| key.revoked.is_none() && key.name == name) {
             return Err(KeyFileError::Taken { name: name.into() });
         }
@@ -179,6 +173,15 @@ impl KeyFile {
         let key = key.ok_or_else(|| KeyFileError::Unknown { which: which.into() })?;
         key.revoked = Some(now);
         Ok(key.clone())
+    }
+}
+
+/// What a key may be named; else the error says so.
+pub fn key_name(text: &str) -> Result<String, KeyFileError> {
+    let plain = |c: char| c.is_ascii_alphanumeric() || "._-@".contains(c);
+    match (1..=NAME_CHARS_MAX).contains(&text.len()) && text.chars().all(plain) {
+        true => Ok(text.into()),
+        false => Err(KeyFileError::Name),
     }
 }
 

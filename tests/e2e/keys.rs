@@ -51,3 +51,36 @@ async fn made_used_and_revoked() {
     drop(router);
     fs::remove_dir_all(folder).expect("cleans up");
 }
+
+/// What is refused leaves nothing behind: neither a lock nor a cluster.
+#[test]
+fn refusals_leave_no_files() {
+    let folder = folder("no-keys");
+    let at = |name: &str| folder.join(name).display().to_string();
+    let (file, cluster) = (at("deep/keys.json"), at("cluster"));
+    for (arguments, reason) in [
+        (
+            ["key", "--file", &file, "create", "a b"],
+            "a key's name is 1 to 64 letters, digits or any of . _ - @",
+        ),
+        (["key", "--file", &file, "revoke", "alice"], "no keys: "),
+        (["token", "--cluster-dir", &cluster, "create", ""], "a token's name is 1 to 64 letters"),
+        (["token", "--cluster-dir", &cluster, "revoke", "macs"], "no join tokens in "),
+    ] {
+        let (ok, stdout, stderr) = output(&mut baton(&arguments));
+        assert!(!ok && stdout.is_empty() && stderr.contains(reason), "{arguments:?}: {stdout}{stderr}");
+    }
+    for (arguments, none) in [
+        (["key", "--file", &file, "list"], "no keys; `baton key create NAME` makes one\n"),
+        (
+            ["token", "--cluster-dir", &cluster, "list"],
+            "no join tokens; `baton token create NAME` makes one\n",
+        ),
+    ] {
+        let (ok, stdout, _) = output(&mut baton(&arguments));
+        assert_eq!((ok, stdout.as_str()), (true, none));
+    }
+    let left: Vec<_> = fs::read_dir(&folder).expect("lists").collect();
+    assert!(left.is_empty(), "{left:?}");
+    fs::remove_dir_all(folder).expect("cleans up");
+}

@@ -90,11 +90,8 @@ pub enum JoinTokenError {
         reason: String,
     },
     /// A name that would break a list.
-    #[error("a token's name is 1 to {NAME_CHARS_MAX} letters, digits or any of . _ - @: not {name:?}")]
-    Name {
-        /// As given.
-        name: String,
-    },
+    #[error("a token's name is 1 to {NAME_CHARS_MAX} letters, digits or any of . _ - @")]
+    Name,
     /// Nothing of this name or id is left to revoke.
     #[error("no join token {which:?} that is not revoked yet")]
     Unknown {
@@ -134,6 +131,15 @@ pub struct TokenRecord {
     pub revoked: Option<u64>,
 }
 
+/// What a token may be named; else the error says so.
+pub fn token_name(text: &str) -> Result<String, JoinTokenError> {
+    let plain = |c: char| c.is_ascii_alphanumeric() || "._-@".contains(c);
+    match (1..=NAME_CHARS_MAX).contains(&text.len()) && text.chars().all(plain) {
+        true => Ok(text.into()),
+        false => Err(JoinTokenError::Name),
+    }
+}
+
 impl Tokens {
     /// Those of the cluster in `folder`; none where there is no file yet.
     pub fn read(folder: &Path) -> Result<Tokens, JoinTokenError> {
@@ -170,10 +176,7 @@ impl Tokens {
         now: u64,
         expires: Option<u64>,
     ) -> Result<JoinToken, JoinTokenError> {
-        let plain = |c: char| c.is_ascii_alphanumeric() || "._-@".contains(c);
-        if !(1..=NAME_CHARS_MAX).contains(&name.len()) || !name.chars().all(plain) {
-            return Err(JoinTokenError::Name { name: name.into() });
-        }
+        token_name(name)?;
         let token = JoinToken { id: random()?, secret: random()?, authority };
         let (id, digest) = (hex(&token.id), hex(&token.digest()));
         self.tokens.push(TokenRecord { id, name: name.into(), digest, created: now, expires, revoked: None });
