@@ -151,6 +151,12 @@ impl ApiError {
         Self::new(status, "invalid_request_error", Some(code), message)
     }
 
+    /// 400: percent-encoded bytes of the path are no text.
+    pub fn no_text(path: &str) -> Self {
+        let message = format!("Invalid request URL: {path} is not percent-encoded UTF-8.");
+        Self::new(StatusCode::BAD_REQUEST, "invalid_request_error", Some("invalid_url"), message)
+    }
+
     /// 408: the body did not come in time.
     pub fn slow_body(limit: Duration) -> Self {
         let message = format!("The body of the request was not complete within {} s.", limit.as_secs());

@@ -8,7 +8,8 @@ use std::task::{Context, Poll};
 use std::time::Instant;
 
 use axum::body::{Body, HttpBody};
-use axum::extract::{MatchedPath, Request, State};
+use axum::extract::rejection::RawPathParamsRejection;
+use axum::extract::{MatchedPath, RawPathParams, Request, State};
 use axum::middleware::Next;
 use axum::response::{IntoResponse, Response};
 use bytes::Bytes;
@@ -182,6 +183,20 @@ pub async fn key(
     request.extensions_mut().insert(caller);
     let response = next.run(request).await;
     Ok(response.map(|body| Body::new(Held { body, _held: place })))
+}
+
+/// Refuses ids and names that are no text, before a handler's `Path` does in words of its own.
+pub async fn path(
+    params: Result<RawPathParams, RawPathParamsRejection>,
+    request: Request,
+    next: Next,
+) -> Result<Response, ApiError> {
+    match params {
+        Err(RawPathParamsRejection::InvalidUtf8InPathParam(_)) => {
+            Err(ApiError::no_text(request.uri().path()))
+        }
+        _ => Ok(next.run(request).await),
+    }
 }
 
 /// A body that keeps something until it ends: its caller's place, its span.

@@ -48,7 +48,7 @@ use std::sync::Arc;
 use std::time::SystemTime;
 
 use axum::extract::Request;
-use axum::middleware::from_fn_with_state;
+use axum::middleware::{from_fn, from_fn_with_state};
 use axum::routing::{get, post};
 use http::StatusCode;
 use prometheus_client::registry::Registry;
@@ -221,6 +221,7 @@ fn routes(gateway: Arc<Gateway>) -> axum::Router {
         .route("/v1/models/{*name}", get(status::model))
         .route("/tokenize", post(tokens::tokenize))
         .route("/detokenize", post(tokens::detokenize))
+        .route_layer(from_fn(guard::path))
         .route_layer(from_fn_with_state(Arc::clone(&gateway), guard::key));
     let open = axum::Router::new()
         .route("/", get(status::root))

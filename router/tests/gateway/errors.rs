@@ -140,6 +140,8 @@ async fn what_is_no_request_is_answered_in_the_same_form() {
         (gateway.client.post(url(COMPLETION)).body("{\"prompt\": \"x\"}"), 415, "null"),
         (gateway.client.get(url(COMPLETION)), 405, "method_not_allowed"),
         (gateway.client.get(url("/v2/x")), 404, "unknown_url"),
+        (gateway.client.get(url("/v1/models/%ff")), 400, "invalid_url"),
+        (gateway.client.delete(url("/v1/responses/%c3")), 400, "invalid_url"),
     ];
     for (request, status, code) in cases {
         let response = request.send().await.unwrap();
