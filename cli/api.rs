@@ -176,7 +176,12 @@ impl Api {
             body["max_tokens"] = json!(tokens);
         }
         let request = self.client.post(format!("{}/v1/chat/completions", self.url)).json(&body);
-        Ok(Answer { response: self.send(request).await?, events: Events::default() })
+        Ok(Answer {
+            response: self.send(request).await?,
+            events: Events::default(),
+            pieces: VecDeque::new(),
+            is_cut: false,
+        })
     }
 
     /// An answer that is no refusal.
@@ -226,17 +231,31 @@ pub async fn error_message(response: Response) -> String {
     message.map_or_else(|| status.to_string(), str::to_owned)
 }
 
+/// What an answer is made of.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Piece {
+    /// Of the reasoning before the answer.
+    Thought(String),
+    /// Of the answer itself.
+    Text(String),
+}
+
 /// An answer on its way. Dropping it cancels the request.
 pub struct Answer {
     response: Response,
     events: Events,
+    pieces: VecDeque<Piece>,
+    is_cut: bool,
 }
 
 impl Answer {
-    /// The next piece of text; `None` at the end. Errors when the server gives up, or the stream ends early.
-    pub async fn next(&mut self) -> Result<Option<String>> {
+    /// The next piece; `None` at the end. Errors when the server gives up, or the stream ends early.
+    pub async fn next(&mut self) -> Result<Option<Piece>> {
         loop {
-            while let Some(event) = self.events.next() {
+            if let Some(piece) = self.pieces.pop_front() {
+                return Ok(Some(piece));
+            }
+            if let Some(event) = self.events.next() {
                 if event == "[DONE]" {
                     return Ok(None);
                 }
@@ -244,16 +263,25 @@ impl Answer {
                 if let Some(message) = event["error"]["message"].as_str() {
                     bail!("{message}");
                 }
-                if let Some(text) = event["choices"][0]["delta"]["content"].as_str().filter(|t| !t.is_empty())
-                {
-                    return Ok(Some(text.into()));
-                }
+                let choice = &event["choices"][0];
+                self.is_cut |= choice["finish_reason"] == "length";
+                let text = |name: &str| {
+                    choice["delta"][name].as_str().filter(|text| !text.is_empty()).map(str::to_owned)
+                };
+                self.pieces.extend(text("reasoning_content").map(Piece::Thought));
+                self.pieces.extend(text("content").map(Piece::Text));
+                continue;
             }
             match self.response.chunk().await.context("the answer broke off")? {
                 Some(bytes) => self.events.push(&bytes)?,
                 None => bail!("the answer broke off"),
             }
         }
+    }
+
+    /// It ended for lack of room.
+    pub fn is_cut(&self) -> bool {
+        self.is_cut
     }
 }
 

@@ -1,13 +1,13 @@
 //! `baton chat`: a conversation in the terminal, or one question.
 
-use std::io::{BufRead, IsTerminal, stdin};
+use std::io::{BufRead, IsTerminal, stdin, stdout};
 
 use anyhow::{Result, bail};
 use serde_json::{Value, json};
 use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::sync::mpsc;
 
-use crate::api::{Api, Choice, Server};
+use crate::api::{Api, Choice, Piece, Server};
 use crate::print;
 
 /// What is asked of whom.
@@ -105,23 +105,67 @@ async fn answer(
     choice: &Choice,
     interrupt: &mut Signal,
 ) -> Result<Answered> {
-    let mut text = String::new();
+    let mut page = Page { shows_thoughts: stdout().is_terminal(), ..Page::default() };
     let whole = async {
         let mut answer = api.chat(model, messages, choice).await?;
         while let Some(piece) = answer.next().await? {
-            print(&piece);
-            text.push_str(&piece);
+            print(&page.add(&piece));
         }
-        Ok(())
+        Ok(answer.is_cut())
     };
-    let interrupted: Result<bool> = tokio::select! {
-        result = whole => result.map(|()| false),
-        _ = interrupt.recv() => Ok(true),
+    let ended: Result<Option<bool>> = tokio::select! {
+        result = whole => result.map(Some),
+        _ = interrupt.recv() => Ok(None),
     };
-    if !text.is_empty() && !text.ends_with('\n') {
-        print("\n");
+    print(page.end());
+    let text = page.text;
+    match ended? {
+        None => Ok(Answered::Interrupted(text)),
+        Some(is_cut) => {
+            // Who set a limit knows it; that nothing but thoughts came is worth a word.
+            if is_cut && (choice.max_tokens.is_none() || text.is_empty()) {
+                eprintln!("baton: the answer ends here for lack of room");
+            }
+            Ok(Answered::Whole(text))
+        }
     }
-    Ok(if interrupted? { Answered::Interrupted(text) } else { Answered::Whole(text) })
+}
+
+/// What an answer looks like: thoughts, at a terminal only, faint and above it.
+#[derive(Debug, Default)]
+struct Page {
+    shows_thoughts: bool,
+    /// Of the answer.
+    text: String,
+    in_thought: bool,
+}
+
+impl Page {
+    /// What is written for a piece.
+    fn add(&mut self, piece: &Piece) -> String {
+        match piece {
+            Piece::Thought(_) if !self.shows_thoughts => String::new(),
+            Piece::Thought(thought) if self.in_thought => thought.clone(),
+            Piece::Thought(thought) => {
+                self.in_thought = true;
+                format!("\x1b[2m{thought}")
+            }
+            Piece::Text(text) => {
+                self.text.push_str(text);
+                let end = if std::mem::take(&mut self.in_thought) { "\x1b[0m\n\n" } else { "" };
+                format!("{end}{text}")
+            }
+        }
+    }
+
+    /// What is written at the end, however it came.
+    fn end(&mut self) -> &'static str {
+        match (std::mem::take(&mut self.in_thought), self.text.is_empty() || self.text.ends_with('\n')) {
+            (true, _) => "\x1b[0m\n",
+            (false, true) => "",
+            (false, false) => "\n",
+        }
+    }
 }
 
 /// Lines of standard input, read by a thread of their own: such a read cannot be cut short.
@@ -135,4 +179,28 @@ fn lines() -> mpsc::Receiver<String> {
         }
     });
     inbox
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn shown(shows_thoughts: bool, pieces: &[Piece]) -> (String, String) {
+        let mut page = Page { shows_thoughts, ..Page::default() };
+        let mut text: String = pieces.iter().map(|piece| page.add(piece)).collect();
+        text.push_str(page.end());
+        (text, page.text)
+    }
+
+    /// Thoughts are seen while they come, and are no part of the answer; a pipe gets the answer alone.
+    #[test]
+    fn thoughts_are_faint_and_above_the_answer() {
+        let thought = |text: &str| Piece::Thought(text.into());
+        let text = |text: &str| Piece::Text(text.into());
+        let whole = [thought("Hm"), thought("."), text("Yes"), text("!")];
+        assert_eq!(shown(true, &whole), ("\x1b[2mHm.\x1b[0m\n\nYes!\n".into(), "Yes!".into()));
+        assert_eq!(shown(false, &whole), ("Yes!\n".into(), "Yes!".into()));
+        assert_eq!(shown(true, &whole[..1]).0, "\x1b[2mHm\x1b[0m\n", "cut short: nothing stays faint");
+        assert_eq!(shown(true, &[text("a\n")]).0, "a\n");
+    }
 }
