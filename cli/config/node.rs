@@ -18,7 +18,7 @@ const THREADS_MAX: usize = 1024;
 settings! {
     /// What a node is told.
     pub struct NodeSettings {
-        /// Directory of the model, or its name on the Hugging Face hub (ORG/NAME); a config.json with --load-format dummy
+        /// Directory or GGUF file of the model, or its name on the Hugging Face hub (ORG/NAME); a config.json with --load-format dummy
         model: PathBuf ["MODEL"];
         /// Name that the cluster serves the model under [default: the directory's, or NAME]
         served_name: Option<String> ["NAME"];

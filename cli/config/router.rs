@@ -16,7 +16,7 @@ use super::value::{Seconds, Secret, Size, choice};
 settings! {
     /// What a router is told.
     pub struct RouterSettings {
-        /// Directory of the model, or its name on the Hugging Face hub (ORG/NAME): tokenizer and chat template are read, the weights are not
+        /// Directory or GGUF file of the model, or its name on the Hugging Face hub (ORG/NAME): tokenizer and chat template are read, the weights are not
         model: PathBuf ["MODEL"];
         /// Name that clients ask for [default: the directory's, or NAME]
         served_name: Option<String> ["NAME"];

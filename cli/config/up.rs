@@ -16,7 +16,7 @@ const PROCESSES_MAX: usize = 64;
 settings! {
     /// What a whole cluster on one machine is told.
     pub struct UpSettings {
-        /// Directory of the model, or its name on the Hugging Face hub (ORG/NAME) [default: the bundled one]
+        /// Directory or GGUF file of the model, or its name on the Hugging Face hub (ORG/NAME) [default: the bundled one]
         model: Option<PathBuf> ["MODEL"];
         /// Name that clients ask for [default: the directory's, or NAME]
         served_name: Option<String> ["NAME"];

@@ -99,7 +99,11 @@ impl Backend for CpuBackend {
 
     fn caps(&self) -> Caps {
         let activations = if self.int8() { ", activations in 8 bits" } else { "" };
-        let device = format!("{}, {} threads{activations}", self.level, self.pool.threads());
+        let threads = match self.pool.threads() {
+            1 => "1 thread".to_owned(),
+            threads => format!("{threads} threads"),
+        };
+        let device = format!("{}, {threads}{activations}", self.level);
         Caps { name: "cpu", device, exact: true, chunk_tokens: 512 }
     }
 

@@ -30,7 +30,7 @@ pub async fn handle(State(gateway): State<Arc<Gateway>>, request: Request) -> Re
             to_chat(Fields::parse(&body)?, true)?.serve(|chat| prepare(gateway, parse(gateway, chat)?))
         })
         .await?;
-    let head = Head::new("msg", random()?, SystemTime::now(), Arc::clone(&gateway.model));
+    let head = Head::new("msg_", random()?, SystemTime::now(), Arc::clone(&gateway.model));
     let input_tokens = prompt.tokens.len() as u32;
     let mut answer = start(&gateway, &params, &[prompt], &reading, &head, arrived, &asker)?;
     let format = AnthropicFormat::new(head, input_tokens);

@@ -57,7 +57,7 @@ pub async fn handle(State(gateway): State<Arc<Gateway>>, request: Request) -> Re
         .on_text_thread(move |gateway| prepare(gateway, parse(gateway, Fields::parse(&body)?)?))
         .await?;
     let params = &params;
-    let mut head = Head::new("chatcmpl", random()?, SystemTime::now(), Arc::clone(&gateway.model));
+    let mut head = Head::new("chatcmpl-", random()?, SystemTime::now(), Arc::clone(&gateway.model));
     head.service_tier = params.names_tier.then_some(TIER);
     let scored = reading.scores.list.map(|top| (Arc::clone(&prompt.tokens), top));
     let mut answer = start(&gateway, params, &[prompt], &reading, &head, arrived, &asker)?;

@@ -58,7 +58,7 @@ pub async fn handle(State(gateway): State<Arc<Gateway>>, request: Request) -> Re
         })
         .await?;
     let params = &request.params;
-    let head = Head::new("cmpl", random()?, SystemTime::now(), Arc::clone(&gateway.model));
+    let head = Head::new("cmpl-", random()?, SystemTime::now(), Arc::clone(&gateway.model));
     let scores =
         ScoresWanted { echo: request.logprobs.filter(|_| request.echo), list: params.prompt_logprobs };
     let reading = Reading { grammar, scores, ..Reading::plain(Beginning::Continuation, request.logprobs) };

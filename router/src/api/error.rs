@@ -6,6 +6,7 @@ use axum::response::{IntoResponse, Response};
 use http::{HeaderValue, StatusCode, header};
 use serde_json::{Value, json};
 
+use super::fields::quoted;
 use super::openapi;
 use super::quota::Exhausted;
 use crate::inference::InferenceError;
@@ -129,9 +130,9 @@ impl ApiError {
         Self::bad("previous_response_id", "previous_response_not_found", message)
     }
 
-    /// 404: no such model.
-    pub fn no_model(model: &str) -> Self {
-        let message = format!("The model '{model}' does not exist.");
+    /// 404: no such model. `served`: the name of the one that is.
+    pub fn no_model(model: &str, served: &str) -> Self {
+        let message = format!("The model {} does not exist: '{served}' is served here.", quoted(model));
         let error =
             Self::new(StatusCode::NOT_FOUND, "invalid_request_error", Some("model_not_found"), message);
         Self { param: Some("model".into()), ..error }

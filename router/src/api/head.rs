@@ -14,7 +14,7 @@ pub const FINGERPRINT: &str = concat!("fp_baton_", env!("CARGO_PKG_VERSION"));
 /// Identity of one response.
 #[derive(Debug, Clone)]
 pub struct Head {
-    /// `chatcmpl-...` or `cmpl-...`, unique.
+    /// `chatcmpl-...`, `cmpl-...`, `resp_...` or `msg_...`, unique.
     pub id: String,
     /// Seconds since 1970.
     pub created: u64,
@@ -25,15 +25,15 @@ pub struct Head {
 }
 
 impl Head {
-    /// `prefix`: `chatcmpl` or `cmpl`. `random`: 128 bits that nobody else has.
+    /// `prefix`: what the id begins with, such as `chatcmpl-`. `random`: 128 bits that nobody else has.
     pub fn new(prefix: &str, random: u128, now: SystemTime, model: Arc<str>) -> Self {
         let created = now.duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs());
-        Self { id: format!("{prefix}-{random:032x}"), created, model, service_tier: None }
+        Self { id: format!("{prefix}{random:032x}"), created, model, service_tier: None }
     }
 
     /// The id without its prefix.
     pub fn suffix(&self) -> &str {
-        self.id.rsplit('-').next().unwrap_or(&self.id)
+        self.id.rsplit(['-', '_']).next().unwrap_or(&self.id)
     }
 
     /// A complete response.

@@ -257,7 +257,9 @@ impl Gateway {
     /// Reads `model`; absent, it is the served one, as with vLLM.
     fn check_model(&self, fields: &mut Fields) -> Result<(), ApiError> {
         match fields.string("model")? {
-            Some(name) if !self.names().any(|known| known == name) => Err(ApiError::no_model(&name)),
+            Some(name) if !self.names().any(|known| known == name) => {
+                Err(ApiError::no_model(&name, &self.config.model))
+            }
             _ => Ok(()),
         }
     }

@@ -46,9 +46,22 @@ const ROUTES: [Route; 29] = [
     ("get", "/openapi.json", "This document.", None),
 ];
 
-/// The path that a client meant which was told another address: without `/v1`, with it twice, or with a slash at the end.
+/// What Ollama and llama.cpp have elsewhere.
+const ELSEWHERE: [(&str, &str); 5] = [
+    ("/api/chat", "/v1/chat/completions"),
+    ("/api/generate", "/v1/completions"),
+    ("/api/tags", "/v1/models"),
+    ("/api/show", "/v1/models"),
+    ("/completion", "/v1/completions"),
+];
+
+/// The path that a client meant which was told another address: without `/v1`, with it twice, or with a slash at the end; or
+/// one of another server.
 pub fn meant(path: &str) -> Option<&'static str> {
     let path = path.trim_end_matches('/');
+    if let Some((_, here)) = ELSEWHERE.iter().find(|(there, _)| *there == path) {
+        return Some(here);
+    }
     let ends = |known: &&str| known.len() > 1 && path.ends_with(known.trim_start_matches("/v1"));
     ROUTES.map(|(_, known, ..)| known).into_iter().filter(ends).max_by_key(|known| known.len())
 }

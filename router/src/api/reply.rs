@@ -244,7 +244,7 @@ mod tests {
         let choice = Choice::new(&params, Arc::clone(&pieces), &Reading::plain(Beginning::Text, None));
         let meter = SequenceMeter::new(Metrics::new(Registry::default(), "m"), std::time::Instant::now(), 1);
         let lane = (Lane::new(choice, meter, 1), futures::stream::pending().boxed());
-        let head = Head::new("chatcmpl", 0, std::time::UNIX_EPOCH, "m".into());
+        let head = Head::new("chatcmpl-", 0, std::time::UNIX_EPOCH, "m".into());
         stream(Answer::new(vec![lane], &params, 0.0), ChatFormat::new(head, pieces, UsageIn::No, None))
     }
 

@@ -59,7 +59,7 @@ pub async fn handle(State(gateway): State<Arc<Gateway>>, request: Request) -> Re
             Ok((params, prompt, reading, echo))
         })
         .await?;
-    let head = Head::new("resp", random()?, SystemTime::now(), Arc::clone(&gateway.model));
+    let head = Head::new("resp_", random()?, SystemTime::now(), Arc::clone(&gateway.model));
     let mut answer = start(&gateway, &params, &[prompt], &reading, &head, arrived, &asker)?;
     let format = ResponsesFormat::new(head, echo, Arc::clone(&gateway));
     if params.stream {

@@ -99,7 +99,7 @@ pub async fn model(
 ) -> Result<Json<Value>, ApiError> {
     match gateway.names().find(|known| *known == name) {
         Some(known) => Ok(Json(model_object(&gateway, known))),
-        None => Err(ApiError::no_model(&name)),
+        None => Err(ApiError::no_model(&name, &gateway.config.model)),
     }
 }
 

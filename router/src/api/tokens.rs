@@ -29,6 +29,7 @@ pub async fn tokenize(
                 fields.finish()?;
                 gateway.encode_any(&text, add_special.unwrap_or(true))?
             }
+            None if fields.peek("messages").is_none() => return Err(ApiError::missing("prompt")),
             None => {
                 let (conversation, ..) = read_conversation(gateway, &mut fields)?;
                 fields.finish()?;

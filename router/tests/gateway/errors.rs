@@ -162,6 +162,8 @@ async fn a_path_beside_the_right_one_names_it() {
         ("/v1/v1/messages", "/v1/messages"),
         ("/api/v1/models/", "/v1/models"),
         ("/v1/tokenize", "/tokenize"),
+        ("/api/chat", CHAT),
+        ("/completion", COMPLETION),
     ] {
         let (status, answer) = gateway.ask(path, &json!({})).await;
         let message = answer["error"]["message"].as_str().unwrap_or_default();

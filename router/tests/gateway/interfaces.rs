@@ -45,6 +45,7 @@ async fn a_response_has_items_and_can_be_gone_on_with() {
     assert_eq!((&first["status"], &first["metadata"]), (&json!("completed"), &json!({"a": "b"})));
     assert_eq!(first["usage"]["output_tokens"], encode(ANSWER).len() + 1);
     let id = first["id"].as_str().unwrap();
+    assert!(id.starts_with("resp_"), "{id}");
     assert_eq!(gateway.get(&format!("{RESPONSES}/{id}")).await.json::<Value>().await.unwrap(), first);
     let call = &first["output"][2]["call_id"];
     let output = json!([{"type": "function_call_output", "call_id": call, "output": "42"}]);

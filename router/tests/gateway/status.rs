@@ -54,7 +54,8 @@ async fn models_are_listed_under_all_their_names() {
     assert_eq!(list["data"][0]["max_model_len"], CONTEXT);
     let one: serde_json::Value = gateway.get("/v1/models/org/Tiny-1B").await.json().await.unwrap();
     assert_eq!((&one["id"], &one["object"]), (&json!("org/Tiny-1B"), &json!("model")));
-    assert_eq!(gateway.get("/v1/models/other").await.status(), 404);
+    let other: serde_json::Value = gateway.get("/v1/models/other").await.json().await.unwrap();
+    assert_eq!(other["error"]["message"], "The model 'other' does not exist: 'tiny' is served here.");
     assert_eq!(gateway.ask("/v1/completions", &json!({"model": "org/Tiny-1B", "prompt": "x"})).await.0, 200);
 }
 
@@ -194,6 +195,9 @@ async fn texts_become_ids_and_back() {
     let (_, body) = gateway.ask("/tokenize", &chat).await;
     assert_eq!(body["tokens"], json!(encode("<|im_start|>user\nHi<|im_end|>\n")));
     assert_eq!(gateway.ask("/detokenize", &json!({"tokens": [99999]})).await.0, 400);
+    // Of the two that it takes, the one that is simpler is missed.
+    let (_, body) = gateway.ask("/tokenize", &json!({"content": "Hello"})).await;
+    assert_eq!(body["error"]["param"], "prompt");
 }
 
 #[tokio::test]
