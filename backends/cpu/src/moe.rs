@@ -4,6 +4,8 @@
 //! Each of the ranges of K is added up over the experts in ascending order, the shared one last, before the ranges are
 //! joined: so a row's bits depend neither on the other rows nor on how ranks share the columns.
 
+use std::ops::Range;
+
 use backend::{Glu, Moe};
 
 use crate::act::{CpuAct, Raw};
@@ -11,12 +13,17 @@ use crate::coded::DECODED_FLOATS;
 use crate::device::CpuBackend;
 use crate::kernel::Scaled;
 use crate::lanes::LANES;
+use crate::operand::Operand;
 use crate::packed::{Kind, Packed};
-use crate::product::{Product, TASKS_PER_THREAD, Tile, Tiles, join};
+use crate::product::{Product, TASKS_PER_THREAD, Tile, Tiles, Tree};
 use crate::route::{self, Choice};
 use crate::step::CpuStep;
 
-/// Floats that sums of one task take at most, but for the narrowest tile: they stay in the second cache.
+/// Rows up to which all ranges of K have sums of their own: experts then have few rows each, whose weights are read from end to
+/// end.
+const ROWS_TOGETHER: usize = 64;
+/// Floats that the sums of one task take at most while experts are added to them, but for the narrowest tile: they stay in the
+/// second cache. Wide tiles are few, and each reads all inputs.
 const SUMS_FLOATS: usize = 64 * 1024;
 
 /// Who computes what in one mixture; kept between steps for its memory.
@@ -238,16 +245,15 @@ impl CpuStep<'_> {
         out.rounded = !self.device.bf16();
         let to = Raw(out.floats.as_mut_ptr());
         let inner = own.width;
-        let ranges = first.ranges;
         let most = plan.starts.windows(2).map(|pair| pair[1] - pair[0]).max().unwrap_or(0);
         let most = if shared.is_some() { rows } else { most };
-        // Few rows of an expert sum all ranges at once.
-        let together = if most <= Scaled::ROWS_RANGES { ranges } else { 1 };
-        // Sums of every range, [rows][width] each, and one expert's part of as many as are summed at once.
-        let sums = |width: usize| (ranges * rows + together * most) * width;
+        let together = if rows <= ROWS_TOGETHER { first.ranges } else { 1 };
+        let tree = Tree { ranges: first.ranges, together };
+        // One expert's part: few rows sum all ranges at once.
+        let part_rows = most.max(together * most.min(Scaled::ROWS_RANGES));
         let mut enough = self.device.pool.threads() * TASKS_PER_THREAD;
         let mut tiles = Tiles::of_row(first, enough);
-        while sums(tiles.group() * LANES) > SUMS_FLOATS && tiles.group() > 1 {
+        while together * rows * tiles.group() * LANES > SUMS_FLOATS && tiles.group() > 1 {
             enough = tiles.count + 1;
             tiles = Tiles::of_row(first, enough);
         }
@@ -262,47 +268,54 @@ impl CpuStep<'_> {
             let Some(Tile { segment, panel, panels, .. }) = tiles.get(task) else { return };
             let (width, panels) = (panels * LANES, (panel, panels));
             let size = rows * width;
-            let acc = scratch.floats(sums(width) + DECODED_FLOATS);
-            // SAFETY: sums, part and buffer lie in this thread's scratch one behind the other; inputs are those of each
-            // expert's pairs; the columns of `out` are this task's.
+            let sums = scratch.floats((tree.places() * rows + part_rows) * width + DECODED_FLOATS);
+            let part = sums.wrapping_add(tree.places() * size);
+            let buffer = part.wrapping_add(part_rows * width);
+            // Sums `rows` rows of one expert over some ranges, and gives those of each, by its place among them, to `add`.
+            let expert = |weight: &Packed,
+                          x: Operand<'_>,
+                          rows: usize,
+                          ranges: Range<usize>,
+                          add: &dyn Fn(usize, *const f32)| {
+                let (size, segment) = (rows * width, &weight.segments[segment]);
+                let together = if rows <= Scaled::ROWS_RANGES { ranges.len() } else { 1 };
+                for first in ranges.clone().step_by(together) {
+                    let summed = first..first + together;
+                    // SAFETY: the part and the buffer lie in this thread's scratch one behind the other; x has the rows.
+                    unsafe { segment.sum(kernels, summed, panels, x, rows, part, size, buffer) };
+                    (0..together).for_each(|at| add(first - ranges.start + at, part.wrapping_add(at * size)));
+                }
+            };
+            // SAFETY: sums lie in this thread's scratch; inputs are those of each expert's pairs; the columns of `out` are
+            // this task's.
             unsafe {
-                let part = acc.add(ranges * size);
-                let part_range = most * width;
-                let buffer = part.add(together * part_range);
-                acc.write_bytes(0, ranges * size);
-                for (expert, weight) in weights.down.iter().enumerate() {
-                    let pairs = &plan.pairs[plan.starts[expert]..plan.starts[expert + 1]];
-                    let own = own_other.of(own, weight).rows_from(plan.starts[expert]);
-                    for first in (0..ranges).step_by(together).filter(|_| !pairs.is_empty()) {
-                        let summed = first..first + together;
-                        let segment = &weight.segments[segment];
-                        let count = pairs.len();
-                        segment.sum(kernels, summed.clone(), panels, own, count, part, part_range, buffer);
-                        for (range, at) in summed.zip(0..) {
-                            let (acc, part) = (acc.add(range * size), part.add(at * part_range));
+                tree.sum(kernels, sums, size, |ranges, sums| {
+                    sums.write_bytes(0, ranges.len() * size);
+                    for (at, weight) in weights.down.iter().enumerate() {
+                        let start = plan.starts[at];
+                        let pairs = &plan.pairs[start..plan.starts[at + 1]];
+                        if pairs.is_empty() {
+                            continue;
+                        }
+                        let x = own_other.of(own, weight).rows_from(start);
+                        expert(weight, x, pairs.len(), ranges.clone(), &|range, part| {
                             for (at, (row, factor)) in pairs.iter().enumerate() {
-                                let (sum, part) = (acc.add(*row as usize * width), part.add(at * width));
-                                (kernels.blend)(sum, part, width, 1.0, *factor);
+                                let sum = sums.add(range * size + *row as usize * width);
+                                (kernels.blend)(sum, part.add(at * width), width, 1.0, *factor);
                             }
-                        }
+                        });
                     }
-                }
-                if let Some((weight, act, other)) = &shared {
-                    for first in (0..ranges).step_by(together) {
-                        let (summed, x) = (first..first + together, other.of(act, weight));
-                        let segment = &weight.segments[segment];
-                        segment.sum(kernels, summed.clone(), panels, x, rows, part, part_range, buffer);
-                        for (range, at) in summed.zip(0..) {
-                            (kernels.add)(acc.add(range * size), part.add(at * part_range), size, false);
-                        }
+                    if let Some((weight, act, other)) = &shared {
+                        expert(weight, other.of(act, weight), rows, ranges, &|range, part| {
+                            (kernels.add)(sums.add(range * size), part, size, false);
+                        });
                     }
-                }
-                join(kernels, acc, ranges, size);
+                });
                 let column = first.segments[segment].first + panel * LANES;
                 let columns = width.min(first.segments[segment].outputs - panel * LANES);
                 for row in 0..rows {
                     let to = to.row(row, first.outputs).add(column);
-                    std::ptr::copy_nonoverlapping(acc.add(row * width), to, columns);
+                    std::ptr::copy_nonoverlapping(sums.add(row * width), to, columns);
                 }
             }
         });

@@ -1,5 +1,7 @@
 //! `x W^T`: cuts a product into tasks of some panels by some rows, each summing K in order.
 
+use std::ops::Range;
+
 use crate::coded::DECODED_FLOATS;
 use crate::kernel::{Kernels, Scaled};
 use crate::lanes::LANES;
@@ -18,7 +20,7 @@ const ROWS_MAX: usize = 96;
 const ROWS_MAX_WHOLE: usize = 192;
 /// Tasks per thread that even out unequal speeds.
 pub(crate) const TASKS_PER_THREAD: usize = 3;
-/// Sums waiting for their partner in a tree of ranges, by level.
+/// Places of a tree of up to 8 ranges that are summed one after the other.
 const TREE_LEVELS: usize = 4;
 
 /// One product. `x` is `[rows, inputs]`, `out` `[rows, outputs]`, both dense.
@@ -87,36 +89,17 @@ impl Product<'_> {
         let width = tile.panels * LANES;
         let Tile { row, rows, .. } = tile;
         let (x, panels) = (self.x.rows_from(row), (tile.panel, tile.panels));
-        // Few rows sum all ranges at once: places for all of them. Else level i holds sums of 2^i ranges. All are [rows][width];
-        // then comes what a segment decodes into.
+        // Few rows sum all ranges at once. Behind the sums, all [rows][width], comes what a segment decodes into.
         let size = rows * width;
-        let together = if rows <= Scaled::ROWS_RANGES { w.ranges } else { 1 };
-        let places = together.max(TREE_LEVELS);
-        let sums = scratch.floats(size * places + DECODED_FLOATS);
-        let mut waiting = 0usize;
-        for range in (0..w.ranges).step_by(together) {
-            // SAFETY: bits of `waiting` count ranges, at most 8: the free slot is at most level 3. Weights, x and sums
-            // are valid for the panels, rows and inputs named.
-            unsafe {
-                let slot = waiting.count_ones() as usize;
-                let (acc, buffer) = (sums.add(slot * size), sums.add(places * size));
-                let ranges = range..range + together;
-                segment.sum(self.kernels, ranges, panels, x, rows, acc, size, buffer);
-                // As in binary counting: a carry joins two sums of equally many ranges.
-                let (mut carry, mut top) = (1, slot);
-                while waiting & carry != 0 {
-                    (self.kernels.add)(sums.add((top - 1) * size), sums.add(top * size), size, false);
-                    waiting &= !carry;
-                    carry <<= 1;
-                    top -= 1;
-                }
-                waiting |= carry;
-            }
-        }
-        // SAFETY: there are so many places.
-        unsafe { join(self.kernels, sums, together, size) };
-        // SAFETY: `out` has these rows and columns; level 0 holds the sum of all ranges (a power of two).
+        let tree =
+            Tree { ranges: w.ranges, together: if rows <= Scaled::ROWS_RANGES { w.ranges } else { 1 } };
+        let sums = scratch.floats(size * tree.places() + DECODED_FLOATS);
+        let buffer = sums.wrapping_add(size * tree.places());
+        // SAFETY: weights, x and sums are valid for the panels, rows and inputs named, and `out` has these rows and columns.
         unsafe {
+            tree.sum(self.kernels, sums, size, |ranges, acc| {
+                segment.sum(self.kernels, ranges, panels, x, rows, acc, size, buffer);
+            });
             let columns = width.min(segment.outputs - tile.panel * LANES);
             let first = segment.first + tile.panel * LANES;
             for r in 0..rows {
@@ -131,18 +114,55 @@ impl Product<'_> {
     }
 }
 
-/// Adds up the sums of `ranges` ranges (a power of two), `[ranges][size]`, as a binary tree, in the first one's place.
-///
-/// # Safety
-/// `sums` has all of them.
-pub(crate) unsafe fn join(kernels: &Kernels, sums: *mut f32, ranges: usize, size: usize) {
-    let mut apart = 1;
-    while apart < ranges {
-        for low in (0..ranges).step_by(apart * 2) {
-            // SAFETY: both are among the caller's.
-            unsafe { (kernels.add)(sums.add(low * size), sums.add((low + apart) * size), size, false) };
+/// How the sums of all ranges of K become one: as a binary tree, whose numbers of ranges are powers of two.
+#[derive(Clone, Copy)]
+pub(crate) struct Tree {
+    pub(crate) ranges: usize,
+    /// Ranges that are summed at once, side by side: all or one.
+    pub(crate) together: usize,
+}
+
+impl Tree {
+    /// Sums that there must be room for.
+    pub(crate) fn places(self) -> usize {
+        self.together.max(TREE_LEVELS)
+    }
+
+    /// Calls `part` for ranges that are summed at once and for where it puts their sums, of `size` floats each, one behind the
+    /// other. The sum of all is left in the first place.
+    ///
+    /// # Safety
+    /// `sums` has room for [`Tree::places`] of them, and `part` writes no others.
+    pub(crate) unsafe fn sum(
+        self,
+        kernels: &Kernels,
+        sums: *mut f32,
+        size: usize,
+        mut part: impl FnMut(Range<usize>, *mut f32),
+    ) {
+        // SAFETY: there is a place for each power of two of ranges, which are 8 at most, or for all that are summed at once.
+        let join = |to: usize, from: usize| unsafe {
+            (kernels.add)(sums.add(to * size), sums.add(from * size), size, false);
+        };
+        // As in binary counting: a carry joins two sums of equally many ranges.
+        let mut waiting = 0usize;
+        for range in (0..self.ranges).step_by(self.together) {
+            let mut slot = waiting.count_ones() as usize;
+            part(range..range + self.together, sums.wrapping_add(slot * size));
+            let mut carry = 1;
+            while waiting & carry != 0 {
+                join(slot - 1, slot);
+                waiting &= !carry;
+                carry <<= 1;
+                slot -= 1;
+            }
+            waiting |= carry;
         }
-        apart *= 2;
+        let mut apart = 1;
+        while apart < self.together {
+            (0..self.together).step_by(apart * 2).for_each(|low| join(low, low + apart));
+            apart *= 2;
+        }
     }
 }
 

@@ -258,17 +258,17 @@ fn exact<B: Backend>(suite: &Suite<'_, B>, dtype: DType) {
     let coded = suite.quants.iter().copied().find(|format| format.align_cols() == 32);
     for mixture in [Mixture::softmax(None, 72, 40), Mixture::grouped(coded, 64, 32)] {
         let width = mixture.hidden;
-        let x = Tensor::random(9, dtype, 60, width, 1.0);
+        let x = Tensor::random(9, dtype, 80, width, 1.0);
         let run = |threads: usize, rows: std::ops::Range<usize>| {
             let options = DeviceOptions { threads, ..suite.options(dtype) };
             let values = rows.clone().flat_map(|row| x.row(row).to_vec());
             let x = Tensor::new(dtype, rows.len(), width, values);
             bits(&mixture.run(suite, &options, Group::alone(), &x))
         };
-        let all = run(2, 0..60);
-        for (threads, rows) in [(1, 0..60), (3, 0..1), (2, 7..9), (1, 20..51), (4, 59..60)] {
+        let all = run(2, 0..80);
+        for (threads, rows) in [(1, 0..80), (3, 0..1), (2, 7..9), (1, 20..51), (4, 79..80)] {
             let same = all[rows.start * width..rows.end * width] == run(threads, rows.clone());
-            assert!(same, "rows {rows:?} on {threads} threads differ from rows among 60");
+            assert!(same, "rows {rows:?} on {threads} threads differ from rows among 80");
         }
     }
 }
