@@ -356,6 +356,7 @@ impl Coded {
                         acc: part.acc.add(first * LANES),
                         acc_stride: part.panels * LANES,
                         fresh: k == part.origin,
+                        soon: None,
                     });
                 }
             }

@@ -130,6 +130,7 @@ impl HeadsProduct<'_> {
                     acc: sums,
                     acc_stride: width,
                     fresh: true,
+                    soon: None,
                 });
                 for r in 0..rows {
                     let out = self.out.add((row + r) * self.out_strides.0 + head * self.out_strides.1);

@@ -23,7 +23,7 @@ use crate::lanes::LANES;
 pub(crate) use bytes::{BLOCK, BLOCK_FLOATS, Bytes, Eighths, ORDER};
 pub(crate) use codes::{Code, Decode, E4M3_SCALE, Form, Scale, Units, Zero};
 pub(crate) use stream::Stream;
-pub(crate) use sweep::{Layout, Sweep};
+pub(crate) use sweep::{Layout, Soon, Sweep};
 
 /// The kernels of one instruction level. Lengths count floats; `bf16` rounds results (and inputs, for which that is no
 /// change unless they come unrounded from a product) to bf16.
@@ -419,6 +419,7 @@ mod tests {
                 acc: got.as_mut_ptr(),
                 acc_stride: halves.len(),
                 fresh: true,
+                soon: None,
             };
             // SAFETY: one k of as many panels as halves fill, and as many sums.
             unsafe { (level.kernels().sweep)(&sweep) };

@@ -194,6 +194,7 @@ impl Plain {
                         acc,
                         acc_stride,
                         fresh,
+                        soon: None,
                     }),
                 }
             }

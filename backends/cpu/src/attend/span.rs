@@ -4,11 +4,11 @@ use std::ops::Range;
 
 use backend::DType;
 
-use super::{Attention, QUERIES_CUT, Rows, SPAN, Sums, Unit};
-use crate::kernel::{Layout, Pairs, Sweep};
+use super::{Attention, Planes, QUERIES_CUT, Rows, SPAN, Sums, Unit};
+use crate::kernel::{Layout, Pairs, Soon, Sweep};
 use crate::lanes::LANES;
 
-/// Keys are asked for so many positions ahead.
+/// Keys that nobody has asked for before ([`Attention::soon`]) are asked for so many positions ahead.
 const AHEAD: usize = 64;
 
 impl Attention<'_> {
@@ -63,6 +63,7 @@ impl Attention<'_> {
             let to = k_turned.cast::<u32>().add(first_panel * self.key_words() * LANES);
             // Behind this span the next one's first keys are asked for.
             let last = (run.start + unit.rows.end).min(base + SPAN + AHEAD);
+            let asked = self.pairs.is_none() && span > unit.spans.start && self.soon(unit, 0, base).is_some();
             let mut before = 0;
             for plane in self.planes.keys() {
                 let mut keys = [std::ptr::null(); SPAN + AHEAD];
@@ -73,7 +74,12 @@ impl Attention<'_> {
                     let soon =
                         (panel * LANES + AHEAD).max(low)..((panel + 1) * LANES + AHEAD).min(last - base);
                     let to = to.add(((panel - first_panel) * self.key_words() + before) * LANES);
-                    (self.kernels.transpose)(&rows, words, to, keys.get(soon).unwrap_or(&[]));
+                    (self.kernels.transpose)(
+                        &rows,
+                        words,
+                        to,
+                        keys.get(soon).filter(|_| !asked).unwrap_or(&[]),
+                    );
                 }
                 before += words;
             }
@@ -148,6 +154,7 @@ impl Attention<'_> {
                     acc,
                     acc_stride: SPAN,
                     fresh: true,
+                    soon: self.soon_of_keys(unit, span * SPAN + first * LANES),
                 }),
             }
             for query in of.clone() {
@@ -236,10 +243,38 @@ impl Attention<'_> {
                     acc: sums.value.add(of.start * self.padded_dim()),
                     acc_stride: self.padded_dim(),
                     fresh: false,
+                    soon: self.soon_of_values(unit, span * SPAN + from),
                 });
             }
             from += count;
         }
+    }
+
+    /// What lies in a plane from `position` on, for as much of a span as the unit's rows attend to, if it is in one piece.
+    fn soon(&self, unit: &Unit, plane: usize, position: usize) -> Option<Soon> {
+        let (run, spec) = (&self.runs[unit.run], &self.slab.spec.planes[plane]);
+        let end = (run.start + unit.rows.end).min(unit.spans.end * SPAN);
+        let count = SPAN.min(end.saturating_sub(position));
+        let lines = spec.head_bytes() / 64;
+        let some = lines.is_power_of_two() && count > 0 && self.adjacent(run, position) >= count;
+        some.then(|| Soon {
+            at: self.place(run, plane, position, unit.group),
+            lines: lines.ilog2(),
+            row: spec.token_bytes(),
+        })
+    }
+
+    /// What is asked for while keys are multiplied: the values of these positions, or, where keys have them, what comes next.
+    fn soon_of_keys(&self, unit: &Unit, position: usize) -> Option<Soon> {
+        match self.planes {
+            Planes::Heads => self.soon(unit, self.planes.values(), position),
+            Planes::Latent => self.soon(unit, self.planes.values(), position + SPAN),
+        }
+    }
+
+    /// What is asked for while values are: the keys of the next span.
+    fn soon_of_values(&self, unit: &Unit, position: usize) -> Option<Soon> {
+        (self.planes == Planes::Heads).then(|| self.soon(unit, 0, position + SPAN)).flatten()
     }
 
     /// Positions from `position` on that lie in memory one after the other.

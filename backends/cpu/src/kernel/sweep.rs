@@ -15,6 +15,27 @@ pub(crate) enum Layout {
     F32,
 }
 
+/// What a product asks for while it runs: rows of memory, a cache line for each two k of a panel, which are a line themselves in
+/// bf16.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Soon {
+    pub(crate) at: *const u8,
+    /// Lines of a row, as a power of two.
+    pub(crate) lines: u32,
+    /// Bytes from one row to the next.
+    pub(crate) row: usize,
+}
+
+impl Soon {
+    #[inline(always)]
+    unsafe fn ask<V: Lanes>(&self, line: usize) {
+        let row = (line >> self.lines).wrapping_mul(self.row);
+        let line = line & ((1 << self.lines) - 1);
+        // SAFETY: a prefetch of any address is harmless.
+        unsafe { V::prefetch_far(self.at.wrapping_add(row).wrapping_add(line * 64)) }
+    }
+}
+
 /// `acc[row][panel * 16 + lane] += sum over k, ascending, of x[row][k] * w[panel][k][lane]`.
 ///
 /// The order of the sum is the same for every tile: one running accumulator per output.
@@ -38,6 +59,8 @@ pub(crate) struct Sweep {
     pub(crate) acc_stride: usize,
     /// Begin at zero instead of what `acc` holds.
     pub(crate) fresh: bool,
+    /// What is asked for instead of weights that lie 1 KiB ahead.
+    pub(crate) soon: Option<Soon>,
 }
 
 /// A product's second factor as the tile reads it.
@@ -178,7 +201,10 @@ unsafe fn tile<V: Lanes, W: Panels<V>, const R: usize, const P: usize>(
         while k + 2 <= s.k {
             // Weights stream from memory when rows are few; when they do not, asking costs next to nothing.
             for p in 0..P {
-                w.ahead(panel + p, k);
+                match &s.soon {
+                    Some(soon) if row == 0 => soon.ask::<V>((panel + p) * (s.k / 2) + k / 2),
+                    _ => w.ahead(panel + p, k),
+                }
             }
             let (mut even, mut odd) = ([V::splat(0.0); P], [V::splat(0.0); P]);
             for p in 0..P {
