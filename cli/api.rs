@@ -187,7 +187,13 @@ impl Api {
     /// An answer that is no refusal.
     async fn send(&self, request: RequestBuilder) -> Result<Response> {
         let response = self.answer(request).await?;
-        if response.status().is_success() { Ok(response) } else { bail!("{}", error_message(response).await) }
+        match response.status() {
+            status if status.is_success() => Ok(response),
+            StatusCode::UNAUTHORIZED => {
+                bail!("{} (--api-key or BATON_API_KEY)", error_message(response).await)
+            }
+            _ => bail!("{}", error_message(response).await),
+        }
     }
 
     async fn answer(&self, request: RequestBuilder) -> Result<Response> {

@@ -175,13 +175,15 @@ impl Interceptor for ServerAuth {
 #[derive(Debug, thiserror::Error)]
 pub enum TokenError {
     /// The text has another length.
-    #[error("a cluster token is 64 hex digits, this one has {chars} characters")]
+    #[error(
+        "a join token begins with baton-join-, a cluster's secret has 64 hex digits: this has {chars} characters"
+    )]
     Length {
         /// What was given.
         chars: usize,
     },
     /// The text holds other characters.
-    #[error("a cluster token is 64 hex digits, this one holds other characters")]
+    #[error("a cluster's secret has 64 hex digits, this one holds other characters")]
     NotHex,
     /// The file cannot be read or made.
     #[error("cluster token file {}: {error}", path.display())]
@@ -243,7 +245,7 @@ mod tests {
         assert_eq!(ClusterToken::parse(&format!(" {}\n", HEX.to_uppercase())).unwrap().expose(), HEX);
         assert_eq!(
             ClusterToken::parse("secret").unwrap_err().to_string(),
-            "a cluster token is 64 hex digits, this one has 6 characters"
+            "a join token begins with baton-join-, a cluster's secret has 64 hex digits: this has 6 characters"
         );
         assert!(matches!(ClusterToken::parse(&"g".repeat(64)), Err(TokenError::NotHex)));
     }

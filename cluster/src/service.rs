@@ -115,7 +115,7 @@ impl Members {
             Ok(reply) => {
                 tracing::info!(
                     node = name,
-                    role = role.as_str_name(),
+                    role = role.as_str_name().trim_start_matches("ROLE_").to_lowercase(),
                     backend,
                     member = reply.member_id,
                     "joined"

@@ -122,6 +122,7 @@ pub fn start(
     let (done, ended) = oneshot::channel();
     let config = config.clone();
     let work = move || {
+        tell_choice(config.backend, config.group.world);
         let result = match chosen(config.backend, config.group.world) {
             #[cfg(feature = "mlx")]
             BackendKind::Mlx => {
@@ -164,15 +165,17 @@ fn chosen(asked: BackendKind, world: usize) -> BackendKind {
     if asked != BackendKind::Auto || world > 1 {
         return asked;
     }
+    if backend_cuda::probe().is_ok() { BackendKind::Cuda } else { BackendKind::Cpu }
+}
+
+/// Says what `auto` has found, and why.
+fn tell_choice(asked: BackendKind, world: usize) {
+    if asked != BackendKind::Auto || world > 1 || cfg!(feature = "mlx") {
+        return;
+    }
     match backend_cuda::probe() {
-        Ok(gpus) => {
-            tracing::info!(gpus, "computing on the GPU");
-            BackendKind::Cuda
-        }
-        Err(reason) => {
-            tracing::info!("computing on the CPU: {reason}");
-            BackendKind::Cpu
-        }
+        Ok(gpus) => tracing::info!(gpus, "computing on the GPU"),
+        Err(reason) => tracing::info!("computing on the CPU: {reason}"),
     }
 }
 

@@ -38,6 +38,8 @@ async fn made_used_and_revoked() {
     };
     until(&alice, 200).await;
     assert_eq!(ask("sk-baton-wrong", None).await, Some(401));
+    let (ok, _, stderr) = output(baton(&["chat", "--url", &router.url(""), "--api-key=wrong"]).arg("Hi"));
+    assert!(!ok && stderr.ends_with("(--api-key or BATON_API_KEY)\n"), "{stderr}");
     // A name of somebody else's that leads to this machine.
     assert_eq!(ask(&alice, Some("evil.example")).await, Some(403));
     let (bob, _) = key(&["create", "bob"]);
