@@ -19,8 +19,8 @@ const CUSTOM_ID_BYTES_MAX: usize = 512;
 pub struct Rules<'a> {
     /// Of every line.
     pub endpoint: Endpoint,
-    /// Whether a model is served under this name.
-    pub serves: &'a dyn Fn(&str) -> bool,
+    /// What is wrong with a model's name, if anything, in words for clients.
+    pub model: &'a dyn Fn(&str) -> Result<(), String>,
     /// Longest line.
     pub line_bytes: u64,
     /// Most lines.
@@ -182,12 +182,8 @@ fn check_line(line: &Seen, rules: &Rules, known: impl FnOnce(&str) -> bool) -> R
         return Err(problem("invalid_url", Some("url"), message));
     }
     let body = value["body"].as_object().ok_or_else(|| missing("body"))?;
-    match body.get("model") {
-        Some(Value::String(model)) if !(rules.serves)(model) => {
-            let message = format!("The model {model:?} does not exist.");
-            return Err(problem("model_not_found", Some("body.model"), message));
-        }
-        _ => {}
+    if let Some(Value::String(model)) = body.get("model") {
+        (rules.model)(model).map_err(|message| problem("model_not_found", Some("body.model"), message))?;
     }
     if body.get("stream").and_then(Value::as_bool) == Some(true) {
         let message = "'stream' is not supported in a batch.".into();
@@ -203,7 +199,7 @@ mod tests {
     fn checked(text: &str) -> Checked {
         let rules = Rules {
             endpoint: Endpoint::Chat,
-            serves: &|name| name == "m",
+            model: &|name| if name == "m" { Ok(()) } else { Err(format!("not {name}")) },
             line_bytes: 200,
             lines: 5,
             stop: &|| false,

@@ -60,8 +60,8 @@ impl Answers for Lines {
         .boxed()
     }
 
-    fn serves(&self, model: &str) -> bool {
-        self.0.names().any(|name| name == model)
+    fn check_model(&self, model: &str) -> Result<(), String> {
+        self.0.check_name(model).map_err(|error| error.message)
     }
 
     fn knows(&self, owner: &str) -> bool {

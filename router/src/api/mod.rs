@@ -256,11 +256,14 @@ impl Gateway {
 
     /// Reads `model`; absent, it is the served one, as with vLLM.
     fn check_model(&self, fields: &mut Fields) -> Result<(), ApiError> {
-        match fields.string("model")? {
-            Some(name) if !self.names().any(|known| known == name) => {
-                Err(ApiError::no_model(&name, &self.config.model))
-            }
-            _ => Ok(()),
+        fields.string("model")?.map_or(Ok(()), |name| self.check_name(&name))
+    }
+
+    /// Errors for a name that no model is served under.
+    fn check_name(&self, name: &str) -> Result<(), ApiError> {
+        match self.names().any(|known| known == name) {
+            true => Ok(()),
+            false => Err(ApiError::no_model(name, &self.config.model)),
         }
     }
 

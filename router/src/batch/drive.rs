@@ -93,7 +93,7 @@ impl Drive {
         blocking(move || {
             let rules = Rules {
                 endpoint: record.endpoint,
-                serves: &|model| answers.serves(model),
+                model: &|model| answers.check_model(model),
                 line_bytes: answers.line_bytes(),
                 lines,
                 stop: &|| stop.is_cancelled(),

@@ -68,8 +68,8 @@ impl BatchConfig {
 pub trait Answers: Send + Sync + 'static {
     /// Answers one line. Dropping the future cancels everything behind it.
     fn answer(&self, owner: &str, endpoint: Endpoint, body: Value) -> BoxFuture<'static, Answered>;
-    /// Whether a model is served under this name.
-    fn serves(&self, model: &str) -> bool;
+    /// Errors for a model that is not served under this name, in words for clients.
+    fn check_model(&self, model: &str) -> Result<(), String>;
     /// Whether this owner still has a key.
     fn knows(&self, owner: &str) -> bool;
     /// Requests in the cluster.

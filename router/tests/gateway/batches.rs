@@ -181,14 +181,20 @@ async fn what_is_wrong_is_named() {
         assert_eq!(client.json(Method::GET, path, None).await.0, status, "{path}");
     }
     assert_eq!(client.create("file-1").await.0, 404);
-    let input = format!("{}\n{}nonsense\n", line(0, "a"), line(0, "a"));
+    let other = line(1, "a").replace("tiny", "other");
+    let input = format!("{}\n{}nonsense\n{other}", line(0, "a"), line(0, "a"));
     let (_, batch) = client.create(&client.upload(&input).await).await;
     let batch = client.until(batch["id"].as_str().unwrap(), "failed").await;
     let errors = batch["errors"]["data"].as_array().unwrap();
     assert_eq!(
         errors.iter().map(|e| (e["line"].as_u64(), e["code"].as_str())).collect::<Vec<_>>(),
-        [(Some(3), Some("duplicate_custom_id")), (Some(4), Some("invalid_json_line"))]
+        [
+            (Some(3), Some("duplicate_custom_id")),
+            (Some(4), Some("invalid_json_line")),
+            (Some(5), Some("model_not_found"))
+        ]
     );
+    assert_eq!(errors[2]["message"], "The model 'other' does not exist: 'tiny' is served here.");
 }
 
 /// A list goes on behind the last that a client has seen, in either order, and says whether there is more.
