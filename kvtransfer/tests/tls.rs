@@ -13,6 +13,7 @@ use common::net::{LOCAL, expect_all, open, push_all, session};
 use common::{CLOSE, Cache, Case, MemExport};
 use kvtransfer::transport::Dialer;
 use kvtransfer::transport::tls::{CertificateDer, Peers, Tls, TlsDialer};
+use kvtransfer::transport::ucx::{Way, Ways, available};
 use kvtransfer::wire::Incoming;
 use kvtransfer::{Limits, OnTurned, Receiver, Sender, SessionError, Turned};
 use rcgen::{BasicConstraints, CertificateParams, CertifiedIssuer, IsCa, KeyPair};
@@ -154,14 +155,39 @@ fn told(tls: Tls) -> (Tls, Arc<Revoked>) {
 }
 
 /// Slow enough that a session is under way for a while.
-fn slow() -> Limits {
-    Limits { rate_bytes_per_s: Some(1 << 20), frame_bytes: 16 << 10, ..Limits::default() }
+fn slow(ways: Ways) -> Limits {
+    Limits { rate_bytes_per_s: Some(1 << 20), frame_bytes: 16 << 10, ways, ..Limits::default() }
 }
 
-/// Waits until something has been sent.
-fn under_way(sender: &Sender) {
+/// What payloads can go by: the connection itself, and shared memory where there is UCX.
+fn ways() -> Vec<(Ways, Way)> {
+    let ucx = available();
+    if let Err(why) = &ucx {
+        println!("skipped: shared memory, {why}");
+        assert!(std::env::var_os("BATON_NEEDS_UCX").is_none(), "{why}");
+    }
+    let shm = ucx.is_ok().then_some((Ways { shm: true, ..Ways::NONE }, Way::Shm));
+    [(Ways::NONE, Way::Stream)].into_iter().chain(shm).collect()
+}
+
+/// Sends until payloads go by `way`, on which both ends agree while the first ones go by the connection.
+fn settle(sender: &Sender, receiver: &Receiver, way: Way) {
     let begun = Instant::now();
-    while sender.links().iter().all(|link| link.bytes == 0) {
+    while sender.links().first().is_none_or(|link| link.way != way) {
+        assert!(begun.elapsed() < Duration::from_secs(10), "nothing goes by {way:?}");
+        let (pushed, landed) = session(&case(1), sender, receiver, &receiver.local_addr().to_string());
+        assert!(pushed.is_ok() && landed.result.is_ok());
+    }
+}
+
+fn sent(sender: &Sender) -> u64 {
+    sender.links().iter().map(|link| link.bytes).sum()
+}
+
+/// Waits until more has been sent than `before`.
+fn under_way(sender: &Sender, before: u64) {
+    let begun = Instant::now();
+    while sent(sender) == before {
         assert!(begun.elapsed() < Duration::from_secs(10), "nothing is sent");
         std::thread::sleep(Duration::from_millis(5));
     }
@@ -171,6 +197,10 @@ fn under_way(sender: &Sender) {
 /// connection, and who sends to the same receiver does not notice. The sender here has not heard that it was revoked.
 #[test]
 fn a_revoked_sender_is_cut_off() {
+    ways().into_iter().for_each(|(ways, way)| cut_off_sender(ways, way));
+}
+
+fn cut_off_sender(ways: Ways, way: Way) {
     let ours = authority();
     let (counts, counted) = std::sync::mpsc::channel();
     let turned = OnTurned::new(move |turned| {
@@ -180,10 +210,13 @@ fn a_revoked_sender_is_cut_off() {
         }
     });
     let (own, revoked) = told(tls(&ours, &ours));
-    let receiver = Receiver::bind_counted(LOCAL, Limits::default(), Some(own), turned).unwrap();
+    let limits = Limits { ways, ..Limits::default() };
+    let receiver = Receiver::bind_counted(LOCAL, limits, Some(own), turned).unwrap();
     let address = receiver.local_addr().to_string();
     let [bad, good] = [tls(&ours, &ours), tls(&ours, &ours)];
-    let senders = [&bad, &good].map(|tls| Sender::with_dialer(slow(), Box::new(TlsDialer(tls.clone()))));
+    let senders = [&bad, &good].map(|tls| Sender::with_dialer(slow(ways), Box::new(TlsDialer(tls.clone()))));
+    senders.iter().for_each(|sender| settle(sender, &receiver, way));
+    let before = senders.each_ref().map(sent);
     // 4 layers x 2 planes x 8 heads x 64 x 2 B = 8 KiB per token: 1.6 MB, a second and a half.
     let ends: Vec<_> = senders
         .iter()
@@ -196,7 +229,8 @@ fn a_revoked_sender_is_cut_off() {
             (pushed, landed)
         })
         .collect();
-    senders.iter().for_each(under_way);
+    senders.iter().zip(before).for_each(|(sender, before)| under_way(sender, before));
+    assert!(senders.iter().all(|sender| sender.links()[0].way == way));
     revoked.add(&cert(&bad));
     let (_, cut) = ends[0].1.recv().unwrap();
     assert!(matches!(cut.result, Err(SessionError::Revoked { .. })), "{:?}", cut.result);
@@ -213,18 +247,25 @@ fn a_revoked_sender_is_cut_off() {
 /// revoked.
 #[test]
 fn a_revoked_receiver_is_cut_off() {
+    ways().into_iter().for_each(|(ways, way)| cut_off_receiver(ways, way));
+}
+
+fn cut_off_receiver(ways: Ways, way: Way) {
     let ours = authority();
     let theirs = tls(&ours, &ours);
-    let receiver = Receiver::bind_with(LOCAL, Limits::default(), Some(theirs.clone())).unwrap();
+    let limits = Limits { ways, ..Limits::default() };
+    let receiver = Receiver::bind_with(LOCAL, limits, Some(theirs.clone())).unwrap();
     let address = receiver.local_addr().to_string();
     let (own, revoked) = told(tls(&ours, &ours));
-    let sender = Sender::with_dialer(slow(), Box::new(TlsDialer(own.clone())));
-    let case = case(200);
+    let sender = Sender::with_dialer(slow(ways), Box::new(TlsDialer(own.clone())));
+    settle(&sender, &receiver, way);
+    let (before, case) = (sent(&sender), case(200));
     let landed = expect_all(&case, std::slice::from_ref(&receiver), 16, true);
     let (push, pushed) = open(&case, 0, &sender, &[vec![address.clone()]]);
     push_all(&case, 0, &push, 32, 16, true);
     push.close(CLOSE);
-    under_way(&sender);
+    under_way(&sender, before);
+    assert_eq!(sender.links()[0].way, way);
     revoked.add(&cert(&theirs));
     assert_eq!(pushed.recv().unwrap(), Err(SessionError::Revoked { peer: address.clone() }));
     assert!(landed.recv().unwrap().1.result.is_err());
