@@ -9,6 +9,11 @@ use clap::{Arg, ArgAction, ArgMatches, Args, Command, FromArgMatches};
 
 use super::setting::{Kind, Setting, Settings};
 
+/// The setting that may be given without its name.
+const MODEL: &str = "model";
+/// The argument that gives it so.
+const NAMED: &str = "named-model";
+
 /// What the command line says of the settings `S`.
 #[derive(Clone, Debug)]
 pub struct Flags<S> {
@@ -40,6 +45,9 @@ impl<S: Settings> FromArgMatches for Flags<S> {
             };
             given.insert(setting.key.clone(), values);
         }
+        if let Ok(Some(model)) = matches.try_get_one::<String>(NAMED) {
+            given.insert(MODEL.into(), vec![model.clone()]);
+        }
         Ok(Flags { given, config: matches.get_one("config").cloned(), settings: PhantomData })
     }
 
@@ -56,7 +64,12 @@ impl<S: Settings> Args for Flags<S> {
             .value_name("FILE")
             .value_parser(clap::value_parser!(PathBuf))
             .help("Settings file [default: ./baton.toml, then ~/.config/baton/baton.toml]");
-        command.args(S::table().iter().map(flag)).arg(config).after_help(
+        // `baton up MODEL`, as other programs have it.
+        let model = S::table().iter().find(|setting| setting.key == MODEL);
+        let named = model.map(|model| {
+            Arg::new(NAMED).value_name(model.placeholder).help("The same as --model").conflicts_with(MODEL)
+        });
+        command.args(named).args(S::table().iter().map(flag)).arg(config).after_help(
             "Each setting can also be a BATON_* variable or a key of the settings file; flags win.",
         )
     }

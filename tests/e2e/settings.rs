@@ -22,6 +22,7 @@ fn wrong_flags_and_values_are_named() {
     refused(&["up", "--prefil", "2"], &["unexpected argument '--prefil'", "--prefill"]);
     refused(&["up", "--prefill=two"], &["baton: prefill = \"two\" (--prefill): expected a whole number"]);
     refused(&["up", "--tp=0"], &["baton: tp is 0"]);
+    refused(&["up", "--model=a", "b"], &["'--model <MODEL>' cannot be used with", "MODEL"]);
     refused(&["up", "--dtype=int3"], &["dtype", "expected one of bf16, f32"]);
     refused(&["router"], &["model is not set: give --model, BATON_MODEL, or model in baton.toml"]);
     refused(
@@ -44,6 +45,7 @@ fn wrong_flags_and_values_are_named() {
 #[test]
 fn missing_files_are_named() {
     refused(&["up", "--model=/nowhere/model"], &["baton: model /nowhere/model: No such file"]);
+    refused(&["up", "/nowhere/model"], &["baton: model /nowhere/model: No such file"]);
     refused(&["up", "--config=/nowhere/baton.toml"], &["cannot read /nowhere/baton.toml"]);
     refused(&["prefill", "--model=.", "--token-file=/nowhere/token"], &["/nowhere/token"]);
 }
@@ -65,7 +67,7 @@ fn precedence() {
     let file = folder.join("baton.toml");
     fs::write(&file, "max-batch = 5\nthreads = 3\ndtype = \"f32\"\nmodel = \"m\"\ntoken = \"5ec7e7\"\n")
         .expect("writes");
-    let mut command = baton(&["config", "show", "decode", "--max-batch=7", "--kv-memory", "3GiB"]);
+    let mut command = baton(&["config", "show", "decode", "--max-batch=7", "--kv-memory", "3GiB", "mine"]);
     command.current_dir(&folder).env("BATON_MAX_BATCH", "6").env("BATON_THREADS", "4");
     let (ok, stdout, stderr) = output(&mut command);
     assert!(ok, "{stderr}");
@@ -78,6 +80,7 @@ fn precedence() {
     assert_eq!(line("kv-memory"), "kv-memory = \"3GiB\" # --kv-memory");
     assert_eq!(line("threads"), "threads = 4 # BATON_THREADS");
     assert_eq!(line("dtype"), "dtype = \"f32\" # baton.toml");
+    assert_eq!(line("model"), "model = \"mine\" # --model");
     assert_eq!(line("block-tokens"), "block-tokens = 32 # default");
     assert_eq!(line("# token"), "# token = (set) # baton.toml");
     assert!(!stdout.contains("5ec7e7"), "{stdout}");
