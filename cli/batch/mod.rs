@@ -10,6 +10,7 @@ use std::fs::File;
 use std::io::{self, IsTerminal, Write, stdout};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
+use std::sync::OnceLock;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
@@ -111,10 +112,25 @@ pub struct How {
     window: String,
 }
 
-/// Runs one command. The exit code tells whether all lines got what they asked for, where it is known.
+/// Runs one command until Ctrl-C, which leaves no file of ours behind. The exit code tells whether all lines got what they
+/// asked for, where it is known.
 pub async fn run(args: Args) -> Result<ExitCode> {
-    match args.command {
-        Command::Run(args) => run::run(args).await,
+    let goes_on = OnceLock::new();
+    tokio::select! {
+        biased;
+        _ = tokio::signal::ctrl_c() => match goes_on.get() {
+            Some(what) => bail!("interrupted: {what}"),
+            None => bail!("interrupted"),
+        },
+        done = carry_out(args.command, &goes_on) => done,
+    }
+}
+
+/// `goes_on` hears what goes on without us.
+async fn carry_out(command: Command, goes_on: &OnceLock<String>) -> Result<ExitCode> {
+    let at_the_server = |id: &str| _ = goes_on.set(format!("{id} goes on at the server"));
+    match command {
+        Command::Run(args) => run::run(args, goes_on).await,
         Command::Submit { file, wait, how, server } => {
             let api = server.api()?;
             let input = Input::open(&file, how.text)?;
@@ -124,10 +140,14 @@ pub async fn run(args: Args) -> Result<ExitCode> {
             if !wait {
                 return Ok(ExitCode::SUCCESS);
             }
+            at_the_server(&id);
             ended(&wait_for(&api, &id).await?)
         }
         Command::Status { id, wait, server } => {
             let api = server.api()?;
+            if wait {
+                at_the_server(&id);
+            }
             let batch = if wait { wait_for(&api, &id).await? } else { get(&api, &id).await? };
             print(&describe(&batch));
             if wait { ended(&batch) } else { Ok(ExitCode::SUCCESS) }

@@ -6,9 +6,10 @@ use std::collections::BTreeMap;
 use std::collections::HashMap;
 use std::fs::{self, File};
 use std::io::{BufWriter, Read, Write};
-use std::os::unix::fs::FileExt;
+use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
+use std::sync::OnceLock;
 
 use anyhow::{Context, Result, bail, ensure};
 use reqwest::StatusCode;
@@ -86,7 +87,10 @@ pub async fn prepare(
     };
     let name = format!("baton-batch-{}.jsonl", std::process::id());
     let path = beside.map_or_else(|| std::env::temp_dir().join(name), |output| beside_of(output, ".asked"));
-    let file = File::create(&path).with_context(|| format!("cannot write {}", path.display()))?;
+    // Left by a process that was killed, or somebody's trap where everybody may write.
+    let _ = fs::remove_file(&path);
+    let file = fs::OpenOptions::new().write(true).create_new(true).mode(0o600).open(&path);
+    let file = file.with_context(|| format!("cannot write {}", path.display()))?;
     let made = Made(path.clone());
     let (mut file, mut lines) = (BufWriter::new(file), 0);
     let written = input.each(how, &model, |request| {
@@ -100,8 +104,8 @@ pub async fn prepare(
     Ok(Prepared { endpoint, made: Some(made), lines })
 }
 
-/// Runs it.
-pub async fn run(args: Args) -> Result<ExitCode> {
+/// Runs it. `goes_on` hears which batch goes on without us.
+pub async fn run(args: Args, goes_on: &OnceLock<String>) -> Result<ExitCode> {
     let Args { input, output, how, server } = args;
     if let (Ok(from), Ok(to)) = (input.canonicalize(), output.canonicalize()) {
         ensure!(from != to, "{} is the input: name another file for the answers", output.display());
@@ -149,13 +153,10 @@ pub async fn run(args: Args) -> Result<ExitCode> {
             id
         }
     };
-    let waited = tokio::select! {
-        waited = wait_for(&api, &id) => waited,
-        _ = tokio::signal::ctrl_c() => {
-            bail!("interrupted: {id} goes on at the server; run the same again to fetch the answers, or `baton batch cancel {id}`")
-        }
-    };
-    let batch = waited?;
+    goes_on.get_or_init(|| {
+        format!("{id} goes on at the server; run the same again to fetch the answers, or `baton batch cancel {id}`")
+    });
+    let batch = wait_for(&api, &id).await?;
     let mut file = File::create(&answers).with_context(|| format!("cannot write {}", answers.display()))?;
     let _part = Made(answers.clone());
     fetch(&api, &batch, &mut file).await?;

@@ -1,14 +1,15 @@
 //! Promise: `baton batch` has every line of a file answered, in its order, whoever dies meanwhile.
 
 use std::fs;
+use std::net::{Ipv4Addr, TcpListener};
 use std::path::Path;
-use std::process::Command;
+use std::process::{Command, Stdio};
 use std::time::Duration;
 
 use serde_json::{Value, json};
 
 use crate::client::builder;
-use crate::harness::{Cluster, PATIENCE, baton, folder, output};
+use crate::harness::{Cluster, PATIENCE, baton, folder, output, signal};
 use crate::parts::Parts;
 
 /// Runs `baton batch` with these arguments: (succeeded, standard output, standard error).
@@ -29,6 +30,33 @@ fn input(path: &Path, count: usize) {
     };
     let text: String = (0..count).map(|i| format!("{}\n", line(i))).collect();
     fs::write(path, text).expect("writes");
+}
+
+/// Ctrl-C while the lines go to a server, here one that never answers, ends the command and leaves no file of its own.
+#[test]
+fn ctrl_c_in_the_upload_leaves_nothing() {
+    let server = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).expect("a port");
+    let url = format!("http://{}", server.local_addr().expect("an address"));
+    let folder = folder("interrupted");
+    fs::write(folder.join("prompts"), "Who are you?\n").expect("writes");
+    for arguments in [&["run", "-i", "prompts", "-o", "answers"][..], &["submit", "prompts"]] {
+        let mut command = baton(&["batch"]);
+        command
+            .args(arguments)
+            .args(["--model=m", "--url", &url])
+            .current_dir(&folder)
+            .env("TMPDIR", &folder);
+        let child = command.stderr(Stdio::piped()).spawn().expect("the executable runs");
+        // Connected: the file has been made.
+        let held = server.accept().expect("a client");
+        assert_eq!(fs::read_dir(&folder).expect("a folder").count(), 2, "{arguments:?}");
+        signal(child.id(), libc::SIGINT);
+        let ended = child.wait_with_output().expect("ends");
+        assert_eq!(String::from_utf8_lossy(&ended.stderr), "baton: interrupted\n");
+        assert_eq!(fs::read_dir(&folder).expect("a folder").count(), 1, "{arguments:?}");
+        drop(held);
+    }
+    fs::remove_dir_all(folder).expect("cleans up");
 }
 
 /// Prompts become answers in their order; what is there is not asked again, what was refused is; and the single steps do the
