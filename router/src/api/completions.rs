@@ -84,7 +84,7 @@ fn parse(gateway: &Gateway, body: &[u8]) -> Result<CompletionRequest, ApiError> 
     let prompts = read_prompts(fields.take("prompt"), gateway.text.tokenizer.pieces().len())?;
     let limit = gateway.config.limits.sequences;
     if prompts.len() * params.best_of > limit {
-        let expected = format!("at most {limit} choices in all");
+        let expected = format!("at most {limit} choices of one request");
         let got = format!("{} prompts with {} each", prompts.len(), params.best_of);
         return Err(ApiError::wrong_value("prompt", expected, got));
     }

@@ -164,7 +164,9 @@ fn same(a: &Value, b: &Value) -> bool {
 
 /// An integer of a range, of the parameter `name`.
 pub fn integer(name: &str, value: &Value, range: RangeInclusive<i64>) -> Result<i64, ApiError> {
-    let whole = |x: f64| x.fract() == 0.0 && x.abs() < 9e15;
+    let whole = |x: f64| x.fract() == 0.0;
+    // A float says which integer it is.
+    let exact = |x: f64| whole(x) && x.abs() < 9e15;
     let Value::Number(number) = value else { return Err(ApiError::wrong_type(name, "an integer", value)) };
     let out = |got: &dyn Display| {
         let expected = match (*range.start(), *range.end()) {
@@ -175,7 +177,7 @@ pub fn integer(name: &str, value: &Value, range: RangeInclusive<i64>) -> Result<
     };
     match (number.as_i64(), number.as_f64()) {
         (Some(integer), _) if range.contains(&integer) => Ok(integer),
-        (None, Some(float)) if number.is_f64() && whole(float) && range.contains(&(float as i64)) => {
+        (None, Some(float)) if number.is_f64() && exact(float) && range.contains(&(float as i64)) => {
             Ok(float as i64)
         }
         (None, Some(float)) if number.is_f64() && !whole(float) => {
@@ -229,8 +231,10 @@ mod tests {
         assert_eq!(error.message, "Invalid value for 'n': expected an integer from 1 to 16, but got 17.");
         let error = fields(r#"{"n": 1.5}"#).integer("n", 1..=16).unwrap_err();
         assert_eq!(error.message, "Invalid type for 'n': expected an integer, but got a decimal number.");
-        let error = fields(r#"{"n": 99999999999999999999}"#).integer("n", 1..=16).unwrap_err();
-        assert_eq!(error.param.as_deref(), Some("n"));
+        let error = fields(r#"{"n": 1e30}"#).integer("n", 1..=16).unwrap_err();
+        assert_eq!(error.message, "Invalid value for 'n': expected an integer from 1 to 16, but got 1e+30.");
+        let error = fields(r#"{"n": -99999999999999999999}"#).integer("n", 1..=16).unwrap_err();
+        assert_eq!(error.code, Some("invalid_value"));
         let error = fields(r#"{"seed": 9223372036854775808}"#).integer("seed", 0..=i64::MAX).unwrap_err();
         assert!(error.message.contains("from 0 to 9223372036854775807"), "{}", error.message);
         let error = fields(r#"{"p": 1e300}"#).number("p", "a number", |_| true).unwrap_err();

@@ -228,7 +228,10 @@ pub fn grammar(
     let compiler = gateway.compilers.get(gateway)?;
     match compiler.compile(&text) {
         Ok(_) => Ok(Some(text.into())),
-        Err(error) => Err(ApiError::wrong_value(param, "a form that answers can be held to", error)),
+        Err(error) => {
+            let message = format!("Invalid value for '{param}': answers cannot be held to it: {error}.");
+            Err(ApiError::bad(param, "invalid_value", message))
+        }
     }
 }
 

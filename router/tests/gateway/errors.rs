@@ -91,6 +91,23 @@ async fn wrong_requests_are_told_what_is_wrong() {
     for (body, code, param) in completions {
         assert_eq!(refusal(&gateway, COMPLETION, &body).await, (400, code.into(), param.into()), "{body}");
     }
+    let said = [
+        (
+            json!({"prompt": "x", "n": 17}),
+            "Invalid value for 'n': expected an integer from 1 to 16, but got 17.",
+        ),
+        (
+            json!({"prompt": vec!["x"; 9], "n": 2}),
+            "Invalid value for 'prompt': expected at most 16 choices of one request, but got 9 prompts with 2 each.",
+        ),
+        (
+            json!({"prompt": "x", "guided_json": {"type": "array", "uniqueItems": true}}),
+            "Invalid value for 'guided_json': answers cannot be held to it: Unimplemented keys: [\"uniqueItems\"].",
+        ),
+    ];
+    for (body, message) in said {
+        assert_eq!(gateway.ask(COMPLETION, &body).await.1["error"]["message"], message);
+    }
     assert!(gateway.cluster.seen.lock().unwrap().is_empty(), "nothing of it reached the cluster");
 }
 
