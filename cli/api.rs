@@ -211,6 +211,8 @@ impl Api {
             }
             let why = if last.contains("InvalidContentType") {
                 "no TLS there: try http://".into()
+            } else if last.contains("invalid HTTP version") {
+                "no plain HTTP there: try https://".into()
             } else if error.is_connect() {
                 "nobody answers there (is `baton up` running?)".into()
             } else {

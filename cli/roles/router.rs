@@ -64,6 +64,7 @@ pub async fn router(settings: RouterSettings) -> Result<()> {
         let load = load.load();
         (load.running, load.queued)
     });
+    tracing::info!(address = %settings.cluster_bind, "nodes may join");
     let service = server::cluster(ClusterService::new(members.clone(), requests, behind.clone()));
     let routes = Routes::new(service);
     let identity = token.identity().cloned();
@@ -85,7 +86,6 @@ pub async fn router(settings: RouterSettings) -> Result<()> {
     });
 
     let gateway = serve(for_clients, gateway, Arc::new(dispatch), shutdown);
-    tracing::info!(host = %settings.host, port = settings.port, cluster = %settings.cluster_bind, "serving");
     let mut nodes = std::pin::pin!(nodes);
     let served = tokio::select! {
         served = gateway => served.map_err(anyhow::Error::from),

@@ -349,6 +349,8 @@ async fn over_https() {
     }
     let (ok, _, stderr) = chat(&[]);
     assert!(!ok && stderr.contains("not trusted"), "{stderr}");
+    let (ok, _, stderr) = output(&mut baton(&["chat", "--url", &parts.url(""), "Hello"]));
+    assert!(!ok && stderr.contains("no plain HTTP there: try https://"), "{stderr}");
     let prompts = folder.join("prompts");
     fs::write(&prompts, "Hello\n").expect("writes");
     let out = folder.join("out").display().to_string();

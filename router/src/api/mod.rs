@@ -167,6 +167,9 @@ pub async fn serve<I: Inference>(
         let lines = Arc::new(batch_lines::Lines(Arc::clone(&gateway)));
         tokio::spawn(batches.run(lines, shutdown.clone()))
     });
+    let scheme = if acceptor.is_some() { "https" } else { "http" };
+    let address = listener.local_addr().map_or_else(|_| "this socket".into(), |address| address.to_string());
+    tracing::info!("serving {} at {scheme}://{address}", gateway.model);
     server::run(listener, acceptor, routes(gateway), &limits, shutdown).await;
     if let Some(batches) = batches {
         batches.await?;

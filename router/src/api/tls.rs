@@ -7,7 +7,7 @@ use std::time::{Duration, SystemTime};
 
 use rustls::ServerConfig;
 use rustls::crypto::ring;
-use rustls::pki_types::pem::PemObject;
+use rustls::pki_types::pem::{self, PemObject};
 use rustls::pki_types::{CertificateDer, PrivateKeyDer};
 use rustls::server::{ClientHello, ResolvesServerCert};
 use rustls::sign::CertifiedKey;
@@ -115,15 +115,22 @@ fn look(files: &TlsFiles) -> Seen {
     })
 }
 
+fn unread(error: &pem::Error) -> String {
+    match error {
+        pem::Error::NoItemsFound => "no private key in PEM".into(),
+        pem::Error::Io(error) => format!("cannot be read: {error}"),
+        error => error.to_string(),
+    }
+}
+
 fn read(files: &TlsFiles) -> Result<CertifiedKey, TlsError> {
     let failed = |path: &Path, reason: String| TlsError { path: path.into(), reason };
     let chain = CertificateDer::pem_file_iter(&files.cert).and_then(Iterator::collect::<Result<Vec<_>, _>>);
-    let chain = chain.map_err(|error| failed(&files.cert, error.to_string()))?;
+    let chain = chain.map_err(|error| failed(&files.cert, unread(&error)))?;
     if chain.is_empty() {
         return Err(failed(&files.cert, "no certificate in PEM".into()));
     }
-    let key =
-        PrivateKeyDer::from_pem_file(&files.key).map_err(|error| failed(&files.key, error.to_string()))?;
+    let key = PrivateKeyDer::from_pem_file(&files.key).map_err(|error| failed(&files.key, unread(&error)))?;
     CertifiedKey::from_der(chain, key, &ring::default_provider())
         .map_err(|error| failed(&files.cert, format!("does not belong to {}: {error}", files.key.display())))
 }

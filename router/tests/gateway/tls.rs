@@ -84,7 +84,8 @@ async fn files_that_do_not_fit_are_named() {
     make(&other);
     for (cert, key, part) in [
         (one.cert.clone(), other.key.clone(), "does not belong to"),
-        (folder.join("none"), one.key.clone(), "none: "),
+        (folder.join("none"), one.key.clone(), "none: cannot be read: "),
+        (one.cert.clone(), one.cert.clone(), "no private key in PEM"),
         (one.key.clone(), one.key.clone(), "no certificate in PEM"),
     ] {
         let mut config = config();
