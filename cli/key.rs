@@ -57,7 +57,7 @@ pub fn run(args: Args) -> Result<()> {
             let key = KeyFile::change(&path, |file| file.create(&name, limits, now))?;
             print(&format!("{key}\n"));
             eprintln!(
-                "This key is shown once. A router that runs with --key-file {} knows it by now.",
+                "This key is shown once. A router that runs with --key-file {} knows it within seconds.",
                 path.display()
             );
         }

@@ -21,12 +21,7 @@ pub struct Located {
 /// A directory of that name goes before the hub. Without `say` it is shown on standard error.
 pub async fn locate(named: &Path, want: Want, say: Option<fn(&str)>) -> Result<Located> {
     let Some(name) = on_hub(named) else {
-        // A config.json is enough for random weights.
-        let config = named.extension().is_some_and(|end| end == "json");
-        if named.exists() && !named.is_dir() && !config && gguf::find(named).is_ok_and(|file| file.is_none())
-        {
-            bail!("model {}: neither a model's directory nor a GGUF file", named.display());
-        }
+        require(named)?;
         return Ok(Located { path: named.into(), name: model_name(named) });
     };
     let settings = config::hub();
@@ -44,6 +39,23 @@ pub async fn locate(named: &Path, want: Want, say: Option<fn(&str)>) -> Result<L
     .await?
     .with_context(|| format!("model {} (no file or directory of this name is here)", named.display()))?;
     Ok(Located { path: found.path, name: name.short().into() })
+}
+
+/// Errors when there is nothing at `named` that could be a model.
+pub fn require(named: &Path) -> Result<()> {
+    let shown = named.display();
+    if !named.exists() {
+        bail!("model {shown}: no such file or directory; on the Hugging Face hub models are named ORG/NAME");
+    }
+    // A config.json is enough for random weights.
+    let config = named.extension().is_some_and(|end| end == "json") || named.join("config.json").exists();
+    if config || gguf::find(named)?.is_some() {
+        return Ok(());
+    }
+    match named.is_dir() {
+        true => bail!("model {shown}: no config.json and no GGUF file in this directory"),
+        false => bail!("model {shown}: neither a model's directory nor a GGUF file"),
+    }
 }
 
 /// The name on the hub that `named` is; `None` when it is a path.

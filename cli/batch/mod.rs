@@ -81,7 +81,7 @@ enum Command {
     },
     /// List batches, newest first
     List {
-        /// So many
+        /// At most so many
         #[arg(long, value_name = "N", default_value_t = 20)]
         limit: usize,
         #[command(flatten)]

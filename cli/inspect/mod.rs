@@ -41,6 +41,7 @@ pub struct Args {
 /// Prints what the model is. Fails when it cannot be served, or does not fit.
 pub async fn run(args: Args) -> Result<ExitCode> {
     ensure!(args.ranks > 0, "--ranks is 0: somebody must hold the model");
+    ensure!(args.dtype != DType::F16, "--dtype f16: KV is kept in bf16 or f32");
     tokio::task::spawn_blocking(move || {
         let facts = look(&args)?;
         print(&if args.json { facts.json() } else { facts.text() });
@@ -51,6 +52,7 @@ pub async fn run(args: Args) -> Result<ExitCode> {
 
 fn look(args: &Args) -> Result<Facts> {
     let Some(name) = model::on_hub(&args.model) else {
+        model::require(&args.model)?;
         return facts(args, &args.model, args.model.display().to_string(), None);
     };
     let hub = Hub::new(config::hub());

@@ -44,8 +44,14 @@ fn wrong_flags_and_values_are_named() {
 
 #[test]
 fn missing_files_are_named() {
-    refused(&["up", "--model=/nowhere/model"], &["baton: model /nowhere/model: No such file"]);
-    refused(&["up", "/nowhere/model"], &["baton: model /nowhere/model: No such file"]);
+    for arguments in
+        [&["up", "--model=qwen3"][..], &["up", "qwen3"], &["inspect", "qwen3"], &["router", "qwen3"]]
+    {
+        refused(arguments, &["model qwen3: no such file or directory", "named ORG/NAME"]);
+    }
+    for arguments in [&["up", "."][..], &["inspect", "."]] {
+        refused(arguments, &["baton: model .: no config.json and no GGUF file in this directory"]);
+    }
     refused(&["up", "--config=/nowhere/baton.toml"], &["cannot read /nowhere/baton.toml"]);
     refused(&["prefill", "--model=.", "--token-file=/nowhere/token"], &["/nowhere/token"]);
 }
