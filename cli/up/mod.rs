@@ -51,7 +51,7 @@ pub async fn run(settings: UpSettings) -> Result<ExitCode> {
     let run_file = RunFile::write(settings.port, ports.cluster, &token)?;
     let nodes = processes.iter().filter(|p| p.joins).map(|p| p.name.clone()).collect();
     let ready = Readiness::new(settings.port, ports.cluster, &token, nodes)?;
-    Up::new(processes, run_file).serve(settings.port, &served_name, ready).await
+    Up::new(processes, run_file, clients).serve(settings.port, &served_name, ready).await
 }
 
 /// Takes the port before anything is started, and says when it is taken. The router serves on it; while one is away, clients
@@ -135,6 +135,8 @@ impl Drop for RunFile {
 struct Up {
     processes: Vec<Process>,
     run_file: RunFile,
+    /// Where clients wait while the router is started again.
+    clients: Option<TcpListener>,
     console: Arc<Console>,
     supervisor: Supervisor,
     signals: Vec<Option<mpsc::UnboundedSender<Signal>>>,
@@ -143,7 +145,7 @@ struct Up {
 }
 
 impl Up {
-    fn new(processes: Vec<Process>, run_file: RunFile) -> Self {
+    fn new(processes: Vec<Process>, run_file: RunFile, clients: TcpListener) -> Self {
         let (events, inbox) = mpsc::unbounded_channel();
         Up {
             console: Arc::new(Console::new()),
@@ -151,6 +153,7 @@ impl Up {
             signals: processes.iter().map(|_| None).collect(),
             processes,
             run_file,
+            clients: Some(clients),
             events,
             inbox,
         }
@@ -196,6 +199,8 @@ impl Up {
                     health.abort();
                     self.console.end_progress();
                     self.console.line("up", "stopping; once more to stop at once");
+                    // There will be no other router: who comes now is refused at once.
+                    self.clients = None;
                     self.supervisor.on(Event::Stop, Instant::now())
                 }
                 () = due => self.supervisor.tick(Instant::now()),

@@ -1,11 +1,11 @@
 //! Promise: one command serves a chat through router, prefill node and decode group; what dies comes back; Ctrl-C ends all.
 
-use std::net::{Ipv4Addr, TcpListener};
+use std::net::{Ipv4Addr, TcpListener, TcpStream};
 
 use serde_json::{Value, json};
 
 use crate::client::builder;
-use crate::harness::{Cluster, baton, output, text_of, wait_until_gone};
+use crate::harness::{Cluster, baton, output, signal, text_of, wait_until_gone};
 
 fn question() -> Value {
     json!({ "messages": [{ "role": "user", "content": "What is baton?" }], "max_tokens": 24, "temperature": 0 })
@@ -124,6 +124,32 @@ async fn ctrl_c_stops_all() {
     assert!(!log.contains("killed"), "a process had to be killed:\n{log}");
     wait_until_gone(&children).await;
     TcpListener::bind((Ipv4Addr::LOCALHOST, port)).expect("the port is free again");
+}
+
+/// Whose answer takes longer than `up` waits is told so; who comes while it waits is refused.
+#[tokio::test]
+async fn a_long_answer_is_cut_short_when_up_stops() {
+    let cluster = Cluster::up(&["--tp=1"]).await;
+    let mut body = question();
+    (body["max_tokens"], body["ignore_eos"]) = (json!(4000), json!(true));
+    let mut stream = cluster.chat_begin(body).await;
+    stream.next().await.expect("an event");
+    // However fast this machine is, it takes longer.
+    let (port, decode) = (cluster.port, cluster.pid("decode-0.0"));
+    signal(decode, libc::SIGSTOP);
+    let ended = tokio::spawn(cluster.end(libc::SIGINT));
+    while TcpStream::connect((Ipv4Addr::LOCALHOST, port)).is_ok() {
+        assert!(!ended.is_finished(), "connections are taken to the end");
+        tokio::time::sleep(std::time::Duration::from_millis(20)).await;
+    }
+    let mut last = Value::Null;
+    while let Some(event) = stream.next().await {
+        last = event;
+    }
+    let message = last["error"]["message"].as_str().unwrap_or_default();
+    assert!(message.contains("The server is stopping"), "{last}");
+    signal(decode, libc::SIGCONT);
+    assert!(ended.await.expect("ends").0.success());
 }
 
 /// Not even kill -9 of `up` leaves a process behind.

@@ -1,13 +1,15 @@
 //! Runs the sequences of one request (prompts times `n`) side by side and tells what is new in any of them. Dropping an
 //! `Answer` drops every stream, which cancels everything in the cluster: that is how a client's disconnect gets there.
 
-use std::future::poll_fn;
+use std::future::{Future, poll_fn};
+use std::pin::Pin;
 use std::task::{Context, Poll};
 use std::time::Instant;
 
 use futures::StreamExt;
 use serde::Serialize;
 use serde_json::{Value, json};
+use tokio_util::sync::{CancellationToken, WaitForCancellationFutureOwned};
 
 use super::choice::{Choice, Delta, End};
 use super::error::ApiError;
@@ -91,17 +93,27 @@ pub struct Answer {
     turn: usize,
     prepare_s: f64,
     timings: bool,
+    /// The server ends before this answer does.
+    over: Pin<Box<WaitForCancellationFutureOwned>>,
 }
 
 impl Answer {
-    /// Lanes of a prompt are neighbours, `best_of` of the `params` each. `prepare_s`: seconds before this, for `timings`.
-    pub fn new(lanes: Vec<(Lane, TokenStream)>, params: &Params, prepare_s: f64) -> Self {
+    /// Lanes of a prompt are neighbours, `best_of` of the `params` each. `prepare_s`: seconds before this, for `timings`. It
+    /// fails when `over` is cancelled.
+    pub fn new(
+        lanes: Vec<(Lane, TokenStream)>,
+        params: &Params,
+        prepare_s: f64,
+        over: &CancellationToken,
+    ) -> Self {
         let running = lanes
             .into_iter()
             .map(|(lane, stream)| Running { lane, stream: Some(stream), peeked: None })
             .collect();
         let (made, given) = (params.best_of.max(1), params.n);
-        Self { running, made, given, turn: 0, prepare_s, timings: params.timings }
+        // A token of its own: answers do not meet at one lock.
+        let over = Box::pin(over.child_token().cancelled_owned());
+        Self { running, made, given, turn: 0, prepare_s, timings: params.timings, over }
     }
 
     /// Number of choices that are made.
@@ -146,7 +158,7 @@ impl Answer {
                     Poll::Ready(None) => return Poll::Ready(Err(ended_early())),
                 }
             }
-            Poll::Pending
+            self.over.as_mut().poll(cx).map(|()| Err(stopping()))
         });
         result.await.inspect_err(|_| self.fail())
     }
@@ -182,7 +194,13 @@ impl Answer {
                 }
             }
         }
-        if all_ended { Poll::Ready(None) } else { Poll::Pending }
+        if all_ended {
+            return Poll::Ready(None);
+        }
+        self.over.as_mut().poll(cx).map(|()| {
+            self.fail();
+            Some(Update::Failed(stopping()))
+        })
     }
 
     fn fail(&mut self) {
@@ -300,6 +318,10 @@ impl Running {
             }
         }
     }
+}
+
+fn stopping() -> ApiError {
+    ApiError::unavailable("The server is stopping: the answer was cut short.")
 }
 
 fn ended_early() -> ApiError {

@@ -114,9 +114,12 @@ struct Gateway {
     /// Templates and tokenizers that run at once: one per core, others wait here and not in the pool of threads.
     text_threads: Arc<Semaphore>,
     since: SystemTime,
+    /// Cancelled when running answers must end.
+    over: CancellationToken,
 }
 
-/// Serves OpenAI's interface on `listener` until `shutdown`, then lets running requests end (`limits.drain`). Errors before
+/// Serves OpenAI's interface on `listener` until `shutdown`, then lets running requests end (`limits.drain`); those that do not
+/// are told so. Errors before
 /// the first request: the model's folder or the configuration cannot be used.
 pub async fn serve<I: Inference>(
     listener: TcpListener,
@@ -160,9 +163,11 @@ pub async fn serve<I: Inference>(
         health: status::Health::default(),
         text_threads: Arc::new(Semaphore::new(cores)),
         since: SystemTime::now(),
+        over: CancellationToken::new(),
         config,
     };
     let gateway = Arc::new(gateway);
+    let over = gateway.over.clone();
     let batches = gateway.batches.clone().map(|batches| {
         let lines = Arc::new(batch_lines::Lines(Arc::clone(&gateway)));
         tokio::spawn(batches.run(lines, shutdown.clone()))
@@ -170,7 +175,7 @@ pub async fn serve<I: Inference>(
     let scheme = if acceptor.is_some() { "https" } else { "http" };
     let address = listener.local_addr().map_or_else(|_| "this socket".into(), |address| address.to_string());
     tracing::info!("serving {} at {scheme}://{address}", gateway.model);
-    server::run(listener, acceptor, routes(gateway), &limits, shutdown).await;
+    server::run(listener, acceptor, routes(gateway), &limits, shutdown, over).await;
     if let Some(batches) = batches {
         batches.await?;
     }

@@ -221,6 +221,8 @@ mod tests {
     use prometheus_client::registry::Registry;
     use serde_json::json;
 
+    use tokio_util::sync::CancellationToken;
+
     use super::*;
     use crate::api::answer::Lane;
     use crate::api::chat_format::ChatFormat;
@@ -245,7 +247,8 @@ mod tests {
         let meter = SequenceMeter::new(Metrics::new(Registry::default(), "m"), std::time::Instant::now(), 1);
         let lane = (Lane::new(choice, meter, 1), futures::stream::pending().boxed());
         let head = Head::new("chatcmpl-", 0, std::time::UNIX_EPOCH, "m".into());
-        stream(Answer::new(vec![lane], &params, 0.0), ChatFormat::new(head, pieces, UsageIn::No, None))
+        let answer = Answer::new(vec![lane], &params, 0.0, &CancellationToken::new());
+        stream(answer, ChatFormat::new(head, pieces, UsageIn::No, None))
     }
 
     #[tokio::test(start_paused = true)]

@@ -150,7 +150,7 @@ pub fn start(
         };
         (Lane::new(choice, meter, prompt_tokens), stream)
     });
-    Ok(Answer::new(lanes.collect(), params, prepare.as_secs_f64()))
+    Ok(Answer::new(lanes.collect(), params, prepare.as_secs_f64(), &gateway.over))
 }
 
 /// An answer of no tokens, for which no node is asked.

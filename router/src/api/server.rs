@@ -25,14 +25,18 @@ const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
 /// At a shutdown, how long a connection on which nothing has come yet is waited for: its request may be on its way.
 const FIRST_WORD: Duration = Duration::from_secs(1);
 
-/// Serves until `shutdown`, then waits for running requests, `limits.drain` at the longest; what runs still is cut off.
-/// With `tls`, HTTPS.
+/// After the time to drain, running requests have this long to tell their clients that they are cut short.
+const LAST_WORD: Duration = Duration::from_secs(1);
+
+/// Serves until `shutdown`, then waits for running requests, `limits.drain` at the longest; what runs still hears by `over` that
+/// it must end, and is cut off if it does not. With `tls`, HTTPS.
 pub async fn run(
     listener: TcpListener,
     tls: Option<TlsAcceptor>,
     app: Router,
     limits: &Limits,
     shutdown: CancellationToken,
+    over: CancellationToken,
 ) {
     let places = Arc::new(Semaphore::new(limits.connections));
     let connections = TaskTracker::new();
@@ -68,13 +72,16 @@ pub async fn run(
     }
     drop(listener);
     connections.close();
-    if tokio::time::timeout(limits.drain, connections.wait()).await.is_err() {
+    if timeout(limits.drain, connections.wait()).await.is_err() {
         tracing::warn!(
             connections = connections.len(),
-            "requests still run after the time to drain: cut off"
+            "requests still run after the time to drain: cut short"
         );
-        cut_off.cancel();
-        connections.wait().await;
+        over.cancel();
+        if timeout(LAST_WORD, connections.wait()).await.is_err() {
+            cut_off.cancel();
+            connections.wait().await;
+        }
     }
 }
 

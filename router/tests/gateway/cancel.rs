@@ -80,14 +80,23 @@ async fn a_shutdown_lets_running_requests_end_and_takes_no_new_ones() {
     tokio::time::timeout(PATIENCE, gateway.served).await.expect("it ends").unwrap().unwrap();
 }
 
+/// Protects: whose answer takes longer than a shutdown waits is told so, in a stream and in place of a whole answer.
 #[tokio::test]
-async fn what_does_not_end_after_a_shutdown_is_cut_off() {
+async fn what_does_not_end_after_a_shutdown_is_cut_short() {
     let mut config = config();
-    config.limits.drain = Duration::from_millis(10);
+    config.limits.drain = Duration::from_millis(100);
     let mut gateway = Gateway::with(config, |_| endless()).await;
-    let _response = gateway.post("/v1/completions", &json!({"prompt": "x", "stream": true})).await;
+    let stream = gateway.post("/v1/completions", &json!({"prompt": "x", "stream": true})).await;
+    let whole = gateway.client.post(format!("{}/v1/completions", gateway.url));
+    let whole = tokio::spawn(whole.json(&json!({"model": "tiny", "prompt": "x"})).send());
+    while gateway.cluster.seen.lock().unwrap().len() < 2 {
+        tokio::task::yield_now().await;
+    }
     gateway.shutdown.cancel();
     assert!(!gateway.gone().await.1);
+    let text = stream.text().await.unwrap();
+    assert!(text.contains("The server is stopping") && text.ends_with("data: [DONE]\n\n"), "{text}");
+    assert_eq!(whole.await.unwrap().unwrap().status(), 503);
     tokio::time::timeout(PATIENCE, gateway.served).await.expect("it ends").unwrap().unwrap();
 }
 
