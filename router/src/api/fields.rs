@@ -22,6 +22,13 @@ impl Fields {
         match serde_json::from_slice(body) {
             Ok(Value::Object(map)) => Ok(Self { map, path: String::new() }),
             Ok(other) => Err(ApiError::wrong_type("body", "an object", &other)),
+            // What cut a string between the two escapes of one character sends this.
+            Err(error) if error.to_string().contains("hex escape") => {
+                let place = format!("line {} column {}", error.line(), error.column());
+                Err(ApiError::no_json(format!(
+                    "a \\u escape is half of a character (a lone surrogate) at {place}"
+                )))
+            }
             Err(error) => Err(ApiError::no_json(error)),
         }
     }
@@ -272,5 +279,11 @@ mod tests {
     fn no_json_and_no_object_are_told_apart() {
         assert_eq!(Fields::parse(b"{").unwrap_err().code, Some("invalid_json"));
         assert_eq!(Fields::parse(b"[1]").unwrap_err().code, Some("invalid_type"));
+        for half in [r#"{"a": "\ud83d"}"#, r#"{"a": "\ud83d\n"}"#, r#"{"a": "x\ude00"}"#] {
+            let message = Fields::parse(half.as_bytes()).unwrap_err().message;
+            assert!(message.contains("lone surrogate"), "{half}: {message}");
+        }
+        assert!(Fields::parse(br#"{"a": "\ud83d\ude00"}"#).is_ok());
+        assert!(!Fields::parse(br#"{"a": "\u12x4"}"#).unwrap_err().message.contains("surrogate"));
     }
 }
