@@ -14,7 +14,7 @@ use std::ops::Range;
 
 use backend::DType;
 
-use crate::kernel::{Kernels, PairKernels};
+use crate::kernel::{Kernels, PairKernels, Sums};
 use crate::kv::Slab;
 use crate::lanes::LANES;
 use crate::memory::Arena;
@@ -144,14 +144,6 @@ unsafe impl Sync for Shared {}
 // SAFETY: see Attention.
 unsafe impl Send for Shared {}
 
-/// A span's sums of some query rows: maxima, totals, and weighted V padded to whole lanes.
-#[derive(Clone, Copy)]
-struct Sums {
-    peak: *mut f32,
-    total: *mut f32,
-    value: *mut f32,
-}
-
 impl Attention<'_> {
     fn group(&self) -> usize {
         self.heads / self.groups
@@ -169,6 +161,17 @@ impl Attention<'_> {
     fn sums(&self, at: *mut f32, queries: usize) -> Sums {
         let line = queries.next_multiple_of(LANES);
         Sums { peak: at, total: at.wrapping_add(line), value: at.wrapping_add(2 * line) }
+    }
+
+    /// Sums over no positions.
+    unsafe fn clear(&self, sums: &Sums, queries: usize) {
+        let line = queries.next_multiple_of(LANES);
+        // SAFETY: the floats of `sums`.
+        unsafe {
+            std::slice::from_raw_parts_mut(sums.peak, line).fill(f32::NEG_INFINITY);
+            std::slice::from_raw_parts_mut(sums.total, line).fill(0.0);
+            std::slice::from_raw_parts_mut(sums.value, queries * self.padded_dim()).fill(0.0);
+        }
     }
 
     /// Element type of a plane (0: K, 1: V).
@@ -273,6 +276,7 @@ impl Attention<'_> {
             let scores = v_padded.add(padded);
             let part = scores.add(queries * SPAN);
             let acc = self.sums(part.add(size), queries);
+            self.clear(&acc, queries);
             let run = &self.runs[unit.run];
             for query in 0..queries {
                 let (row, head) = (run.row + unit.rows.start + query / self.group(), query % self.group());
@@ -292,7 +296,7 @@ impl Attention<'_> {
                 let sums = self.sums(place, queries);
                 self.span(unit, span, all, k_turned, v_padded, scores, sums);
                 if unit.partial.is_none() {
-                    self.fold(unit, span, acc, sums);
+                    (self.kernels.fold)(&acc, &sums, queries, self.padded_dim());
                 }
             }
             if unit.partial.is_none() {
@@ -306,51 +310,23 @@ impl Attention<'_> {
         let size = self.sums_floats(queries).next_multiple_of(LANES);
         let acc = self.sums(scratch.floats(size), queries);
         let at = unit.partial.unwrap_or(0);
-        for span in unit.spans.clone() {
-            // SAFETY: the partial sums of each span of this unit follow each other.
-            unsafe {
-                let place = partials.0.add(at + (span - unit.spans.start) * size);
-                self.fold(unit, span, acc, self.sums(place, queries));
+        // SAFETY: the partial sums of each span of this unit follow each other; its rows and heads in `out` are its own.
+        unsafe {
+            self.clear(&acc, queries);
+            for span in 0..unit.spans.len() {
+                let part = self.sums(partials.0.add(at + span * size), queries);
+                (self.kernels.fold)(&acc, &part, queries, self.padded_dim());
             }
+            self.finish(unit, acc);
         }
-        // SAFETY: the rows and heads of this unit in `out` are its own.
-        unsafe { self.finish(unit, acc) }
     }
 
-    /// What query row `query` attends to within `span`, as offsets; `None`: nothing.
-    fn within(&self, unit: &Unit, span: usize, query: usize) -> Option<Range<usize>> {
+    /// What query row `query` attends to within `span`, as offsets.
+    fn within(&self, unit: &Unit, span: usize, query: usize) -> Range<usize> {
         let position = self.runs[unit.run].start + unit.rows.start + query / self.group();
         let from = self.first(position).max(span * SPAN);
         let to = (position + 1).min((span + 1) * SPAN);
-        (from < to).then(|| from - span * SPAN..to - span * SPAN)
-    }
-
-    /// Folds the sums of `span` into those of the spans before it.
-    unsafe fn fold(&self, unit: &Unit, span: usize, acc: Sums, part: Sums) {
-        let n = self.padded_dim();
-        for query in 0..unit.rows.len() * self.group() {
-            if self.within(unit, span, query).is_none() {
-                continue;
-            }
-            let begun = span > 0 && self.within(unit, span - 1, query).is_some();
-            // SAFETY: both sums have a line per query row.
-            unsafe {
-                let (peak, total) = (acc.peak.add(query), acc.total.add(query));
-                let (value, part_value) = (acc.value.add(query * n), part.value.add(query * n));
-                let (part_peak, part_total) = (*part.peak.add(query), *part.total.add(query));
-                if !begun {
-                    *peak = part_peak;
-                    *total = part_total;
-                    std::ptr::copy_nonoverlapping(part_value, value, n);
-                    continue;
-                }
-                let higher = if part_peak > *peak { part_peak } else { *peak };
-                let (a, b) = ((self.kernels.exp)(*peak - higher), (self.kernels.exp)(part_peak - higher));
-                *peak = higher;
-                *total = *total * a + part_total * b;
-                (self.kernels.blend)(value, part_value, n, a, b);
-            }
-        }
+        if from < to { from - span * SPAN..to - span * SPAN } else { 0..0 }
     }
 
     unsafe fn finish(&self, unit: &Unit, acc: Sums) {

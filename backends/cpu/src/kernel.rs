@@ -19,6 +19,8 @@ pub(crate) mod tiles;
 #[cfg(target_arch = "x86_64")]
 mod weigh;
 
+use std::ops::Range;
+
 use crate::lanes::LANES;
 pub(crate) use bytes::{BLOCK, BLOCK_FLOATS, Bytes, Eighths, ORDER};
 pub(crate) use codes::{Code, Decode, E4M3_SCALE, Form, Scale, Units, Zero};
@@ -60,15 +62,41 @@ pub(crate) struct Kernels {
     /// See [`Lanes::transpose`]. Starts bringing as many words of the rows of `ahead`.
     pub(crate) transpose:
         unsafe fn(rows: &[*const u8; LANES], words: usize, out: *mut u32, ahead: &[*const u8]),
-    /// Scores `[0, 256)` of a span to weights in place: `exp(scale * (score - max))` at `[from, to)`, 0 elsewhere within
-    /// the touched lanes. Returns the largest scaled score and the sum of the weights.
-    pub(crate) softmax: unsafe fn(scores: *mut f32, from: usize, to: usize, scale: f32) -> (f32, f32),
+    /// Scores to weights in place. Returns the largest score as an exponent of two, and the sum of the weights; minus
+    /// infinity and 0 of no positions.
+    pub(crate) softmax: unsafe fn(&Softmax) -> (f32, f32),
+    /// `acc` becomes the sums over its positions and those of `part`, for each of `queries`, whose values are `width` floats.
+    pub(crate) fold: unsafe fn(acc: &Sums, part: &Sums, queries: usize, width: usize),
     /// `acc = a * acc + b * part`, `n` floats.
     pub(crate) blend: unsafe fn(acc: *mut f32, part: *const f32, n: usize, a: f32, b: f32),
     /// `out = acc / total`, `n` floats.
     pub(crate) divide: unsafe fn(acc: *const f32, total: f32, out: *mut f32, n: usize, bf16: bool),
     /// See [`Lanes::exp`].
     pub(crate) exp: unsafe fn(f32) -> f32,
+}
+
+/// `scores[position]` becomes `exp(scale * (score - max))` for positions `own`, 0 for others within the lanes of `touched`, which
+/// has these.
+#[derive(Clone, Debug)]
+pub(crate) struct Softmax {
+    /// Of positions from a multiple of 16 on.
+    pub(crate) scores: *mut f32,
+    pub(crate) touched: Range<usize>,
+    pub(crate) own: Range<usize>,
+    /// Positive.
+    pub(crate) scale: f32,
+}
+
+/// Softmax sums of some query rows over some positions: of each the largest score (as an exponent of two; minus infinity
+/// where it has no position), the sum of its weights relative to that, and the weighted sum of values.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Sums {
+    /// Whole lanes.
+    pub(crate) peak: *mut f32,
+    /// Whole lanes.
+    pub(crate) total: *mut f32,
+    /// `[queries][width]`, `width` whole lanes.
+    pub(crate) value: *mut f32,
 }
 
 /// Products of bf16 by bf16 in bf16 steps.
@@ -196,9 +224,9 @@ pub(crate) struct Weigh {
 macro_rules! level {
     ($level:ident, $lanes:ty $(, $features:literal)?) => {
         pub(crate) mod $level {
-            use super::{Bytes, Decode, Eighths, Kernels, LANES, Stream, Sweep};
+            use super::{Bytes, Decode, Eighths, Kernels, LANES, Softmax, Stream, Sums, Sweep};
 
-            pub(crate) const KERNELS: Kernels = Kernels { sweep, pairs: None, whole: None, attend: None, decode, stream, bytes, quantise, norm, add, silu, round, rotate, narrow, transpose, softmax, blend, divide, exp };
+            pub(crate) const KERNELS: Kernels = Kernels { sweep, pairs: None, whole: None, attend: None, decode, stream, bytes, quantise, norm, add, silu, round, rotate, narrow, transpose, softmax, fold, blend, divide, exp };
 
             $(#[target_feature(enable = $features)])?
             unsafe fn sweep(s: &Sweep) {
@@ -273,9 +301,15 @@ macro_rules! level {
             }
 
             $(#[target_feature(enable = $features)])?
-            unsafe fn softmax(scores: *mut f32, from: usize, to: usize, scale: f32) -> (f32, f32) {
+            unsafe fn softmax(s: &Softmax) -> (f32, f32) {
                 // SAFETY: the caller's promise; the instructions are those of this level.
-                unsafe { super::rows::softmax::<$lanes>(scores, from, to, scale) }
+                unsafe { super::rows::softmax::<$lanes>(s) }
+            }
+
+            $(#[target_feature(enable = $features)])?
+            unsafe fn fold(acc: &Sums, part: &Sums, queries: usize, width: usize) {
+                // SAFETY: the caller's promise; the instructions are those of this level.
+                unsafe { super::rows::fold::<$lanes>(acc, part, queries, width) }
             }
 
             $(#[target_feature(enable = $features)])?
@@ -334,7 +368,8 @@ const BF16_PAIRS: PairKernels = PairKernels {
     weigh: weigh::weigh,
 };
 
-/// The same with tiles for products.
+/// AVX-512 with tiles for products. Attention is by floats, which such processors multiply faster than pairs of bf16 outside of
+/// tiles.
 #[cfg(target_arch = "x86_64")]
 pub(crate) static AMX: Kernels = Kernels {
     bytes: bytes_vnni::bytes,
@@ -344,14 +379,66 @@ pub(crate) static AMX: Kernels = Kernels {
         inputs_block: 512,
         ..BF16_PAIRS
     }),
-    attend: Some(BF16_PAIRS),
     ..avx512::KERNELS
 };
 
 #[cfg(test)]
 mod tests {
-    use super::{LANES, Layout, Sweep};
+    use super::{LANES, Layout, Softmax, Sums, Sweep};
     use crate::level::Level;
+
+    /// A row's weights and sums over pieces of its positions, folded, against 64-bit floats: whatever lies beside its own
+    /// positions, which may be none.
+    #[test]
+    fn softmax_folds_to_that_of_all_positions() {
+        const WIDTH: usize = LANES;
+        let score = |n: usize| ((n * 37 % 101) as f32 - 50.0) * 0.9;
+        let value = |n: usize, lane: usize| ((n * 7 + lane * 3) % 19) as f32 - 9.0;
+        let scale = 0.7f32;
+        for level in Level::ALL.into_iter().filter(|level| level.available()) {
+            for (own, cut) in
+                [(0..256, 96), (3..200, 64), (17..18, 16), (100..131, 128), (5..9, 32), (40..80, 32)]
+            {
+                let mut floats = [0.0f32; 2 * (2 * LANES + WIDTH)];
+                let (acc, part) = floats.split_at_mut(2 * LANES + WIDTH);
+                let sums = |at: &mut [f32]| {
+                    at[..LANES].fill(f32::NEG_INFINITY);
+                    at[LANES..].fill(0.0);
+                    let at = at.as_mut_ptr();
+                    Sums { peak: at, total: at.wrapping_add(LANES), value: at.wrapping_add(2 * LANES) }
+                };
+                let (acc, part) = (sums(acc), sums(part));
+                for piece in [0..cut, cut..256] {
+                    let mut scores: Vec<f32> = (0..256).map(score).collect();
+                    let own = own.start.max(piece.start)..own.end.min(piece.end);
+                    let touched = piece.clone();
+                    // SAFETY: the level is available; 256 scores, and sums of one query.
+                    unsafe {
+                        let softmax = Softmax { scores: scores.as_mut_ptr(), touched, own, scale };
+                        (*part.peak, *part.total) = (level.kernels().softmax)(&softmax);
+                        for lane in 0..WIDTH {
+                            *part.value.add(lane) = piece.clone().map(|n| scores[n] * value(n, lane)).sum();
+                        }
+                        (level.kernels().fold)(&acc, &part, 1, WIDTH);
+                    }
+                }
+                let weights: Vec<f64> =
+                    own.clone().map(|n| (f64::from(score(n)) * f64::from(scale)).exp()).collect();
+                let total: f64 = weights.iter().sum();
+                for lane in 0..WIDTH {
+                    let want: f64 =
+                        own.clone().zip(&weights).map(|(n, w)| w * f64::from(value(n, lane))).sum();
+                    // SAFETY: as above.
+                    let got = unsafe { *acc.value.add(lane) / *acc.total };
+                    assert!(
+                        (f64::from(got) - want / total).abs() < 2e-5,
+                        "{level}, {own:?}: {got} {}",
+                        want / total
+                    );
+                }
+            }
+        }
+    }
 
     /// The error that `exp` documents, over all arguments that matter: 2 units in the last place, and a clean zero below.
     #[test]

@@ -131,6 +131,30 @@ pub(crate) trait Lanes: Copy {
         }
     }
 
+    /// `2^self`, within 2 units in the last place of the result for arguments in `[-126, 127]`; 0 below.
+    #[inline(always)]
+    unsafe fn exp2(self) -> Self {
+        // SAFETY: register arithmetic of this level.
+        unsafe {
+            let n = self.at_least(Self::splat(-126.0)).nearest();
+            let e = self.at_least(Self::splat(-126.0)).sub(n).exp2_of_half();
+            self.zero_below(Self::splat(-126.0), e.mul(n.power_of_two()))
+        }
+    }
+
+    /// `2^self` in `[-1/2, 1/2]`: 1 and a polynomial of degree 6 without a constant, near the best there is.
+    #[inline(always)]
+    unsafe fn exp2_of_half(self) -> Self {
+        // SAFETY: register arithmetic of this level.
+        unsafe {
+            let mut p = Self::splat(1.545_316_3e-4);
+            for c in [1.339_086_3e-3, 9.618_083e-3, 5.550_357e-2, 2.402_265e-1, 6.931_472e-1, 1.0] {
+                p = Self::splat(c).madd(p, self);
+            }
+            p
+        }
+    }
+
     /// `self`, rounded to bf16 when asked.
     #[inline(always)]
     unsafe fn rounded(self, bf16: bool) -> Self {

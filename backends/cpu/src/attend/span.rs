@@ -4,8 +4,8 @@ use std::ops::Range;
 
 use backend::DType;
 
-use super::{Attention, Planes, QUERIES_CUT, Rows, SPAN, Sums, Unit};
-use crate::kernel::{Layout, Pairs, Soon, Sweep};
+use super::{Attention, Planes, QUERIES_CUT, Rows, SPAN, Unit};
+use crate::kernel::{Layout, Pairs, Softmax, Soon, Sums, Sweep};
 use crate::lanes::LANES;
 
 /// Keys that nobody has asked for before ([`Attention::soon`]) are asked for so many positions ahead.
@@ -91,12 +91,12 @@ impl Attention<'_> {
                 }
                 None => {}
             }
-            std::ptr::write_bytes(sums.value, 0, queries * self.padded_dim());
+            self.clear(&sums, queries);
             let mut query = 0;
             while query < queries {
                 let (first, last) = (self.within(unit, span, query), self.within(unit, span, queries - 1));
                 // All rows see the same positions: one piece. Else a mask passes through: a few rows at a time.
-                let count = if first.is_some() && first == last { queries - query } else { QUERIES_CUT };
+                let count = if first == last { queries - query } else { QUERIES_CUT };
                 let of = query..queries.min(query + count);
                 self.piece(unit, span, of.clone(), q, k_turned, v_padded, scores, sums);
                 query = of.end;
@@ -117,8 +117,7 @@ impl Attention<'_> {
         scores: *mut f32,
         sums: Sums,
     ) {
-        let range = |query: usize| self.within(unit, span, query).unwrap_or(0..0);
-        let present = || of.clone().map(range).filter(|range| !range.is_empty());
+        let present = || of.clone().map(|query| self.within(unit, span, query)).filter(|own| !own.is_empty());
         let Some(low) = present().map(|range| range.start).min() else { return };
         let high = present().map(|range| range.end).max().unwrap_or(low);
         let (first, panels) = (low / LANES, high.div_ceil(LANES));
@@ -158,45 +157,19 @@ impl Attention<'_> {
                 }),
             }
             for query in of.clone() {
-                let range = range(query);
-                if !range.is_empty() {
-                    let line = scores.add(query * SPAN);
-                    let (peak, total) = (self.kernels.softmax)(line, range.start, range.end, self.scale);
-                    *sums.peak.add(query) = peak;
-                    *sums.total.add(query) = total;
-                    if self.pairs.is_some() {
-                        let from = range.start / LANES * LANES;
-                        let count = range.end.next_multiple_of(LANES) - from;
-                        (self.kernels.narrow)(line.add(from), line.cast::<u16>().add(from), count);
-                    }
+                let (line, own) = (scores.add(query * SPAN), self.within(unit, span, query));
+                let softmax = Softmax { scores: line, touched: low..high, own, scale: self.scale };
+                (*sums.peak.add(query), *sums.total.add(query)) = (self.kernels.softmax)(&softmax);
+                if self.pairs.is_some() {
+                    let (from, count) = (first * LANES, (panels - first) * LANES);
+                    (self.kernels.narrow)(line.add(from), line.cast::<u16>().add(from), count);
                 }
             }
-            if let Some(kernels) = self.pairs {
-                return self.weigh(&kernels, unit, span, of, v_padded, scores, sums);
-            }
-            // Every row sums exactly its own positions: first those before all rows begin, one row at a time, then the
-            // common ones together, then the rest.
-            let mut from = of.clone().map(|query| range(query).start).max().unwrap_or(0);
-            let mut to = of.clone().map(|query| range(query).end).min().unwrap_or(0);
-            if from >= to {
-                (from, to) = (SPAN, SPAN);
-            }
-            for query in of.clone() {
-                let own = range(query);
-                self.values(
-                    unit,
-                    span,
-                    query..query + 1,
-                    own.start..own.end.min(from),
-                    v_padded,
-                    scores,
-                    sums,
-                );
-            }
-            self.values(unit, span, of.clone(), from..to, v_padded, scores, sums);
-            for query in of.clone() {
-                let own = range(query);
-                self.values(unit, span, query..query + 1, own.start.max(to)..own.end, v_padded, scores, sums);
+            // All rows sum all of these positions in ascending order. What a row does not attend to has a weight of zero, which
+            // changes no sum of its own.
+            match self.pairs {
+                Some(kernels) => self.weigh(&kernels, unit, span, of, low..high, v_padded, scores, sums),
+                None => self.values(unit, span, of, low..high, v_padded, scores, sums),
             }
         }
     }

@@ -1,5 +1,8 @@
 //! Inner loops over single rows: norms, sums, gates, rotations, softmax. Lengths count floats and need not be whole lanes.
 
+use std::ops::Range;
+
+use super::{Softmax, Sums};
 use crate::lanes::{LANES, Lanes};
 
 /// Calls the body with `at` and the number of lanes left for every 16 floats of `n`.
@@ -128,34 +131,73 @@ pub(super) unsafe fn transpose<V: Lanes>(
 }
 
 #[inline(always)]
-pub(super) unsafe fn softmax<V: Lanes>(scores: *mut f32, from: usize, to: usize, scale: f32) -> (f32, f32) {
-    // Lanes are positions modulo 16, whatever `from` is: a row's sums do not depend on which rows came along.
-    let first = from / LANES * LANES;
-    let scale = {
-        // SAFETY: register arithmetic of this level.
-        unsafe { V::splat(scale) }
-    };
-    // SAFETY: the floats of [first, to rounded up to 16) at scores.
+pub(super) unsafe fn softmax<V: Lanes>(s: &Softmax) -> (f32, f32) {
+    let lines = |of: &Range<usize>| (of.start / LANES * LANES, of.end.next_multiple_of(LANES));
+    let ((before, behind), (first, last)) = (lines(&s.touched), lines(&s.own));
+    let (scores, own) = (s.scores, &s.own);
+    // SAFETY: the floats of whole lanes that are touched, at scores.
     unsafe {
-        let mut peak = V::splat(f32::NEG_INFINITY);
+        if own.is_empty() {
+            std::ptr::write_bytes(scores.add(before), 0, behind - before);
+            return (f32::NEG_INFINITY, 0.0);
+        }
+        std::ptr::write_bytes(scores.add(before), 0, first - before);
+        std::ptr::write_bytes(scores.add(last), 0, behind - last);
+        // Lanes are positions modulo 16, whatever is touched: a row's sums do not depend on which rows came along.
+        for at in [first, last - LANES] {
+            let score = V::load(scores.add(at));
+            score.only(own.start.saturating_sub(at), own.end - at, f32::NEG_INFINITY).store(scores.add(at));
+        }
+        let mut peaks = [V::splat(f32::NEG_INFINITY); 4];
         let mut at = first;
-        while at < to {
-            let score = V::load(scores.add(at)).mul(scale);
-            let score = score.only(from.saturating_sub(at), to - at, f32::NEG_INFINITY);
-            score.store(scores.add(at));
-            peak = score.at_least(peak);
+        while at + peaks.len() * LANES <= last {
+            for (n, peak) in peaks.iter_mut().enumerate() {
+                *peak = V::load(scores.add(at + n * LANES)).at_least(*peak);
+            }
+            at += peaks.len() * LANES;
+        }
+        while at < last {
+            peaks[0] = V::load(scores.add(at)).at_least(peaks[0]);
             at += LANES;
         }
-        let max = peak.peak();
-        let (shift, mut sum) = (V::splat(max), V::splat(0.0));
-        let mut at = first;
-        while at < to {
-            let weight = V::load(scores.add(at)).sub(shift).exp().only(from.saturating_sub(at), to - at, 0.0);
+        // Weights are powers of two: one product less than those of e.
+        let scale = s.scale * std::f32::consts::LOG2_E;
+        let max = peaks[0].at_least(peaks[1]).at_least(peaks[2].at_least(peaks[3])).peak() * scale;
+        let (shift, scale, mut sum) = (V::splat(-max), V::splat(scale), V::splat(0.0));
+        for at in (first..last).step_by(LANES) {
+            let weight = shift.madd(V::load(scores.add(at)), scale).exp2();
             weight.store(scores.add(at));
             sum = sum.add(weight);
-            at += LANES;
         }
         (max, sum.total())
+    }
+}
+
+#[inline(always)]
+pub(super) unsafe fn fold<V: Lanes>(acc: &Sums, part: &Sums, queries: usize, width: usize) {
+    // SAFETY: both sums have whole lanes of peaks and totals, and a line of values per query.
+    unsafe {
+        each_16!(queries, |from, count| {
+            let (old, new) = (V::load(acc.peak.add(from)), V::load(part.peak.add(from)));
+            // Not minus infinity, from which nothing can be told apart.
+            let peak = new.at_least(old).at_least(V::splat(f32::MIN));
+            let (a, b) = (old.sub(peak).exp2(), new.sub(peak).exp2());
+            let total = V::load(acc.total.add(from)).mul(a).madd(V::load(part.total.add(from)), b);
+            peak.store(acc.peak.add(from));
+            total.store(acc.total.add(from));
+            let (mut factors, mut others) = ([0.0; LANES], [0.0; LANES]);
+            a.store(factors.as_mut_ptr());
+            b.store(others.as_mut_ptr());
+            for (query, (a, b)) in factors.iter().zip(&others).take(count).enumerate() {
+                let at = (from + query) * width;
+                let (value, new) = (acc.value.add(at), part.value.add(at));
+                let (a, b) = (V::splat(*a), V::splat(*b));
+                each_16!(width, |at, _left| {
+                    let old = V::load(value.add(at)).mul(a);
+                    old.madd(V::load(new.add(at)), b).store(value.add(at));
+                });
+            }
+        });
     }
 }
 

@@ -223,6 +223,17 @@ impl Lanes for Avx512 {
     }
 
     #[inline(always)]
+    unsafe fn exp2(self) -> Self {
+        // SAFETY: see the impl. Not-a-number is not below.
+        unsafe {
+            let n = self.nearest();
+            let e = self.sub(n).exp2_of_half();
+            let keep = _mm512_cmp_ps_mask::<_CMP_NLT_UQ>(self.0, _mm512_set1_ps(-126.0));
+            Avx512(_mm512_maskz_scalef_ps(keep, e.0, n.0))
+        }
+    }
+
+    #[inline(always)]
     unsafe fn transpose(rows: &[*const u8; LANES], words: usize, out: *mut u32) {
         // SAFETY: see the impl; whole groups of 16 words here, the rest one by one.
         unsafe {
