@@ -163,7 +163,7 @@ impl Scaled<'_> {
     pub(crate) const ROWS_RANGES: usize = 4;
     /// Inputs that may share a scale: groups must divide them, and units.
     pub(crate) const UNIT_MAX: usize = 256;
-    pub(crate) const PARTS_MAX: usize = 4;
+    pub(crate) const PARTS_MAX: usize = 8;
     /// A unit of two panels as words of pairs, their scales and the offsets of their groups.
     pub(crate) const BUFFER_FLOATS: usize = (Self::UNIT_MAX + 2 + 2 * Self::PARTS_MAX) * LANES;
 }

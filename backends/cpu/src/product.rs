@@ -17,7 +17,7 @@ const ROWS_STREAMING: usize = 4;
 /// Rows of one task at most: their sums (48 KiB) and inputs stay in the second cache.
 const ROWS_MAX: usize = 96;
 /// The same where a task takes codes apart for all its rows, and inputs are half as large.
-const ROWS_MAX_WHOLE: usize = 192;
+const ROWS_MAX_WHOLE: usize = 256;
 /// Tasks per thread that even out unequal speeds.
 pub(crate) const TASKS_PER_THREAD: usize = 3;
 /// Places of a tree of up to 8 ranges that are summed one after the other.

@@ -93,7 +93,7 @@ impl Units {
         self.part.trailing_zeros() - 3
     }
 
-    /// Words that a unit of a row has: the factor (f32), not a number where one of the row's inputs is none; then for each group
+    /// Words that a unit of a row has: the factor (f32), in the first not a number where one of the row's inputs is none; then for each group
     /// the sum of its inputs, as f32, or, where codes have a zero, that many times the sum of the whole numbers, negated.
     pub(crate) const fn words(&self) -> usize {
         1 + self.parts()
@@ -146,6 +146,10 @@ impl Form {
                 Zero::Code(zero) => Units { zero: zero as i32, ..plain },
                 Zero::Bias => Units { offsets: true, ..plain },
             },
+            // Eight of the narrowest codes leave inputs as many bits as four of others.
+            Scale::Minima if matches!(self.code, Code::Planes(..=4)) => {
+                Units { unit: 8 * self.group, scales: true, offsets: true, ..plain }
+            }
             Scale::Minima => Units { unit: 4 * self.group, scales: true, offsets: true, ..plain },
             Scale::Signed => Units { unit: 4 * self.group, scales: true, zero: SIGNED_ZERO, ..plain },
         };

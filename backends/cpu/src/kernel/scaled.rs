@@ -1,7 +1,7 @@
 //! Quantised weights in bf16 steps, where the level multiplies pairs: codes are multiplied as they are, and a unit's sum is
 //! scaled once. A unit is a group; or, where scales are whole numbers themselves, several, and codes are multiplied by those
 //! scales first ([`Units`]). Whole numbers are multiplied by whole numbers of 16 bits, which inputs become unit by unit with a
-//! factor that is a power of two ([`inputs`]): what is as large as 1/128 of a unit's largest is exact (of several groups 1/64 to 1/32, so that sums
+//! factor that is a power of two ([`inputs`]): what is as large as 1/128 of a unit's largest is exact (of several groups 1/32, so that sums
 //! fit), and the rest is off by less than 1/8,000 of the largest at worst. E4M3
 //! is multiplied as bf16. Weights stream from memory as small as they are: the first rows take codes apart in registers between their
 //! products, where that costs next to nothing, and leave them in the first cache for the rows that follow, unit by unit; few
@@ -37,7 +37,7 @@ const _: () = assert!((OCTETS_DEEP * 8).is_multiple_of(Scaled::UNIT_MAX));
 /// Panels of a tile at most.
 const PANELS: usize = 2;
 /// Bytes that are asked for ahead of use, of all panels of a tile together.
-const AHEAD_BYTES: usize = 8192;
+const AHEAD_BYTES: usize = 4096;
 
 /// Does something for each of up to 12 rows, or pairs. Of a loop the compiler may leave some turns, and then sums are in memory all
 /// the time, and shifts no constants.

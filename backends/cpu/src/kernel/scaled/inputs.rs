@@ -30,36 +30,22 @@ pub(super) unsafe fn inputs<M: Narrow>(w: &WholeInputs) {
     let unit = w.units.unit / 8;
     // SAFETY: the caller's.
     unsafe {
-        let number = numbers::<M>(w.x, (last - first) * 8);
+        let mut check = M::Floats::splat(0.0);
         let (mut octet, mut known) = (first, w.known);
         while octet < last {
             let end = last.min((octet | (unit - 1)) + 1);
             let at = (octet - first) * 8;
-            one::<M>(&w.units, (octet, end), w.x.add(at), w.out.cast::<i16>().add(at), known);
-            if !number {
-                known.cast::<f32>().write(f32::NAN);
-            }
+            one::<M>(&w.units, (octet, end), w.x.add(at), w.out.cast::<i16>().add(at), known, &mut check);
             (octet, known) = (end, known.add(w.units.words()));
         }
-    }
-}
-
-/// Whether `n` inputs are numbers all.
-#[inline(always)]
-unsafe fn numbers<M: Narrow>(x: *const f32, n: usize) -> bool {
-    // SAFETY: the caller's inputs.
-    unsafe {
-        let zero = M::Floats::splat(0.0);
-        // Infinity and what is not a number times zero are not a number.
-        let mut check = zero;
-        for at in (0..n).step_by(LANES) {
-            check = check.madd(M::Floats::load_first(x.add(at), n - at), zero);
+        // One unit's suffices: it is part of every sum.
+        if check.total() != 0.0 {
+            w.known.cast::<f32>().write(f32::NAN);
         }
-        check.total() == 0.0
     }
 }
 
-/// The inputs of octets `[from, to)`, of one unit.
+/// The inputs of octets `[from, to)`, of one unit; what is not a number makes `check` that too.
 #[inline(always)]
 unsafe fn one<M: Narrow>(
     units: &Units,
@@ -67,14 +53,18 @@ unsafe fn one<M: Narrow>(
     x: *const f32,
     out: *mut i16,
     known: *mut i32,
+    check: &mut M::Floats,
 ) {
     let n = (to - from) * 8;
     // SAFETY: the caller's inputs, and room for as many whole numbers and what is known of them.
     unsafe {
-        let mut largest = M::Floats::splat(0.0);
+        let zero = M::Floats::splat(0.0);
+        let mut largest = zero;
         for at in (0..n).step_by(LANES) {
             let x = M::Floats::load_first(x.add(at), n - at);
-            largest = largest.at_least(x.at_least(M::Floats::splat(0.0).sub(x)));
+            largest = largest.at_least(x.at_least(zero.sub(x)));
+            // Infinity and what is not a number times zero are not a number.
+            *check = check.madd(x, zero);
         }
         let exponent = (largest.peak().to_bits() >> 23 & 0xff).max(EXPONENT_MIN) - (units.bits - 1);
         let (factor, inverse) = (f32::from_bits(exponent << 23), f32::from_bits((254 - exponent) << 23));
