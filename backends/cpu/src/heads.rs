@@ -132,10 +132,8 @@ impl HeadsProduct<'_> {
                     fresh: true,
                     soon: None,
                 });
-                for r in 0..rows {
-                    let out = self.out.add((row + r) * self.out_strides.0 + head * self.out_strides.1);
-                    std::ptr::copy_nonoverlapping(sums.add(r * width), out, w.outputs);
-                }
+                let out = self.out.add(row * self.out_strides.0 + head * self.out_strides.1);
+                (self.kernels.place)(sums, width, out, self.out_strides.0, rows, w.outputs);
             }
         });
     }

@@ -69,6 +69,15 @@ pub(crate) struct Kernels {
     pub(crate) fold: unsafe fn(acc: &Sums, part: &Sums, queries: usize, width: usize),
     /// `acc = a * acc + b * part`, `n` floats.
     pub(crate) blend: unsafe fn(acc: *mut f32, part: *const f32, n: usize, a: f32, b: f32),
+    /// `rows` rows of `n` floats, `from_stride` apart, to rows `to_stride` apart.
+    pub(crate) place: unsafe fn(
+        from: *const f32,
+        from_stride: usize,
+        to: *mut f32,
+        to_stride: usize,
+        rows: usize,
+        n: usize,
+    ),
     /// `out = acc / total`, `n` floats.
     pub(crate) divide: unsafe fn(acc: *const f32, total: f32, out: *mut f32, n: usize, bf16: bool),
     /// See [`Lanes::exp`].
@@ -226,7 +235,7 @@ macro_rules! level {
         pub(crate) mod $level {
             use super::{Bytes, Decode, Eighths, Kernels, LANES, Softmax, Stream, Sums, Sweep};
 
-            pub(crate) const KERNELS: Kernels = Kernels { sweep, pairs: None, whole: None, attend: None, decode, stream, bytes, quantise, norm, add, silu, round, rotate, narrow, transpose, softmax, fold, blend, divide, exp };
+            pub(crate) const KERNELS: Kernels = Kernels { sweep, pairs: None, whole: None, attend: None, decode, stream, bytes, quantise, norm, add, silu, round, rotate, narrow, transpose, softmax, fold, blend, place, divide, exp };
 
             $(#[target_feature(enable = $features)])?
             unsafe fn sweep(s: &Sweep) {
@@ -316,6 +325,12 @@ macro_rules! level {
             unsafe fn blend(acc: *mut f32, part: *const f32, n: usize, a: f32, b: f32) {
                 // SAFETY: the caller's promise; the instructions are those of this level.
                 unsafe { super::rows::blend::<$lanes>(acc, part, n, a, b) }
+            }
+
+            $(#[target_feature(enable = $features)])?
+            unsafe fn place(from: *const f32, from_stride: usize, to: *mut f32, to_stride: usize, rows: usize, n: usize) {
+                // SAFETY: the caller's promise; the instructions are those of this level.
+                unsafe { super::rows::place::<$lanes>(from, from_stride, to, to_stride, rows, n) }
             }
 
             $(#[target_feature(enable = $features)])?

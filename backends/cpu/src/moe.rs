@@ -313,10 +313,8 @@ impl CpuStep<'_> {
                 });
                 let column = first.segments[segment].first + panel * LANES;
                 let columns = width.min(first.segments[segment].outputs - panel * LANES);
-                for row in 0..rows {
-                    let to = to.row(row, first.outputs).add(column);
-                    std::ptr::copy_nonoverlapping(sums.add(row * width), to, columns);
-                }
+                let to = to.row(0, first.outputs).add(column);
+                (kernels.place)(sums, width, to, first.outputs, rows, columns);
             }
         });
         out

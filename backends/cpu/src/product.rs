@@ -102,14 +102,13 @@ impl Product<'_> {
             });
             let columns = width.min(segment.outputs - tile.panel * LANES);
             let first = segment.first + tile.panel * LANES;
-            for r in 0..rows {
-                let sum = sums.add(r * width);
-                if let Some(bias) = &w.bias {
-                    (self.kernels.add)(sum, bias.as_ptr().add(first), columns, false);
+            if let Some(bias) = &w.bias {
+                for r in 0..rows {
+                    (self.kernels.add)(sums.add(r * width), bias.as_ptr().add(first), columns, false);
                 }
-                let out = self.out.add((row + r) * w.outputs + first);
-                std::ptr::copy_nonoverlapping(sum, out, columns);
             }
+            let out = self.out.add(row * w.outputs + first);
+            (self.kernels.place)(sums, width, out, w.outputs, rows, columns);
         }
     }
 }

@@ -213,6 +213,37 @@ pub(super) unsafe fn blend<V: Lanes>(acc: *mut f32, part: *const f32, n: usize, 
     }
 }
 
+/// Rows whose places are asked for ahead: they lie far apart, so the processor does not.
+const PLACES_AHEAD: usize = 6;
+
+#[inline(always)]
+pub(super) unsafe fn place<V: Lanes>(
+    from: *const f32,
+    from_stride: usize,
+    to: *mut f32,
+    to_stride: usize,
+    rows: usize,
+    n: usize,
+) {
+    // SAFETY: n floats of each row at both; a prefetch of any address is harmless.
+    unsafe {
+        for row in 0..rows + PLACES_AHEAD {
+            if row < rows {
+                let to = to.add(row * to_stride);
+                each_16!(n, |at, _left| {
+                    V::prefetch(to.add(at).cast_const().cast());
+                });
+            }
+            if let Some(row) = row.checked_sub(PLACES_AHEAD) {
+                let (from, to) = (from.add(row * from_stride), to.add(row * to_stride));
+                each_16!(n, |at, left| {
+                    V::load_first(from.add(at), left).store_first(to.add(at), left);
+                });
+            }
+        }
+    }
+}
+
 #[inline(always)]
 pub(super) unsafe fn divide<V: Lanes>(acc: *const f32, total: f32, out: *mut f32, n: usize, bf16: bool) {
     // SAFETY: n floats at each pointer.
