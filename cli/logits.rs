@@ -18,7 +18,10 @@ use kvtransfer::{
 use models::golden::Case;
 use models::replay::Rank;
 use models::{Checkpoint, ModelError};
+use node::LoadFormat;
 use safetensors::tensor::{Dtype, TensorView};
+
+use crate::config::Value;
 
 /// The one sequence of a run.
 const SEQ: SeqId = SeqId(0);
@@ -60,19 +63,14 @@ pub struct LogitsArgs {
     /// Prompt tokens per step
     #[arg(long, value_name = "TOKENS", default_value_t = CHUNK)]
     chunk: usize,
-    /// Where the weights come from
-    #[arg(long, value_enum, default_value_t)]
+    /// Weights: files, or dummy (seeded random numbers)
+    #[arg(long, value_name = "FORMAT", default_value = "files", value_parser = as_nodes_have_it::<LoadFormat>)]
     load_format: LoadFormat,
 }
 
-/// Where weights come from.
-#[derive(clap::ValueEnum, Clone, Copy, Debug, Default, PartialEq, Eq)]
-enum LoadFormat {
-    /// The model directory
-    #[default]
-    Auto,
-    /// Random numbers of a fixed seed
-    Dummy,
+/// A word of the nodes' settings.
+fn as_nodes_have_it<T: Value>(text: &str) -> Result<T, String> {
+    T::from_raw(Some(&[text.to_owned()]))
 }
 
 /// Logits per case, `[ids, vocabulary]`.
@@ -88,8 +86,8 @@ const BACKENDS: &str = if cfg!(feature = "mlx") { "cpu, cuda, mlx" } else { "cpu
 pub fn run(args: &LogitsArgs) -> Result<()> {
     ensure!(args.tp > 0 && args.chunk > 0, "--tp and --chunk are at least 1");
     let checkpoint = match args.load_format {
-        LoadFormat::Auto => Checkpoint::open(&args.model)?,
-        LoadFormat::Dummy => Checkpoint::dummy(&args.model, 0)?,
+        LoadFormat::Files => Checkpoint::open(&args.model)?,
+        LoadFormat::Dummy { seed } => Checkpoint::dummy(&args.model, seed)?,
     };
     let vocab = checkpoint.config().vocab_size;
     let cases = Case::read(&args.golden, checkpoint.config())?;
