@@ -3,6 +3,7 @@
 
 use std::sync::Arc;
 
+use serde::de::IgnoredAny;
 use serde_json::{Map, Value, json};
 
 use super::Gateway;
@@ -41,7 +42,17 @@ pub struct ResponsesFormat {
 struct Item {
     kind: Kind,
     text: String,
-    open: bool,
+    state: State,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum State {
+    /// More may come.
+    Open,
+    /// All has come.
+    Done,
+    /// The answer ended in the middle of it.
+    Cut,
 }
 
 enum Kind {
@@ -93,19 +104,19 @@ impl ResponsesFormat {
 
     fn item(&self, index: usize, item: &Item) -> Value {
         let id = self.item_id(index, &item.kind);
-        let cut = matches!(self.end, Some((End::Length, _))) && index + 1 == self.items.len();
-        let status = match (item.open, cut) {
-            (true, _) => "in_progress",
-            (false, true) => "incomplete",
-            (false, false) => "completed",
+        let open = item.state == State::Open;
+        let status = match item.state {
+            State::Open => "in_progress",
+            State::Done => "completed",
+            State::Cut => "incomplete",
         };
         match &item.kind {
             Kind::Message => json!({"id": id, "type": "message", "status": status, "role": "assistant",
-                "content": if item.open { Vec::new() } else { vec![text_part(&item.text)] }}),
+                "content": if open { Vec::new() } else { vec![text_part(&item.text)] }}),
             Kind::Reasoning => {
                 let part = json!({"type": "reasoning_text", "text": item.text});
                 json!({"id": id, "type": "reasoning", "status": status, "summary": [],
-                    "content": if item.open { Vec::new() } else { vec![part] }})
+                    "content": if open { Vec::new() } else { vec![part] }})
             }
             Kind::Call { call_id, name } => json!({"id": id, "type": "function_call", "status": status,
                 "call_id": call_id, "name": name, "arguments": item.text}),
@@ -121,7 +132,7 @@ impl ResponsesFormat {
 
     /// Opens an item, unless one of the kind is open.
     fn begin(&mut self, kind: Kind, out: &mut Events) {
-        let open = self.items.last().filter(|item| item.open).map(|item| &item.kind);
+        let open = self.open_item().map(|index| &self.items[index].kind);
         let same = matches!(
             (open, &kind),
             (Some(Kind::Message), Kind::Message) | (Some(Kind::Reasoning), Kind::Reasoning)
@@ -129,8 +140,8 @@ impl ResponsesFormat {
         if same {
             return;
         }
-        self.finish_item(out);
-        self.items.push(Item { kind, text: String::new(), open: true });
+        self.finish_item(State::Done, out);
+        self.items.push(Item { kind, text: String::new(), state: State::Open });
         let index = self.items.len() - 1;
         let item = self.item(index, &self.items[index]);
         let id = item["id"].clone();
@@ -163,11 +174,15 @@ impl ResponsesFormat {
         self.event(kind, data, out);
     }
 
-    fn finish_item(&mut self, out: &mut Events) {
-        let Some(index) = self.items.len().checked_sub(1).filter(|&index| self.items[index].open) else {
-            return;
-        };
-        self.items[index].open = false;
+    /// The place of the last item, if more may come.
+    fn open_item(&self) -> Option<usize> {
+        self.items.len().checked_sub(1).filter(|&index| self.items[index].state == State::Open)
+    }
+
+    /// Ends the open item, if there is one.
+    fn finish_item(&mut self, state: State, out: &mut Events) {
+        let Some(index) = self.open_item() else { return };
+        self.items[index].state = state;
         let item = self.item(index, &self.items[index]);
         let id = item["id"].clone();
         let at = json!({"item_id": id, "output_index": index, "content_index": 0});
@@ -197,6 +212,16 @@ impl ResponsesFormat {
         self.event("response.output_item.done", json!({"output_index": index, "item": item}), out);
     }
 
+    /// The answer has ended.
+    fn finish(&mut self, end: &End, out: &mut Events) {
+        let state = if *end == End::Length { State::Cut } else { State::Done };
+        self.finish_item(state, out);
+        // A call of which only whole arguments are left looks complete.
+        if let Some(last) = self.items.last_mut().filter(|_| *end == End::Length) {
+            last.state = state;
+        }
+    }
+
     fn take(&mut self, delta: &Delta, out: &mut Events) {
         for part in &delta.parts {
             match part {
@@ -215,7 +240,11 @@ impl ResponsesFormat {
                     self.begin(Kind::Call { call_id, name: name.clone() }, out);
                 }
                 Part::Arguments(text) => self.grow(text, out),
-                Part::CallEnd => self.finish_item(out),
+                Part::CallEnd => {
+                    // Readers end what broke off too.
+                    let whole = self.items.last().is_some_and(|item| is_json(&item.text));
+                    self.finish_item(if whole { State::Done } else { State::Cut }, out);
+                }
             }
         }
     }
@@ -234,7 +263,7 @@ impl ResponsesFormat {
                 Kind::Reasoning => message["reasoning_content"] = item.text.as_str().into(),
                 Kind::Call { call_id, name } => {
                     // What broke off could not be sent back.
-                    if serde_json::from_str::<Value>(&item.text).is_err() {
+                    if !is_json(&item.text) {
                         continue;
                     }
                     let function = json!({"name": name, "arguments": item.text});
@@ -252,6 +281,10 @@ impl ResponsesFormat {
             Kept { response: response.clone(), messages },
         );
     }
+}
+
+fn is_json(text: &str) -> bool {
+    serde_json::from_str::<IgnoredAny>(text).is_ok()
 }
 
 fn text_part(text: &str) -> Value {
@@ -282,7 +315,7 @@ impl Format for ResponsesFormat {
 
     fn end(&mut self, _: usize, end: &End, timings: Option<Value>, out: &mut Events) {
         self.end = Some((end.clone(), timings));
-        self.finish_item(out);
+        self.finish(end, out);
     }
 
     fn close(&mut self, usage: Usage, out: &mut Events) {
@@ -294,6 +327,9 @@ impl Format for ResponsesFormat {
     }
 
     fn fail(&mut self, error: &ApiError, out: &mut Events) {
+        if let Some(index) = self.open_item() {
+            self.items[index].state = State::Cut;
+        }
         let mut response = self.object(None, None, None);
         response["status"] = "failed".into();
         response["error"] = json!({"code": "server_error", "message": error.message});
@@ -305,8 +341,7 @@ impl Format for ResponsesFormat {
         // The events build the items; nobody reads them here.
         let mut unread = Events::default();
         self.take(&whole.delta, &mut unread);
-        self.end = Some((whole.end.clone(), None));
-        self.finish_item(&mut unread);
+        self.finish(&whole.end, &mut unread);
         let response = self.object(Some(&whole.end), Some(&usage), whole.timings);
         self.keep(&response);
         response

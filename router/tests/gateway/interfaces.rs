@@ -1,8 +1,9 @@
 //! The same model behind other interfaces: OpenAI's responses and Anthropic's messages.
 
+use router::inference::{FinishReason, InferenceError};
 use serde_json::{Value, json};
 
-use crate::mock::{Gateway, encode, says, template_config};
+use crate::mock::{Gateway, Step, encode, says, script, template_config};
 
 const RESPONSES: &str = "/v1/responses";
 const MESSAGES: &str = "/v1/messages";
@@ -94,6 +95,48 @@ async fn a_streamed_response_tells_every_item_and_ends_with_the_whole() {
     assert_eq!(kinds(&last.1["response"]["output"]), ["reasoning", "message", "function_call"]);
     let done = events.iter().filter(|(name, _)| name == "response.output_item.done").count();
     assert_eq!(done, 3);
+}
+
+/// What was told before a failure, or before there was no more room, is in the response that the last event has; what the
+/// answer broke off in is incomplete, and what came before is not.
+#[tokio::test]
+async fn a_response_that_ends_early_has_what_came_before() {
+    let tools = json!([{"type": "function", "name": "f"}]);
+    for (told, kind, last) in [
+        (
+            "<think>\nHm.\n</think>\n\nLet me",
+            "message",
+            json!([{"type": "output_text", "text": "Let me", "annotations": [], "logprobs": []}]),
+        ),
+        ("Hi.\n<tool_call>\n{\"name\": \"f\", \"arguments\": {\"a\"", "function_call", json!("{\"a\"")),
+    ] {
+        for (fails, name, status) in
+            [(true, "response.failed", "failed"), (false, "response.incomplete", "incomplete")]
+        {
+            let gateway = Gateway::new(move |_| {
+                let mut steps = script(&encode(told), FinishReason::Length);
+                if fails {
+                    steps.pop();
+                    steps.push(Step::Fail(InferenceError::Unavailable("gone".into())));
+                }
+                steps
+            })
+            .await;
+            let events =
+                events(&gateway, RESPONSES, &json!({"input": "Hi", "tools": tools, "stream": true})).await;
+            let (event, data) = events.last().unwrap();
+            let (response, items) = (&data["response"], data["response"]["output"].as_array().unwrap());
+            assert_eq!((event.as_str(), &response["status"]), (name, &json!(status)));
+            assert_eq!(response["error"].is_null(), !fails, "{response}");
+            assert_eq!(items.len(), 2, "{response}");
+            assert_eq!(items[0]["status"], "completed");
+            assert_eq!((&items[1]["type"], &items[1]["status"]), (&json!(kind), &json!("incomplete")));
+            assert_eq!(items[1].get("content").unwrap_or(&items[1]["arguments"]), &last);
+            let done = events.iter().filter(|(name, _)| name == "response.output_item.done");
+            let done: Vec<Value> = done.map(|(_, data)| data["item"].clone()).collect();
+            assert_eq!(done, items[..2 - usize::from(fails)]);
+        }
+    }
 }
 
 #[tokio::test]
