@@ -5,12 +5,12 @@ mod order;
 mod progress;
 mod run;
 
-use std::collections::BTreeMap;
+use std::collections::HashMap;
 use std::fs::File;
 use std::io::{self, IsTerminal, Write, stdout};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
-use std::sync::OnceLock;
+use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
@@ -133,8 +133,9 @@ async fn carry_out(command: Command, goes_on: &OnceLock<String>) -> Result<ExitC
         Command::Run(args) => run::run(args, goes_on).await,
         Command::Submit { file, wait, how, server } => {
             let api = server.api()?;
-            let input = Input::open(&file, how.text)?;
-            let prepared = run::prepare(&api, &input, &how, &BTreeMap::new(), None).await?;
+            let path = file.clone();
+            let input = Arc::new(aside(move || Input::open(&path, how.text)).await?);
+            let prepared = run::prepare(&api, &input, &how, &Arc::new(HashMap::new()), None).await?;
             let id = submit(&api, prepared.path(&file), &how.window, prepared.endpoint).await?;
             print(&format!("{id}\n"));
             if !wait {
@@ -179,6 +180,12 @@ async fn carry_out(command: Command, goes_on: &OnceLock<String>) -> Result<ExitC
             Ok(ExitCode::SUCCESS)
         }
     }
+}
+
+/// Reads or writes files that may be large on a thread of its own, so that Ctrl-C is heard meanwhile; nobody waits for that
+/// thread then. What it writes to is removed by its caller, whatever it still does.
+async fn aside<T: Send + 'static>(work: impl FnOnce() -> Result<T> + Send + 'static) -> Result<T> {
+    tokio::task::spawn_blocking(work).await?
 }
 
 /// Uploads a file and begins a batch of it: its id.

@@ -2,14 +2,13 @@
 //! `OUT.batch.json` the batch that is under way, in OUT the answers that there are. Started again, only lines without a good
 //! answer are asked for.
 
-use std::collections::BTreeMap;
 use std::collections::HashMap;
 use std::fs::{self, File};
 use std::io::{BufWriter, Read, Write};
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
-use std::sync::OnceLock;
+use std::sync::{Arc, OnceLock};
 
 use anyhow::{Context, Result, bail, ensure};
 use reqwest::StatusCode;
@@ -18,7 +17,7 @@ use sha2::{Digest, Sha256};
 
 use super::input::{Form, Input};
 use super::order::{Place, places};
-use super::{How, ended, fetch, status, submit, wait_for};
+use super::{How, aside, ended, fetch, status, submit, wait_for};
 use crate::api::{Api, Server};
 
 /// What is read at once.
@@ -66,19 +65,22 @@ impl Prepared {
 /// Makes what a server takes of an input, without the lines that are in `done`. `beside`: where the user's files are.
 pub async fn prepare(
     api: &Api,
-    input: &Input,
+    input: &Arc<Input>,
     how: &How,
-    done: &BTreeMap<String, ()>,
+    done: &Arc<HashMap<String, Place>>,
     beside: Option<&Path>,
 ) -> Result<Prepared> {
-    let endpoint = input.endpoint;
+    let (endpoint, input, done, how) = (input.endpoint, Arc::clone(input), Arc::clone(done), how.clone());
     if input.form == Form::OpenAi && done.is_empty() {
-        let mut lines = 0;
-        input.each(how, "", |_| {
-            lines += 1;
-            Ok(())
-        })?;
-        return Ok(Prepared { endpoint, made: None, lines });
+        let count = move || {
+            let mut lines = 0;
+            input.each(&how, "", |_| {
+                lines += 1;
+                Ok(())
+            })?;
+            Ok(lines)
+        };
+        return Ok(Prepared { endpoint, made: None, lines: aside(count).await? });
     }
     let model = match &how.model {
         Some(model) => model.clone(),
@@ -92,16 +94,20 @@ pub async fn prepare(
     let file = fs::OpenOptions::new().write(true).create_new(true).mode(0o600).open(&path);
     let file = file.with_context(|| format!("cannot write {}", path.display()))?;
     let made = Made(path.clone());
-    let (mut file, mut lines) = (BufWriter::new(file), 0);
-    let written = input.each(how, &model, |request| {
-        if !done.contains_key(&request.id) {
-            lines += 1;
-            writeln!(file, "{}", request.line)?;
-        }
-        Ok(())
-    });
-    written.and_then(|()| Ok(file.flush()?)).with_context(|| format!("cannot write {}", path.display()))?;
-    Ok(Prepared { endpoint, made: Some(made), lines })
+    let write = move || {
+        let failed = || format!("cannot write {}", path.display());
+        let (mut file, mut lines) = (BufWriter::new(file), 0);
+        input.each(&how, &model, |request| {
+            if !done.contains_key(&request.id) {
+                lines += 1;
+                writeln!(file, "{}", request.line).with_context(failed)?;
+            }
+            Ok(())
+        })?;
+        file.flush().with_context(failed)?;
+        Ok(lines)
+    };
+    Ok(Prepared { endpoint, made: Some(made), lines: aside(write).await? })
 }
 
 /// Runs it. `goes_on` hears which batch goes on without us.
@@ -111,9 +117,10 @@ pub async fn run(args: Args, goes_on: &OnceLock<String>) -> Result<ExitCode> {
         ensure!(from != to, "{} is the input: name another file for the answers", output.display());
     }
     let api = server.api()?;
-    let source = Input::open(&input, how.text)?;
     let (state, answers) = (beside_of(&output, ".batch.json"), beside_of(&output, ".part"));
-    let digest = digest(&input)?;
+    let path = input.clone();
+    let (source, digest) = aside(move || Ok((Input::open(&path, how.text)?, digest(&path)?))).await?;
+    let source = Arc::new(source);
     // A batch of the same input that is under way, or has ended without our seeing it.
     let mut id = None;
     if let Ok(text) = fs::read_to_string(&state) {
@@ -129,19 +136,21 @@ pub async fn run(args: Args, goes_on: &OnceLock<String>) -> Result<ExitCode> {
     {
         id = None;
     }
-    let mut before: HashMap<String, Place> = if output.exists() { places(&output)? } else { HashMap::new() };
+    let path = output.clone();
+    let read = move || if path.exists() { places(&path) } else { Ok(HashMap::new()) };
+    let mut before = aside(read).await?;
     if before.is_empty() && fs::metadata(&output).is_ok_and(|file| file.is_file() && file.len() > 0) {
         bail!("{} is there already and holds no answers: name another file", output.display());
     }
     before.retain(|_, place| place.good);
+    let before = Arc::new(before);
     let id = match id {
         Some(id) => {
             eprintln!("going on with {id}");
             id
         }
         None => {
-            let done = before.keys().map(|id| (id.clone(), ())).collect();
-            let prepared = prepare(&api, &source, &how, &done, Some(&output)).await?;
+            let prepared = prepare(&api, &source, &how, &before, Some(&output)).await?;
             if prepared.lines == 0 {
                 eprintln!("all lines are answered already: {}", output.display());
                 return Ok(ExitCode::SUCCESS);
@@ -160,7 +169,12 @@ pub async fn run(args: Args, goes_on: &OnceLock<String>) -> Result<ExitCode> {
     let mut file = File::create(&answers).with_context(|| format!("cannot write {}", answers.display()))?;
     let _part = Made(answers.clone());
     fetch(&api, &batch, &mut file).await?;
-    let written = write(&source, &how, &output, &before, &answers)?;
+    let ordered = Made(beside_of(&output, ".new"));
+    let failed = |path: &Path| format!("cannot write {}", path.display());
+    let to = File::create(&ordered.0).with_context(|| failed(&ordered.0))?;
+    let from = Answers { before, output: output.clone(), fresh: answers.clone() };
+    let written = aside(move || write(&source, &how, &from, to)).await?;
+    fs::rename(&ordered.0, &output).with_context(|| failed(&output))?;
     let _ = fs::remove_file(&state);
     if batch["errors"]["data"].as_array().is_some_and(|problems| !problems.is_empty()) {
         return ended(&batch);
@@ -184,20 +198,19 @@ struct Written {
     refusal: Option<String>,
 }
 
-/// Writes the answers of `before` (in `output`) and of the file `answers` in the order of the input. Nobody finds half of
-/// it.
-fn write(
-    source: &Input,
-    how: &How,
-    output: &Path,
-    before: &HashMap<String, Place>,
-    answers: &Path,
-) -> Result<Written> {
-    let fresh = places(answers)?;
-    let path = beside_of(output, ".new");
-    let failed = || format!("cannot write {}", path.display());
-    let mut to = BufWriter::new(File::create(&path).with_context(failed)?);
-    let new = File::open(answers)?;
+/// Where answers are.
+struct Answers {
+    /// The good ones in `output`.
+    before: Arc<HashMap<String, Place>>,
+    output: PathBuf,
+    /// A file of newer ones.
+    fresh: PathBuf,
+}
+
+/// Writes answers to `to` in the order of the input.
+fn write(source: &Input, how: &How, answers: &Answers, to: File) -> Result<Written> {
+    let Answers { before, output, fresh } = answers;
+    let (new, fresh, mut to) = (File::open(fresh)?, places(fresh)?, BufWriter::new(to));
     let old = if before.is_empty() { None } else { Some(File::open(output)?) };
     let (mut written, mut line) = (Written::default(), Vec::new());
     source.each(how, "", |request| {
@@ -220,8 +233,7 @@ fn write(
     to.into_inner()
         .map_err(|error| error.into_error())
         .and_then(|file| file.sync_all())
-        .with_context(failed)?;
-    fs::rename(&path, output).with_context(|| format!("cannot write {}", output.display()))?;
+        .context("cannot write the answers")?;
     Ok(written)
 }
 

@@ -1,10 +1,11 @@
 //! Promise: `baton batch` has every line of a file answered, in its order, whoever dies meanwhile.
 
-use std::fs;
+use std::fs::{self, File};
 use std::net::{Ipv4Addr, TcpListener};
 use std::path::Path;
 use std::process::{Command, Stdio};
-use std::time::Duration;
+use std::thread;
+use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
 
@@ -57,6 +58,43 @@ fn ctrl_c_in_the_upload_leaves_nothing() {
         drop(held);
     }
     fs::remove_dir_all(folder).expect("cleans up");
+}
+
+/// Ctrl-C is heard while an input is read: one that does not come, and a long one whose end would be refused.
+#[test]
+fn ctrl_c_is_heard_while_an_input_is_read() {
+    let folder = folder("interrupted-reading");
+    let (pipe, long) = (folder.join("pipe"), folder.join("long"));
+    assert!(Command::new("mkfifo").arg(&pipe).status().expect("mkfifo runs").success());
+    fs::write(&long, format!("{{\"prompt\": \"x\"}}\n{}x", "\n".repeat(64 << 20))).expect("writes");
+    let files = || fs::read_dir(&folder).expect("a folder").count();
+    for arguments in [&["run", "-i", "pipe", "-o", "answers"][..], &["submit", "long"]] {
+        let mut command = baton(&["batch"]);
+        command
+            .args(arguments)
+            .args(["--model=m", "--url=http://127.0.0.1:9"])
+            .current_dir(&folder)
+            .env("TMPDIR", &folder);
+        let mut child = command.stderr(Stdio::piped()).spawn().expect("the executable runs");
+        // Returns when the other end is open; it stays so, and nothing comes.
+        let held = (arguments[0] == "run").then(|| File::options().write(true).open(&pipe).expect("opens"));
+        wait_until("the lines are on their way", || held.is_some() || files() == 3);
+        signal(child.id(), libc::SIGINT);
+        wait_until("the command ends", || child.try_wait().expect("waits").is_some());
+        let ended = child.wait_with_output().expect("ends");
+        assert_eq!(String::from_utf8_lossy(&ended.stderr), "baton: interrupted\n", "{arguments:?}");
+        assert_eq!(files(), 2, "{arguments:?}");
+    }
+    fs::remove_dir_all(folder).expect("cleans up");
+}
+
+/// Fails the test when it is not so for too long.
+fn wait_until(what: &str, mut so: impl FnMut() -> bool) {
+    let begun = Instant::now();
+    while !so() {
+        assert!(begun.elapsed() < PATIENCE, "{what}: not after {PATIENCE:?}");
+        thread::sleep(Duration::from_millis(1));
+    }
 }
 
 /// Prompts become answers in their order; what is there is not asked again, what was refused is; and the single steps do the
