@@ -11,6 +11,9 @@ use crate::record::{Endpoint, Problem};
 /// Problems that are told of one input; the rest would not help.
 const PROBLEMS_MAX: usize = 100;
 
+/// What some editors begin a file of UTF-8 with: no part of its first line.
+const BYTE_ORDER_MARK: &[u8] = "\u{feff}".as_bytes();
+
 /// Longest `custom_id`.
 const CUSTOM_ID_BYTES_MAX: usize = 512;
 
@@ -98,11 +101,13 @@ impl<R: BufRead> Scan<R> {
                 return Ok(None);
             }
             self.number += 1;
-            if too_long || !self.line.trim_ascii().is_empty() {
+            let marked = begin == 0 && self.line.starts_with(BYTE_ORDER_MARK);
+            let before = if marked { BYTE_ORDER_MARK.len() } else { 0 };
+            if too_long || !self.line[before..].trim_ascii().is_empty() {
                 break Ok(Some(Seen {
                     number: self.number,
-                    begin,
-                    bytes: self.line.trim_ascii_end(),
+                    begin: begin + before as u64,
+                    bytes: self.line[before..].trim_ascii_end(),
                     too_long,
                 }));
             }
@@ -254,5 +259,12 @@ mod tests {
             seen,
             [(1, 0, b"a".to_vec(), false), (3, 3, vec![], true), (4, 9, b"ghij".to_vec(), false)]
         );
+        // A byte order mark is before the first line, and nowhere else.
+        let text = "\u{feff}a\n\u{feff}b";
+        let mut scan = Scan::new(io::BufReader::with_capacity(2, text.as_bytes()), 4);
+        for (begin, bytes) in [(3, "a"), (5, "\u{feff}b")] {
+            let line = scan.next_line().expect("reads").expect("a line");
+            assert_eq!((line.begin, line.bytes), (begin, bytes.as_bytes()));
+        }
     }
 }

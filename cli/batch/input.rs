@@ -56,6 +56,7 @@ impl Input {
                 lines.read_line(&mut first).with_context(|| format!("cannot read {shown}"))? > 0,
                 "{shown} has no lines"
             );
+            first = without_mark(&first).to_owned();
         }
         let (form, endpoint) = form(&first, text).with_context(|| format!("first line of {shown}"))?;
         Ok(Input { file, form, endpoint })
@@ -67,12 +68,18 @@ impl Input {
         (&self.file).rewind()?;
         for (number, line) in (1..).zip(BufReader::new(&self.file).lines()) {
             let line = line.with_context(|| format!("line {number}"))?;
+            let line = if number == 1 { without_mark(&line) } else { &line };
             if !line.trim().is_empty() {
-                take(request(self, number, &line, how, model).with_context(|| format!("line {number}"))?)?;
+                take(request(self, number, line, how, model).with_context(|| format!("line {number}"))?)?;
             }
         }
         Ok(())
     }
+}
+
+/// Without the byte order mark that some editors begin a file with.
+fn without_mark(line: &str) -> &str {
+    line.strip_prefix('\u{feff}').unwrap_or(line)
 }
 
 fn form(first: &str, text: bool) -> Result<(Form, &'static str)> {
@@ -178,6 +185,7 @@ mod tests {
             r#"{"custom_id": "a", "method": "POST", "url": "/v1/completions", "body": {"prompt": "x"}}"#;
         let all = requests("openai", &format!("\n{line}\n\n"), false).expect("reads");
         assert_eq!(all, [Request { id: "a".into(), line: line.into() }]);
+        assert_eq!(requests("marked", &format!("\u{feff}{line}\n"), false).expect("reads"), all);
 
         let all = requests("bodies", "{\"prompt\": \"x\"}\n\n{\"prompt\": \"y\", \"model\": \"n\"}", false)
             .expect("reads");
@@ -193,6 +201,8 @@ mod tests {
         let content = |i: usize| value(&all[i])["body"]["messages"][1]["content"].clone();
         assert_eq!((content(0), content(1)), (json!("Hello"), json!("two\nlines")));
         assert_eq!(value(&all[0])["body"]["max_tokens"], 5);
+        let marked = requests("marked-prompts", "\u{feff}Hello\n\"two\\nlines\"\n", false);
+        assert_eq!(marked.expect("reads"), all);
         // What was answered is known by what it asked.
         let changed = requests("changed", "Hello!\n\"two\\nlines\"\n", false).expect("reads");
         assert!(changed[0].id != all[0].id && changed[1].id == all[1].id, "{changed:?} {all:?}");

@@ -166,6 +166,10 @@ pub async fn run(args: Args, goes_on: &OnceLock<String>) -> Result<ExitCode> {
         format!("{id} goes on at the server; run the same again to fetch the answers, or `baton batch cancel {id}`")
     });
     let batch = wait_for(&api, &id).await?;
+    if batch["errors"]["data"].as_array().is_some_and(|problems| !problems.is_empty()) {
+        let _ = fs::remove_file(&state);
+        return ended(&batch);
+    }
     let mut file = File::create(&answers).with_context(|| format!("cannot write {}", answers.display()))?;
     let _part = Made(answers.clone());
     fetch(&api, &batch, &mut file).await?;
@@ -176,9 +180,6 @@ pub async fn run(args: Args, goes_on: &OnceLock<String>) -> Result<ExitCode> {
     let written = aside(move || write(&source, &how, &from, to)).await?;
     fs::rename(&ordered.0, &output).with_context(|| failed(&output))?;
     let _ = fs::remove_file(&state);
-    if batch["errors"]["data"].as_array().is_some_and(|problems| !problems.is_empty()) {
-        return ended(&batch);
-    }
     let Written { good, all, refusal } = written;
     eprintln!("{}: {good} of {all} lines have answers, in {}", status(&batch), output.display());
     if let Some(refusal) = refusal {

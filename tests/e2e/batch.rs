@@ -171,6 +171,16 @@ async fn a_file_is_answered() {
     fs::write(&two, "{\"custom_id\": 1, \"url\": \"/v1/completions\", \"body\": {}}\n").expect("writes");
     let (ok, _, stderr) = batch(&url, &["submit", &two.display().to_string(), "--wait"]);
     assert!(!ok && stderr.contains("custom_id"), "{stderr}");
+    // Where nothing is asked no file is made. A byte order mark is no part of the first line.
+    input(&two, 1);
+    let (line, nothing) = (fs::read_to_string(&two).expect("reads"), folder.join("nothing.jsonl"));
+    let run = ["run", "-i", &two.display().to_string(), "-o", &nothing.display().to_string()];
+    fs::write(&two, line.repeat(2)).expect("writes");
+    let (ok, _, stderr) = batch(&url, &run);
+    assert!(!ok && stderr.contains("line 2: The custom_id \"id-0\"") && !nothing.exists(), "{stderr}");
+    fs::write(&two, format!("\u{feff}{line}")).expect("writes");
+    let (ok, _, stderr) = batch(&url, &run);
+    assert!(ok && lines(&nothing)[0]["custom_id"] == "id-0", "{stderr}");
     fs::remove_dir_all(folder).expect("cleans up");
 }
 
