@@ -2,7 +2,7 @@
 
 use std::io::{BufRead, IsTerminal, stdin, stdout};
 
-use anyhow::{Result, bail};
+use anyhow::{Context, Result, bail};
 use serde_json::{Value, json};
 use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::sync::mpsc;
@@ -73,7 +73,7 @@ pub async fn run(args: Args) -> Result<()> {
             }
             return Ok(());
         };
-        match line.trim() {
+        match line.context("cannot read standard input")?.trim() {
             "" => continue,
             "/exit" | "/quit" => return Ok(()),
             text => messages.push(json!({ "role": "user", "content": text })),
@@ -169,10 +169,10 @@ impl Page {
 }
 
 /// Lines of standard input, read by a thread of their own: such a read cannot be cut short.
-fn lines() -> mpsc::Receiver<String> {
+fn lines() -> mpsc::Receiver<std::io::Result<String>> {
     let (lines, inbox) = mpsc::channel(1);
     std::thread::spawn(move || {
-        for line in stdin().lock().lines().map_while(Result::ok) {
+        for line in stdin().lock().lines() {
             if lines.blocking_send(line).is_err() {
                 break;
             }

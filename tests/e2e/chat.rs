@@ -22,6 +22,11 @@ async fn a_conversation() {
     assert!(said.lines().count() >= 2, "{said}");
     let asked = cluster.metric("baton_http_responses_total", "path=\"/v1/chat/completions\"").await;
     assert_eq!(asked, 2.0);
+    // What is no text is not passed over.
+    std::fs::write(&lines, b"caf\xe9\n").expect("writes");
+    let mut command = baton(&["chat", "--url", &url]);
+    let (ok, said, stderr) = output(command.stdin(File::open(&lines).expect("opens")));
+    assert!(!ok && said.is_empty() && stderr.starts_with("baton: cannot read standard input: "), "{stderr}");
 
     // A model that does not think is asked for nothing by "none", and for what it cannot do by more.
     let ask = json!({ "model": MODEL, "messages": [{ "role": "user", "content": "Hi" }], "max_tokens": 2 });
