@@ -118,6 +118,8 @@ pub enum TokenEvent {
     Started(Started),
     /// How likely the next tokens of the prompt are: from position 1 on, in order, each once.
     Scored(Vec<Score>),
+    /// The prompt is computed. Before the first token, once.
+    Prefilled(Prefilled),
     /// One output token.
     Token(Token),
     /// The answer is complete. The last event.
@@ -133,6 +135,17 @@ pub struct Started {
     pub queue: Duration,
     /// From asking the decode group to its reservation.
     pub admission: Duration,
+}
+
+/// How the prompt was computed, by the first attempt that did. Known to whoever leaves before the end, too.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Prefilled {
+    /// Prompt tokens that were not computed for this request, on whichever node.
+    pub cached_tokens: u32,
+    /// Who computed the prompt.
+    pub decision: Decision,
+    /// Queued and computed by a node.
+    pub prefill: Duration,
 }
 
 /// One output token.
@@ -174,6 +187,17 @@ pub struct Finished {
     pub migrations: u32,
     /// Where the time went.
     pub timings: Timings,
+}
+
+impl Finished {
+    /// What was told when the prompt was computed.
+    pub fn prefilled(&self) -> Prefilled {
+        Prefilled {
+            cached_tokens: self.cached_tokens,
+            decision: self.decision,
+            prefill: self.timings.prefill,
+        }
+    }
 }
 
 /// Why a sequence ended.

@@ -14,7 +14,7 @@ use tokio_util::sync::{CancellationToken, WaitForCancellationFutureOwned};
 use super::choice::{Choice, Delta, End};
 use super::error::ApiError;
 use super::params::Params;
-use crate::inference::{Finished, InferenceError, Started, TokenEvent, TokenStream};
+use crate::inference::{Finished, InferenceError, Prefilled, Started, TokenEvent, TokenStream};
 use crate::metrics::SequenceMeter;
 
 /// What happened in a choice.
@@ -64,13 +64,14 @@ pub struct Lane {
     meter: SequenceMeter,
     prompt_tokens: u32,
     started: Option<Started>,
+    prefilled: Option<Prefilled>,
     finished: Option<Finished>,
 }
 
 impl Lane {
     /// `meter` counts from when the request arrived.
     pub fn new(choice: Choice, meter: SequenceMeter, prompt_tokens: u32) -> Self {
-        Self { choice, meter, prompt_tokens, started: None, finished: None }
+        Self { choice, meter, prompt_tokens, started: None, prefilled: None, finished: None }
     }
 }
 
@@ -216,7 +217,7 @@ impl Answer {
         let per_prompt = || self.running.iter().step_by(self.made).map(|running| &running.lane);
         let cached = |lane: &Lane| {
             let started = lane.started.map_or(0, |started| started.cached_tokens);
-            lane.finished.map_or(started, |finished| finished.cached_tokens)
+            lane.prefilled.map_or(started, |prefilled| prefilled.cached_tokens)
         };
         let prompt_tokens = per_prompt().map(|lane| lane.prompt_tokens).sum();
         let completion_tokens = self.running.iter().map(|running| running.lane.choice.tokens()).sum();
@@ -244,9 +245,12 @@ impl Answer {
             "queue_ms": lane.started.map(|started| ms(started.queue)),
             "admission_ms": lane.started.map(|started| ms(started.admission)),
         });
+        if let Some(prefilled) = &lane.prefilled {
+            value["prefill_ms"] = ms(prefilled.prefill).into();
+            value["decision"] = prefilled.decision.as_str().into();
+        }
         if let Some(finished) = &lane.finished {
             let t = &finished.timings;
-            value["prefill_ms"] = ms(t.prefill).into();
             value["transfer_exposed_ms"] = ms(t.transfer_exposed).into();
             if !t.transfer_estimated.is_zero() {
                 value["transfer_estimated_ms"] = ms(t.transfer_estimated).into();
@@ -256,7 +260,6 @@ impl Answer {
             }
             value["first_step_wait_ms"] = ms(t.first_step_wait).into();
             value["first_step_ms"] = ms(t.first_step).into();
-            value["decision"] = finished.decision.as_str().into();
             value["migrations"] = finished.migrations.into();
         }
         Some(value)
@@ -283,6 +286,10 @@ impl Running {
                     lane.meter.started(&started);
                     lane.started = Some(started);
                 }
+                TokenEvent::Prefilled(prefilled) => {
+                    lane.meter.prefilled(prefilled);
+                    lane.prefilled = Some(prefilled);
+                }
                 TokenEvent::Scored(scores) => {
                     lane.choice.scored(scores);
                     return Poll::Ready(Ok(None));
@@ -308,7 +315,7 @@ impl Running {
                 }
                 TokenEvent::Finished(finished) => {
                     self.stream = None;
-                    lane.finished = Some(finished);
+                    (lane.prefilled, lane.finished) = (Some(finished.prefilled()), Some(finished));
                     let end = lane.choice.finish(finished.reason);
                     // Without a token nobody was asked for anything.
                     let served = (finished.output_tokens > 0).then_some(&finished);

@@ -18,8 +18,8 @@ use super::prefix::Chain;
 use super::spans::Spans;
 use super::wire;
 use crate::inference::{
-    Decision, FinishReason, Finished, GenerateRequest, InferenceError, KvCodec, Score, Started, Timings,
-    Token, TokenEvent,
+    Decision, FinishReason, Finished, GenerateRequest, InferenceError, KvCodec, Prefilled, Score, Started,
+    Timings, Token, TokenEvent,
 };
 use crate::placement::Ask;
 
@@ -61,7 +61,8 @@ pub struct Progress {
     /// Told to the client once.
     started: Option<Started>,
     decision: Option<Decision>,
-    cached_tokens: Option<u32>,
+    /// Told to the client once.
+    prefilled: Option<Prefilled>,
     timings: Timings,
     queued: Duration,
     /// Of this attempt: when it was accepted, what its group held, whether its prompt is computed.
@@ -87,7 +88,7 @@ impl Progress {
             migrations: 0,
             started: None,
             decision: None,
-            cached_tokens: None,
+            prefilled: None,
             timings: Timings::default(),
             queued: Duration::ZERO,
             accepted_at: None,
@@ -142,12 +143,19 @@ impl Progress {
     }
 
     /// The prompt is computed; `cached_tokens` of it were not.
-    pub fn computed(&mut self, cached_tokens: u32) {
+    pub async fn computed(&mut self, cached_tokens: u32) {
         self.has_prompt = true;
         self.spans.computed();
-        if self.cached_tokens.is_none() {
-            self.cached_tokens = Some(cached_tokens.min(self.request.tokens.len() as u32));
-            self.timings.prefill = self.accepted_at.map(|at| at.elapsed()).unwrap_or_default();
+        if self.prefilled.is_none() {
+            let prefilled = Prefilled {
+                cached_tokens: cached_tokens.min(self.request.tokens.len() as u32),
+                decision: self.decision.unwrap_or(Decision::Local),
+                prefill: self.accepted_at.map(|at| at.elapsed()).unwrap_or_default(),
+            };
+            self.timings.prefill = prefilled.prefill;
+            self.prefilled = Some(prefilled);
+            // Without a receiver this future is about to be dropped.
+            let _ = self.out.send(Ok(TokenEvent::Prefilled(prefilled))).await;
         }
     }
 
@@ -219,7 +227,7 @@ impl Progress {
         Finished {
             reason,
             output_tokens: self.next_index(),
-            cached_tokens: self.cached_tokens.unwrap_or(0),
+            cached_tokens: self.prefilled.map_or(0, |prefilled| prefilled.cached_tokens),
             decision: self.decision.unwrap_or(Decision::Local),
             migrations: self.migrations,
             timings: self.timings,

@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 
 use super::{DecisionLabel, Metrics, Reason};
 use crate::api::Caller;
-use crate::inference::{Finished, Started};
+use crate::inference::{Finished, Prefilled, Started};
 
 /// Follows one sequence. Dropped before an end was reported, it counts as aborted: the client went away.
 #[derive(Debug)]
@@ -13,6 +13,7 @@ pub struct SequenceMeter {
     metrics: Arc<Metrics>,
     arrived: Instant,
     accepted: Option<Instant>,
+    prefilled: Option<Prefilled>,
     first: Option<Instant>,
     last: Instant,
     prompt_tokens: u32,
@@ -30,6 +31,7 @@ impl SequenceMeter {
             metrics,
             arrived,
             accepted: None,
+            prefilled: None,
             first: None,
             last: arrived,
             prompt_tokens,
@@ -53,6 +55,11 @@ impl SequenceMeter {
         self.accepted = Some(Instant::now());
         self.metrics.series.queue.observe(started.queue.as_secs_f64());
         self.metrics.series.admission.observe(started.admission.as_secs_f64());
+    }
+
+    /// The prompt is computed.
+    pub fn prefilled(&mut self, prefilled: Prefilled) {
+        self.prefilled = Some(prefilled);
     }
 
     /// A token came.
@@ -97,14 +104,18 @@ impl SequenceMeter {
             m.decode.observe(decode);
             m.tpot.observe(decode / f64::from(self.tokens - 1));
         }
+        if let Some(prefilled) = finished.map(Finished::prefilled).or(self.prefilled) {
+            m.prefix_queries.inc_by(self.prompt_tokens.into());
+            m.prefix_hits.inc_by(prefilled.cached_tokens.into());
+            m.decisions.get_or_create(&DecisionLabel { decision: prefilled.decision.as_str() }).inc();
+            if !prefilled.prefill.is_zero() {
+                m.prefill.observe(prefilled.prefill.as_secs_f64());
+            }
+        }
         let Some(finished) = finished else { return };
-        m.prefix_queries.inc_by(self.prompt_tokens.into());
-        m.prefix_hits.inc_by(finished.cached_tokens.into());
-        m.decisions.get_or_create(&DecisionLabel { decision: finished.decision.as_str() }).inc();
         m.migrations.inc_by(finished.migrations.into());
         let t = &finished.timings;
         let parts = [
-            (&m.prefill, t.prefill),
             (&m.transfer_exposed, t.transfer_exposed),
             (&m.transfer_estimated, t.transfer_estimated),
             (&m.first_step_wait, t.first_step_wait),

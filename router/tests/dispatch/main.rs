@@ -17,8 +17,8 @@ use proto::v1::Role;
 use router::dispatch::counts::Cause;
 use router::dispatch::{Dispatch, DispatchConfig};
 use router::inference::{
-    Finished, GenerateRequest, Inference, InferenceError, Load, Sampling, Score, Started, TokenEvent,
-    TokenStream,
+    Finished, GenerateRequest, Inference, InferenceError, Load, Prefilled, Sampling, Score, Started,
+    TokenEvent, TokenStream,
 };
 use router::placement::Disaggregation;
 use tokio::time::timeout;
@@ -101,6 +101,7 @@ impl World {
             scores: Vec::new(),
             seen: Vec::new(),
             started: None,
+            prefilled: None,
         }
     }
 
@@ -130,6 +131,7 @@ struct Client {
     scores: Vec<Score>,
     seen: Vec<u32>,
     started: Option<Started>,
+    prefilled: Option<Prefilled>,
 }
 
 impl Client {
@@ -150,14 +152,20 @@ impl Client {
                 self.scores.extend(scores);
                 Ok(None)
             }
+            TokenEvent::Prefilled(prefilled) => {
+                assert!(self.prefilled.is_none() && self.seen.is_empty(), "computed late or twice");
+                self.prefilled = Some(prefilled);
+                Ok(None)
+            }
             TokenEvent::Token(token) => {
-                assert!(self.started.is_some(), "a token before the start");
+                assert!(self.started.is_some() && self.prefilled.is_some(), "a token before its prompt");
                 assert_eq!(token.index as usize, self.seen.len(), "an index missing or twice");
                 self.seen.push(token.id);
                 Ok(None)
             }
             TokenEvent::Finished(finished) => {
                 assert_eq!(finished.output_tokens as usize, self.seen.len());
+                assert!(self.prefilled.is_none_or(|told| told == finished.prefilled()), "{finished:?}");
                 assert!(self.stream.next().await.is_none(), "something after the end");
                 Ok(Some(finished))
             }

@@ -1,6 +1,9 @@
 //! Health, metrics, models, keys, hosts, origins, and `/tokenize`.
 
+use std::time::Duration;
+
 use router::ServeError;
+use router::inference::{Decision, Prefilled, TokenEvent};
 use router::key_file::{KeyFile, KeyLimits};
 use serde_json::{Value, json};
 
@@ -37,6 +40,35 @@ async fn metrics_count_what_was_served() {
         "vllm:generation_tokens_total{model_name=\"tiny\"} 2",
         "vllm:request_success_total{model_name=\"tiny\",finished_reason=\"stop\"} 1",
         "baton_http_responses_total{model_name=\"tiny\",path=\"/v1/completions\",status=\"400\"} 1",
+    ] {
+        assert!(text.lines().any(|l| l == line), "{line} is not in\n{text}");
+    }
+}
+
+/// What ends at a stop string, where the cluster is not heard to the end, is known as well as what the cluster ends.
+#[tokio::test]
+async fn who_computed_a_prompt_is_known_of_what_a_stop_string_ends() {
+    let prefilled =
+        Prefilled { cached_tokens: 1, decision: Decision::Handoff, prefill: Duration::from_millis(4) };
+    let gateway = Gateway::new(move |_| {
+        let mut steps = says("a b c");
+        steps.insert(1, Step::Event(TokenEvent::Prefilled(prefilled)));
+        steps
+    })
+    .await;
+    let ask = json!({"prompt": "Hi there", "stop": "b", "baton_timings": true});
+    let (_, answer) = gateway.ask("/v1/completions", &ask).await;
+    assert_eq!(answer["choices"][0]["text"], "a ");
+    assert_eq!(answer["usage"]["prompt_tokens_details"]["cached_tokens"], 1);
+    let timings = &answer["choices"][0]["baton"];
+    assert_eq!((&timings["prefill_ms"], &timings["decision"]), (&json!(4.0), &json!("handoff")), "{answer}");
+    let text = gateway.get("/metrics").await.text().await.unwrap();
+    let tokens = encode("Hi there").len();
+    for line in [
+        "baton_request_decisions_total{model_name=\"tiny\",decision=\"handoff\"} 1",
+        "vllm:prefix_cache_hits_total{model_name=\"tiny\"} 1",
+        &format!("vllm:prefix_cache_queries_total{{model_name=\"tiny\"}} {tokens}"),
+        "vllm:request_prefill_time_seconds_count{model_name=\"tiny\"} 1",
     ] {
         assert!(text.lines().any(|l| l == line), "{line} is not in\n{text}");
     }

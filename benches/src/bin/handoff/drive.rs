@@ -200,7 +200,7 @@ async fn answer(plan: &Plan, dispatch: &Dispatch, prompts: &mut Prompts, way: De
     let mut finished: Option<Finished> = None;
     while let Some(event) = events.next().await {
         match event? {
-            TokenEvent::Started(_) | TokenEvent::Scored(_) => {}
+            TokenEvent::Started(_) | TokenEvent::Scored(_) | TokenEvent::Prefilled(_) => {}
             TokenEvent::Token(_) => tokens.push(begun.elapsed()),
             TokenEvent::Finished(how) => finished = Some(how),
         }

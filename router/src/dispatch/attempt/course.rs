@@ -136,7 +136,7 @@ impl<'a> Course<'a> {
                     return Err(self.wrong(Role::Prefill, "its first token is not the one awaited"));
                 };
                 self.attempt.grant.computed(Some(first.cached_tokens), progress.blocks());
-                progress.computed(first.cached_tokens);
+                progress.computed(first.cached_tokens).await;
                 self.deliver(token, Role::Prefill, progress).await?;
                 // Only one token was wanted: that is its length.
                 Ok(finish.or((self.decode.is_none()).then_some(FinishReason::Length)))
@@ -193,7 +193,7 @@ impl<'a> Course<'a> {
                         }
                         let cached = progress.admitted_cached_tokens();
                         self.attempt.grant.computed(None, progress.blocks());
-                        progress.computed(cached);
+                        progress.computed(cached).await;
                     }
                     self.deliver(wire::token(token), Role::Decode, progress).await?;
                 }
