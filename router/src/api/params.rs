@@ -233,7 +233,9 @@ fn sampling(fields: &mut Fields, rules: &Rules<'_>) -> Result<Sampling, ApiError
             .number("frequency_penalty", "a number from -2 to 2", penalty)?
             .unwrap_or(0.0),
         repetition_penalty: fields
-            .number("repetition_penalty", "a number above 0 and up to 2", |p| p > 0.0 && p <= 2.0)?
+            .number("repetition_penalty", "a number above 0 and up to 2", |p| {
+                (f64::from(f32::MIN_POSITIVE)..=2.0).contains(&p)
+            })?
             .unwrap_or(defaults.repetition_penalty),
         logit_bias: logit_bias(fields, rules.vocab)?,
         ..Sampling::default()
@@ -426,6 +428,7 @@ mod tests {
             (r#"{"presence_penalty": 3}"#, "presence_penalty"),
             (r#"{"frequency_penalty": -3}"#, "frequency_penalty"),
             (r#"{"repetition_penalty": 0}"#, "repetition_penalty"),
+            (r#"{"repetition_penalty": 1e-40}"#, "repetition_penalty"),
             (r#"{"seed": 1.5}"#, "seed"),
             (r#"{"stop": 1}"#, "stop"),
             (r#"{"stop": ["a", ""]}"#, "stop[1]"),
