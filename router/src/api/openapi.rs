@@ -132,6 +132,9 @@ fn operation(method: &str, path: &str, summary: &str, body: Option<&str>) -> Val
             operation["parameters"] = list_parameters(path);
         }
     }
+    if (method, path) == ("get", "/v1/responses/{id}") {
+        responses["400"] = error("A parameter is not served.");
+    }
     if path == "/health" {
         responses["503"] = error("A role cannot serve.");
     }

@@ -2,10 +2,11 @@
 //! written over as a chat, with the conversation that `previous_response_id` names in front, and goes the way of chats;
 //! `responses_format` writes the answer and keeps it.
 
+use std::collections::HashMap;
 use std::sync::Arc;
 use std::time::{Instant, SystemTime};
 
-use axum::extract::{Path, Request, State};
+use axum::extract::{Path, Query, Request, State};
 use axum::response::Response;
 use axum::{Extension, Json};
 use serde_json::{Map, Value, json};
@@ -93,7 +94,18 @@ pub async fn get(
     State(gateway): State<Arc<Gateway>>,
     caller: Option<Extension<Arc<Caller>>>,
     Path(id): Path<String>,
+    Query(query): Query<HashMap<String, String>>,
 ) -> Result<Json<Value>, ApiError> {
+    // It is told as it was kept, and whole.
+    for (name, value) in &query {
+        match name.as_str() {
+            "stream" if value == "false" => {}
+            "stream" | "starting_after" | "include" | "include[]" | "include_obfuscation" => {
+                return Err(ApiError::unsupported(name, "is not supported here"));
+            }
+            _ => return Err(ApiError::unknown(name.chars().take(64).collect::<String>())),
+        }
+    }
     let key = format!("{}{id}", owner(caller.as_deref()));
     let kept = gateway.responses.get(&key).ok_or_else(|| no_response(&id))?;
     Ok(Json(kept.response.clone()))

@@ -48,6 +48,10 @@ async fn a_response_has_items_and_can_be_gone_on_with() {
     let id = first["id"].as_str().unwrap();
     assert!(id.starts_with("resp_"), "{id}");
     assert_eq!(gateway.get(&format!("{RESPONSES}/{id}")).await.json::<Value>().await.unwrap(), first);
+    // A client that waits for events learns that there are none.
+    for (query, status) in [("stream=true", 400), ("nonsense=1", 400), ("stream=false", 200)] {
+        assert_eq!(gateway.get(&format!("{RESPONSES}/{id}?{query}")).await.status(), status, "{query}");
+    }
     let call = &first["output"][2]["call_id"];
     let output = json!([{"type": "function_call_output", "call_id": call, "output": "42"}]);
     let next = json!({"input": output, "previous_response_id": id, "tools": tools, "store": false});
