@@ -44,10 +44,12 @@ pub struct Request {
 const ENDPOINTS: [&str; 4] = ["/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/embeddings"];
 
 impl Input {
-    /// Opens `path`, and looks at its first line. `text`: every line is a prompt.
+    /// Opens `path`, a file, and looks at its first line. `text`: every line is a prompt.
     pub fn open(path: &Path, text: bool) -> Result<Input> {
         let shown = path.display();
         let file = File::open(path).with_context(|| format!("cannot read {shown}"))?;
+        let kind = file.metadata().with_context(|| format!("cannot read {shown}"))?;
+        ensure!(kind.is_file(), "{shown} is no file: lines are read more than once");
         let mut first = String::new();
         let mut lines = BufReader::new(&file);
         while first.trim().is_empty() {

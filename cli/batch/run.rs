@@ -116,8 +116,13 @@ pub async fn run(args: Args, goes_on: &OnceLock<String>) -> Result<ExitCode> {
     if let (Ok(from), Ok(to)) = (input.canonicalize(), output.canonicalize()) {
         ensure!(from != to, "{} is the input: name another file for the answers", output.display());
     }
+    ensure!(output.is_file() || !output.exists(), "{} is no file", output.display());
     let api = server.api()?;
     let (state, answers) = (beside_of(&output, ".batch.json"), beside_of(&output, ".part"));
+    let failed = |path: &Path| format!("cannot write {}", path.display());
+    // Nothing is asked for that could not be kept.
+    File::create(&answers).with_context(|| failed(&answers))?;
+    drop(Made(answers.clone()));
     let path = input.clone();
     let (source, digest) = aside(move || Ok((Input::open(&path, how.text)?, digest(&path)?))).await?;
     let source = Arc::new(source);
@@ -157,8 +162,7 @@ pub async fn run(args: Args, goes_on: &OnceLock<String>) -> Result<ExitCode> {
             }
             let id = submit(&api, prepared.path(&input), &how.window, prepared.endpoint).await?;
             let known = json!({"batch": id, "input": digest, "url": api.url()});
-            fs::write(&state, known.to_string())
-                .with_context(|| format!("cannot write {}", state.display()))?;
+            fs::write(&state, known.to_string()).with_context(|| failed(&state))?;
             id
         }
     };
@@ -170,11 +174,10 @@ pub async fn run(args: Args, goes_on: &OnceLock<String>) -> Result<ExitCode> {
         let _ = fs::remove_file(&state);
         return ended(&batch);
     }
-    let mut file = File::create(&answers).with_context(|| format!("cannot write {}", answers.display()))?;
+    let mut file = File::create(&answers).with_context(|| failed(&answers))?;
     let _part = Made(answers.clone());
     fetch(&api, &batch, &mut file).await?;
     let ordered = Made(beside_of(&output, ".new"));
-    let failed = |path: &Path| format!("cannot write {}", path.display());
     let to = File::create(&ordered.0).with_context(|| failed(&ordered.0))?;
     let from = Answers { before, output: output.clone(), fresh: answers.clone() };
     let written = aside(move || write(&source, &how, &from, to)).await?;

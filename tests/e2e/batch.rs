@@ -1,6 +1,6 @@
 //! Promise: `baton batch` has every line of a file answered, in its order, whoever dies meanwhile.
 
-use std::fs::{self, File};
+use std::fs;
 use std::net::{Ipv4Addr, TcpListener};
 use std::path::Path;
 use std::process::{Command, Stdio};
@@ -60,15 +60,14 @@ fn ctrl_c_in_the_upload_leaves_nothing() {
     fs::remove_dir_all(folder).expect("cleans up");
 }
 
-/// Ctrl-C is heard while an input is read: one that does not come, and a long one whose end would be refused.
+/// Ctrl-C is heard while a long input is read, whose end would be refused.
 #[test]
 fn ctrl_c_is_heard_while_an_input_is_read() {
     let folder = folder("interrupted-reading");
-    let (pipe, long) = (folder.join("pipe"), folder.join("long"));
-    assert!(Command::new("mkfifo").arg(&pipe).status().expect("mkfifo runs").success());
-    fs::write(&long, format!("{{\"prompt\": \"x\"}}\n{}x", "\n".repeat(64 << 20))).expect("writes");
+    fs::write(folder.join("long"), format!("{{\"prompt\": \"x\"}}\n{}x", "\n".repeat(64 << 20)))
+        .expect("writes");
     let files = || fs::read_dir(&folder).expect("a folder").count();
-    for arguments in [&["run", "-i", "pipe", "-o", "answers"][..], &["submit", "long"]] {
+    for arguments in [&["run", "-i", "long", "-o", "answers"][..], &["submit", "long"]] {
         let mut command = baton(&["batch"]);
         command
             .args(arguments)
@@ -76,15 +75,41 @@ fn ctrl_c_is_heard_while_an_input_is_read() {
             .current_dir(&folder)
             .env("TMPDIR", &folder);
         let mut child = command.stderr(Stdio::piped()).spawn().expect("the executable runs");
-        // Returns when the other end is open; it stays so, and nothing comes.
-        let held = (arguments[0] == "run").then(|| File::options().write(true).open(&pipe).expect("opens"));
-        wait_until("the lines are on their way", || held.is_some() || files() == 3);
+        wait_until("the lines are on their way", || {
+            fs::read_dir(&folder).expect("a folder").flatten().any(|file| {
+                let name = file.file_name().to_string_lossy().into_owned();
+                name == "answers.asked" || name.starts_with("baton-batch-")
+            })
+        });
         signal(child.id(), libc::SIGINT);
         wait_until("the command ends", || child.try_wait().expect("waits").is_some());
         let ended = child.wait_with_output().expect("ends");
         assert_eq!(String::from_utf8_lossy(&ended.stderr), "baton: interrupted\n", "{arguments:?}");
-        assert_eq!(files(), 2, "{arguments:?}");
+        assert_eq!(files(), 1, "{arguments:?}");
     }
+    fs::remove_dir_all(folder).expect("cleans up");
+}
+
+/// Nothing is asked for whose answers could not be kept, and no pipe is read, which could not be read again.
+#[test]
+fn what_cannot_be_kept_is_not_asked_for() {
+    let folder = folder("unkept");
+    input(&folder.join("lines"), 1);
+    let server = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).expect("a port");
+    server.set_nonblocking(true).expect("a socket");
+    let url = format!("http://{}", server.local_addr().expect("an address"));
+    for (from, to, part) in [
+        ("lines", "nowhere/answers", "cannot write nowhere/answers.part: No such file"),
+        ("lines", ".", ". is no file"),
+        ("lines", "/dev/null", "/dev/null is no file"),
+        ("/dev/null", "answers", "/dev/null is no file"),
+    ] {
+        let run = ["batch", "run", "-i", from, "-o", to, "--url", &url];
+        let (ok, _, stderr) = output(baton(&run).current_dir(&folder));
+        assert!(!ok && stderr.contains(part), "{stderr}");
+        assert!(server.accept().is_err(), "{to}: something was asked for");
+    }
+    assert_eq!(fs::read_dir(&folder).expect("a folder").count(), 1);
     fs::remove_dir_all(folder).expect("cleans up");
 }
 
