@@ -23,7 +23,7 @@ use std::ops::Range;
 
 use crate::lanes::LANES;
 pub(crate) use bytes::{BLOCK, BLOCK_FLOATS, Bytes, Eighths, ORDER};
-pub(crate) use codes::{Code, Decode, E4M3_SCALE, Form, Scale, Units, Zero};
+pub(crate) use codes::{Code, Decode, E4M3_SCALE, Form, MINIMA_GROUPS, Scale, Units, Zero};
 pub(crate) use stream::Stream;
 pub(crate) use sweep::{Layout, Soon, Sweep};
 

@@ -44,6 +44,9 @@ pub(crate) trait Lanes: Copy {
     unsafe fn load_u8(p: *const u8) -> Self;
     /// 16 signed bytes at `p`, as whole numbers.
     unsafe fn load_i8(p: *const u8) -> Self;
+    /// Number `n` of the 16 of six bits at `p`, three lines: a line of four bits of the first eight, one of the others, and a line
+    /// of two bits of all, lowest first.
+    unsafe fn load_six(p: *const u8, n: usize) -> Self;
     /// 16 E4M3 at `p`, each times [`E4M3_FACTOR`]; not-a-number comes out as a number.
     unsafe fn load_e4m3(p: *const u8) -> Self;
     /// Codes of `BITS` (2 to 6) at 8 consecutive inputs, as whole numbers: those of eighth `octet` of the 32 inputs at

@@ -4,7 +4,7 @@ use backend::{DType, GgufBlock, MatrixView, Quant, QuantView};
 use half::{bf16, f16};
 
 use super::{CHUNK, Coded};
-use crate::kernel::{Code, E4M3_SCALE, Form, ORDER, Scale, Zero};
+use crate::kernel::{Code, E4M3_SCALE, Form, MINIMA_GROUPS, ORDER, Scale, Zero};
 use crate::lanes::LANES;
 
 /// How rows of `view` are packed.
@@ -146,14 +146,28 @@ impl Coded {
             let Some(stored) = format.super_scales(stored) else { return };
             out[lane * 2..][..2].copy_from_slice(&stored.d.to_bits().to_ne_bytes());
             out[32 + lane * 2..][..2].copy_from_slice(&stored.dmin.to_bits().to_ne_bytes());
+            let out = &mut out[form.first()..];
+            if form == Scale::Minima {
+                let numbers = stored.scales[..MINIMA_GROUPS].iter().chain(&stored.minima[..MINIMA_GROUPS]);
+                put_sixes(out, lane, numbers);
+                continue;
+            }
             for group in 0..format.cols() / self.form.group {
-                let at = form.first() + group * form.stride() + lane;
-                out[at] = stored.scales[group];
-                if form == Scale::Minima {
-                    out[at + LANES] = stored.minima[group];
-                }
+                out[group * form.stride() + lane] = stored.scales[group];
             }
         }
+    }
+}
+
+/// One output's 16 numbers of six bits into three lines; see [`crate::lanes::Lanes::load_six`].
+fn put_sixes<'a>(out: &mut [u8], lane: usize, numbers: impl Iterator<Item = &'a u8>) {
+    let mut lines = [0u32; 3];
+    for (n, number) in numbers.enumerate() {
+        lines[n / 8] |= u32::from(number & 15) << (n % 8 * 4);
+        lines[2] |= u32::from(number >> 4 & 3) << (n * 2);
+    }
+    for (line, word) in lines.into_iter().enumerate() {
+        out[(line * LANES + lane) * 4..][..4].copy_from_slice(&word.to_ne_bytes());
     }
 }
 

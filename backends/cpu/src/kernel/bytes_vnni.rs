@@ -100,7 +100,7 @@ unsafe fn joined(low: __m512i, high: __m512i, mask: i8, code: i8) -> __m512i {
 
 /// The codes of eight inputs: four bytes per output, in the order of [`ORDER`].
 #[inline(always)]
-unsafe fn octet_of<const CODE: usize>(chunk: *const u8, octet: usize) -> [__m512i; 2] {
+pub(super) unsafe fn octet_of<const CODE: usize>(chunk: *const u8, octet: usize) -> [__m512i; 2] {
     // SAFETY: the caller's chunk is of this code.
     unsafe {
         match CODE {

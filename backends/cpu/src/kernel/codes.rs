@@ -25,11 +25,15 @@ pub(crate) enum Scale {
     Bf16(Zero),
     /// f32.
     F32(Zero),
-    /// Halves `d` and `dmin` for 256 inputs, then a byte of scale and a byte of minimum per group: `d s q - dmin m`.
+    /// Halves `d` and `dmin` for 256 inputs, then six bits of scale and of minimum for each of 8 groups: `d s q - dmin m`. See
+    /// [`Lanes::load_six`]: the scales come first.
     Minima,
     /// Halves `d` for 256 inputs, then a signed byte of scale per group: `d s (q - 32)`.
     Signed,
 }
+
+/// Groups of a block of [`Scale::Minima`].
+pub(crate) const MINIMA_GROUPS: usize = 8;
 
 /// What is added to `code * scale`.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -50,14 +54,15 @@ impl Scale {
     }
 
     /// Whether groups have whole numbers as scales.
-    const fn is_whole(self) -> bool {
+    pub(super) const fn is_whole(self) -> bool {
         matches!(self, Scale::Minima | Scale::Signed)
     }
 
-    /// Bytes of a group.
+    /// Bytes of a group; of minima, which lie together, what each has of them.
     pub(crate) const fn stride(self) -> usize {
         match self {
-            Scale::F16(Zero::Code(_)) | Scale::Bf16(Zero::Code(_)) | Scale::Minima => 32,
+            Scale::Minima => 3 * 64 / MINIMA_GROUPS,
+            Scale::F16(Zero::Code(_)) | Scale::Bf16(Zero::Code(_)) => 32,
             Scale::F16(Zero::Bias) | Scale::Bf16(Zero::Bias) | Scale::F32(Zero::Code(_)) => 64,
             Scale::F32(Zero::Bias) => 128,
             Scale::Signed => 16,
@@ -141,22 +146,23 @@ impl Form {
             // A rank's part may be stored with offsets where the whole matrix is not, and gives the same sums.
             return Units { offsets: true, ..plain };
         }
+        let bits = match self.code {
+            Code::Planes(bits) => bits,
+            _ => 8,
+        };
         let units = match self.scale {
             Scale::F16(zero) | Scale::Bf16(zero) | Scale::F32(zero) => match zero {
                 Zero::Code(zero) => Units { zero: zero as i32, ..plain },
                 Zero::Bias => Units { offsets: true, ..plain },
             },
-            // Eight of the narrowest codes leave inputs as many bits as four of others.
-            Scale::Minima if matches!(self.code, Code::Planes(..=4)) => {
-                Units { unit: 8 * self.group, scales: true, offsets: true, ..plain }
+            Scale::Minima => {
+                Units { unit: unit_groups(bits) * self.group, scales: true, offsets: true, ..plain }
             }
-            Scale::Minima => Units { unit: 4 * self.group, scales: true, offsets: true, ..plain },
-            Scale::Signed => Units { unit: 4 * self.group, scales: true, zero: SIGNED_ZERO, ..plain },
+            Scale::Signed => {
+                Units { unit: unit_groups(bits) * self.group, scales: true, zero: SIGNED_ZERO, ..plain }
+            }
         };
-        let codes = match self.code {
-            Code::Planes(bits) => (1 << bits) - 1,
-            _ => 255,
-        };
+        let codes = (1 << bits) - 1;
         // The largest that a code comes to, and products of a unit must fit into 32 bits with their sign.
         let largest = match self.scale {
             Scale::Minima => codes * 63,
@@ -184,6 +190,17 @@ impl Form {
     pub(crate) const fn block_bytes(&self) -> usize {
         self.scale_bytes() + self.span / 32 * self.chunk_bytes()
     }
+}
+
+/// The form whose codes have so many bits, of those whose groups have whole numbers as scales.
+pub(super) const fn scaled_form(bits: usize) -> Form {
+    let (scale, group) = if bits == 6 { (Scale::Signed, 16) } else { (Scale::Minima, 32) };
+    Form { code: Code::Planes(bits), scale, group, span: 256 }
+}
+
+/// Groups of a unit of such a form: eight of the narrowest codes leave inputs as many bits as four of others.
+pub(super) const fn unit_groups(bits: usize) -> usize {
+    if bits <= 4 { 8 } else { 4 }
 }
 
 /// Inputs `[octets.0 * 8, octets.1 * 8)` of one panel to `out[input][16]`.
@@ -329,8 +346,9 @@ pub(super) unsafe fn scale_of<V: Lanes>(form: &Form, block: *const u8, group: us
             Scale::F32(Zero::Bias) => (V::load(at.cast()), V::load(at.add(64).cast())),
             Scale::Minima => {
                 let (d, least) = (V::load_f16(block.cast()), V::load_f16(block.add(32).cast()));
-                let minimum = least.mul(V::load_u8(at.add(16)));
-                (d.mul(V::load_u8(at)), V::splat(0.0).sub(minimum))
+                let six = block.add(form.scale.first());
+                let minimum = least.mul(V::load_six(six, MINIMA_GROUPS + group));
+                (d.mul(V::load_six(six, group)), V::splat(0.0).sub(minimum))
             }
             Scale::Signed => from_zero(V::load_f16(block.cast()).mul(V::load_i8(at)), SIGNED_ZERO as f32),
         }

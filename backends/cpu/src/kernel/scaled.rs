@@ -104,10 +104,21 @@ unsafe fn scaled<M: Multiply, const CODE: usize>(s: &Scaled<'_>) {
         match s.rows <= few::ROWS {
             // Not what this multiplies.
             _ if const { M::WHOLE == (CODE == E4M3) } => {}
-            true if const { has_scales(CODE) } && s.units.scales => few::<M, CODE, true>(s),
-            true => few::<M, CODE, false>(s),
+            true => few_rows::<M, CODE>(s),
             false if const { has_scales(CODE) } && s.units.scales => many::<M, CODE, true>(s),
             false => many::<M, CODE, false>(s),
+        }
+    }
+}
+
+/// Rows that are few.
+#[inline(always)]
+unsafe fn few_rows<M: Multiply, const CODE: usize>(s: &Scaled<'_>) {
+    // SAFETY: the caller's.
+    unsafe {
+        match const { has_scales(CODE) } && s.form.scale.is_whole() {
+            true => few::<M, CODE, true>(s),
+            false => few::<M, CODE, false>(s),
         }
     }
 }
@@ -141,7 +152,7 @@ unsafe fn many<M: Multiply, const CODE: usize, const SCALES: bool>(s: &Scaled<'_
     let alone = s.panels % const { M::PANELS };
     if alone > 0 {
         // SAFETY: the caller's.
-        unsafe { last_panel::<M, CODE, SCALES>(s) }
+        unsafe { last_panel::<M, CODE>(s) }
     }
     let heights = Heights::of::<M>(s.rows);
     let unit = s.units.unit / 8;
@@ -196,12 +207,12 @@ unsafe fn panels<M: Multiply, const CODE: usize, const SCALES: bool, const R: us
 
 /// Some rows by the last panel, which has no other beside it: as few at a time as need no tiles of their own.
 #[inline(always)]
-unsafe fn last_panel<M: Multiply, const CODE: usize, const SCALES: bool>(s: &Scaled<'_>) {
+unsafe fn last_panel<M: Multiply, const CODE: usize>(s: &Scaled<'_>) {
     let panel = s.panels - 1;
     for row in (0..s.rows).step_by(few::ROWS) {
         // SAFETY: the product's panel and rows.
         unsafe {
-            few::<M, CODE, SCALES>(&Scaled {
+            few_rows::<M, CODE>(&Scaled {
                 panel: s.panel.add(panel * s.panel_bytes),
                 panels: 1,
                 x: s.row_of(s.x, row),
@@ -249,7 +260,7 @@ unsafe fn strip<M: Multiply, const CODE: usize, const SCALES: bool, const R: usi
             let (mut octet, end) = unit.octets;
             while octet < end {
                 let change = match const { SCALES } {
-                    true => Change::of(s, base, octet >> s.units.part_shift()),
+                    true => Change::of::<CODE>(s, base, octet >> s.units.part_shift()),
                     false => Change::none(),
                 };
                 let chunk = base.add(scale_bytes + octet / 4 * chunk_bytes);

@@ -86,6 +86,12 @@ impl Lanes for Avx2 {
     }
 
     #[inline(always)]
+    unsafe fn load_six(p: *const u8, n: usize) -> Self {
+        // SAFETY: see the impl; three lines, each of two halves.
+        unsafe { Avx2(_mm256_cvtepi32_ps(six(p, n)), _mm256_cvtepi32_ps(six(p.add(32), n))) }
+    }
+
+    #[inline(always)]
     unsafe fn load_e4m3(p: *const u8) -> Self {
         // SAFETY: see the impl. Shifted by 7, a code's exponent and fraction are a half's; the sign was extended.
         unsafe {
@@ -312,6 +318,17 @@ unsafe fn round_bf16(x: __m256) -> __m256 {
 pub(crate) unsafe fn line(chunk: *const u8, n: usize) -> __m256i {
     // SAFETY: the caller's chunk has this line.
     unsafe { _mm256_loadu_si256(chunk.add(n * 64).cast()) }
+}
+
+/// See [`Lanes::load_six`], of half of the outputs.
+#[inline(always)]
+pub(crate) unsafe fn six(p: *const u8, n: usize) -> __m256i {
+    // SAFETY: the caller's three lines.
+    unsafe {
+        let low = _mm256_and_si256(right(line(p, n / 8), n % 8 * 4), _mm256_set1_epi32(15));
+        let high = _mm256_and_si256(right(line(p, 2), n * 2), _mm256_set1_epi32(3));
+        _mm256_or_si256(low, _mm256_slli_epi32::<4>(high))
+    }
 }
 
 #[inline(always)]

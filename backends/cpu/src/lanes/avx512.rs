@@ -74,6 +74,12 @@ impl Lanes for Avx512 {
     }
 
     #[inline(always)]
+    unsafe fn load_six(p: *const u8, n: usize) -> Self {
+        // SAFETY: see the impl; three lines.
+        unsafe { Avx512(_mm512_cvtepi32_ps(six(p, n))) }
+    }
+
+    #[inline(always)]
     unsafe fn load_e4m3(p: *const u8) -> Self {
         // SAFETY: see the impl. Shifted by 7, a code's exponent and fraction are a half's; the sign was extended.
         unsafe {
@@ -280,6 +286,20 @@ impl Lanes for Avx512 {
 pub(crate) unsafe fn line(chunk: *const u8, n: usize) -> __m512i {
     // SAFETY: the caller's chunk has this line.
     unsafe { _mm512_loadu_si512(chunk.add(n * 64).cast()) }
+}
+
+/// See [`Lanes::load_six`].
+#[inline(always)]
+pub(crate) unsafe fn six(p: *const u8, n: usize) -> __m512i {
+    /// Bits of the mask from the first, the others from the second.
+    const SELECT: i32 = 0xca;
+    // SAFETY: the caller's three lines. The upper two bits are turned to where they belong.
+    unsafe {
+        let low = right(line(p, n / 8), n % 8 * 4);
+        let high = _mm512_rorv_epi32(line(p, 2), _mm512_set1_epi32(2 * n as i32 - 4));
+        let both = _mm512_ternarylogic_epi32::<SELECT>(_mm512_set1_epi32(15), low, high);
+        _mm512_and_si512(both, _mm512_set1_epi32(63))
+    }
 }
 
 #[inline(always)]

@@ -112,6 +112,15 @@ impl Lanes for Portable {
     }
 
     #[inline(always)]
+    unsafe fn load_six(p: *const u8, n: usize) -> Self {
+        // SAFETY: see the impl; three lines.
+        let line = |at: usize| unsafe { p.cast::<[u32; LANES]>().add(at).read_unaligned() };
+        let (low, high) = (line(n / 8), line(2));
+        let number = |lane| (low[lane] >> (n % 8 * 4) & 15) | (high[lane] >> (n * 2) & 3) << 4;
+        Portable(std::array::from_fn(|lane| number(lane) as f32))
+    }
+
+    #[inline(always)]
     unsafe fn load_e4m3(p: *const u8) -> Self {
         // SAFETY: see the impl.
         let codes = unsafe { p.cast::<[u8; LANES]>().read() };

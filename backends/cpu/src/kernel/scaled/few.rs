@@ -6,9 +6,9 @@
 use std::marker::PhantomData;
 
 use super::super::Scaled;
-use super::super::codes::Cursor;
+use super::super::codes::{Cursor, MINIMA_GROUPS, scale_of, scaled_form, unit_groups};
 use super::multiply::{Multiply, Task, Words};
-use super::tile::{Sums, add, factored, follow_octet};
+use super::tile::{Sums, factored, follow_octet};
 use super::unit::{Change, Unit, has_zero, offsets, unit_scales, whole_scales};
 use super::{Part, behind, each_row, take_apart};
 use crate::lanes::{LANES, Lanes};
@@ -73,102 +73,27 @@ impl<M: Multiply, const CODE: usize, const SCALES: bool, const R: usize, const P
     }
 }
 
-/// All rows by `P` panels, range after range, group after group: a panel is read from end to end whatever ranges it has, so that
-/// what is asked for ahead is used next. Scales that are whole numbers multiply sums of groups here instead of codes, which makes
-/// the same whole numbers.
+/// All rows by `P` panels, range after range: a panel is read from end to end whatever ranges it has, so that what is asked for
+/// ahead is used next.
 #[inline(always)]
 unsafe fn strip<M: Multiply, const CODE: usize, const SCALES: bool, const R: usize, const P: usize>(
     s: &Scaled<'_>,
     panel: usize,
 ) {
-    // Octets of whole chunks; of 6 bits, of halves, of 16 inputs that share a scale.
-    let whole = const { if CODE == 6 { 2 } else { 4 } };
-    let scale_bytes = s.form.scale_bytes();
-    let (each, unit_octets) = (s.octets.1 - s.octets.0, s.units.unit / 8);
+    let each = s.octets.1 - s.octets.0;
     // SAFETY: the panels have these octets, x the rows and pairs, acc the rows and panels, the buffer room for an octet.
     unsafe {
         let first = s.panel.add(panel * s.panel_bytes);
-        let mut x = s.x;
         for range in 0..s.ranges {
-            let mut cursor = Cursor::new(s.form, s.octets.0 + range * each);
-            let mut left = each;
-            let mut known = s.known.wrapping_add(range * s.known_range);
-            let mut totals = [[M::Floats::splat(0.0); P]; R];
-            while left > 0 {
-                let base = first.add(cursor.base);
-                let ahead = Ahead::of::<P>(s, cursor.base);
-                if cursor.at == 0 {
-                    for (line, p) in (0..scale_bytes / 64).flat_map(|line| (0..P).map(move |p| (line, p))) {
-                        ahead.ask::<M::Floats>(base.wrapping_add(p * s.panel_bytes + line * 64));
-                    }
+            let octets = (s.octets.0 + range * each, each);
+            let inputs = (s.x.wrapping_add(range * each * 4), s.known.wrapping_add(range * s.known_range));
+            let totals = match const { SCALES } {
+                true if s.units.scales => blocks::<M, CODE, R, P>(s, first, octets, inputs),
+                true if octets.0.is_multiple_of(4) && octets.1.is_multiple_of(4) => {
+                    chunks::<M, CODE, R, P>(s, first, octets, inputs)
                 }
-                let codes = base.add(scale_bytes);
-                let unit = Unit::new(s, cursor.at, left.min(unit_octets - (cursor.at & (unit_octets - 1))));
-                left -= unit.octets.1 - unit.octets.0;
-                let mut sums: Sums<M, R, P> = [[M::Words::splat(0); P]; R];
-                for part in unit.parts.0..unit.parts.1 {
-                    let count = cursor.count(unit.octets.1 - cursor.at);
-                    let mut group: Sums<M, R, P> = [[M::Words::splat(0); P]; R];
-                    if const { M::WHOLE && (!SCALES || has_zero(CODE)) } && s.units.zero != 0 {
-                        each_row!(R, r => {
-                            group[r] = [M::Words::splat(*s.row_of(known, r).add(1 + part)); P];
-                        });
-                    }
-                    let (mut octet, end) = (cursor.at, cursor.at + count);
-                    while octet < end {
-                        let chunk = codes.add(octet / 4 * const { chunk_bytes(CODE) });
-                        let done = match (octet % 4, end - octet) {
-                            (0, left) if left >= whole => {
-                                octets::<M, CODE, R, P, 0>(s, (chunk, x), ahead, &mut group)
-                            }
-                            (2, 2..) if const { CODE == 6 } => {
-                                octets::<M, CODE, R, P, 2>(s, (chunk, x), ahead, &mut group)
-                            }
-                            (from, _) => {
-                                let part = Part { chunk, behind: 0, x, next: x, keep: s.buffer };
-                                let change = Change::none();
-                                take_apart::<M, CODE, false, P>(part, from, s.panel_bytes, &change);
-                                follow_octet::<M, R, P>(s, (x, s.buffer), &mut group);
-                                1
-                            }
-                        };
-                        octet += done;
-                        x = x.add(done * 4);
-                    }
-                    match const { SCALES } {
-                        true => {
-                            let scales: [M::Words; P] = whole_scales(s, base, cursor.at_group);
-                            each_row!(R, r => {
-                                for p in 0..P {
-                                    sums[r][p] = sums[r][p].plus(group[r][p], scales[p]);
-                                }
-                            });
-                        }
-                        false => sums = group,
-                    }
-                    // The block's end is the unit's.
-                    cursor.pass(s.form, count);
-                }
-                let scales = unit_scales::<M, P>(s, base, unit);
-                each_row!(R, r => {
-                    let known = s.row_of(known, r);
-                    for p in 0..P {
-                        totals[r][p] = totals[r][p].madd(scales[p], factored::<M>(sums[r][p], known));
-                    }
-                });
-                if s.units.offsets {
-                    for part in unit.parts.0..unit.parts.1 {
-                        let offsets = offsets::<M, P>(s, base, unit.group(s, part));
-                        each_row!(R, r => {
-                            let inputs = M::Floats::splat(*s.row_of(known, r).add(1 + part).cast());
-                            for p in 0..P {
-                                totals[r][p] = totals[r][p].madd(offsets[p], inputs);
-                            }
-                        });
-                    }
-                }
-                known = known.wrapping_add(s.units.words());
-            }
+                _ => groups::<M, CODE, R, P>(s, first, octets, inputs),
+            };
             let acc = s.acc.add(range * s.acc_range + panel * LANES);
             for (r, row) in totals.into_iter().enumerate() {
                 for (p, total) in row.into_iter().enumerate() {
@@ -179,6 +104,246 @@ unsafe fn strip<M: Multiply, const CODE: usize, const SCALES: bool, const R: usi
     }
 }
 
+/// Sums of `R` rows by `P` panels, scaled.
+type Totals<M, const R: usize, const P: usize> = [[<M as Multiply>::Floats; P]; R];
+
+/// Where a group is: its block, its number there, the half or whole chunk that has its codes, its inputs and what is known of them.
+#[derive(Clone, Copy)]
+struct Group {
+    block: *const u8,
+    at: usize,
+    chunk: *const u8,
+    half: usize,
+    x: *const i32,
+    known: *const i32,
+}
+
+/// Groups of a chunk of such codes: two, of 6 bits.
+const fn chunk_groups(code: usize) -> usize {
+    32 / scaled_form(code).group
+}
+
+/// One range of panels whose groups have whole numbers as scales: `count` octets from octet `from` on, whole blocks. Scales multiply
+/// sums of groups here instead of codes, which makes the same whole numbers.
+#[inline(always)]
+unsafe fn blocks<M: Multiply, const CODE: usize, const R: usize, const P: usize>(
+    s: &Scaled<'_>,
+    first: *const u8,
+    (from, count): (usize, usize),
+    (mut x, mut known): (*const i32, *const i32),
+) -> Totals<M, R, P> {
+    let form = const { scaled_form(CODE) };
+    let (span, parts) = (form.span / 8, const { unit_groups(CODE) });
+    debug_assert!(*s.form == form && s.units.parts() == parts && from % span == 0 && count % span == 0);
+    // SAFETY: the panels have these blocks, x and known the rows and units.
+    unsafe {
+        let mut totals = [[M::Floats::splat(0.0); P]; R];
+        for at in from / span..(from + count) / span {
+            let start = at * form.block_bytes();
+            let (block, ahead) = (first.add(start), Ahead::of::<P>(s, start));
+            ahead.ask_scales::<M::Floats, P>(s, block, form.scale_bytes());
+            let mut chunk = block.add(form.scale_bytes());
+            for unit in 0..const { scaled_form(CODE).span / (scaled_form(CODE).group * unit_groups(CODE)) } {
+                let mut sums: Sums<M, R, P> = [[M::Words::splat(0); P]; R];
+                for at in 0..const { unit_groups(CODE) / chunk_groups(CODE) } {
+                    each_row!(const { chunk_groups(CODE) }, half => {
+                        let part = at * const { chunk_groups(CODE) } + half;
+                        let group = Group { block, at: unit * parts + part, chunk, half, x, known };
+                        add_group::<M, CODE, R, P>(s, group, part, ahead, &mut sums);
+                        x = x.add(form.group / 2);
+                    }; 0 1);
+                    chunk = chunk.add(form.chunk_bytes());
+                }
+                for (p, block) in (0..P).map(|p| (p, block.wrapping_add(p * s.panel_bytes))) {
+                    let scale = M::Floats::load_f16(block.cast());
+                    each_row!(R, r => {
+                        totals[r][p] = totals[r][p].madd(scale, factored::<M>(sums[r][p], s.row_of(known, r)));
+                    });
+                    if const { has_zero(CODE) } {
+                        continue;
+                    }
+                    let least = M::Floats::splat(0.0).sub(M::Floats::load_f16(block.add(32).cast()));
+                    for part in 0..parts {
+                        let minimum = M::Floats::load_six(block.add(64), MINIMA_GROUPS + unit * parts + part);
+                        let offset = least.mul(minimum);
+                        each_row!(R, r => {
+                            let inputs = M::Floats::splat(*s.row_of(known, r).add(1 + part).cast());
+                            totals[r][p] = totals[r][p].madd(offset, inputs);
+                        });
+                    }
+                }
+                known = known.wrapping_add(1 + parts);
+            }
+        }
+        totals
+    }
+}
+
+/// Adds a group, part `part` of its unit, times its scales.
+#[inline(always)]
+unsafe fn add_group<M: Multiply, const CODE: usize, const R: usize, const P: usize>(
+    s: &Scaled<'_>,
+    group: Group,
+    part: usize,
+    ahead: Ahead,
+    sums: &mut Sums<M, R, P>,
+) {
+    // SAFETY: the caller's.
+    unsafe {
+        let mut own: Sums<M, R, P> = [[M::Words::splat(0); P]; R];
+        if const { has_zero(CODE) } {
+            each_row!(R, r => {
+                own[r] = [M::Words::splat(*s.row_of(group.known, r).add(1 + part)); P];
+            });
+        }
+        M::octets::<CODE, R, P>(s, (group.chunk, group.half * 2), group.x, ahead, &mut own);
+        let scales: [M::Words; P] = whole_scales::<_, CODE, P>(s, group.block, group.at);
+        each_row!(R, r => {
+            for p in 0..P {
+                sums[r][p] = sums[r][p].plus(own[r][p], scales[p]);
+            }
+        });
+    }
+}
+
+/// One range of such panels that is no whole blocks, but whole chunks: groups are scaled each for itself.
+#[inline(always)]
+unsafe fn chunks<M: Multiply, const CODE: usize, const R: usize, const P: usize>(
+    s: &Scaled<'_>,
+    first: *const u8,
+    (from, count): (usize, usize),
+    (mut x, mut known): (*const i32, *const i32),
+) -> Totals<M, R, P> {
+    let form = const { scaled_form(CODE) };
+    let span = form.span / 32;
+    // SAFETY: the panels have these chunks, x and known the rows and groups.
+    unsafe {
+        let mut totals = [[M::Floats::splat(0.0); P]; R];
+        let (mut at, end) = (from / 4, (from + count) / 4);
+        while at < end {
+            let start = at / span * form.block_bytes();
+            let (block, ahead) = (first.add(start), Ahead::of::<P>(s, start));
+            if at % span == 0 {
+                ahead.ask_scales::<M::Floats, P>(s, block, form.scale_bytes());
+            }
+            let last = end.min((at / span + 1) * span);
+            for at in at..last {
+                let chunk = block.add(form.scale_bytes() + at % span * form.chunk_bytes());
+                each_row!(const { chunk_groups(CODE) }, half => {
+                    let group = at % span * const { chunk_groups(CODE) } + half;
+                    let group = Group { block, at: group, chunk, half, x, known };
+                    add_alone::<M, CODE, R, P>(s, group, ahead, &mut totals);
+                    (x, known) = (x.add(form.group / 2), known.wrapping_add(2));
+                }; 0 1);
+            }
+            at = last;
+        }
+        totals
+    }
+}
+
+/// Adds a group, scaled.
+#[inline(always)]
+unsafe fn add_alone<M: Multiply, const CODE: usize, const R: usize, const P: usize>(
+    s: &Scaled<'_>,
+    group: Group,
+    ahead: Ahead,
+    totals: &mut Totals<M, R, P>,
+) {
+    // SAFETY: the caller's.
+    unsafe {
+        let mut sums: Sums<M, R, P> = [[M::Words::splat(0); P]; R];
+        M::octets::<CODE, R, P>(s, (group.chunk, group.half * 2), group.x, ahead, &mut sums);
+        for p in 0..P {
+            let block = group.block.add(p * s.panel_bytes);
+            let (scale, offset) = scale_of::<M::Floats>(const { &scaled_form(CODE) }, block, group.at);
+            each_row!(R, r => {
+                let known = s.row_of(group.known, r);
+                let inputs = M::Floats::splat(*known.add(1).cast());
+                totals[r][p] = totals[r][p].madd(scale, factored::<M>(sums[r][p], known)).madd(offset, inputs);
+            });
+        }
+    }
+}
+
+/// One range of panels whose groups are scaled each for itself: `count` octets from octet `from` on.
+#[inline(always)]
+unsafe fn groups<M: Multiply, const CODE: usize, const R: usize, const P: usize>(
+    s: &Scaled<'_>,
+    first: *const u8,
+    (from, count): (usize, usize),
+    (mut x, mut known): (*const i32, *const i32),
+) -> Totals<M, R, P> {
+    // Octets of whole chunks; of 6 bits, of halves, of 16 inputs that share a scale.
+    let whole = const { if CODE == 6 { 2 } else { 4 } };
+    let scale_bytes = s.form.scale_bytes();
+    // SAFETY: the panels have these octets, x and known the rows and groups, the buffer room for an octet.
+    unsafe {
+        let mut totals = [[M::Floats::splat(0.0); P]; R];
+        let mut cursor = Cursor::new(s.form, from);
+        let mut left = count;
+        while left > 0 {
+            let base = first.add(cursor.base);
+            let ahead = Ahead::of::<P>(s, cursor.base);
+            if cursor.at == 0 {
+                ahead.ask_scales::<M::Floats, P>(s, base, scale_bytes);
+            }
+            let codes = base.add(scale_bytes);
+            let count = cursor.count(left);
+            let unit = Unit::new(s, cursor.at, count);
+            let mut sums: Sums<M, R, P> = [[M::Words::splat(0); P]; R];
+            if const { M::WHOLE } && s.units.zero != 0 {
+                each_row!(R, r => {
+                    sums[r] = [M::Words::splat(*s.row_of(known, r).add(1)); P];
+                });
+            }
+            let (mut octet, end) = unit.octets;
+            while octet < end {
+                let chunk = codes.add(octet / 4 * const { chunk_bytes(CODE) });
+                let done = match (octet % 4, end - octet) {
+                    (0, left) if left >= whole => {
+                        M::octets::<CODE, R, P>(s, (chunk, 0), x, ahead, &mut sums);
+                        whole
+                    }
+                    (2, 2..) if const { CODE == 6 } => {
+                        M::octets::<CODE, R, P>(s, (chunk, 2), x, ahead, &mut sums);
+                        whole
+                    }
+                    (from, _) => {
+                        let part = Part { chunk, behind: 0, x, next: x, keep: s.buffer };
+                        let change = Change::none();
+                        take_apart::<M, CODE, false, P>(part, from, s.panel_bytes, &change);
+                        follow_octet::<M, R, P>(s, (x, s.buffer), &mut sums);
+                        1
+                    }
+                };
+                octet += done;
+                x = x.add(done * 4);
+            }
+            let scales = unit_scales::<M, P>(s, base, unit);
+            each_row!(R, r => {
+                let known = s.row_of(known, r);
+                for p in 0..P {
+                    totals[r][p] = totals[r][p].madd(scales[p], factored::<M>(sums[r][p], known));
+                }
+            });
+            if s.units.offsets {
+                let offsets = offsets::<M, P>(s, base, cursor.at_group);
+                each_row!(R, r => {
+                    let inputs = M::Floats::splat(*s.row_of(known, r).add(1).cast());
+                    for p in 0..P {
+                        totals[r][p] = totals[r][p].madd(offsets[p], inputs);
+                    }
+                });
+            }
+            known = known.wrapping_add(s.units.words());
+            cursor.pass(s.form, count);
+            left -= count;
+        }
+        totals
+    }
+}
+
 /// Bytes of the codes of 32 inputs.
 const fn chunk_bytes(code: usize) -> usize {
     if code <= 6 { code * 64 } else { 512 }
@@ -186,7 +351,7 @@ const fn chunk_bytes(code: usize) -> usize {
 
 /// Bytes from some place in panels to what is asked for there.
 #[derive(Clone, Copy)]
-struct Ahead {
+pub(super) struct Ahead {
     near: usize,
     far: usize,
 }
@@ -207,36 +372,30 @@ impl Ahead {
             V::prefetch(at.wrapping_add(self.near));
         }
     }
-}
 
-/// Adds the octets of a chunk from `FROM` on, a half or a whole, by the inputs at `x` to the sums of a group, and asks for what
-/// lies behind them; says how many octets that were.
-#[inline(always)]
-unsafe fn octets<M: Multiply, const CODE: usize, const R: usize, const P: usize, const FROM: usize>(
-    s: &Scaled<'_>,
-    (chunk, x): (*const u8, *const i32),
-    ahead: Ahead,
-    sums: &mut Sums<M, R, P>,
-) -> usize {
-    let count = const { if CODE == 6 { 2 } else { 4 } };
-    // SAFETY: the caller's panels have this chunk, and rows these inputs.
-    unsafe {
-        for octet in 0..count {
-            let octet_bytes = const { chunk_bytes(CODE) / 4 };
+    /// Asks for what lies behind the scales of a block of some panels.
+    #[inline(always)]
+    fn ask_scales<V: Lanes, const P: usize>(self, s: &Scaled<'_>, block: *const u8, bytes: usize) {
+        for line in 0..bytes / 64 {
             for p in 0..P {
-                let chunk = chunk.wrapping_add(p * s.panel_bytes);
-                for line in (FROM + octet) * octet_bytes / 64..(FROM + octet + 1) * octet_bytes / 64 {
-                    ahead.ask::<M::Floats>(chunk.wrapping_add(line * 64));
-                }
-            }
-            for pair in 0..4 {
-                let mut weights = [M::Words::splat(0); P];
-                for (p, weights) in weights.iter_mut().enumerate() {
-                    *weights = M::pair::<CODE>(chunk.add(p * s.panel_bytes), FROM + octet, pair);
-                }
-                add::<M, R, P>(s, x.add(octet * 4 + pair), &weights, sums);
+                self.ask::<V>(block.wrapping_add(p * s.panel_bytes + line * 64));
             }
         }
     }
-    count
+
+    /// Asks for what lies behind octet `octet` of a chunk of some panels.
+    #[inline(always)]
+    pub(super) fn ask_octet<V: Lanes, const CODE: usize, const P: usize>(
+        self,
+        s: &Scaled<'_>,
+        chunk: *const u8,
+        octet: usize,
+    ) {
+        let octet_bytes = const { chunk_bytes(CODE) / 4 };
+        for line in octet * octet_bytes / 64..(octet + 1) * octet_bytes / 64 {
+            for p in 0..P {
+                self.ask::<V>(chunk.wrapping_add(p * s.panel_bytes + line * 64));
+            }
+        }
+    }
 }

@@ -1,5 +1,8 @@
 //! What multiplies pairs of inputs by pairs of codes, 16 outputs at once: the vocabulary in which [`super`] is written.
 
+use super::Scaled;
+use super::few::Ahead;
+use super::tile::{Sums, by_pairs};
 use crate::lanes::Lanes;
 
 /// One way to multiply. A pair of inputs is a word of 32 bits, the first in the lower half; so is a pair of codes.
@@ -26,6 +29,21 @@ pub(super) trait Multiply {
     unsafe fn pair<const CODE: usize>(chunk: *const u8, octet: usize, pair: usize) -> Self::Words;
     /// `sums` and the products of the pairs of `codes` by the pair `inputs`.
     unsafe fn add(sums: Self::Words, codes: Self::Words, inputs: i32) -> Self::Words;
+    /// Adds the octets of a chunk from octet `from` on, half of one of 6 bits or all of it, by the inputs at `x`, to the sums of a
+    /// group, and asks for what lies behind them.
+    #[inline(always)]
+    unsafe fn octets<const CODE: usize, const R: usize, const P: usize>(
+        s: &Scaled<'_>,
+        (chunk, from): (*const u8, usize),
+        x: *const i32,
+        ahead: Ahead,
+        sums: &mut Sums<Self, R, P>,
+    ) where
+        Self: Sized,
+    {
+        // SAFETY: the caller's.
+        unsafe { by_pairs::<Self, CODE, R, P>(s, (chunk, from), x, ahead, sums) }
+    }
     /// Sums as floats.
     unsafe fn floats(sums: Self::Words) -> Self::Floats;
     /// Runs a task as a function of its own: within a larger one its addresses would be spilled.
@@ -45,6 +63,8 @@ pub(super) trait Words: Copy {
     unsafe fn store(self, at: *mut f32);
     /// 16 signed bytes at `at`.
     unsafe fn bytes(at: *const u8) -> Self;
+    /// As [`Lanes::load_six`].
+    unsafe fn six(at: *const u8, n: usize) -> Self;
     /// Words, of 16 bits each, in both halves.
     unsafe fn twice(self) -> Self;
     /// The sums of words.

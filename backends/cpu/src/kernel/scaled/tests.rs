@@ -34,7 +34,7 @@ fn each(check: impl Fn(&'static Kernels, unsafe fn(&Scaled<'_>), Form, String)) 
 #[test]
 fn rows_do_not_depend_on_each_other() {
     each(|kernels, kernel, form, name| {
-        for octets in [(0, OCTETS), (3, OCTETS - 5)] {
+        for octets in [(0, OCTETS), (8, OCTETS - 4), (3, OCTETS - 5)] {
             let alone: Vec<u32> =
                 (0..ROWS).flat_map(|row| product(kernels, kernel, &form, octets, 1, row..row + 1)).collect();
             for rows in (2..=34).chain([45, 86, 96, ROWS]) {
@@ -71,8 +71,12 @@ fn ranges_do_not_depend_on_each_other() {
 #[test]
 fn the_largest_numbers_add_up() {
     each(|kernels, kernel, form, name| {
-        // The largest scale and codes of six bits, or the smallest.
-        let bytes = if form.scale == Scale::Signed { [0x80, 0x7f] } else { [0x3f, 0x3f] };
+        // The largest scales and codes, or the smallest.
+        let bytes = match form.scale {
+            Scale::Signed => [0x80, 0x7f],
+            Scale::Minima => [0xff, 0xff],
+            _ => [0x3f, 0x3f],
+        };
         for (byte, sign) in [(bytes[0], 1.0), (bytes[1], -1.0)] {
             // What is not codes is scales: halves of `d` are no infinity.
             let factors = form.scale.first();

@@ -3,6 +3,7 @@
 
 use std::marker::PhantomData;
 
+use super::few::Ahead;
 use super::multiply::{Multiply, Task, Words};
 use super::unit::{OFFSETS, SCALES, Unit};
 use super::{Scaled, each_row};
@@ -71,6 +72,30 @@ pub(super) unsafe fn add<M: Multiply, const R: usize, const P: usize>(
             }
         }
     });
+}
+
+/// Adds octets of a chunk pair by pair: see [`Multiply::octets`].
+#[inline(always)]
+pub(super) unsafe fn by_pairs<M: Multiply, const CODE: usize, const R: usize, const P: usize>(
+    s: &Scaled<'_>,
+    (chunk, from): (*const u8, usize),
+    x: *const i32,
+    ahead: Ahead,
+    sums: &mut Sums<M, R, P>,
+) {
+    each_row!(const { if CODE == 6 { 2 } else { 4 } }, octet => {
+        ahead.ask_octet::<M::Floats, CODE, P>(s, chunk, from + octet);
+        for pair in 0..4 {
+            // SAFETY: the caller's panels have this chunk, and rows these inputs.
+            unsafe {
+                let mut weights = [M::Words::splat(0); P];
+                for (p, weights) in weights.iter_mut().enumerate() {
+                    *weights = M::pair::<CODE>(chunk.add(p * s.panel_bytes), from + octet, pair);
+                }
+                add::<M, R, P>(s, x.add(octet * 4 + pair), &weights, sums);
+            }
+        }
+    }; 0 1 2 3);
 }
 
 /// Scales a unit's sums by what the buffer has, and adds them to the rows' totals.

@@ -1,7 +1,7 @@
 //! Units where panels are read: what makes groups of them, and what their sums are scaled by.
 
 use super::super::Scaled;
-use super::super::codes::{scale_of, unit_scale};
+use super::super::codes::{Scale, scale_of, unit_scale};
 use super::PANELS;
 use super::multiply::{Multiply, Words};
 use crate::lanes::{LANES, Lanes};
@@ -62,11 +62,11 @@ impl<W: Words, const P: usize> Change<W, P> {
 
     /// That of group `group` of the blocks of some panels.
     #[inline(always)]
-    pub(super) unsafe fn of(s: &Scaled<'_>, block: *const u8, group: usize) -> Self {
+    pub(super) unsafe fn of<const CODE: usize>(s: &Scaled<'_>, block: *const u8, group: usize) -> Self {
         // A closure would be a function of its own, without these instructions.
         // SAFETY: the caller's blocks.
         unsafe {
-            let mut scales = whole_scales::<W, P>(s, block, group);
+            let mut scales = whole_scales::<W, CODE, P>(s, block, group);
             for scale in &mut scales {
                 *scale = scale.twice();
             }
@@ -90,17 +90,21 @@ impl<W: Words, const P: usize> Change<W, P> {
 
 /// The whole numbers that are scales of group `group` of the blocks of some panels.
 #[inline(always)]
-pub(super) unsafe fn whole_scales<W: Words, const P: usize>(
+pub(super) unsafe fn whole_scales<W: Words, const CODE: usize, const P: usize>(
     s: &Scaled<'_>,
     block: *const u8,
     group: usize,
 ) -> [W; P] {
-    let at = s.form.scale.first() + group * s.form.scale.stride();
+    let first = s.form.scale.first();
     // SAFETY: the caller's blocks.
     unsafe {
         let mut scales = [W::splat(0); P];
         for (p, scale) in scales.iter_mut().enumerate() {
-            *scale = W::bytes(block.add(p * s.panel_bytes + at));
+            let scales = block.add(p * s.panel_bytes + first);
+            *scale = match const { has_zero(CODE) } {
+                true => W::bytes(scales.add(group * const { Scale::Signed.stride() })),
+                false => W::six(scales, group),
+            };
         }
         scales
     }

@@ -2,12 +2,18 @@
 
 use std::arch::asm;
 use std::arch::x86_64::*;
+use std::mem::MaybeUninit;
 
+use super::super::bytes::ORDER;
+use super::super::bytes_vnni::octet_of;
 use super::super::codes::BYTES;
+use super::few::Ahead;
 use super::inputs::Narrow;
 use super::multiply::{Multiply, Task, Words};
+use super::tile::{Sums, by_pairs};
+use super::{Scaled, each_row};
 use crate::lanes::LANES;
-use crate::lanes::avx512::{Avx512, line};
+use crate::lanes::avx512::{Avx512, line, six};
 
 /// Pairs of whole numbers; sums are whole too.
 pub(super) struct WordsVnni;
@@ -60,6 +66,55 @@ impl Multiply for WordsVnni {
         unsafe { add_products(sums, codes, _mm512_set1_epi32(inputs)) }
     }
 
+    /// Codes come out of planes as bytes in half the time, which counts while rows are very few: inputs are parted into their upper and
+    /// lower bytes then, and those sums joined.
+    #[inline(always)]
+    unsafe fn octets<const CODE: usize, const R: usize, const P: usize>(
+        s: &Scaled<'_>,
+        (chunk, from): (*const u8, usize),
+        x: *const i32,
+        ahead: Ahead,
+        sums: &mut Sums<Self, R, P>,
+    ) {
+        // SAFETY: see the impl.
+        unsafe {
+            if const { CODE >= BYTES || R > 2 } {
+                return by_pairs::<Self, CODE, R, P>(s, (chunk, from), x, ahead, sums);
+            }
+            let mut parted = MaybeUninit::<[Parted; R]>::uninit();
+            let parted = parted.as_mut_ptr().cast::<i32>();
+            let mut upper = [[_mm512_setzero_si512(); P]; R];
+            each_row!(R, r => {
+                part::<CODE>(s.row_of(x, r), parted.add(r * 16));
+            });
+            // What was stored is loaded: the compiler would take it out of registers, word by word.
+            asm!("/* {0} */", in(reg) parted, options(nostack, preserves_flags));
+            each_row!(const { if CODE == 6 { 2 } else { 4 } }, octet => {
+                ahead.ask_octet::<Avx512, CODE, P>(s, chunk, from + octet);
+                let mut codes = [[_mm512_setzero_si512(); 2]; P];
+                for (p, codes) in codes.iter_mut().enumerate() {
+                    *codes = octet_of::<CODE>(chunk.add(p * s.panel_bytes), from + octet);
+                }
+                each_row!(R, r => {
+                    let parted = parted.add(r * 16 + octet * 4);
+                    each_row!(2, half => {
+                        let above = _mm512_set1_epi32(*parted.add(2 * half));
+                        let below = _mm512_set1_epi32(*parted.add(2 * half + 1));
+                        for p in 0..P {
+                            upper[r][p] = _mm512_dpbusd_epi32(upper[r][p], codes[p][half], above);
+                            sums[r][p] = _mm512_dpbusd_epi32(sums[r][p], below, codes[p][half]);
+                        }
+                    }; 0 1);
+                });
+            }; 0 1 2 3);
+            each_row!(R, r => {
+                for p in 0..P {
+                    sums[r][p] = _mm512_add_epi32(sums[r][p], _mm512_slli_epi32::<8>(upper[r][p]));
+                }
+            });
+        }
+    }
+
     #[inline(always)]
     unsafe fn floats(sums: __m512i) -> Avx512 {
         // SAFETY: see the impl.
@@ -97,6 +152,12 @@ impl Words for __m512i {
     unsafe fn bytes(at: *const u8) -> Self {
         // SAFETY: see the impl.
         unsafe { _mm512_cvtepi8_epi32(_mm_loadu_si128(at.cast())) }
+    }
+
+    #[inline(always)]
+    unsafe fn six(at: *const u8, n: usize) -> Self {
+        // SAFETY: see the impl.
+        unsafe { six(at, n) }
     }
 
     #[inline(always)]
@@ -145,6 +206,44 @@ impl Narrow for WordsVnni {
     unsafe fn sum(words: __m512i) -> i32 {
         // SAFETY: see the other impl.
         unsafe { _mm512_reduce_add_epi32(words) }
+    }
+}
+
+/// The inputs of 32 codes: for each octet, four by four as [`octet_of`] has them, their upper bytes and their lower bytes.
+#[repr(C, align(64))]
+struct Parted([i32; 16]);
+
+/// Parts the inputs of a chunk, or of half of one.
+#[inline(always)]
+unsafe fn part<const CODE: usize>(x: *const i32, out: *mut i32) {
+    const PLACES: [u8; 64] = {
+        let mut bytes = [0; 64];
+        let mut at = 0;
+        while at < 64 {
+            let (word, input) = (at % 16 / 4, ORDER[at % 16 / 8 * 4 + at % 4]);
+            bytes[at] = (2 * input + (word + 1) % 2) as u8;
+            at += 1;
+        }
+        bytes
+    };
+    // SAFETY: the caller's inputs, and room for as many.
+    unsafe {
+        match const { CODE == 6 } {
+            true => {
+                let parted = _mm256_shuffle_epi8(
+                    _mm256_loadu_si256(x.cast()),
+                    _mm256_loadu_si256(PLACES.as_ptr().cast()),
+                );
+                _mm256_store_si256(out.cast(), parted);
+            }
+            false => {
+                let parted = _mm512_shuffle_epi8(
+                    _mm512_loadu_si512(x.cast()),
+                    _mm512_loadu_si512(PLACES.as_ptr().cast()),
+                );
+                _mm512_store_si512(out.cast(), parted);
+            }
+        }
     }
 }
 

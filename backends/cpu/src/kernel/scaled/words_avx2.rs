@@ -6,7 +6,7 @@ use super::super::codes::BYTES;
 use super::inputs::Narrow;
 use super::multiply::{Multiply, Task, Words};
 use crate::lanes::LANES;
-use crate::lanes::avx2::{Avx2, line};
+use crate::lanes::avx2::{Avx2, line, six};
 
 /// Pairs of whole numbers; sums are whole too.
 pub(super) struct WordsAvx2;
@@ -99,6 +99,12 @@ impl Words for Two {
             let (low, high) = (_mm_loadl_epi64(at.cast()), _mm_loadl_epi64(at.add(8).cast()));
             Two(_mm256_cvtepi8_epi32(low), _mm256_cvtepi8_epi32(high))
         }
+    }
+
+    #[inline(always)]
+    unsafe fn six(at: *const u8, n: usize) -> Self {
+        // SAFETY: see the impl.
+        unsafe { Two(six(at, n), six(at.add(32), n)) }
     }
 
     #[inline(always)]
