@@ -15,7 +15,7 @@ use crate::kernel::Scaled;
 use crate::lanes::LANES;
 use crate::operand::Operand;
 use crate::packed::{Kind, Packed};
-use crate::product::{Product, TASKS_PER_THREAD, Tile, Tiles, Tree};
+use crate::product::{Product, ROWS_STREAMING, TASKS_PER_THREAD, Tile, Tiles, Tree};
 use crate::route::{self, Choice};
 use crate::step::CpuStep;
 
@@ -213,9 +213,13 @@ impl CpuStep<'_> {
         let enough = (self.device.pool.threads() * TASKS_PER_THREAD).div_ceil(used.max(1));
         let mut tiles = std::mem::take(&mut plan.tiles);
         tiles.clear();
+        let last = (0..all).rfind(|at| product(*at).is_some_and(|product| product.rows > 0));
         for expert in 0..all {
             if let Some(product) = product(expert).filter(|product| product.rows > 0) {
-                let cut = product.tiles(enough);
+                let mut cut = product.tiles(enough);
+                if Some(expert) == last {
+                    cut = cut.tapered(self.device.pool.threads());
+                }
                 tiles.extend((0..cut.count).filter_map(|at| cut.get(at)).map(|tile| (expert, tile)));
             }
         }
@@ -256,6 +260,9 @@ impl CpuStep<'_> {
         while together * rows * tiles.group() * LANES > SUMS_FLOATS && tiles.group() > 1 {
             enough = tiles.count + 1;
             tiles = Tiles::of_row(first, enough);
+        }
+        if rows <= ROWS_STREAMING {
+            tiles = tiles.tapered(self.device.pool.threads());
         }
         let own_other = self.operands(own, first);
         let shared = weights

@@ -13,7 +13,9 @@ use crate::pool::{Pool, Scratch};
 const PANELS_MAX: usize = 8;
 /// The same for so few rows that weights stream from memory: a stream is slow to begin.
 const PANELS_STREAMING: usize = 32;
-const ROWS_STREAMING: usize = 4;
+pub(crate) const ROWS_STREAMING: usize = 4;
+/// As many of the last tasks take one's place then.
+const TAPER: usize = 4;
 /// Rows of one task at most: their sums (48 KiB) and inputs stay in the second cache.
 const ROWS_MAX: usize = 96;
 /// The same where a task takes codes apart for all its rows, and inputs are half as large.
@@ -59,7 +61,7 @@ impl Product<'_> {
         }
         let row_blocks = self.rows.div_ceil(self.rows_max());
         let enough = (pool.threads() * TASKS_PER_THREAD).div_ceil(row_blocks);
-        let tiles = self.tiles(enough);
+        let tiles = self.tiles(enough).tapered(pool.threads());
         let work = self.rows * self.weight.inputs * self.weight.outputs;
         pool.run(tiles.count, work, |task, scratch| {
             if let Some(tile) = tiles.get(task) {
@@ -172,10 +174,19 @@ pub(crate) struct Tiles<'a> {
     rows: usize,
     /// Panels of a tile.
     group: usize,
+    tail: Option<Tail>,
     row_blocks: usize,
     /// Rows of a block: of even size, so that the last is not a scrap.
     block: usize,
     pub(crate) count: usize,
+}
+
+/// Smaller tiles at the end of the last segment: from which tile and panel on, and of how many panels.
+#[derive(Debug)]
+struct Tail {
+    tile: usize,
+    panel: usize,
+    group: usize,
 }
 
 impl<'a> Tiles<'a> {
@@ -191,7 +202,23 @@ impl<'a> Tiles<'a> {
         }
         let row_blocks = rows.div_ceil(rows_max).max(1);
         let block = rows.div_ceil(row_blocks);
-        Tiles { weight, rows, group, row_blocks, block, count: groups(group) * row_blocks }
+        let count = groups(group) * row_blocks;
+        Tiles { weight, rows, group, tail: None, row_blocks, block, count }
+    }
+
+    /// Cuts the last tiles for `threads` smaller, so that those end together: what one of them reads alone comes at its own speed.
+    pub(crate) fn tapered(mut self, threads: usize) -> Self {
+        let Some(last) = self.weight.segments.last().filter(|_| self.rows <= ROWS_STREAMING) else {
+            return self;
+        };
+        let groups = last.panels().div_ceil(self.group);
+        let (whole, group) = (groups.saturating_sub(threads), self.group / TAPER);
+        if group > 1 && whole > 0 {
+            let tail = Tail { tile: self.count - (groups - whole), panel: whole * self.group, group };
+            self.count = tail.tile + (last.panels() - tail.panel).div_ceil(group);
+            self.tail = Some(tail);
+        }
+        self
     }
 
     /// Tiles for one row.
@@ -206,9 +233,18 @@ impl<'a> Tiles<'a> {
 
     /// Tile `at` of `[0, count)`. Row blocks of the same panels follow each other.
     pub(crate) fn get(&self, at: usize) -> Option<Tile> {
+        let segments = &self.weight.segments;
+        if at >= self.count {
+            return None;
+        }
+        if let Some(tail) = self.tail.as_ref().filter(|tail| at >= tail.tile) {
+            let panel = tail.panel + (at - tail.tile) * tail.group;
+            let panels = tail.group.min(segments.last()?.panels() - panel);
+            return Some(Tile { segment: segments.len() - 1, panel, panels, row: 0, rows: self.rows });
+        }
         let mut group = at / self.row_blocks;
         let row = at % self.row_blocks * self.block;
-        for (segment, held) in self.weight.segments.iter().enumerate() {
+        for (segment, held) in segments.iter().enumerate() {
             let groups = held.panels().div_ceil(self.group);
             if group < groups {
                 let panel = group * self.group;
@@ -219,5 +255,62 @@ impl<'a> Tiles<'a> {
             group -= groups;
         }
         None
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use backend::{DType, KSum, Linear, MatrixView, TensorView, WeightSource};
+
+    use super::*;
+    use crate::CpuWeight;
+    use crate::level::Level;
+    use crate::packed::Kind;
+
+    /// Tiles, tapered or not, have every panel by every row once, in two segments too.
+    #[test]
+    fn tiles_cover_a_product_once() {
+        let (pool, kernels) = (Pool::new(1, false), Level::Portable.kernels());
+        let view = |dtype, outputs, bytes| {
+            let row_stride_bytes = 2 * DType::bytes(dtype);
+            MatrixView::Plain(TensorView {
+                name: "w",
+                dtype,
+                rows: outputs,
+                cols: 2,
+                row_stride_bytes,
+                bytes,
+            })
+        };
+        let zeros = vec![0; 5000 * 8];
+        for (first, second) in [(4096, 0), (1613, 901), (40, 4999), (16, 0)] {
+            let mut parts = vec![view(DType::F32, first, &zeros[..first * 8])];
+            if second > 0 {
+                parts.push(view(DType::BF16, second, &zeros[..second * 4]));
+            }
+            let linear = WeightSource::Linear(Linear { parts, bias: None, sum: KSum::Ascending });
+            let Kind::Product(weight) = CpuWeight::load(&linear, kernels, &pool, DType::F32).unwrap().0
+            else {
+                panic!("a product");
+            };
+            for (rows, threads) in [(1, 1), (1, 2), (4, 16), (100, 2), (300, 2)] {
+                for tapers in [false, true] {
+                    let tiles = Tiles::new(&weight, rows, ROWS_MAX, threads * TASKS_PER_THREAD);
+                    let tiles = if tapers { tiles.tapered(threads) } else { tiles };
+                    let mut seen: Vec<Vec<usize>> =
+                        weight.segments.iter().map(|held| vec![0; held.panels() * rows]).collect();
+                    for tile in (0..tiles.count).map(|at| tiles.get(at).unwrap()) {
+                        for panel in tile.panel..tile.panel + tile.panels {
+                            for row in tile.row..tile.row + tile.rows {
+                                seen[tile.segment][panel * rows + row] += 1;
+                            }
+                        }
+                    }
+                    let once = seen.iter().flatten().all(|count| *count == 1);
+                    assert!(once, "{first} + {second}, {rows} rows, {threads} threads, tapered: {tapers}");
+                    assert!(tiles.get(tiles.count).is_none());
+                }
+            }
+        }
     }
 }
