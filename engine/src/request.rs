@@ -157,6 +157,13 @@ pub enum Event {
         /// Of consecutive tokens, at least one.
         scores: Vec<Score>,
     },
+    /// [`Job::Land`] and [`Job::Generate`], before the first token that a decode step drew.
+    FirstStep {
+        /// From the cache being usable to the start of that step.
+        wait: Duration,
+        /// Duration of the step.
+        step: Duration,
+    },
     /// A token, in order of index.
     Token(Token),
     /// [`Job::Prefill`] with a handoff: every receiver has all of its bytes. Ends the job.
@@ -176,10 +183,6 @@ pub enum Event {
         reason: Finish,
         /// Tokens of output in all, earlier attempts included.
         output_tokens: usize,
-        /// From the cache being usable to the start of the first decode step.
-        first_step_wait: Duration,
-        /// Duration of that step.
-        first_step: Duration,
     },
     /// The engine gave the sequence up for room; the router continues it. Ends the job.
     Preempted,

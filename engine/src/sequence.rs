@@ -1,7 +1,7 @@
 //! A job on the runner: its request as far as it has come, and its place in the store.
 
 use std::ops::Range;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use backend::SeqId;
 use tokio::sync::mpsc::UnboundedSender;
@@ -65,8 +65,8 @@ pub(crate) struct Sequence {
     pub arrived: Instant,
     /// When the prompt's cache became usable for generation.
     pub usable: Option<Instant>,
-    /// Wait for, and duration of, the first step that generated from that cache.
-    pub first_step: Option<(Duration, Duration)>,
+    /// A step has generated from that cache.
+    pub has_stepped: bool,
 }
 
 impl Sequence {

@@ -220,11 +220,12 @@ pub fn generate_event(event: Event) -> Option<Result<v1::GenerateEvent, Status>>
         }
         Event::Scored { start, scores } => E::Scored(scored_message(start, &scores)),
         Event::Token(token) => E::Tokens(v1::Tokens { tokens: vec![token_message(&token)] }),
-        Event::Finished { reason, output_tokens, first_step_wait, first_step } => E::Finished(v1::Finished {
+        Event::FirstStep { wait, step } => {
+            E::FirstStep(v1::FirstStep { wait_us: micros(wait), step_us: micros(step) })
+        }
+        Event::Finished { reason, output_tokens } => E::Finished(v1::Finished {
             reason: finish_message(Some(reason)),
             output_tokens: output_tokens as u32,
-            first_step_wait_us: micros(first_step_wait),
-            first_step_us: micros(first_step),
         }),
         Event::Preempted => E::Preempted(v1::Preempted { reason: "no room for its next token".into() }),
         Event::Failed(error) => return Some(Err(error_status(&error))),

@@ -76,7 +76,10 @@ impl Trace {
             Event::Failed(error) => self.node.fail(error),
             Event::Preempted => self.node.fail("preempted"),
             Event::Pushed { .. } | Event::Finished { .. } => self.phase = Span::default(),
-            Event::Admitted { .. } | Event::Landed { .. } | Event::Scored { .. } => {}
+            Event::Admitted { .. }
+            | Event::Landed { .. }
+            | Event::FirstStep { .. }
+            | Event::Scored { .. } => {}
         }
     }
 }
@@ -129,7 +132,10 @@ impl Progress {
                 return Some(Err(Status::aborted("preempted: no room to compute the prompt")));
             }
             // Without a handoff the end of the stream says it.
-            Event::Finished { .. } | Event::Admitted { .. } | Event::Landed { .. } => return None,
+            Event::Finished { .. }
+            | Event::Admitted { .. }
+            | Event::Landed { .. }
+            | Event::FirstStep { .. } => return None,
         };
         Some(Ok(v1::PrefillEvent { event: Some(message) }))
     }

@@ -14,7 +14,8 @@ use prometheus_client::registry::Registry;
 /// The cluster, as the gateway sees it.
 pub trait Inference: Send + Sync + 'static {
     /// Starts one sequence. The stream yields `Started` once, then `Scored` until all of the prompt is, where asked for,
-    /// then `Token`s with indices 0, 1, 2, ... without gaps, then `Finished` once; or an error, which ends it. Nothing is sent anywhere before the stream is first polled.
+    /// then `Token`s with indices 0, 1, 2, ... without gaps, then `Finished` once; or an error, which ends it. `Served` comes
+    /// before the first token and again with what is learned later. Nothing is sent anywhere before the stream is first polled.
     /// Dropping the stream cancels everything behind it: the group frees its blocks, the prefill stops.
     fn generate(&self, request: GenerateRequest) -> TokenStream;
 
@@ -118,8 +119,8 @@ pub enum TokenEvent {
     Started(Started),
     /// How likely the next tokens of the prompt are: from position 1 on, in order, each once.
     Scored(Vec<Score>),
-    /// The prompt is computed. Before the first token, once.
-    Prefilled(Prefilled),
+    /// The prompt is computed, or more is known of how: each takes the place of the one before.
+    Served(Served),
     /// One output token.
     Token(Token),
     /// The answer is complete. The last event.
@@ -137,15 +138,17 @@ pub struct Started {
     pub admission: Duration,
 }
 
-/// How the prompt was computed, by the first attempt that did. Known to whoever leaves before the end, too.
+/// How a sequence is served, as far as it is known. Told on the way, so that whoever leaves before the end knows it too.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Prefilled {
+pub struct Served {
     /// Prompt tokens that were not computed for this request, on whichever node.
     pub cached_tokens: u32,
     /// Who computed the prompt.
     pub decision: Decision,
-    /// Queued and computed by a node.
-    pub prefill: Duration,
+    /// Attempts after the first: a node failed, or the group was out of room.
+    pub migrations: u32,
+    /// Where the time went.
+    pub timings: Timings,
 }
 
 /// One output token.
@@ -172,32 +175,13 @@ pub struct Score {
     pub top: Vec<(u32, f32)>,
 }
 
-/// How a sequence ended, and where its time went.
+/// How a sequence ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Finished {
     /// Why it ended.
     pub reason: FinishReason,
     /// Tokens delivered.
     pub output_tokens: u32,
-    /// Prompt tokens that were not computed for this request, on whichever node.
-    pub cached_tokens: u32,
-    /// Who computed the prompt.
-    pub decision: Decision,
-    /// Attempts after the first: a node failed, or the group was out of room.
-    pub migrations: u32,
-    /// Where the time went.
-    pub timings: Timings,
-}
-
-impl Finished {
-    /// What was told when the prompt was computed.
-    pub fn prefilled(&self) -> Prefilled {
-        Prefilled {
-            cached_tokens: self.cached_tokens,
-            decision: self.decision,
-            prefill: self.timings.prefill,
-        }
-    }
 }
 
 /// Why a sequence ended.

@@ -326,7 +326,7 @@ mod tests {
     use std::time::Instant;
 
     use super::*;
-    use crate::inference::{Decision, FinishReason, Finished, Started, Timings};
+    use crate::inference::{Decision, Served, Started, Timings};
 
     #[test]
     fn a_dashboard_for_vllm_finds_its_names() {
@@ -342,15 +342,8 @@ mod tests {
             prefill: Duration::from_millis(3),
             ..Timings::default()
         };
-        let finished = Finished {
-            reason: FinishReason::Stop,
-            output_tokens: 2,
-            cached_tokens: 4,
-            decision: Decision::Handoff,
-            migrations: 1,
-            timings,
-        };
-        meter.finished("stop", Some(&finished));
+        meter.served(Served { cached_tokens: 4, decision: Decision::Handoff, migrations: 1, timings });
+        meter.finished("stop");
         drop(meter);
         drop(SequenceMeter::new(Arc::clone(&metrics), now, 1));
         metrics.http("/v1/models", 200);

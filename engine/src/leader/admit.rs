@@ -43,7 +43,7 @@ impl Core {
             events,
             arrived,
             usable: None,
-            first_step: None,
+            has_stepped: false,
         };
         let admitted = self.valid(&sequence).and_then(|()| match sequence.kind {
             Kind::Prefill(_) => self.queue(&sequence),

@@ -25,9 +25,8 @@ impl Core {
     pub(super) fn finish_job(&mut self, job: u64, reason: Finish) {
         let Some(sequence) = self.sequences.get(&job) else { return };
         let seq = sequence.seq;
-        let (first_step_wait, first_step) = sequence.first_step.unwrap_or_default();
         let output_tokens = sequence.output_tokens();
-        self.end(job, Event::Finished { reason, output_tokens, first_step_wait, first_step });
+        self.end(job, Event::Finished { reason, output_tokens });
         self.retire(seq);
     }
 

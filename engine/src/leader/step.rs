@@ -92,9 +92,10 @@ impl Core {
             // Its answer has ended meanwhile: this part was planned in advance, and too many.
             let Some(sequence) = self.sequences.get_mut(&part.job) else { continue };
             sequence.flights.retain(|flight| flight.step != step.plan.step);
-            if part.generating && sequence.first_step.is_none() {
-                sequence.first_step =
-                    Some((sequence.usable.map_or(Duration::ZERO, |u| since(began, u)), took));
+            if part.generating && !sequence.has_stepped {
+                sequence.has_stepped = true;
+                let wait = sequence.usable.map_or(Duration::ZERO, |usable| since(began, usable));
+                sequence.tell(Event::FirstStep { wait, step: took });
             }
             let block = self.setup.block_tokens;
             if self.setup.options.prefix_cache && part.end / block > part.start / block {

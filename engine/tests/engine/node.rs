@@ -268,6 +268,7 @@ impl Outcome {
                 assert_eq!(start, 1 + self.scores.len());
                 self.scores.extend(scores);
             }
+            Event::FirstStep { .. } => assert!(self.end.is_none()),
             Event::Token(token) => self.tokens.push(token),
             event => {
                 assert!(self.end.is_none(), "{event:?} after {:?}", self.end);

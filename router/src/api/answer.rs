@@ -14,7 +14,7 @@ use tokio_util::sync::{CancellationToken, WaitForCancellationFutureOwned};
 use super::choice::{Choice, Delta, End};
 use super::error::ApiError;
 use super::params::Params;
-use crate::inference::{Finished, InferenceError, Prefilled, Started, TokenEvent, TokenStream};
+use crate::inference::{InferenceError, Served, Started, TokenEvent, TokenStream};
 use crate::metrics::SequenceMeter;
 
 /// What happened in a choice.
@@ -64,14 +64,13 @@ pub struct Lane {
     meter: SequenceMeter,
     prompt_tokens: u32,
     started: Option<Started>,
-    prefilled: Option<Prefilled>,
-    finished: Option<Finished>,
+    served: Option<Served>,
 }
 
 impl Lane {
     /// `meter` counts from when the request arrived.
     pub fn new(choice: Choice, meter: SequenceMeter, prompt_tokens: u32) -> Self {
-        Self { choice, meter, prompt_tokens, started: None, prefilled: None, finished: None }
+        Self { choice, meter, prompt_tokens, started: None, served: None }
     }
 }
 
@@ -217,7 +216,7 @@ impl Answer {
         let per_prompt = || self.running.iter().step_by(self.made).map(|running| &running.lane);
         let cached = |lane: &Lane| {
             let started = lane.started.map_or(0, |started| started.cached_tokens);
-            lane.prefilled.map_or(started, |prefilled| prefilled.cached_tokens)
+            lane.served.map_or(started, |served| served.cached_tokens)
         };
         let prompt_tokens = per_prompt().map(|lane| lane.prompt_tokens).sum();
         let completion_tokens = self.running.iter().map(|running| running.lane.choice.tokens()).sum();
@@ -245,12 +244,9 @@ impl Answer {
             "queue_ms": lane.started.map(|started| ms(started.queue)),
             "admission_ms": lane.started.map(|started| ms(started.admission)),
         });
-        if let Some(prefilled) = &lane.prefilled {
-            value["prefill_ms"] = ms(prefilled.prefill).into();
-            value["decision"] = prefilled.decision.as_str().into();
-        }
-        if let Some(finished) = &lane.finished {
-            let t = &finished.timings;
+        if let Some(served) = &lane.served {
+            let t = &served.timings;
+            value["prefill_ms"] = ms(t.prefill).into();
             value["transfer_exposed_ms"] = ms(t.transfer_exposed).into();
             if !t.transfer_estimated.is_zero() {
                 value["transfer_estimated_ms"] = ms(t.transfer_estimated).into();
@@ -260,7 +256,8 @@ impl Answer {
             }
             value["first_step_wait_ms"] = ms(t.first_step_wait).into();
             value["first_step_ms"] = ms(t.first_step).into();
-            value["migrations"] = finished.migrations.into();
+            value["decision"] = served.decision.as_str().into();
+            value["migrations"] = served.migrations.into();
         }
         Some(value)
     }
@@ -286,9 +283,9 @@ impl Running {
                     lane.meter.started(&started);
                     lane.started = Some(started);
                 }
-                TokenEvent::Prefilled(prefilled) => {
-                    lane.meter.prefilled(prefilled);
-                    lane.prefilled = Some(prefilled);
+                TokenEvent::Served(served) => {
+                    lane.meter.served(served);
+                    lane.served = Some(served);
                 }
                 TokenEvent::Scored(scores) => {
                     lane.choice.scored(scores);
@@ -306,7 +303,7 @@ impl Running {
                     lane.meter.token(Instant::now());
                     if let Some(end) = lane.choice.token(token) {
                         self.stream = None; // cancels what the cluster would still generate
-                        lane.meter.finished(end.as_str(), None);
+                        lane.meter.finished(end.as_str());
                         return Poll::Ready(Ok(Some(end)));
                     }
                     if !lane.choice.delta().is_empty() {
@@ -315,11 +312,8 @@ impl Running {
                 }
                 TokenEvent::Finished(finished) => {
                     self.stream = None;
-                    (lane.prefilled, lane.finished) = (Some(finished.prefilled()), Some(finished));
                     let end = lane.choice.finish(finished.reason);
-                    // Without a token nobody was asked for anything.
-                    let served = (finished.output_tokens > 0).then_some(&finished);
-                    lane.meter.finished(end.as_str(), served);
+                    lane.meter.finished(end.as_str());
                     return Poll::Ready(Ok(Some(end)));
                 }
             }

@@ -16,8 +16,7 @@ use super::params::Params;
 use super::prompt_scores::ScoresWanted;
 use super::quota::Caller;
 use crate::inference::{
-    BACKGROUND, Decision, FinishReason, Finished, GenerateRequest, InferenceError, Started, Timings,
-    TokenEvent, TokenStream,
+    BACKGROUND, FinishReason, Finished, GenerateRequest, InferenceError, Started, TokenEvent, TokenStream,
 };
 use crate::metrics::SequenceMeter;
 use crate::text::{Beginning, answer};
@@ -155,14 +154,7 @@ pub fn start(
 
 /// An answer of no tokens, for which no node is asked.
 fn nothing() -> TokenStream {
-    let finished = Finished {
-        reason: FinishReason::Length,
-        output_tokens: 0,
-        cached_tokens: 0,
-        decision: Decision::Local,
-        migrations: 0,
-        timings: Timings::default(),
-    };
+    let finished = Finished { reason: FinishReason::Length, output_tokens: 0 };
     stream::iter([Ok(TokenEvent::Started(Started::default())), Ok(TokenEvent::Finished(finished))]).boxed()
 }
 
@@ -170,11 +162,9 @@ fn nothing() -> TokenStream {
 fn unanswered(stream: TokenStream) -> TokenStream {
     let rest = |event: Result<TokenEvent, InferenceError>| match event {
         Ok(TokenEvent::Token(_)) => None,
-        Ok(TokenEvent::Finished(finished)) => Some(Ok(TokenEvent::Finished(Finished {
-            reason: FinishReason::Length,
-            output_tokens: 0,
-            ..finished
-        }))),
+        Ok(TokenEvent::Finished(_)) => {
+            Some(Ok(TokenEvent::Finished(Finished { reason: FinishReason::Length, output_tokens: 0 })))
+        }
         other => Some(other),
     };
     stream.filter_map(move |event| std::future::ready(rest(event))).boxed()

@@ -281,6 +281,7 @@ fn decode_name(event: &Option<DecodeEvent>) -> &'static str {
         Some(DecodeEvent::Finished(_)) => "finished",
         Some(DecodeEvent::Preempted(_)) => "preempted",
         Some(DecodeEvent::Scored(_)) => "scored",
+        Some(DecodeEvent::FirstStep(_)) => "first step",
         None => "none",
     }
 }

@@ -18,7 +18,7 @@ use super::prefix::Chain;
 use super::spans::Spans;
 use super::wire;
 use crate::inference::{
-    Decision, FinishReason, Finished, GenerateRequest, InferenceError, KvCodec, Prefilled, Score, Started,
+    Decision, FinishReason, Finished, GenerateRequest, InferenceError, KvCodec, Score, Served, Started,
     Timings, Token, TokenEvent,
 };
 use crate::placement::Ask;
@@ -57,13 +57,11 @@ pub struct Progress {
     chain: Chain,
     /// Counts every try that a node may have heard of, so that frames of an old one never land.
     attempt: u32,
-    migrations: u32,
     /// Told to the client once.
     started: Option<Started>,
-    decision: Option<Decision>,
-    /// Told to the client once.
-    prefilled: Option<Prefilled>,
-    timings: Timings,
+    served: Served,
+    /// The client has heard of `served`, and hears of what is new in it.
+    served_is_told: bool,
     queued: Duration,
     /// Of this attempt: when it was accepted, what its group held, whether its prompt is computed.
     accepted_at: Option<Instant>,
@@ -85,11 +83,14 @@ impl Progress {
             merge: Merge::default(),
             chain,
             attempt: 0,
-            migrations: 0,
             started: None,
-            decision: None,
-            prefilled: None,
-            timings: Timings::default(),
+            served: Served {
+                cached_tokens: 0,
+                decision: Decision::Local,
+                migrations: 0,
+                timings: Timings::default(),
+            },
+            served_is_told: false,
             queued: Duration::ZERO,
             accepted_at: None,
             admitted_cached_tokens: 0,
@@ -134,9 +135,9 @@ impl Progress {
         self.admitted_cached_tokens = started.cached_tokens;
         if self.started.is_none() {
             self.started = Some(started);
-            self.decision = Some(decision);
-            self.timings.queue = started.queue;
-            self.timings.admission = started.admission;
+            self.served.decision = decision;
+            self.served.timings.queue = started.queue;
+            self.served.timings.admission = started.admission;
             // Without a receiver this future is about to be dropped.
             let _ = self.out.send(Ok(TokenEvent::Started(started))).await;
         }
@@ -146,32 +147,41 @@ impl Progress {
     pub async fn computed(&mut self, cached_tokens: u32) {
         self.has_prompt = true;
         self.spans.computed();
-        if self.prefilled.is_none() {
-            let prefilled = Prefilled {
-                cached_tokens: cached_tokens.min(self.request.tokens.len() as u32),
-                decision: self.decision.unwrap_or(Decision::Local),
-                prefill: self.accepted_at.map(|at| at.elapsed()).unwrap_or_default(),
-            };
-            self.timings.prefill = prefilled.prefill;
-            self.prefilled = Some(prefilled);
-            // Without a receiver this future is about to be dropped.
-            let _ = self.out.send(Ok(TokenEvent::Prefilled(prefilled))).await;
+        if !self.served_is_told {
+            self.served.cached_tokens = cached_tokens.min(self.request.tokens.len() as u32);
+            self.served.timings.prefill = self.accepted_at.map(|at| at.elapsed()).unwrap_or_default();
+            self.served_is_told = true;
+            self.tell_served().await;
         }
     }
 
     /// The push is acknowledged.
-    pub fn pushed(&mut self, pushed: &proto::v1::Pushed) {
-        if self.migrations == 0 {
-            self.timings.transfer_exposed = Duration::from_micros(pushed.exposed_us);
-            self.timings.transfer_estimated = Duration::from_micros(pushed.estimated_us);
-            self.timings.kv_codec = KvCodec::parse(&pushed.codec);
+    pub async fn pushed(&mut self, pushed: &proto::v1::Pushed) {
+        if self.served.migrations == 0 {
+            self.served.timings.transfer_exposed = Duration::from_micros(pushed.exposed_us);
+            self.served.timings.transfer_estimated = Duration::from_micros(pushed.estimated_us);
+            self.served.timings.kv_codec = KvCodec::parse(&pushed.codec);
+            self.tell_served().await;
         }
     }
 
     /// The group's first step of this attempt.
-    pub fn first_step(&mut self, wait: Duration, step: Duration) {
-        self.timings.first_step_wait = wait;
-        self.timings.first_step = step;
+    pub async fn first_step(&mut self, wait: Duration, step: Duration) {
+        self.served.timings.first_step_wait = wait;
+        self.served.timings.first_step = step;
+        self.tell_served().await;
+    }
+
+    async fn migrated(&mut self) {
+        self.served.migrations += 1;
+        self.tell_served().await;
+    }
+
+    async fn tell_served(&self) {
+        if self.served_is_told {
+            // Without a receiver this future is about to be dropped.
+            let _ = self.out.send(Ok(TokenEvent::Served(self.served))).await;
+        }
     }
 
     /// Sends what is in order to the client, each index once.
@@ -224,14 +234,7 @@ impl Progress {
     }
 
     fn finished(&self, reason: FinishReason) -> Finished {
-        Finished {
-            reason,
-            output_tokens: self.next_index(),
-            cached_tokens: self.prefilled.map_or(0, |prefilled| prefilled.cached_tokens),
-            decision: self.decision.unwrap_or(Decision::Local),
-            migrations: self.migrations,
-            timings: self.timings,
-        }
+        Finished { reason, output_tokens: self.next_index() }
     }
 
     fn next_attempt(&mut self) {
@@ -363,7 +366,7 @@ async fn serve(shared: &Arc<Shared>, progress: &mut Progress) -> Result<(Finishe
                 );
                 shared.counts.migrated(cause);
                 progress.spans.migrate(cause);
-                progress.migrations += 1;
+                progress.migrated().await;
                 trouble.migrations += 1;
                 progress.next_attempt();
                 let tries = shared.config.migrations_without_token_max;

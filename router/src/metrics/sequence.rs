@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 
 use super::{DecisionLabel, Metrics, Reason};
 use crate::api::Caller;
-use crate::inference::{Finished, Prefilled, Started};
+use crate::inference::{Served, Started};
 
 /// Follows one sequence. Dropped before an end was reported, it counts as aborted: the client went away.
 #[derive(Debug)]
@@ -13,7 +13,7 @@ pub struct SequenceMeter {
     metrics: Arc<Metrics>,
     arrived: Instant,
     accepted: Option<Instant>,
-    prefilled: Option<Prefilled>,
+    served: Option<Served>,
     first: Option<Instant>,
     last: Instant,
     prompt_tokens: u32,
@@ -31,7 +31,7 @@ impl SequenceMeter {
             metrics,
             arrived,
             accepted: None,
-            prefilled: None,
+            served: None,
             first: None,
             last: arrived,
             prompt_tokens,
@@ -57,9 +57,9 @@ impl SequenceMeter {
         self.metrics.series.admission.observe(started.admission.as_secs_f64());
     }
 
-    /// The prompt is computed.
-    pub fn prefilled(&mut self, prefilled: Prefilled) {
-        self.prefilled = Some(prefilled);
+    /// The cluster tells how it serves the sequence, in place of what it told before.
+    pub fn served(&mut self, served: Served) {
+        self.served = Some(served);
     }
 
     /// A token came.
@@ -88,8 +88,8 @@ impl SequenceMeter {
         self.first.map(|first| first - self.arrived)
     }
 
-    /// The sequence is complete. `reason`: `stop` or `length`. `finished`: what the cluster said; none if a stop string ended it.
-    pub fn finished(&mut self, reason: &'static str, finished: Option<&Finished>) {
+    /// The sequence is complete. `reason`: `stop` or `length`.
+    pub fn finished(&mut self, reason: &'static str) {
         self.end(reason);
         let m = &self.metrics.series;
         m.e2e.observe(self.arrived.elapsed().as_secs_f64());
@@ -104,18 +104,15 @@ impl SequenceMeter {
             m.decode.observe(decode);
             m.tpot.observe(decode / f64::from(self.tokens - 1));
         }
-        if let Some(prefilled) = finished.map(Finished::prefilled).or(self.prefilled) {
-            m.prefix_queries.inc_by(self.prompt_tokens.into());
-            m.prefix_hits.inc_by(prefilled.cached_tokens.into());
-            m.decisions.get_or_create(&DecisionLabel { decision: prefilled.decision.as_str() }).inc();
-            if !prefilled.prefill.is_zero() {
-                m.prefill.observe(prefilled.prefill.as_secs_f64());
-            }
-        }
-        let Some(finished) = finished else { return };
-        m.migrations.inc_by(finished.migrations.into());
-        let t = &finished.timings;
+        // An answer of no tokens is nobody's work.
+        let Some(served) = &self.served else { return };
+        m.prefix_queries.inc_by(self.prompt_tokens.into());
+        m.prefix_hits.inc_by(served.cached_tokens.into());
+        m.decisions.get_or_create(&DecisionLabel { decision: served.decision.as_str() }).inc();
+        m.migrations.inc_by(served.migrations.into());
+        let t = &served.timings;
         let parts = [
+            (&m.prefill, t.prefill),
             (&m.transfer_exposed, t.transfer_exposed),
             (&m.transfer_estimated, t.transfer_estimated),
             (&m.first_step_wait, t.first_step_wait),

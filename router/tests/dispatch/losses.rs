@@ -23,8 +23,8 @@ async fn the_prefill_node_dies_before_the_first_token() {
     let script = prefill.script.clone();
     until("the prefill call", || script.open.load(Ordering::SeqCst) == 1).await;
     prefill.kill();
-    let finished = done.await.unwrap();
-    assert_eq!((finished.migrations, finished.decision), (1, Decision::Handoff));
+    let served = done.await.unwrap();
+    assert_eq!((served.migrations, served.decision), (1, Decision::Handoff));
     // Whichever of the two is heard first: the call that broke or the session that failed.
     let migrations = world.migrations();
     assert!(matches!(migrations[..], [(Cause::PrefillLost | Cause::Session, 1)]), "{migrations:?}");

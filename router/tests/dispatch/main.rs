@@ -17,8 +17,8 @@ use proto::v1::Role;
 use router::dispatch::counts::Cause;
 use router::dispatch::{Dispatch, DispatchConfig};
 use router::inference::{
-    Finished, GenerateRequest, Inference, InferenceError, Load, Prefilled, Sampling, Score, Started,
-    TokenEvent, TokenStream,
+    FinishReason, Finished, GenerateRequest, Inference, InferenceError, Load, Sampling, Score, Served,
+    Started, TokenEvent, TokenStream,
 };
 use router::placement::Disaggregation;
 use tokio::time::timeout;
@@ -101,7 +101,7 @@ impl World {
             scores: Vec::new(),
             seen: Vec::new(),
             started: None,
-            prefilled: None,
+            served: None,
         }
     }
 
@@ -131,7 +131,7 @@ struct Client {
     scores: Vec<Score>,
     seen: Vec<u32>,
     started: Option<Started>,
-    prefilled: Option<Prefilled>,
+    served: Option<Served>,
 }
 
 impl Client {
@@ -152,20 +152,18 @@ impl Client {
                 self.scores.extend(scores);
                 Ok(None)
             }
-            TokenEvent::Prefilled(prefilled) => {
-                assert!(self.prefilled.is_none() && self.seen.is_empty(), "computed late or twice");
-                self.prefilled = Some(prefilled);
+            TokenEvent::Served(served) => {
+                self.served = Some(served);
                 Ok(None)
             }
             TokenEvent::Token(token) => {
-                assert!(self.started.is_some() && self.prefilled.is_some(), "a token before its prompt");
+                assert!(self.started.is_some() && self.served.is_some(), "a token before its prompt");
                 assert_eq!(token.index as usize, self.seen.len(), "an index missing or twice");
                 self.seen.push(token.id);
                 Ok(None)
             }
             TokenEvent::Finished(finished) => {
                 assert_eq!(finished.output_tokens as usize, self.seen.len());
-                assert!(self.prefilled.is_none_or(|told| told == finished.prefilled()), "{finished:?}");
                 assert!(self.stream.next().await.is_none(), "something after the end");
                 Ok(Some(finished))
             }
@@ -186,11 +184,11 @@ impl Client {
         }
     }
 
-    /// Reads to the end and compares with the undisturbed answer.
-    async fn finish(mut self, request: &GenerateRequest) -> Finished {
-        let finished = self.rest().await.unwrap();
+    /// Reads to the end and compares with the undisturbed answer. How it was served.
+    async fn finish(mut self, request: &GenerateRequest) -> Served {
+        assert_eq!(self.rest().await.unwrap().reason, FinishReason::Length);
         assert_eq!(self.seen, whole(request));
-        finished
+        self.served.unwrap()
     }
 }
 

@@ -330,6 +330,7 @@ impl Service {
                 say(&events, DecodeEvent::Scored(scored)).await?;
             }
         }
+        let begin = output(&sequence);
         while output(&sequence) < sequence.max_tokens {
             let index = output(&sequence);
             let preempted = {
@@ -343,6 +344,9 @@ impl Service {
                     .await;
             }
             self.script.token.pass().await;
+            if index == begin {
+                say(&events, DecodeEvent::FirstStep(v1::FirstStep { wait_us: 13, step_us: 17 })).await?;
+            }
             let id = next_token(&sequence.tokens, seed);
             sequence.tokens.push(id);
             let token = v1::Token { index, id, logprob: None, top: vec![] };
@@ -415,12 +419,7 @@ async fn say(events: &Events<v1::GenerateEvent>, event: DecodeEvent) -> Result<(
 }
 
 fn finished(reason: FinishReason, output_tokens: u32) -> DecodeEvent {
-    DecodeEvent::Finished(v1::Finished {
-        reason: reason.into(),
-        output_tokens,
-        first_step_wait_us: 13,
-        first_step_us: 17,
-    })
+    DecodeEvent::Finished(v1::Finished { reason: reason.into(), output_tokens })
 }
 
 /// Runs the work of a call until it is done or its caller leaves.

@@ -34,11 +34,12 @@ async fn whoever_computes_scores() {
         let _nodes = (world.node("p0", Role::Prefill).await, world.node("d0", Role::Decode).await);
         let asked = scored(50, max_tokens);
         let mut client = world.ask(&asked);
-        let finished = client.rest().await.unwrap();
+        client.rest().await.unwrap();
+        let served = client.served.unwrap();
         assert_eq!((told(&client.scores), client.seen), (expected(&asked), whole(&asked)), "{policy}");
         let local = policy == Disaggregation::Never;
-        assert_eq!(finished.decision, if local { Decision::Local } else { Decision::Handoff });
-        assert_eq!(finished.migrations, 0);
+        assert_eq!(served.decision, if local { Decision::Local } else { Decision::Handoff });
+        assert_eq!(served.migrations, 0);
     }
 }
 
@@ -80,9 +81,9 @@ async fn an_unscored_prompt_is_a_broken_promise() {
     prefill.script.mute.store(true, Ordering::SeqCst);
     let asked = scored(50, 5);
     let mut client = world.ask(&asked);
-    let finished = client.rest().await.unwrap();
+    client.rest().await.unwrap();
     assert_eq!((told(&client.scores), client.seen), (expected(&asked), whole(&asked)));
     let migrations = world.migrations();
     assert!(matches!(migrations[..], [(Cause::Protocol, _)]), "{migrations:?}");
-    assert!(finished.migrations > 0);
+    assert!(client.served.unwrap().migrations > 0);
 }

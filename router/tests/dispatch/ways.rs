@@ -19,10 +19,9 @@ async fn a_handoff() {
     let mut client = world.ask(&asked);
     client.tokens(1).await;
     assert_eq!(client.started.unwrap().cached_tokens, 2);
-    let finished = client.finish(&asked).await;
-    assert_eq!((finished.reason, finished.decision), (FinishReason::Length, Decision::Handoff));
-    assert_eq!((finished.migrations, finished.cached_tokens), (0, 3));
-    let timings = finished.timings;
+    let served = client.finish(&asked).await;
+    assert_eq!((served.decision, served.migrations, served.cached_tokens), (Decision::Handoff, 0, 3));
+    let timings = served.timings;
     assert_eq!(timings.first_step_wait, Duration::from_micros(13));
     assert_eq!(timings.first_step, Duration::from_micros(17));
     assert!(timings.prefill > Duration::ZERO && timings.admission > Duration::ZERO);
@@ -55,8 +54,8 @@ async fn local_prompts() {
     let world = World::new(Disaggregation::Never, |_| {}).await;
     let (prefill, decode) = (world.node("p0", Role::Prefill).await, world.node("d0", Role::Decode).await);
     let asked = request(40, 5);
-    let finished = world.ask(&asked).finish(&asked).await;
-    assert_eq!((finished.decision, finished.cached_tokens), (Decision::Local, 2));
+    let served = world.ask(&asked).finish(&asked).await;
+    assert_eq!((served.decision, served.cached_tokens), (Decision::Local, 2));
     assert!(prefill.script.calls().is_empty() && decode.script.calls()[0].alone);
     assert_eq!(world.dispatch.counts().decisions_of(Decision::Local, Reason::Policy), 1);
 
@@ -95,8 +94,7 @@ async fn one_token_asks_no_group() {
     let world = World::new(Disaggregation::Always, |_| {}).await;
     let (prefill, decode) = (world.node("p0", Role::Prefill).await, world.node("d0", Role::Decode).await);
     let asked = request(50, 1);
-    let finished = world.ask(&asked).finish(&asked).await;
-    assert_eq!((finished.reason, finished.decision), (FinishReason::Length, Decision::Handoff));
+    assert_eq!(world.ask(&asked).finish(&asked).await.decision, Decision::Handoff);
     assert!(decode.script.calls().is_empty() && prefill.script.calls()[0].alone);
 }
 
@@ -131,12 +129,12 @@ async fn the_group_may_be_ahead() {
     let (mut client, group) = (world.ask(&asked), decode.script.clone());
     // The whole answer but its first token is generated before that is told.
     let done = tokio::spawn(async move {
-        let finished = client.rest().await.unwrap();
-        (client.seen, finished)
+        client.rest().await.unwrap();
+        (client.seen, client.served.unwrap())
     });
     until("the group's end", || group.calls().len() == 1 && group.open.load(Ordering::SeqCst) == 0).await;
     prefill.script.token.permit(1);
-    let (seen, finished) = done.await.unwrap();
+    let (seen, served) = done.await.unwrap();
     assert_eq!(seen, whole(&asked));
-    assert_eq!(finished.migrations, 0);
+    assert_eq!(served.migrations, 0);
 }

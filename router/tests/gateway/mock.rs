@@ -8,8 +8,8 @@ use futures::future::BoxFuture;
 use futures::stream::{self, StreamExt};
 use router::batch::BatchConfig;
 use router::inference::{
-    Decision, FinishReason, Finished, GenerateRequest, Inference, InferenceError, Load, Started, Timings,
-    Token, TokenEvent, TokenStream,
+    Decision, FinishReason, Finished, GenerateRequest, Inference, InferenceError, Load, Served, Started,
+    Timings, Token, TokenEvent, TokenStream,
 };
 use router::text::Tokenizer;
 use router::{GatewayConfig, ServeError, serve};
@@ -108,15 +108,9 @@ pub fn started() -> Step {
     Step::Event(TokenEvent::Started(Started { cached_tokens: 4, ..Started::default() }))
 }
 
-pub fn token(index: usize, id: u32) -> Step {
-    let top = vec![(id, -0.25), (END, -1.5)];
-    Step::Event(TokenEvent::Token(Token { index: index as u32, id, logprob: Some(-0.25), top }))
-}
-
-pub fn finished(reason: FinishReason, output_tokens: usize) -> Step {
-    Step::Event(TokenEvent::Finished(Finished {
-        reason,
-        output_tokens: output_tokens as u32,
+/// From a prefill node, of which half of the prompt was cached.
+pub fn served() -> Step {
+    Step::Event(TokenEvent::Served(Served {
         cached_tokens: 8,
         decision: Decision::Handoff,
         migrations: 0,
@@ -124,10 +118,19 @@ pub fn finished(reason: FinishReason, output_tokens: usize) -> Step {
     }))
 }
 
+pub fn token(index: usize, id: u32) -> Step {
+    let top = vec![(id, -0.25), (END, -1.5)];
+    Step::Event(TokenEvent::Token(Token { index: index as u32, id, logprob: Some(-0.25), top }))
+}
+
+pub fn finished(reason: FinishReason, output_tokens: usize) -> Step {
+    Step::Event(TokenEvent::Finished(Finished { reason, output_tokens: output_tokens as u32 }))
+}
+
 /// Says the ids, then ends for the reason.
 pub fn script(ids: &[u32], reason: FinishReason) -> Vec<Step> {
     let tokens = ids.iter().enumerate().map(|(index, &id)| token(index, id));
-    [started()].into_iter().chain(tokens).chain([finished(reason, ids.len())]).collect()
+    [started(), served()].into_iter().chain(tokens).chain([finished(reason, ids.len())]).collect()
 }
 
 /// Says the text and the end of text.

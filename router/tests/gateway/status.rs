@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use router::ServeError;
-use router::inference::{Decision, Prefilled, TokenEvent};
+use router::inference::{Decision, Served, Timings, TokenEvent};
 use router::key_file::{KeyFile, KeyLimits};
 use serde_json::{Value, json};
 
@@ -47,12 +47,20 @@ async fn metrics_count_what_was_served() {
 
 /// What ends at a stop string, where the cluster is not heard to the end, is known as well as what the cluster ends.
 #[tokio::test]
-async fn who_computed_a_prompt_is_known_of_what_a_stop_string_ends() {
-    let prefilled =
-        Prefilled { cached_tokens: 1, decision: Decision::Handoff, prefill: Duration::from_millis(4) };
+async fn how_it_was_served_is_known_of_what_a_stop_string_ends() {
+    let ms = Duration::from_millis;
+    let timings = Timings {
+        prefill: ms(4),
+        transfer_exposed: ms(5),
+        transfer_estimated: ms(6),
+        first_step_wait: ms(7),
+        first_step: ms(8),
+        ..Timings::default()
+    };
+    let served = Served { cached_tokens: 1, decision: Decision::Handoff, migrations: 2, timings };
     let gateway = Gateway::new(move |_| {
         let mut steps = says("a b c");
-        steps.insert(1, Step::Event(TokenEvent::Prefilled(prefilled)));
+        steps.insert(3, Step::Event(TokenEvent::Served(served)));
         steps
     })
     .await;
@@ -62,13 +70,19 @@ async fn who_computed_a_prompt_is_known_of_what_a_stop_string_ends() {
     assert_eq!(answer["usage"]["prompt_tokens_details"]["cached_tokens"], 1);
     let timings = &answer["choices"][0]["baton"];
     assert_eq!((&timings["prefill_ms"], &timings["decision"]), (&json!(4.0), &json!("handoff")), "{answer}");
+    assert_eq!((&timings["first_step_ms"], &timings["migrations"]), (&json!(8.0), &json!(2)), "{answer}");
     let text = gateway.get("/metrics").await.text().await.unwrap();
     let tokens = encode("Hi there").len();
     for line in [
         "baton_request_decisions_total{model_name=\"tiny\",decision=\"handoff\"} 1",
         "vllm:prefix_cache_hits_total{model_name=\"tiny\"} 1",
         &format!("vllm:prefix_cache_queries_total{{model_name=\"tiny\"}} {tokens}"),
-        "vllm:request_prefill_time_seconds_count{model_name=\"tiny\"} 1",
+        "vllm:request_prefill_time_seconds_sum{model_name=\"tiny\"} 0.004",
+        "baton_transfer_exposed_seconds_sum{model_name=\"tiny\"} 0.005",
+        "baton_transfer_estimated_seconds_sum{model_name=\"tiny\"} 0.006",
+        "baton_first_step_wait_seconds_sum{model_name=\"tiny\"} 0.007",
+        "baton_first_step_seconds_sum{model_name=\"tiny\"} 0.008",
+        "baton_request_migrations_total{model_name=\"tiny\"} 2",
     ] {
         assert!(text.lines().any(|l| l == line), "{line} is not in\n{text}");
     }

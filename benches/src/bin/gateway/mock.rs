@@ -11,8 +11,7 @@ use cluster::Shutdown;
 use futures::future::BoxFuture;
 use futures::stream::{self, StreamExt};
 use router::inference::{
-    Decision, FinishReason, Finished, GenerateRequest, Inference, Load, Started, Timings, Token, TokenEvent,
-    TokenStream,
+    FinishReason, Finished, GenerateRequest, Inference, Load, Started, Token, TokenEvent, TokenStream,
 };
 use router::text::Tokenizer;
 use router::{GatewayConfig, serve};
@@ -54,14 +53,7 @@ impl Inference for Mock {
             }
             Ok(TokenEvent::Token(Token { index, id, logprob: None, top: Vec::new() }))
         });
-        let finished = TokenEvent::Finished(Finished {
-            reason: FinishReason::Length,
-            output_tokens: tokens,
-            cached_tokens: 0,
-            decision: Decision::Handoff,
-            migrations: 0,
-            timings: Timings::default(),
-        });
+        let finished = TokenEvent::Finished(Finished { reason: FinishReason::Length, output_tokens: tokens });
         stream::iter([Ok(TokenEvent::Started(Started::default()))])
             .chain(body)
             .chain(stream::iter([Ok(finished)]))

@@ -10,7 +10,7 @@ use cluster::{ClusterService, Members, MembershipConfig, Shutdown, process, serv
 use futures::StreamExt;
 use proto::v1::Role;
 use router::dispatch::{Dispatch, DispatchConfig};
-use router::inference::{Decision, Finished, GenerateRequest, Inference, Sampling, TokenEvent};
+use router::inference::{Decision, GenerateRequest, Inference, Sampling, Served, TokenEvent};
 use router::placement::Disaggregation;
 use serde::{Deserialize, Serialize};
 use tonic::service::Routes;
@@ -197,15 +197,15 @@ async fn answer(plan: &Plan, dispatch: &Dispatch, prompts: &mut Prompts, way: De
     let begun = Instant::now();
     let mut events = dispatch.generate(request);
     let mut tokens = Vec::with_capacity(plan.output as usize);
-    let mut finished: Option<Finished> = None;
+    let mut served: Option<Served> = None;
     while let Some(event) = events.next().await {
         match event? {
-            TokenEvent::Started(_) | TokenEvent::Scored(_) | TokenEvent::Prefilled(_) => {}
+            TokenEvent::Started(_) | TokenEvent::Scored(_) | TokenEvent::Finished(_) => {}
             TokenEvent::Token(_) => tokens.push(begun.elapsed()),
-            TokenEvent::Finished(how) => finished = Some(how),
+            TokenEvent::Served(how) => served = Some(how),
         }
     }
-    let how = finished.context("no end")?;
+    let how = served.context("no answer")?;
     ensure!(how.decision == way, "asked for {}, got {}", way.as_str(), how.decision.as_str());
     ensure!(how.migrations == 0 && how.cached_tokens == 0, "{how:?}: not a clean run");
     ensure!(tokens.len() == plan.output as usize, "{} tokens of {}", tokens.len(), plan.output);

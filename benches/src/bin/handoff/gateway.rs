@@ -10,8 +10,7 @@ use cluster::Shutdown;
 use futures::future::BoxFuture;
 use futures::stream::{self, StreamExt};
 use router::inference::{
-    Decision, FinishReason, Finished, GenerateRequest, Inference, Load, Started, Timings, Token, TokenEvent,
-    TokenStream,
+    FinishReason, Finished, GenerateRequest, Inference, Load, Started, Token, TokenEvent, TokenStream,
 };
 use router::text::Tokenizer;
 use router::{GatewayConfig, serve};
@@ -102,14 +101,7 @@ impl Inference for AtOnce {
         let tokens = request.max_tokens.min(ANSWER);
         let token =
             |index| TokenEvent::Token(Token { index, id: 300 + index, logprob: None, top: Vec::new() });
-        let finished = TokenEvent::Finished(Finished {
-            reason: FinishReason::Length,
-            output_tokens: tokens,
-            cached_tokens: 0,
-            decision: Decision::Local,
-            migrations: 0,
-            timings: Timings::default(),
-        });
+        let finished = TokenEvent::Finished(Finished { reason: FinishReason::Length, output_tokens: tokens });
         let started = TokenEvent::Started(Started::default());
         let all: Vec<_> =
             std::iter::once(started).chain((0..tokens).map(token)).chain([finished]).map(Ok).collect();

@@ -25,7 +25,9 @@ fn a_landed_prompt_goes_on_from_the_prefill_nodes_token() {
     let events = events(&mut receiver);
     assert!(matches!(events[0], Event::Landed { bytes: 200, .. }));
     assert_eq!(tokens(&events), wanted[1..]);
-    let Event::Token(first) = &events[1] else { panic!("{:?}", events[1]) };
+    let steps = |event: &&Event| matches!(event, Event::FirstStep { .. });
+    assert!(steps(&&events[1]) && events.iter().filter(steps).count() == 1, "{events:?}");
+    let Event::Token(first) = &events[2] else { panic!("{:?}", events[2]) };
     assert_eq!(first.index, 1, "index 0 came from the prefill node");
 }
 

@@ -146,7 +146,7 @@ impl<'a> Course<'a> {
                 Ok(None)
             }
             Some(PrefillEvent::Pushed(pushed)) => {
-                progress.pushed(&pushed);
+                progress.pushed(&pushed).await;
                 Ok(None)
             }
             Some(PrefillEvent::Started(_)) | None => Ok(None),
@@ -204,14 +204,16 @@ impl<'a> Course<'a> {
                 self.land(progress);
                 Ok(())
             }
+            Some(DecodeEvent::FirstStep(first)) => {
+                let (wait, step) =
+                    (Duration::from_micros(first.wait_us), Duration::from_micros(first.step_us));
+                progress.first_step(wait, step).await;
+                Ok(())
+            }
             Some(DecodeEvent::Finished(finished)) => {
                 let Some(reason) = wire::finish(finished.reason()) else {
                     return Err(self.wrong(Role::Decode, "it finished without a reason"));
                 };
-                progress.first_step(
-                    Duration::from_micros(finished.first_step_wait_us),
-                    Duration::from_micros(finished.first_step_us),
-                );
                 self.land(progress);
                 self.ended = Some((reason, finished.output_tokens));
                 Ok(())
