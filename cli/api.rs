@@ -97,19 +97,31 @@ impl Api {
 
     /// As [`Api::get`]; the error comes with the server's status, if it answered.
     pub async fn try_get(&self, path: &str) -> Result<Value, (Option<StatusCode>, anyhow::Error)> {
-        let none = |error: anyhow::Error| (None, error);
-        let response = self.answer(self.client.get(format!("{}{path}", self.url))).await.map_err(none)?;
-        let status = response.status();
-        if !status.is_success() {
-            return Err((Some(status), anyhow::anyhow!("{}", error_message(response).await)));
-        }
-        response.json().await.context("the server's answer is not JSON").map_err(none)
+        self.json(self.client.get(format!("{}{path}", self.url))).await
     }
 
     /// The answer to `body` at `path`.
     pub async fn post(&self, path: &str, body: &Value) -> Result<Value> {
-        let answer = self.send(self.client.post(format!("{}{path}", self.url)).json(body)).await?;
-        answer.json().await.context("the server's answer is not JSON")
+        self.try_post(path, body).await.map_err(|(_, error)| error)
+    }
+
+    /// As [`Api::post`]; the error comes with the server's status, if it answered.
+    pub async fn try_post(
+        &self,
+        path: &str,
+        body: &Value,
+    ) -> Result<Value, (Option<StatusCode>, anyhow::Error)> {
+        self.json(self.client.post(format!("{}{path}", self.url)).json(body)).await
+    }
+
+    async fn json(&self, request: RequestBuilder) -> Result<Value, (Option<StatusCode>, anyhow::Error)> {
+        let none = |error: anyhow::Error| (None, error);
+        let response = self.answer(request).await.map_err(none)?;
+        let status = response.status();
+        if !status.is_success() {
+            return Err((Some(status), refusal(response).await));
+        }
+        response.json().await.context("the server's answer is not JSON").map_err(none)
     }
 
     /// Uploads a file for a batch: its id there.
@@ -187,13 +199,7 @@ impl Api {
     /// An answer that is no refusal.
     async fn send(&self, request: RequestBuilder) -> Result<Response> {
         let response = self.answer(request).await?;
-        match response.status() {
-            status if status.is_success() => Ok(response),
-            StatusCode::UNAUTHORIZED => {
-                bail!("{} (--api-key or BATON_API_KEY)", error_message(response).await)
-            }
-            _ => bail!("{}", error_message(response).await),
-        }
+        if response.status().is_success() { Ok(response) } else { Err(refusal(response).await) }
     }
 
     async fn answer(&self, request: RequestBuilder) -> Result<Response> {
@@ -221,6 +227,15 @@ impl Api {
             anyhow::anyhow!("{}: {why}", self.url)
         })
     }
+}
+
+/// What a refusal says, and how a key is given where one is missing.
+async fn refusal(response: Response) -> anyhow::Error {
+    let help = match response.status() {
+        StatusCode::UNAUTHORIZED => " (--api-key or BATON_API_KEY)",
+        _ => "",
+    };
+    anyhow::anyhow!("{}{help}", error_message(response).await)
 }
 
 fn certificates(path: &Path) -> Result<Vec<Certificate>> {

@@ -8,7 +8,7 @@ mod run;
 use std::collections::HashMap;
 use std::fs::File;
 use std::io::{self, IsTerminal, Write, stdout};
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::process::ExitCode;
 use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
@@ -136,7 +136,9 @@ async fn carry_out(command: Command, goes_on: &OnceLock<String>) -> Result<ExitC
             let path = file.clone();
             let input = Arc::new(aside(move || Input::open(&path, how.text)).await?);
             let prepared = run::prepare(&api, &input, &how, &Arc::new(HashMap::new()), None).await?;
-            let id = submit(&api, prepared.path(&file), &how.window, prepared.endpoint).await?;
+            let uploaded = api.upload(prepared.path(&file)).await?;
+            let asked = request(&uploaded, &how.window, prepared.endpoint);
+            let id = id_of(&api.post("/v1/batches", &asked).await?)?;
             print(&format!("{id}\n"));
             if !wait {
                 return Ok(ExitCode::SUCCESS);
@@ -176,7 +178,7 @@ async fn carry_out(command: Command, goes_on: &OnceLock<String>) -> Result<ExitC
             Ok(ExitCode::SUCCESS)
         }
         Command::List { limit, server } => {
-            print(&list(&server.api()?, limit).await?);
+            print(&all(&server.api()?, limit).await?.iter().map(row).collect::<String>());
             Ok(ExitCode::SUCCESS)
         }
     }
@@ -188,11 +190,12 @@ async fn aside<T: Send + 'static>(work: impl FnOnce() -> Result<T> + Send + 'sta
     tokio::task::spawn_blocking(work).await?
 }
 
-/// Uploads a file and begins a batch of it: its id.
-async fn submit(api: &Api, path: &Path, window: &str, endpoint: &str) -> Result<String> {
-    let file = api.upload(path).await?;
-    let body = json!({"input_file_id": file, "endpoint": endpoint, "completion_window": window});
-    let batch = api.post("/v1/batches", &body).await?;
+/// What begins a batch of an uploaded file.
+fn request(file: &str, window: &str, endpoint: &str) -> Value {
+    json!({"input_file_id": file, "endpoint": endpoint, "completion_window": window})
+}
+
+fn id_of(batch: &Value) -> Result<String> {
     Ok(batch["id"].as_str().context("the server's batch has no id")?.to_owned())
 }
 
@@ -288,28 +291,30 @@ fn describe(batch: &Value) -> String {
     text
 }
 
-async fn list(api: &Api, limit: usize) -> Result<String> {
-    let mut text = String::new();
-    let (mut left, mut after) = (limit, String::new());
-    while left > 0 {
+fn row(batch: &Value) -> String {
+    let counts = &batch["request_counts"];
+    format!(
+        "{}  {:<11}  {}/{} lines, {} failed\n",
+        batch["id"].as_str().unwrap_or_default(),
+        status(batch),
+        counts["completed"],
+        counts["total"],
+        counts["failed"]
+    )
+}
+
+/// The newest batches first, `limit` at most.
+async fn all(api: &Api, limit: usize) -> Result<Vec<Value>> {
+    let (mut all, mut after) = (Vec::new(), String::new());
+    while all.len() < limit {
+        let left = limit - all.len();
         let page = api.get(&format!("/v1/batches?limit={}{after}", left.min(100))).await?;
         let batches = page["data"].as_array().context("the server's list has no data")?;
-        for batch in batches {
-            let counts = &batch["request_counts"];
-            text += &format!(
-                "{}  {:<11}  {}/{} lines, {} failed\n",
-                batch["id"].as_str().unwrap_or_default(),
-                status(batch),
-                counts["completed"],
-                counts["total"],
-                counts["failed"]
-            );
-        }
-        left -= batches.len().min(left);
+        all.extend(batches.iter().take(left).cloned());
         match page["last_id"].as_str().filter(|_| page["has_more"] == true) {
             Some(last) => after = format!("&after={last}"),
             None => break,
         }
     }
-    Ok(text)
+    Ok(all)
 }

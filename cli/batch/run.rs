@@ -1,6 +1,7 @@
 //! `baton batch run`: from an input to a file of answers in its order. What has been done is remembered beside the output: in
 //! `OUT.batch.json` the batch that is under way, in OUT the answers that there are. Started again, only lines without a good
-//! answer are asked for.
+//! answer are asked for. A batch carries a name of ours that is remembered before it begins: one that began without our
+//! hearing of it is found by that.
 
 use std::collections::HashMap;
 use std::fs::{self, File};
@@ -17,11 +18,14 @@ use sha2::{Digest, Sha256};
 
 use super::input::{Form, Input};
 use super::order::{Place, places};
-use super::{How, aside, ended, fetch, status, submit, wait_for};
+use super::{How, all, aside, ended, fetch, id_of, request, status, wait_for};
 use crate::api::{Api, Server};
 
 /// What is read at once.
 const PIECE_BYTES: usize = 1 << 20;
+
+/// Under which a batch has our name in its metadata.
+const NAME: &str = "baton_run";
 
 /// What is asked of whom.
 #[derive(clap::Args)]
@@ -130,16 +134,20 @@ pub async fn run(args: Args, goes_on: &OnceLock<String>) -> Result<ExitCode> {
     let mut id = None;
     if let Ok(text) = fs::read_to_string(&state) {
         let known: Value = serde_json::from_str(&text).unwrap_or_default();
-        if known["input"] == digest && known["url"] == api.url() {
-            id = known["batch"].as_str().map(str::to_owned);
-        } else {
+        if known["input"] != digest || known["url"] != api.url() {
             bail!("{} is of another input or server: remove it to begin anew", state.display());
         }
-    }
-    if let Some(known) = &id
-        && let Err((Some(StatusCode::NOT_FOUND), _)) = api.try_get(&format!("/v1/batches/{known}")).await
-    {
-        id = None;
+        id = match (known["batch"].as_str(), known["name"].as_str()) {
+            (Some(batch), _) => match api.try_get(&format!("/v1/batches/{batch}")).await {
+                Err((Some(StatusCode::NOT_FOUND), _)) => None,
+                _ => Some(batch.to_owned()),
+            },
+            (None, Some(name)) => {
+                let all = all(&api, usize::MAX).await?;
+                all.iter().find(|batch| batch["metadata"][NAME] == name).map(id_of).transpose()?
+            }
+            (None, None) => None,
+        };
     }
     let path = output.clone();
     let read = move || if path.exists() { places(&path) } else { Ok(HashMap::new()) };
@@ -160,9 +168,25 @@ pub async fn run(args: Args, goes_on: &OnceLock<String>) -> Result<ExitCode> {
                 eprintln!("all lines are answered already: {}", output.display());
                 return Ok(ExitCode::SUCCESS);
             }
-            let id = submit(&api, prepared.path(&input), &how.window, prepared.endpoint).await?;
-            let known = json!({"batch": id, "input": digest, "url": api.url()});
-            fs::write(&state, known.to_string()).with_context(|| failed(&state))?;
+            let file = api.upload(prepared.path(&input)).await?;
+            let mut asked = request(&file, &how.window, prepared.endpoint);
+            let name = name()?;
+            asked["metadata"] = json!({ NAME: name });
+            let mut known = json!({"name": name, "input": digest, "url": api.url()});
+            remember(&state, &known)?;
+            let batch = match api.try_post("/v1/batches", &asked).await {
+                Ok(batch) => batch,
+                Err((status, error)) => {
+                    // Else it may have begun.
+                    if status.is_some_and(|status| status.is_client_error()) {
+                        let _ = fs::remove_file(&state);
+                    }
+                    return Err(error);
+                }
+            };
+            let id = id_of(&batch)?;
+            known["batch"] = id.as_str().into();
+            remember(&state, &known)?;
             id
         }
     };
@@ -246,6 +270,20 @@ fn refusal(line: &[u8]) -> Option<String> {
     let answer: Value = serde_json::from_slice(line).ok()?;
     let errors = [&answer["response"]["body"]["error"], &answer["error"]];
     errors.iter().find_map(|error| error["message"].as_str()).map(str::to_owned)
+}
+
+/// 128 bits that nobody else draws.
+fn name() -> Result<String> {
+    let mut bytes = [0; 16];
+    getrandom::fill(&mut bytes).context("no random bytes")?;
+    Ok(format!("{:032x}", u128::from_le_bytes(bytes)))
+}
+
+/// Writes what is known of a batch under way to `state`, all of it or nothing.
+fn remember(state: &Path, known: &Value) -> Result<()> {
+    let new = Made(beside_of(state, ".new"));
+    let written = fs::write(&new.0, known.to_string()).and_then(|()| fs::rename(&new.0, state));
+    written.with_context(|| format!("cannot write {}", state.display()))
 }
 
 fn beside_of(path: &Path, end: &str) -> PathBuf {

@@ -1,9 +1,12 @@
 //! Promise: `baton batch` has every line of a file answered, in its order, whoever dies meanwhile.
 
 use std::fs;
-use std::net::{Ipv4Addr, TcpListener};
+use std::io::{Read, Write};
+use std::net::{Ipv4Addr, SocketAddr, TcpListener, TcpStream};
 use std::path::Path;
 use std::process::{Command, Stdio};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, mpsc};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -110,6 +113,69 @@ fn what_cannot_be_kept_is_not_asked_for() {
         assert!(server.accept().is_err(), "{to}: something was asked for");
     }
     assert_eq!(fs::read_dir(&folder).expect("a folder").count(), 1);
+    fs::remove_dir_all(folder).expect("cleans up");
+}
+
+/// Relays connections to `server`. The answer to what begins a batch is withheld once, and told to the channel.
+fn withholding(server: SocketAddr) -> (String, mpsc::Receiver<()>) {
+    let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).expect("a port");
+    let url = format!("http://{}", listener.local_addr().expect("an address"));
+    let (told, answered) = mpsc::channel();
+    let withhold = Arc::new(AtomicBool::new(true));
+    thread::spawn(move || {
+        while let Ok((client, _)) = listener.accept() {
+            let server = TcpStream::connect(server).expect("the server");
+            let (mut asks, mut hears) =
+                (client.try_clone().expect("a socket"), server.try_clone().expect("a socket"));
+            let (mut client, mut server, told) = (client, server, told.clone());
+            let (begins, withhold) = (Arc::new(AtomicBool::new(false)), withhold.clone());
+            let begin = begins.clone();
+            thread::spawn(move || {
+                let mut piece = [0; 4096];
+                while let Ok(read @ 1..) = asks.read(&mut piece) {
+                    begin.fetch_or(piece[..read].starts_with(b"POST /v1/batches "), Ordering::SeqCst);
+                    server.write_all(&piece[..read]).expect("the server reads");
+                }
+            });
+            thread::spawn(move || {
+                let mut piece = [0; 4096];
+                while let Ok(read @ 1..) = hears.read(&mut piece) {
+                    if begins.load(Ordering::SeqCst) && withhold.swap(false, Ordering::SeqCst) {
+                        return told.send(()).expect("the test waits");
+                    }
+                    if client.write_all(&piece[..read]).is_err() {
+                        return;
+                    }
+                }
+            });
+        }
+    });
+    (url, answered)
+}
+
+/// Killed when its batch has begun and before it knows, the same command finds it and asks for nothing twice.
+#[tokio::test]
+async fn a_batch_that_nobody_heard_of_is_found() {
+    let folder = folder("batch-unheard");
+    let mut parts = Parts::router(&["--disaggregation=never"]);
+    parts.decode("d", 1, &[]);
+    parts.wait_until_ready(&["d.0"]).await;
+    input(&folder.join("in"), 3);
+    let server =
+        parts.url("").trim_start_matches("http://").trim_end_matches('/').parse().expect("an address");
+    let (url, answered) = withholding(server);
+    let run = ["batch", "run", "-i", "in", "-o", "out", "--url", &url];
+    let mut child = baton(&run).current_dir(&folder).spawn().expect("the executable runs");
+    answered.recv_timeout(PATIENCE).expect("a batch");
+    child.kill().expect("runs");
+    child.wait().expect("ends");
+    let (ok, _, stderr) = output(baton(&run).current_dir(&folder));
+    assert!(ok && stderr.contains("going on with batch_"), "{stderr}");
+    assert_eq!(lines(&folder.join("out")).len(), 3);
+    let (_, list, _) = batch(&url, &["list"]);
+    assert_eq!(list.lines().count(), 1, "{list}");
+    assert_eq!(fs::read_dir(&folder).expect("a folder").count(), 2, "no file is left");
+    drop(parts);
     fs::remove_dir_all(folder).expect("cleans up");
 }
 
