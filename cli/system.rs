@@ -1,4 +1,4 @@
-//! The few system calls that the standard library lacks. Called by `up`, `supervised`, `dirs`, `inspect` and the router.
+//! The few system calls that the standard library lacks. Called by `up`, `supervised`, `dirs`, `inspect` and the roles.
 
 use std::io;
 use std::net::TcpListener;
@@ -58,6 +58,32 @@ pub fn inherited(descriptor: RawFd) -> io::Result<TcpListener> {
     Ok(TcpListener::from(socket))
 }
 
+/// Files and connections that a role may have open, where the system allows: more than clients of a router and the rest.
+const OPEN_FILES: libc::rlim_t = 32_768;
+
+/// macOS allows no more than this many (its OPEN_MAX), whatever it says.
+const OPEN_FILES_MACOS: libc::rlim_t = 10_240;
+
+/// Takes this process out of a shell's limit, which is 1,024 on Linux and 256 on macOS, as far as its user may.
+pub fn allow_open_files() {
+    let mut limit = libc::rlimit { rlim_cur: 0, rlim_max: 0 };
+    // SAFETY: the pointer is to a whole rlimit of ours.
+    if unsafe { libc::getrlimit(libc::RLIMIT_NOFILE, &mut limit) } != 0 {
+        return;
+    }
+    for wanted in [OPEN_FILES, OPEN_FILES_MACOS] {
+        let wanted = wanted.min(limit.rlim_max);
+        if limit.rlim_cur >= wanted {
+            return;
+        }
+        let raised = libc::rlimit { rlim_cur: wanted, ..limit };
+        // SAFETY: as above.
+        if unsafe { libc::setrlimit(libc::RLIMIT_NOFILE, &raised) } == 0 {
+            return;
+        }
+    }
+}
+
 /// The user that this process acts for.
 pub fn user_id() -> u32 {
     // SAFETY: takes nothing, cannot fail.
@@ -89,4 +115,25 @@ pub fn memory_bytes() -> Option<u64> {
     // SAFETY: takes a number, touches no memory of ours.
     let (pages, page) = unsafe { (libc::sysconf(libc::_SC_PHYS_PAGES), libc::sysconf(libc::_SC_PAGESIZE)) };
     u64::try_from(pages).ok()?.checked_mul(u64::try_from(page).ok()?).filter(|bytes| *bytes > 0)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Protects: a router of a shell that allows few files has room for its clients.
+    #[test]
+    fn a_shells_limit_of_files_is_raised() {
+        let limit = || {
+            let mut limit = libc::rlimit { rlim_cur: 0, rlim_max: 0 };
+            // SAFETY: the pointer is to a whole rlimit of ours.
+            assert_eq!(unsafe { libc::getrlimit(libc::RLIMIT_NOFILE, &mut limit) }, 0);
+            limit
+        };
+        let few = libc::rlimit { rlim_cur: 256.min(limit().rlim_max), ..limit() };
+        // SAFETY: as above.
+        assert_eq!(unsafe { libc::setrlimit(libc::RLIMIT_NOFILE, &few) }, 0);
+        allow_open_files();
+        assert!(limit().rlim_cur >= OPEN_FILES_MACOS.min(few.rlim_max));
+    }
 }

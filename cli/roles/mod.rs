@@ -13,7 +13,7 @@ use hub::Want;
 
 use crate::config::Entry;
 use crate::model::{self, Located};
-use crate::supervised;
+use crate::{supervised, system};
 
 pub use node::{decode, prefill, prepare};
 pub use router::router;
@@ -31,6 +31,7 @@ const ENROLL_SAID_EVERY: u32 = 10;
 fn start(log: &str, format: process::LogFormat) -> Result<Shutdown> {
     process::init_logs(format, log)?;
     process::install_panic_hook();
+    system::allow_open_files();
     let shutdown = process::shutdown_on_signals()?;
     supervised::watch_parent(&shutdown);
     Ok(shutdown)

@@ -10,7 +10,7 @@ use hyper_util::rt::{TokioIo, TokioTimer};
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::Semaphore;
-use tokio::time::timeout;
+use tokio::time::{Instant, timeout};
 use tokio_rustls::TlsAcceptor;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
@@ -21,6 +21,9 @@ use super::stall::Stalling;
 
 /// After an error of `accept` that will pass (no more file descriptors).
 const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
+
+/// Between two lines about such errors.
+const ACCEPT_SAID_EVERY: Duration = Duration::from_secs(10);
 
 /// At a shutdown, how long a connection on which nothing has come yet is waited for: its request may be on its way.
 const FIRST_WORD: Duration = Duration::from_secs(1);
@@ -41,6 +44,7 @@ pub async fn run(
     let places = Arc::new(Semaphore::new(limits.connections));
     let connections = TaskTracker::new();
     let cut_off = CancellationToken::new();
+    let mut said: Option<Instant> = None;
     loop {
         let accepted = tokio::select! {
             biased;
@@ -50,7 +54,10 @@ pub async fn run(
         let (stream, place) = match accepted {
             Ok(accepted) => accepted,
             Err(error) => {
-                tracing::warn!("cannot accept a connection: {error}");
+                if said.is_none_or(|at| at.elapsed() >= ACCEPT_SAID_EVERY) {
+                    said = Some(Instant::now());
+                    tracing::warn!("cannot accept a connection, clients wait: {error}");
+                }
                 tokio::time::sleep(ACCEPT_PAUSE).await;
                 continue;
             }
@@ -147,7 +154,6 @@ async fn accept(
 mod tests {
     use axum::routing::get;
     use tokio::io::{AsyncReadExt, AsyncWriteExt, DuplexStream, duplex};
-    use tokio::time::Instant;
 
     use super::*;
 

@@ -19,6 +19,9 @@ async fn a_handoff() {
     let mut client = world.ask(&asked);
     client.tokens(1).await;
     assert_eq!(client.started.unwrap().cached_tokens, 2);
+    // Known to who leaves early.
+    client.tokens(2).await;
+    assert_eq!(client.served.unwrap().timings.first_step, Duration::from_micros(17));
     let served = client.finish(&asked).await;
     assert_eq!((served.decision, served.migrations, served.cached_tokens), (Decision::Handoff, 0, 3));
     let timings = served.timings;
