@@ -10,7 +10,7 @@ use node::{BackendKind, KvTransport, LoadFormat, Sealing, StepBounds};
 
 use super::Entry;
 use super::setting::settings;
-use super::value::{KvMemory, Seconds, Secret, choice};
+use super::value::{KvMemory, Name, Seconds, Secret, choice};
 
 /// CPU threads of one process; more is a mistake, and the system would refuse them in the middle of the start.
 const THREADS_MAX: usize = 1024;
@@ -21,7 +21,7 @@ settings! {
         /// Directory or GGUF file of the model, or its name on the Hugging Face hub (ORG/NAME); a config.json with --load-format dummy
         model: PathBuf ["MODEL"];
         /// Name that the cluster serves the model under [default: the directory's, or NAME]
-        served_name: Option<String> ["NAME"];
+        served_name: Option<Name> ["NAME"];
         /// The router's cluster address
         router: String ["HOST:PORT"] = "127.0.0.1:8001";
         /// Join token; better from a file, arguments are seen by every user of the machine
@@ -89,7 +89,7 @@ settings! {
         /// Weights: files, or dummy (seeded random numbers, for measurements)
         load_format: LoadFormat ["FORMAT"] = "files";
         /// Name for people [default: role and host name]
-        name: Option<String> ["NAME"];
+        name: Option<Name> ["NAME"];
         /// After a stop signal, running requests may go on for this long
         drain: Seconds ["SECONDS"] = "10";
         /// Serve other machines in clear; for networks that are yours alone

@@ -11,7 +11,7 @@ use router::text::answer::Family;
 
 use super::Entry;
 use super::setting::settings;
-use super::value::{Seconds, Secret, Size, choice};
+use super::value::{Name, Seconds, Secret, Size, choice};
 
 settings! {
     /// What a router is told.
@@ -19,7 +19,7 @@ settings! {
         /// Directory or GGUF file of the model, or its name on the Hugging Face hub (ORG/NAME): tokenizer and chat template are read, the weights are not
         model: PathBuf ["MODEL"];
         /// Name that clients ask for [default: the directory's, or NAME]
-        served_name: Option<String> ["NAME"];
+        served_name: Option<Name> ["NAME"];
         /// Address for HTTP clients
         host: IpAddr ["ADDRESS"] = "127.0.0.1";
         /// Port for HTTP clients

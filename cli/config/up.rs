@@ -8,7 +8,7 @@ use node::KvTransport;
 use router::placement::Disaggregation;
 
 use super::setting::settings;
-use super::value::Size;
+use super::value::{Name, Size};
 
 /// Processes of one `up`; more is a mistake on one machine.
 const PROCESSES_MAX: usize = 64;
@@ -19,7 +19,7 @@ settings! {
         /// Directory or GGUF file of the model, or its name on the Hugging Face hub (ORG/NAME) [default: the bundled one]
         model: Option<PathBuf> ["MODEL"];
         /// Name that clients ask for [default: the directory's, or NAME]
-        served_name: Option<String> ["NAME"];
+        served_name: Option<Name> ["NAME"];
         /// Number of prefill nodes
         prefill: usize ["N"] = "1";
         /// Number of decode groups

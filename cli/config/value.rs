@@ -6,6 +6,8 @@ use std::path::PathBuf;
 use std::str::FromStr;
 use std::time::Duration;
 
+use cluster::admission::TEXT_CHARS_MAX;
+
 use super::setting::{Kind, Value};
 
 /// A number of bytes: `512MiB`, `2GiB`, `1.5GB` or plain `1048576`.
@@ -89,6 +91,19 @@ impl FromStr for Seconds {
     }
 }
 
+/// What a model or a node is called: text of one line that the router takes.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Name(pub String);
+
+impl FromStr for Name {
+    type Err = ();
+    fn from_str(text: &str) -> Result<Self, ()> {
+        let text = text.trim();
+        let fits = (1..=TEXT_CHARS_MAX).contains(&text.chars().count());
+        if fits && !text.contains(char::is_control) { Ok(Name(text.into())) } else { Err(()) }
+    }
+}
+
 /// Text that is never printed.
 #[derive(Clone, PartialEq, Eq)]
 pub struct Secret(pub String);
@@ -130,6 +145,7 @@ one! {
     Size, "a size such as 512MiB or 2GiB", false;
     KvMemory, "a size such as 512MiB or 2GiB, or auto", false;
     Seconds, "seconds, at most 86400", false;
+    Name, format!("a name of 1 to {TEXT_CHARS_MAX} characters in one line"), false;
     Secret, "text that is not empty", true;
 }
 

@@ -48,13 +48,13 @@ async fn start(settings: NodeSettings, role: &str) -> Result<Option<(NodeConfig,
         LoadFormat::Dummy { .. } => Want::Text,
     };
     let Some(model) = super::model(&settings.model, want, &shutdown).await? else { return Ok(None) };
-    let name = settings.name.unwrap_or_else(|| format!("{role}@{}", system::host_name()));
+    let name = settings.name.map_or_else(|| format!("{role}@{}", system::host_name()), |name| name.0);
     let service = if role == "prefill" { "baton-prefill" } else { "baton-decode" };
     // The router says which requests are traced.
     let tracer = super::tracer(settings.otlp_endpoint, service, &name, 0)?;
     let config = NodeConfig {
         name,
-        served_name: settings.served_name.unwrap_or(model.name),
+        served_name: settings.served_name.map_or(model.name, |name| name.0),
         model: model.path,
         load_format: settings.load_format,
         router: settings.router,

@@ -127,7 +127,7 @@ async fn listen(settings: &RouterSettings) -> Result<TcpListener> {
 }
 
 fn gateway(settings: &RouterSettings, located: &Located) -> Result<GatewayConfig> {
-    let model = settings.served_name.clone().unwrap_or_else(|| located.name.clone());
+    let model = settings.served_name.clone().map_or_else(|| located.name.clone(), |name| name.0);
     let context = match settings.context {
         Some(tokens) => tokens as usize,
         None => context_of(&located.path)?,

@@ -92,14 +92,14 @@ fn require_room(settings: &UpSettings, path: &Path) -> Result<()> {
 }
 
 async fn model(settings: &UpSettings) -> Result<(PathBuf, String)> {
+    let own = settings.served_name.clone().map(|name| name.0);
     let Some(named) = &settings.model else {
-        let name = settings.served_name.clone().unwrap_or_else(|| bundled::NAME.into());
-        return Ok((bundled::unpack(&dirs::cache()?)?, name));
+        return Ok((bundled::unpack(&dirs::cache()?)?, own.unwrap_or_else(|| bundled::NAME.into())));
     };
     // Once for all processes, which get the path.
     let found = model::locate(named, Want::Model, None).await?;
     let path = found.path.canonicalize().with_context(|| format!("model {}", found.path.display()))?;
-    Ok((path, settings.served_name.clone().unwrap_or(found.name)))
+    Ok((path, own.unwrap_or(found.name)))
 }
 
 /// The settings file that the children read: the cluster's address and token, for the owner's eyes only. Gone with `up`.

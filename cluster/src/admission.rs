@@ -17,7 +17,7 @@ const PLANES_MAX: usize = 16;
 const RANKS_MAX: u32 = 1024;
 
 /// Characters of an id, a name or an address at the most.
-const TEXT_CHARS_MAX: usize = 256;
+pub const TEXT_CHARS_MAX: usize = 256;
 
 /// KV addresses of one node at the most.
 const KV_ADDRESSES_MAX: usize = 256;

@@ -23,6 +23,10 @@ fn wrong_flags_and_values_are_named() {
     refused(&["up", "--prefill=two"], &["baton: prefill = \"two\" (--prefill): expected a whole number"]);
     refused(&["up", "--tp=0"], &["baton: tp is 0"]);
     refused(&["up", "--model=a", "b"], &["'--model <MODEL>' cannot be used with", "MODEL"]);
+    for name in ["", "two\nlines", &"m".repeat(257)] {
+        let says = "(--served-name): expected a name of 1 to 256 characters in one line";
+        refused(&["up", "--served-name", name], &[says]);
+    }
     refused(&["up", "--dtype=int3"], &["dtype", "expected one of bf16, f32"]);
     refused(&["router"], &["model is not set: give --model, BATON_MODEL, or model in baton.toml"]);
     refused(
