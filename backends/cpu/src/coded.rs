@@ -27,7 +27,7 @@ use backend::QuantView;
 
 use crate::kernel::{
     BLOCK, Bytes, CodedPairs, Decode, Eighths, Form, Kernels, Layout, PairKernels, Pairs, Scaled, Stream,
-    Sweep,
+    Stretch, Sweep,
 };
 use crate::lanes::LANES;
 use crate::memory::Place;
@@ -115,7 +115,7 @@ impl Coded {
         &self,
         kernels: &Kernels,
         (from, to): (usize, usize),
-        (panel, panels): (usize, usize),
+        Stretch { panel, panels, soon }: Stretch,
         x: *const f32,
         x_stride: usize,
         rows: usize,
@@ -135,9 +135,10 @@ impl Coded {
             }
             (kernels.stream)(&Stream {
                 form: &self.form,
-                panel: self.place.at(panel * self.panel_bytes()),
+                panel: self.start(panel),
                 panel_bytes: self.panel_bytes(),
                 panels,
+                soon,
                 octets: (first / 8, last / 8),
                 x: x.add(first - from),
                 x_stride,
@@ -155,6 +156,11 @@ impl Coded {
     /// Whether ranges are whole blocks of 32 and codes whole numbers: what products of bytes are for.
     pub(crate) fn has_bytes(&self, ranges: usize) -> bool {
         (self.inputs / ranges).is_multiple_of(BLOCK) && self.form.has_blocks()
+    }
+
+    /// Where a panel begins.
+    pub(crate) fn start(&self, panel: usize) -> *const u8 {
+        self.place.at(panel * self.panel_bytes())
     }
 
     /// As [`Coded::sum`], over whole blocks, of inputs in 8 bits.
@@ -220,7 +226,7 @@ impl Coded {
         kernels: &Kernels,
         kind: PairKind,
         (ranges, all): (Range<usize>, usize),
-        panels: (usize, usize),
+        Stretch { panel, panels, soon }: Stretch,
         inputs: PairInputs<'_>,
         rows: usize,
         (acc, acc_range): (*mut f32, usize),
@@ -236,7 +242,7 @@ impl Coded {
                     // SAFETY: the caller's.
                     unsafe {
                         let acc = acc.add(at * acc_range);
-                        self.sum_rounded(&pairs, decode, summed, panels, inputs, rows, acc, buffer);
+                        self.sum_rounded(&pairs, decode, summed, (panel, panels), inputs, rows, acc, buffer);
                     }
                 }
                 return;
@@ -256,9 +262,10 @@ impl Coded {
                 product(&Scaled {
                     form: &self.form,
                     units: self.form.units(each),
-                    panel: self.place.at(panels.0 * self.panel_bytes()),
+                    panel: self.start(panel),
                     panel_bytes: self.panel_bytes(),
-                    panels: panels.1,
+                    panels,
+                    soon,
                     octets: (range * each / 8, (range + 1) * each / 8),
                     ranges: together,
                     x,
@@ -268,7 +275,7 @@ impl Coded {
                     rows,
                     acc: acc.add(at * acc_range),
                     acc_range,
-                    acc_stride: panels.1 * LANES,
+                    acc_stride: panels * LANES,
                     buffer,
                 });
             }

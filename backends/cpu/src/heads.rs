@@ -1,12 +1,13 @@
 //! One small product per head: `[rows, heads, in] -> [rows, heads, out]`, for latent attention.
 
-use backend::{BackendError, DType, Heads, MatrixView, TensorView};
+use backend::{BackendError, DType, ExpertSource, Heads, KSum, Linear, MatrixView, TakeExpert, TensorView};
 use half::bf16;
 
-use crate::kernel::{Kernels, Sweep};
+use crate::coded::{Coded, DECODED_FLOATS};
+use crate::kernel::{Kernels, Stretch};
 use crate::lanes::LANES;
-use crate::packed::weight_error;
-use crate::plain::Plain;
+use crate::operand::Inputs;
+use crate::packed::{Packed, pack_all, weight_error};
 use crate::pool::Pool;
 
 /// Rows of one task at most.
@@ -15,11 +16,9 @@ const ROWS_MAX: usize = 96;
 /// A weight with a matrix for every head.
 #[derive(Debug)]
 pub(crate) struct PackedHeads {
-    pub(crate) heads: usize,
     pub(crate) inputs: usize,
     pub(crate) outputs: usize,
-    /// Heads one below the other, each padded to whole panels.
-    packed: Plain,
+    heads: Vec<Packed>,
 }
 
 /// One call: where heads' inputs and outputs are.
@@ -60,42 +59,77 @@ impl PackedHeads {
             true => (first.cols(), first.rows()),
             false => (first.rows(), first.cols()),
         };
-        // bf16 stays bf16; what was quantised is rounded as far as the step rounds.
+        // bf16 stays bf16; what was quantised otherwise than along inputs is rounded as far as the step rounds.
         let exact = source.heads.iter().all(|head| head.dtype() == Some(DType::BF16));
         let stored = if exact || dtype == DType::BF16 { DType::BF16 } else { DType::F32 };
-        let padded = outputs.next_multiple_of(LANES);
-        let mut floats = vec![0f32; source.heads.len() * padded * inputs];
-        for (head, to) in source.heads.iter().zip(floats.chunks_exact_mut(padded * inputs)) {
-            unpack(head, source.transposed, inputs, to);
-        }
-        let bytes: Vec<u8> = match stored {
-            DType::BF16 => floats.iter().flat_map(|x| bf16::from_f32(*x).to_le_bytes()).collect(),
-            _ => floats.iter().flat_map(|x| x.to_le_bytes()).collect(),
-        };
-        let view = TensorView {
-            name: first.name(),
-            dtype: stored,
-            rows: source.heads.len() * padded,
-            cols: inputs,
-            row_stride_bytes: inputs * stored.bytes(),
-            bytes: &bytes,
-        };
-        let packed = Plain::pack(&view, kernels, pool)?;
-        Ok(PackedHeads { heads: source.heads.len(), inputs, outputs, packed })
+        let each = Each { source, outputs, inputs, stored };
+        Ok(PackedHeads { inputs, outputs, heads: pack_all(&each, kernels, pool)? })
+    }
+
+    pub(crate) fn heads(&self) -> usize {
+        self.heads.len()
     }
 }
 
-/// One head as `[outputs, inputs]`.
-fn unpack(head: &MatrixView<'_>, transposed: bool, inputs: usize, out: &mut [f32]) {
-    let cols = head.cols();
-    let mut line = vec![0f32; cols];
-    for row in 0..head.rows() {
-        head.decode(row, 0..cols, &mut line);
-        if transposed {
-            line.iter().enumerate().for_each(|(output, x)| out[output * inputs + row] = *x);
-        } else {
-            out[row * inputs..][..cols].copy_from_slice(&line);
+/// Heads as linear layers: as they are where they are quantised along their inputs, else as numbers.
+struct Each<'a> {
+    source: &'a Heads<'a>,
+    outputs: usize,
+    inputs: usize,
+    stored: DType,
+}
+
+impl ExpertSource for Each<'_> {
+    fn count(&self) -> usize {
+        self.source.heads.len()
+    }
+
+    fn each(&self, take: &mut TakeExpert<'_>) -> Result<(), BackendError> {
+        for head in &self.source.heads {
+            if let MatrixView::Quantised(view) = head
+                && !self.source.transposed
+                && Coded::new(view).is_some()
+            {
+                take(&linear(*head))?;
+                continue;
+            }
+            let floats = self.numbers(head);
+            let bytes: Vec<u8> = match self.stored {
+                DType::BF16 => floats.iter().flat_map(|x| bf16::from_f32(*x).to_le_bytes()).collect(),
+                _ => floats.iter().flat_map(|x| x.to_le_bytes()).collect(),
+            };
+            take(&linear(MatrixView::Plain(TensorView {
+                name: head.name(),
+                dtype: self.stored,
+                rows: self.outputs,
+                cols: self.inputs,
+                row_stride_bytes: self.inputs * self.stored.bytes(),
+                bytes: &bytes,
+            })))?;
         }
+        Ok(())
+    }
+}
+
+fn linear(part: MatrixView<'_>) -> Linear<'_> {
+    Linear { parts: vec![part], bias: None, sum: KSum::Ascending }
+}
+
+impl Each<'_> {
+    /// One head as `[outputs, inputs]`.
+    fn numbers(&self, head: &MatrixView<'_>) -> Vec<f32> {
+        let (inputs, cols) = (self.inputs, head.cols());
+        let mut out = vec![0f32; self.outputs * inputs];
+        let mut line = vec![0f32; cols];
+        for row in 0..head.rows() {
+            head.decode(row, 0..cols, &mut line);
+            if self.source.transposed {
+                line.iter().enumerate().for_each(|(output, x)| out[output * inputs + row] = *x);
+            } else {
+                out[row * inputs..][..cols].copy_from_slice(&line);
+            }
+        }
+        out
     }
 }
 
@@ -108,30 +142,26 @@ impl HeadsProduct<'_> {
         let w = self.weight;
         let blocks = self.rows.div_ceil(ROWS_MAX).max(1);
         let block = self.rows.div_ceil(blocks);
-        let work = self.rows * w.heads * w.inputs * w.outputs;
-        let panels = w.outputs.div_ceil(LANES);
-        pool.run(w.heads * blocks, work, |task, scratch| {
+        let work = self.rows * w.heads() * w.inputs * w.outputs;
+        let width = w.outputs.next_multiple_of(LANES);
+        let soon = |task: usize| {
+            let next: Option<&Packed> = w.heads.get(task / blocks);
+            next.and_then(|head| head.segments.first()).map_or(std::ptr::null(), |segment| segment.start(0))
+        };
+        pool.run(w.heads() * blocks, work, |task, scratch| {
             let (head, row) = (task / blocks, task % blocks * block);
             let rows = block.min(self.rows.saturating_sub(row));
-            let width = panels * LANES;
-            let sums = scratch.floats(rows * width);
-            // SAFETY: the panels of this head, and the inputs and outputs of these rows and this head.
+            let sums = scratch.floats(rows * width + DECODED_FLOATS);
+            let buffer = sums.wrapping_add(rows * width);
+            // SAFETY: the inputs and outputs of these rows and this head.
             unsafe {
-                (self.kernels.sweep)(&Sweep {
-                    x: self.x.add(row * self.x_strides.0 + head * self.x_strides.1),
-                    x_stride: self.x_strides.0,
-                    rows,
-                    layout: w.packed.layout,
-                    w: w.packed.at(head * panels, 0, 0),
-                    panel_stride: w.packed.panel_elements(),
-                    k_stride: LANES,
-                    panels,
-                    k: w.inputs,
-                    acc: sums,
-                    acc_stride: width,
-                    fresh: true,
-                    soon: None,
-                });
+                let x = self.x.add(row * self.x_strides.0 + head * self.x_strides.1);
+                let inputs = Inputs { x, stride: self.x_strides.0, pairs: None, bytes: None };
+                for segment in &w.heads[head].segments {
+                    let soon = soon(pool.next(task));
+                    let stretch = Stretch { panel: 0, panels: segment.panels(), soon };
+                    segment.sum_floats(self.kernels, stretch, inputs, rows, sums, buffer);
+                }
                 let out = self.out.add(row * self.out_strides.0 + head * self.out_strides.1);
                 (self.kernels.place)(sums, width, out, self.out_strides.0, rows, w.outputs);
             }

@@ -1,6 +1,7 @@
 //! The inner loops, written once over [`Lanes`](crate::lanes::Lanes) and compiled per instruction level. Everything above
 //! works with a table of these functions, so no other file knows about instructions.
 
+mod ahead;
 mod bytes;
 #[cfg(target_arch = "x86_64")]
 mod bytes_vnni;
@@ -138,6 +139,16 @@ pub(crate) struct WholeKernels {
     pub(crate) inputs: unsafe fn(&WholeInputs),
 }
 
+/// Panels of a weight that follow each other.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Stretch {
+    pub(crate) panel: usize,
+    pub(crate) panels: usize,
+    /// Where the panels are that the same thread reads after these, as far as can be told: few rows ask for what comes next, and a
+    /// stream is slow to begin. Any address will do.
+    pub(crate) soon: *const u8,
+}
+
 /// Rows times some panels of codes; as [`Stream`], from zero on, `x` being pairs of whole numbers, or of bf16 for E4M3.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Scaled<'a> {
@@ -147,6 +158,8 @@ pub(crate) struct Scaled<'a> {
     /// Bytes from one panel to the next.
     pub(crate) panel_bytes: usize,
     pub(crate) panels: usize,
+    /// What is read after them, as few rows ask ahead: see [`Stretch`].
+    pub(crate) soon: *const u8,
     /// Those of the first range.
     pub(crate) octets: (usize, usize),
     /// Ranges of as many octets that follow each other and are summed apart; one, but for up to [`Scaled::ROWS_RANGES`] rows.

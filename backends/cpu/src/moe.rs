@@ -11,7 +11,7 @@ use backend::{Glu, Moe};
 use crate::act::{CpuAct, Raw};
 use crate::coded::DECODED_FLOATS;
 use crate::device::CpuBackend;
-use crate::kernel::Scaled;
+use crate::kernel::{Scaled, Stretch};
 use crate::lanes::LANES;
 use crate::operand::Operand;
 use crate::packed::{Kind, Packed};
@@ -224,11 +224,16 @@ impl CpuStep<'_> {
             }
         }
         let address = Products(&product);
-        self.device.pool.run(tiles.len(), work, |task, scratch| {
+        let pool = &self.device.pool;
+        let soon = |task: usize| {
+            let next = tiles.get(task).and_then(|(expert, tile)| Some(address.of(*expert)?.start(*tile)));
+            next.unwrap_or(std::ptr::null())
+        };
+        pool.run(tiles.len(), work, |task, scratch| {
             let (expert, tile) = tiles[task];
             if let Some(product) = address.of(expert) {
                 // SAFETY: x and out are valid for the product's shapes; tiles are disjoint parts of the outputs.
-                unsafe { product.tile(tile, scratch) };
+                unsafe { product.tile(tile, soon(pool.next(task)), scratch) };
             }
         });
         plan.tiles = tiles;
@@ -271,9 +276,18 @@ impl CpuStep<'_> {
             .map(|((_, weight), act)| (weight, act, self.operands(act, weight)));
         let work = (plan.pairs.len() * inner + shared.as_ref().map_or(0, |(_, act, _)| act.floats.len()))
             * first.outputs;
-        self.device.pool.run(tiles.count, work, |task, scratch| {
-            let Some(Tile { segment, panel, panels, .. }) = tiles.get(task) else { return };
-            let (width, panels) = (panels * LANES, (panel, panels));
+        let pool = &self.device.pool;
+        // What a task reads from some expert on.
+        let chosen = |from: usize| {
+            let chosen = (from..weights.down.len()).find(|at| plan.starts[*at] < plan.starts[*at + 1]);
+            chosen.map(|at| &weights.down[at]).or(shared.as_ref().map(|(weight, ..)| *weight))
+        };
+        let begins = |weight: &Packed, tile: Tile| weight.segments[tile.segment].start(tile.panel);
+        pool.run(tiles.count, work, |task, scratch| {
+            let Some(tile @ Tile { segment, panel, panels, .. }) = tiles.get(task) else { return };
+            let then = chosen(0).zip(tiles.get(pool.next(task)));
+            let then = then.map_or(std::ptr::null(), |(weight, tile)| begins(weight, tile));
+            let width = panels * LANES;
             let size = rows * width;
             let sums = scratch.floats((tree.places() * rows + part_rows) * width + DECODED_FLOATS);
             let part = sums.wrapping_add(tree.places() * size);
@@ -282,14 +296,15 @@ impl CpuStep<'_> {
             let expert = |weight: &Packed,
                           x: Operand<'_>,
                           rows: usize,
+                          soon: *const u8,
                           ranges: Range<usize>,
                           add: &dyn Fn(usize, *const f32)| {
                 let (size, segment) = (rows * width, &weight.segments[segment]);
                 let together = if rows <= Scaled::ROWS_RANGES { ranges.len() } else { 1 };
                 for first in ranges.clone().step_by(together) {
-                    let summed = first..first + together;
+                    let (summed, stretch) = (first..first + together, Stretch { panel, panels, soon });
                     // SAFETY: the part and the buffer lie in this thread's scratch one behind the other; x has the rows.
-                    unsafe { segment.sum(kernels, summed, panels, x, rows, part, size, buffer) };
+                    unsafe { segment.sum(kernels, summed, stretch, x, rows, part, size, buffer) };
                     (0..together).for_each(|at| add(first - ranges.start + at, part.wrapping_add(at * size)));
                 }
             };
@@ -305,7 +320,8 @@ impl CpuStep<'_> {
                             continue;
                         }
                         let x = own_other.of(own, weight).rows_from(start);
-                        expert(weight, x, pairs.len(), ranges.clone(), &|range, part| {
+                        let soon = chosen(at + 1).map_or(then, |weight| begins(weight, tile));
+                        expert(weight, x, pairs.len(), soon, ranges.clone(), &|range, part| {
                             for (at, (row, factor)) in pairs.iter().enumerate() {
                                 let sum = sums.add(range * size + *row as usize * width);
                                 (kernels.blend)(sum, part.add(at * width), width, 1.0, *factor);
@@ -313,7 +329,7 @@ impl CpuStep<'_> {
                         });
                     }
                     if let Some((weight, act, other)) = &shared {
-                        expert(weight, other.of(act, weight), rows, ranges, &|range, part| {
+                        expert(weight, other.of(act, weight), rows, then, ranges, &|range, part| {
                             (kernels.add)(sums.add(range * size), part, size, false);
                         });
                     }

@@ -11,13 +11,15 @@ use half::bf16;
 
 use crate::coded::Coded;
 use crate::heads::PackedHeads;
-use crate::kernel::{Kernels, Layout};
+use crate::kernel::{Kernels, Layout, Stretch};
 use crate::lanes::LANES;
 use crate::memory::Place;
 use crate::operand::{Inputs, Operand};
 use crate::pair_row::{PairKind, PairRow};
 use crate::plain::Plain;
 use crate::pool::Pool;
+
+pub(crate) use draft::pack_all;
 
 /// A weight of the CPU backend.
 #[derive(Debug)]
@@ -127,8 +129,16 @@ impl Segment {
         }
     }
 
-    /// Sums of some of the operand's ranges over their inputs: `acc[range][row][panel * 16 + lane]` for `panels` panels from
-    /// `panel` on, ranges `acc_range` apart. Up to [`crate::kernel::Scaled::ROWS_RANGES`] rows, whose weights stream from
+    /// Where a panel begins.
+    pub(crate) fn start(&self, panel: usize) -> *const u8 {
+        match &self.panels {
+            Panels::Plain(plain) => plain.at(panel, 0, 0),
+            Panels::Coded(coded) => coded.start(panel),
+        }
+    }
+
+    /// Sums of some of the operand's ranges over their inputs: `acc[range][row][panel * 16 + lane]` for the panels of a
+    /// stretch, ranges `acc_range` apart. Up to [`crate::kernel::Scaled::ROWS_RANGES`] rows, whose weights stream from
     /// memory, read panels from end to end through all ranges: what kernels ask for ahead is used next.
     ///
     /// # Safety
@@ -138,7 +148,7 @@ impl Segment {
         &self,
         kernels: &Kernels,
         ranges: Range<usize>,
-        panels: (usize, usize),
+        stretch: Stretch,
         x: Operand<'_>,
         rows: usize,
         acc: *mut f32,
@@ -146,6 +156,7 @@ impl Segment {
         buffer: *mut f32,
     ) {
         let all = x.weight.ranges;
+        let panels = (stretch.panel, stretch.panels);
         // SAFETY: the caller's.
         unsafe {
             let coded = match &self.panels {
@@ -163,7 +174,7 @@ impl Segment {
                     kernels,
                     kind,
                     (ranges, all),
-                    panels,
+                    stretch,
                     inputs,
                     rows,
                     (acc, acc_range),
@@ -176,7 +187,36 @@ impl Segment {
                 let acc = acc.add(at * acc_range);
                 match inputs.bytes.filter(|_| bytes) {
                     Some(x) => coded.sum_bytes(kernels, summed, panels, x, rows, acc),
-                    None => coded.sum(kernels, summed, panels, inputs.x, inputs.stride, rows, acc, buffer),
+                    None => coded.sum(kernels, summed, stretch, inputs.x, inputs.stride, rows, acc, buffer),
+                }
+            }
+        }
+    }
+
+    /// Sums of panels over the inputs of the only range, as floats.
+    ///
+    /// # Safety
+    /// As for [`Segment::sum`].
+    pub(crate) unsafe fn sum_floats(
+        &self,
+        kernels: &Kernels,
+        stretch: Stretch,
+        inputs: Inputs<'_>,
+        rows: usize,
+        acc: *mut f32,
+        buffer: *mut f32,
+    ) {
+        // SAFETY: the caller's.
+        unsafe {
+            match &self.panels {
+                Panels::Plain(plain) => {
+                    let inputs = Inputs { pairs: None, ..inputs };
+                    let panels = (stretch.panel, stretch.panels);
+                    plain.sum_range(kernels, 0, panels, inputs, rows, (acc, panels.1 * LANES));
+                }
+                Panels::Coded(coded) => {
+                    let summed = (0, coded.inputs);
+                    coded.sum(kernels, summed, stretch, inputs.x, inputs.stride, rows, acc, buffer);
                 }
             }
         }
@@ -249,7 +289,7 @@ impl CpuWeight {
                 Kind::Vector(vector)
             }
             WeightSource::Heads(heads) => Kind::Heads(PackedHeads::pack(heads, kernels, pool, dtype)?),
-            WeightSource::Experts(source) => Kind::Experts(draft::experts(*source, kernels, pool)?),
+            WeightSource::Experts(source) => Kind::Experts(pack_all(*source, kernels, pool)?),
         };
         Ok(CpuWeight(kind))
     }

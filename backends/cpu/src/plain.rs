@@ -3,14 +3,13 @@
 
 use std::ops::Range;
 
-use backend::{BackendError, DType, MatrixView, TensorView};
+use backend::{DType, MatrixView};
 use half::{bf16, f16};
 
 use crate::kernel::{Kernels, Layout, Pairs, Scaled, Sweep};
 use crate::lanes::LANES;
 use crate::memory::Place;
 use crate::operand::{Inputs, Operand};
-use crate::pool::Pool;
 
 /// Inputs summed before the next rows come: two panels of them stay in the first cache.
 const INPUTS_BLOCK: usize = 256;
@@ -40,19 +39,6 @@ impl Plain {
             DType::F32 => Layout::F32,
         };
         Plain { outputs, inputs, layout, ranges, place: Place::default() }
-    }
-
-    /// Packs one matrix by itself.
-    pub(crate) fn pack(view: &TensorView<'_>, kernels: &Kernels, pool: &Pool) -> Result<Self, BackendError> {
-        view.check()?;
-        let mut plain = Plain::new(view.rows, view.cols, 1, view.dtype);
-        plain.place = Place::cut(&[plain.bytes()])?.swap_remove(0);
-        let part = MatrixView::Plain(*view);
-        pool.run(view.rows.div_ceil(LANES), usize::MAX, |panel, _| {
-            let rows = panel * LANES..view.rows.min((panel + 1) * LANES);
-            plain.pack_panel(panel, &rows.map(|row| (&part, row)).collect::<Vec<_>>(), kernels);
-        });
-        Ok(plain)
     }
 
     /// Bytes that the place must have.
@@ -148,7 +134,7 @@ impl Plain {
     ///
     /// # Safety
     /// As for [`Plain::sum`].
-    unsafe fn sum_range(
+    pub(crate) unsafe fn sum_range(
         &self,
         kernels: &Kernels,
         range: usize,

@@ -114,6 +114,11 @@ impl Pool {
         self.workers.len() + 1
     }
 
+    /// The task that a thread runs after `task`, as long as threads take turns.
+    pub(crate) fn next(&self, task: usize) -> usize {
+        task + self.threads()
+    }
+
     /// Calls `job(task, scratch)` for every task in `[0, tasks)`, each once, on any thread; returns when all are done.
     /// `work` is the multiply-adds of all tasks, or what takes as long: where it is little, the caller does it alone.
     pub(crate) fn run(&self, tasks: usize, work: usize, job: impl Fn(usize, &Scratch<'_>) + Sync) {

@@ -3,7 +3,7 @@
 use std::ops::Range;
 
 use crate::coded::DECODED_FLOATS;
-use crate::kernel::{Kernels, Scaled};
+use crate::kernel::{Kernels, Scaled, Stretch};
 use crate::lanes::LANES;
 use crate::operand::Operand;
 use crate::packed::{Packed, Segment};
@@ -63,10 +63,11 @@ impl Product<'_> {
         let enough = (pool.threads() * TASKS_PER_THREAD).div_ceil(row_blocks);
         let tiles = self.tiles(enough).tapered(pool.threads());
         let work = self.rows * self.weight.inputs * self.weight.outputs;
+        let soon = |task| tiles.get(task).map_or(std::ptr::null(), |tile| self.start(tile));
         pool.run(tiles.count, work, |task, scratch| {
             if let Some(tile) = tiles.get(task) {
                 // SAFETY: tasks cover disjoint rectangles of `out`.
-                unsafe { self.tile(tile, scratch) }
+                unsafe { self.tile(tile, soon(pool.next(task)), scratch) }
             }
         });
     }
@@ -81,16 +82,21 @@ impl Product<'_> {
         Tiles::new(self.weight, self.rows, self.rows_max(), enough)
     }
 
-    /// Computes one tile.
+    /// Where a tile's weights begin.
+    pub(crate) fn start(&self, tile: Tile) -> *const u8 {
+        self.weight.segments[tile.segment].start(tile.panel)
+    }
+
+    /// Computes one tile; `soon` as in [`Stretch`].
     ///
     /// # Safety
     /// As for [`Product::run`], restricted to this tile.
-    pub(crate) unsafe fn tile(&self, tile: Tile, scratch: &Scratch<'_>) {
+    pub(crate) unsafe fn tile(&self, tile: Tile, soon: *const u8, scratch: &Scratch<'_>) {
         let w = self.weight;
         let segment: &Segment = &w.segments[tile.segment];
         let width = tile.panels * LANES;
         let Tile { row, rows, .. } = tile;
-        let (x, panels) = (self.x.rows_from(row), (tile.panel, tile.panels));
+        let (x, stretch) = (self.x.rows_from(row), Stretch { panel: tile.panel, panels: tile.panels, soon });
         // Few rows sum all ranges at once. Behind the sums, all [rows][width], comes what a segment decodes into.
         let size = rows * width;
         let tree =
@@ -100,7 +106,7 @@ impl Product<'_> {
         // SAFETY: weights, x and sums are valid for the panels, rows and inputs named, and `out` has these rows and columns.
         unsafe {
             tree.sum(self.kernels, sums, size, |ranges, acc| {
-                segment.sum(self.kernels, ranges, panels, x, rows, acc, size, buffer);
+                segment.sum(self.kernels, ranges, stretch, x, rows, acc, size, buffer);
             });
             let columns = width.min(segment.outputs - tile.panel * LANES);
             let first = segment.first + tile.panel * LANES;

@@ -2,10 +2,11 @@
 //! the latent, and attention is the ordinary one.
 
 use super::attention::ids;
+use super::coded::Coded;
 use super::{Case, Rig, Suite, Tensor, reference};
 use crate::{
-    Backend, Batch, DType, Group, Heads, KvExport, KvLanding, KvSpec, KvStore, Mla, Piece, Rope, RopeStyle,
-    SeqId, Step, WeightSource,
+    Backend, Batch, DType, GgufBlock, Group, Heads, KvExport, KvLanding, KvSpec, KvStore, Mla, Piece, Quant,
+    Rope, RopeStyle, SeqId, Step, WeightSource,
 };
 
 pub(super) fn cases<'a, B: Backend>() -> Vec<Case<'a, B>> {
@@ -20,7 +21,7 @@ pub(super) fn cases<'a, B: Backend>() -> Vec<Case<'a, B>> {
 }
 
 /// Numbers of a test.
-#[derive(Clone)]
+#[derive(Clone, Debug)]
 struct Latent {
     heads: usize,
     nope: usize,
@@ -32,6 +33,8 @@ struct Latent {
     weights: DType,
     /// Whether heads' matrices have latents as rows, unlike those of `kv_b_proj`.
     turned: bool,
+    /// The format of heads' matrices that are quantised, each along its inputs.
+    format: Option<Quant>,
 }
 
 fn small() -> Latent {
@@ -44,7 +47,15 @@ fn small() -> Latent {
         style: RopeStyle::Interleaved,
         weights: DType::BF16,
         turned: false,
+        format: None,
     }
+}
+
+/// Heads' matrices as GGUF and MLX have them, in those of some formats that the backend has.
+fn quantised<B: Backend>(suite: &Suite<'_, B>) -> impl Iterator<Item = Latent> {
+    let formats = [Quant::Gguf(GgufBlock::Q8_0), Quant::Affine { bits: 4, group: 64 }];
+    let known: Vec<Quant> = formats.into_iter().filter(|format| suite.quants.contains(format)).collect();
+    known.into_iter().map(|format| Latent { nope: 64, latent: 64, format: Some(format), ..small() })
 }
 
 /// A layer over tables whose rows are q and kv: token id `i` brings row `i` of both.
@@ -71,7 +82,7 @@ impl<B: Backend> Layer<B> {
         ids: usize,
         tokens: u32,
     ) -> Self {
-        let Latent { heads, nope, rope, value, latent, style, weights, turned } = numbers;
+        let Latent { heads, nope, rope, value, latent, style, weights, turned, format } = numbers;
         let dtype = options.dtype;
         // Two layers, of which the second is used: a wrong layer shows.
         let spec = KvSpec::mla(2, latent, rope, dtype);
@@ -80,9 +91,19 @@ impl<B: Backend> Layer<B> {
         let kv = Tensor::random(22, dtype, ids, latent + rope, 1.0);
         let norm = Tensor::random(23, dtype, 1, latent, 1.0);
         let scale = (latent as f64).powf(-0.5);
-        let up: Vec<Tensor> = (0..heads as u64)
-            .map(|head| Tensor::random(30 + head, weights, nope + value, latent, scale))
+        let random =
+            |seed, rows, cols| format.map(|format| Coded::random(seed, format, DType::F16, rows, cols));
+        let coded: Vec<[Option<Coded>; 2]> = (0..heads as u64)
+            .map(|head| [random(30 + 2 * head, latent, nope), random(31 + 2 * head, value, latent)])
             .collect();
+        let up = |(head, coded): (u64, &[Option<Coded>; 2])| match coded {
+            [Some(keys), Some(values)] => {
+                let keys = (0..nope * latent).map(|at| keys.values[at % latent * nope + at / latent]);
+                Tensor::new(DType::F32, nope + value, latent, keys.chain(values.values.iter().copied()))
+            }
+            _ => Tensor::random(30 + head, weights, nope + value, latent, scale),
+        };
+        let up: Vec<Tensor> = (0..).zip(&coded).map(up).collect();
         let tables = [rig.embedding(&q), rig.embedding(&kv)];
         let mut product = |rows: std::ops::Range<usize>, to_latent: bool| {
             let part = |up: &Tensor| {
@@ -92,8 +113,13 @@ impl<B: Backend> Layer<B> {
                 Tensor::new(weights, high, wide, (0..high * wide).map(at).map(|(row, col)| value(row, col)))
             };
             let parts: Vec<Tensor> = up.iter().map(part).collect();
-            let heads = parts.iter().map(|part| part.view().into()).collect();
-            rig.load(&WeightSource::Heads(Heads { heads, transposed: to_latent != turned, to_latent }))
+            let views = parts.iter().zip(&coded).map(|(part, coded)| match &coded[usize::from(!to_latent)] {
+                Some(coded) => coded.view().into(),
+                None => part.view().into(),
+            });
+            let heads = views.collect();
+            let transposed = format.is_none() && to_latent != turned;
+            rig.load(&WeightSource::Heads(Heads { heads, transposed, to_latent }))
         };
         let (q_to_latent, latent_to_value) = (product(0..nope, true), product(nope..nope + value, false));
         let weights = [rig.norm(&norm), q_to_latent, latent_to_value];
@@ -209,6 +235,11 @@ fn shapes<B: Backend>(suite: &Suite<'_, B>, dtype: DType) {
     whole(suite, dtype, Latent { nope: 8, value: 16, latent: 16, turned: true, ..small() }, 3);
     // More heads than one task takes.
     whole(suite, dtype, Latent { heads: 40, nope: 8, rope: 4, value: 8, latent: 16, ..small() }, 3);
+    // Rows that share decoded weights, and more.
+    for numbers in quantised(suite) {
+        whole(suite, dtype, numbers.clone(), 3);
+        whole(suite, dtype, numbers, 19);
+    }
 }
 
 fn long<B: Backend>(suite: &Suite<'_, B>, dtype: DType) {
@@ -281,9 +312,9 @@ fn exact<B: Backend>(suite: &Suite<'_, B>, dtype: DType) {
         return;
     }
     let ids = ids(9, 300, 40);
-    let run = |threads: usize, block_tokens: u32, chunks: &[usize]| {
+    let run = |numbers: &Latent, threads: usize, block_tokens: u32, chunks: &[usize]| {
         let options = crate::DeviceOptions { threads, block_tokens, ..suite.options(dtype) };
-        let mut layer = Layer::new(suite, &options, Latent { heads: 6, ..small() }, 40, 320);
+        let mut layer = Layer::new(suite, &options, Latent { heads: 6, ..numbers.clone() }, 40, 320);
         layer.rig.open(SeqId(1), 300);
         let (mut at, mut all) = (0, Vec::new());
         for chunk in chunks.iter().copied().chain(std::iter::repeat(1)) {
@@ -297,14 +328,16 @@ fn exact<B: Backend>(suite: &Suite<'_, B>, dtype: DType) {
         }
         all
     };
-    let want = run(2, 16, &[300]);
-    for (threads, block_tokens, chunks) in
-        [(1, 16, &[290][..]), (3, 64, &[1, 255, 20, 22]), (2, 32, &[100; 2])]
-    {
-        assert!(
-            run(threads, block_tokens, chunks) == want,
-            "{threads} threads, {block_tokens} a block, {chunks:?}"
-        );
+    for numbers in std::iter::once(small()).chain(quantised(suite)) {
+        let want = run(&numbers, 2, 16, &[300]);
+        for (threads, block_tokens, chunks) in
+            [(1, 16, &[290][..]), (3, 64, &[1, 255, 20, 22]), (2, 32, &[100; 2])]
+        {
+            assert!(
+                run(&numbers, threads, block_tokens, chunks) == want,
+                "{numbers:?}, {threads} threads, {block_tokens} a block, {chunks:?}"
+            );
+        }
     }
 }
 

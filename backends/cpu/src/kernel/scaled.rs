@@ -25,6 +25,7 @@ use unit::{Change, Unit, ask_for_scales, has_scales, scale_unit};
 use words::WordsVnni;
 use words_avx2::WordsAvx2;
 
+use super::ahead::behind;
 use super::codes::{Code, Cursor, E4M3, by_code};
 use super::{Scaled, WholeInputs};
 use crate::lanes::{LANES, Lanes};
@@ -252,7 +253,7 @@ unsafe fn strip<M: Multiply, const CODE: usize, const SCALES: bool, const R: usi
             let count = cursor.count(left);
             let unit = Unit::new(s, cursor.at, count);
             let base = first.add(cursor.base);
-            let behind = behind::<P>(s, cursor.base, AHEAD_BYTES);
+            let behind = behind(s.panel_bytes, P * s.panel_bytes, cursor.base, AHEAD_BYTES / P);
             ask_for_scales::<M, P>(s, unit, base.wrapping_add(behind));
             let next = x.wrapping_add(count * 4);
             let follows = if heights.tiles > 0 { s.row_of(x, heights.first) } else { next };
@@ -298,14 +299,6 @@ unsafe fn strip<M: Multiply, const CODE: usize, const SCALES: bool, const R: usi
             left -= count;
         }
     }
-}
-
-/// Bytes from `at` in `P` panels to what is asked for there, of `bytes` ahead in all of them: what lies behind, and at the end of
-/// the panels those that come next.
-#[inline(always)]
-fn behind<const P: usize>(s: &Scaled<'_>, at: usize, bytes: usize) -> usize {
-    let own = bytes / P;
-    if at + own < s.panel_bytes { own } else { own + (P - 1) * s.panel_bytes }
 }
 
 /// What some octets of a chunk are multiplied by.

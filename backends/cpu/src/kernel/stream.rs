@@ -1,7 +1,8 @@
 //! Products of few rows by quantised panels: every weight is decoded in registers and used at once, so that weights
 //! stream from memory as small as they are.
 
-use super::codes::{Code, Cursor, Form, ahead, by_code, octet_of, scale_of};
+use super::ahead::{Ahead, next};
+use super::codes::{Code, Cursor, Form, by_code, octet_of, scale_of};
 use crate::lanes::{LANES, Lanes};
 
 /// Few rows times some panels: as [`super::Sweep`] over what [`super::Decode`] gives, to the bit.
@@ -12,6 +13,8 @@ pub(crate) struct Stream<'a> {
     /// Bytes from one panel to the next.
     pub(crate) panel_bytes: usize,
     pub(crate) panels: usize,
+    /// As in [`super::Scaled`].
+    pub(crate) soon: *const u8,
     pub(crate) octets: (usize, usize),
     /// `[rows][input]` from the first octet on, rows `x_stride` apart.
     pub(crate) x: *const f32,
@@ -98,6 +101,7 @@ unsafe fn stream_tile<V: Lanes, const CODE: usize, const R: usize, const P: usiz
     // SAFETY: the panels have these octets, x the rows and inputs, acc the rows and panels.
     unsafe {
         let first = s.panel.add(panel * s.panel_bytes);
+        let next = next::<P>(s.panel_bytes, first, s.panels - panel, s.soon);
         let mut x = s.x.add(row * s.x_stride);
         let out = s.acc.add(row * s.acc_stride + panel * LANES);
         let mut acc = [[V::splat(0.0); P]; R];
@@ -111,15 +115,19 @@ unsafe fn stream_tile<V: Lanes, const CODE: usize, const R: usize, const P: usiz
         while left > 0 {
             let count = cursor.count(left);
             let base = first.add(cursor.base);
+            let ahead = Ahead::of::<P>(s.panel_bytes, next, cursor.base);
+            if cursor.at == 0 {
+                ahead.ask_scales::<V, P>(s.panel_bytes, base, scale_bytes);
+            }
             let mut scales = [(V::splat(0.0), V::splat(0.0)); P];
             for p in 0..P {
                 scales[p] = scale_of::<V>(s.form, base.add(p * s.panel_bytes), cursor.at_group);
             }
             for octet in cursor.at..cursor.at + count {
                 let chunk = base.add(scale_bytes + octet / 4 * chunk_bytes);
+                ahead.ask_octet::<V, CODE, P>(s.panel_bytes, chunk, octet % 4);
                 for p in 0..P {
                     let chunk = chunk.add(p * s.panel_bytes);
-                    ahead::<V>(chunk, chunk_bytes / 4, octet % 4);
                     let values = octet_of::<V, CODE>(chunk, octet % 4);
                     let (scale, offset) = scales[p];
                     // Inputs of several rows are read again for every panel: as common values they would be spilled.

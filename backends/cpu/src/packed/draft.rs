@@ -155,8 +155,8 @@ pub(super) fn lay_out_rows(weights: &mut [Packed], kernels: &Kernels) {
     weights.iter_mut().for_each(|weight| weight.pair_row = row.clone());
 }
 
-/// Packs the experts of a mixture, each as it comes.
-pub(super) fn experts(
+/// Packs products of one shape, experts of a mixture or heads, each as it comes.
+pub(crate) fn pack_all(
     source: &dyn ExpertSource,
     kernels: &Kernels,
     pool: &Pool,

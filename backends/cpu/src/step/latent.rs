@@ -165,7 +165,7 @@ impl CpuStep<'_> {
             return Err(format!("layer {layer} of a cache of {} with planes {planes:?}", spec.layers));
         }
         let shapes = [mla.q_to_latent, mla.latent_to_value].map(|weight| match &weight.0 {
-            Kind::Heads(w) => (w.heads, w.inputs, w.outputs),
+            Kind::Heads(w) => (w.heads(), w.inputs, w.outputs),
             _ => (0, 0, 0),
         });
         if shapes != [(*heads, *nope_dim, *latent_dim), (*heads, *latent_dim, *value_dim)] {

@@ -1,24 +1,21 @@
 //! Products of few rows, which take as long as reading the weights: two panels side by side, each from end to end, asked for
-//! twice, early into the second cache and then into the first. So two cores of an Emerald Rapids read 27 GB/s of 29 where one
-//! panel, asked for into the first cache, came at 24. What is computed between counts as well: Q4_K at 20 GB/s in the cache came
+//! twice ([`Ahead`]). So two cores of an Emerald Rapids read 27 GB/s of 29 where one panel, asked for into the first cache, came
+//! at 24. What is computed between counts as well: Q4_K at 20 GB/s in the cache came
 //! slower of memory than at 30.
 
 use std::marker::PhantomData;
 
 use super::super::Scaled;
+use super::super::ahead::{Ahead, chunk_bytes, next};
 use super::super::codes::{Cursor, MINIMA_GROUPS, scale_of, scaled_form, unit_groups};
 use super::multiply::{Multiply, Task, Words};
 use super::tile::{Sums, factored, follow_octet};
 use super::unit::{Change, Unit, has_zero, offsets, unit_scales, whole_scales};
-use super::{Part, behind, each_row, take_apart};
+use super::{Part, each_row, take_apart};
 use crate::lanes::{LANES, Lanes};
 
 /// Rows at most: their sums stay in registers.
 pub(super) const ROWS: usize = Scaled::ROWS_RANGES;
-/// Bytes that are asked for ahead of use, of all panels together: for the first cache, and for the second, which waits for more
-/// lines of memory at once.
-const NEAR_BYTES: usize = 4096;
-const FAR_BYTES: usize = 10240;
 
 /// All rows by all panels; `SCALES`: of forms whose groups have whole numbers as scales.
 ///
@@ -84,15 +81,16 @@ unsafe fn strip<M: Multiply, const CODE: usize, const SCALES: bool, const R: usi
     // SAFETY: the panels have these octets, x the rows and pairs, acc the rows and panels, the buffer room for an octet.
     unsafe {
         let first = s.panel.add(panel * s.panel_bytes);
+        let next = next::<P>(s.panel_bytes, first, s.panels - panel, s.soon);
         for range in 0..s.ranges {
             let octets = (s.octets.0 + range * each, each);
             let inputs = (s.x.wrapping_add(range * each * 4), s.known.wrapping_add(range * s.known_range));
             let totals = match const { SCALES } {
-                true if s.units.scales => blocks::<M, CODE, R, P>(s, first, octets, inputs),
+                true if s.units.scales => blocks::<M, CODE, R, P>(s, (first, next), octets, inputs),
                 true if octets.0.is_multiple_of(4) && octets.1.is_multiple_of(4) => {
-                    chunks::<M, CODE, R, P>(s, first, octets, inputs)
+                    chunks::<M, CODE, R, P>(s, (first, next), octets, inputs)
                 }
-                _ => groups::<M, CODE, R, P>(s, first, octets, inputs),
+                _ => groups::<M, CODE, R, P>(s, (first, next), octets, inputs),
             };
             let acc = s.acc.add(range * s.acc_range + panel * LANES);
             for (r, row) in totals.into_iter().enumerate() {
@@ -128,7 +126,7 @@ const fn chunk_groups(code: usize) -> usize {
 #[inline(always)]
 unsafe fn blocks<M: Multiply, const CODE: usize, const R: usize, const P: usize>(
     s: &Scaled<'_>,
-    first: *const u8,
+    (first, next): (*const u8, usize),
     (from, count): (usize, usize),
     (mut x, mut known): (*const i32, *const i32),
 ) -> Totals<M, R, P> {
@@ -140,8 +138,8 @@ unsafe fn blocks<M: Multiply, const CODE: usize, const R: usize, const P: usize>
         let mut totals = [[M::Floats::splat(0.0); P]; R];
         for at in from / span..(from + count) / span {
             let start = at * form.block_bytes();
-            let (block, ahead) = (first.add(start), Ahead::of::<P>(s, start));
-            ahead.ask_scales::<M::Floats, P>(s, block, form.scale_bytes());
+            let (block, ahead) = (first.add(start), Ahead::of::<P>(s.panel_bytes, next, start));
+            ahead.ask_scales::<M::Floats, P>(s.panel_bytes, block, form.scale_bytes());
             let mut chunk = block.add(form.scale_bytes());
             for unit in 0..const { scaled_form(CODE).span / (scaled_form(CODE).group * unit_groups(CODE)) } {
                 let mut sums: Sums<M, R, P> = [[M::Words::splat(0); P]; R];
@@ -210,7 +208,7 @@ unsafe fn add_group<M: Multiply, const CODE: usize, const R: usize, const P: usi
 #[inline(always)]
 unsafe fn chunks<M: Multiply, const CODE: usize, const R: usize, const P: usize>(
     s: &Scaled<'_>,
-    first: *const u8,
+    (first, next): (*const u8, usize),
     (from, count): (usize, usize),
     (mut x, mut known): (*const i32, *const i32),
 ) -> Totals<M, R, P> {
@@ -222,9 +220,9 @@ unsafe fn chunks<M: Multiply, const CODE: usize, const R: usize, const P: usize>
         let (mut at, end) = (from / 4, (from + count) / 4);
         while at < end {
             let start = at / span * form.block_bytes();
-            let (block, ahead) = (first.add(start), Ahead::of::<P>(s, start));
+            let (block, ahead) = (first.add(start), Ahead::of::<P>(s.panel_bytes, next, start));
             if at % span == 0 {
-                ahead.ask_scales::<M::Floats, P>(s, block, form.scale_bytes());
+                ahead.ask_scales::<M::Floats, P>(s.panel_bytes, block, form.scale_bytes());
             }
             let last = end.min((at / span + 1) * span);
             for at in at..last {
@@ -270,7 +268,7 @@ unsafe fn add_alone<M: Multiply, const CODE: usize, const R: usize, const P: usi
 #[inline(always)]
 unsafe fn groups<M: Multiply, const CODE: usize, const R: usize, const P: usize>(
     s: &Scaled<'_>,
-    first: *const u8,
+    (first, next): (*const u8, usize),
     (from, count): (usize, usize),
     (mut x, mut known): (*const i32, *const i32),
 ) -> Totals<M, R, P> {
@@ -284,9 +282,9 @@ unsafe fn groups<M: Multiply, const CODE: usize, const R: usize, const P: usize>
         let mut left = count;
         while left > 0 {
             let base = first.add(cursor.base);
-            let ahead = Ahead::of::<P>(s, cursor.base);
+            let ahead = Ahead::of::<P>(s.panel_bytes, next, cursor.base);
             if cursor.at == 0 {
-                ahead.ask_scales::<M::Floats, P>(s, base, scale_bytes);
+                ahead.ask_scales::<M::Floats, P>(s.panel_bytes, base, scale_bytes);
             }
             let codes = base.add(scale_bytes);
             let count = cursor.count(left);
@@ -341,61 +339,5 @@ unsafe fn groups<M: Multiply, const CODE: usize, const R: usize, const P: usize>
             left -= count;
         }
         totals
-    }
-}
-
-/// Bytes of the codes of 32 inputs.
-const fn chunk_bytes(code: usize) -> usize {
-    if code <= 6 { code * 64 } else { 512 }
-}
-
-/// Bytes from some place in panels to what is asked for there.
-#[derive(Clone, Copy)]
-pub(super) struct Ahead {
-    near: usize,
-    far: usize,
-}
-
-impl Ahead {
-    /// From `at` in each of `P` panels.
-    #[inline(always)]
-    fn of<const P: usize>(s: &Scaled<'_>, at: usize) -> Self {
-        Ahead { near: behind::<P>(s, at, NEAR_BYTES), far: behind::<P>(s, at, FAR_BYTES) }
-    }
-
-    /// Asks for what is so far behind `at`.
-    #[inline(always)]
-    fn ask<V: Lanes>(self, at: *const u8) {
-        // SAFETY: any address will do.
-        unsafe {
-            V::prefetch_far(at.wrapping_add(self.far));
-            V::prefetch(at.wrapping_add(self.near));
-        }
-    }
-
-    /// Asks for what lies behind the scales of a block of some panels.
-    #[inline(always)]
-    fn ask_scales<V: Lanes, const P: usize>(self, s: &Scaled<'_>, block: *const u8, bytes: usize) {
-        for line in 0..bytes / 64 {
-            for p in 0..P {
-                self.ask::<V>(block.wrapping_add(p * s.panel_bytes + line * 64));
-            }
-        }
-    }
-
-    /// Asks for what lies behind octet `octet` of a chunk of some panels.
-    #[inline(always)]
-    pub(super) fn ask_octet<V: Lanes, const CODE: usize, const P: usize>(
-        self,
-        s: &Scaled<'_>,
-        chunk: *const u8,
-        octet: usize,
-    ) {
-        let octet_bytes = const { chunk_bytes(CODE) / 4 };
-        for line in octet * octet_bytes / 64..(octet + 1) * octet_bytes / 64 {
-            for p in 0..P {
-                self.ask::<V>(chunk.wrapping_add(p * s.panel_bytes + line * 64));
-            }
-        }
     }
 }

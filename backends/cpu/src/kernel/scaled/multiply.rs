@@ -1,7 +1,7 @@
 //! What multiplies pairs of inputs by pairs of codes, 16 outputs at once: the vocabulary in which [`super`] is written.
 
+use super::super::ahead::Ahead;
 use super::Scaled;
-use super::few::Ahead;
 use super::tile::{Sums, by_pairs};
 use crate::lanes::Lanes;
 

@@ -195,6 +195,7 @@ fn product_of(
         panel: weights.at(0),
         panel_bytes,
         panels: PANELS,
+        soon: std::ptr::null(),
         octets,
         ranges,
         x: x[octets.0 * 4..].as_ptr(),

@@ -3,7 +3,7 @@
 
 use std::marker::PhantomData;
 
-use super::few::Ahead;
+use super::super::ahead::Ahead;
 use super::multiply::{Multiply, Task, Words};
 use super::unit::{OFFSETS, SCALES, Unit};
 use super::{Scaled, each_row};
@@ -84,7 +84,7 @@ pub(super) unsafe fn by_pairs<M: Multiply, const CODE: usize, const R: usize, co
     sums: &mut Sums<M, R, P>,
 ) {
     each_row!(const { if CODE == 6 { 2 } else { 4 } }, octet => {
-        ahead.ask_octet::<M::Floats, CODE, P>(s, chunk, from + octet);
+        ahead.ask_octet::<M::Floats, CODE, P>(s.panel_bytes, chunk, from + octet);
         for pair in 0..4 {
             // SAFETY: the caller's panels have this chunk, and rows these inputs.
             unsafe {

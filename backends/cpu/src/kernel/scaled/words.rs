@@ -4,10 +4,10 @@ use std::arch::asm;
 use std::arch::x86_64::*;
 use std::mem::MaybeUninit;
 
+use super::super::ahead::Ahead;
 use super::super::bytes::ORDER;
 use super::super::bytes_vnni::octet_of;
 use super::super::codes::BYTES;
-use super::few::Ahead;
 use super::inputs::Narrow;
 use super::multiply::{Multiply, Task, Words};
 use super::tile::{Sums, by_pairs};
@@ -90,7 +90,7 @@ impl Multiply for WordsVnni {
             // What was stored is loaded: the compiler would take it out of registers, word by word.
             asm!("/* {0} */", in(reg) parted, options(nostack, preserves_flags));
             each_row!(const { if CODE == 6 { 2 } else { 4 } }, octet => {
-                ahead.ask_octet::<Avx512, CODE, P>(s, chunk, from + octet);
+                ahead.ask_octet::<Avx512, CODE, P>(s.panel_bytes, chunk, from + octet);
                 let mut codes = [[_mm512_setzero_si512(); 2]; P];
                 for (p, codes) in codes.iter_mut().enumerate() {
                     *codes = octet_of::<CODE>(chunk.add(p * s.panel_bytes), from + octet);
