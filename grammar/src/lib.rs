@@ -10,7 +10,7 @@ pub mod lark;
 use std::fmt;
 use std::sync::Arc;
 
-use llguidance::api::TopLevelGrammar;
+use llguidance::api::{StopReason, TopLevelGrammar};
 use llguidance::toktrie::{ApproximateTokEnv, InferenceCapabilities, SimpleVob, TokEnv, TokRxInfo, TokTrie};
 use llguidance::{Matcher, ParserFactory};
 use vocab::Vocab;
@@ -108,10 +108,12 @@ impl Compiler {
             return Err(GrammarError::Invalid(clipped(&error)));
         }
         // The first mask finds what compiling alone does not, such as a grammar without any text.
-        let first = matcher.compute_mask_or_eos();
-        let first = first.map_err(|error| GrammarError::Invalid(clipped(&error.to_string())))?;
-        if first.is_zero() {
-            return Err(GrammarError::Invalid("no text fits the grammar".into()));
+        let first = matcher.compute_mask_or_eos().map_err(|error| error.to_string());
+        let none = StopReason::NoExtensionBias.to_string();
+        match first {
+            Ok(first) if !first.is_zero() => {}
+            Err(error) if !error.contains(&none) => return Err(GrammarError::Invalid(clipped(&error))),
+            _ => return Err(GrammarError::Invalid("no text fits the grammar".into())),
         }
         let end = self.vocab.len() as u32;
         Ok(Automaton { matcher, source: lark.into(), taken: 0, end })
@@ -136,6 +138,8 @@ fn clipped(text: &str) -> String {
     let place = |text: &str| text.starts_with("at ") && text.ends_with(')');
     let first = first.split_once(": ").filter(|(start, _)| place(start)).map_or(first, |(_, rest)| rest);
     let first = first.strip_prefix("failed to compile JSON schema: ").unwrap_or(first);
+    // Of the library's own build.
+    let first = first.replace(" without 'referencing' feature", "");
     format!("{first}{which}").trim_end_matches('.').chars().take(REASON_CHARS_MAX).collect()
 }
 
@@ -309,6 +313,11 @@ mod tests {
             (
                 "start: %json {\"$ref\": \"#/nowhere\"}",
                 "Reference segment 'nowhere' not found in '#/nowhere'",
+            ),
+            ("start: %json {\"$ref\": \"#\"}", "no text fits the grammar"),
+            (
+                "start: %json {\"$ref\": \"https://a.example/b\"}",
+                "Only absolute $ref's (#/...) are supported; ref 'https://a.example/b'",
             ),
             ("start: /(/", "invalid regex \"(\" (in regex): regex parse error: unclosed group"),
             ("word: \"a\"", "no start rule found"),
