@@ -94,23 +94,23 @@ pub async fn observe(State(gateway): State<Arc<Gateway>>, mut request: Request, 
     response
 }
 
-/// Refuses names that are not ours, if names are listed.
+/// Refuses names that are not ours, if names are listed. Who gives none, as probes of HTTP/1.0 do, is no browser.
 pub async fn host(
     State(gateway): State<Arc<Gateway>>,
     request: Request,
     next: Next,
 ) -> Result<Response, ApiError> {
     let allowed = &gateway.config.allowed_hosts;
-    if !allowed.is_empty() {
-        let given = request.uri().host().or_else(|| {
-            let value = request.headers().get(header::HOST)?.to_str().ok()?;
-            Some(without_port(value))
-        });
-        let given = given.unwrap_or_default();
-        if !allowed.iter().any(|name| name.eq_ignore_ascii_case(given)) {
-            gateway.config.refusals.count(Door::Http, "host");
-            return Err(ApiError::forbidden(format!("The host '{given}' is not served here.")));
-        }
+    let header = || {
+        let value = request.headers().get(header::HOST)?;
+        Some(without_port(value.to_str().unwrap_or_default()))
+    };
+    let given = request.uri().host().or_else(header).filter(|_| !allowed.is_empty());
+    if let Some(given) = given.filter(|given| !allowed.iter().any(|name| name.eq_ignore_ascii_case(given))) {
+        gateway.config.refusals.count(Door::Http, "host");
+        let refusal =
+            format!("The host '{given}' is not served here: the router's --allowed-host adds names.");
+        return Err(ApiError::forbidden(refusal));
     }
     Ok(next.run(request).await)
 }
@@ -143,7 +143,9 @@ pub async fn cors(State(gateway): State<Arc<Gateway>>, request: Request, next: N
             Some(origin) if !is_own(origin, &request) => {
                 gateway.config.refusals.count(Door::Http, "origin");
                 let origin = String::from_utf8_lossy(origin.as_bytes());
-                ApiError::forbidden(format!("The origin '{origin}' is not allowed here.")).into_response()
+                let help = "the router's --allowed-origin adds some";
+                ApiError::forbidden(format!("The origin '{origin}' is not allowed here: {help}."))
+                    .into_response()
             }
             _ => next.run(request).await,
         };

@@ -6,6 +6,8 @@ use router::ServeError;
 use router::inference::{Decision, Served, Timings, TokenEvent};
 use router::key_file::{KeyFile, KeyLimits};
 use serde_json::{Value, json};
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::TcpStream;
 
 use crate::mock::{CONTEXT, Gateway, PATIENCE, Step, config, encode, says};
 
@@ -203,7 +205,18 @@ async fn only_listed_hosts_and_origins_are_served() {
     config.allowed_hosts = vec!["localhost".into()];
     config.allowed_origins = vec!["https://chat.example".into()];
     let gateway = Gateway::with(config, |_| says("x")).await;
-    assert_eq!(gateway.get("/v1/models").await.status(), 403);
+    let refused = gateway.get("/v1/models").await;
+    assert_eq!(refused.status(), 403);
+    let said = refused.text().await.unwrap();
+    assert!(said.contains("'127.0.0.1' is not served here") && said.contains("--allowed-host"), "{said}");
+    // Probes of HTTP/1.0 give no name; browsers always do.
+    for (head, status) in [("", "200"), ("Host: evil.example\r\n", "403"), ("Host: \u{fc}\r\n", "403")] {
+        let mut probe = TcpStream::connect(gateway.url.trim_start_matches("http://")).await.unwrap();
+        probe.write_all(format!("GET /live HTTP/1.0\r\n{head}\r\n").as_bytes()).await.unwrap();
+        let mut answer = String::new();
+        probe.read_to_string(&mut answer).await.unwrap();
+        assert_eq!(answer.split(' ').nth(1), Some(status), "{head}: {answer}");
+    }
     let url = format!("{}/v1/models", gateway.url);
     let ask =
         |origin: &str| gateway.client.get(&url).header("host", "LOCALHOST:1").header("origin", origin).send();
