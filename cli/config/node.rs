@@ -126,7 +126,8 @@ impl NodeSettings {
         let streams = self.kv_streams;
         ensure!((1..=16).contains(&streams), "kv-streams is {streams}: from 1 to 16");
         ensure!(self.max_batch > 0, "max-batch is 0: no sequence could ever run");
-        ensure!(self.block_tokens > 0, "block-tokens is 0");
+        let block = self.block_tokens;
+        ensure!(block.is_power_of_two(), "block-tokens is {block}: a power of two is wanted, such as 32");
         // What is not said fits what is.
         let (step, chunk) = self.step().resolve(1);
         ensure!(0 < chunk && chunk <= step, "chunk-tokens {chunk} is not within 1 to step-tokens {step}");

@@ -39,7 +39,7 @@ fn taken_ports_are_named() {
 
 #[test]
 fn what_a_model_or_machine_cannot_do_is_named() {
-    ends("decode", &["--block-tokens=24"], &["24 tokens per KV block is not a power of two"]);
+    ends("decode", &["--block-tokens=24"], &["block-tokens is 24: a power of two"]);
     ends("decode", &["--context=5000"], &["context of 5000 tokens", "4096"]);
     ends("decode", &["--kv-memory=1"], &["out of memory", "1 free"]);
     ends("decode", &["--threads=100000"], &["threads is 100000"]);
