@@ -101,11 +101,12 @@ pub fn place(ask: Ask, view: &View, rules: &Rules) -> Outcome {
     }
     let stores: Option<Vec<Store>> = view.decode.iter().map(|group| group.store).collect();
     if let Some(stores) = stores {
-        let holds = |store: &Store| u64::from(store.total) * u64::from(store.block_tokens);
+        // One block is for the answer.
+        let takes = |store: &Store| u64::from(store.total.saturating_sub(1)) * u64::from(store.block_tokens);
         if stores.iter().all(|store| blocks_for(ask.tokens, store) > store.total) {
-            let most = stores.iter().map(holds).max().unwrap_or(0);
+            let most = stores.iter().map(takes).max().unwrap_or(0);
             return Outcome::Never(format!(
-                "{} tokens do not fit: the largest decode group holds {most} tokens of KV, one block kept for output",
+                "{} tokens do not fit: the largest decode group takes {most} and an answer (--kv-memory of its nodes)",
                 ask.tokens
             ));
         }

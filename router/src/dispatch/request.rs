@@ -285,7 +285,14 @@ pub async fn drive(shared: Arc<Shared>, request: GenerateRequest, out: Out) {
         Err(error) => {
             shared.counts.has_failed();
             progress.spans.gave_up(&error.to_string());
-            tracing::warn!(request = progress.request.id, %error, "request failed");
+            let request = &progress.request.id;
+            match &error {
+                // Its client's doing, or a busy time.
+                InferenceError::Invalid(_) | InferenceError::Overloaded { .. } => {
+                    tracing::debug!(request, %error, "request refused");
+                }
+                _ => tracing::warn!(request, %error, "request failed"),
+            }
             let _ = progress.out.send(Err(error)).await;
         }
     }

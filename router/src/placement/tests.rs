@@ -113,7 +113,7 @@ fn room() {
     assert_eq!(
         place(ask(177), &small, &always),
         Outcome::Never(
-            "177 tokens do not fit: the largest decode group holds 192 tokens of KV, one block kept for output"
+            "177 tokens do not fit: the largest decode group takes 176 and an answer (--kv-memory of its nodes)"
                 .into()
         )
     );
