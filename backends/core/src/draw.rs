@@ -14,6 +14,10 @@ pub const TEMPERATURE_MIN: f32 = 1e-5;
 /// First guess of how many ids hold the nucleus; grown eightfold until they do.
 const NUCLEUS_GUESS: usize = 256;
 
+/// Rows of more ids are searched block by block.
+const LONG: usize = 4096;
+const BLOCK: usize = 64;
+
 /// Greatest noise of any id, rounded up: `-ln(-ln(1 - 2^-33))`.
 const NOISE_MAX: f64 = 22.9;
 
@@ -128,15 +132,15 @@ pub fn draw(logits: &[f32], rule: &Rule) -> Option<u32> {
     if rule.is_greedy() {
         return most_likely(logits);
     }
-    let max = f64::from(greatest(logits));
-    if max == f64::NEG_INFINITY {
+    let max = greatest(logits);
+    if max == f32::NEG_INFINITY {
         return None;
     }
-    let scaled = |x: f32| (f64::from(x) - max) / f64::from(rule.temperature);
+    let scaled = |x: f32| (f64::from(x) - f64::from(max)) / f64::from(rule.temperature);
     let noise = Noise::new(rule.seed, rule.position);
     let mut best = Best { score: f64::NEG_INFINITY, id: 0 };
     if rule.filters() {
-        for id in kept(logits, rule, scaled) {
+        for id in kept(logits, rule, max, scaled) {
             best.offer(id, scaled(logits[id as usize]), noise);
         }
     } else {
@@ -213,29 +217,88 @@ fn most_likely(logits: &[f32]) -> Option<u32> {
     logits.iter().position(|&x| x == max).map(|id| id as u32)
 }
 
-/// The ids that the filters of `rule` keep, in no order; at least the most likely one.
-fn kept(logits: &[f32], rule: &Rule, scaled: impl Fn(f32) -> f64) -> Vec<u32> {
+/// The ids that the filters of `rule` keep, in no order; at least the most likely one, whose logit is `max`.
+fn kept(logits: &[f32], rule: &Rule, max: f32, scaled: impl Fn(f32) -> f64) -> Vec<u32> {
     // Relative to the most likely id, whose mass is 1.
     let least = f64::from(rule.min_p).ln();
-    let mut kept: Vec<(u32, f64)> = (0..)
-        .zip(logits.iter().map(|&x| scaled(x)))
-        .filter(|&(_, x)| x >= least && x > f64::NEG_INFINITY)
-        .collect();
     let top_k = rule.top_k as usize;
+    // Of a long row most ids are out of reach, which takes a look at each less than keeping them would.
+    let long = logits.len() > LONG;
+    let total = (long && top_k == 0 && rule.top_p < 1.0)
+        .then(|| total_mass(logits, max, rule.temperature, least as f32));
+    // The logit of a mass's logarithm, rounded down.
+    let logit = |x: f64| ((f64::from(max) + x * f64::from(rule.temperature)) as f32).next_down();
+    let floor = match total {
+        // Even all ids of this mass would be less than what the nucleus leaves out, by half.
+        Some(total) => logit(((1.0 - f64::from(rule.top_p)) * total / (2.0 * logits.len() as f64)).ln()),
+        None if long && top_k > 0 => top_k_floor(logits, top_k),
+        None => f32::NEG_INFINITY,
+    };
+    let floor = floor.max(logit(least));
+    let mut kept: Vec<(u32, f64)> = (0..)
+        .zip(logits)
+        .filter(|&(_, &x)| x >= floor && x > f32::NEG_INFINITY)
+        .map(|(id, &x)| (id, scaled(x)))
+        .filter(|&(_, x)| x >= least)
+        .collect();
     if top_k > 0 && top_k < kept.len() {
         kept.select_nth_unstable_by(top_k, by_mass);
         kept.truncate(top_k);
     }
     if rule.top_p < 1.0 {
         kept.iter_mut().for_each(|(_, x)| *x = x.exp());
-        keep_nucleus(&mut kept, f64::from(rule.top_p));
+        let total = total.unwrap_or_else(|| kept.iter().map(|&(_, m)| m).sum());
+        keep_nucleus(&mut kept, f64::from(rule.top_p) * total);
     }
     kept.into_iter().map(|(id, _)| id).collect()
 }
 
-/// Keeps the most likely ids up to and including the one that brings their share to `top_p`.
-fn keep_nucleus(kept: &mut Vec<(u32, f64)>, top_p: f64) {
-    let target = top_p * kept.iter().map(|&(_, m)| m).sum::<f64>();
+/// No more than the logit of the `top_k`th most likely id: as many blocks have one as great as their own greatest.
+fn top_k_floor(logits: &[f32], top_k: usize) -> f32 {
+    let mut blocks: Vec<f32> = logits.chunks(BLOCK).map(greatest).collect();
+    if top_k > blocks.len() {
+        return f32::NEG_INFINITY;
+    }
+    *blocks.select_nth_unstable_by(top_k - 1, |a, b| b.total_cmp(a)).1
+}
+
+/// The sum of `e^((x - max) / temperature)` over all logits for which the exponent is at least `least`, to a few millionths: in
+/// operations of which the compiler makes many at a time.
+fn total_mass(logits: &[f32], max: f32, temperature: f32, least: f32) -> f64 {
+    // Taylor's series of 2^x.
+    const SERIES: [f32; 7] =
+        [1.0, std::f32::consts::LN_2, 0.240_226_5, 0.055_504_11, 0.009_618_13, 0.001_333_36, 0.000_154_04];
+    // What is added to this has its whole part in the lowest bits.
+    const WHOLE: f32 = 12_582_912.0;
+    // Powers of two from here on are normal numbers.
+    const LOWEST: f32 = -126.0;
+    let (scale, least) = (std::f32::consts::LOG2_E / temperature, least * std::f32::consts::LOG2_E);
+    let mass = |x: f32| {
+        let x = (x - max) * scale;
+        let x = if x > LOWEST { x } else { LOWEST };
+        let whole = x + WHOLE;
+        let part = x - (whole - WHOLE);
+        let power = f32::from_bits((whole.to_bits() << 23).wrapping_add(1.0f32.to_bits()));
+        let mass = SERIES.iter().rev().fold(0.0, |sum, factor| sum * part + factor) * power;
+        if x >= least { mass } else { 0.0 }
+    };
+    let mut total = 0.0;
+    for block in logits.chunks(BLOCK) {
+        let mut lanes = [0f32; 16];
+        let chunks = block.chunks_exact(lanes.len());
+        let rest: f32 = chunks.remainder().iter().map(|x| mass(*x)).sum();
+        for chunk in chunks {
+            for (lane, x) in lanes.iter_mut().zip(chunk) {
+                *lane += mass(*x);
+            }
+        }
+        total += f64::from(lanes.iter().sum::<f32>() + rest);
+    }
+    total
+}
+
+/// Keeps the most likely ids up to and including the one that brings their mass to `target`.
+fn keep_nucleus(kept: &mut Vec<(u32, f64)>, target: f64) {
     let mut head = NUCLEUS_GUESS;
     loop {
         let all = head >= kept.len();
@@ -346,6 +409,61 @@ mod tests {
         assert_eq!(bits, [1_499_182_773, 416_267_024, 3_803_443_020, 2_919_581_624]);
     }
 
+    /// What is out of reach in a long row changes nothing: filters keep what they keep of all ids, whose masses are summed one by
+    /// one, but for ids that bring the share to within the error of the sum.
+    #[test]
+    fn long_rows_keep_what_short_ones_would() {
+        let mut state = 1u64;
+        let mut uniform = || {
+            state = state.wrapping_mul(0x5851_f42d_4c95_7f2d).wrapping_add(0x1405_7b7e_f767_814f);
+            (state >> 40) as f32 / (1 << 24) as f32
+        };
+        let mut narrowed = 0;
+        for (len, spread) in [(4097, 3.0), (20_000, 30.0), (128_256, 12.0), (151_936, 40.0), (5000, 0.0)] {
+            let mut logits: Vec<f32> =
+                (0..len).map(|_| 1.0 + spread * (uniform() + uniform() - uniform())).collect();
+            logits[len / 2] = f32::NEG_INFINITY;
+            let max = greatest(&logits);
+            for (top_k, top_p, min_p) in [
+                (1, 1.0, 0.0),
+                (40, 0.95, 0.0),
+                (3000, 1.0, 0.0),
+                (0, 0.9, 0.0),
+                (0, 0.999, 0.0),
+                (0, 0.5, 0.02),
+                (0, 1e-6, 0.0),
+                (0, 1.0, 0.05),
+                (500, 0.95, 0.01),
+            ] {
+                let rule = Rule { temperature: 0.7, top_k, top_p, min_p, ..Rule::GREEDY };
+                let scaled = |x: f32| (f64::from(x) - f64::from(max)) / 0.7f32 as f64;
+                let mut all: Vec<(u32, f64)> = (0..)
+                    .zip(logits.iter().map(|x| scaled(*x)))
+                    .filter(|(_, x)| *x >= f64::from(min_p).ln() && *x > f64::NEG_INFINITY)
+                    .collect();
+                all.sort_unstable_by(by_mass);
+                all.truncate(if top_k > 0 { top_k as usize } else { len });
+                let total: f64 = all.iter().map(|(_, x)| x.exp()).sum();
+                let share = |ids: usize| all[..ids].iter().map(|(_, x)| x.exp()).sum::<f64>() / total;
+                let mut got = kept(&logits, &rule, max, scaled);
+                let count = got.len();
+                narrowed += usize::from(count < all.len());
+                got.sort_unstable();
+                let mut want: Vec<u32> = all[..count].iter().map(|(id, _)| *id).collect();
+                want.sort_unstable();
+                assert!(got == want, "{rule:?} of {len}");
+                if top_p < 1.0 {
+                    let target = f64::from(top_p);
+                    assert!(share(count) > target - 1e-5, "{rule:?} of {len}");
+                    assert!(count == 1 || share(count - 1) < target + 1e-5, "{rule:?} of {len}");
+                } else {
+                    assert_eq!(count, all.len());
+                }
+            }
+        }
+        assert!(narrowed > 10);
+    }
+
     proptest! {
         // The search that leaves out what is out of reach finds the greatest score.
         #[test]
@@ -386,7 +504,7 @@ mod tests {
             let mut sum = 0.0;
             let end = sorted.iter().position(|&(_, m)| { sum += m; sum >= target }).unwrap_or(sorted.len() - 1);
             sorted.truncate(end + 1);
-            keep_nucleus(&mut kept, top_p);
+            keep_nucleus(&mut kept, target);
             prop_assert_eq!(kept, sorted);
         }
     }

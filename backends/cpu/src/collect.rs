@@ -10,6 +10,9 @@ use crate::step::CpuStep;
 /// Logits per row that one rank may announce: more than any model's, so a broken peer cannot ask for all memory.
 const VOCABULARY_MAX: usize = 1 << 24;
 
+/// Looking at a logit takes about as long as so many multiply-adds.
+const WORK: usize = 16;
+
 /// In place of an id where a row drew none.
 const NO_ID: u32 = u32::MAX;
 
@@ -93,9 +96,11 @@ impl CpuStep<'_> {
             }
             &gathered
         };
-        let width = (logits.len() / draws.len().max(1)).max(1);
-        let rows: Vec<Drawn> =
-            logits.chunks_exact(width).zip(draws).map(|(row, draw)| drawn(row, draw)).collect();
+        let width = logits.len() / draws.len().max(1);
+        let mut rows = vec![Drawn::Token(0); draws.len()];
+        self.device.pool.each(&mut rows, logits.len() * WORK, |at, row| {
+            *row = drawn(&logits[at * width..][..width], &draws[at]);
+        });
         self.device.drawn.clear();
         self.device.drawn.extend(rows.iter().map(|row| match row {
             Drawn::Token(id) => Some(*id),

@@ -119,6 +119,21 @@ impl Pool {
         task + self.threads()
     }
 
+    /// Calls `job` with every item and its number, each once, on any thread; otherwise as [`Pool::run`].
+    pub(crate) fn each<T: Send>(&self, items: &mut [T], work: usize, job: impl Fn(usize, &mut T) + Sync) {
+        struct Items<T>(*mut T);
+        // SAFETY: every task has its own item, and items may go to other threads.
+        unsafe impl<T: Send> Sync for Items<T> {}
+        impl<T> Items<T> {
+            fn at(&self, at: usize) -> *mut T {
+                self.0.wrapping_add(at)
+            }
+        }
+        let (count, items) = (items.len(), Items(items.as_mut_ptr()));
+        // SAFETY: task `at` of `count` is the only one with this item, which outlives the run.
+        self.run(count, work, |at, _| job(at, unsafe { &mut *items.at(at) }));
+    }
+
     /// Calls `job(task, scratch)` for every task in `[0, tasks)`, each once, on any thread; returns when all are done.
     /// `work` is the multiply-adds of all tasks, or what takes as long: where it is little, the caller does it alone.
     pub(crate) fn run(&self, tasks: usize, work: usize, job: impl Fn(usize, &Scratch<'_>) + Sync) {
