@@ -85,6 +85,12 @@ impl ApiError {
         Self::new(StatusCode::BAD_REQUEST, "invalid_request_error", Some("invalid_json"), message)
     }
 
+    /// 400: more than one host is named.
+    pub fn hosts() -> Self {
+        let message = "The request names more than one host.";
+        Self::new(StatusCode::BAD_REQUEST, "invalid_request_error", Some("invalid_host"), message)
+    }
+
     /// 400: prompt and answer do not fit.
     pub fn context(param: &str, context: usize, prompt: impl std::fmt::Display, output: Option<u32>) -> Self {
         let message = match output {

@@ -94,17 +94,22 @@ pub async fn observe(State(gateway): State<Arc<Gateway>>, mut request: Request, 
     response
 }
 
-/// Refuses names that are not ours, if names are listed. Who gives none, as probes of HTTP/1.0 do, is no browser.
+/// Refuses two names at once, and names that are not ours, if names are listed. Who gives none, as probes of HTTP/1.0 do, is no
+/// browser. Source: RFC 9112, section 3.2.
 pub async fn host(
     State(gateway): State<Arc<Gateway>>,
     request: Request,
     next: Next,
 ) -> Result<Response, ApiError> {
+    let mut values = request.headers().get_all(header::HOST).iter();
+    let value = values.next();
+    // Whoever stands before us may have judged another one.
+    if values.next().is_some() || value.is_some_and(|value| value.as_bytes().contains(&b',')) {
+        gateway.config.refusals.count(Door::Http, "host");
+        return Err(ApiError::hosts());
+    }
     let allowed = &gateway.config.allowed_hosts;
-    let header = || {
-        let value = request.headers().get(header::HOST)?;
-        Some(without_port(value.to_str().unwrap_or_default()))
-    };
+    let header = || Some(without_port(value?.to_str().unwrap_or_default()));
     let given = request.uri().host().or_else(header).filter(|_| !allowed.is_empty());
     if let Some(given) = given.filter(|given| !allowed.iter().any(|name| name.eq_ignore_ascii_case(given))) {
         gateway.config.refusals.count(Door::Http, "host");

@@ -241,6 +241,29 @@ async fn only_listed_hosts_and_origins_are_served() {
     assert_eq!(preflight.headers()["access-control-allow-headers"], "authorization, content-type");
 }
 
+/// What stands before us may have judged the other one. RFC 9112, section 3.2. Hosts are not even listed here.
+#[tokio::test]
+async fn a_request_names_one_host() {
+    let gateway = Gateway::new(|_| says("x")).await;
+    for (hosts, status) in [
+        ("Host: a\r\n", "200"),
+        ("Host: a\r\nHost: b\r\n", "400"),
+        ("Host: a\r\nHost: a\r\n", "400"),
+        ("Host: a, b\r\n", "400"),
+    ] {
+        let mut client = TcpStream::connect(gateway.url.trim_start_matches("http://")).await.unwrap();
+        let head = format!("GET /live HTTP/1.1\r\n{hosts}Connection: close\r\n\r\n");
+        client.write_all(head.as_bytes()).await.unwrap();
+        let mut answer = String::new();
+        client.read_to_string(&mut answer).await.unwrap();
+        assert_eq!(answer.split(' ').nth(1), Some(status), "{hosts}: {answer}");
+        if status == "400" {
+            let body: Value = serde_json::from_str(answer.split_once("\r\n\r\n").unwrap().1).unwrap();
+            assert_eq!(body["error"]["code"], "invalid_host", "{body}");
+        }
+    }
+}
+
 #[tokio::test]
 async fn texts_become_ids_and_back() {
     let gateway = Gateway::new(|_| says("x")).await;
