@@ -10,6 +10,7 @@ use reqwest::{Certificate, Client, RequestBuilder, Response, StatusCode};
 use serde_json::{Value, json};
 use tokio::io::AsyncReadExt;
 
+use crate::small_file::{self, TEXT_BYTES_MAX};
 use crate::{certificate, dirs};
 
 /// Longest event of a stream that is taken in; the router's are a few hundred bytes.
@@ -239,7 +240,7 @@ async fn refusal(response: Response) -> anyhow::Error {
 }
 
 fn certificates(path: &Path) -> Result<Vec<Certificate>> {
-    let pem = std::fs::read(path).with_context(|| format!("cannot read {}", path.display()))?;
+    let pem = small_file::bytes(path, TEXT_BYTES_MAX)?;
     let all = Certificate::from_pem_bundle(&pem).with_context(|| path.display().to_string())?;
     ensure!(!all.is_empty(), "{} has no certificate in PEM", path.display());
     Ok(all)

@@ -17,6 +17,7 @@ mod meter;
 mod model;
 mod pull;
 mod roles;
+mod small_file;
 mod status;
 mod supervised;
 mod system;

@@ -9,9 +9,10 @@
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Result, bail};
 
-use super::setting::Setting;
+use super::setting::{Kind, Setting};
+use crate::small_file::{self, TEXT_BYTES_MAX};
 
 /// A settings file's content, all of it known to some role.
 #[derive(Debug)]
@@ -42,12 +43,11 @@ impl File {
 
     /// Reads and checks `path`.
     pub fn read(path: &Path, sections: &Sections) -> Result<File> {
-        let text =
-            std::fs::read_to_string(path).with_context(|| format!("cannot read {}", path.display()))?;
-        Self::parse(path, &text, sections)
+        Self::parse(path, &small_file::text(path, TEXT_BYTES_MAX)?, sections)
     }
 
-    /// Checks `text`: every section and key must be known, every value must be text, a number, a switch or a list.
+    /// Checks `text`: every section and key must be known, every value must be text, a number, a switch, or a list where several
+    /// are taken.
     pub fn parse(path: &Path, text: &str, sections: &Sections) -> Result<File> {
         let at = path.display();
         let document: toml::Table = text.parse().map_err(|error: toml::de::Error| {
@@ -63,21 +63,26 @@ impl File {
                     bail!("{at}: unknown section [{name}]; there are {known}");
                 };
                 for (key, value) in table {
-                    if !settings.iter().any(|s| s.key == key) {
+                    let Some(setting) = settings.iter().find(|setting| setting.key == key) else {
                         bail!("{at}: unknown key {key} in [{section}]; `baton {section} --help` lists them");
-                    }
-                    file.insert(section, key, value)?;
+                    };
+                    file.insert(section, key, value, setting.kind == Kind::Many)?;
                 }
-            } else if sections.iter().any(|(_, settings)| settings.iter().any(|s| s.key == name)) {
-                file.insert("", name, value)?;
-            } else {
+                continue;
+            }
+            let mut same =
+                sections.iter().flat_map(|(_, settings)| *settings).filter(|s| s.key == name).peekable();
+            if same.peek().is_none() {
                 bail!("{at}: unknown key {name}; `baton config show` lists them");
             }
+            let many = same.all(|setting| setting.kind == Kind::Many);
+            file.insert("", name, value, many)?;
         }
         Ok(file)
     }
 
-    fn insert(&mut self, section: &str, key: String, value: toml::Value) -> Result<()> {
+    /// `many`: a list may stand there.
+    fn insert(&mut self, section: &str, key: String, value: toml::Value, many: bool) -> Result<()> {
         let scalar = |value: toml::Value| match value {
             toml::Value::String(text) => Ok(text),
             toml::Value::Integer(number) => Ok(number.to_string()),
@@ -86,6 +91,9 @@ impl File {
             other => bail!("{}: {key} cannot be a {}", self.path.display(), other.type_str()),
         };
         let values = match value {
+            toml::Value::Array(_) if !many => {
+                bail!("{}: {key} takes one value, not a list", self.path.display())
+            }
             toml::Value::Array(list) => list.into_iter().map(scalar).collect::<Result<_>>()?,
             one => vec![scalar(one)?],
         };

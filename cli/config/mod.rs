@@ -23,6 +23,8 @@ use file::File;
 use layers::Layers;
 use setting::Setting;
 
+use crate::small_file::{self, TOKEN_BYTES_MAX};
+
 pub use flags::Flags;
 pub use layers::Values;
 pub use node::NodeSettings;
@@ -67,7 +69,7 @@ fn values<S: Settings>(
 
 /// Where models of the Hugging Face hub come from and are kept.
 pub fn hub() -> ::hub::Settings {
-    hub::settings(&environment, &|path| std::fs::read_to_string(path).ok())
+    hub::settings(&environment, &|path| small_file::text(path, TOKEN_BYTES_MAX).ok())
 }
 
 /// Where this user's programs keep what they can make again.
@@ -94,11 +96,11 @@ fn entry(token: &Option<Secret>, file: Option<&Path>) -> Result<Entry> {
         }
         (Some(Secret(text)), None) => Ok(Entry::Secret(ClusterToken::parse(text).context("token")?)),
         (None, Some(path)) => {
-            // Anything but a join token is judged, and named, by who reads the other kind.
-            let text = std::fs::read_to_string(path).unwrap_or_default();
+            let text = small_file::text(path, TOKEN_BYTES_MAX)?;
+            let named = || path.display().to_string();
             match JoinToken::is_one(&text) {
-                true => Ok(Entry::Join(text.parse().with_context(|| path.display().to_string())?)),
-                false => Ok(Entry::Secret(ClusterToken::read(path)?)),
+                true => Ok(Entry::Join(text.parse().with_context(named)?)),
+                false => Ok(Entry::Secret(ClusterToken::parse(&text).with_context(named)?)),
             }
         }
         (Some(_), Some(_)) => anyhow::bail!("token and token-file are both set: give one of them"),
@@ -170,9 +172,21 @@ mod tests {
             ("modl = \"x\"", "unknown key modl;"),
             ("model = 1979-05-27", "model cannot be a datetime"),
             ("model = \"a\"\nport = = 1", "baton.toml, line 2:"),
+            // Never the last one in silence.
+            ("max-batch = [4, 8]", "baton.toml: max-batch takes one value, not a list"),
+            ("[decode]\nmodel = [\"a\"]", "baton.toml: model takes one value, not a list"),
+            ("[router]\ninsecure = [true]", "baton.toml: insecure takes one value, not a list"),
         ] {
             let error = parse(text).expect_err(text).to_string();
             assert!(error.contains(wanted), "{error}");
+        }
+    }
+
+    #[test]
+    fn a_setting_of_several_takes_a_list() {
+        for text in ["allowed-host = [\"a\", \"b\"]", "[router]\nallowed-host = [\"a\", \"b\"]"] {
+            let file = parse(text).expect(text);
+            assert_eq!(file.get("router", "allowed-host"), Some(&["a".to_owned(), "b".to_owned()][..]));
         }
     }
 

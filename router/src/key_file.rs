@@ -2,7 +2,7 @@
 //! read by the gateway, which follows its changes.
 
 use std::fs::{self, File};
-use std::io::{self, Write};
+use std::io::{self, Read, Write};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 
@@ -105,12 +105,14 @@ impl KeyFile {
     pub fn read(path: &Path) -> Result<KeyFile, KeyFileError> {
         let io = |error| KeyFileError::Io { path: path.into(), error };
         let format = |reason: String| KeyFileError::Format { path: path.into(), reason };
-        let len = fs::metadata(path).map_err(io)?.len();
-        if len > FILE_BYTES_MAX {
-            return Err(format(format!("{len} bytes, at most {FILE_BYTES_MAX}")));
+        let mut text = Vec::new();
+        // Not by what the system says of its length: a device has none.
+        let file = File::open(path).map_err(io)?;
+        file.take(FILE_BYTES_MAX + 1).read_to_end(&mut text).map_err(io)?;
+        if text.len() as u64 > FILE_BYTES_MAX {
+            return Err(format(format!("more than {FILE_BYTES_MAX} bytes")));
         }
-        let file: KeyFile = serde_json::from_slice(&fs::read(path).map_err(io)?)
-            .map_err(|error| format(error.to_string()))?;
+        let file: KeyFile = serde_json::from_slice(&text).map_err(|error| format(error.to_string()))?;
         match file.keys.iter().find(|key| unhex(&key.digest).is_none()) {
             Some(key) => Err(format(format!("key {} has no SHA-256 digest", key.id))),
             None => Ok(file),
@@ -255,6 +257,12 @@ mod tests {
         KeyFile::change(&path, |file| file.create("alice", limits, 14)).unwrap();
         assert_eq!(KeyFile::read(&path).unwrap().keys.len(), 3);
         fs::remove_dir_all(folder).unwrap();
+    }
+
+    #[test]
+    fn a_file_without_end_is_refused() {
+        let error = KeyFile::read(Path::new("/dev/zero")).unwrap_err().to_string();
+        assert_eq!(error, "key file /dev/zero: more than 16777216 bytes");
     }
 
     /// What is no file of keys is refused by name and never overwritten.
