@@ -136,7 +136,7 @@ fn answer(mut events: Events) -> (usize, Vec<u32>) {
         match event {
             Event::Token(token) => ids.push(token.id),
             Event::Admitted { cached_tokens, .. } => cached = cached_tokens,
-            Event::Finished { .. } => {}
+            Event::FirstStep { .. } | Event::Finished { .. } => {}
             other => panic!("{other:?}"),
         }
     }
