@@ -5,12 +5,12 @@ use std::io::Write;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail, ensure};
+use cluster::small_file::{self, TEXT_BYTES_MAX};
 use futures::stream::{self, StreamExt};
 use reqwest::{Certificate, Client, RequestBuilder, Response, StatusCode};
 use serde_json::{Value, json};
 use tokio::io::AsyncReadExt;
 
-use crate::small_file::{self, TEXT_BYTES_MAX};
 use crate::{certificate, dirs};
 
 /// Longest event of a stream that is taken in; the router's are a few hundred bytes.
@@ -240,7 +240,8 @@ async fn refusal(response: Response) -> anyhow::Error {
 }
 
 fn certificates(path: &Path) -> Result<Vec<Certificate>> {
-    let pem = small_file::bytes(path, TEXT_BYTES_MAX)?;
+    let pem = small_file::bytes(path, TEXT_BYTES_MAX);
+    let pem = pem.with_context(|| format!("cannot read {}", path.display()))?;
     let all = Certificate::from_pem_bundle(&pem).with_context(|| path.display().to_string())?;
     ensure!(!all.is_empty(), "{} has no certificate in PEM", path.display());
     Ok(all)

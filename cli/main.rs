@@ -17,7 +17,6 @@ mod meter;
 mod model;
 mod pull;
 mod roles;
-mod small_file;
 mod status;
 mod supervised;
 mod system;

@@ -12,6 +12,7 @@ use std::process::ExitCode;
 use std::sync::{Arc, OnceLock};
 
 use anyhow::{Context, Result, bail, ensure};
+use cluster::small_file::{self, TEXT_BYTES_MAX};
 use reqwest::StatusCode;
 use serde_json::{Value, json};
 use sha2::{Digest, Sha256};
@@ -132,7 +133,7 @@ pub async fn run(args: Args, goes_on: &OnceLock<String>) -> Result<ExitCode> {
     let source = Arc::new(source);
     // A batch of the same input that is under way, or has ended without our seeing it.
     let mut id = None;
-    if let Ok(text) = fs::read_to_string(&state) {
+    if let Ok(text) = small_file::text(&state, TEXT_BYTES_MAX) {
         let known: Value = serde_json::from_str(&text).unwrap_or_default();
         if known["input"] != digest || known["url"] != api.url() {
             bail!("{} is of another input or server: remove it to begin anew", state.display());

@@ -9,10 +9,10 @@
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
-use anyhow::{Result, bail};
+use anyhow::{Context, Result, bail};
+use cluster::small_file::{self, TEXT_BYTES_MAX};
 
 use super::setting::{Kind, Setting};
-use crate::small_file::{self, TEXT_BYTES_MAX};
 
 /// A settings file's content, all of it known to some role.
 #[derive(Debug)]
@@ -43,7 +43,8 @@ impl File {
 
     /// Reads and checks `path`.
     pub fn read(path: &Path, sections: &Sections) -> Result<File> {
-        Self::parse(path, &small_file::text(path, TEXT_BYTES_MAX)?, sections)
+        let text = small_file::text(path, TEXT_BYTES_MAX);
+        Self::parse(path, &text.with_context(|| format!("cannot read {}", path.display()))?, sections)
     }
 
     /// Checks `text`: every section and key must be known, every value must be text, a number, a switch, or a list where several

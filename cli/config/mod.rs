@@ -17,13 +17,12 @@ mod value;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
+use cluster::small_file::{self, TOKEN_BYTES_MAX};
 use cluster::{ClusterToken, JoinToken};
 
 use file::File;
 use layers::Layers;
 use setting::Setting;
-
-use crate::small_file::{self, TOKEN_BYTES_MAX};
 
 pub use flags::Flags;
 pub use layers::Values;
@@ -96,7 +95,8 @@ fn entry(token: &Option<Secret>, file: Option<&Path>) -> Result<Entry> {
         }
         (Some(Secret(text)), None) => Ok(Entry::Secret(ClusterToken::parse(text).context("token")?)),
         (None, Some(path)) => {
-            let text = small_file::text(path, TOKEN_BYTES_MAX)?;
+            let text = small_file::text(path, TOKEN_BYTES_MAX);
+            let text = text.with_context(|| format!("cannot read {}", path.display()))?;
             let named = || path.display().to_string();
             match JoinToken::is_one(&text) {
                 true => Ok(Entry::Join(text.parse().with_context(named)?)),

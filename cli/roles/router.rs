@@ -5,6 +5,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
+use cluster::small_file::{self, TEXT_BYTES_MAX};
 use cluster::{
     Authority, ClusterService, ClusterToken, Enrolment, Members, MembershipConfig, Shutdown,
     require_loopback_or_insecure, server,
@@ -193,7 +194,8 @@ fn context_of(model: &Path) -> Result<usize> {
             (file, config)
         }
         None => {
-            let text = std::fs::read(&path).with_context(|| format!("cannot read {}", path.display()))?;
+            let text = small_file::bytes(&path, TEXT_BYTES_MAX);
+            let text = text.with_context(|| format!("cannot read {}", path.display()))?;
             let config: serde_json::Value =
                 serde_json::from_slice(&text).with_context(|| path.display().to_string())?;
             (path, config)

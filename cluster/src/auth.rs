@@ -4,7 +4,7 @@
 
 use std::fmt;
 use std::fs::OpenOptions;
-use std::io::{self, Read, Write};
+use std::io::{self, Write};
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -15,6 +15,7 @@ use tonic::service::Interceptor;
 use tonic::{Request, Status};
 
 use crate::refusals::{Door, Refusals};
+use crate::small_file::{self, TOKEN_BYTES_MAX};
 use crate::trust::Identity;
 
 /// Random bytes in a token: 256 bits.
@@ -22,9 +23,6 @@ const TOKEN_BYTES: usize = 32;
 
 /// Characters of a token as text, lowercase hex.
 const TOKEN_CHARS: usize = 2 * TOKEN_BYTES;
-
-/// A token file holds the token and perhaps a line end; what is longer is another file.
-const TOKEN_FILE_BYTES_MAX: u64 = 4096;
 
 /// The secret that makes a process part of a cluster. Its `Debug` form never shows it.
 #[derive(Clone)]
@@ -66,10 +64,7 @@ impl ClusterToken {
     /// Reads a token from a file.
     pub fn read(path: &Path) -> Result<ClusterToken, TokenError> {
         let failed = |error| TokenError::File { path: path.into(), error };
-        let mut text = String::new();
-        let file = std::fs::File::open(path).map_err(failed)?;
-        file.take(TOKEN_FILE_BYTES_MAX).read_to_string(&mut text).map_err(failed)?;
-        ClusterToken::parse(&text)
+        ClusterToken::parse(&small_file::text(path, TOKEN_BYTES_MAX).map_err(failed)?)
     }
 
     /// Writes the token to a new file that only its owner may read. Errors when the file is there already.
@@ -266,6 +261,12 @@ mod tests {
             use std::os::unix::fs::PermissionsExt;
             assert_eq!(std::fs::metadata(&path).unwrap().permissions().mode() & 0o777, 0o600);
         }
+        // What is longer is another file, also where it begins with a token.
+        let mut long = token.expose().to_owned();
+        long.push_str(&" ".repeat(TOKEN_BYTES_MAX as usize));
+        std::fs::write(&path, long).unwrap();
+        let refused = ClusterToken::read(&path).unwrap_err().to_string();
+        assert_eq!(refused, format!("cluster token file {}: more than 65536 bytes", path.display()));
         std::fs::remove_dir_all(&directory).unwrap();
         assert!(ClusterToken::read(&path).unwrap_err().to_string().contains("token"));
     }

@@ -13,6 +13,7 @@ pub mod process;
 pub mod refusals;
 pub mod server;
 pub mod service;
+pub mod small_file;
 pub mod traces;
 pub mod trust;
 

@@ -2,10 +2,11 @@
 //! read by the gateway, which follows its changes.
 
 use std::fs::{self, File};
-use std::io::{self, Read, Write};
+use std::io::{self, Write};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 
+use cluster::small_file::{self, LIST_BYTES_MAX};
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
@@ -13,8 +14,6 @@ use sha2::{Digest, Sha256};
 const KEY_BYTES: usize = 24;
 /// Random bytes of an id, which is no secret.
 const ID_BYTES: usize = 4;
-/// A file of more is not ours; a key takes some 200 bytes.
-const FILE_BYTES_MAX: u64 = 16 << 20;
 /// Longest name.
 const NAME_CHARS_MAX: usize = 64;
 
@@ -105,13 +104,7 @@ impl KeyFile {
     pub fn read(path: &Path) -> Result<KeyFile, KeyFileError> {
         let io = |error| KeyFileError::Io { path: path.into(), error };
         let format = |reason: String| KeyFileError::Format { path: path.into(), reason };
-        let mut text = Vec::new();
-        // Not by what the system says of its length: a device has none.
-        let file = File::open(path).map_err(io)?;
-        file.take(FILE_BYTES_MAX + 1).read_to_end(&mut text).map_err(io)?;
-        if text.len() as u64 > FILE_BYTES_MAX {
-            return Err(format(format!("more than {FILE_BYTES_MAX} bytes")));
-        }
+        let text = small_file::bytes(path, LIST_BYTES_MAX).map_err(io)?;
         let file: KeyFile = serde_json::from_slice(&text).map_err(|error| format(error.to_string()))?;
         match file.keys.iter().find(|key| unhex(&key.digest).is_none()) {
             Some(key) => Err(format(format!("key {} has no SHA-256 digest", key.id))),

@@ -58,9 +58,9 @@ fn missing_files_are_named() {
     }
     refused(&["up", "--config=/nowhere/baton.toml"], &["cannot read /nowhere/baton.toml"]);
     refused(&["prefill", "--model=.", "--token-file=/nowhere/token"], &["/nowhere/token"]);
-    let endless = "/dev/zero has more than 65536 bytes";
+    let endless = "cannot read /dev/zero: more than 65536 bytes";
     refused(&["prefill", "--model=.", "--token-file=/dev/zero"], &[endless]);
-    refused(&["up", "--config=/dev/zero"], &["/dev/zero has more than 4194304 bytes"]);
+    refused(&["up", "--config=/dev/zero"], &["cannot read /dev/zero: more than 4194304 bytes"]);
 }
 
 #[test]

@@ -1,7 +1,6 @@
 //! Join tokens: what a machine is given to become part of a cluster. Of their secrets the file keeps digests only.
 
 use std::fmt;
-use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
@@ -11,6 +10,7 @@ use sha2::{Digest, Sha256};
 use subtle::ConstantTimeEq;
 
 use super::{hex, private_file, unhex};
+use crate::small_file::{self, LIST_BYTES_MAX};
 
 const FILE: &str = "join-tokens.json";
 const PREFIX: &str = "baton-join";
@@ -144,7 +144,7 @@ impl Tokens {
     /// Those of the cluster in `folder`; none where there is no file yet.
     pub fn read(folder: &Path) -> Result<Tokens, JoinTokenError> {
         let path = folder.join(FILE);
-        let bytes = match fs::read(&path) {
+        let bytes = match small_file::bytes(&path, LIST_BYTES_MAX) {
             Ok(bytes) => bytes,
             Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Tokens::default()),
             Err(error) => return Err(JoinTokenError::Io { path, error }),
@@ -231,6 +231,8 @@ fn random<const N: usize>() -> Result<[u8; N], JoinTokenError> {
 
 #[cfg(test)]
 mod tests {
+    use std::fs;
+
     use super::*;
 
     #[test]

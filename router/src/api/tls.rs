@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, PoisonError, RwLock};
 use std::time::{Duration, SystemTime};
 
+use cluster::small_file::{self, TEXT_BYTES_MAX};
 use rustls::ServerConfig;
 use rustls::crypto::ring;
 use rustls::pki_types::pem::{self, PemObject};
@@ -115,22 +116,27 @@ fn look(files: &TlsFiles) -> Seen {
     })
 }
 
-fn unread(error: &pem::Error) -> String {
+fn no_pem(error: &pem::Error) -> String {
     match error {
         pem::Error::NoItemsFound => "no private key in PEM".into(),
-        pem::Error::Io(error) => format!("cannot be read: {error}"),
         error => error.to_string(),
     }
 }
 
 fn read(files: &TlsFiles) -> Result<CertifiedKey, TlsError> {
     let failed = |path: &Path, reason: String| TlsError { path: path.into(), reason };
-    let chain = CertificateDer::pem_file_iter(&files.cert).and_then(Iterator::collect::<Result<Vec<_>, _>>);
-    let chain = chain.map_err(|error| failed(&files.cert, unread(&error)))?;
+    let text = |path: &Path| {
+        let cannot = |error| failed(path, format!("cannot be read: {error}"));
+        small_file::bytes(path, TEXT_BYTES_MAX).map_err(cannot)
+    };
+    let cert = text(&files.cert)?;
+    let chain: Result<Vec<_>, _> = CertificateDer::pem_slice_iter(&cert).collect();
+    let chain = chain.map_err(|error| failed(&files.cert, no_pem(&error)))?;
     if chain.is_empty() {
         return Err(failed(&files.cert, "no certificate in PEM".into()));
     }
-    let key = PrivateKeyDer::from_pem_file(&files.key).map_err(|error| failed(&files.key, unread(&error)))?;
+    let key = PrivateKeyDer::from_pem_slice(&text(&files.key)?)
+        .map_err(|error| failed(&files.key, no_pem(&error)))?;
     CertifiedKey::from_der(chain, key, &ring::default_provider())
         .map_err(|error| failed(&files.cert, format!("does not belong to {}: {error}", files.key.display())))
 }

@@ -86,6 +86,8 @@ async fn files_that_do_not_fit_are_named() {
         (one.cert.clone(), other.key.clone(), "does not belong to"),
         (folder.join("none"), one.key.clone(), "none: cannot be read: "),
         (one.cert.clone(), one.cert.clone(), "no private key in PEM"),
+        ("/dev/zero".into(), one.key.clone(), "/dev/zero: cannot be read: more than 4194304 bytes"),
+        (one.cert.clone(), "/dev/zero".into(), "/dev/zero: cannot be read: more than 4194304 bytes"),
         (one.key.clone(), one.key.clone(), "no certificate in PEM"),
     ] {
         let mut config = config();
