@@ -119,7 +119,7 @@ pub async fn list(
     let found = store.batches(&owner(caller), after, query.limit);
     let found = found.ok_or_else(|| no_batch(after.unwrap_or_default()))?;
     let trouble = gateway.trouble();
-    let data = found.items.iter().map(|batch| object(batch, trouble.as_deref())).collect();
+    let data = found.items.iter().map(|batch| object(batch, trouble)).collect();
     Ok(Json(page(data, found.more)))
 }
 
@@ -130,7 +130,7 @@ pub async fn get(
     Path(id): Path<String>,
 ) -> Result<Json<Value>, ApiError> {
     let batch = gateway.store().await?.batch(&owner(caller), &id).ok_or_else(|| no_batch(&id))?;
-    Ok(Json(object(&batch, gateway.trouble().as_deref())))
+    Ok(Json(object(&batch, gateway.trouble())))
 }
 
 /// `POST /v1/batches/{id}/cancel`.
@@ -153,7 +153,7 @@ impl Gateway {
     }
 
     /// Why batches stand still, if they do.
-    fn trouble(&self) -> Option<String> {
+    fn trouble(&self) -> Option<&'static str> {
         self.batches.as_ref().and_then(|batches| batches.trouble())
     }
 }

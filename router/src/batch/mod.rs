@@ -7,7 +7,6 @@ mod pace;
 
 use std::collections::HashSet;
 use std::path::PathBuf;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
@@ -31,7 +30,7 @@ use pace::Pace;
 /// Batches whose lines are answered at the same time; further ones wait for these.
 const ACTIVE_MAX: usize = 32;
 
-/// A request for files or batches waits so long for the store to open: another router may be about to let go of it.
+/// A request for files or batches waits so long for the first attempt to open the store, which may have a crash to clean up.
 const OPEN_WAIT: Duration = Duration::from_secs(20);
 
 /// Between two attempts to open the store.
@@ -103,12 +102,42 @@ pub struct Batches {
     pub config: BatchConfig,
     lines: Family<Outcome, Counter>,
     running: Gauge,
-    store: watch::Sender<Option<Arc<Store>>>,
+    store: watch::Sender<Opened>,
     /// Something about a batch was changed by a client.
     changed: watch::Sender<()>,
-    closing: AtomicBool,
-    /// Why work stands still, in words; empty: it does not.
-    trouble: Mutex<String>,
+    /// Why work stands still, if it does.
+    trouble: Mutex<Option<Trouble>>,
+}
+
+/// Whether there is a store to work with.
+#[derive(Debug, Clone)]
+enum Opened {
+    /// Soon to be known.
+    Opening,
+    Yes(Arc<Store>),
+    /// Why not, in words for clients.
+    No(&'static str),
+}
+
+/// No store for any further request.
+const STOPPING: Opened = Opened::No("the server is about to stop");
+
+/// An error as the log has it, and what of it concerns clients.
+#[derive(Debug, Clone, PartialEq, Eq)]
+struct Trouble {
+    log: String,
+    told: &'static str,
+}
+
+impl Trouble {
+    fn of(error: &StoreError) -> Trouble {
+        let told = match error {
+            _ if error.is_full() => "the disk is full",
+            StoreError::Busy(_) => "another process of the server has its files and batches open",
+            _ => "the server's disk fails",
+        };
+        Trouble { log: error.to_string(), told }
+    }
 }
 
 impl Batches {
@@ -118,9 +147,8 @@ impl Batches {
             config,
             lines: Family::default(),
             running: Gauge::default(),
-            store: watch::Sender::new(None),
+            store: watch::Sender::new(Opened::Opening),
             changed: watch::Sender::new(()),
-            closing: AtomicBool::new(false),
             trouble: Mutex::default(),
         })
     }
@@ -139,19 +167,15 @@ impl Batches {
         counter("failed").inc_by(failed);
     }
 
-    /// The store, once it is open. Errors with why it is not.
-    pub async fn store(&self) -> Result<Arc<Store>, String> {
+    /// The store, as soon as it is known whether it opens. Errors with why it does not, in words for clients.
+    pub async fn store(&self) -> Result<Arc<Store>, &'static str> {
         let mut opened = self.store.subscribe();
-        let open = async {
-            if self.closing.load(Ordering::Acquire) {
-                return None;
-            }
-            opened.wait_for(Option::is_some).await.ok().and_then(|store| store.clone())
-        };
-        match timeout(OPEN_WAIT, open).await {
-            Ok(Some(store)) => Ok(store),
-            Ok(None) => Err("the server is about to stop".into()),
-            Err(_) => Err(self.trouble().unwrap_or_else(|| "files and batches are not open yet".into())),
+        let known = opened.wait_for(|opened| !matches!(opened, Opened::Opening));
+        let known = timeout(OPEN_WAIT, known).await.ok().and_then(Result::ok);
+        match known.as_deref() {
+            Some(Opened::Yes(store)) => Ok(Arc::clone(store)),
+            Some(Opened::No(why)) => Err(why),
+            Some(Opened::Opening) | None => Err("files and batches are not open yet"),
         }
     }
 
@@ -160,35 +184,31 @@ impl Batches {
         self.changed.send_replace(());
     }
 
-    /// Why no batch goes on, if none does.
-    pub fn trouble(&self) -> Option<String> {
+    /// Why no batch goes on, if none does, in words for clients.
+    pub fn trouble(&self) -> Option<&'static str> {
         let trouble = self.trouble.lock().unwrap_or_else(PoisonError::into_inner);
-        (!trouble.is_empty()).then(|| trouble.clone())
+        trouble.as_ref().map(|trouble| trouble.told)
     }
 
     /// Remembers why work stands still, and says it once; `None`: it goes on.
-    fn say(&self, trouble: Option<&StoreError>) {
-        let text = match trouble {
-            None => String::new(),
-            Some(error) if error.is_full() => format!("the disk is full ({error})"),
-            Some(error) => error.to_string(),
-        };
+    fn say(&self, error: Option<&StoreError>) {
+        let trouble = error.map(Trouble::of);
         let mut known = self.trouble.lock().unwrap_or_else(PoisonError::into_inner);
-        if *known == text {
+        if *known == trouble {
             return;
         }
-        match text.is_empty() {
-            true => tracing::info!("batches go on"),
-            false => tracing::warn!("batches wait: {text}"),
+        match &trouble {
+            None => tracing::info!("batches go on"),
+            Some(Trouble { log, .. }) => tracing::warn!("batches wait: {log}"),
         }
-        *known = text;
+        *known = trouble;
     }
 
     /// Works until `shutdown`, then lets go of the folder. Lines that were being answered then are answered after the next
     /// start.
     pub async fn run(self: Arc<Self>, answers: Arc<dyn Answers>, shutdown: CancellationToken) {
         let Some(store) = self.open(&shutdown).await else { return };
-        self.store.send_replace(Some(Arc::clone(&store)));
+        self.store.send_replace(Opened::Yes(Arc::clone(&store)));
         let pace = Arc::new(Pace::default());
         let drive = Arc::new(Drive {
             batches: Arc::clone(&self),
@@ -245,9 +265,8 @@ impl Batches {
                 }
             }
         }
-        self.closing.store(true, Ordering::Release);
+        self.store.send_replace(STOPPING);
         while tasks.join_next().await.is_some() {}
-        self.store.send_replace(None);
     }
 
     async fn open(&self, shutdown: &CancellationToken) -> Option<Arc<Store>> {
@@ -258,12 +277,15 @@ impl Batches {
                     self.say(None);
                     return Some(Arc::new(store));
                 }
-                Ok(Err(error)) => self.say(Some(&error)),
+                Ok(Err(error)) => {
+                    self.say(Some(&error));
+                    self.store.send_replace(Opened::No(Trouble::of(&error).told));
+                }
                 Err(error) => tracing::error!("batches: {error}"),
             }
             tokio::select! {
                 () = shutdown.cancelled() => {
-                    self.closing.store(true, Ordering::Release);
+                    self.store.send_replace(STOPPING);
                     return None;
                 }
                 () = sleep(OPEN_PAUSE) => {}

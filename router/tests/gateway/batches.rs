@@ -288,6 +288,27 @@ async fn a_batch_expires() {
     assert!(errors.values().all(|line| line["error"]["code"] == "batch_expired"), "{errors:?}");
 }
 
+/// Files that another process has open: clients hear so at once, and of the server's folders nothing; when it lets go, they are
+/// served.
+#[tokio::test]
+async fn a_store_in_use_is_told_at_once() {
+    let config = batch_config("in-use");
+    let folder = config.batch.as_ref().unwrap().folder.clone();
+    let other = batch::Store::open(&folder, batch::Space::default()).unwrap();
+    let gateway = Gateway::with(config, |_| says("x")).await;
+    let client = Client(&gateway, None);
+    let begun = std::time::Instant::now();
+    let (status, error) = client.json(Method::GET, "/v1/files", None).await;
+    assert!(begun.elapsed() < Duration::from_secs(10), "{:?}", begun.elapsed());
+    let message = "Not now: another process of the server has its files and batches open.";
+    assert_eq!((status, &error["error"]["message"]), (503, &json!(message)));
+    drop(other);
+    while client.json(Method::GET, "/v1/files", None).await.0 != 200 {
+        assert!(begun.elapsed() < PATIENCE, "never opened");
+        tokio::time::sleep(Duration::from_millis(10)).await;
+    }
+}
+
 /// A gateway that stops in the middle of a batch goes on with it after its next start; while it stops, it says so.
 #[tokio::test]
 async fn a_batch_goes_on_after_a_restart() {
