@@ -47,7 +47,7 @@ pub struct Terms {
     pub version: String,
     /// Identity of the model: architecture, vocabulary and weights.
     pub identity: String,
-    /// Epoch of the leader's first group; greater than any that an earlier process of it used, e.g. from the clock.
+    /// Epoch of the leader's first group; unlike any that an earlier process of it used, e.g. drawn.
     pub first_epoch: u64,
     /// For a backend with a fabric of its own.
     pub native: Option<Native>,

@@ -3,7 +3,7 @@
 use std::net::TcpListener;
 use std::sync::Arc;
 use std::thread;
-use std::time::{Instant, SystemTime, UNIX_EPOCH};
+use std::time::Instant;
 
 use backend::{Backend, BackendError, DeviceOptions, KvSpec};
 use backend_cpu::CpuBackend;
@@ -288,7 +288,7 @@ fn serve<B: Backend>(
         },
         version: env!("CARGO_PKG_VERSION").into(),
         identity: format!("{} {} {} {}", identity.graph, identity.vocab, identity.weights, config.dtype),
-        first_epoch: first_epoch(),
+        first_epoch: first_epoch()?,
         native,
     };
     Ok(engine::serve(&mut runner, place, &terms, commands)?)
@@ -339,7 +339,10 @@ impl tls::Peers for Peers {
     }
 }
 
-/// Greater than any epoch of an earlier process: milliseconds since 1970.
-fn first_epoch() -> u64 {
-    SystemTime::now().duration_since(UNIX_EPOCH).map_or(1, |since| since.as_millis() as u64)
+/// Unlike any epoch of an earlier process, whatever the system's clock says: as large as people can still read.
+fn first_epoch() -> Result<u64, NodeError> {
+    let failed = |error: getrandom::Error| std::io::Error::other(error.to_string());
+    let random = getrandom::u64().map_err(failed);
+    let random = random.map_err(|reason| NodeError::System { what: "random numbers", reason })?;
+    Ok(1 + (random >> 24))
 }

@@ -1,33 +1,26 @@
 //! The cluster's certificate authority: made at the first start, kept in a directory that only its owner may read. The router
 //! has it; nobody else needs it.
 
-use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use rcgen::{
     BasicConstraints, CertificateParams, DistinguishedName, DnType, ExtendedKeyUsagePurpose, IsCa, Issuer,
-    KeyPair, KeyUsagePurpose, PKCS_ECDSA_P256_SHA256, PublicKeyData, SignatureAlgorithm,
+    KeyPair, KeyUsagePurpose, PKCS_ECDSA_P256_SHA256, PublicKeyData, SignatureAlgorithm, date_time_ymd,
 };
 use rustls::pki_types::CertificateDer;
 use rustls::pki_types::pem::PemObject;
 use sha2::{Digest, Sha256};
-use time::{Duration, OffsetDateTime};
 
 use super::{Identity, NODE, ROUTER, TOKEN_SUFFIX, private_file};
 use crate::auth::{ClusterToken, TokenError};
+use crate::small_file::{self, TEXT_BYTES_MAX};
 
 const CERT: &str = "ca-cert.pem";
 const KEY: &str = "ca-key.pem";
 const SECRET: &str = "cluster-secret";
 
-/// The authority itself; with it ends the cluster.
-const CA_YEARS: i64 = 20;
-/// A node's certificate; every start gets a new one.
-const LEAF_DAYS: i64 = 400;
-/// Clocks of machines differ.
-const SKEW: Duration = Duration::days(1);
 /// A P-256 point, uncompressed.
 const POINT_BYTES: usize = 65;
 
@@ -78,24 +71,24 @@ impl Authority {
         if !cert.exists() {
             // The certificate last: where it is, the rest is.
             let pair = KeyPair::generate().map_err(|error| wrong(&key, error.to_string()))?;
-            let made = params(OffsetDateTime::now_utc()).self_signed(&pair);
+            let made = params().self_signed(&pair);
             let made = made.map_err(|error| wrong(&cert, error.to_string()))?;
             private_file::write(&key, pair.serialize_pem().as_bytes()).map_err(io(&key))?;
             let token = ClusterToken::generate()?;
             private_file::write(&secret, token.expose().as_bytes()).map_err(io(&secret))?;
             private_file::write(&cert, made.pem().as_bytes()).map_err(io(&cert))?;
         }
-        let cert_pem = fs::read_to_string(&cert).map_err(io(&cert))?;
+        let cert_pem = small_file::text(&cert, TEXT_BYTES_MAX).map_err(io(&cert))?;
         let der = CertificateDer::from_pem_slice(cert_pem.as_bytes())
             .map_err(|error| wrong(&cert, error.to_string()))?;
-        let pair = fs::read_to_string(&key).map_err(io(&key))?;
+        let pair = small_file::text(&key, TEXT_BYTES_MAX).map_err(io(&key))?;
         let pair = KeyPair::from_pem(&pair).map_err(|error| wrong(&key, error.to_string()))?;
         Ok(Authority {
             folder: folder.into(),
             fingerprint: Sha256::digest(&der).into(),
             cert_pem,
-            // What it signs with its name; the dates of its own certificate do not matter here.
-            issuer: Issuer::new(params(OffsetDateTime::now_utc()), pair),
+            // What it signs with: its name.
+            issuer: Issuer::new(params(), pair),
             secret: ClusterToken::read(&secret)?,
         })
     }
@@ -148,20 +141,18 @@ impl Authority {
     }
 }
 
-fn params(now: OffsetDateTime) -> CertificateParams {
+fn params() -> CertificateParams {
     let mut params = CertificateParams::default();
     let mut name = DistinguishedName::new();
     name.push(DnType::CommonName, "baton cluster");
     params.distinguished_name = name;
     params.is_ca = IsCa::Ca(BasicConstraints::Constrained(0));
     params.key_usages = vec![KeyUsagePurpose::KeyCertSign, KeyUsagePurpose::CrlSign];
-    params.not_before = now - SKEW;
-    params.not_after = now + Duration::days(365 * CA_YEARS);
+    undated(&mut params);
     params
 }
 
 fn leaf(names: Vec<String>) -> Result<CertificateParams, rcgen::Error> {
-    let now = OffsetDateTime::now_utc();
     let mut name = DistinguishedName::new();
     name.push(DnType::CommonName, names[0].clone());
     let mut params = CertificateParams::new(names)?;
@@ -172,9 +163,15 @@ fn leaf(names: Vec<String>) -> Result<CertificateParams, rcgen::Error> {
     params.extended_key_usages =
         vec![ExtendedKeyUsagePurpose::ServerAuth, ExtendedKeyUsagePurpose::ClientAuth];
     params.use_authority_key_identifier_extension = true;
-    params.not_before = now - SKEW;
-    params.not_after = now + Duration::days(LEAF_DAYS);
+    undated(&mut params);
     Ok(params)
+}
+
+/// Certificates say who somebody is, and not until when: a node's key ends with its process, and trust in it with its join token,
+/// whatever the clocks of the machines say.
+fn undated(params: &mut CertificateParams) {
+    params.not_before = date_time_ymd(1970, 1, 1);
+    params.not_after = date_time_ymd(9999, 12, 31);
 }
 
 /// A node's public key. That it has the private one shows at the first connection with the certificate.
@@ -192,7 +189,35 @@ impl PublicKeyData for Point<'_> {
 
 #[cfg(test)]
 mod tests {
+    use std::fs;
+    use std::time::Duration;
+
+    use rustls::client::danger::ServerCertVerifier;
+    use rustls::pki_types::{ServerName, UnixTime};
+
     use super::*;
+    use crate::Tokens;
+    use crate::trust::pinned::Pinned;
+
+    /// Protects: a machine whose clock stands at 1970, or a process that runs for years, is still known.
+    #[test]
+    fn certificates_hold_whatever_the_clock_says() {
+        let folder = std::env::temp_dir().join(format!("baton-undated-{}", std::process::id()));
+        let _ = fs::remove_dir_all(&folder);
+        let authority = Authority::open(&folder).unwrap();
+        let key = KeyPair::generate().unwrap();
+        let cert = authority.certify("ab", key.public_key_raw()).unwrap();
+        let [cert, ca] = [&cert, authority.certificate()]
+            .map(|pem| CertificateDer::from_pem_slice(pem.as_bytes()).unwrap());
+        let name = ServerName::try_from(NODE).unwrap();
+        for seconds in [0, 4_000_000_000, 250_000_000_000] {
+            let now = UnixTime::since_unix_epoch(Duration::from_secs(seconds));
+            let pinned = Pinned::new(authority.fingerprint());
+            let verified = pinned.verify_server_cert(&cert, std::slice::from_ref(&ca), &name, &[], now);
+            assert!(verified.is_ok(), "{seconds} s after 1970: {verified:?}");
+        }
+        fs::remove_dir_all(folder).unwrap();
+    }
 
     /// Made once, private, and the same when it is opened again.
     #[test]
@@ -212,6 +237,18 @@ mod tests {
             );
         }
         assert!(first.certify("ab", &[4; 64]).is_err());
+        // No file of the directory is read without end.
+        for file in [CERT, KEY, SECRET, "join-tokens.json"] {
+            let (path, aside) = (folder.join(file), folder.join("aside"));
+            let was_there = fs::rename(&path, &aside).is_ok();
+            std::os::unix::fs::symlink("/dev/zero", &path).unwrap();
+            let open = || Authority::open(&folder).err().map(|error| error.to_string());
+            let list = || Tokens::read(&folder).err().map(|error| error.to_string());
+            let refused = if was_there { open() } else { list() }.unwrap();
+            assert!(refused.contains(file) && refused.contains("more than"), "{refused}");
+            fs::remove_file(&path).unwrap();
+            let _ = fs::rename(&aside, &path);
+        }
         fs::remove_dir_all(folder).unwrap();
     }
 }
