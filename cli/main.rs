@@ -91,7 +91,7 @@ fn main() -> ExitCode {
         Ok(code) => code,
         Err(error) => {
             // Nobody may be there to read it (`baton ... 2>&1 | head`).
-            _ = writeln!(std::io::stderr(), "baton: {error:#}");
+            _ = writeln!(std::io::stderr(), "baton: {}", cluster::process::chain(error.as_ref()));
             ExitCode::FAILURE
         }
     }

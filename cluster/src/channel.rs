@@ -2,6 +2,7 @@
 //!
 //! Callers: [`crate::client`] (node to router), the router's dispatch (router to nodes), the binary's `status`.
 
+use std::error::Error;
 use std::time::Duration;
 
 use proto::v1::cluster_client::ClusterClient;
@@ -11,6 +12,7 @@ use tonic::service::interceptor::InterceptedService;
 use tonic::transport::{Channel, Endpoint};
 
 use crate::auth::{ClientAuth, ClusterToken};
+use crate::process::chain;
 
 /// A channel that carries the cluster token.
 pub type NodeChannel = InterceptedService<Channel, ClientAuth>;
@@ -72,6 +74,18 @@ pub(crate) fn endpoint(address: &str, tls: bool) -> Result<Endpoint, BadAddress>
         .keep_alive_while_idle(true)
         .initial_stream_window_size(STREAM_WINDOW_BYTES)
         .initial_connection_window_size(CONNECTION_WINDOW_BYTES))
+}
+
+/// Why a router was not reached, in one line. Where something else answers, most likely its port for clients, that is said.
+pub(crate) fn behind(error: &dyn Error) -> String {
+    let text = chain(error);
+    let other = ["http2 error", "received fatal alert: NoApplicationProtocol", "received corrupt message"];
+    match other.iter().any(|part| text.contains(part)) {
+        true => {
+            format!("{text} (nodes join at the router's --cluster-bind, another port than that for clients)")
+        }
+        false => text,
+    }
 }
 
 /// Client of a router's membership service, with the limits of [`proto`].

@@ -2,6 +2,7 @@
 //!
 //! Caller: the binary, once per process. Tests and libraries take the token as an argument instead.
 
+use std::error::Error;
 use std::io::{self, IsTerminal};
 use std::str::FromStr;
 
@@ -39,6 +40,20 @@ impl std::fmt::Display for LogFormat {
             LogFormat::Json => "json",
         })
     }
+}
+
+/// An error and what is behind it, each said once, in one line.
+pub fn chain(error: &dyn Error) -> String {
+    let mut text = error.to_string();
+    let mut source = error.source();
+    while let Some(error) = source {
+        let next = error.to_string();
+        if !text.ends_with(&next) {
+            text = format!("{text}: {next}");
+        }
+        source = error.source();
+    }
+    text
 }
 
 /// Why a process did not start.

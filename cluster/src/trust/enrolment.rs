@@ -17,7 +17,7 @@ use tonic::{Code, Request, Response, Status};
 use super::pinned::Pinned;
 use super::{Authority, Identity, JoinToken, ROUTER, Tokens};
 use crate::auth::ClusterToken;
-use crate::channel::{BadAddress, CONNECT_TIMEOUT, endpoint};
+use crate::channel::{BadAddress, CONNECT_TIMEOUT, behind, endpoint};
 use crate::refusals::{Door, Refusals};
 
 /// A router that answers takes no longer.
@@ -121,7 +121,7 @@ pub async fn enroll(router: &str, token: &JoinToken) -> Result<ClusterToken, Enr
     let channel = match tokio::time::timeout(TIMEOUT, endpoint.connect()).await {
         Ok(Ok(channel)) => channel,
         Ok(Err(error)) => {
-            let reason = chain(&error);
+            let reason = behind(&error);
             return Err(match reason.contains("UnknownIssuer") {
                 true => EnrollError::Stranger { router: router.into() },
                 false => away(reason),
@@ -147,18 +147,4 @@ pub async fn enroll(router: &str, token: &JoinToken) -> Result<ClusterToken, Enr
     let secret = ClusterToken::parse(&reply.cluster_secret).map_err(|error| refused(error.to_string()))?;
     let identity = Identity::node(reply.certificate, reply.authority, key.serialize_pem());
     Ok(secret.with_identity(Arc::new(identity)))
-}
-
-/// An error and all that is behind it, in one line.
-fn chain(error: &dyn std::error::Error) -> String {
-    let mut text = error.to_string();
-    let mut source = error.source();
-    while let Some(error) = source {
-        let next = error.to_string();
-        if !text.ends_with(&next) {
-            text = format!("{text}: {next}");
-        }
-        source = error.source();
-    }
-    text
 }
