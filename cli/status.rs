@@ -1,6 +1,8 @@
 //! `baton status`: the cluster as its router sees it.
 
 use anyhow::{Context, Result};
+use cluster::client::one_line;
+use cluster::process::chain;
 use proto::v1::{MemberStatus, NodeReport, Role, StatusReply, StatusRequest};
 use serde_json::{Value, json};
 
@@ -49,14 +51,25 @@ pub async fn ask(up: u16, flags: &mut Flags<StatusSettings>) -> Result<StatusRep
         flags.config = Some(run_file);
         settings = config::load("status", flags)?;
     }
-    let token = match settings.entry()? {
+    let mut failed = Vec::new();
+    for router in &settings.router {
+        match ask_router(router, settings.entry()?).await {
+            Ok(reply) => return Ok(reply),
+            Err(error) => failed.push(chain(error.as_ref())),
+        }
+    }
+    anyhow::bail!(failed.join("; "))
+}
+
+async fn ask_router(router: &str, entry: Entry) -> Result<StatusReply> {
+    let token = match entry {
         Entry::Secret(secret) => secret,
-        Entry::Join(token) => cluster::enroll(&settings.router, &token).await?,
+        Entry::Join(token) => cluster::enroll(router, &token).await?,
     };
-    let channel = cluster::connect_lazy(&settings.router, &token)?;
+    let channel = cluster::connect_lazy(router, &token)?;
     let reply = cluster::channel::cluster_client(channel).status(StatusRequest {}).await;
-    let reply = reply.map_err(|status| anyhow::anyhow!("{}", status.message()));
-    Ok(reply.with_context(|| format!("router {}", settings.router))?.into_inner())
+    let reply = reply.map_err(|status| anyhow::anyhow!(one_line(&status)));
+    Ok(reply.with_context(|| format!("router {router}"))?.into_inner())
 }
 
 fn table_of(reply: &StatusReply) -> String {

@@ -22,8 +22,8 @@ settings! {
         model: PathBuf ["MODEL"];
         /// Name that the cluster serves the model under [default: the directory's, or NAME]
         served_name: Option<Name> ["NAME"];
-        /// The router's cluster address
-        router: String ["HOST:PORT"] = "127.0.0.1:8001";
+        /// The router's cluster address; several routers may share the node
+        router: Vec<String> ["HOST:PORT,..."] = "127.0.0.1:8001";
         /// Join token; better from a file, arguments are seen by every user of the machine
         token: Option<Secret> ["TOKEN"];
         /// File that holds the join token, or the cluster's secret
@@ -117,6 +117,10 @@ choice!(LoadFormat { "files" => LoadFormat::Files, "dummy" => LoadFormat::Dummy 
 
 impl NodeSettings {
     fn check(&self) -> Result<()> {
+        let routers = &self.router;
+        ensure!(!routers.is_empty(), "router is empty: a node has at least one");
+        let twice = routers.iter().enumerate().find(|(index, router)| routers[..*index].contains(router));
+        ensure!(twice.is_none(), "router names {} twice", twice.map_or("", |(_, router)| router));
         let (tp, rank) = (self.tp, self.rank);
         ensure!(tp > 0, "tp is 0: a group has at least one rank");
         ensure!(rank < tp, "rank {rank} is not below tp {tp}");

@@ -2,7 +2,7 @@
 
 use std::path::PathBuf;
 
-use anyhow::Result;
+use anyhow::{Result, ensure};
 
 use super::Entry;
 use super::setting::settings;
@@ -11,8 +11,8 @@ use super::value::Secret;
 settings! {
     /// Whom to ask.
     pub struct StatusSettings {
-        /// The router's cluster address
-        router: String ["HOST:PORT"] = "127.0.0.1:8001";
+        /// The router's cluster address; of several the first that answers
+        router: Vec<String> ["HOST:PORT,..."] = "127.0.0.1:8001";
         /// Join token; better from a file
         token: Option<Secret> ["TOKEN"];
         /// File that holds the join token, or the cluster's secret
@@ -22,6 +22,7 @@ settings! {
 
 impl StatusSettings {
     fn check(&self) -> Result<()> {
+        ensure!(!self.router.is_empty(), "router is empty: give the address of one");
         Ok(())
     }
 

@@ -51,14 +51,14 @@ async fn model(named: &Path, want: Want, shutdown: &Shutdown) -> Result<Option<L
     }
 }
 
-/// What a node is part of the cluster by: given, or got from the router, which may be away for as long as it likes. `None` when
-/// told to stop meanwhile.
-async fn enter(entry: Entry, router: &str, shutdown: &Shutdown) -> Result<Option<ClusterToken>> {
+/// What a node is part of the cluster by: given, or got from one of its routers, which may be away for as long as they like. `None`
+/// when told to stop meanwhile.
+async fn enter(entry: Entry, routers: &[String], shutdown: &Shutdown) -> Result<Option<ClusterToken>> {
     let token = match entry {
         Entry::Secret(secret) => return Ok(Some(secret)),
         Entry::Join(token) => token,
     };
-    for attempt in 0u32.. {
+    for (attempt, router) in (0u32..).zip(routers.iter().cycle()) {
         let enrolled = tokio::select! {
             enrolled = cluster::enroll(router, &token) => enrolled,
             () = shutdown.cancelled() => return Ok(None),

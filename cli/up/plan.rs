@@ -177,7 +177,7 @@ mod tests {
                         (node.kv_memory.bytes(), node.context, node.threads),
                         (Some(64 << 20), Some(512), Some(2))
                     );
-                    assert_eq!(node.router, "127.0.0.1:20000");
+                    assert_eq!(node.router, ["127.0.0.1:20000"]);
                     assert_eq!(node.otlp_endpoint.as_deref(), Some("http://127.0.0.1:4318"));
                     pages.extend(node.metrics_bind.map(|page| page.port()));
                     leaders.extend(node.leader.map(|leader| (leader, node.rank)));

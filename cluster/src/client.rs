@@ -1,20 +1,24 @@
 //! The node's end of membership: join, report, come back after every interruption, obey a drain; and hear which join tokens were
 //! revoked.
 //!
-//! Callers: prefill and decode nodes, one [`join`] per node, beside its own server; one [`follow_revocations`] per process, which
-//! is a rank.
+//! Callers: prefill and decode nodes, one [`join_all`] per node, beside its own server; one [`follow_revocations`] per process,
+//! which is a rank, and router.
 
+use std::collections::BTreeSet;
+use std::error::Error;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use proto::v1::{JoinRequest, NodeReport, RevocationsRequest};
 use tokio::sync::mpsc;
+use tokio::task::JoinSet;
 use tokio::time::Instant;
 use tokio_stream::wrappers::ReceiverStream;
 use tokio_util::sync::CancellationToken;
 use tonic::{Code, Status};
 
 use crate::auth::ClusterToken;
-use crate::channel::{BadAddress, NodeChannel, cluster_client, connect_lazy};
+use crate::channel::{BadAddress, NodeChannel, behind, cluster_client, connect_lazy};
 
 /// First pause after a failure; doubles up to [`RETRY_MAX`].
 const RETRY_MIN: Duration = Duration::from_millis(100);
@@ -27,6 +31,9 @@ const JOIN_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// A router that could not be joined for this long is said to be away, and again after as long.
 const ABSENT_AFTER: Duration = Duration::from_secs(10);
+
+/// A router that refused the node while others have it is asked again after this.
+const REFUSED_PAUSE: Duration = Duration::from_secs(30);
 
 /// The last report gets this long to arrive when the node leaves.
 const LEAVE_TIMEOUT: Duration = Duration::from_secs(1);
@@ -74,6 +81,56 @@ impl From<BadAddress> for JoinError {
     fn from(address: BadAddress) -> JoinError {
         JoinError::Address(address)
     }
+}
+
+/// As [`join`] at each of `routers`, which know nothing of each other: what one of them says or does ends nothing at the others.
+/// Where several are named, one that refuses the node is asked again as long as not all do.
+pub async fn join_all(
+    routers: Vec<String>,
+    request: JoinRequest,
+    token: &ClusterToken,
+    report: impl Fn() -> NodeReport + Send + Sync + 'static,
+    event: impl Fn(JoinEvent) + Send + Sync + 'static,
+    shutdown: CancellationToken,
+) -> Result<(), JoinError> {
+    let (report, event) = (Arc::new(report), Arc::new(event));
+    let refusing = Arc::new(Mutex::new(BTreeSet::new()));
+    let (mut memberships, count) = (JoinSet::new(), routers.len());
+    for router in routers {
+        let (request, token) = (request.clone(), token.clone());
+        let (report, event, refusing) = (report.clone(), event.clone(), refusing.clone());
+        let shutdown = shutdown.clone();
+        memberships.spawn(async move {
+            let refusing = || refusing.lock().unwrap_or_else(PoisonError::into_inner);
+            loop {
+                let told = |told: JoinEvent| {
+                    if matches!(told, JoinEvent::Joined { .. }) {
+                        refusing().remove(&router);
+                    }
+                    event(told);
+                };
+                let ended = join(&router, request.clone(), &token, &*report, told, shutdown.clone()).await;
+                let Err(error @ JoinError::Refused { .. }) = ended else { return ended };
+                let all_refuse = {
+                    let mut refusing = refusing();
+                    refusing.insert(router.clone());
+                    refusing.len() == count
+                };
+                if all_refuse {
+                    return Err(error);
+                }
+                tracing::error!("{error}; it is asked again, and the other routers go on");
+                tokio::select! {
+                    () = shutdown.cancelled() => return Ok(()),
+                    () = tokio::time::sleep(REFUSED_PAUSE) => {}
+                }
+            }
+        });
+    }
+    while let Some(ended) = memberships.join_next().await {
+        ended.unwrap_or_else(|error| std::panic::resume_unwind(error.into_panic()))?;
+    }
+    Ok(())
 }
 
 /// Keeps the node a member of the router's cluster until `shutdown`, then leaves. `report` is asked at every heartbeat,
@@ -130,10 +187,23 @@ pub async fn join(
     }
 }
 
-/// Hears from the router which join tokens were revoked, and notes it in the [`Revocations`](crate::trust::Revocations) of `token`,
-/// for ever: it returns when this process's own token was revoked, or when trying again cannot help. Without certificates there is
-/// nothing to hear.
-pub async fn follow_revocations(router: &str, token: &ClusterToken) -> JoinError {
+/// Hears from each of `routers` which join tokens were revoked, and notes it in the
+/// [`Revocations`](crate::trust::Revocations) of `token`, for ever: it returns when this process's own token was revoked, or when
+/// trying again cannot help. Without certificates there is nothing to hear.
+pub async fn follow_revocations(routers: Vec<String>, token: &ClusterToken) -> JoinError {
+    let mut followed = JoinSet::new();
+    for router in routers {
+        let token = token.clone();
+        followed.spawn(async move { follow_revocations_of(&router, &token).await });
+    }
+    match followed.join_next().await {
+        Some(Ok(error)) => error,
+        Some(Err(error)) => std::panic::resume_unwind(error.into_panic()),
+        None => std::future::pending().await,
+    }
+}
+
+async fn follow_revocations_of(router: &str, token: &ClusterToken) -> JoinError {
     let revocations = token.identity().and_then(|identity| identity.revocations());
     let Some(revocations) = revocations else { return std::future::pending().await };
     let channel = match connect_lazy(router, token) {
@@ -254,7 +324,12 @@ fn is_final(status: &Status) -> bool {
     )
 }
 
-fn one_line(status: &Status) -> String {
+/// What a router said, or why it was not reached.
+pub fn one_line(status: &Status) -> String {
+    // Of a connection; what a router said has nothing behind it.
+    if let Some(error) = status.source() {
+        return behind(error);
+    }
     match (status.code(), status.message()) {
         (Code::Unimplemented, _) => "it serves no membership, is this a router?".to_string(),
         (code, "") => code.description().to_string(),

@@ -20,7 +20,7 @@ pub mod trust;
 pub use admission::Refusal;
 pub use auth::{ClusterToken, TokenError, require_loopback_or_insecure};
 pub use channel::{NodeChannel, connect_lazy};
-pub use client::{JoinError, JoinEvent, follow_revocations, join};
+pub use client::{JoinError, JoinEvent, follow_revocations, join, join_all};
 pub use membership::{Member, Membership, MembershipConfig};
 pub use refusals::{Door, Refusals};
 pub use service::{ClusterService, Members, Snapshot};

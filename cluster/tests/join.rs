@@ -49,13 +49,18 @@ impl Router {
 type Node = (JoinHandle<Result<(), JoinError>>, mpsc::UnboundedReceiver<JoinEvent>, CancellationToken);
 
 fn start(router: SocketAddr, request: JoinRequest, token: &ClusterToken) -> Node {
+    start_at(&[router], request, token)
+}
+
+fn start_at(routers: &[SocketAddr], request: JoinRequest, token: &ClusterToken) -> Node {
+    let routers: Vec<String> = routers.iter().map(SocketAddr::to_string).collect();
     let (events, heard) = mpsc::unbounded_channel();
     let shutdown = CancellationToken::new();
     let (token, stop) = (token.clone(), shutdown.clone());
     let task = tokio::spawn(async move {
         let report = || NodeReport { ready: true, running: 2, ..NodeReport::default() };
-        let event = |event| drop(events.send(event));
-        cluster::join(&router.to_string(), request, &token, report, event, stop).await
+        let event = move |event| drop(events.send(event));
+        cluster::join_all(routers, request, &token, report, event, stop).await
     });
     (task, heard, shutdown)
 }
@@ -126,6 +131,37 @@ async fn refusals_end_the_node() {
         )
     );
     assert_eq!(router.members.snapshot().members.len(), 1);
+}
+
+/// Protects: each of several routers has a node by itself; what one does, be it to refuse the node or to end, costs it no other,
+/// and only when all refuse it does it end.
+#[tokio::test]
+async fn several_routers_have_a_node_each_by_itself() {
+    let (token, other) = (ClusterToken::generate().unwrap(), ClusterToken::generate().unwrap());
+    let [first, second] = [Router::start(any_port(), &token).await, Router::start(any_port(), &token).await];
+    let [stranger, another] =
+        [Router::start(any_port(), &other).await, Router::start(any_port(), &other).await];
+    let routers = [first.address, stranger.address, second.address];
+    let (task, mut events, shutdown) = start_at(&routers, node("d0", Role::Decode), &token);
+    for router in [&first, &second] {
+        router.until("ready", |now| now.find("d0").is_some_and(|member| member.ready())).await;
+    }
+    let refused = async {
+        while other.refusals().all().is_empty() {
+            tokio::task::yield_now().await;
+        }
+    };
+    tokio::time::timeout(PATIENCE, refused).await.expect("a refusal");
+    first.shutdown.cancel();
+    first.task.await.unwrap();
+    while !matches!(events.recv().await, Some(JoinEvent::Lost { .. })) {}
+    assert!(second.members.drain("d0"));
+    while events.recv().await != Some(JoinEvent::Drain) {}
+    shutdown.cancel();
+    assert_eq!(task.await.unwrap(), Ok(()));
+
+    let strangers = start_at(&[stranger.address, another.address], node("d0", Role::Decode), &token);
+    assert!(refusal(strangers).await.ends_with("refused this node: wrong cluster token"));
 }
 
 /// Protects: a node outlives its router and is in again when one is back, and a node may start before its router.

@@ -267,7 +267,7 @@ async fn revoked_is_out() {
         let (address, token, stop) = (address.clone(), token.clone(), router.stop.clone());
         follows.push(tokio::spawn({
             let (address, token) = (address.clone(), token.clone());
-            async move { follow_revocations(&address, &token).await }
+            async move { follow_revocations(vec![address], &token).await }
         }));
         joins.push(tokio::spawn(async move {
             let report = || NodeReport { ready: true, ..NodeReport::default() };

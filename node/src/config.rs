@@ -19,8 +19,8 @@ pub struct NodeConfig {
     pub served_name: String,
     /// Where weights come from.
     pub load_format: LoadFormat,
-    /// The router's cluster address, `host:port`.
-    pub router: String,
+    /// Cluster addresses of the routers, `host:port`; each knows of the node by itself.
+    pub routers: Vec<String>,
     /// Secret shared by the cluster's processes.
     pub token: cluster::ClusterToken,
     /// Where gRPC is served; port 0 picks one.
@@ -143,7 +143,7 @@ pub enum BackendKind {
 pub struct GroupConfig {
     /// Number of ranks.
     pub world: usize,
-    /// This process's rank; 0 leads, serves gRPC and joins the router.
+    /// This process's rank; 0 leads, serves gRPC and joins the routers.
     pub rank: usize,
     /// Where the leader waits for the other ranks (bound by rank 0, dialled by the others); unused for one rank.
     pub leader: Option<String>,

@@ -24,18 +24,18 @@ const STOP_GRACE: Duration = Duration::from_secs(2);
 type Ended = oneshot::Receiver<Result<(), NodeError>>;
 
 /// Runs one rank of a node until `shutdown`, then lets running work end. `service` makes the role's gRPC service.
-/// Errors when the node cannot start, when the router refuses it or has revoked its join token, or when its device fails.
+/// Errors when the node cannot start, when its routers refuse it or one has revoked its join token, or when its device fails.
 pub async fn run(
     config: NodeConfig,
     role: Role,
     shutdown: Shutdown,
     service: impl FnOnce(Engine, Grammars) -> Routes,
 ) -> Result<(), NodeError> {
-    let (router, token) = (config.router.clone(), config.token.clone());
+    let (routers, token) = (config.routers.clone(), config.token.clone());
     tokio::select! {
         end = work(config, role, shutdown, service) => end,
         // At once: it has no part in the cluster any more, and nothing that it still computes is wanted.
-        refused = cluster::follow_revocations(&router, &token) => Err(refused.into()),
+        refused = cluster::follow_revocations(routers, &token) => Err(refused.into()),
     }
 }
 
@@ -118,7 +118,7 @@ async fn work(
                 JoinEvent::Joined { .. } | JoinEvent::Lost { .. } => {}
             };
             let report = move || report::heartbeat(&beat, &links);
-            cluster::join(&config.router, request, &config.token, report, told, leave).await
+            cluster::join_all(config.routers, request, &config.token, report, told, leave).await
         })
     };
     let (mut serving, mut member) = (serving, member);

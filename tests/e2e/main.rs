@@ -16,6 +16,7 @@ mod parity;
 mod parts;
 mod priority;
 mod rolling;
+mod routers;
 mod scores;
 mod settings;
 mod traces;

@@ -60,7 +60,7 @@ pub async fn node(spec: &str) -> Result<()> {
         model: spec.model,
         served_name: SERVED.into(),
         load_format: if spec.dummy { LoadFormat::Dummy { seed: SEED } } else { LoadFormat::Files },
-        router: spec.router,
+        routers: vec![spec.router],
         token: token()?,
         bind: any,
         kv_bind: any,
