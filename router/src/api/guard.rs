@@ -172,8 +172,8 @@ pub async fn cors(State(gateway): State<Arc<Gateway>>, request: Request, next: N
     response
 }
 
-/// Asks for a key, if there are keys, and holds its owner to what they may use. The answer holds a place until it has been
-/// sent, or nobody wants it any more.
+/// Asks for a key, if there are keys, and holds its owner to what they may use; to look at models, files or a batch on its way, or
+/// to delete something, is no use. The answer holds a place until it has been sent, or nobody wants it any more.
 pub async fn key(
     State(gateway): State<Arc<Gateway>>,
     mut request: Request,
@@ -183,7 +183,8 @@ pub async fn key(
     let caller = gateway.keys.caller(request.headers());
     let caller = caller.inspect_err(|_| refusals.count(Door::Http, "key"))?;
     let Some(caller) = caller else { return Ok(next.run(request).await) };
-    let place = caller.enter(Instant::now()).map_err(|exhausted| {
+    let enter = || caller.enter(Instant::now());
+    let place = (request.method() == Method::POST).then(enter).transpose().map_err(|exhausted| {
         refusals.count(Door::Http, exhausted.what);
         ApiError::exhausted(&exhausted)
     })?;
