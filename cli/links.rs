@@ -27,7 +27,7 @@ pub fn table_of(reply: &StatusReply) -> String {
             rate(link.probed_gbytes_per_s),
             rate(link.gbytes_per_s),
             amount(link.bytes),
-            link.via.clone(),
+            if link.via.is_empty() { "-".into() } else { link.via.clone() },
             if link.bytes > 0 { link.way.clone() } else { "-".into() },
             state.to_owned(),
         ]);
@@ -115,7 +115,7 @@ mod tests {
             table_of(&reply),
             "FROM  TO                RTT     PROBED     PUSHED  SENT  VIA                       BY  STATE\n\
              gpu   10.0.0.2:8011     120 us  1.17 GB/s  -       0 kB  eth1 mtu 9000 10000 Mb/s  -   ok\n\
-             gpu   192.168.1.2:8011  -       -          -       0 kB                            -   connection timed out\n\
+             gpu   192.168.1.2:8011  -       -          -       0 kB  -                         -   connection timed out\n\
              \n\
              ! gpu: wlan0 is Wi-Fi: use a cable\n\
              ! gpu cannot reach 192.168.1.2:8011: connection timed out (a firewall that drops packets, or no way there)\n\

@@ -55,6 +55,7 @@ enum Command {
     /// Show where a batch is
     Status {
         /// The batch's id
+        #[arg(value_parser = batch_id)]
         id: String,
         /// Wait for its end
         #[arg(long)]
@@ -65,6 +66,7 @@ enum Command {
     /// Fetch the answers of a batch that has ended: good ones first, then errors
     Results {
         /// The batch's id
+        #[arg(value_parser = batch_id)]
         id: String,
         /// Where to [default: standard output]
         #[arg(short, long, value_name = "FILE")]
@@ -75,6 +77,7 @@ enum Command {
     /// End a batch; what was answered stays
     Cancel {
         /// The batch's id
+        #[arg(value_parser = batch_id)]
         id: String,
         #[command(flatten)]
         server: Server,
@@ -193,6 +196,12 @@ async fn aside<T: Send + 'static>(work: impl FnOnce() -> Result<T> + Send + 'sta
 /// What begins a batch of an uploaded file.
 fn request(file: &str, window: &str, endpoint: &str) -> Value {
     json!({"input_file_id": file, "endpoint": endpoint, "completion_window": window})
+}
+
+/// An id becomes part of an address: what is none must not lead elsewhere.
+fn batch_id(text: &str) -> Result<String, &'static str> {
+    let plain = !text.is_empty() && text.bytes().all(|b| b.is_ascii_alphanumeric() || b"_-".contains(&b));
+    if plain { Ok(text.into()) } else { Err("a batch's id is letters, digits, _ and -") }
 }
 
 fn id_of(batch: &Value) -> Result<String> {

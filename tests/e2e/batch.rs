@@ -257,6 +257,9 @@ async fn a_file_is_answered() {
     assert!(!ok && results.lines().count() == 2 && results.contains("max_tokens"), "{results}");
     let (ok, list, _) = batch(&url, &["list"]);
     assert!(ok && list.lines().next().is_some_and(|line| line.contains(id)), "{list}");
+    // Nothing that is no id becomes part of an address.
+    let (ok, _, stderr) = batch(&url, &["status", "../models"]);
+    assert!(!ok && stderr.contains("a batch's id is"), "{stderr}");
     let (ok, _, stderr) = batch(&url, &["cancel", id]);
     assert!(!ok && stderr.contains("completed"), "{stderr}");
     fs::write(&two, "{\"custom_id\": 1, \"url\": \"/v1/completions\", \"body\": {}}\n").expect("writes");
