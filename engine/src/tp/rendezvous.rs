@@ -192,7 +192,13 @@ fn await_answer(stream: &TcpStream, stop: &dyn Fn() -> bool) -> Result<(), TpErr
         match stream.peek(&mut [0]) {
             Ok(0) => return Err(TpError::Closed),
             Ok(_) => return timeouts(stream, GREETING_WAIT),
-            Err(error) if !matches!(error.kind(), ErrorKind::WouldBlock | ErrorKind::TimedOut) => {
+            // Interrupted: this process was stopped and resumed.
+            Err(error)
+                if !matches!(
+                    error.kind(),
+                    ErrorKind::WouldBlock | ErrorKind::TimedOut | ErrorKind::Interrupted
+                ) =>
+            {
                 return Err(error.into());
             }
             Err(_) if stop() => return Err(TpError::Stopped),

@@ -103,7 +103,16 @@ impl Trust {
         let peer = stream.peer_addr()?.ip();
         stream.set_read_timeout(Some(left(until)?))?;
         let mut first = [0];
-        if stream.peek(&mut first)? == 0 {
+        let seen = loop {
+            match stream.peek(&mut first) {
+                // Stopped and resumed: a wait with a limit ends then.
+                Err(error) if error.kind() == ErrorKind::Interrupted => {
+                    stream.set_read_timeout(Some(left(until)?))?
+                }
+                seen => break seen?,
+            }
+        };
+        if seen == 0 {
             return Err(TpError::Closed);
         }
         if first[0] == TLS_HANDSHAKE {
