@@ -124,6 +124,42 @@ async fn an_answer_survives_its_prefill_node() {
     parts.wait_until_idle().await;
 }
 
+/// A cache that travels in fewer bits may change an answer, but not whether there is one: whoever dies in the middle of transfers,
+/// every client sees its whole answer, and nothing that was in flight stays behind.
+#[tokio::test]
+async fn coded_caches_survive_either_end() {
+    let nodes = ["p.0", "d.0"];
+    for codec in ["fp8", "int8", "int4"] {
+        let flags = ["--chunk-tokens=128", "--step-tokens=128", &format!("--kv-codec={codec}")];
+        let mut parts = parts(2, &flags).await;
+        for victim in ["d.1", "d.0", "p.0"] {
+            let mut streams = Vec::new();
+            for number in 0..3 {
+                let body = salted(&ask(6_000, 1_500, 20, seeded(number)), &format!("{victim} {number}"));
+                streams.push(parts.complete_begin(&body).await);
+            }
+            // The node computes them one by one: when the first has begun to answer, others travel or have yet to.
+            let mut first = Said::default();
+            first.read(&mut streams[0], 1).await;
+            parts.kill(victim);
+            if victim != "p.0" {
+                parts.restart(victim);
+            }
+            first.read(&mut streams[0], usize::MAX).await;
+            assert_eq!(first.tokens.len(), 20, "{codec}, {victim}");
+            for stream in streams.drain(1..) {
+                assert_eq!(Said::all(stream).await.tokens.len(), 20, "{codec}, {victim}");
+            }
+            if victim == "p.0" {
+                parts.restart(victim);
+            }
+            parts.wait_until_ready(&nodes).await;
+            parts.wait_until_idle().await;
+        }
+        assert!(parts.migrations("").await >= 1.0, "{codec}: all had travelled before the deaths");
+    }
+}
+
 /// More than fits: sequences are given up for room and continued, each to its own tokens.
 #[tokio::test]
 async fn preempted_answers_are_the_same() {
