@@ -94,7 +94,7 @@ impl Coded {
         let mut lines = [0f32; STEP * LANES];
         for (at, out) in out.chunks_mut(STEP).enumerate() {
             let octets = (at * STEP / 8, (at * STEP + out.len()).div_ceil(8));
-            let panel = self.place.at(output / LANES * self.panel_bytes());
+            let panel = self.start(output / LANES);
             // SAFETY: the panel has these octets (its blocks are whole chunks), and `lines` room for 8 of them.
             unsafe {
                 (kernels.decode)(&Decode { form: &self.form, panel, octets, out: lines.as_mut_ptr() });
@@ -177,7 +177,6 @@ impl Coded {
         rows: usize,
         acc: *mut f32,
     ) {
-        let panel_bytes = self.panel_bytes();
         let deep = if rows > Stream::ROWS { BYTES_INPUTS / BLOCK } else { usize::MAX };
         let (first, last) = (from / BLOCK, to / BLOCK);
         let mut block = first;
@@ -187,8 +186,8 @@ impl Coded {
             unsafe {
                 (kernels.bytes)(&Bytes {
                     form: &self.form,
-                    panel: self.place.at(panel * panel_bytes),
-                    panel_bytes,
+                    panel: self.start(panel),
+                    panel_bytes: self.panel_bytes(),
                     panels,
                     blocks: (block, end),
                     x: x.add(block - first),
@@ -295,9 +294,8 @@ impl Coded {
         acc: *mut f32,
         buffer: *mut f32,
     ) {
-        let (form, panel_bytes, acc_stride) = (&self.form, self.panel_bytes(), panels * LANES);
+        let (form, acc_stride) = (&self.form, panels * LANES);
         let (x, x_stride) = (inputs.x(), inputs.stride());
-        let at = |panel: usize| self.place.at(panel * panel_bytes).cast_const();
         let (wide, deep) = if rows > ROWS_STREAMING { MANY_ROWS } else { FEW_ROWS };
         // A pair takes a float's place: twice as many inputs at once.
         let deep = 2 * deep;
@@ -312,7 +310,7 @@ impl Coded {
                     for p in 0..count {
                         let out = buffer.add(p * deep / 2 * LANES);
                         let octets = (k / 8, end / 8);
-                        decode(&Decode { form, panel: at(panel + first + p), octets, out });
+                        decode(&Decode { form, panel: self.start(panel + first + p), octets, out });
                     }
                     (kernels.multiply)(&Pairs {
                         x: x.add((k - from) / 2),
@@ -346,7 +344,7 @@ impl Coded {
                 // SAFETY: the panels have these octets, and the buffer room for `deep` inputs of `wide` panels.
                 unsafe {
                     for p in 0..count {
-                        let panel = self.place.at((part.panel + first + p) * self.panel_bytes());
+                        let panel = self.start(part.panel + first + p);
                         let out = buffer.add(p * deep * LANES);
                         (kernels.decode)(&Decode { form: &self.form, panel, octets, out });
                     }

@@ -6,7 +6,6 @@ use half::bf16;
 use crate::coded::{Coded, DECODED_FLOATS};
 use crate::kernel::{Kernels, Stretch};
 use crate::lanes::LANES;
-use crate::operand::Inputs;
 use crate::packed::{Packed, pack_all, weight_error};
 use crate::pool::Pool;
 
@@ -156,7 +155,7 @@ impl HeadsProduct<'_> {
             // SAFETY: the inputs and outputs of these rows and this head.
             unsafe {
                 let x = self.x.add(row * self.x_strides.0 + head * self.x_strides.1);
-                let inputs = Inputs { x, stride: self.x_strides.0, pairs: None, bytes: None };
+                let inputs = (x, self.x_strides.0);
                 for segment in &w.heads[head].segments {
                     let soon = soon(pool.next(task));
                     let stretch = Stretch { panel: 0, panels: segment.panels(), soon };

@@ -193,7 +193,7 @@ impl Segment {
         }
     }
 
-    /// Sums of panels over the inputs of the only range, as floats.
+    /// Sums of panels over the inputs of the only range: rows of floats so many apart.
     ///
     /// # Safety
     /// As for [`Segment::sum`].
@@ -201,7 +201,7 @@ impl Segment {
         &self,
         kernels: &Kernels,
         stretch: Stretch,
-        inputs: Inputs<'_>,
+        (x, stride): (*const f32, usize),
         rows: usize,
         acc: *mut f32,
         buffer: *mut f32,
@@ -210,13 +210,13 @@ impl Segment {
         unsafe {
             match &self.panels {
                 Panels::Plain(plain) => {
-                    let inputs = Inputs { pairs: None, ..inputs };
+                    let inputs = Inputs { x, stride, pairs: None, bytes: None };
                     let panels = (stretch.panel, stretch.panels);
                     plain.sum_range(kernels, 0, panels, inputs, rows, (acc, panels.1 * LANES));
                 }
                 Panels::Coded(coded) => {
                     let summed = (0, coded.inputs);
-                    coded.sum(kernels, summed, stretch, inputs.x, inputs.stride, rows, acc, buffer);
+                    coded.sum(kernels, summed, stretch, x, stride, rows, acc, buffer);
                 }
             }
         }

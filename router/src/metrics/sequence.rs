@@ -104,7 +104,7 @@ impl SequenceMeter {
             m.decode.observe(decode);
             m.tpot.observe(decode / f64::from(self.tokens - 1));
         }
-        // An answer of no tokens is nobody's work.
+        // Where no node was asked there is nothing to tell.
         let Some(served) = &self.served else { return };
         m.prefix_queries.inc_by(self.prompt_tokens.into());
         m.prefix_hits.inc_by(served.cached_tokens.into());
