@@ -4,12 +4,13 @@
 //! [`CpuBackend`] is opened by node start-up. Inside: `kernel` holds the inner loops, written once over `lanes` and
 //! compiled for each instruction [`Level`]; `packed` (of panels: `plain` and `coded`) and `product` are linear layers, `moe`
 //! and `route` mixtures of experts, `attend` is attention, `kv` and
-//! `lease` the paged cache, `collect` the collectives, `pool` the threads.
+//! `lease` the paged cache, `collect` the collectives, `pool` the threads, `cores` where they may stay.
 
 mod act;
 mod attend;
 mod coded;
 mod collect;
+pub mod cores;
 mod device;
 mod heads;
 mod kernel;

@@ -9,6 +9,7 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
+use crate::cores;
 use crate::memory::Memory;
 
 /// Looks before a thread gives way between them: 10 to 40 us, longer than most gaps between the operations of a layer.
@@ -93,18 +94,18 @@ impl Pool {
             finished: Condvar::new(),
             publish: Mutex::new(()),
         });
-        let cores = if pin { cores() } else { Vec::new() };
+        let own = if pin { cores::usable() } else { Vec::new() };
         let worker = |at: usize| {
             let shared = shared.clone();
-            let core = cores.get(at).copied();
+            let core = own.get(at).copied();
             // Fewer threads than wished only make steps slower.
             let spawned = std::thread::Builder::new().name(format!("cpu-{at}")).spawn(move || {
-                core.into_iter().for_each(stay);
+                core.into_iter().for_each(cores::stay);
                 shared.work();
             });
             spawned.ok()
         };
-        cores.first().copied().into_iter().for_each(stay);
+        own.first().copied().into_iter().for_each(cores::stay);
         let workers = (1..threads).filter_map(worker).collect();
         Pool { shared, workers }
     }
@@ -270,38 +271,6 @@ fn awake_until(ready: impl Fn() -> bool) -> bool {
         looks = SPINS_GIVING_WAY;
     }
 }
-
-/// Cores that this process may use.
-#[cfg(target_os = "linux")]
-fn cores() -> Vec<usize> {
-    // SAFETY: zeros are an empty set, which the call fills; on failure it stays empty.
-    let set = unsafe {
-        let mut set: libc::cpu_set_t = std::mem::zeroed();
-        libc::sched_getaffinity(0, size_of_val(&set), &mut set);
-        set
-    };
-    // SAFETY: every number is below the size of the set.
-    (0..libc::CPU_SETSIZE as usize).filter(|core| unsafe { libc::CPU_ISSET(*core, &set) }).collect()
-}
-
-#[cfg(not(target_os = "linux"))]
-fn cores() -> Vec<usize> {
-    Vec::new()
-}
-
-/// Keeps this thread on `core`; where the system refuses, it goes where it likes.
-#[cfg(target_os = "linux")]
-fn stay(core: usize) {
-    // SAFETY: zeros are an empty set, and `core` is below its size.
-    unsafe {
-        let mut set: libc::cpu_set_t = std::mem::zeroed();
-        libc::CPU_SET(core, &mut set);
-        libc::sched_setaffinity(0, size_of_val(&set), &set);
-    }
-}
-
-#[cfg(not(target_os = "linux"))]
-fn stay(_core: usize) {}
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(|poisoned| poisoned.into_inner())

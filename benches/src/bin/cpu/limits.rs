@@ -2,6 +2,8 @@
 
 use std::time::Instant;
 
+use backend_cpu::cores;
+
 /// Limits of the threads together.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Limits {
@@ -23,12 +25,14 @@ const ROUNDS: usize = 2_000_000;
 /// Buffers to read, made once.
 pub struct Probe {
     memory: Vec<Vec<u64>>,
+    /// What each thread stays on, if on anything.
+    cores: Vec<usize>,
 }
 
 impl Probe {
-    pub fn new(threads: usize) -> Self {
+    pub fn new(threads: usize, cores: Vec<usize>) -> Self {
         let fill = |thread: usize| (0..READ_BYTES / 8).map(|at| (at ^ thread) as u64).collect();
-        Probe { memory: (0..threads).map(fill).collect() }
+        Probe { memory: (0..threads).map(fill).collect(), cores }
     }
 
     /// Measures once; the best of many is the limit.
@@ -45,7 +49,19 @@ impl Probe {
     fn together(&self, work: impl Fn(&[u64]) -> f64 + Sync) -> f64 {
         let begun = Instant::now();
         let done: f64 = std::thread::scope(|scope| {
-            let threads: Vec<_> = self.memory.iter().map(|memory| scope.spawn(|| work(memory))).collect();
+            let threads: Vec<_> = self
+                .memory
+                .iter()
+                .enumerate()
+                .map(|(at, memory)| {
+                    let core = self.cores.get(at).copied();
+                    let work = &work;
+                    scope.spawn(move || {
+                        core.into_iter().for_each(cores::stay);
+                        work(memory)
+                    })
+                })
+                .collect();
             threads.into_iter().filter_map(|thread| thread.join().ok()).sum()
         });
         done / begun.elapsed().as_secs_f64()

@@ -18,6 +18,7 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail};
 use backend::{Activations, CpuOptions};
+use backend_cpu::cores;
 use clap::Parser;
 
 use blocks::Recipe;
@@ -62,6 +63,9 @@ struct Args {
     /// one thread, as threads that wait for each other count as well
     #[arg(long)]
     cpu_time: bool,
+    /// Keep the threads of both each on a core of its own: for systems that move them together
+    #[arg(long)]
+    pin: bool,
     /// Ours with activations in 8 bits, as llama.cpp has them always
     #[arg(long)]
     int8: bool,
@@ -110,7 +114,9 @@ fn main() -> Result<()> {
     })?;
     let theirs = match args.vs.as_deref() {
         None => None,
-        Some("llama.cpp") => Some(Theirs::new(args.llama_bench.clone(), args.threads, args.cpu_time)?),
+        Some("llama.cpp") => {
+            Some(Theirs::new(args.llama_bench.clone(), args.threads, args.cores(), args.cpu_time)?)
+        }
         Some(other) => bail!("no peer {other:?}: llama.cpp"),
     };
     if args.curve {
@@ -123,15 +129,25 @@ fn main() -> Result<()> {
         let recipe = Recipe::named(format).with_context(|| format!("no format {format:?}"))?;
         let path = dir.join(format!("{}-{format}.gguf", shape.name));
         gguf::write(&path, &shape, recipe)?;
-        measure(&args, shape, recipe, format, &path, theirs.as_ref(), at == 0)?;
+        // On a thread of its own, which a pool may keep on a core.
+        let measured = std::thread::scope(|scope| {
+            scope.spawn(|| measure(&args, shape, recipe, format, &path, theirs.as_ref(), at == 0)).join()
+        });
+        measured.unwrap_or_else(|panic| std::panic::resume_unwind(panic))?;
     }
     Ok(())
 }
 
 impl Args {
+    /// Cores that threads stay on, one each; none where they go where they like.
+    fn cores(&self) -> Vec<usize> {
+        let usable = if self.pin { cores::usable() } else { Vec::new() };
+        usable.into_iter().take(self.threads).collect()
+    }
+
     fn cpu(&self) -> CpuOptions {
         let activations = if self.int8 { Activations::Int8 } else { Activations::Exact };
-        CpuOptions { level: self.level.clone(), activations, ..CpuOptions::default() }
+        CpuOptions { level: self.level.clone(), activations, pin: self.pin }
     }
 }
 
@@ -164,9 +180,10 @@ fn measure(
         Test::Disturbed => args.steps + 64,
     };
     let most = tests.iter().map(tokens).max().unwrap_or(0).next_multiple_of(64);
+    // Before the pool keeps this thread on one core.
+    let probe = Probe::new(args.threads, args.cores());
     let mut ours = Ours::open(path, args.threads, args.cpu(), most)?;
     ours.cpu_time = args.cpu_time;
-    let probe = Probe::new(args.threads);
     let mut limits = Limits::default();
     (0..3).for_each(|_| limits = limits.best(probe.measure()));
     if first {

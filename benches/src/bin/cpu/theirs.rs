@@ -12,19 +12,25 @@ use crate::process;
 pub struct Theirs {
     bench: PathBuf,
     threads: usize,
+    /// Cores that its threads stay on, as flags of both executables.
+    cores: Vec<String>,
     /// Whether seconds are the processor's.
     cpu_time: bool,
 }
 
 impl Theirs {
     /// `bench` is llama-bench; llama-batched-bench lies beside it.
-    pub fn new(bench: PathBuf, threads: usize, cpu_time: bool) -> Result<Self> {
+    pub fn new(bench: PathBuf, threads: usize, cores: Vec<usize>, cpu_time: bool) -> Result<Self> {
         ensure!(
             bench.is_file(),
             "no llama-bench at {}: see benches/README.md on building it",
             bench.display()
         );
-        Ok(Theirs { bench, threads, cpu_time })
+        let cores = match cores.is_empty() {
+            true => Vec::new(),
+            false => vec!["--cpu-mask".into(), mask(&cores)?, "--cpu-strict".into(), "1".into()],
+        };
+        Ok(Theirs { bench, threads, cores, cpu_time })
     }
 
     /// Tokens per second of a prompt behind `depth` positions.
@@ -40,7 +46,7 @@ impl Theirs {
     fn bench(&self, model: &Path, test: &[&str], depth: usize, tokens: usize) -> Result<f64> {
         let mut command = Command::new(&self.bench);
         command.arg("-m").arg(model).args(test).args(["-o", "jsonl"]);
-        command.args(["-t", &self.threads.to_string(), "-d", &depth.to_string()]);
+        command.args(["-t", &self.threads.to_string(), "-d", &depth.to_string()]).args(&self.cores);
         if self.cpu_time {
             // Loading and the first repetition are in both.
             let run = |runs: &str| {
@@ -59,7 +65,7 @@ impl Theirs {
         let mut command = Command::new(self.bench.with_file_name("llama-batched-bench"));
         // Of a context each sequence gets an equal part, in whole pages of 256.
         let context = count * (prompt + steps).next_multiple_of(256);
-        command.arg("-m").arg(model).args(["--output-format", "jsonl"]);
+        command.arg("-m").arg(model).args(["--output-format", "jsonl"]).args(&self.cores);
         if self.cpu_time {
             bail!("llama-batched-bench has no repetitions: not with --cpu-time");
         }
@@ -80,9 +86,18 @@ impl Theirs {
     pub fn load(&self, model: &Path) -> Command {
         let mut command = Command::new(&self.bench);
         command.arg("-m").arg(model).args(["-p", "0", "-n", "1", "-r", "1", "--no-warmup"]);
-        command.args(["-t", &self.threads.to_string()]);
+        command.args(["-t", &self.threads.to_string()]).args(&self.cores);
         command
     }
+}
+
+/// Cores as llama.cpp's mask of bits, in hexadecimal.
+fn mask(cores: &[usize]) -> Result<String> {
+    let bit = |core: &usize| {
+        1u128.checked_shl(*core as u32).context("llama.cpp's mask is made of the first 128 cores")
+    };
+    let bits = cores.iter().map(bit).try_fold(0, |all, bit| Ok::<_, anyhow::Error>(all | bit?))?;
+    Ok(format!("0x{bits:x}"))
 }
 
 /// Field `name` of the line of JSON that the command prints.
