@@ -4,6 +4,7 @@
 //! A node makes an [`engine`] handle for its services and a [`Runner`] for a thread of its own; [`Engine::submit`] takes
 //! a [`Job`], [`Events`] tells how it goes.
 
+mod draft;
 mod error;
 mod executor;
 mod handle;

@@ -22,6 +22,8 @@ pub struct EngineOptions {
     /// How much longer than a decode step a step may take for the prompts in it, while sequences generate: what a
     /// running stream feels of a long prompt.
     pub stall_max: Duration,
+    /// Tokens that are guessed ahead per sequence and step, at most; 0: none.
+    pub draft_max: usize,
     /// Prompts that may wait for room or rows.
     pub waiting_max: usize,
     /// KV pushes open at once.
@@ -60,6 +62,7 @@ impl Default for EngineOptions {
             step_tokens: 1024,
             chunk_tokens: 512,
             stall_max: Duration::from_millis(150),
+            draft_max: 16,
             waiting_max: 1024,
             pushes_max: 64,
             kv_bind: SocketAddr::from(([127, 0, 0, 1], 0)),

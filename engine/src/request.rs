@@ -309,6 +309,12 @@ pub struct Counters {
     pub cached_tokens: u64,
     /// KV payload bytes sent or received.
     pub kv_bytes: u64,
+    /// Times that tokens of a sequence were guessed ahead.
+    pub drafts: u64,
+    /// Tokens guessed so, which each took a row.
+    pub draft_tokens: u64,
+    /// Of them, those that were drawn.
+    pub accepted_tokens: u64,
     /// Sequences given up for room.
     pub preemptions: u64,
     /// KV sessions that failed.

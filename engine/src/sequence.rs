@@ -6,6 +6,7 @@ use std::time::Instant;
 use backend::SeqId;
 use tokio::sync::mpsc::UnboundedSender;
 
+use crate::draft::Lookup;
 use crate::ledger::LeaseId;
 use crate::request::{Event, Finish, Handoff, Request};
 use crate::scheduler::Want;
@@ -41,7 +42,7 @@ pub(crate) struct Flight {
     pub step: u64,
     /// Its place among the rows that something is drawn from.
     pub row: u32,
-    /// The device draws it, so that the next step can take it from there.
+    /// The device draws it, and the next step can take it from there: no guesses follow it.
     pub on_device: bool,
 }
 
@@ -57,8 +58,11 @@ pub(crate) struct Sequence {
     pub seq: SeqId,
     /// Positions `[0, computed)` are in the cache once the steps under way are done.
     pub computed: u32,
-    /// Tokens that come after `request.tokens`, of the steps under way, in order.
+    /// Tokens that come after `request.tokens`, of the steps under way, in order. Where tokens are guessed ahead there may
+    /// come more with the last.
     pub flights: Vec<Flight>,
+    /// Where its passages stand, for guesses.
+    pub lookup: Lookup,
     /// Landing or push.
     pub lease: Option<LeaseId>,
     pub events: UnboundedSender<Event>,
@@ -90,12 +94,12 @@ impl Sequence {
         self.stage == Stage::Running && self.flights.last().is_none_or(goes_on)
     }
 
-    /// The host draws a token that later rows need.
+    /// The host draws a token that later rows need, or looks which guesses hold.
     pub fn needs_host(&self) -> bool {
         !matches!(self.kind, Kind::Prefill(_)) && self.flights.last().is_some_and(|flight| !flight.on_device)
     }
 
-    /// One row per step, each giving a token.
+    /// One row per step, giving a token; guesses of what follows may have rows beside it.
     pub fn generating(&self) -> bool {
         self.stage == Stage::Running && !matches!(self.kind, Kind::Prefill(_)) && self.remaining() == 1
     }
@@ -142,7 +146,13 @@ impl Sequence {
 
     /// Whether an answer of `len` tokens, prompt included, is as long as it may be.
     fn full(&self, len: usize, context_tokens: u32) -> bool {
-        len >= context_tokens as usize || len - self.request.output_start >= self.request.max_tokens
+        len >= self.len_max(context_tokens)
+    }
+
+    /// Tokens, prompt included, with which its answer is as long as it may be.
+    pub fn len_max(&self, context_tokens: u32) -> usize {
+        let most = self.request.output_start.saturating_add(self.request.max_tokens);
+        most.min(context_tokens as usize)
     }
 }
 

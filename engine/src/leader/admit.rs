@@ -8,6 +8,7 @@ use tokio::sync::mpsc::UnboundedSender;
 
 use super::lease::Lease;
 use super::{Core, since};
+use crate::draft::Lookup;
 use crate::ledger::LeaseId;
 use crate::prefix::Hit;
 use crate::request::{Event, Handoff, Job, JobError, Refusal};
@@ -39,6 +40,7 @@ impl Core {
             seq: SeqId(0),
             computed: 0,
             flights: Vec::new(),
+            lookup: Lookup::default(),
             lease: None,
             events,
             arrived,

@@ -5,9 +5,10 @@
 //! comes; everything else about it is known: its position, its room, and whether the answer can end with it for its
 //! length. When a stop id ends the answer after all, or its client leaves, the row that was planned too many is dropped
 //! when its step is done, and its place in the store goes with the sequence: no prefix ends behind what was kept. What
-//! needs the tokens themselves waits for them: a draw on the host, and a sequence given up for room.
+//! needs the tokens themselves waits for them: a draw on the host, a sequence given up for room, and guesses of what follows.
 
 mod admit;
+mod draft;
 mod lease;
 mod retire;
 mod step;
@@ -22,6 +23,7 @@ use std::time::{Duration, Instant};
 use backend::{KvUsage, SeqId};
 use tokio::sync::oneshot;
 
+use crate::draft::worth::Worth;
 use crate::leader::lease::Lease;
 use crate::ledger::{LeaseId, Ledger, Owner};
 use crate::options::EngineOptions;
@@ -54,6 +56,7 @@ pub(crate) struct Setup {
 pub(crate) struct Totals {
     pub counters: Counters,
     pub rates: Rates,
+    pub worth: Worth,
     pub audit_errors: u32,
     /// Sequences and leases are never numbered twice.
     pub next_id: u64,

@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 use backend::{Draw, Drawn, Rule, SeqId};
 
 use super::{Core, since};
+use crate::draft::Guess;
 use crate::request::{Event, JobError, Token};
 use crate::sampler::{self, Sampled};
 use crate::scheduler::{self, Limits, Share, Want};
@@ -44,6 +45,8 @@ struct Part {
     scored: Range<u32>,
     /// Its last row gives a token.
     draws: bool,
+    /// What that token and those after it were guessed to be: a row each from `end` on.
+    guess: Guess,
 }
 
 impl Core {
@@ -56,9 +59,14 @@ impl Core {
         }
         self.admit_waiting(now);
         let wants: Vec<_> = self.runnable().map(Sequence::want).collect();
+        let mut guesses = self.guesses(&wants)?;
         let shares = scheduler::next(self.limits(&wants), &wants);
         let mut plan = Plan { step: self.step, ..Plan::default() };
-        let parts = shares.iter().filter_map(|share| self.add_run(&mut plan, *share)).collect();
+        let add = |share: &Share| {
+            let guess = guesses.remove(&share.job).unwrap_or_default();
+            self.add_run(&mut plan, *share, guess)
+        };
+        let parts = shares.iter().filter_map(add).collect();
         let scratch = self.add_probe(&mut plan);
         if self.idle() && self.unaudited && self.ops.is_empty() {
             self.unaudited = false;
@@ -88,7 +96,8 @@ impl Core {
         let mut drawn = drawn.into_iter();
         for part in &step.parts {
             let scored: Vec<Drawn> = drawn.by_ref().take(part.scored.len()).collect();
-            let drawn = part.draws.then(|| drawn.next());
+            let rows = usize::from(part.draws) + part.guess.tokens.len();
+            let drawn: Vec<Drawn> = drawn.by_ref().take(rows).collect();
             // Its answer has ended meanwhile: this part was planned in advance, and too many.
             let Some(sequence) = self.sequences.get_mut(&part.job) else { continue };
             sequence.flights.retain(|flight| flight.step != step.plan.step);
@@ -97,20 +106,14 @@ impl Core {
                 let wait = sequence.usable.map_or(Duration::ZERO, |usable| since(began, usable));
                 sequence.tell(Event::FirstStep { wait, step: took });
             }
-            let block = self.setup.block_tokens;
-            if self.setup.options.prefix_cache && part.end / block > part.start / block {
-                // All rows before were drawn by steps that are done.
-                let computed = &sequence.request.tokens[..part.end as usize];
-                self.prefix.extend(sequence.seq, &sequence.request.cache_salt, computed);
-            }
+            self.keep_prefix(part.job, part.start, part.end);
+            let Some(sequence) = self.sequences.get_mut(&part.job) else { continue };
             if let Err(reason) = tell_scores(&part.scored, &scored, sequence) {
                 self.fail(part.job, JobError::Engine(reason));
                 continue;
             }
-            let Some(drawn) = drawn else { continue };
-            match sampled(drawn, sequence) {
-                Ok(sampled) => self.draw(part.job, sampled, ended),
-                Err(reason) => self.fail(part.job, JobError::Engine(reason)),
+            if part.draws {
+                self.draw_rows(part, drawn, ended);
             }
         }
         if let Some(seq) = step.scratch {
@@ -151,7 +154,7 @@ impl Core {
         self.sequences.values().filter(move |s| s.runnable(self.latest, context))
     }
 
-    fn add_run(&mut self, plan: &mut Plan, share: Share) -> Option<Part> {
+    fn add_run(&mut self, plan: &mut Plan, share: Share, guess: Guess) -> Option<Part> {
         let sequence = self.sequences.get_mut(&share.job)?;
         let (start, end) = (sequence.computed, sequence.computed + share.rows as u32);
         let generating = sequence.generating();
@@ -159,21 +162,27 @@ impl Core {
         match sequence.flights.last() {
             // Its one row.
             Some(flight) => plan.batch.push_drawn(sequence.seq, start, flight.row),
-            None => plan.batch.push(sequence.seq, start, &known[start as usize..end as usize]),
+            None => plan.batch.push(
+                sequence.seq,
+                start,
+                &[&known[start as usize..end as usize], &guess.tokens].concat(),
+            ),
         }
         let scored = sequence.scored(start, end);
-        let first = plan.batch.rows() as u32 - share.rows as u32;
+        let first = (plan.batch.rows() - guess.tokens.len() - share.rows) as u32;
         let row = |position| Wanted { row: first + (position - start), draw: Draw::Logits };
         plan.rows.extend(scored.clone().map(row));
         let draws = end as usize == sequence.len();
         if draws {
-            let rule = sampler::on_device(&sequence.request, end as usize);
-            let row = plan.rows.len() as u32;
-            sequence.flights.push(Flight { step: plan.step, row, on_device: rule.is_some() });
-            plan.rows.push(wanted(plan, rule));
+            let rule = |position| sampler::on_device(&sequence.request, position as usize);
+            let on_device = rule(end).is_some() && guess.tokens.is_empty();
+            let flight = Flight { step: plan.step, row: plan.rows.len() as u32, on_device };
+            let positions = end..=end + guess.tokens.len() as u32;
+            plan.rows.extend(positions.map(|position| wanted(first + position - start - 1, rule(position))));
+            sequence.flights.push(flight);
         }
         sequence.computed = end;
-        let part = Part { job: share.job, start, end, generating, scored, draws };
+        let part = Part { job: share.job, start, end, generating, scored, draws, guess };
         let Kind::Prefill(Some(handoff)) = &sequence.kind else { return Some(part) };
         let tokens = start.max(handoff.tokens.start)..end.min(handoff.tokens.end);
         if let Some(lease) = sequence.lease
@@ -193,7 +202,7 @@ impl Core {
         let seq = SeqId(self.next_id());
         self.emit(Op::Open { seq, tokens: 1 });
         plan.batch.push(seq, 0, &[0]);
-        plan.rows.push(wanted(plan, Some(Rule::GREEDY)));
+        plan.rows.push(wanted(plan.batch.rows() as u32 - 1, Some(Rule::GREEDY)));
         Some(seq)
     }
 
@@ -227,6 +236,49 @@ impl Core {
             }
         }
         true
+    }
+
+    /// What the rows of a part drew: a token, and one more behind each that was guessed right.
+    fn draw_rows(&mut self, part: &Part, drawn: Vec<Drawn>, now: Instant) {
+        let guessed = &part.guess.tokens;
+        let (mut drawn, mut held) = (drawn.into_iter(), 0);
+        for row in 0..=guessed.len() {
+            let Some(sequence) = self.sequences.get_mut(&part.job) else { break };
+            match sampled(drawn.next(), sequence) {
+                Ok(sampled) => {
+                    let id = sampled.id;
+                    self.draw(part.job, sampled, now);
+                    if guessed.get(row) != Some(&id) {
+                        break;
+                    }
+                }
+                Err(reason) => return self.fail(part.job, JobError::Engine(reason)),
+            }
+            held += 1;
+            // The row of the token that was guessed is a row of the answer.
+            let at = part.end + row as u32;
+            if let Some(sequence) = self.sequences.get_mut(&part.job) {
+                sequence.computed = at + 1;
+                self.keep_prefix(part.job, at, at + 1);
+            }
+        }
+        if !guessed.is_empty() {
+            self.totals.worth.tried(part.guess.agreed, guessed.len(), held);
+            let counters = &mut self.totals.counters;
+            counters.drafts += 1;
+            counters.draft_tokens += guessed.len() as u64;
+            counters.accepted_tokens += held as u64;
+        }
+    }
+
+    /// Positions `[start, end)` of a job are computed, and all tokens there are known: full blocks serve prompts that begin alike.
+    fn keep_prefix(&mut self, job: u64, start: u32, end: u32) {
+        let block = self.setup.block_tokens;
+        let Some(sequence) = self.sequences.get(&job) else { return };
+        if self.setup.options.prefix_cache && end / block > start / block {
+            let computed = &sequence.request.tokens[..end as usize];
+            self.prefix.extend(sequence.seq, &sequence.request.cache_salt, computed);
+        }
     }
 
     /// A drawn token: told, appended, and the end of the answer if it ends it.
@@ -270,6 +322,9 @@ impl Core {
         };
         let (prompt, generated) = (rows(false), rows(true));
         self.totals.counters.prompt_tokens += prompt as u64;
+        if prompt == 0 && generated > 0 {
+            self.totals.worth.step(step.plan.batch.rows(), took);
+        }
         // Rows that are scored cost the host more than the device: they say nothing of other prompts.
         if step.parts.iter().all(|part| part.scored.is_empty()) {
             self.totals.rates.step(prompt, generated, took);
@@ -277,9 +332,9 @@ impl Core {
     }
 }
 
-/// The plan's last row so far, for the device to draw from by `rule`, or for the host.
-fn wanted(plan: &Plan, rule: Option<Rule>) -> Wanted {
-    Wanted { row: plan.batch.rows() as u32 - 1, draw: rule.map_or(Draw::Logits, Draw::Token) }
+/// A row for the device to draw from by `rule`, or for the host.
+fn wanted(row: u32, rule: Option<Rule>) -> Wanted {
+    Wanted { row, draw: rule.map_or(Draw::Logits, Draw::Token) }
 }
 
 /// Tells how likely the tokens after positions `scored` are. Errors say why nobody knows.

@@ -9,7 +9,7 @@ use crate::node::{Node, Spec, direct, request};
 
 /// Submissions and waits of each rank of a node while it answers `asked`.
 fn calls(world: usize, late: bool, asked: &Request) -> Vec<Vec<Call>> {
-    let node = Node::start(&Spec { late, ..Spec::world(world) });
+    let node = Node::start(&Spec { late, ..Spec::world(world) }.with(|o| o.draft_max = 0));
     assert_eq!(node.generate(asked).ids(), direct(asked, DType::F32), "{world} ranks, {}", asked.id);
     node.quiet();
     let calls = node.calls.iter().map(|calls| calls.lock().expect("no panic").clone()).collect();

@@ -20,6 +20,25 @@ fn generation_is_the_models_own_in_both_types() {
     }
 }
 
+/// Protects: what is guessed ahead changes no answer, and blocks come back, on one rank and on two.
+#[test]
+fn answers_with_guesses_are_the_models_own() {
+    for (world, dtype) in [(1, DType::F32), (1, DType::BF16), (2, DType::F32)] {
+        let node = Node::start(&Spec { dtype, ..Spec::world(world) });
+        // The model's own text, which greedy answers of so small a model repeat before long.
+        let asked: Vec<Request> = (0..4).map(|i| request(i, 40 + 30 * i as usize, 150)).collect();
+        let events: Vec<_> =
+            asked.iter().map(|request| node.submit(Job::Generate(request.clone()))).collect();
+        for (request, events) in asked.iter().zip(events) {
+            assert_eq!(Outcome::of(events).ids(), direct(request, dtype), "{world} {dtype} {}", request.id);
+        }
+        node.quiet();
+        let counters = node.engine.report().counters;
+        assert!(counters.accepted_tokens > 0, "{counters:?}");
+        assert!(counters.draft_tokens > counters.accepted_tokens, "none was wrong: {counters:?}");
+    }
+}
+
 #[test]
 fn sixteen_at_once_are_sixteen_alone() {
     let node = Node::start(&Spec::default());

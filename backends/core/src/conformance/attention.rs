@@ -16,6 +16,7 @@ pub(super) fn cases<'a, B: Backend>() -> Vec<Case<'a, B>> {
         ("attend, ragged batch", ragged),
         ("attend, chunks and tokens", chunked),
         ("attend, long", long),
+        ("attend, over what was guessed wrong", guessed),
         ("attend, without room", no_room),
     ]
 }
@@ -211,6 +212,30 @@ fn long<B: Backend>(suite: &Suite<'_, B>, dtype: DType) {
         let got = layer.run(&batch);
         suite.close(dtype, &format!("{len} from {at}"), &got, &want[at..at + len].concat());
         at += len;
+    }
+}
+
+/// Rows behind the last true token are computed and given up, step after step: the next step begins before them.
+fn guessed<B: Backend>(suite: &Suite<'_, B>, dtype: DType) {
+    // (rows that are true, rows that are not): ends of blocks and of a span are crossed by both.
+    let steps = [(240, 3), (1, 0), (1, 20), (1, 7), (12, 14), (1, 5), (1, 5), (1, 1), (3, 5), (9, 0)];
+    for window in [None, Some(40)] {
+        let mut layer = Layer::new(suite, dtype, Attention { window, ..small() }, 50, 600);
+        let (text, wrong) = (ids(8, 270, 50), ids(9, 270, 50));
+        let want = layer.expected(&text);
+        layer.rig.open(SeqId(1), 290);
+        layer.rig.open(SeqId(2), 290);
+        let mut at = 0;
+        for (beside, (len, guesses)) in steps.into_iter().enumerate() {
+            let mut batch = Batch::default();
+            batch.push(SeqId(2), beside as u32, &text[beside..beside + 1]);
+            batch.push(SeqId(1), at as u32, &[&text[at..at + len], &wrong[at..at + guesses]].concat());
+            let got = layer.run(&batch);
+            let known = [&want[beside..beside + 1], &want[at..at + len]].concat().concat();
+            suite.close(dtype, &format!("{len} from {at}, {guesses} guesses"), &got[..known.len()], &known);
+            at += len;
+        }
+        assert_eq!(at, text.len());
     }
 }
 

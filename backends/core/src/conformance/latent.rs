@@ -14,6 +14,7 @@ pub(super) fn cases<'a, B: Backend>() -> Vec<Case<'a, B>> {
         ("latent attention", shapes),
         ("latent attention, sequences and chunks", chunked),
         ("latent attention, long", long),
+        ("latent attention, over what was guessed wrong", guessed),
         ("latent attention, the cache in wire order", cache),
         ("latent attention, exact", exact),
         ("latent attention, weights of wrong shape", refused),
@@ -264,6 +265,23 @@ fn chunked<B: Backend>(suite: &Suite<'_, B>, dtype: DType) {
         let want = [&want_a[of_a.clone()], &want_b[of_b.clone()]].concat().concat();
         suite.close(dtype, &format!("{of_a:?} and {of_b:?}"), &got, &want);
     }
+}
+
+/// Rows behind the last true token are computed and given up: the next step begins before them.
+fn guessed<B: Backend>(suite: &Suite<'_, B>, dtype: DType) {
+    let mut layer = Layer::new(suite, &suite.options(dtype), small(), 40, 96);
+    let (text, wrong) = (ids(6, 37, 40), ids(7, 37, 40));
+    let want = layer.expected(&text);
+    layer.rig.open(SeqId(1), 60);
+    let mut at = 0;
+    for (len, guesses) in [(14, 4), (1, 9), (1, 16), (2, 1), (1, 0), (18, 2)] {
+        let mut batch = Batch::default();
+        batch.push(SeqId(1), at as u32, &[&text[at..at + len], &wrong[at..at + guesses]].concat());
+        let (got, known) = (layer.run(&batch), want[at..at + len].concat());
+        suite.close(dtype, &format!("{len} from {at}, {guesses} guesses"), &got[..known.len()], &known);
+        at += len;
+    }
+    assert_eq!(at, text.len());
 }
 
 /// The planes are latent and rope key in canonical order, and a cache that lands elsewhere goes on there.

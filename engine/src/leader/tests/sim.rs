@@ -41,6 +41,8 @@ pub struct Sim {
     pub running: VecDeque<Running>,
     /// What the rows of the latest step drew.
     drawn: Vec<Option<u32>>,
+    /// The next token after some.
+    pub model: fn(&[u32]) -> u32,
 }
 
 /// A step that every rank carries out.
@@ -55,6 +57,7 @@ pub fn options() -> EngineOptions {
         batch_max: 4,
         step_tokens: 16,
         chunk_tokens: 8,
+        draft_max: 0,
         ..EngineOptions::default()
     }
 }
@@ -107,6 +110,7 @@ impl Sim {
             ahead: false,
             running: VecDeque::new(),
             drawn: vec![],
+            model: next_token,
         }
     }
 
@@ -193,8 +197,11 @@ impl Sim {
         let mut row = 0;
         for run in &plan.batch.runs {
             let tokens = held.get_mut(&run.seq).expect("an open sequence");
+            assert!(tokens.len() >= run.start as usize, "sequence {} has a gap", run.seq);
+            // What was guessed wrong is written over.
+            assert!(tokens.len() == run.start as usize || self.core.setup.options.draft_max > 0);
+            tokens.truncate(run.start as usize);
             let before = tokens.len();
-            assert_eq!(tokens.len(), run.start as usize, "sequence {} has a gap", run.seq);
             pages.writable(run.seq, 0..1, run.start..run.start + run.len).expect("rows of its own");
             pages.fill(run.seq, 0..1, run.start..run.start + run.len).expect("room");
             tokens.extend(inputs.by_ref().take(run.len as usize).map(|input| match *input {
@@ -204,7 +211,7 @@ impl Sim {
             for wanted in plan.rows.iter().filter(|wanted| (row..row + run.len).contains(&wanted.row)) {
                 let seen = &tokens[..before + (wanted.row - row) as usize + 1];
                 let mut logits = vec![0.0; VOCABULARY];
-                logits[next_token(seen) as usize] = 1.0;
+                logits[(self.model)(seen) as usize] = 1.0;
                 drawn.push(backend::draw::drawn(&logits, &wanted.draw));
             }
             row += run.len;

@@ -1,0 +1,152 @@
+//! Speculative decoding without a second model: what comes next in a sequence is guessed from the sequence itself, the guesses
+//! are computed in the same step as the token before them, and what the rows draw decides. Code that is edited, quotes,
+//! tables and calls of tools repeat much of what came before. An answer is the one that it would have been: every token is
+//! drawn from its own row, by its own rule, and what was computed behind a wrong guess is written over.
+//!
+//! [`Lookup`] guesses; [`worth::Worth`] knows how often guesses hold and what rows cost, and says how many are worth one. Pure.
+//! Called by the leader.
+
+pub(crate) mod worth;
+
+/// Tokens that a passage has to share with the sequence's end.
+pub(crate) const AGREED_MIN: usize = 2;
+
+/// Tokens beyond which passages are as good as each other.
+const AGREED_MAX: usize = 32;
+
+/// Passages that are looked at, the latest first.
+const TRIES: usize = 16;
+
+/// What may come next.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Guess {
+    /// In order.
+    pub tokens: Vec<u32>,
+    /// How many tokens before them the passage shares with the end of the sequence.
+    pub agreed: usize,
+}
+
+/// Where in a sequence its pairs of tokens stand. Eight bytes per token, as chains by hash.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Lookup {
+    /// By hash of a pair: the place behind the latest; 0: none. A power of two of them.
+    latest: Vec<u32>,
+    /// Of the pair before place `2 + i`: the place behind the one before it with that hash; 0: none.
+    before: Vec<u32>,
+}
+
+impl Lookup {
+    /// At most `most` tokens that may follow `tokens`: what followed the longest passage that ends as they do, the latest of
+    /// several. `tokens` are those of earlier calls and more.
+    pub fn guess(&mut self, tokens: &[u32], most: usize) -> Guess {
+        let end = tokens.len();
+        if end <= AGREED_MIN || most == 0 {
+            return Guess::default();
+        }
+        self.take_in(tokens);
+        let mut place = self.latest[self.bucket(tokens, end)] as usize;
+        let (mut best, mut agreed) = (0, 0);
+        for _ in 0..TRIES {
+            if place == 0 || agreed == AGREED_MAX {
+                break;
+            }
+            let alike = alike(&tokens[..place], tokens);
+            if alike > agreed {
+                (best, agreed) = (place, alike);
+            }
+            place = self.before[place - AGREED_MIN] as usize;
+        }
+        if agreed < AGREED_MIN {
+            return Guess::default();
+        }
+        // A passage that reaches the end goes on with its own guesses: what repeats, repeats.
+        let mut guessed: Vec<u32> = Vec::with_capacity(most);
+        for at in best..best + most {
+            guessed.push(if at < end { tokens[at] } else { guessed[at - end] });
+        }
+        Guess { tokens: guessed, agreed }
+    }
+
+    /// Notes all pairs but the last, which nothing follows.
+    fn take_in(&mut self, tokens: &[u32]) {
+        let places = tokens.len() - AGREED_MIN;
+        if self.latest.len() < places {
+            self.latest = vec![0; (2 * places).next_power_of_two()];
+            self.before.clear();
+        }
+        for place in self.before.len() + AGREED_MIN..tokens.len() {
+            let bucket = self.bucket(tokens, place);
+            self.before.push(self.latest[bucket]);
+            self.latest[bucket] = place as u32;
+        }
+    }
+
+    fn bucket(&self, tokens: &[u32], place: usize) -> usize {
+        let pair = u64::from(tokens[place - 2]) << 32 | u64::from(tokens[place - 1]);
+        // The upper bits of a product depend on all of its factor's.
+        (pair.wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 32) as usize & (self.latest.len() - 1)
+    }
+}
+
+/// How many last tokens both have in common, up to [`AGREED_MAX`].
+fn alike(a: &[u32], b: &[u32]) -> usize {
+    a.iter().rev().zip(b.iter().rev()).take(AGREED_MAX).take_while(|(a, b)| a == b).count()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    fn guess(tokens: &[u32], most: usize) -> (Vec<u32>, usize) {
+        let guess = Lookup::default().guess(tokens, most);
+        (guess.tokens, guess.agreed)
+    }
+
+    #[test]
+    fn the_longest_passage_that_ends_alike_goes_on() {
+        // 1 2 3 4 ... 9 2 3 5 ... 1 2 3: the later passage is shorter.
+        assert_eq!(guess(&[1, 2, 3, 4, 9, 2, 3, 5, 1, 2, 3], 2), (vec![4, 9], 3));
+        assert_eq!(guess(&[1, 2, 3, 4, 1, 2, 3, 5, 1, 2, 3], 2), (vec![5, 1], 3), "the latest of equals");
+    }
+
+    #[test]
+    fn one_token_alike_is_none() {
+        assert_eq!(guess(&[1, 2, 3, 4, 5, 3], 4), (vec![], 0));
+        assert_eq!(guess(&[7], 4), (vec![], 0));
+        assert_eq!(guess(&[7, 7], 4), (vec![], 0));
+        assert_eq!(guess(&[1, 2, 9, 1, 2], 0), (vec![], 0));
+    }
+
+    #[test]
+    fn what_repeats_is_guessed_to_repeat() {
+        assert_eq!(guess(&[8, 1, 2, 3, 1, 2, 3], 7), (vec![1, 2, 3, 1, 2, 3, 1], 3));
+        assert_eq!(guess(&[5; 9], 3), (vec![5; 3], 8));
+    }
+
+    /// Rows of few different tokens, so that passages are many and hashes meet.
+    fn plainly(tokens: &[u32]) -> usize {
+        let places = AGREED_MIN..tokens.len();
+        let longest = places.map(|place| alike(&tokens[..place], tokens)).max().unwrap_or(0);
+        if longest < AGREED_MIN { 0 } else { longest }
+    }
+
+    proptest! {
+        // A sequence that grows is looked up as one that is given whole, and no passage is longer than the one found as
+        // long as there are few.
+        #[test]
+        fn growing_changes_nothing(tokens in prop::collection::vec(0u32..40, 3..90), most in 1usize..6) {
+            let mut growing = Lookup::default();
+            for end in 1..=tokens.len() {
+                let grown = growing.guess(&tokens[..end], most);
+                prop_assert_eq!(&grown, &Lookup::default().guess(&tokens[..end], most));
+                let longest = plainly(&tokens[..end]);
+                prop_assert!(grown.agreed <= longest);
+                if end < 40 {
+                    prop_assert_eq!(grown.agreed, longest);
+                }
+                prop_assert_eq!(grown.tokens.len(), if grown.agreed > 0 { most } else { 0 });
+            }
+        }
+    }
+}

@@ -1,0 +1,195 @@
+//! Tokens that are guessed ahead.
+
+use proptest::prelude::*;
+
+use super::sim::{Sim, events, next_token, options, request, tokens};
+use crate::options::EngineOptions;
+use crate::request::{Counters, Event, Finish, Job, Request, Sampling};
+
+/// Repeats what it said five tokens ago, but for every eleventh.
+fn repeating(tokens: &[u32]) -> u32 {
+    match tokens.len() {
+        len if len < 5 || len.is_multiple_of(11) => next_token(tokens),
+        len => tokens[len - 5],
+    }
+}
+
+fn sim(blocks: u32, draft_max: usize) -> Sim {
+    let mut sim = Sim::new(1, blocks, EngineOptions { draft_max, ..options() });
+    sim.model = repeating;
+    sim
+}
+
+fn counters(sim: &mut Sim) -> Counters {
+    sim.core.report(Default::default(), vec![]).counters
+}
+
+/// Steps until one has guesses, which is under way then.
+fn guess(sim: &mut Sim, generating: usize) {
+    for _ in 0..20 {
+        if rows(sim) > generating && sim.core.sequences.values().all(|s| s.output_tokens() > 0) {
+            return;
+        }
+        sim.finish();
+    }
+    panic!("nothing is guessed");
+}
+
+/// Rows of the next step.
+fn rows(sim: &mut Sim) -> usize {
+    let step = sim.core.plan(sim.now).expect("a step");
+    let rows = step.plan.batch.rows();
+    sim.begin(step);
+    rows
+}
+
+#[test]
+fn what_repeats_comes_several_tokens_a_step() {
+    let asked = request(&[1, 2, 3, 4, 5, 6], 40);
+    let run = |draft_max, ahead| {
+        let mut sim = sim(32, draft_max).ahead(ahead);
+        let (_, mut receiver) = sim.submit(Job::Generate(asked.clone()));
+        let steps = (0..).take_while(|_| sim.step()).count();
+        (tokens(&events(&mut receiver)), steps, sim)
+    };
+    for ahead in [false, true] {
+        let (plain, many, _) = run(0, ahead);
+        let (guessed, few, mut sim) = run(8, ahead);
+        assert_eq!(guessed, plain);
+        assert!(3 * few < 2 * many, "{few} steps, {many} without");
+        let counters = counters(&mut sim);
+        assert_eq!(counters.generated_tokens, 40);
+        assert!(counters.accepted_tokens >= 20, "{counters:?}");
+        assert!(counters.draft_tokens >= counters.accepted_tokens && counters.drafts > 1, "{counters:?}");
+        // 45 of 46 positions are computed: 11 full blocks.
+        assert_eq!((sim.blocks().cached, sim.blocks().free), (11, 21));
+    }
+}
+
+/// Protects: no row is computed for a token that the answer cannot have.
+#[test]
+fn an_answer_is_no_longer_than_asked() {
+    for most in 1..14 {
+        let mut sim = sim(32, 8);
+        let (_, mut receiver) = sim.submit(Job::Generate(request(&[7; 12], most)));
+        while !sim.core.sequences.is_empty() {
+            let rows = rows(&mut sim);
+            let said = sim.core.sequences.values().next().unwrap().output_tokens();
+            assert!(said == 0 || rows <= most - said, "{rows} rows of {most}");
+            sim.finish();
+        }
+        assert_eq!(tokens(&events(&mut receiver)).len(), most);
+    }
+}
+
+/// Protects: a prompt beside streams has all rows that they leave, and nobody waits for guesses then.
+#[test]
+fn beside_prompts_nothing_is_guessed() {
+    let mut sim = sim(64, 8);
+    sim.submit(Job::Generate(request(&[7; 8], 40)));
+    guess(&mut sim, 1);
+    sim.finish();
+    sim.submit(Job::Generate(request(&[3; 20], 1)));
+    assert_eq!(rows(&mut sim), 1 + 8);
+}
+
+/// Protects: a device that runs ahead waits only where it is worth it.
+#[test]
+fn guesses_begin_behind_what_is_known() {
+    let mut sim = sim(64, 8).ahead(true);
+    let (_, mut receiver) = sim.submit(Job::Generate(request(&[1, 2, 3, 4], 60)));
+    // Nothing repeats yet.
+    assert_eq!((rows(&mut sim), rows(&mut sim)), (4, 1));
+    let mut waited = 0;
+    while !sim.core.sequences.is_empty() {
+        match sim.core.plan(sim.now) {
+            Some(step) => {
+                assert!(step.plan.batch.rows() == 1 || sim.running.is_empty());
+                sim.begin(step);
+            }
+            None => {
+                waited += usize::from(sim.running.len() == 1);
+                sim.finish();
+            }
+        }
+    }
+    assert!(waited > 3, "{waited}");
+    sim.run();
+    assert_eq!(tokens(&events(&mut receiver)).len(), 60);
+}
+
+#[test]
+fn a_client_that_leaves_takes_its_guesses_along() {
+    let mut sim = sim(32, 8);
+    let (job, _receiver) = sim.submit(Job::Generate(request(&[7; 8], 40)));
+    let (_, mut stays) = sim.submit(Job::Generate(request(&[3; 8], 40)));
+    guess(&mut sim, 2);
+    sim.core.cancel(job);
+    sim.run();
+    assert_eq!(tokens(&events(&mut stays)).len(), 40);
+    let blocks = sim.blocks();
+    assert_eq!((blocks.used, blocks.free + blocks.cached), (0, 32));
+}
+
+fn sampling() -> impl Strategy<Value = Sampling> {
+    (0u8..5, any::<u64>()).prop_map(|(kind, seed)| match kind {
+        0 => Sampling { temperature: 0.3, seed, ..Sampling::default() },
+        1 => Sampling { logprobs: true, top_logprobs: 2, ..Sampling::default() },
+        2 => Sampling { frequency_penalty: 0.4, ..Sampling::default() },
+        3 => Sampling { repetition_penalty: 1.5, temperature: 0.3, seed, ..Sampling::default() },
+        _ => Sampling::default(),
+    })
+}
+
+fn asked() -> impl Strategy<Value = Request> {
+    let prompt = prop::collection::vec(0u32..4, 1..16);
+    (prompt, 1usize..30, sampling(), 0usize..6, prop::option::of(0u32..8)).prop_map(
+        |(prompt, most, sampling, min_tokens, stop)| Request {
+            sampling,
+            min_tokens,
+            stop_ids: stop.into_iter().collect(),
+            ..request(&prompt, most)
+        },
+    )
+}
+
+proptest! {
+    // Whatever is guessed, answers are those without, every row of the cache is the answer's, and every block comes back; who is
+    // given up for room goes on to the same answer.
+    #[test]
+    fn answers_are_those_without_guesses(
+        all in prop::collection::vec(asked(), 1..4),
+        blocks in 12u32..40,
+        ahead in any::<bool>(),
+    ) {
+        let run = |draft_max| {
+            let mut sim = sim(blocks, draft_max).ahead(ahead);
+            let mut told: Vec<(Vec<u32>, Option<Finish>)> = Vec::new();
+            let mut open: Vec<_> = all.iter().map(|asked| Some(sim.submit(Job::Generate(asked.clone())).1)).collect();
+            told.resize(all.len(), Default::default());
+            for _ in 0..100 {
+                sim.run();
+                for (index, slot) in open.iter_mut().enumerate() {
+                    let Some(mut receiver) = slot.take() else { continue };
+                    let events = events(&mut receiver);
+                    told[index].0.extend(tokens(&events));
+                    match events.last() {
+                        Some(Event::Finished { reason, .. }) => told[index].1 = Some(*reason),
+                        Some(Event::Preempted | Event::Failed(_)) => {
+                            let mut rest = all[index].clone();
+                            rest.tokens.extend(&told[index].0);
+                            *slot = Some(sim.submit(Job::Generate(rest)).1);
+                        }
+                        other => panic!("{other:?}"),
+                    }
+                }
+            }
+            let blocks = sim.blocks();
+            assert_eq!((blocks.used, blocks.reserved, blocks.quarantined), (0, 0, 0));
+            told
+        };
+        let plain = run(0);
+        prop_assert!(plain.iter().all(|told| told.1.is_some()), "{:?}", plain);
+        prop_assert_eq!(run(5), plain);
+    }
+}
