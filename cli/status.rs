@@ -227,6 +227,8 @@ fn json_of(reply: &StatusReply) -> Value {
                 "failed_sessions": counters.failed_sessions,
                 "kv_resumed": counters.kv_resumed, "kv_fallbacks": counters.kv_fallbacks,
                 "kv_silent": counters.kv_silent, "kv_gpudirect_bytes": counters.kv_gpudirect_bytes,
+                "drafts": counters.drafts, "draft_tokens": counters.draft_tokens,
+                "accepted_tokens": counters.accepted_tokens,
             },
             "joined_ms_ago": member.joined_ms_ago,
             "reported_ms_ago": member.reported_ms_ago,

@@ -282,7 +282,8 @@ def metrics(url: str) -> None:
         "request_prompt_tokens", "request_generation_tokens", "request_queue_time_seconds", "request_prefill_time_seconds",
         "request_decode_time_seconds", "request_max_num_generation_tokens")]
     board += ["prompt_tokens_total", "generation_tokens_total", "num_requests_running", "num_requests_waiting", "kv_cache_usage_perc",
-              "request_success_total", "prefix_cache_queries_total", "prefix_cache_hits_total", "num_preemptions_total"]
+              "request_success_total", "prefix_cache_queries_total", "prefix_cache_hits_total", "num_preemptions_total",
+              "spec_decode_num_drafts_total", "spec_decode_num_draft_tokens_total", "spec_decode_num_accepted_tokens_total"]
     missing = [name for name in board if f"vllm:{name}" not in labelled]
     assert not missing, f"not on the metrics page, or without model_name: {missing}"
     engines = {s.labels["engine"] for f in families for s in f.samples if s.name == "vllm:kv_cache_usage_perc"}

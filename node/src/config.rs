@@ -55,6 +55,8 @@ pub struct NodeConfig {
     pub context_tokens: Option<u32>,
     /// Sequences running at once.
     pub batch_max: usize,
+    /// Tokens guessed ahead per sequence and step, at most.
+    pub draft_max: usize,
     /// Rows of a step.
     pub step: StepBounds,
     /// Tensor-parallel group.

@@ -308,6 +308,9 @@ pub fn report_message(report: Report, ready: bool, draining: bool) -> v1::NodeRe
             kv_fallbacks: c.kv_fallbacks,
             kv_silent: c.kv_silent,
             kv_gpudirect_bytes: c.kv_unstaged_bytes,
+            drafts: c.drafts,
+            draft_tokens: c.draft_tokens,
+            accepted_tokens: c.accepted_tokens,
         }),
     }
 }

@@ -249,6 +249,7 @@ fn serve<B: Backend>(
         batch_max: config.batch_max,
         step_tokens,
         chunk_tokens,
+        draft_max: config.draft_max,
         kv_bind: config.kv_bind,
         kv_tls: certified(config)?,
         kv_turned: turned(config, Door::Kv),

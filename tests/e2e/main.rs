@@ -3,6 +3,7 @@
 mod batch;
 mod chat;
 mod client;
+mod drafts;
 mod errors;
 mod families;
 mod faults;

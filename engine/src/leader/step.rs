@@ -325,8 +325,9 @@ impl Core {
         if prompt == 0 && generated > 0 {
             self.totals.worth.step(step.plan.batch.rows(), took);
         }
-        // Rows that are scored cost the host more than the device: they say nothing of other prompts.
-        if step.parts.iter().all(|part| part.scored.is_empty()) {
+        // Rows that are scored cost the host more than the device, and those of guesses are more than one per sequence: they
+        // say nothing of other prompts and steps.
+        if step.parts.iter().all(|part| part.scored.is_empty() && part.guess.tokens.is_empty()) {
             self.totals.rates.step(prompt, generated, took);
         }
     }

@@ -153,10 +153,33 @@ impl ClusterMetrics {
             (label, f64::from(held) / f64::from(kv.total.max(1)))
         });
         gauges(encoder, "vllm:kv_cache_usage_perc", "Share of the KV store that is in use; 1 is all", usage)?;
-        let preempted = engines().map(|(label, member)| {
-            (label, member.report.counters.as_ref().map_or(0, |counters| counters.preemptions))
-        });
-        counters(encoder, "vllm:num_preemptions", "Sequences given up for want of room", preempted)?;
+        let by_engine = |value: fn(&proto::v1::Counters) -> u64| {
+            engines().map(move |(label, member)| (label, member.report.counters.as_ref().map_or(0, value)))
+        };
+        counters(
+            encoder,
+            "vllm:num_preemptions",
+            "Sequences given up for want of room",
+            by_engine(|c| c.preemptions),
+        )?;
+        counters(
+            encoder,
+            "vllm:spec_decode_num_drafts",
+            "Times that tokens of a sequence were guessed ahead",
+            by_engine(|c| c.drafts),
+        )?;
+        counters(
+            encoder,
+            "vllm:spec_decode_num_draft_tokens",
+            "Tokens guessed ahead",
+            by_engine(|c| c.draft_tokens),
+        )?;
+        counters(
+            encoder,
+            "vllm:spec_decode_num_accepted_tokens",
+            "Of them, those that were drawn",
+            by_engine(|c| c.accepted_tokens),
+        )?;
         let bytes = snapshot.members.iter().map(|member| {
             let label = NodeLabel { node: member.join.name.clone(), role: role(member) };
             (label, member.report.counters.as_ref().map_or(0, |counters| counters.kv_bytes))

@@ -1,0 +1,59 @@
+//! Promise: what is guessed ahead changes no answer, and operators see what it brings.
+
+use serde_json::{Value, json};
+
+use crate::client::with_model;
+use crate::parts::{Parts, ids};
+
+const GUESSED: &str = "vllm:spec_decode_num_draft_tokens_total";
+const HELD: &str = "vllm:spec_decode_num_accepted_tokens_total";
+
+/// Answers that repeat themselves, or their prompts, in whole, in part, or hardly.
+fn asked() -> Vec<Value> {
+    let again: Vec<u32> = ids(7, 20).repeat(4);
+    let bias =
+        |count: u32| -> Value { (1000..1000 + count).map(|id| (id.to_string(), json!(100))).collect() };
+    let plain = json!({ "max_tokens": 120, "ignore_eos": true, "seed": 5 });
+    let with = |more: Value| {
+        let mut body = plain.clone();
+        body.as_object_mut().expect("an object").extend(more.as_object().expect("an object").clone());
+        body
+    };
+    vec![
+        with(json!({ "prompt": again, "temperature": 0 })),
+        with(json!({ "prompt": again, "temperature": 1.0, "logprobs": 2 })),
+        with(json!({ "prompt": ids(9, 40), "logit_bias": bias(1) })),
+        with(
+            json!({ "prompt": ids(11, 40), "temperature": 1.0, "logit_bias": bias(2), "frequency_penalty": 0.1 }),
+        ),
+        with(json!({ "prompt": ids(13, 40), "temperature": 0.8, "n": 3 })),
+        with(json!({ "prompt": ids(15, 40), "ignore_eos": false, "guided_regex": "(name: [a-c]{3}; ){8}" })),
+    ]
+}
+
+#[tokio::test]
+async fn answers_are_those_without_guesses() {
+    let mut seen: Vec<Vec<Value>> = Vec::new();
+    for flag in ["--draft-max=0", "--draft-max=8"] {
+        let mut parts = Parts::router(&[]);
+        parts.prefill("p", 1, &[]);
+        parts.decode("d", 2, &[flag]);
+        parts.wait_until_ready(&["p.0", "d.0"]).await;
+        let mut said = Vec::new();
+        for body in asked() {
+            let (status, answer) = parts.post("/v1/completions", &with_model(&body)).await;
+            assert_eq!(status, 200, "{answer}");
+            said.push(answer["choices"].clone());
+        }
+        parts.wait_until_idle().await;
+        let (guessed, held) = (parts.metric(GUESSED, "").await, parts.metric(HELD, "").await);
+        match flag {
+            "--draft-max=0" => assert_eq!((guessed, held), (0.0, 0.0)),
+            _ => assert!(held > 20.0 && guessed >= held, "{held} of {guessed}"),
+        }
+        seen.push(said);
+    }
+    for (number, (without, with)) in seen[0].iter().zip(&seen[1]).enumerate() {
+        assert_eq!(without, with, "request {number}");
+    }
+}
