@@ -20,16 +20,21 @@ pub fn usable() -> Vec<usize> {
 }
 
 /// Keeps this thread on `core`; where the system refuses, it goes where it likes.
-#[cfg(target_os = "linux")]
 pub fn stay(core: usize) {
-    // SAFETY: zeros are an empty set, and `core` is below its size.
+    stay_on(&[core]);
+}
+
+/// Keeps this thread, and those that it starts, on `cores`.
+#[cfg(target_os = "linux")]
+pub fn stay_on(cores: &[usize]) {
+    // SAFETY: zeros are an empty set, which takes no number beyond its size.
     unsafe {
         let mut set: libc::cpu_set_t = std::mem::zeroed();
-        libc::CPU_SET(core, &mut set);
+        cores.iter().for_each(|core| libc::CPU_SET(*core, &mut set));
         libc::sched_setaffinity(0, size_of_val(&set), &set);
     }
 }
 
 /// It goes where it likes.
 #[cfg(not(target_os = "linux"))]
-pub fn stay(_core: usize) {}
+pub fn stay_on(_cores: &[usize]) {}

@@ -18,7 +18,6 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail};
 use backend::{Activations, CpuOptions};
-use backend_cpu::cores;
 use clap::Parser;
 
 use blocks::Recipe;
@@ -109,6 +108,7 @@ fn main() -> Result<()> {
     if let Some(path) = &args.only_load {
         return Ours::open(path, args.threads, args.cpu(), 64)?.decode(1, 0, 1).map(drop);
     }
+    process::all_cores();
     let shape = Shape::named(&args.shape).with_context(|| {
         format!("no shape {:?}: {}", args.shape, SHAPES.map(|shape| shape.name).join(", "))
     })?;
@@ -141,8 +141,8 @@ fn main() -> Result<()> {
 impl Args {
     /// Cores that threads stay on, one each; none where they go where they like.
     fn cores(&self) -> Vec<usize> {
-        let usable = if self.pin { cores::usable() } else { Vec::new() };
-        usable.into_iter().take(self.threads).collect()
+        let usable = if self.pin { process::all_cores() } else { &[] };
+        usable.iter().copied().take(self.threads).collect()
     }
 
     fn cpu(&self) -> CpuOptions {

@@ -4,13 +4,16 @@ use std::process::{Child, Command, Stdio};
 
 use anyhow::Result;
 
+use crate::process;
+
 /// Computes until it is dropped.
 pub struct Neighbour(Child);
 
 impl Neighbour {
     pub fn start() -> Result<Self> {
         let mut command = Command::new(std::env::current_exe()?);
-        Ok(Neighbour(command.arg("--only-spin").stdin(Stdio::null()).spawn()?))
+        let command = process::anywhere(command.arg("--only-spin").stdin(Stdio::null()));
+        Ok(Neighbour(command.spawn()?))
     }
 }
 

@@ -1,11 +1,14 @@
 //! Time and memory of whole processes that load a model and generate one token.
 
 use std::ffi::OsString;
+use std::os::unix::process::CommandExt;
 use std::path::Path;
 use std::process::{Command, Stdio};
+use std::sync::OnceLock;
 use std::time::Instant;
 
 use anyhow::{Context, Result, bail, ensure};
+use backend_cpu::cores;
 
 use crate::Args;
 use crate::table::median;
@@ -40,6 +43,24 @@ pub fn compare(args: &Args, format: &str, path: &Path, theirs: Option<&Theirs>) 
     Ok(())
 }
 
+/// Cores that this process may use, as first asked: before a thread is kept on one.
+pub fn all_cores() -> &'static [usize] {
+    static ALL: OnceLock<Vec<usize>> = OnceLock::new();
+    ALL.get_or_init(cores::usable)
+}
+
+/// Has a process begin on all of them, wherever the thread that starts it is kept.
+pub fn anywhere(command: &mut Command) -> &mut Command {
+    let all = all_cores();
+    // SAFETY: one system call, and no memory is asked for.
+    unsafe {
+        command.pre_exec(|| {
+            cores::stay_on(all);
+            Ok(())
+        })
+    }
+}
+
 /// What a process took.
 pub struct Ended {
     /// Seconds.
@@ -54,7 +75,7 @@ pub struct Ended {
 pub fn run(command: Command) -> Result<Ended> {
     let mut small = Command::new(std::env::current_exe()?);
     small.arg("--only-run").arg(command.get_program()).args(command.get_args());
-    let done = small.stdin(Stdio::null()).stderr(Stdio::null()).output()?;
+    let done = anywhere(&mut small).stdin(Stdio::null()).stderr(Stdio::null()).output()?;
     let text = String::from_utf8_lossy(&done.stdout);
     let figures: Vec<f64> = text.split_whitespace().flat_map(str::parse).collect();
     match figures[..] {

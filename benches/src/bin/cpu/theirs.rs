@@ -102,7 +102,7 @@ fn mask(cores: &[usize]) -> Result<String> {
 
 /// Field `name` of the line of JSON that the command prints.
 fn speed(mut command: Command, name: &str) -> Result<f64> {
-    let out = command.stdin(Stdio::null()).stderr(Stdio::piped()).output();
+    let out = process::anywhere(&mut command).stdin(Stdio::null()).stderr(Stdio::piped()).output();
     let out = out.with_context(|| format!("running {:?}", command.get_program()))?;
     let text = String::from_utf8_lossy(&out.stdout);
     let line = text.lines().filter_map(|line| serde_json::from_str::<Value>(line.trim()).ok());
