@@ -176,7 +176,9 @@ for endpoint in ("chat", "completions"):
     )], is_refused)
 
 table("chat serves", [("chat", fields) for fields in (
-    {"max_tokens": ..., "max_completion_tokens": 4}, {"modalities": ["text"]}, {"prediction": None, "audio": None}, {"verbosity": "medium"},
+    {"max_tokens": ..., "max_completion_tokens": 4}, {"modalities": ["text"]}, {"prediction": None, "audio": None},
+    {"prediction": {"type": "content", "content": "It is a server."}}, {"prediction": {"type": "content", "content": [{"type": "text", "text": "It"}]}},
+    {"prediction": {"type": "content", "content": ""}, "n": 2}, {"verbosity": "medium"},
     {"logprobs": False}, {"logprobs": True, "top_logprobs": 0}, {"tools": []}, {"tools": [TOOL], "tool_choice": "none"},
     {"tools": [TOOL], "tool_choice": "auto", "parallel_tool_calls": True}, {"functions": None, "function_call": None},
     {"messages": [{"role": "developer", "content": "Be brief."}, *QUESTION]},
@@ -208,7 +210,9 @@ table("chat refuses", [("chat", fields, param) for fields, param in (
     ({"max_tokens": 0}, "max_tokens"), ({"max_completion_tokens": 0}, "max_completion_tokens"),
     ({"max_completion_tokens": "4"}, "max_completion_tokens"), ({"logprobs": 5}, "logprobs"), ({"logprobs": True, "top_logprobs": 21}, "top_logprobs"),
     ({"logprobs": True, "top_logprobs": -1}, "top_logprobs"), ({"top_logprobs": 2}, "top_logprobs"), ({"modalities": ["audio"]}, "modalities"),
-    ({"audio": {"voice": "a", "format": "wav"}}, "audio"), ({"prediction": {"type": "content", "content": "x"}}, "prediction"),
+    ({"audio": {"voice": "a", "format": "wav"}}, "audio"), ({"prediction": {"content": "x"}}, "prediction.type"),
+    ({"prediction": "x"}, "prediction"), ({"prediction": {"type": "song", "content": "x"}}, "prediction.type"), ({"prediction": {"type": "content"}}, "prediction.content"),
+    ({"prediction": {"type": "content", "content": [{"type": "image_url"}]}}, "prediction.content[0]"), ({"prediction": {"type": "content", "content": "x" * 300000}}, "prediction"),
     ({"web_search_options": {}}, "web_search_options"), ({"functions": [{"name": "f"}]}, "functions"), ({"tools": {}}, "tools"),
     ({"tools": [{"type": "nonsense"}]}, "tools[0].type"), ({"tools": [{"type": "function", "function": {}}]}, "tools[0].function.name"),
     ({"tools": [{"type": "function", "function": {"name": "a b"}}]}, "tools[0].function.name"),

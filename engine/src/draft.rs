@@ -17,6 +17,9 @@ const AGREED_MAX: usize = 32;
 /// Passages that are looked at, the latest first.
 const TRIES: usize = 16;
 
+/// What is no token: stands behind a prediction.
+const NONE: u32 = u32::MAX;
+
 /// What may come next.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub(crate) struct Guess {
@@ -24,11 +27,18 @@ pub(crate) struct Guess {
     pub tokens: Vec<u32>,
     /// How many tokens before them the passage shares with the end of the sequence.
     pub agreed: usize,
+    /// The passage is the prediction's.
+    pub predicted: bool,
 }
 
-/// Where in a sequence its pairs of tokens stand. Eight bytes per token, as chains by hash.
+/// A sequence, behind what its client expects of it, and where pairs of tokens stand there. Twelve bytes per token.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct Lookup {
+    /// The prompt's last tokens and the prediction, as if that followed them; [`NONE`]; then the sequence. Empty until the first
+    /// guess.
+    text: Vec<u32>,
+    /// Where the prediction begins and ends there; 0 without one.
+    prediction: (usize, usize),
     /// By hash of a pair: the place behind the latest; 0: none. A power of two of them.
     latest: Vec<u32>,
     /// Of the pair before place `2 + i`: the place behind the one before it with that hash; 0: none.
@@ -36,22 +46,35 @@ pub(crate) struct Lookup {
 }
 
 impl Lookup {
+    /// For a sequence that probably goes on behind its prompt with some of `prediction`.
+    pub fn new(prompt: &[u32], prediction: &[u32]) -> Self {
+        if prediction.is_empty() {
+            return Self::default();
+        }
+        let tail = &prompt[prompt.len().saturating_sub(AGREED_MAX)..];
+        let text = [tail, prediction, &[NONE]].concat();
+        Lookup { prediction: (tail.len(), text.len() - 1), text, ..Self::default() }
+    }
+
     /// At most `most` tokens that may follow `tokens`: what followed the longest passage that ends as they do, the latest of
     /// several. `tokens` are those of earlier calls and more.
     pub fn guess(&mut self, tokens: &[u32], most: usize) -> Guess {
-        let end = tokens.len();
-        if end <= AGREED_MIN || most == 0 {
+        let own = if self.prediction.1 > 0 { self.prediction.1 + 1 } else { 0 };
+        self.text.extend_from_slice(&tokens[self.text.len() - own..]);
+        if tokens.len() < AGREED_MIN || self.text.len() == AGREED_MIN || most == 0 {
             return Guess::default();
         }
-        self.take_in(tokens);
-        let mut place = self.latest[self.bucket(tokens, end)] as usize;
+        self.take_in();
+        let (text, end) = (&self.text, self.text.len());
+        let mut place = self.latest[self.bucket(end)] as usize;
         let (mut best, mut agreed) = (0, 0);
         for _ in 0..TRIES {
             if place == 0 || agreed == AGREED_MAX {
                 break;
             }
-            let alike = alike(&tokens[..place], tokens);
-            if alike > agreed {
+            let alike = alike(&text[..place], text);
+            // Nothing follows the end of a prediction.
+            if alike > agreed && text[place] != NONE {
                 (best, agreed) = (place, alike);
             }
             place = self.before[place - AGREED_MIN] as usize;
@@ -62,27 +85,33 @@ impl Lookup {
         // A passage that reaches the end goes on with its own guesses: what repeats, repeats.
         let mut guessed: Vec<u32> = Vec::with_capacity(most);
         for at in best..best + most {
-            guessed.push(if at < end { tokens[at] } else { guessed[at - end] });
+            match text.get(at) {
+                Some(&NONE) => break,
+                Some(token) => guessed.push(*token),
+                None => guessed.push(guessed[at - end]),
+            }
         }
-        Guess { tokens: guessed, agreed }
+        let predicted = (self.prediction.0..self.prediction.1).contains(&best);
+        Guess { tokens: guessed, agreed, predicted }
     }
 
     /// Notes all pairs but the last, which nothing follows.
-    fn take_in(&mut self, tokens: &[u32]) {
-        let places = tokens.len() - AGREED_MIN;
+    fn take_in(&mut self) {
+        let places = self.text.len() - AGREED_MIN;
         if self.latest.len() < places {
             self.latest = vec![0; (2 * places).next_power_of_two()];
             self.before.clear();
         }
-        for place in self.before.len() + AGREED_MIN..tokens.len() {
-            let bucket = self.bucket(tokens, place);
+        for place in self.before.len() + AGREED_MIN..self.text.len() {
+            let bucket = self.bucket(place);
             self.before.push(self.latest[bucket]);
             self.latest[bucket] = place as u32;
         }
     }
 
-    fn bucket(&self, tokens: &[u32], place: usize) -> usize {
-        let pair = u64::from(tokens[place - 2]) << 32 | u64::from(tokens[place - 1]);
+    /// Of the pair before `place`.
+    fn bucket(&self, place: usize) -> usize {
+        let pair = u64::from(self.text[place - 2]) << 32 | u64::from(self.text[place - 1]);
         // The upper bits of a product depend on all of its factor's.
         (pair.wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 32) as usize & (self.latest.len() - 1)
     }
@@ -108,6 +137,23 @@ mod tests {
         // 1 2 3 4 ... 9 2 3 5 ... 1 2 3: the later passage is shorter.
         assert_eq!(guess(&[1, 2, 3, 4, 9, 2, 3, 5, 1, 2, 3], 2), (vec![4, 9], 3));
         assert_eq!(guess(&[1, 2, 3, 4, 1, 2, 3, 5, 1, 2, 3], 2), (vec![5, 1], 3), "the latest of equals");
+    }
+
+    /// Protects: a prediction is followed from the answer's first token on, found again behind what differs, and ends.
+    #[test]
+    fn a_prediction_goes_on_behind_the_prompt() {
+        let (prompt, prediction) = ([9, 8, 7], [1, 2, 3, 4, 5]);
+        let mut lookup = Lookup::new(&prompt, &prediction);
+        let mut guess = |more: &[u32], most| lookup.guess(&[&prompt, more].concat(), most);
+        let predicted = |tokens: &[u32], agreed| Guess { tokens: tokens.to_vec(), agreed, predicted: true };
+        assert_eq!(guess(&[], 3), predicted(&[1, 2, 3], 3));
+        assert_eq!(guess(&[1], 9), predicted(&[2, 3, 4, 5], 4));
+        assert_eq!(guess(&[1, 6, 3], 9), Guess::default());
+        assert_eq!(guess(&[1, 6, 3, 4], 9), predicted(&[5], 2));
+        assert_eq!(guess(&[1, 6, 3, 4, 5], 9), Guess::default(), "nothing follows");
+        // The answer's own passage is as long and later.
+        let own = guess(&[1, 6, 3, 4, 5, 1, 6], 2);
+        assert_eq!(own, Guess { tokens: vec![3, 4], agreed: 2, predicted: false });
     }
 
     #[test]

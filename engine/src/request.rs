@@ -39,6 +39,8 @@ pub struct Request {
     /// Whoever computes the prompt tells how likely each of its tokens is, with this many of the most likely ids; it
     /// computes all of it then, whatever its cache holds.
     pub prompt_logprobs: Option<u32>,
+    /// What the client expects of the output; only guesses of what comes next are taken from it.
+    pub prediction: Vec<u32>,
 }
 
 /// How tokens are drawn: a pure function of (seed, position, logits, tokens so far).
@@ -208,6 +210,8 @@ pub struct Token {
     pub logprob: Option<f32>,
     /// Most likely ids with theirs, where asked for.
     pub top: Vec<(u32, f32)>,
+    /// It was guessed by [`Request::prediction`], and cost no step of its own.
+    pub predicted: bool,
     /// Set when this token ends the answer.
     pub finish: Option<Finish>,
 }

@@ -98,6 +98,7 @@ pub fn on_device(request: &Request, position: usize) -> Option<Rule> {
         priority: _,
         grammar,
         prompt_logprobs: _,
+        prediction: _,
     } = request;
     let Sampling {
         temperature: _,

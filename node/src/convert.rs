@@ -24,6 +24,10 @@ pub(crate) fn request(sequence: Option<v1::Sequence>) -> Result<Request, Status>
         let (got, most) = (s.tokens.len(), proto::SEQUENCE_TOKENS_MAX);
         return Err(invalid(format!("sequence of {got} tokens, at most {most}")));
     }
+    if s.prediction.len() > proto::PREDICTION_TOKENS_MAX {
+        let (got, most) = (s.prediction.len(), proto::PREDICTION_TOKENS_MAX);
+        return Err(invalid(format!("prediction of {got} tokens, at most {most}")));
+    }
     let (start, len) = (s.output_start as usize, s.tokens.len());
     if start == 0 || start > len {
         return Err(invalid(format!("output starts at {start} of {len} tokens")));
@@ -45,6 +49,7 @@ pub(crate) fn request(sequence: Option<v1::Sequence>) -> Result<Request, Status>
         priority: s.priority,
         grammar: None,
         prompt_logprobs: prompt_logprobs(s.prompt_logprobs)?,
+        prediction: s.prediction,
     })
 }
 
@@ -166,6 +171,7 @@ pub fn token_message(token: &Token) -> v1::Token {
         id: token.id,
         logprob: token.logprob,
         top: top_message(&token.top),
+        predicted: token.predicted,
     }
 }
 

@@ -62,6 +62,8 @@ pub struct GenerateRequest {
     pub grammar: Option<Arc<str>>,
     /// Tell how likely each token of the prompt is, with this many alternatives.
     pub prompt_logprobs: Option<u32>,
+    /// What the client expects of the output, at most [`proto::PREDICTION_TOKENS_MAX`] tokens; changes none of it.
+    pub prediction: Arc<[u32]>,
     /// Where its spans belong.
     pub trace: Scope,
 }
@@ -162,6 +164,8 @@ pub struct Token {
     pub logprob: Option<f32>,
     /// With `Sampling::top_logprobs`: the likeliest ids, best first.
     pub top: Vec<(u32, f32)>,
+    /// It was guessed by the request's prediction, and cost no step of its own.
+    pub predicted: bool,
 }
 
 /// How likely the model holds a token of the prompt to be.

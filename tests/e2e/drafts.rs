@@ -31,6 +31,41 @@ fn asked() -> Vec<Value> {
     ]
 }
 
+/// Protects: a client that says what it expects gets the same answer, sooner, and is told how much of it was right.
+#[tokio::test]
+async fn a_prediction_is_counted_and_changes_nothing() {
+    let mut parts = Parts::router(&[]);
+    parts.prefill("p", 1, &[]);
+    parts.decode("d", 2, &[]);
+    parts.wait_until_ready(&["p.0", "d.0"]).await;
+    let ask = |prediction: Option<String>| {
+        let mut body = json!({
+            "messages": [{"role": "user", "content": "Tell me a story."}], "max_tokens": 200, "temperature": 0.8, "seed": 4,
+        });
+        if let Some(text) = prediction {
+            body["prediction"] = json!({"type": "content", "content": text});
+        }
+        with_model(&body)
+    };
+    let chat = async |prediction| {
+        let (status, answer) = parts.post("/v1/chat/completions", &ask(prediction)).await;
+        assert_eq!(status, 200, "{answer}");
+        let text = answer["choices"][0]["message"]["content"].as_str().expect("a text").to_owned();
+        let of = |name: &str| answer["usage"]["completion_tokens_details"][name].as_u64().expect("a number");
+        (text, of("accepted_prediction_tokens"), of("rejected_prediction_tokens"))
+    };
+    let (text, ..) = chat(None).await;
+    assert!(text.len() > 100, "{text}");
+    // The decode group knows what a step takes by now.
+    let (same, accepted, rejected) = chat(Some(text.clone())).await;
+    assert_eq!(same, text);
+    assert!(accepted > 20 && accepted > rejected, "{accepted} accepted, {rejected} rejected");
+    let (same, accepted, rejected) = chat(Some("What nobody ever says, 1, 2, 3.".into())).await;
+    assert_eq!((same, accepted), (text.clone(), 0));
+    assert!(rejected > 5, "{rejected}");
+    parts.wait_until_idle().await;
+}
+
 #[tokio::test]
 async fn answers_are_those_without_guesses() {
     let mut seen: Vec<Vec<Value>> = Vec::new();

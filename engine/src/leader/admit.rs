@@ -35,12 +35,15 @@ impl Core {
             job: id,
             prompt_len: request.tokens.len(),
             kind,
+            lookup: Lookup::new(
+                &request.tokens[..request.output_start.min(request.tokens.len())],
+                &request.prediction,
+            ),
             request,
             stage: Stage::Waiting,
             seq: SeqId(0),
             computed: 0,
             flights: Vec::new(),
-            lookup: Lookup::default(),
             lease: None,
             events,
             arrived,
@@ -255,7 +258,8 @@ impl Core {
         if len >= context {
             return invalid(format!("{len} tokens leave no room for output in a context of {context}"));
         }
-        if let Some(id) = request.tokens.iter().find(|id| **id as usize >= self.setup.vocabulary) {
+        let mut all = request.tokens.iter().chain(&request.prediction);
+        if let Some(id) = all.find(|id| **id as usize >= self.setup.vocabulary) {
             return invalid(format!("token {id} in a vocabulary of {}", self.setup.vocabulary));
         }
         if sequence.output_tokens() >= request.max_tokens {

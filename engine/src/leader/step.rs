@@ -246,9 +246,9 @@ impl Core {
             let Some(sequence) = self.sequences.get_mut(&part.job) else { break };
             match sampled(drawn.next(), sequence) {
                 Ok(sampled) => {
-                    let id = sampled.id;
-                    self.draw(part.job, sampled, now);
-                    if guessed.get(row) != Some(&id) {
+                    let held = guessed.get(row) == Some(&sampled.id);
+                    self.draw(part.job, sampled, held && part.guess.predicted, now);
+                    if !held {
                         break;
                     }
                 }
@@ -282,7 +282,7 @@ impl Core {
     }
 
     /// A drawn token: told, appended, and the end of the answer if it ends it.
-    fn draw(&mut self, job: u64, sampled: Sampled, now: Instant) {
+    fn draw(&mut self, job: u64, sampled: Sampled, predicted: bool, now: Instant) {
         let Some(sequence) = self.sequences.get_mut(&job) else { return };
         sequence.request.tokens.push(sampled.id);
         let finish = sequence.finish(self.setup.options.context_tokens);
@@ -292,6 +292,7 @@ impl Core {
             id: sampled.id,
             logprob: sampled.logprob,
             top: sampled.top,
+            predicted,
             finish,
         }));
         let seq = sequence.seq;

@@ -48,6 +48,10 @@ pub struct Usage {
 pub struct CompletionDetails {
     /// Between the marks of reasoning.
     pub reasoning_tokens: u32,
+    /// Of the client's prediction: those that came without a step of their own.
+    pub accepted_prediction_tokens: u32,
+    /// The others of it.
+    pub rejected_prediction_tokens: u32,
 }
 
 /// Part of `Usage`.
@@ -219,6 +223,7 @@ impl Answer {
             lane.served.map_or(started, |served| served.cached_tokens)
         };
         let prompt_tokens = per_prompt().map(|lane| lane.prompt_tokens).sum();
+        let predicted = || self.running.iter().map(|running| running.lane.choice.predicted_tokens());
         let completion_tokens = self.running.iter().map(|running| running.lane.choice.tokens()).sum();
         Usage {
             prompt_tokens,
@@ -226,6 +231,8 @@ impl Answer {
             total_tokens: prompt_tokens + completion_tokens,
             completion_tokens_details: CompletionDetails {
                 reasoning_tokens: self.running.iter().map(|r| r.lane.choice.reasoning_tokens()).sum(),
+                accepted_prediction_tokens: predicted().map(|(accepted, _)| accepted).sum(),
+                rejected_prediction_tokens: predicted().map(|(_, rejected)| rejected).sum(),
             },
             prompt_tokens_details: PromptDetails { cached_tokens: per_prompt().map(cached).sum() },
         }

@@ -5,6 +5,7 @@ use std::time::{Instant, SystemTime};
 
 use axum::extract::{Request, State};
 use axum::response::Response;
+use proto::PREDICTION_TOKENS_MAX;
 use serde_json::{Map, Value, json};
 
 use super::Gateway;
@@ -14,7 +15,7 @@ use super::error::ApiError;
 use super::fields::Fields;
 use super::form::{self, CallRule, Form, read_form};
 use super::head::Head;
-use super::messages::{ToolChoice, broken_arguments, read_messages, read_tools};
+use super::messages::{ToolChoice, broken_arguments, content, read_messages, read_tools};
 use super::params::{Params, TIER, TOP_LOGPROBS_MAX};
 use super::prompt_scores::ScoresWanted;
 use super::reply;
@@ -23,12 +24,11 @@ use crate::text::answer::{self, Opening, Types};
 use crate::text::{Beginning, Conversation, TemplateError, template};
 
 /// What OpenAI or vLLM serve under these names, and this server does not.
-const UNSUPPORTED: [&str; 9] = [
+const UNSUPPORTED: [&str; 8] = [
     "audio",
     "documents",
     "functions",
     "mm_processor_kwargs",
-    "prediction",
     "reasoning",
     "return_tokens_as_token_ids",
     "web_search_options",
@@ -46,6 +46,8 @@ pub struct ChatRequest {
     pub form: Option<Form>,
     hide_reasoning: bool,
     logprobs: Option<u32>,
+    /// Text that the answer is expected to have.
+    prediction: Option<String>,
 }
 
 /// The handler.
@@ -103,7 +105,21 @@ pub fn prepare(gateway: &Gateway, request: ChatRequest) -> Result<(Params, Promp
         logprobs: request.logprobs,
         scores: ScoresWanted { echo: None, list: request.params.prompt_logprobs },
     };
-    Ok((request.params, Prompt { tokens: tokens.into(), max_tokens, echo: None }, reading))
+    let prediction = predicted(gateway, request.prediction.as_deref().unwrap_or_default())?;
+    let prompt = Prompt { tokens: tokens.into(), max_tokens, echo: None, prediction: prediction.into() };
+    Ok((request.params, prompt, reading))
+}
+
+/// Ids of what an answer is expected to be.
+fn predicted(gateway: &Gateway, text: &str) -> Result<Vec<u32>, ApiError> {
+    let ids = gateway.encode(text, false, "prediction")?;
+    match ids.len() {
+        0..=PREDICTION_TOKENS_MAX => Ok(ids),
+        len => {
+            let expected = format!("at most {PREDICTION_TOKENS_MAX} tokens");
+            Err(ApiError::wrong_value("prediction", expected, format!("{len}")))
+        }
+    }
 }
 
 /// Checks a request; also for the interfaces that are written over as chats.
@@ -118,6 +134,7 @@ pub fn parse(gateway: &Gateway, mut fields: Fields) -> Result<ChatRequest, ApiEr
         let message = "The parameter 'top_logprobs' is allowed only together with 'logprobs': true.";
         return Err(ApiError::bad("top_logprobs", "invalid_value", message));
     }
+    let prediction = read_prediction(&mut fields)?;
     let hide_reasoning = !fields.boolean("include_reasoning")?.unwrap_or(true);
     fields.only("best_of", &json!(params.n), "is not supported here: it must equal n")?;
     fields.only("function_call", &json!("auto"), "is not supported: use 'tool_choice'")?;
@@ -127,7 +144,18 @@ pub fn parse(gateway: &Gateway, mut fields: Fields) -> Result<ChatRequest, ApiEr
     fields.refuse(&UNSUPPORTED, "is not supported")?;
     fields.finish()?;
     let logprobs = logprobs.then(|| top.unwrap_or(0) as u32);
-    Ok(ChatRequest { params, conversation, choice, parallel, form, hide_reasoning, logprobs })
+    Ok(ChatRequest { params, conversation, choice, parallel, form, hide_reasoning, logprobs, prediction })
+}
+
+/// `prediction`, such as `{"type": "content", "content": "..."}`.
+fn read_prediction(fields: &mut Fields) -> Result<Option<String>, ApiError> {
+    let Some(mut prediction) = fields.object("prediction")? else { return Ok(None) };
+    if prediction.word("type", &["content"])?.is_none() {
+        return Err(ApiError::missing("prediction.type"));
+    }
+    let text = content("prediction.content", prediction.take("content"))?;
+    prediction.finish()?;
+    text.ok_or_else(|| ApiError::missing("prediction.content")).map(Some)
 }
 
 /// Reads messages, tools and what else a template sees; also for `/tokenize`. With whether calls must come, and whether

@@ -103,6 +103,9 @@ pub struct Choice {
     /// Of all tokens, where the cluster tells.
     logprob_sum: f64,
     reasoning_tokens: u32,
+    /// Of a prediction: those that saved a step, and all.
+    predicted: u32,
+    prediction: u32,
     ended_by: Option<u32>,
     /// Text of one token, before the stop strings and after.
     raw: String,
@@ -111,8 +114,8 @@ pub struct Choice {
 }
 
 impl Choice {
-    /// `reading`: how the request wants its answers read.
-    pub fn new(params: &Params, pieces: Arc<Pieces>, reading: &Reading) -> Self {
+    /// `reading`: how the request wants its answers read; `prediction`: tokens that it expects.
+    pub fn new(params: &Params, pieces: Arc<Pieces>, reading: &Reading, prediction: u32) -> Self {
         let detokenizer = Detokenizer::new(pieces, params.skip_special, reading.beginning);
         Self {
             detokenizer: detokenizer.keeping(Arc::clone(&reading.marks)),
@@ -129,6 +132,8 @@ impl Choice {
             tokens: 0,
             logprob_sum: 0.0,
             reasoning_tokens: 0,
+            predicted: 0,
+            prediction,
             ended_by: None,
             raw: String::new(),
             clean: String::new(),
@@ -151,6 +156,11 @@ impl Choice {
         self.reasoning_tokens
     }
 
+    /// Tokens of the client's prediction that came without a step of their own, and the others of it.
+    pub fn predicted_tokens(&self) -> (u32, u32) {
+        (self.predicted, self.prediction.saturating_sub(self.predicted))
+    }
+
     /// What is new.
     pub fn delta(&mut self) -> &mut Delta {
         &mut self.delta
@@ -164,6 +174,7 @@ impl Choice {
     /// Takes the next token. `Some`: the answer is at its end here, whatever else the cluster would send.
     pub fn token(&mut self, token: Token) -> Option<End> {
         self.tokens += 1;
+        self.predicted += u32::from(token.predicted);
         self.logprob_sum += f64::from(token.logprob.unwrap_or(0.0));
         let reasoned = self.is_reasoning();
         let end = self.take(token);
@@ -289,11 +300,11 @@ mod tests {
             single_call: tools == ToolMode::Single,
             ..Reading::plain(Beginning::Text, Some(0))
         };
-        Choice::new(&params, pieces, &reading)
+        Choice::new(&params, pieces, &reading, 0)
     }
 
     fn token(id: u32) -> Token {
-        Token { index: 0, id, logprob: Some(-0.5), top: Vec::new() }
+        Token { index: 0, id, logprob: Some(-0.5), top: Vec::new(), predicted: false }
     }
 
     /// The text out, and why it ended; `reason` is what the cluster says after all ids.
@@ -377,7 +388,7 @@ mod tests {
             let rules = Rules { defaults: &Defaults::default(), vocab: 3, limits: &limits };
             let params =
                 Params::read(&mut Fields::parse(b"{}").expect("an object"), &rules, &[], 1).expect("valid");
-            let mut c = Choice::new(&params, pieces, &reading);
+            let mut c = Choice::new(&params, pieces, &reading, 0);
             (0..3).for_each(|id| _ = c.token(token(id)));
             (c.reasoning_tokens(), c.delta().parts.clone())
         };

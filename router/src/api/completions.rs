@@ -166,7 +166,7 @@ fn prompt(gateway: &Gateway, request: &CompletionRequest, source: &Source) -> Re
         Source::Text(text) => text.as_str().into(),
         Source::Ids(ids) => gateway.text.tokenizer.decode(ids, request.params.skip_special).into(),
     });
-    Ok(Prompt { tokens: tokens.into(), max_tokens, echo })
+    Ok(Prompt { tokens: tokens.into(), max_tokens, echo, prediction: Arc::default() })
 }
 
 #[cfg(test)]

@@ -82,7 +82,7 @@ fn refuse_what_clients_echo(fields: &mut Fields) -> Result<(), ApiError> {
 }
 
 /// A text, or a list of text parts, which are joined by line breaks as vLLM does.
-fn content(path: &str, value: Option<Value>) -> Result<Option<String>, ApiError> {
+pub(super) fn content(path: &str, value: Option<Value>) -> Result<Option<String>, ApiError> {
     let parts = match value {
         None => return Ok(None),
         Some(Value::String(text)) => return Ok(Some(text)),

@@ -316,10 +316,16 @@ fn chat_only() -> Vec<Property> {
     let roles = json!({"enum": ["system", "developer", "user", "assistant", "tool", "function"]});
     let message =
         json!({"type": "object", "required": ["role"], "properties": {"role": roles, "content": content}});
+    let expected = json!({"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "object"}}]});
     vec![
         ("messages", json!({"type": "array", "minItems": 1, "items": message})),
         ("logprobs", boolean()),
         ("top_logprobs", integer(0, TOP_LOGPROBS_MAX)),
+        (
+            "prediction",
+            json!({"type": ["object", "null"], "required": ["type", "content"], "additionalProperties": false,
+            "properties": {"type": {"enum": ["content"]}, "content": expected}}),
+        ),
         ("modalities", json!({"enum": [["text"], null]})),
         ("echo", json!({"enum": [false, null]})),
         ("include_reasoning", boolean()),

@@ -243,7 +243,7 @@ mod tests {
         let rules = Rules { defaults: &Defaults::default(), vocab: 1, limits: &limits };
         let mut fields = Fields::parse(b"{}").expect("an object");
         let params = Params::read(&mut fields, &rules, &[], 1).expect("valid");
-        let choice = Choice::new(&params, Arc::clone(&pieces), &Reading::plain(Beginning::Text, None));
+        let choice = Choice::new(&params, Arc::clone(&pieces), &Reading::plain(Beginning::Text, None), 0);
         let meter = SequenceMeter::new(Metrics::new(Registry::default(), "m"), std::time::Instant::now(), 1);
         let lane = (Lane::new(choice, meter, 1), futures::stream::pending().boxed());
         let head = Head::new("chatcmpl-", 0, std::time::UNIX_EPOCH, "m".into());

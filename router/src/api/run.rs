@@ -30,6 +30,8 @@ pub struct Prompt {
     pub max_tokens: u32,
     /// What `echo` puts before the answer.
     pub echo: Option<Arc<str>>,
+    /// What the client expects of the output.
+    pub prediction: Arc<[u32]>,
 }
 
 /// How answers are read.
@@ -131,10 +133,11 @@ pub fn start(
             grammar: reading.grammar.clone(),
             // Nothing comes before the first.
             prompt_logprobs: reading.scores.top().filter(|_| prompt.tokens.len() > 1),
+            prediction: Arc::clone(&prompt.prediction),
             trace: asker.trace.clone(),
         };
         let pieces = Arc::clone(gateway.text.tokenizer.pieces());
-        let choice = Choice::new(params, pieces, reading);
+        let choice = Choice::new(params, pieces, reading, prompt.prediction.len() as u32);
         let prompt_tokens = prompt.tokens.len() as u32;
         let meter =
             SequenceMeter::new(Arc::clone(&gateway.metrics), arrived, prompt_tokens).of(asker.caller.clone());

@@ -63,7 +63,7 @@ mod tests {
     use super::*;
 
     fn token(index: u32) -> Token {
-        Token { index, id: 100 + index, logprob: None, top: Vec::new() }
+        Token { index, id: 100 + index, logprob: None, top: Vec::new(), predicted: false }
     }
 
     /// Protects: nothing waits for a token that is absurdly far ahead.

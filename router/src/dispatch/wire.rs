@@ -39,12 +39,14 @@ pub fn sequence(request: &GenerateRequest, output: &[u32], attempt: u32, score: 
         priority: request.priority,
         grammar: request.grammar.as_deref().unwrap_or_default().to_string(),
         prompt_logprobs: request.prompt_logprobs.filter(|_| score),
+        prediction: request.prediction.to_vec(),
     }
 }
 
 /// A token of a node.
 pub fn token(token: v1::Token) -> Token {
-    Token { index: token.index, id: token.id, logprob: token.logprob, top: top(token.top) }
+    let v1::Token { index, id, logprob, top: likeliest, predicted } = token;
+    Token { index, id, logprob, top: top(likeliest), predicted }
 }
 
 fn top(top: Vec<v1::TopLogprob>) -> Vec<(u32, f32)> {

@@ -202,6 +202,7 @@ fn request(prompt: u32, max_tokens: u32) -> GenerateRequest {
         ignore_eos: true,
         sampling: Sampling { seed: 42, ..Sampling::default() },
         prompt_logprobs: None,
+        prediction: Default::default(),
         cache_salt: vec![],
         priority: 0,
         grammar: None,

@@ -349,7 +349,7 @@ impl Service {
             }
             let id = next_token(&sequence.tokens, seed);
             sequence.tokens.push(id);
-            let token = v1::Token { index, id, logprob: None, top: vec![] };
+            let token = v1::Token { index, id, logprob: None, top: vec![], predicted: false };
             say(&events, DecodeEvent::Tokens(v1::Tokens { tokens: vec![token] })).await?;
             if sequence.stop_ids.contains(&id) {
                 return say(&events, finished(FinishReason::Stop, index + 1)).await;
@@ -375,7 +375,7 @@ impl Service {
         let seed = sequence.sampling.as_ref().map_or(0, |sampling| sampling.seed);
         let index = sequence.tokens.len() as u32 - sequence.output_start;
         let id = next_token(&sequence.tokens, seed);
-        let token = v1::Token { index, id, logprob: None, top: vec![] };
+        let token = v1::Token { index, id, logprob: None, top: vec![], predicted: false };
         let finish = match sequence.stop_ids.contains(&id) {
             true => FinishReason::Stop,
             false if index + 1 == sequence.max_tokens => FinishReason::Length,

@@ -14,6 +14,25 @@ fn chat(more: Value) -> Value {
     body
 }
 
+/// Protects: nodes get what is expected as tokens, for every choice, and usage says what became of them.
+#[tokio::test]
+async fn a_prediction_reaches_the_nodes_and_is_counted() {
+    let gateway = Gateway::new(|_| says("Hello")).await;
+    let expected = encode("Hello there");
+    for content in [json!("Hello there"), json!([{"type": "text", "text": "Hello there"}])] {
+        let body = chat(json!({"n": 2, "prediction": {"type": "content", "content": content}}));
+        let (status, body) = gateway.ask(CHAT, &body).await;
+        assert_eq!(status, 200, "{body}");
+        assert_eq!(gateway.last().prediction[..], expected[..]);
+        let details = &body["usage"]["completion_tokens_details"];
+        assert_eq!(details["accepted_prediction_tokens"], 0);
+        assert_eq!(details["rejected_prediction_tokens"], 2 * expected.len());
+    }
+    let long = "a ".repeat(500_000);
+    let body = chat(json!({"prediction": {"type": "content", "content": long}}));
+    assert_eq!(gateway.ask(CHAT, &body).await.1["error"]["param"], "prediction");
+}
+
 #[tokio::test]
 async fn a_chat_is_rendered_tokenized_and_answered() {
     let gateway = Gateway::new(|_| says("Hello 🙂 world")).await;
@@ -29,7 +48,8 @@ async fn a_chat_is_rendered_tokenized_and_answered() {
     assert_eq!(
         body["usage"],
         json!({"prompt_tokens": prompt.len(), "completion_tokens": output, "total_tokens": prompt.len() + output,
-            "prompt_tokens_details": {"cached_tokens": 8}, "completion_tokens_details": {"reasoning_tokens": 0}})
+            "prompt_tokens_details": {"cached_tokens": 8}, "completion_tokens_details":
+                {"reasoning_tokens": 0, "accepted_prediction_tokens": 0, "rejected_prediction_tokens": 0}})
     );
     assert_eq!((&body["object"], &body["model"]), (&json!("chat.completion"), &json!("tiny")));
     let seen = gateway.last();
@@ -216,7 +236,13 @@ async fn the_likeliest_of_many_are_given_and_all_are_counted() {
         // By choice: the third is the likeliest, then the first.
         let logprob = [-2.0, -3.0, -1.0][(request.sampling.seed - 7) as usize];
         let token = |index, id| {
-            Step::Event(TokenEvent::Token(Token { index, id, logprob: Some(logprob), top: Vec::new() }))
+            Step::Event(TokenEvent::Token(Token {
+                index,
+                id,
+                logprob: Some(logprob),
+                top: Vec::new(),
+                predicted: false,
+            }))
         };
         let id = 40 + request.sampling.seed as u32;
         vec![started(), token(0, id), token(1, id), finished(FinishReason::Length, 2)]

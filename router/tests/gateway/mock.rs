@@ -120,7 +120,13 @@ pub fn served() -> Step {
 
 pub fn token(index: usize, id: u32) -> Step {
     let top = vec![(id, -0.25), (END, -1.5)];
-    Step::Event(TokenEvent::Token(Token { index: index as u32, id, logprob: Some(-0.25), top }))
+    Step::Event(TokenEvent::Token(Token {
+        index: index as u32,
+        id,
+        logprob: Some(-0.25),
+        top,
+        predicted: false,
+    }))
 }
 
 pub fn finished(reason: FinishReason, output_tokens: usize) -> Step {

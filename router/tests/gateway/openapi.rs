@@ -40,6 +40,7 @@ fn request(name: &str, schema: &Value, base: &Map<String, Value>) -> Value {
         "guided_grammar" | "grammar" => json!("root ::= \"a\""),
         "tool_choice" if base.contains_key("max_tokens") => json!({"type": "auto"}),
         "thinking" => json!({"type": "enabled", "budget_tokens": 1024}),
+        "prediction" => json!({"type": "content", "content": "a"}),
         "best_of" => json!(1),
         "store" => json!(false),
         "previous_response_id" => Value::Null,

@@ -51,7 +51,7 @@ impl Inference for Mock {
             if seed != 0 {
                 sleep_until(due(begun, seed, index)).await;
             }
-            Ok(TokenEvent::Token(Token { index, id, logprob: None, top: Vec::new() }))
+            Ok(TokenEvent::Token(Token { index, id, logprob: None, top: Vec::new(), predicted: false }))
         });
         let finished = TokenEvent::Finished(Finished { reason: FinishReason::Length, output_tokens: tokens });
         stream::iter([Ok(TokenEvent::Started(Started::default()))])

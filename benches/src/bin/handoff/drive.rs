@@ -192,6 +192,7 @@ async fn answer(plan: &Plan, dispatch: &Dispatch, prompts: &mut Prompts, way: De
         priority: 0,
         grammar: None,
         prompt_logprobs: None,
+        prediction: Default::default(),
         trace: Default::default(),
     };
     let begun = Instant::now();

@@ -99,8 +99,15 @@ struct AtOnce;
 impl Inference for AtOnce {
     fn generate(&self, request: GenerateRequest) -> TokenStream {
         let tokens = request.max_tokens.min(ANSWER);
-        let token =
-            |index| TokenEvent::Token(Token { index, id: 300 + index, logprob: None, top: Vec::new() });
+        let token = |index| {
+            TokenEvent::Token(Token {
+                index,
+                id: 300 + index,
+                logprob: None,
+                top: Vec::new(),
+                predicted: false,
+            })
+        };
         let finished = TokenEvent::Finished(Finished { reason: FinishReason::Length, output_tokens: tokens });
         let started = TokenEvent::Started(Started::default());
         let all: Vec<_> =
