@@ -93,13 +93,20 @@ impl Worth {
         let mut tokens = generating as f32;
         for (count, (chance, _)) in (1..).zip(&rows) {
             tokens += chance;
-            let Some(seconds) = self.seconds(generating + count) else { break };
+            let tried = self.within_reach(generating, generating + count);
+            let Some(seconds) = self.seconds(generating + count).filter(|_| tried) else { break };
             if tokens / seconds > best {
                 (best, kept) = (tokens / seconds, count);
             }
         }
         rows[..kept].iter().for_each(|(_, index)| lengths[*index] += 1);
         lengths
+    }
+
+    /// Whether steps of all numbers from `generating` on, up to that of `rows`, were measured: those are tried one after the other.
+    fn within_reach(&self, generating: usize, rows: usize) -> bool {
+        let (Some(first), Some(last)) = (class(generating), class(rows)) else { return false };
+        self.times[first..last].iter().all(|time| time.seconds > 0.0)
     }
 
     /// Believed time of a step of so many rows: not less than of fewer. One that was never measured takes as long as the next
@@ -137,9 +144,15 @@ mod tests {
     fn nothing_is_tried_before_it_is_known_what_a_step_takes() {
         let mut worth = Worth::default();
         assert_eq!(worth.lengths(1, 64, &[(LONG, 8)]), [0]);
-        worth.step(1, Duration::from_millis(10));
-        assert_eq!(worth.lengths(1, 64, &[(LONG, 8)]), [8], "more rows are tried");
-        assert_eq!(worth.lengths(2, 64, &[(LONG, 8)]), [8]);
+        for (rows, next) in [(1, 2), (2, 3), (3, 4), (4, 6), (6, 8)] {
+            worth.step(rows, Duration::from_millis(10));
+            assert_eq!(
+                worth.lengths(1, 64, &[(LONG, 9)]),
+                [next - 1],
+                "more rows are tried, little by little"
+            );
+        }
+        assert_eq!(worth.lengths(9, 64, &[(LONG, 8)]), [3]);
     }
 
     #[test]
