@@ -16,7 +16,7 @@ mod value;
 
 use std::path::{Path, PathBuf};
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
 use cluster::small_file::{self, TOKEN_BYTES_MAX};
 use cluster::{ClusterToken, JoinToken};
 
@@ -85,6 +85,14 @@ pub enum Entry {
     Secret(ClusterToken),
     /// What the router gives a certificate for.
     Join(JoinToken),
+}
+
+/// Tokens guessed ahead at most; a step has no rows for more.
+const DRAFT_MAX: usize = 31;
+
+fn check_drafts(draft_max: usize) -> Result<()> {
+    ensure!(draft_max <= DRAFT_MAX, "draft-max is {draft_max}: at most {DRAFT_MAX}");
+    Ok(())
 }
 
 /// From one of the two settings that can hold it.

@@ -15,9 +15,6 @@ use super::value::{KvMemory, Name, Seconds, Secret, choice};
 /// CPU threads of one process; more is a mistake, and the system would refuse them in the middle of the start.
 const THREADS_MAX: usize = 1024;
 
-/// Tokens guessed ahead; a step has no more rows for them.
-const DRAFT_MAX: usize = 31;
-
 settings! {
     /// What a node is told.
     pub struct NodeSettings {
@@ -135,8 +132,7 @@ impl NodeSettings {
         let streams = self.kv_streams;
         ensure!((1..=16).contains(&streams), "kv-streams is {streams}: from 1 to 16");
         ensure!(self.max_batch > 0, "max-batch is 0: no sequence could ever run");
-        let draft = self.draft_max;
-        ensure!(draft <= DRAFT_MAX, "draft-max is {draft}: at most {DRAFT_MAX}");
+        super::check_drafts(self.draft_max)?;
         let block = self.block_tokens;
         ensure!(block.is_power_of_two(), "block-tokens is {block}: a power of two is wanted, such as 32");
         // What is not said fits what is.

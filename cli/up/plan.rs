@@ -77,6 +77,7 @@ pub fn plan(
         add(&mut arguments, "dtype", settings.dtype.name());
         add(&mut arguments, "kv-memory", settings.kv_memory.0);
         add(&mut arguments, "max-batch", settings.max_batch);
+        add(&mut arguments, "draft-max", settings.draft_max);
         add(&mut arguments, "kv-transport", settings.kv_transport);
         add(&mut arguments, "threads", threads);
         add(&mut arguments, "cpu-activations", settings.cpu_activations.name());
