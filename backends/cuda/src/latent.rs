@@ -12,8 +12,6 @@ use crate::memory::Buffer;
 use crate::step::CudaStep;
 use crate::weight::{CudaWeight, Data, HeadShape, Kind};
 
-/// Runs of up to so many rows are absorbed: beyond, making keys and values once costs less than reading latents again.
-const ABSORBED_ROWS_MAX: usize = 4;
 /// What `kernels/latent.cu` holds.
 const LATENT_MAX: usize = 512;
 const ROPE_MAX: usize = 64;
@@ -32,6 +30,14 @@ const fn shared_bytes(heads: usize) -> usize {
     let row = LATENT_MAX + ROPE_MAX + 8;
     let elements = heads * row + 2 * TILE_POSITIONS * row + heads * (TILE_POSITIONS + 8);
     elements * 2 + (2 * heads * (TILE_POSITIONS + 4) + 3 * heads) * 4
+}
+
+/// Runs of up to so many rows are absorbed: beyond, making keys and values once costs less. Counted in products per key, `rows`
+/// times `2 latent` against `rows` times `nope + value` and one expansion; those of absorbed rows count twice, for each reads the latents
+/// again.
+fn absorbed_rows_max(nope: usize, value: usize, latent: usize) -> usize {
+    let more = (2 * latent).saturating_sub(nope + value).max(1);
+    latent * (nope + value) / (2 * more)
 }
 
 /// What both ways need.
@@ -124,17 +130,17 @@ impl<D: Driver> CudaStep<'_, D> {
             && rope_dim <= ROPE_MAX
             && nope <= NOPE_MAX
             && [nope, rope_dim, latent_dim].iter().all(|dim| dim.is_multiple_of(8));
-        let above = if absorbs { ABSORBED_ROWS_MAX } else { 0 };
+        let above = if absorbs { absorbed_rows_max(nope, value_dim, latent_dim) } else { 0 };
         if absorbs {
-            self.absorbed(&latent)?;
+            self.absorbed(&latent, above)?;
         }
         self.expanded(&latent, above)?;
         Ok(out)
     }
 
-    /// Attention of short runs over the latents as they lie.
-    fn absorbed(&self, of: &Latent<'_, D>) -> Result<(), BackendError> {
-        let tiles = self.tiles(TileKey { rows_max: 1, from: 1, to: ABSORBED_ROWS_MAX })?;
+    /// Attention of runs of up to `above` rows over the latents as they lie.
+    fn absorbed(&self, of: &Latent<'_, D>, above: usize) -> Result<(), BackendError> {
+        let tiles = self.tiles(TileKey { rows_max: 1, from: 1, to: above })?;
         if tiles.count == 0 {
             return Ok(());
         }

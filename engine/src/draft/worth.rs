@@ -19,8 +19,13 @@ const NEWEST_ODDS: f32 = 0.05;
 /// Weight of the newest step's time.
 const NEWEST_TIME: f32 = 0.2;
 
-/// What is believed of a time wears off by so much with every other step, so that it is measured again at some time.
+/// What is believed of a time wears off by so much with every other step, so that it is measured again at some time; sooner by as
+/// much as it was measured less often than [`OFTEN`].
 const WORN: f32 = 1.0 / 512.0;
+const OFTEN: u32 = 8;
+
+/// A step that was held up is not believed to have taken longer than so many times what its rows take one by one.
+const HELD_UP: f32 = 4.0;
 
 /// A time that is older than so many steps counts no more when there is a new one.
 const OLD: u32 = 64;
@@ -39,6 +44,15 @@ struct Time {
     seconds: f32,
     /// Steps since then.
     age: u32,
+    /// How often it was measured.
+    count: u32,
+}
+
+impl Time {
+    fn believed(&self) -> f32 {
+        let sooner = OFTEN as f32 / self.count.clamp(1, OFTEN) as f32;
+        self.seconds * (-WORN * sooner * self.age as f32).exp()
+    }
 }
 
 impl Default for Worth {
@@ -52,9 +66,8 @@ impl Worth {
     pub fn step(&mut self, rows: usize, took: Duration) {
         let Some(class) = class(rows) else { return };
         let mut newest = took.as_secs_f32().max(1e-6);
-        // One that was held up is not believed whole: rows take no longer together than each by itself.
         if let Some(fewer) = class.checked_sub(1).and_then(|class| self.seconds(ROWS[class])) {
-            newest = newest.min(fewer * rows as f32);
+            newest = newest.min(fewer * rows as f32 * HELD_UP);
         }
         for time in &mut self.times {
             time.age = time.age.saturating_add(1);
@@ -63,6 +76,7 @@ impl Worth {
         let forgotten = time.seconds == 0.0 || time.age > OLD;
         time.seconds = if forgotten { newest } else { time.seconds + NEWEST_TIME * (newest - time.seconds) };
         time.age = 0;
+        time.count = time.count.saturating_add(1);
     }
 
     /// Of `drafted` guesses, behind `agreed` tokens that agreed, the first `held` were right.
@@ -113,8 +127,7 @@ impl Worth {
     /// smaller one, so that it is tried. `None`: no such step was measured, or it is too large.
     fn seconds(&self, rows: usize) -> Option<f32> {
         let upto = &self.times[..=class(rows)?];
-        let worn = |time: &Time| time.seconds * (-WORN * time.age as f32).exp();
-        let most = upto.iter().map(worn).fold(0.0, f32::max);
+        let most = upto.iter().map(Time::believed).fold(0.0, f32::max);
         (most > 0.0).then_some(most)
     }
 }
@@ -136,7 +149,9 @@ mod tests {
     /// Steps that take `ms` of their rows.
     fn measured(ms: impl Fn(usize) -> u64) -> Worth {
         let mut worth = Worth::default();
-        ROWS.iter().for_each(|rows| worth.step(*rows, Duration::from_millis(ms(*rows))));
+        for _ in 0..OFTEN {
+            ROWS.iter().for_each(|rows| worth.step(*rows, Duration::from_millis(ms(*rows))));
+        }
         worth
     }
 
@@ -191,17 +206,23 @@ mod tests {
 
     #[test]
     fn one_slow_step_is_forgotten() {
-        let mut worth = measured(|_| 10);
-        for _ in 0..OLD {
-            worth.step(1, Duration::from_millis(10));
-        }
+        let mut worth = Worth::default();
+        (0..OFTEN).for_each(|_| worth.step(1, Duration::from_millis(10)));
         (0..8).for_each(|_| worth.tried(LONG, 8, 0));
         worth.step(2, Duration::from_secs(1));
         assert_eq!(worth.lengths(1, 64, &[(LONG, 8)]), [0]);
-        let steps = (1..).find(|_| {
+        let steps = (1..9999).find(|_| {
             worth.step(1, Duration::from_millis(10));
-            worth.lengths(1, 64, &[(LONG, 8)]) == [8]
+            worth.lengths(1, 64, &[(LONG, 8)]) != [0]
         });
-        assert!(steps.is_some_and(|steps| steps < 512), "{steps:?}");
+        assert!(steps.is_some_and(|steps| steps < 256), "{steps:?}");
+        // Who is slow again and again is asked less and less.
+        let mut asked = 0;
+        for _ in 0..8192 {
+            let rows = 1 + worth.lengths(1, 64, &[(LONG, 1)])[0];
+            asked += rows - 1;
+            worth.step(rows, Duration::from_millis(if rows > 1 { 100 } else { 10 }));
+        }
+        assert!((5..20).contains(&asked), "{asked}");
     }
 }
