@@ -112,14 +112,18 @@ pub fn prepare(gateway: &Gateway, request: ChatRequest) -> Result<(Params, Promp
 
 /// Ids of what an answer is expected to be.
 fn predicted(gateway: &Gateway, text: &str) -> Result<Vec<u32>, ApiError> {
-    let ids = gateway.encode(text, false, "prediction")?;
-    match ids.len() {
-        0..=PREDICTION_TOKENS_MAX => Ok(ids),
-        len => {
-            let expected = format!("at most {PREDICTION_TOKENS_MAX} tokens");
-            Err(ApiError::wrong_value("prediction", expected, format!("{len}")))
-        }
+    let most = PREDICTION_TOKENS_MAX.min(gateway.config.context_tokens);
+    let too_long = |tokens: usize| {
+        let (expected, got) = (format!("at most {most} tokens"), format!("{tokens} or more"));
+        Err(ApiError::wrong_value("prediction", expected, got))
+    };
+    // Longer than the longest token for every place: known to be too long without tokenizing it.
+    let least = text.len().div_ceil(gateway.text.tokenizer.pieces().longest());
+    if least > most {
+        return too_long(least);
     }
+    let ids = gateway.encode_any(text, false)?;
+    if ids.len() > most { too_long(ids.len()) } else { Ok(ids) }
 }
 
 /// Checks a request; also for the interfaces that are written over as chats.

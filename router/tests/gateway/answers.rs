@@ -28,7 +28,7 @@ async fn a_prediction_reaches_the_nodes_and_is_counted() {
         assert_eq!(details["accepted_prediction_tokens"], 0);
         assert_eq!(details["rejected_prediction_tokens"], 2 * expected.len());
     }
-    let long = "a ".repeat(500_000);
+    let long = "a ".repeat(3000);
     let body = chat(json!({"prediction": {"type": "content", "content": long}}));
     assert_eq!(gateway.ask(CHAT, &body).await.1["error"]["param"], "prediction");
 }
