@@ -31,7 +31,7 @@ pub(crate) struct Guess {
     pub predicted: bool,
 }
 
-/// A sequence, behind what its client expects of it, and where pairs of tokens stand there. Twelve bytes per token.
+/// A sequence, behind what its client expects of it, and where pairs of tokens stand there. Some twenty bytes per token.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct Lookup {
     /// The prompt's last tokens and the prediction, as if that followed them; [`NONE`]; then the sequence. Empty until the first

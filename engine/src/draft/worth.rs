@@ -7,6 +7,9 @@ use super::AGREED_MIN;
 /// Steps are told apart by their rows, up to each of these: small products cost by their number.
 const ROWS: [usize; 10] = [1, 2, 3, 4, 6, 8, 12, 16, 24, 32];
 
+/// No step is measured that has more.
+pub(crate) const ROWS_MAX: usize = ROWS[ROWS.len() - 1];
+
 /// Guesses are told apart by how many tokens before them agreed, up to each of these, and beyond.
 const AGREED: [usize; 5] = [AGREED_MIN, 3, 5, 8, 16];
 

@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 
 use super::Core;
 use crate::draft::Guess;
+use crate::draft::worth::ROWS_MAX;
 use crate::scheduler::Want;
 use crate::tp::plan::Op;
 
@@ -16,7 +17,8 @@ impl Core {
     /// for they begin behind what it draws.
     pub(super) fn guesses(&mut self, wants: &[Want]) -> Option<Guesses> {
         let most = self.setup.options.draft_max;
-        if most == 0 || wants.iter().any(|want| !want.generating) || !self.probes.is_empty() {
+        let streams = (1..ROWS_MAX).contains(&wants.len()) && wants.iter().all(|want| want.generating);
+        if most == 0 || !streams || !self.probes.is_empty() {
             return Some(Guesses::new());
         }
         let context = self.setup.options.context_tokens;
