@@ -46,6 +46,16 @@ pub(crate) struct Flight {
     pub on_device: bool,
 }
 
+/// A guess of one token.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Expected {
+    /// Its place among the sequence's tokens.
+    pub at: usize,
+    pub id: u32,
+    /// See [`crate::draft::Guess::agreed`].
+    pub agreed: usize,
+}
+
 /// One job.
 pub(crate) struct Sequence {
     pub job: u64,
@@ -63,6 +73,8 @@ pub(crate) struct Sequence {
     pub flights: Vec<Flight>,
     /// Where its passages stand, for guesses.
     pub lookup: Lookup,
+    /// What was guessed last, whether it had a row or not.
+    pub expected: Option<Expected>,
     /// Landing or push.
     pub lease: Option<LeaseId>,
     pub events: UnboundedSender<Event>,

@@ -120,6 +120,12 @@ impl Worth {
         lengths
     }
 
+    /// How often guesses behind so many tokens that agreed hold.
+    #[cfg(test)]
+    pub fn odds(&self, agreed: usize) -> f32 {
+        self.odds[kind(agreed)]
+    }
+
     /// Whether steps of all numbers from `generating` on, up to that of `rows`, were measured: those are tried one after the other.
     fn within_reach(&self, generating: usize, rows: usize) -> bool {
         let (Some(first), Some(last)) = (class(generating), class(rows)) else { return false };

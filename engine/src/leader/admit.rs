@@ -39,6 +39,7 @@ impl Core {
                 &request.tokens[..request.output_start.min(request.tokens.len())],
                 &request.prediction,
             ),
+            expected: None,
             request,
             stage: Stage::Waiting,
             seq: SeqId(0),

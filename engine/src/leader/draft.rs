@@ -6,6 +6,7 @@ use super::Core;
 use crate::draft::Guess;
 use crate::draft::worth::ROWS_MAX;
 use crate::scheduler::Want;
+use crate::sequence::Expected;
 use crate::tp::plan::Op;
 
 /// What is guessed, by job.
@@ -28,6 +29,9 @@ impl Core {
             // The row itself draws one of those that are left.
             let left = sequence.len_max(context).saturating_sub(sequence.len() + 1);
             let guess = sequence.lookup.guess(&sequence.request.tokens, most.min(left));
+            let expected =
+                |id: &u32| Expected { at: sequence.request.tokens.len(), id: *id, agreed: guess.agreed };
+            sequence.expected = guess.tokens.first().map(expected);
             guesses.push((want.job, guess));
         }
         let lengths: Vec<_> = guesses.iter().map(|(_, guess)| (guess.agreed, guess.tokens.len())).collect();

@@ -12,7 +12,7 @@ use crate::request::{Event, JobError, Token};
 use crate::sampler::{self, Sampled};
 use crate::scheduler::{self, Limits, Share, Want};
 use crate::score;
-use crate::sequence::{Flight, Kind, Sequence, Stage, finish_code};
+use crate::sequence::{Expected, Flight, Kind, Sequence, Stage, finish_code};
 use crate::tp::plan::{Export, Op, Plan, Wanted};
 use kvtransfer::Close;
 
@@ -244,8 +244,14 @@ impl Core {
         let (mut drawn, mut held) = (drawn.into_iter(), 0);
         for row in 0..=guessed.len() {
             let Some(sequence) = self.sequences.get_mut(&part.job) else { break };
+            let at = sequence.request.tokens.len();
+            let expected = sequence.expected.filter(|expected| guessed.is_empty() && expected.at == at);
             match sampled(drawn.next(), sequence) {
                 Ok(sampled) => {
+                    // What guesses are worth is learned of those without a row, too.
+                    if let Some(Expected { id, agreed, .. }) = expected {
+                        self.totals.worth.tried(agreed, 1, usize::from(id == sampled.id));
+                    }
                     let held = guessed.get(row) == Some(&sampled.id);
                     self.draw(part.job, sampled, held && part.guess.predicted, now);
                     if !held {

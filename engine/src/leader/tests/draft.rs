@@ -1,5 +1,7 @@
 //! Tokens that are guessed ahead.
 
+use std::time::Duration;
+
 use proptest::prelude::*;
 
 use super::sim::{Sim, events, next_token, options, request, tokens};
@@ -91,6 +93,25 @@ fn beside_prompts_nothing_is_guessed() {
     sim.finish();
     sim.submit(Job::Generate(request(&[3; 20], 1)));
     assert_eq!(rows(&mut sim), 1 + 8);
+}
+
+/// Protects: where guesses do not pay it is learned all the same how often they hold, so that they are made when they do.
+#[test]
+fn guesses_without_rows_are_learned_of() {
+    for ahead in [false, true] {
+        let mut sim = sim(64, 8).ahead(ahead);
+        for rows in (0..64).flat_map(|_| [1, 2]) {
+            sim.core.totals.worth.step(rows, Duration::from_millis(10 * rows as u64));
+        }
+        let before = sim.core.totals.worth.odds(8);
+        let (_, mut receiver) = sim.submit(Job::Generate(request(&[7; 8], 50)));
+        sim.run();
+        assert_eq!(tokens(&events(&mut receiver)).len(), 50);
+        let counters = counters(&mut sim);
+        assert_eq!(counters.drafts, 0, "{counters:?}");
+        let after = sim.core.totals.worth.odds(8);
+        assert!(after > before + 0.1, "{before} to {after}");
+    }
 }
 
 /// Protects: a device that runs ahead waits only where it is worth it.
