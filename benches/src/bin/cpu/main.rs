@@ -108,6 +108,7 @@ fn main() -> Result<()> {
     if let Some(path) = &args.only_load {
         return Ours::open(path, args.threads, args.cpu(), 64)?.decode(1, 0, 1).map(drop);
     }
+    // Noted before a thread is kept on one of them.
     process::all_cores();
     let shape = Shape::named(&args.shape).with_context(|| {
         format!("no shape {:?}: {}", args.shape, SHAPES.map(|shape| shape.name).join(", "))
