@@ -170,7 +170,7 @@ mod tests {
         assert_eq!(guess(&[5; 9], 3), (vec![5; 3], 8));
     }
 
-    /// Rows of few different tokens, so that passages are many and hashes meet.
+    /// Tokens that the longest passage shares with the end, or 0, by looking at all of them.
     fn plainly(tokens: &[u32]) -> usize {
         let places = AGREED_MIN..tokens.len();
         let longest = places.map(|place| alike(&tokens[..place], tokens)).max().unwrap_or(0);

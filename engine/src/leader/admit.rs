@@ -36,7 +36,7 @@ impl Core {
             prompt_len: request.tokens.len(),
             kind,
             lookup: Lookup::new(
-                &request.tokens[..request.output_start.min(request.tokens.len())],
+                request.tokens.get(..request.output_start).unwrap_or_default(),
                 &request.prediction,
             ),
             expected: None,

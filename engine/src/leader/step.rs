@@ -242,31 +242,29 @@ impl Core {
     fn draw_rows(&mut self, part: &Part, drawn: Vec<Drawn>, now: Instant) {
         let guessed = &part.guess.tokens;
         let (mut drawn, mut held) = (drawn.into_iter(), 0);
-        for row in 0..=guessed.len() {
-            let Some(sequence) = self.sequences.get_mut(&part.job) else { break };
+        while let Some(sequence) = self.sequences.get_mut(&part.job) {
             let at = sequence.request.tokens.len();
             let expected = sequence.expected.filter(|expected| guessed.is_empty() && expected.at == at);
-            match sampled(drawn.next(), sequence) {
-                Ok(sampled) => {
-                    // What guesses are worth is learned of those without a row, too.
-                    if let Some(Expected { id, agreed, .. }) = expected {
-                        self.totals.worth.tried(agreed, 1, usize::from(id == sampled.id));
-                    }
-                    let held = guessed.get(row) == Some(&sampled.id);
-                    self.draw(part.job, sampled, held && part.guess.predicted, now);
-                    if !held {
-                        break;
-                    }
-                }
+            let sampled = match sampled(drawn.next(), sequence) {
+                Ok(sampled) => sampled,
                 Err(reason) => return self.fail(part.job, JobError::Engine(reason)),
+            };
+            // What guesses are worth is learned of those without a row, too.
+            if let Some(Expected { id, agreed, .. }) = expected {
+                self.totals.worth.tried(agreed, 1, usize::from(id == sampled.id));
             }
+            let right = guessed.get(held) == Some(&sampled.id);
+            if right {
+                // The row of the token that was guessed is a row of the answer.
+                sequence.computed += 1;
+            }
+            self.draw(part.job, sampled, right && part.guess.predicted, now);
+            if !right {
+                break;
+            }
+            let computed = part.end + held as u32;
+            self.keep_prefix(part.job, computed, computed + 1);
             held += 1;
-            // The row of the token that was guessed is a row of the answer.
-            let at = part.end + row as u32;
-            if let Some(sequence) = self.sequences.get_mut(&part.job) {
-                sequence.computed = at + 1;
-                self.keep_prefix(part.job, at, at + 1);
-            }
         }
         if !guessed.is_empty() {
             self.totals.worth.tried(part.guess.agreed, guessed.len(), held);

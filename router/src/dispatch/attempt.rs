@@ -189,7 +189,9 @@ impl Attempt<'_> {
         progress: &mut Progress,
     ) -> Result<Streaming<v1::PrefillEvent>, Failure> {
         let asked = Instant::now();
-        let mut request = Request::new(v1::PrefillRequest { sequence: Some(progress.sequence()), handoff });
+        // A prefill node guesses nothing.
+        let sequence = v1::Sequence { prediction: Vec::new(), ..progress.sequence() };
+        let mut request = Request::new(v1::PrefillRequest { sequence: Some(sequence), handoff });
         progress.spans.prefill(&prefill.member.join.name).mark(request.metadata_mut());
         let call = async {
             let mut client = self.nodes.prefill(&prefill.member)?;

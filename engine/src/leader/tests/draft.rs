@@ -185,9 +185,8 @@ proptest! {
     ) {
         let run = |draft_max| {
             let mut sim = sim(blocks, draft_max).ahead(ahead);
-            let mut told: Vec<(Vec<u32>, Option<Finish>)> = Vec::new();
+            let mut told: Vec<(Vec<u32>, Option<Finish>)> = vec![Default::default(); all.len()];
             let mut open: Vec<_> = all.iter().map(|asked| Some(sim.submit(Job::Generate(asked.clone())).1)).collect();
-            told.resize(all.len(), Default::default());
             for _ in 0..100 {
                 sim.run();
                 for (index, slot) in open.iter_mut().enumerate() {
