@@ -12,7 +12,8 @@ use std::net::{Ipv4Addr, TcpListener};
 use std::ops::Deref;
 use std::path::PathBuf;
 use std::process::{Child, Command, ExitStatus, Stdio};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::{Arc, LazyLock, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
@@ -97,12 +98,17 @@ pub fn model() -> PathBuf {
     PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("models/demo/weights")
 }
 
-/// A port that nobody has, below those that the system gives away by itself.
+/// A port that nobody has, below those that the system gives away by itself. No two tests of a run are given the same:
+/// who asked for one binds it later. Where a run begins is drawn, so that two runs at once rarely meet.
 pub fn free_port() -> u16 {
-    loop {
-        let mut random = [0u8; 2];
+    const PORTS: u32 = 8_000;
+    static NEXT: LazyLock<AtomicU32> = LazyLock::new(|| {
+        let mut random = [0u8; 4];
         getrandom::fill(&mut random).expect("random bytes");
-        let port = 12_000 + u16::from_le_bytes(random) % 8_000;
+        AtomicU32::new(u32::from_le_bytes(random) % PORTS)
+    });
+    loop {
+        let port = 12_000 + (NEXT.fetch_add(1, Ordering::Relaxed) % PORTS) as u16;
         if TcpListener::bind((Ipv4Addr::LOCALHOST, port)).is_ok() {
             return port;
         }
