@@ -3,9 +3,12 @@
 //! rows of pairs as they lie. One order of sums for any number of rows: 16 pairs after 16 pairs from a sum's first input.
 //!
 //! The blocking is written once over a [`Unit`]: the processor's, reached by `asm!` as stable Rust has no intrinsics, and
-//! a model of it after Intel's description, by which tests run anywhere.
+//! a model of it after Intel's description, by which tests run anywhere. With the feature `amx-emulator` the model answers
+//! for the processor's instructions, too.
 
-#[cfg(test)]
+#[cfg(all(feature = "amx-emulator", target_os = "linux"))]
+mod emulator;
+#[cfg(any(test, feature = "amx-emulator"))]
 mod model;
 mod processor;
 
@@ -297,7 +300,7 @@ mod tests {
             for panels in [1, 2, 3] {
                 for pairs in [1, 15, 16, 17, 32, 50] {
                     let trial = Trial::new(rows, panels, pairs);
-                    let got = trial.run(&mut Tiles::default(), (0, rows), 0);
+                    let got = trial.run(&mut Tiles::new(), (0, rows), 0);
                     assert!(trial.is_right(&got), "{rows} rows, {panels} panels, {pairs} pairs");
                 }
             }
@@ -308,9 +311,9 @@ mod tests {
     #[test]
     fn rows_do_not_meet() {
         let trial = Trial::new(40, 3, 75);
-        let all = trial.run(&mut Tiles::default(), (0, 40), 0);
+        let all = trial.run(&mut Tiles::new(), (0, 40), 0);
         for (from, to, cut) in [(0, 1, 0), (3, 19, 16), (7, 40, 64), (39, 40, 32)] {
-            let part = trial.run(&mut Tiles::default(), (from, to), cut);
+            let part = trial.run(&mut Tiles::new(), (from, to), cut);
             assert_eq!(part, all[from * 48..to * 48], "rows {from} to {to}, cut at {cut}");
         }
     }
@@ -322,8 +325,12 @@ mod tests {
             println!("this machine has no tiles: not tested");
             return;
         }
-        let trial = Trial::new(45, 5, 75);
-        let model = trial.run(&mut Tiles::default(), (0, 45), 0);
-        assert_eq!(trial.run(&mut processor::Tiles, (0, 45), 0), model);
+        for (rows, panels, pairs) in [(45, 5, 75), (1, 1, 1), (16, 2, 16), (17, 3, 48), (33, 1, 7)] {
+            let trial = Trial::new(rows, panels, pairs);
+            let model = trial.run(&mut Tiles::new(), (0, rows), 0);
+            assert_eq!(trial.run(&mut processor::Tiles, (0, rows), 0), model);
+        }
+        #[cfg(all(feature = "amx-emulator", target_os = "linux"))]
+        assert!(emulator::count() > 0 || processor::has_tiles(), "nothing was emulated");
     }
 }

@@ -1,5 +1,6 @@
 //! Tiles as Intel's manual describes them (Software Developer's Manual, volume 2, TDPBF16PS), in plain code: what the
-//! blocking is tested with where no processor has them. Sums of even and odd inputs of a tile are apart and then join.
+//! blocking is tested with where no processor has them, and what the emulator computes with. Sums of even and odd inputs
+//! of a tile are apart and then join. `None` is what the processor raises a fault for.
 
 use super::{ROW_BYTES, ROWS, Shape, Unit};
 
@@ -10,22 +11,87 @@ pub(super) struct Tiles {
     bytes: [[[u8; ROW_BYTES]; ROWS]; 8],
 }
 
-impl Default for Tiles {
-    fn default() -> Self {
+impl Tiles {
+    /// Without sizes, as in a thread that begins.
+    pub const fn new() -> Self {
         Tiles { shape: None, bytes: [[[0; ROW_BYTES]; ROWS]; 8] }
     }
-}
 
-impl Tiles {
     /// Rows, and bytes per row, of a tile.
-    fn size(&self, tile: usize) -> (usize, usize) {
-        let Some(shape) = &self.shape else { panic!("tile {tile} before its size") };
-        (shape.rows[tile].into(), shape.row_bytes[tile].into())
+    fn size(&self, tile: usize) -> Option<(usize, usize)> {
+        let shape = self.shape.as_ref()?;
+        Some((shape.rows[tile].into(), shape.row_bytes[tile].into()))
     }
 
     fn word(&self, tile: usize, row: usize, word: usize) -> u32 {
         let at = &self.bytes[tile][row][word * 4..][..4];
         u32::from_le_bytes([at[0], at[1], at[2], at[3]])
+    }
+
+    pub fn configure(&mut self, shape: &Shape) -> Option<()> {
+        let plain = (shape.palette, shape.start, shape.reserved) == (1, 0, [0; 14]);
+        let has_size = |tile: usize| {
+            (1..=16).contains(&shape.rows[tile]) && (1..=ROW_BYTES as u16).contains(&shape.row_bytes[tile])
+        };
+        let others = (8..16).all(|tile| shape.rows[tile] == 0 && shape.row_bytes[tile] == 0);
+        (plain && (0..8).all(has_size) && others)
+            .then(|| *self = Tiles { shape: Some(*shape), ..Tiles::new() })
+    }
+
+    pub fn zero(&mut self, tile: usize) -> Option<()> {
+        self.size(tile)?;
+        self.bytes[tile] = [[0; ROW_BYTES]; ROWS];
+        Some(())
+    }
+
+    /// # Safety
+    /// The tile's rows can be read, `stride` bytes apart.
+    pub unsafe fn load(&mut self, tile: usize, from: *const u8, stride: usize) -> Option<()> {
+        let (rows, bytes) = self.size(tile)?;
+        self.zero(tile)?;
+        for (row, line) in self.bytes[tile][..rows].iter_mut().enumerate() {
+            // SAFETY: the caller's rows.
+            unsafe { std::ptr::copy_nonoverlapping(from.add(row * stride), line.as_mut_ptr(), bytes) };
+        }
+        Some(())
+    }
+
+    /// # Safety
+    /// The tile's rows can be written, `stride` bytes apart.
+    pub unsafe fn store(&self, tile: usize, to: *mut u8, stride: usize) -> Option<()> {
+        let (rows, bytes) = self.size(tile)?;
+        for (row, line) in self.bytes[tile][..rows].iter().enumerate() {
+            // SAFETY: the caller's rows.
+            unsafe { std::ptr::copy_nonoverlapping(line.as_ptr(), to.add(row * stride), bytes) };
+        }
+        Some(())
+    }
+
+    /// `d += a b` of f32 and pairs of bf16.
+    pub fn multiply(&mut self, d: usize, a: usize, b: usize) -> Option<()> {
+        let ((rows, bytes), (a_rows, a_bytes), (b_rows, b_bytes)) =
+            (self.size(d)?, self.size(a)?, self.size(b)?);
+        if rows != a_rows || bytes != b_bytes || a_bytes != b_rows * 4 || d == a || d == b || a == b {
+            return None;
+        }
+        for row in 0..rows {
+            for column in 0..bytes / 4 {
+                let (mut even, mut odd) = (0f32, 0f32);
+                for pair in 0..b_rows {
+                    let (x, w) = (self.word(a, row, pair), self.word(b, pair, column));
+                    even = flushed(low(x).mul_add(low(w), even));
+                    odd = flushed(high(x).mul_add(high(w), odd));
+                }
+                let held = f32::from_bits(self.word(d, row, column));
+                let sum = flushed(flushed(held) + flushed(even + odd));
+                self.bytes[d][row][column * 4..][..4].copy_from_slice(&sum.to_le_bytes());
+            }
+        }
+        Some(())
+    }
+
+    pub fn release(&mut self) {
+        self.shape = None;
     }
 }
 
@@ -44,60 +110,28 @@ fn high(word: u32) -> f32 {
 
 impl Unit for Tiles {
     unsafe fn configure(&mut self, shape: &Shape) {
-        assert_eq!((shape.palette, shape.start, shape.reserved), (1, 0, [0; 14]));
-        for tile in 0..8 {
-            let (rows, bytes) = (shape.rows[tile], shape.row_bytes[tile]);
-            assert!(
-                (1..=16).contains(&rows) && (1..=64).contains(&bytes),
-                "tile {tile}: {rows} rows of {bytes}"
-            );
-        }
-        *self = Tiles { shape: Some(*shape), ..Tiles::default() };
+        Tiles::configure(self, shape).expect("sizes");
     }
 
     unsafe fn zero<const D: usize>(&mut self) {
-        self.size(D);
-        self.bytes[D] = [[0; ROW_BYTES]; ROWS];
+        Tiles::zero(self, D).expect("a tile");
     }
 
     unsafe fn load<const D: usize>(&mut self, from: *const u8, stride_bytes: usize) {
-        let (rows, bytes) = self.size(D);
-        self.bytes[D] = [[0; ROW_BYTES]; ROWS];
-        for (row, line) in self.bytes[D][..rows].iter_mut().enumerate() {
-            // SAFETY: the caller's rows.
-            unsafe { std::ptr::copy_nonoverlapping(from.add(row * stride_bytes), line.as_mut_ptr(), bytes) };
-        }
+        // SAFETY: the caller's.
+        unsafe { Tiles::load(self, D, from, stride_bytes) }.expect("a tile");
     }
 
     unsafe fn store<const D: usize>(&mut self, to: *mut u8, stride_bytes: usize) {
-        let (rows, bytes) = self.size(D);
-        for (row, line) in self.bytes[D][..rows].iter().enumerate() {
-            // SAFETY: the caller's rows.
-            unsafe { std::ptr::copy_nonoverlapping(line.as_ptr(), to.add(row * stride_bytes), bytes) };
-        }
+        // SAFETY: the caller's.
+        unsafe { Tiles::store(self, D, to, stride_bytes) }.expect("a tile");
     }
 
     unsafe fn multiply<const D: usize, const A: usize, const B: usize>(&mut self) {
-        let ((rows, bytes), (a_rows, a_bytes), (b_rows, b_bytes)) =
-            (self.size(D), self.size(A), self.size(B));
-        // What the instruction raises a fault for.
-        assert!(rows == a_rows && bytes == b_bytes && a_bytes == b_rows * 4 && D != A && D != B && A != B);
-        for row in 0..rows {
-            for column in 0..bytes / 4 {
-                let (mut even, mut odd) = (0f32, 0f32);
-                for pair in 0..b_rows {
-                    let (x, w) = (self.word(A, row, pair), self.word(B, pair, column));
-                    even = flushed(low(x).mul_add(low(w), even));
-                    odd = flushed(high(x).mul_add(high(w), odd));
-                }
-                let held = f32::from_bits(self.word(D, row, column));
-                let sum = flushed(flushed(held) + flushed(even + odd));
-                self.bytes[D][row][column * 4..][..4].copy_from_slice(&sum.to_le_bytes());
-            }
-        }
+        Tiles::multiply(self, D, A, B).expect("tiles that go together");
     }
 
     unsafe fn release(&mut self) {
-        self.shape = None;
+        Tiles::release(self);
     }
 }

@@ -11,11 +11,22 @@ pub(super) struct Tiles;
 /// Whether this process may use tiles, and they compute rightly.
 pub(crate) fn available() -> bool {
     static AVAILABLE: OnceLock<bool> = OnceLock::new();
-    *AVAILABLE.get_or_init(|| has_tiles() && may_use_tiles() && computes_rightly())
+    *AVAILABLE.get_or_init(|| (has_tiles() && may_use_tiles() || are_emulated()) && computes_rightly())
+}
+
+/// Whether something else answers for the processor's tiles, from now on.
+#[cfg(all(feature = "amx-emulator", target_os = "linux"))]
+fn are_emulated() -> bool {
+    super::emulator::install()
+}
+
+#[cfg(not(all(feature = "amx-emulator", target_os = "linux")))]
+fn are_emulated() -> bool {
+    false
 }
 
 /// AMX-BF16 and AMX-TILE.
-fn has_tiles() -> bool {
+pub(super) fn has_tiles() -> bool {
     const BF16: u32 = 1 << 22;
     const TILE: u32 = 1 << 24;
     let highest = std::arch::x86_64::__cpuid(0).eax;
