@@ -1,12 +1,20 @@
-//! Speculative decoding without a second model: what comes next in a sequence is guessed from the sequence itself, the guesses
-//! are computed in the same step as the token before them, and what the rows draw decides. Code that is edited, quotes,
-//! tables and calls of tools repeat much of what came before. An answer is the one that it would have been: every token is
-//! drawn from its own row, by its own rule, and what was computed behind a wrong guess is written over.
+//! Speculative decoding: what comes next in a sequence is guessed, the guesses are computed in the same step as the token before
+//! them, and what the rows draw decides. Guesses come from the sequence itself, for code that is edited, quotes, tables and calls
+//! of tools repeat much of what came before, and from a small model beside the large one, where there is one. An answer is the
+//! one that it would have been: every token is drawn from its own row, by its own rule, and what was computed behind a wrong
+//! guess is written over.
 //!
-//! [`Lookup`] guesses; [`worth::Worth`] knows how often guesses hold and what rows cost, and says how many are worth one. Pure.
-//! Called by the leader.
+//! [`Lookup`] guesses, and so does a [`Drafter`] ([`model::DraftModel`]); [`worth::Worth`] knows how often guesses hold and what
+//! rows cost, and says how many are worth one. Pure but for the model. Called by the leader.
 
+pub(crate) mod model;
 pub(crate) mod worth;
+
+use std::time::Duration;
+
+use backend::draw::Rule;
+
+use crate::error::EngineError;
 
 /// Tokens that a passage has to share with the sequence's end.
 pub(crate) const AGREED_MIN: usize = 2;
@@ -29,6 +37,50 @@ pub(crate) struct Guess {
     pub agreed: usize,
     /// The passage is the prediction's.
     pub predicted: bool,
+    /// The draft model's: no passage.
+    pub model: bool,
+}
+
+/// Guesses with a model of its own.
+pub(crate) trait Drafter {
+    /// What follows each of some sequences. Of tokens that it has not read yet it reads no more than takes `within`. An error is
+    /// its last word.
+    fn guess(&mut self, asks: &[Ask<'_>], within: Duration) -> Result<Drafted, EngineError>;
+
+    /// The job has ended, or was never heard of.
+    fn forget(&mut self, job: u64);
+}
+
+impl<D: Drafter> Drafter for &mut D {
+    fn guess(&mut self, asks: &[Ask<'_>], within: Duration) -> Result<Drafted, EngineError> {
+        (**self).guess(asks, within)
+    }
+
+    fn forget(&mut self, job: u64) {
+        (**self).forget(job);
+    }
+}
+
+/// A sequence that is guessed.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Ask<'a> {
+    pub job: u64,
+    /// All of its tokens: those of earlier calls and more.
+    pub tokens: &'a [u32],
+    /// Tokens to guess at the most; 0: they are only read, for a later guess.
+    pub most: usize,
+    /// How the next token is drawn. The noise of a draw depends on the token's position alone: who draws by the same rule from
+    /// a likeness of the row draws the same token more often than not.
+    pub rule: Rule,
+}
+
+/// What a [`Drafter`] says.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Drafted {
+    /// For each that was asked; `None`: its tokens are still to be read. Empty where nothing can be said, or is asked.
+    pub guesses: Vec<Option<Vec<u32>>>,
+    /// Rows and time of each step of the draft model.
+    pub steps: Vec<(usize, Duration)>,
 }
 
 /// A sequence, behind what its client expects of it, and where pairs of tokens stand there. Some twenty bytes per token.
@@ -92,7 +144,7 @@ impl Lookup {
             }
         }
         let predicted = (self.prediction.0..self.prediction.1).contains(&best);
-        Guess { tokens: guessed, agreed, predicted }
+        Guess { tokens: guessed, agreed, predicted, model: false }
     }
 
     /// Notes all pairs but the last, which nothing follows.
@@ -145,7 +197,8 @@ mod tests {
         let (prompt, prediction) = ([9, 8, 7], [1, 2, 3, 4, 5]);
         let mut lookup = Lookup::new(&prompt, &prediction);
         let mut guess = |more: &[u32], most| lookup.guess(&[&prompt, more].concat(), most);
-        let predicted = |tokens: &[u32], agreed| Guess { tokens: tokens.to_vec(), agreed, predicted: true };
+        let predicted =
+            |tokens: &[u32], agreed| Guess { tokens: tokens.to_vec(), agreed, predicted: true, model: false };
         assert_eq!(guess(&[], 3), predicted(&[1, 2, 3], 3));
         assert_eq!(guess(&[1], 9), predicted(&[2, 3, 4, 5], 4));
         assert_eq!(guess(&[1, 6, 3], 9), Guess::default());
@@ -153,7 +206,7 @@ mod tests {
         assert_eq!(guess(&[1, 6, 3, 4, 5], 9), Guess::default(), "nothing follows");
         // The answer's own passage is as long and later.
         let own = guess(&[1, 6, 3, 4, 5, 1, 6], 2);
-        assert_eq!(own, Guess { tokens: vec![3, 4], agreed: 2, predicted: false });
+        assert_eq!(own, Guess { tokens: vec![3, 4], agreed: 2, ..Guess::default() });
     }
 
     #[test]

@@ -23,6 +23,7 @@ mod serve;
 pub mod tp;
 mod transfer;
 
+pub use draft::model::DraftModel;
 pub use error::EngineError;
 pub use handle::{Commands, Engine, Events, engine};
 pub use options::EngineOptions;

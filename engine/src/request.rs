@@ -319,6 +319,12 @@ pub struct Counters {
     pub draft_tokens: u64,
     /// Of them, those that were drawn.
     pub accepted_tokens: u64,
+    /// Of those that took a row, the ones of the draft model.
+    pub model_draft_tokens: u64,
+    /// Of them, those that were drawn.
+    pub model_accepted_tokens: u64,
+    /// Time that the draft model has taken, its reading included.
+    pub model_draft_time: Duration,
     /// Sequences given up for room.
     pub preemptions: u64,
     /// KV sessions that failed.

@@ -12,6 +12,7 @@ use kvtransfer::transport::tls::TlsDialer;
 use kvtransfer::{Receiver, Sender, TargetSpec};
 use models::Model;
 
+use crate::draft::model::DraftModel;
 use crate::error::EngineError;
 use crate::executor::Executor;
 use crate::handle::{Command, Commands};
@@ -48,6 +49,7 @@ pub struct Runner<B: Backend> {
     sender: Sender,
     totals: Totals,
     secret: [u8; 16],
+    draft: Option<DraftModel<B>>,
 }
 
 impl<B: Backend> Runner<B> {
@@ -75,7 +77,12 @@ impl<B: Backend> Runner<B> {
             None => Sender::new(limits),
         };
         let totals = Totals::default();
-        Ok(Runner { backend, model, kv, options, receiver, sender, totals, secret })
+        Ok(Runner { backend, model, kv, options, receiver, sender, totals, secret, draft: None })
+    }
+
+    /// Guesses come from a draft model, too. Of rank 0, which alone has one.
+    pub fn draft_with(&mut self, draft: DraftModel<B>) {
+        self.draft = Some(draft);
     }
 
     /// What this rank pushes with: a handle on the same pool.
@@ -170,7 +177,11 @@ impl<B: Backend> Runner<B> {
             shares: self.kv.shares(),
             secret: self.secret,
         };
+        let mut draft = self.draft.take();
         let mut core = Core::new(setup, std::mem::take(&mut self.totals));
+        if let Some(draft) = &mut draft {
+            core.draft_with(draft);
+        }
         let sender = self.sender.clone();
         let mut executor = self.executor(&group, notify);
         let mut lead = Lead::new(&mut core, &mut group, commands, sender);
@@ -188,6 +199,7 @@ impl<B: Backend> Runner<B> {
         let usage = self.kv.usage();
         commands.publish(core.last_report(usage));
         self.totals = core.finish(&JobError::Engine(reason));
+        self.draft = draft;
         match ended {
             Ok(()) => EpochEnd::Stopped,
             Err(error) => EpochEnd::Lost(error),

@@ -69,7 +69,7 @@ pub fn sample(logits: &[f32], request: &mut Request) -> Result<Sampled, SampleEr
 }
 
 /// How the token at `position` is drawn, on the host or on the device.
-fn rule(sampling: &Sampling, position: usize) -> Rule {
+pub(crate) fn rule(sampling: &Sampling, position: usize) -> Rule {
     Rule {
         temperature: sampling.temperature,
         top_k: sampling.top_k,

@@ -7,6 +7,7 @@ use backend::SeqId;
 use tokio::sync::mpsc::UnboundedSender;
 
 use crate::draft::Lookup;
+use crate::draft::worth::Luck;
 use crate::ledger::LeaseId;
 use crate::request::{Event, Finish, Handoff, Request};
 use crate::scheduler::Want;
@@ -75,6 +76,8 @@ pub(crate) struct Sequence {
     pub lookup: Lookup,
     /// What was guessed last, whether it had a row or not.
     pub expected: Option<Expected>,
+    /// The draft model's with this sequence, once it could have been asked.
+    pub luck: Option<Luck>,
     /// Landing or push.
     pub lease: Option<LeaseId>,
     pub events: UnboundedSender<Event>,

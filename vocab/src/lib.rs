@@ -25,6 +25,9 @@ pub const MAX_IDS: u32 = 1 << 24;
 const IDS_PER_TOKEN: usize = 16;
 const IDS_MORE: usize = 1 << 16;
 
+/// Words that only one of two vocabularies may have, see [`Vocab::guesses_for`].
+const WORDS_ALONE_MAX: usize = 128;
+
 /// One entry of a vocabulary.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Token {
@@ -160,6 +163,31 @@ impl Vocab {
         (0..self.len() as u32).find(|id| self.bytes(*id) == Some(text.as_bytes()))
     }
 
+    /// Whether ids mean in `other` what they mean here, so that one model may guess for another: words of both have the same bytes,
+    /// and few are in one alone. Control tokens and padding may differ. The error says what does not agree, this vocabulary's
+    /// first. Source: `common_speculative_are_compatible` of llama.cpp, whose bound this is.
+    pub fn guesses_for(&self, other: &Vocab) -> Result<(), String> {
+        let mut alone = 0;
+        for id in 0..self.len().max(other.len()) as u32 {
+            let words = [self, other].map(|vocab| {
+                let control = |bytes: &&[u8]| vocab.is_special(id) || looks_special(bytes);
+                (vocab.bytes(id), vocab.bytes(id).is_some_and(|bytes| control(&bytes)))
+            });
+            match words {
+                [(Some(here), false), (Some(there), false)] if here != there => {
+                    let [here, there] = [here, there].map(String::from_utf8_lossy);
+                    return Err(format!("token {id} is {here:?} in the one and {there:?} in the other"));
+                }
+                [(Some(_), false), (None, _)] | [(None, _), (Some(_), false)] => alone += 1,
+                _ => {}
+            }
+        }
+        match alone {
+            0..=WORDS_ALONE_MAX => Ok(()),
+            _ => Err(format!("{alone} tokens are in one of them alone, at most {WORDS_ALONE_MAX} may be")),
+        }
+    }
+
     /// SHA-256 over ids, bytes and special flags, in hex: equal for equal vocabularies, whatever file they came from. A name
     /// such as `<|x|>` counts as special: writers of GGUF files flag it so, whatever the original says.
     pub fn identity(&self) -> String {
@@ -217,6 +245,30 @@ mod tests {
         assert_ne!(identity(vec![token(0, "a", true), token(1, "bc", false)]), same);
         let flagged = |special| identity(vec![token(0, "<|a|>", special)]);
         assert_eq!(flagged(true), flagged(false));
+    }
+
+    /// Protects: a small model of the family may guess, whose table differs in padding and control tokens; none of another may.
+    #[test]
+    fn who_may_guess_for_whom() {
+        let vocab = |more: Vec<Token>| {
+            let words = (0..200).map(|id| token(id, &format!("w{id}"), false));
+            Vocab::new(words.chain(more)).unwrap()
+        };
+        let large = vocab(vec![token(200, "<s>", true), token(201, "<|reserved_1|>", true)]);
+        let small =
+            vocab(vec![token(200, "<s>", true), token(201, "<|pad|>", false), token(205, "<think>", false)]);
+        assert_eq!((small.guesses_for(&large), large.guesses_for(&small)), (Ok(()), Ok(())));
+        let other = vocab(vec![token(200, "<s>", true), token(201, "x", false)]);
+        let mut words: Vec<Token> = (0..200).map(|id| token(id, &format!("w{id}"), false)).collect();
+        words[7].bytes = b"v7".to_vec();
+        let foreign = Vocab::new(words).unwrap();
+        assert_eq!(
+            foreign.guesses_for(&other),
+            Err("token 7 is \"v7\" in the one and \"w7\" in the other".into())
+        );
+        let short = Vocab::new((0..60).map(|id| token(id, &format!("w{id}"), false))).unwrap();
+        let error = short.guesses_for(&large).unwrap_err();
+        assert_eq!(error, "140 tokens are in one of them alone, at most 128 may be");
     }
 
     #[test]

@@ -16,7 +16,7 @@ use crate::scheduler;
 use crate::sequence::{Kind, Sequence, Stage};
 use crate::tp::plan::{Land, Op, PushOp};
 
-impl Core {
+impl Core<'_> {
     /// Takes a job on: generation is admitted or refused at once, prompts wait for room and rows.
     pub fn submit(
         &mut self,
@@ -40,6 +40,7 @@ impl Core {
                 &request.prediction,
             ),
             expected: None,
+            luck: None,
             request,
             stage: Stage::Waiting,
             seq: SeqId(0),

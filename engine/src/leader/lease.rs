@@ -49,7 +49,7 @@ impl Lease {
     }
 }
 
-impl Core {
+impl Core<'_> {
     /// Takes in what a rank says. [`Notice::Failed`] is the runner's to handle.
     pub fn notice(&mut self, now: Instant, rank: usize, notice: Notice) {
         match notice {

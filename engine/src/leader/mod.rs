@@ -23,6 +23,7 @@ use std::time::{Duration, Instant};
 use backend::{KvUsage, SeqId};
 use tokio::sync::oneshot;
 
+use crate::draft::Drafter;
 use crate::draft::worth::Worth;
 use crate::leader::lease::Lease;
 use crate::ledger::{LeaseId, Ledger, Owner};
@@ -62,9 +63,11 @@ pub(crate) struct Totals {
     pub next_id: u64,
 }
 
-pub(crate) struct Core {
+pub(crate) struct Core<'d> {
     setup: Setup,
     totals: Totals,
+    /// A draft model, until it fails.
+    drafter: Option<Box<dyn Drafter + 'd>>,
     ledger: Ledger,
     prefix: PrefixCache,
     /// By job, which is in order of arrival.
@@ -93,11 +96,12 @@ pub(crate) struct Core {
     fault: Option<String>,
 }
 
-impl Core {
+impl<'d> Core<'d> {
     pub fn new(setup: Setup, totals: Totals) -> Self {
         let namer = Namer::new(setup.secret);
         Core {
             totals,
+            drafter: None,
             ledger: Ledger::new(setup.blocks, setup.block_tokens, setup.shares),
             prefix: PrefixCache::new(namer, setup.block_tokens),
             sequences: BTreeMap::new(),
@@ -117,6 +121,11 @@ impl Core {
         }
     }
 
+    /// Guesses come from `drafter`, too.
+    pub fn draft_with(&mut self, drafter: impl Drafter + 'd) {
+        self.drafter = Some(Box::new(drafter));
+    }
+
     /// Asks for the time of a step on a scratch sequence.
     pub fn probe(&mut self, reply: oneshot::Sender<Result<Duration, JobError>>) {
         self.probes.push(reply);
@@ -124,8 +133,9 @@ impl Core {
 
     /// Ends everything; what outlives the epoch is left.
     pub fn finish(mut self, error: &JobError) -> Totals {
-        for sequence in self.sequences.values() {
-            sequence.tell(Event::Failed(error.clone()));
+        let jobs: Vec<u64> = self.sequences.keys().copied().collect();
+        for job in jobs {
+            self.end(job, Event::Failed(error.clone()));
         }
         for reply in self.probes.drain(..).chain(self.probing.drain(..)) {
             // One who has left needs no answer.
@@ -229,9 +239,17 @@ impl Core {
 
     /// Ends a job with its last event.
     fn end(&mut self, job: u64, event: Event) {
-        if let Some(sequence) = self.sequences.remove(&job) {
+        if let Some(sequence) = self.remove(job) {
             sequence.tell(event);
         }
+    }
+
+    /// Takes a job out.
+    fn remove(&mut self, job: u64) -> Option<Sequence> {
+        if let Some(drafter) = &mut self.drafter {
+            drafter.forget(job);
+        }
+        self.sequences.remove(&job)
     }
 
     /// Tells what waited for every rank to have carried out a plan.

@@ -7,7 +7,7 @@ use crate::request::{Event, Finish, JobError};
 use crate::sequence::Stage;
 use crate::tp::plan::Op;
 
-impl Core {
+impl Core<'_> {
     /// The job's client has left.
     pub fn cancel(&mut self, job: u64) {
         self.drop_job(job);
@@ -75,7 +75,7 @@ impl Core {
     }
 
     fn drop_job(&mut self, job: u64) {
-        let Some(sequence) = self.sequences.remove(&job) else { return };
+        let Some(sequence) = self.remove(job) else { return };
         self.announcements.retain(|a| a.1 != job);
         if let Some(lease) = sequence.lease {
             self.abort(lease);

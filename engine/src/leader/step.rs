@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use backend::{Draw, Drawn, Rule, SeqId};
 
-use super::{Core, since};
+use super::{Core, Totals, since};
 use crate::draft::Guess;
 use crate::request::{Event, JobError, Token};
 use crate::sampler::{self, Sampled};
@@ -49,7 +49,7 @@ struct Part {
     guess: Guess,
 }
 
-impl Core {
+impl Core<'_> {
     /// The next step. `None`: nothing to do until a step under way is done, or, when there is none, something arrives.
     pub fn plan(&mut self, now: Instant) -> Option<Step> {
         let needs_host = self.sequences.values().any(Sequence::needs_host);
@@ -244,12 +244,13 @@ impl Core {
         let (mut drawn, mut held) = (drawn.into_iter(), 0);
         while let Some(sequence) = self.sequences.get_mut(&part.job) {
             let at = sequence.request.tokens.len();
-            let expected = sequence.expected.filter(|expected| guessed.is_empty() && expected.at == at);
+            // What passages are worth is learned of those without a row, too.
+            let untried = guessed.is_empty() || part.guess.model;
+            let expected = sequence.expected.filter(|expected| untried && expected.at == at);
             let sampled = match sampled(drawn.next(), sequence) {
                 Ok(sampled) => sampled,
                 Err(reason) => return self.fail(part.job, JobError::Engine(reason)),
             };
-            // What guesses are worth is learned of those without a row, too.
             if let Some(Expected { id, agreed, .. }) = expected {
                 self.totals.worth.tried(agreed, 1, usize::from(id == sampled.id));
             }
@@ -266,12 +267,26 @@ impl Core {
             self.keep_prefix(part.job, computed, computed + 1);
             held += 1;
         }
-        if !guessed.is_empty() {
-            self.totals.worth.tried(part.guess.agreed, guessed.len(), held);
-            let counters = &mut self.totals.counters;
-            counters.drafts += 1;
-            counters.draft_tokens += guessed.len() as u64;
-            counters.accepted_tokens += held as u64;
+        let luck = self.sequences.get_mut(&part.job).and_then(|sequence| sequence.luck.as_mut());
+        match luck {
+            Some(luck) if part.guess.model => luck.tried(guessed.len(), held),
+            Some(luck) => luck.rests(),
+            None => {}
+        }
+        if guessed.is_empty() {
+            return;
+        }
+        let Totals { counters, worth, .. } = &mut self.totals;
+        let (drafted, held) = (guessed.len() as u64, held as u64);
+        counters.drafts += 1;
+        counters.draft_tokens += drafted;
+        counters.accepted_tokens += held;
+        if part.guess.model {
+            counters.model_draft_tokens += drafted;
+            counters.model_accepted_tokens += held;
+            worth.tried_model(guessed.len(), held as usize);
+        } else {
+            worth.tried(part.guess.agreed, guessed.len(), held as usize);
         }
     }
 

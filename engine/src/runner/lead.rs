@@ -21,8 +21,8 @@ use crate::tp::{Frame, Group, TpError};
 const REPORT_EVERY: Duration = Duration::from_millis(50);
 
 /// The leader's loop and what it needs.
-pub(super) struct Lead<'l> {
-    core: &'l mut Core,
+pub(super) struct Lead<'l, 'd> {
+    core: &'l mut Core<'d>,
     group: &'l mut Group,
     commands: &'l Commands,
     sender: Sender,
@@ -38,9 +38,9 @@ struct Running<B: Backend> {
     at: Instant,
 }
 
-impl<'l> Lead<'l> {
+impl<'l, 'd> Lead<'l, 'd> {
     pub(super) fn new(
-        core: &'l mut Core,
+        core: &'l mut Core<'d>,
         group: &'l mut Group,
         commands: &'l Commands,
         sender: Sender,
@@ -77,6 +77,8 @@ impl<'l> Lead<'l> {
                 }
             } else if let Some(first) = running.pop_front() {
                 self.finish(executor, Some(first))?;
+            } else if self.core.read_ahead() {
+                self.report_when_due(executor);
             } else {
                 // A transfer drops its last lease a moment after it has told of its end: seen by looking again.
                 let command = match self.report(executor) {
@@ -105,10 +107,10 @@ impl<'l> Lead<'l> {
         let began = self.ended.map_or(at, |before| before.max(at));
         self.ended = Some(ended);
         self.core.done(step, began, ended, drawn);
-        let due = self.reported.is_none_or(|at| ended.saturating_duration_since(at) >= REPORT_EVERY);
-        if due || self.core.has_probed() {
+        if self.core.has_probed() {
             self.report(executor);
         }
+        self.report_when_due(executor);
         // Whoever hears of the probe finds what came before it in the report.
         self.core.answer_probes();
         Ok(())
@@ -136,6 +138,12 @@ impl<'l> Lead<'l> {
             Command::Wake => {}
         }
         Ok(())
+    }
+
+    fn report_when_due<B: Backend>(&mut self, executor: &mut Executor<'_, B>) {
+        if self.reported.is_none_or(|at| at.elapsed() >= REPORT_EVERY) {
+            self.report(executor);
+        }
     }
 
     /// Publishes the state; returns the blocks that only transfers hold.

@@ -1,9 +1,9 @@
 //! One node that computes and generates by itself.
 
 use backend::DType;
-use engine::{Event, Finish, Job, JobError, Refusal, Request};
+use engine::{Event, Finish, Job, JobError, Refusal, Request, Sampling};
 
-use crate::node::{Node, Outcome, Spec, direct, direct_scores, request, seeded, until};
+use crate::node::{Node, Outcome, SEED, Spec, direct, direct_scores, request, seeded, until};
 
 #[test]
 fn generation_is_the_models_own_in_both_types() {
@@ -36,6 +36,39 @@ fn answers_with_guesses_are_the_models_own() {
         let counters = node.engine.report().counters;
         assert!(counters.accepted_tokens > 0, "{counters:?}");
         assert!(counters.draft_tokens > counters.accepted_tokens, "none was wrong: {counters:?}");
+    }
+}
+
+/// Protects: a draft model changes no answer; one that is the model itself is always right, whatever the sampling, as it draws by
+/// the same rules, and one that is not is asked less.
+#[test]
+fn answers_with_a_draft_model_are_the_models_own() {
+    for (world, seed) in [(1, SEED), (2, SEED), (1, SEED + 1)] {
+        let draft = Some(seed);
+        let node = Node::start(&Spec { draft, ..Spec::world(world) });
+        let sampled = |text, len| {
+            let sampling = Sampling { temperature: 1.0, top_p: 0.95, seed: 9, ..Sampling::default() };
+            Request { sampling, ..request(text, len, 80) }
+        };
+        let mut asked = vec![sampled(1, 30), sampled(2, 250), request(4, 20, 60)];
+        if seed != SEED {
+            asked.push(seeded(3, 70, 40, 7));
+        }
+        let events: Vec<_> =
+            asked.iter().map(|request| node.submit(Job::Generate(request.clone()))).collect();
+        for (request, events) in asked.iter().zip(events) {
+            assert_eq!(
+                Outcome::of(events).ids(),
+                direct(request, DType::F32),
+                "{world} {seed} {}",
+                request.id
+            );
+        }
+        node.quiet();
+        let counters = node.engine.report().counters;
+        let (drafted, held) = (counters.model_draft_tokens, counters.model_accepted_tokens);
+        assert!(drafted > 0 && (drafted == held) == (seed == SEED), "{held} of {drafted}");
+        assert!(counters.model_draft_time > std::time::Duration::ZERO);
     }
 }
 

@@ -11,8 +11,8 @@ use backend::{DType, DeviceOptions, Group, SeqId};
 use backend_cpu::CpuBackend;
 use engine::sampler;
 use engine::{
-    Commands, Engine, EngineError, EngineOptions, Event, Events, Finish, Handoff, Job, JobError, Place,
-    Request, Runner, Sampling, Score, Terms, Token,
+    Commands, DraftModel, Engine, EngineError, EngineOptions, Event, Events, Finish, Handoff, Job, JobError,
+    Place, Request, Runner, Sampling, Score, Terms, Token,
 };
 use models::{Checkpoint, Model};
 
@@ -27,15 +27,21 @@ const CONFIG: &str = r#"{
     "max_position_embeddings": 1024, "tie_word_embeddings": false, "torch_dtype": "float32"
 }"#;
 
+/// Its weights are drawn from this.
+pub const SEED: u64 = 5;
+
 /// The model of all tests.
 pub fn checkpoint() -> &'static Checkpoint {
     static CHECKPOINT: OnceLock<Checkpoint> = OnceLock::new();
-    CHECKPOINT.get_or_init(|| {
-        let dir = PathBuf::from(env!("CARGO_TARGET_TMPDIR")).join(format!("engine-{}", std::process::id()));
-        std::fs::create_dir_all(&dir).expect("a directory for the model");
-        std::fs::write(dir.join("config.json"), CONFIG).expect("the model's configuration");
-        Checkpoint::dummy(&dir, 5).expect("a dummy checkpoint")
-    })
+    CHECKPOINT.get_or_init(|| dummy(SEED))
+}
+
+/// The same with weights drawn from `seed`.
+fn dummy(seed: u64) -> Checkpoint {
+    let dir = PathBuf::from(env!("CARGO_TARGET_TMPDIR")).join(format!("engine-{}", std::process::id()));
+    std::fs::create_dir_all(&dir).expect("a directory for the model");
+    std::fs::write(dir.join("config.json"), CONFIG).expect("the model's configuration");
+    Checkpoint::dummy(&dir, seed).expect("a dummy checkpoint")
 }
 
 /// A node as a test wants it.
@@ -48,6 +54,8 @@ pub struct Spec {
     pub options: EngineOptions,
     /// Results of steps come when they are waited for, so that the engine runs ahead.
     pub late: bool,
+    /// Rank 0 has a draft model with weights drawn from this; [`SEED`]: the model itself.
+    pub draft: Option<u64>,
 }
 
 impl Default for Spec {
@@ -65,6 +73,7 @@ impl Default for Spec {
                 ..EngineOptions::default()
             },
             late: crate::LATE,
+            draft: None,
         }
     }
 }
@@ -92,6 +101,16 @@ impl Spec {
         }
     }
 
+    /// With room for as many tokens as the model has.
+    fn open_draft(&self, checkpoint: &Checkpoint) -> DraftModel<Late> {
+        let mut backend =
+            Late::open(&self.device(), Group::alone(), self.late, Calls::default()).expect("the CPU");
+        let model =
+            Model::load(&mut backend, checkpoint, 0, 1, self.dtype, &mut |_| {}).expect("a draft model");
+        let bytes = self.blocks * u64::from(self.block_tokens) * model.kv_spec().token_bytes() as u64;
+        DraftModel::new(backend, model, bytes).expect("a draft model")
+    }
+
     fn open(&self, rank: usize, calls: Calls) -> Runner<Late> {
         let group = engine::tp::unmet(rank, self.world).expect("loopback sockets");
         let mut backend = Late::open(&self.device(), group, self.late, calls).expect("the CPU");
@@ -100,7 +119,11 @@ impl Spec {
         let token_bytes = model.kv_spec().token_bytes() as u64;
         let kv_bytes = self.blocks * u64::from(self.block_tokens) * token_bytes;
         let options = EngineOptions { kv_bytes, ..self.options.clone() };
-        Runner::new(backend, model, options).expect("a runner")
+        let mut runner = Runner::new(backend, model, options).expect("a runner");
+        if let Some(seed) = self.draft.filter(|_| rank == 0) {
+            runner.draft_with(self.open_draft(&dummy(seed)));
+        }
+        runner
     }
 }
 

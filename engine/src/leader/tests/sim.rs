@@ -26,7 +26,7 @@ pub struct Rank {
 }
 
 pub struct Sim {
-    pub core: Core,
+    pub core: Core<'static>,
     pub ranks: Vec<Rank>,
     /// Landings that ranks expect: (lease, tokens of the sequence).
     pub landings: Vec<LeaseId>,
