@@ -90,8 +90,9 @@ pub enum Entry {
 /// Tokens guessed ahead at most; a step has no rows for more.
 const DRAFT_MAX: usize = 31;
 
-fn check_drafts(draft_max: usize) -> Result<()> {
+fn check_drafts(draft_max: usize, draft_model: bool) -> Result<()> {
     ensure!(draft_max <= DRAFT_MAX, "draft-max is {draft_max}: at most {DRAFT_MAX}");
+    ensure!(draft_max > 0 || !draft_model, "draft-model with draft-max 0: it would guess nothing");
     Ok(())
 }
 

@@ -64,6 +64,8 @@ settings! {
         chunk_tokens: Option<usize> ["TOKENS"];
         /// Tokens guessed ahead per sequence and step at most, from what prompt and answer repeat, where measured to be worth it; 0: none
         draft_max: usize ["TOKENS"] = "16";
+        /// Small model with the same tokens that guesses ahead, too, on rank 0 of a decode group: directory, GGUF file or name on the hub
+        draft_model: Option<PathBuf> ["MODEL"];
         /// CPU threads [default: one per core]
         threads: Option<usize> ["N"];
         /// CPU instructions: portable, avx2, avx512, avx512vnni, avx512bf16 or amx [default: the best of this machine]
@@ -132,7 +134,7 @@ impl NodeSettings {
         let streams = self.kv_streams;
         ensure!((1..=16).contains(&streams), "kv-streams is {streams}: from 1 to 16");
         ensure!(self.max_batch > 0, "max-batch is 0: no sequence could ever run");
-        super::check_drafts(self.draft_max)?;
+        super::check_drafts(self.draft_max, self.draft_model.is_some())?;
         let block = self.block_tokens;
         ensure!(block.is_power_of_two(), "block-tokens is {block}: a power of two is wanted, such as 32");
         // What is not said fits what is.

@@ -36,6 +36,8 @@ settings! {
         max_batch: usize ["SEQUENCES"] = "16";
         /// Tokens guessed ahead per sequence and step at most, from what prompt and answer repeat; 0: none
         draft_max: usize ["TOKENS"] = "16";
+        /// Small model with the same tokens that guesses ahead, too: directory, GGUF file or name on the hub
+        draft_model: Option<PathBuf> ["MODEL"];
         /// Type of activations and KV: bf16 or f32
         dtype: DType ["TYPE"] = "bf16";
         /// What carries KV between the processes: auto (shared memory by UCX where it is installed, else TCP), tcp or ucx
@@ -58,7 +60,7 @@ impl UpSettings {
         ensure!(self.port > 0, "port is 0: clients must know where to ask");
         ensure!(self.decode > 0, "decode is 0: nobody would generate tokens");
         ensure!(self.tp > 0, "tp is 0: a decode group has at least one rank");
-        super::check_drafts(self.draft_max)?;
+        super::check_drafts(self.draft_max, self.draft_model.is_some())?;
         let pages = self.prefill.saturating_add(self.decode);
         let room = 1 + usize::from(u16::MAX - self.metrics_port.unwrap_or(0));
         ensure!(pages <= room, "metrics-port leaves {room} ports for {pages} pages");

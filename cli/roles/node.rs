@@ -1,6 +1,6 @@
 //! `baton prefill` and `baton decode`: settings into a node's configuration, then its `serve`.
 
-use anyhow::Result;
+use anyhow::{Context, Result};
 use backend::{CpuOptions, CudaOptions};
 use cluster::Shutdown;
 use hub::Want;
@@ -47,7 +47,17 @@ async fn start(settings: NodeSettings, role: &str) -> Result<Option<(NodeConfig,
         LoadFormat::Files => Want::Model,
         LoadFormat::Dummy { .. } => Want::Text,
     };
-    let Some(model) = super::model(&settings.model, want, &shutdown).await? else { return Ok(None) };
+    let Some(model) = super::model(&settings.model, want.clone(), &shutdown).await? else { return Ok(None) };
+    // Prefill nodes draw one token, which nobody guesses; the other ranks compute what the first one plans.
+    let draft_model = match &settings.draft_model {
+        Some(named) if role == "decode" && settings.rank == 0 => {
+            let Some(found) = super::model(named, want, &shutdown).await.context("draft model")? else {
+                return Ok(None);
+            };
+            Some(found.path)
+        }
+        _ => None,
+    };
     let name = settings.name.map_or_else(|| format!("{role}@{}", system::host_name()), |name| name.0);
     let service = if role == "prefill" { "baton-prefill" } else { "baton-decode" };
     // The router says which requests are traced.
@@ -74,6 +84,7 @@ async fn start(settings: NodeSettings, role: &str) -> Result<Option<(NodeConfig,
         context_tokens: settings.context,
         batch_max: settings.max_batch,
         draft_max: settings.draft_max,
+        draft_model,
         step,
         group: GroupConfig { world: settings.tp, rank: settings.rank, leader: settings.leader },
         sealing: settings.rank_encryption,

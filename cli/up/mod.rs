@@ -40,12 +40,16 @@ pub use supervisor::STOP_GRACE;
 pub async fn run(settings: UpSettings) -> Result<ExitCode> {
     let clients = listen(settings.port)?;
     let (model, served_name) = model(&settings).await?;
-    let planned = (settings.clone(), model.clone());
-    tokio::task::spawn_blocking(move || require_room(&planned.0, &planned.1)).await??;
+    let draft = match &settings.draft_model {
+        Some(named) => Some(located(named).await.context("draft model")?.0),
+        None => None,
+    };
+    let planned = (settings.clone(), model.clone(), draft.clone());
+    tokio::task::spawn_blocking(move || require_room(&planned.0, &planned.1, planned.2.as_deref())).await??;
     let mut internal = ports::free(1 + settings.decode)?;
     let ports = Ports { clients: clients.as_raw_fd(), leaders: internal.split_off(1), cluster: internal[0] };
     let cores = available_parallelism().map_or(1, usize::from);
-    let processes = plan::plan(&settings, &model, &served_name, &ports, cores);
+    let processes = plan::plan(&settings, &model, draft.as_deref(), &served_name, &ports, cores);
 
     let token = ClusterToken::generate()?;
     let run_file = RunFile::write(settings.port, ports.cluster, &token)?;
@@ -68,7 +72,7 @@ fn listen(port: u16) -> Result<TcpListener> {
 
 /// Refuses what this machine cannot hold, all processes together, before any of them is started. A model that cannot be
 /// opened is left to them: they say what is wrong with it.
-fn require_room(settings: &UpSettings, path: &Path) -> Result<()> {
+fn require_room(settings: &UpSettings, path: &Path, draft: Option<&Path>) -> Result<()> {
     let Ok(checkpoint) = Checkpoint::open(path) else { return Ok(()) };
     let kv = settings.kv_memory.0;
     let sum = |ranks: Vec<u64>| {
@@ -76,7 +80,15 @@ fn require_room(settings: &UpSettings, path: &Path) -> Result<()> {
         ranks.into_iter().map(need).fold(Need::default(), Need::with)
     };
     let prefill = sum(checkpoint.rank_bytes(1)?);
-    let decode = sum(checkpoint.rank_bytes(settings.tp)?);
+    let mut decode = sum(checkpoint.rank_bytes(settings.tp)?);
+    if let Some(Ok(draft)) = draft.map(Checkpoint::open) {
+        let bytes = |config, world| -> Result<usize> {
+            Ok(models::kv_specs(config, settings.dtype, world)?.first().map_or(0, |spec| spec.token_bytes()))
+        };
+        let tokens = [bytes(checkpoint.config(), settings.tp)?, bytes(draft.config(), 1)?];
+        let [_, kv] = memory::kv_bytes_of_both(Some(kv), None, tokens);
+        decode = decode.with(Need { weights: draft.rank_bytes(1)?.iter().sum(), kv });
+    }
     let copies = |need, count| (0..count).fold(Need::default(), |all: Need, _| all.with(need));
     let all = copies(prefill, settings.prefill).with(copies(decode, settings.decode));
     match memory::available().and_then(|available| all.beyond(available)) {
@@ -96,10 +108,15 @@ async fn model(settings: &UpSettings) -> Result<(PathBuf, String)> {
     let Some(named) = &settings.model else {
         return Ok((bundled::unpack(&dirs::cache()?)?, own.unwrap_or_else(|| bundled::NAME.into())));
     };
-    // Once for all processes, which get the path.
+    let (path, name) = located(named).await?;
+    Ok((path, own.unwrap_or(name)))
+}
+
+/// Path and name of a model. Once for all processes, which get the path.
+async fn located(named: &Path) -> Result<(PathBuf, String)> {
     let found = model::locate(named, Want::Model, None).await?;
     let path = found.path.canonicalize().with_context(|| format!("model {}", found.path.display()))?;
-    Ok((path, own.unwrap_or(found.name)))
+    Ok((path, found.name))
 }
 
 /// The settings file that the children read: the cluster's address and token, for the owner's eyes only. Gone with `up`.

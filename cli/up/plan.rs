@@ -32,10 +32,11 @@ pub struct Ports {
     pub leaders: Vec<u16>,
 }
 
-/// The processes for `settings` with the model in `model`, on a machine of `cores`.
+/// The processes for `settings` with the models in `model` and `draft_model`, on a machine of `cores`.
 pub fn plan(
     settings: &UpSettings,
     model: &Path,
+    draft_model: Option<&Path>,
     served_name: &str,
     ports: &Ports,
     cores: usize,
@@ -105,6 +106,9 @@ pub fn plan(
             add(&mut arguments, "leader", local(leader));
             if rank == 0 {
                 page(&mut arguments);
+                if let Some(draft) = draft_model {
+                    add(&mut arguments, "draft-model", draft.display());
+                }
             }
             all.push(Process { arguments, name, wave: 1, joins: rank == 0, passes: None });
         }
@@ -141,7 +145,8 @@ mod tests {
     fn processes(flags: &[&str], cores: usize) -> Vec<Process> {
         let settings = settings(flags);
         let leaders = (0..settings.decode as u16).map(|group| 21_000 + group).collect();
-        plan(&settings, Path::new("/m"), "demo", &Ports { clients: 9, cluster: 20_000, leaders }, cores)
+        let (model, draft) = (Path::new("/m"), settings.draft_model.as_deref());
+        plan(&settings, model, draft, "demo", &Ports { clients: 9, cluster: 20_000, leaders }, cores)
     }
 
     /// Every process of a plan is told only what its role knows and accepts, and the ranks of a group meet at one place.
@@ -156,6 +161,7 @@ mod tests {
                 "--kv-memory=64MiB",
                 "--metrics-port=9000",
                 "--otlp-endpoint=http://127.0.0.1:4318",
+                "--draft-model=/d",
             ],
             16,
         );
@@ -181,6 +187,8 @@ mod tests {
                     assert_eq!(node.router, ["127.0.0.1:20000"]);
                     assert_eq!(node.otlp_endpoint.as_deref(), Some("http://127.0.0.1:4318"));
                     pages.extend(node.metrics_bind.map(|page| page.port()));
+                    let drafts = role == "decode" && node.rank == 0;
+                    assert_eq!(node.draft_model.as_deref(), drafts.then_some(Path::new("/d")));
                     leaders.extend(node.leader.map(|leader| (leader, node.rank)));
                 }
             }

@@ -57,6 +57,8 @@ pub struct NodeConfig {
     pub batch_max: usize,
     /// Tokens guessed ahead per sequence and step, at most.
     pub draft_max: usize,
+    /// A model that guesses, on rank 0: a path as [`NodeConfig::model`].
+    pub draft_model: Option<PathBuf>,
     /// Rows of a step.
     pub step: StepBounds,
     /// Tensor-parallel group.

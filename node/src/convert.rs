@@ -317,6 +317,9 @@ pub fn report_message(report: Report, ready: bool, draining: bool) -> v1::NodeRe
             drafts: c.drafts,
             draft_tokens: c.draft_tokens,
             accepted_tokens: c.accepted_tokens,
+            model_draft_tokens: c.model_draft_tokens,
+            model_accepted_tokens: c.model_accepted_tokens,
+            model_draft_ms: u64::try_from(c.model_draft_time.as_millis()).unwrap_or(u64::MAX),
         }),
     }
 }

@@ -13,6 +13,16 @@ pub enum NodeError {
         /// What is wrong with it.
         reason: Box<models::ModelError>,
     },
+    /// Its tokens are not the model's.
+    #[error("draft model {draft} cannot guess for model {model}: {reason}")]
+    Draft {
+        /// Path as given.
+        draft: String,
+        /// The model's.
+        model: String,
+        /// What does not agree.
+        reason: String,
+    },
     /// The machine is too small for it.
     #[error("model {model} does not fit: rank {rank} of {world}: {reason}")]
     Memory {

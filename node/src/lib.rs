@@ -3,6 +3,7 @@
 
 pub mod config;
 pub mod convert;
+mod draft;
 mod error;
 mod grammars;
 pub mod loading;

@@ -18,6 +18,19 @@ pub fn kv_bytes(free: Option<u64>) -> u64 {
     free - STEPS_BYTES.max(free / 10).min(free / 2)
 }
 
+/// Bytes for the caches of a model and of its draft model, with room for as many tokens each, where a token takes `bytes` of either
+/// (0: there is no draft model). `asked`: of the model's.
+pub fn kv_bytes_of_both(asked: Option<u64>, free: Option<u64>, bytes: [usize; 2]) -> [u64; 2] {
+    let [own, draft] = bytes.map(|bytes| bytes as u64);
+    let shared = |all: u64| (u128::from(all) * u128::from(own) / u128::from(own + draft)) as u64;
+    let kv = match (asked, free) {
+        (Some(asked), _) => asked,
+        (None, Some(_)) => shared(kv_bytes(free)),
+        (None, None) => KV_BYTES,
+    };
+    [kv, (u128::from(kv) * u128::from(draft) / u128::from(own)) as u64]
+}
+
 /// What is to be held in memory: weights as they are stored, and the KV cache. What activations take comes on top.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Need {
@@ -134,6 +147,15 @@ mod tests {
             assert_eq!(kv_bytes(Some(free)), want, "{free} free");
         }
         assert_eq!(kv_bytes(None), KV_BYTES);
+    }
+
+    /// Protects: a draft model's cache holds as many tokens, and where the device says what is free, both fit.
+    #[test]
+    fn two_caches_of_as_many_tokens() {
+        assert_eq!(kv_bytes_of_both(Some(900), Some(1), [30, 10]), [900, 300]);
+        assert_eq!(kv_bytes_of_both(None, Some(10 << 30), [30, 10]), [6 << 30, 2 << 30]);
+        assert_eq!(kv_bytes_of_both(None, None, [20, 10]), [KV_BYTES, KV_BYTES / 2]);
+        assert_eq!(kv_bytes_of_both(None, Some(10 << 30), [30, 0]), [8 << 30, 0]);
     }
 
     #[test]

@@ -113,6 +113,21 @@ pub fn page(report: &Report, refusals: &Refusals, model: &str, name: &str, role:
         ("vllm:spec_decode_num_drafts_total", "Times that tokens were guessed ahead", counters.drafts),
         ("vllm:spec_decode_num_draft_tokens_total", "Tokens guessed ahead", counters.draft_tokens),
         ("vllm:spec_decode_num_accepted_tokens_total", "Of them, those drawn", counters.accepted_tokens),
+        (
+            "baton_draft_model_tokens_total",
+            "Of the tokens guessed ahead, those of the draft model",
+            counters.model_draft_tokens,
+        ),
+        (
+            "baton_draft_model_accepted_tokens_total",
+            "Of those, the ones drawn",
+            counters.model_accepted_tokens,
+        ),
+        (
+            "baton_draft_model_ms_total",
+            "Time that the draft model has taken, in milliseconds",
+            counters.model_draft_time.as_millis() as u64,
+        ),
         ("baton_node_jobs_total", "Jobs accepted", counters.requests),
         ("baton_node_kv_bytes_total", "KV payload sent or received", counters.kv_bytes),
         ("baton_node_failed_sessions_total", "KV sessions that failed", counters.failed_sessions),

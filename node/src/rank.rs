@@ -1,6 +1,7 @@
 //! The thread that owns the device: opens it, loads this rank's part of the model, and serves the engine until stopped.
 
 use std::net::TcpListener;
+use std::path::Path;
 use std::sync::Arc;
 use std::thread;
 use std::time::Instant;
@@ -16,6 +17,7 @@ use models::{Checkpoint, Identity, Model, ModelError};
 use tokio::sync::oneshot;
 
 use crate::config::{BackendKind, GroupConfig, KvTransport, LoadFormat, NodeConfig};
+use crate::draft::Draft;
 use crate::error::NodeError;
 use crate::loading;
 use crate::memory::{self, Need, TooMuch};
@@ -32,8 +34,11 @@ pub struct Opened {
     pub context_tokens: u32,
     /// Cache of the whole model.
     pub kv_spec: KvSpec,
-    /// Of this rank's weights, as they are stored.
+    /// Of this rank's weights, as they are stored, the draft model's among them.
     weight_bytes: u64,
+    draft: Option<Draft>,
+    /// Bytes that a token takes in the caches of this rank: the model's, and the draft model's.
+    token_bytes: [usize; 2],
 }
 
 /// What is known once the model is on the device.
@@ -51,15 +56,26 @@ pub fn open(config: &NodeConfig) -> Result<Opened, NodeError> {
         model: config.model.display().to_string(),
         reason: reason.into(),
     };
-    let checkpoint = match config.load_format {
-        LoadFormat::Files => Checkpoint::open(&config.model),
-        LoadFormat::Dummy { seed } => Checkpoint::dummy(&config.model, seed),
-    }
-    .map_err(named)?;
-    let held = checkpoint.rank_bytes(config.group.world).map_err(named)?;
+    let files = |path: &Path| match config.load_format {
+        LoadFormat::Files => Checkpoint::open(path),
+        LoadFormat::Dummy { seed } => Checkpoint::dummy(path, seed),
+    };
+    let checkpoint = files(&config.model).map_err(named)?;
+    let (rank, world) = (config.group.rank, config.group.world);
+    let draft = config.draft_model.as_deref().filter(|_| rank == 0).map(|path| {
+        let failed = |reason: ModelError| NodeError::Model {
+            model: path.display().to_string(),
+            reason: reason.into(),
+        };
+        Draft::of(files(path).map_err(failed)?, &checkpoint, config.dtype)
+    });
+    let draft = draft.transpose()?;
+    let held = checkpoint.rank_bytes(world).map_err(named)?;
+    let specs = models::kv_specs(checkpoint.config(), config.dtype, world).map_err(named)?;
+    let token_bytes = [specs[rank].token_bytes(), draft.as_ref().map_or(0, |draft| draft.token_bytes)];
     let need = Need {
-        weights: held.get(config.group.rank).copied().unwrap_or(0),
-        kv: config.kv_bytes.unwrap_or(memory::KV_BYTES),
+        weights: held.get(rank).copied().unwrap_or(0) + draft.as_ref().map_or(0, |draft| draft.weight_bytes),
+        kv: memory::kv_bytes_of_both(config.kv_bytes, None, token_bytes).iter().sum(),
     };
     // A GPU has its own memory, and says itself when it is too small.
     let host = chosen(config.backend, config.group.world) != BackendKind::Cuda;
@@ -79,7 +95,8 @@ pub fn open(config: &NodeConfig) -> Result<Opened, NodeError> {
         None => u32::try_from(most).unwrap_or(u32::MAX).min(proto::SEQUENCE_TOKENS_MAX as u32),
     };
     let kv_spec = models::kv_specs(checkpoint.config(), config.dtype, 1).map_err(named)?.swap_remove(0);
-    Ok(Opened { checkpoint, identity, context_tokens, kv_spec, weight_bytes: need.weights })
+    let weight_bytes = need.weights;
+    Ok(Opened { checkpoint, identity, context_tokens, kv_spec, weight_bytes, draft, token_bytes })
 }
 
 fn too_much(config: &NodeConfig, reason: TooMuch) -> NodeError {
@@ -218,6 +235,15 @@ fn serve<B: Backend>(
     let caps = backend.caps();
     let begun = Instant::now();
     let had = backend.free_bytes();
+    let failed = |model: String, reason: ModelError| {
+        // Where the sums show it they are told, and not the weight at which it ended.
+        let need = Need { weights: opened.weight_bytes, kv: config.kv_bytes.unwrap_or(0) };
+        let full = matches!(reason, ModelError::Backend(BackendError::OutOfMemory { .. }));
+        match had.filter(|_| full).and_then(|had| need.beyond_device(had)) {
+            Some(much) => too_much(config, much),
+            None => NodeError::Model { model, reason: reason.into() },
+        }
+    };
     let model = Model::load(
         &mut backend,
         &opened.checkpoint,
@@ -226,20 +252,17 @@ fn serve<B: Backend>(
         config.dtype,
         &mut loading::progress(config.model.display().to_string()),
     )
-    .map_err(|reason| {
-        // Where the sums show it they are told, and not the weight at which it ended.
-        let need = Need { weights: opened.weight_bytes, kv: config.kv_bytes.unwrap_or(0) };
-        let full = matches!(reason, ModelError::Backend(BackendError::OutOfMemory { .. }));
-        match had.filter(|_| full).and_then(|had| need.beyond_device(had)) {
-            Some(much) => too_much(config, much),
-            None => NodeError::Model { model: config.model.display().to_string(), reason: reason.into() },
-        }
-    })?;
+    .map_err(|reason| failed(config.model.display().to_string(), reason))?;
     tracing::info!("{} loaded in {:.1} s", config.model.display(), begun.elapsed().as_secs_f32());
+    let draft = opened
+        .draft
+        .as_ref()
+        .map(|draft| draft.load::<B>(&device).map_err(|reason| failed(draft.shown(), reason)));
+    let draft = draft.transpose()?;
     let free = backend.free_bytes();
-    let kv_bytes = config.kv_bytes.unwrap_or_else(|| memory::kv_bytes(free));
+    let [kv_bytes, draft_kv_bytes] = memory::kv_bytes_of_both(config.kv_bytes, free, opened.token_bytes);
     if let Some(free) = free {
-        let (kv, free) = (memory::gib(kv_bytes), memory::gib(free));
+        let (kv, free) = (memory::gib(kv_bytes + draft_kv_bytes), memory::gib(free));
         tracing::info!("{kv} of KV cache, of {free} that are free on the device");
     }
     let (step_tokens, chunk_tokens) = config.step.resolve(caps.chunk_tokens);
@@ -264,6 +287,9 @@ fn serve<B: Backend>(
     };
     let ways = options.kv_ways;
     let mut runner = Runner::new(backend, model, options)?;
+    if let Some(draft) = draft {
+        runner.draft_with(draft.ready(draft_kv_bytes)?);
+    }
     if let Some(place) = runner.stays() {
         match kvtransfer::transport::ucx::reaches(place, ways) {
             Ok(()) => tracing::info!(

@@ -1,12 +1,16 @@
-//! Promise: what is guessed ahead changes no answer, and operators see what it brings.
+//! Promise: what is guessed ahead, from passages or by a draft model, changes no answer, and operators see what it brings.
+
+use std::fs;
 
 use serde_json::{Value, json};
 
 use crate::client::with_model;
-use crate::parts::{Parts, ids};
+use crate::harness::{baton, folder, model, output};
+use crate::parts::{Parts, TOKEN, ids};
 
 const GUESSED: &str = "vllm:spec_decode_num_draft_tokens_total";
 const HELD: &str = "vllm:spec_decode_num_accepted_tokens_total";
+const HELD_OF_MODEL: &str = "baton_draft_model_accepted_tokens_total";
 
 /// Answers that repeat themselves, or their prompts, in whole, in part, or hardly.
 fn asked() -> Vec<Value> {
@@ -76,10 +80,12 @@ async fn a_prediction_is_counted_and_changes_nothing() {
 #[tokio::test]
 async fn answers_are_those_without_guesses() {
     let mut seen: Vec<Vec<Value>> = Vec::new();
-    for flag in ["--draft-max=0", "--draft-max=8"] {
+    // The model itself, which is always right where a token is drawn by its rule alone.
+    let draft = format!("--draft-model={}", model().display());
+    for flags in [&["--draft-max=0"][..], &["--draft-max=8"], &["--draft-max=8", &draft]] {
         let mut parts = Parts::router(&[]);
         parts.prefill("p", 1, &[]);
-        parts.decode("d", 2, &[flag]);
+        parts.decode("d", 2, flags);
         parts.wait_until_ready(&["p.0", "d.0"]).await;
         let mut said = Vec::new();
         for body in asked() {
@@ -89,13 +95,47 @@ async fn answers_are_those_without_guesses() {
         }
         parts.wait_until_idle().await;
         let (guessed, held) = (parts.metric(GUESSED, "").await, parts.metric(HELD, "").await);
-        match flag {
-            "--draft-max=0" => assert_eq!((guessed, held), (0.0, 0.0)),
+        match flags {
+            ["--draft-max=0"] => assert_eq!((guessed, held), (0.0, 0.0)),
             _ => assert!(held > 20.0 && guessed >= held, "{held} of {guessed}"),
         }
+        let by_model = parts.metric(HELD_OF_MODEL, "").await;
+        assert_eq!(by_model > 0.0, flags.len() == 2, "{by_model} by the model, {flags:?}");
         seen.push(said);
     }
-    for (number, (without, with)) in seen[0].iter().zip(&seen[1]).enumerate() {
-        assert_eq!(without, with, "request {number}");
+    for with in &seen[1..] {
+        for (number, (without, with)) in seen[0].iter().zip(with).enumerate() {
+            assert_eq!(without, with, "request {number}");
+        }
     }
+}
+
+/// Protects: a draft model whose tokens are others is refused before anything is loaded, with both names and what is unlike.
+#[test]
+fn a_draft_model_of_other_tokens_is_refused() {
+    let other = folder("other-tokens");
+    for entry in fs::read_dir(model()).expect("the bundled model") {
+        let path = entry.expect("an entry").path();
+        fs::copy(&path, other.join(path.file_name().expect("a name"))).expect("copies");
+    }
+    let path = other.join("tokenizer.json");
+    let mut tokenizer: Value = serde_json::from_slice(&fs::read(&path).expect("reads")).expect("JSON");
+    let vocab = tokenizer["model"]["vocab"].as_object_mut().expect("words");
+    let (one, two) = (vocab["a"].clone(), vocab["b"].clone());
+    vocab.insert("a".into(), two);
+    vocab.insert("b".into(), one);
+    fs::write(&path, tokenizer.to_string()).expect("writes");
+    let (own, draft) = (model().display().to_string(), other.display().to_string());
+    let refused = |model: &str, draft: &str| {
+        let flags = ["decode", "--model", model, "--draft-model", draft, "--token", TOKEN, "--log=off"];
+        let (ok, _, stderr) = output(&mut baton(&flags));
+        assert!(!ok, "{draft} guesses for {model}");
+        stderr
+    };
+    let line = refused(&own, &draft);
+    let says = format!("baton: draft model {draft} cannot guess for model {own}: token ");
+    assert!(line.starts_with(&says) && line.trim_end().lines().count() == 1, "{line}");
+    assert!(line.contains("\"a\"") && line.contains("\"b\""), "{line}");
+    let line = refused(&own, "/nowhere/draft");
+    assert!(line.contains("draft model: model /nowhere/draft: no such file"), "{line}");
 }

@@ -40,6 +40,7 @@ fn wrong_flags_and_values_are_named() {
     refused(&["router", "--model=.", "--tls-cert=x"], &["tls-cert and tls-key belong together"]);
     refused(&["decode", "--model=.", "--tp=2", "--rank=2"], &["rank 2 is not below tp 2"]);
     refused(&["decode", "--model=.", "--tp=2"], &["tp 2 needs --leader"]);
+    refused(&["up", "--draft-max=0", "--draft-model=m"], &["draft-model with draft-max 0"]);
     refused(&["prefill", "--model=."], &["no cluster token: give --token-file"]);
     refused(&["prefill", "--model=.", "--token=hunter2"], &["64 hex digits", "7 characters"]);
     refused(&["status", "--up=1"], &["no `baton up` runs on port 1"]);

@@ -180,6 +180,24 @@ impl ClusterMetrics {
             "Of them, those that were drawn",
             by_engine(|c| c.accepted_tokens),
         )?;
+        counters(
+            encoder,
+            "baton_draft_model_tokens",
+            "Of the tokens guessed ahead, those of a draft model",
+            by_engine(|c| c.model_draft_tokens),
+        )?;
+        counters(
+            encoder,
+            "baton_draft_model_accepted_tokens",
+            "Of those, the ones that were drawn",
+            by_engine(|c| c.model_accepted_tokens),
+        )?;
+        counters(
+            encoder,
+            "baton_draft_model_ms",
+            "Time that draft models have taken, in milliseconds",
+            by_engine(|c| c.model_draft_ms),
+        )?;
         let bytes = snapshot.members.iter().map(|member| {
             let label = NodeLabel { node: member.join.name.clone(), role: role(member) };
             (label, member.report.counters.as_ref().map_or(0, |counters| counters.kv_bytes))

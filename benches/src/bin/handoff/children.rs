@@ -77,6 +77,7 @@ pub async fn node(spec: &str) -> Result<()> {
         block_tokens: 64,
         context_tokens: Some(spec.context),
         batch_max: 4,
+        draft_model: None,
         draft_max: 0,
         step: node::StepBounds { step_tokens: Some(spec.chunk + 8), chunk_tokens: Some(spec.chunk) },
         group: GroupConfig { world: spec.world, rank: spec.rank, leader: spec.leader },
