@@ -1,13 +1,14 @@
 //! What guessing ahead brings, and what it costs where nothing can be guessed: one engine with it and one without answer the same
 //! prompts by turns, in this process, on the CPU.
 //!
-//! `draft --model M.gguf`, `draft --config benches/configs/llama-3.2-1b.json`
+//! `draft --model M.gguf`, `draft --config benches/configs/llama-3.2-1b.json`, `draft --model M.gguf --draft-model S.gguf`
 //!
 //! First what steps of several rows take beside steps of one, which is what there is to win. Then answers, held to few tokens by a
 //! bias: one token over and over, all of which is guessed; one of two by chance, where passages agree and go on otherwise; and
-//! drawn from all, which repeat nothing. A real model's lie between them.
+//! drawn from all, which repeat nothing. A real model's lie between them. With a draft model the engine that guesses has it beside
+//! what repeats; of random weights it is one that is always wrong, but for `--draft-seed`, where it may be the model itself.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
@@ -17,7 +18,7 @@ use backend::{Backend, Batch, DType, DeviceOptions, Draw, Group, Out, SeqId, Ste
 use backend_cpu::CpuBackend;
 use clap::Parser;
 use engine::tp::{Trust, unmet};
-use engine::{Engine, EngineOptions, Event, Job, Place, Request, Runner, Sampling, Terms};
+use engine::{DraftModel, Engine, EngineOptions, Event, Job, Place, Request, Runner, Sampling, Terms};
 use models::replay::Rank;
 use models::{Checkpoint, Model};
 
@@ -54,6 +55,12 @@ struct Args {
     /// Tokens guessed ahead per sequence and step, at most
     #[arg(long, default_value_t = 16)]
     draft_max: usize,
+    /// A model that guesses, too: a directory, a GGUF file, or a config.json for random weights of its shape
+    #[arg(long)]
+    draft_model: Option<PathBuf>,
+    /// Seed of its random weights; those of the model have 7
+    #[arg(long, default_value_t = SEED + 1)]
+    draft_seed: u64,
     /// Answers of each kind; the median counts
     #[arg(long, default_value_t = 5)]
     runs: usize,
@@ -83,18 +90,23 @@ fn main() -> Result<()> {
     ensure!(args.tokens > 1, "an answer of {} tokens has no rate", args.tokens);
     let checkpoint = match (&args.model, &args.config) {
         (Some(path), _) => Checkpoint::open(path)?,
-        (None, Some(path)) => {
-            let dir = tempfile::tempdir()?;
-            std::fs::copy(path, dir.path().join("config.json"))
-                .with_context(|| path.display().to_string())?;
-            Checkpoint::dummy(dir.path(), SEED)?
-        }
+        (None, Some(path)) => dummy(path, SEED)?,
         (None, None) => bail!("--model or --config is needed"),
     };
+    let draft = match &args.draft_model {
+        Some(path) if path.extension().is_some_and(|end| end == "json") => {
+            Some(dummy(path, args.draft_seed)?)
+        }
+        Some(path) => Some(Checkpoint::open(path)?),
+        None => None,
+    };
     steps(&args, &checkpoint)?;
-    let nodes = [Node::start(&args, &checkpoint, 0)?, Node::start(&args, &checkpoint, args.draft_max)?];
-    println!("| what is said | without, tok/s | with | ratio | guessed tokens that held |");
-    println!("|---|---|---|---|---|");
+    let plain = Node::start(&args, &checkpoint, 0, None)?;
+    let nodes = [plain, Node::start(&args, &checkpoint, args.draft_max, draft.as_ref())?];
+    println!(
+        "| what is said | without, tok/s | with | ratio | guessed tokens that held | the draft model's |"
+    );
+    println!("|---|---|---|---|---|---|");
     for (name, ids) in
         [("one token over and over", 1), ("one of two by chance", 2), ("what repeats nothing", 0)]
     {
@@ -112,10 +124,22 @@ fn main() -> Result<()> {
         let after = nodes[1].engine.report().counters;
         let (guessed, held) =
             (after.draft_tokens - before.draft_tokens, after.accepted_tokens - before.accepted_tokens);
+        let by_model = after.model_draft_tokens - before.model_draft_tokens;
+        let held_by_model = after.model_accepted_tokens - before.model_accepted_tokens;
         let (without, with) = (median(without.rates), median(with.rates));
-        println!("| {name} | {without:.1} | {with:.1} | {:.2} | {held} of {guessed} |", with / without);
+        println!(
+            "| {name} | {without:.1} | {with:.1} | {:.2} | {held} of {guessed} | {held_by_model} of {by_model} |",
+            with / without
+        );
     }
     Ok(())
+}
+
+/// Seeded random weights for a config.json.
+fn dummy(config: &Path, seed: u64) -> Result<Checkpoint> {
+    let dir = tempfile::tempdir()?;
+    std::fs::copy(config, dir.path().join("config.json")).with_context(|| config.display().to_string())?;
+    Ok(Checkpoint::dummy(dir.path(), seed)?)
 }
 
 /// What steps of some rows of one sequence take, all rows giving a token.
@@ -156,7 +180,12 @@ fn device(args: &Args) -> DeviceOptions {
 }
 
 impl Node {
-    fn start(args: &Args, checkpoint: &Checkpoint, draft_max: usize) -> Result<Node> {
+    fn start(
+        args: &Args,
+        checkpoint: &Checkpoint,
+        draft_max: usize,
+        draft: Option<&Checkpoint>,
+    ) -> Result<Node> {
         let device = device(args);
         let mut backend = CpuBackend::open(&device, unmet(0, 1)?)?;
         let model = Model::load(&mut backend, checkpoint, 0, 1, device.dtype, &mut |_| {})?;
@@ -170,6 +199,12 @@ impl Node {
             ..EngineOptions::default()
         };
         let mut runner = Runner::new(backend, model, options)?;
+        if let Some(draft) = draft {
+            let mut backend = CpuBackend::open(&device, unmet(0, 1)?)?;
+            let model = Model::load(&mut backend, draft, 0, 1, device.dtype, &mut |_| {})?;
+            let kv_bytes = room * model.kv_spec().token_bytes() as u64;
+            runner.draft_with(DraftModel::new(backend, model, kv_bytes)?);
+        }
         let (engine, commands) = engine::engine();
         let terms = Terms {
             trust: Trust::in_clear(Vec::new()),
