@@ -182,7 +182,7 @@ pub(crate) struct Scaled<'a> {
 
 impl Scaled<'_> {
     /// Rows up to which several ranges are summed at once.
-    pub(crate) const ROWS_RANGES: usize = 4;
+    pub(crate) const ROWS_RANGES: usize = 8;
     /// Inputs that may share a scale: groups must divide them, and units.
     pub(crate) const UNIT_MAX: usize = 256;
     pub(crate) const PARTS_MAX: usize = 8;

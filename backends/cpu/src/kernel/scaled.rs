@@ -17,6 +17,8 @@ mod unit;
 mod words;
 mod words_avx2;
 
+use std::marker::PhantomData;
+
 use few::few;
 use halves::Halves;
 use multiply::{Multiply, Task, Words};
@@ -129,21 +131,23 @@ unsafe fn few_rows<M: Multiply, const CODE: usize>(s: &Scaled<'_>) {
 struct Heights {
     /// Rows of the first tile, which takes codes apart.
     first: usize,
-    /// Rows of the others together, and how many those are.
-    others: usize,
+    /// The others, and rows of each; so many of them have one more.
     tiles: usize,
+    least: usize,
+    higher: usize,
 }
 
 impl Heights {
     fn of<M: Multiply>(rows: usize) -> Self {
         let tiles = rows.saturating_sub(M::ROWS_FIRST).div_ceil(M::ROWS_FOLLOWING);
         let first = rows.div_ceil(tiles + 1).min(M::ROWS_FIRST);
-        Heights { first, others: rows - first, tiles }
+        let (others, each) = (rows - first, tiles.max(1));
+        Heights { first, tiles, least: others / each, higher: others % each }
     }
 
-    /// Rows before the other tile `tile`.
-    fn before(self, tile: usize) -> usize {
-        self.first + self.others * tile / self.tiles
+    /// Rows of the other tile `tile`.
+    fn height(self, tile: usize) -> usize {
+        self.least + usize::from(tile < self.higher)
     }
 }
 
@@ -234,7 +238,6 @@ unsafe fn strip<M: Multiply, const CODE: usize, const SCALES: bool, const R: usi
     fresh: bool,
     panel: usize,
 ) {
-    let (chunk_bytes, scale_bytes) = (s.form.chunk_bytes(), s.form.scale_bytes());
     let mut cursor = Cursor::by(s.form, s.units.unit, s.octets.0);
     let mut left = s.octets.1 - s.octets.0;
     // SAFETY: the panels have these octets, x the rows and pairs, acc the rows and panels, the buffer room for a unit.
@@ -257,7 +260,49 @@ unsafe fn strip<M: Multiply, const CODE: usize, const SCALES: bool, const R: usi
             ask_for_scales::<M, P>(s, unit, base.wrapping_add(behind));
             let next = x.wrapping_add(count * 4);
             let follows = if heights.tiles > 0 { s.row_of(x, heights.first) } else { next };
-            let mut sums = begun::<M, R, P>(s, known);
+            let rows = Rows { x, next: follows, known, out };
+            M::apart(First::<M, CODE, SCALES, R, P> { s, base, behind, unit, rows, multiply: PhantomData });
+            let mut row = heights.first;
+            for tile in 0..heights.tiles {
+                let end = row + heights.height(tile);
+                let rows = Rows {
+                    x: s.row_of(x, row),
+                    next: if end < s.rows { s.row_of(x, end) } else { next },
+                    known: s.row_of(known, row),
+                    out: s.sums_of(out, row),
+                };
+                follow_rows::<M, P>(s, rows, unit, end - row);
+                row = end;
+            }
+            x = next;
+            known = known.wrapping_add(s.units.words());
+            cursor.pass(s.form, count);
+            left -= count;
+        }
+    }
+}
+
+/// A unit of the first `R` rows, whose codes are left for those that follow, with its scales and offsets.
+struct First<'a, M, const CODE: usize, const SCALES: bool, const R: usize, const P: usize> {
+    s: &'a Scaled<'a>,
+    /// The unit's block, from which octets count, and bytes from there to what is asked for ahead.
+    base: *const u8,
+    behind: usize,
+    unit: Unit,
+    rows: Rows,
+    multiply: PhantomData<M>,
+}
+
+impl<M: Multiply, const CODE: usize, const SCALES: bool, const R: usize, const P: usize> Task
+    for First<'_, M, CODE, SCALES, R, P>
+{
+    #[inline(always)]
+    unsafe fn run(self) {
+        let First { s, base, behind, unit, rows, .. } = self;
+        let (chunk_bytes, scale_bytes) = (s.form.chunk_bytes(), s.form.scale_bytes());
+        // SAFETY: the panels have these octets, x and acc the rows, the buffer room for a unit.
+        unsafe {
+            let mut sums = begun::<M, R, P>(s, rows.known);
             let (mut octet, end) = unit.octets;
             while octet < end {
                 let change = match const { SCALES } {
@@ -265,9 +310,10 @@ unsafe fn strip<M: Multiply, const CODE: usize, const SCALES: bool, const R: usi
                     false => Change::none(),
                 };
                 let chunk = base.add(scale_bytes + octet / 4 * chunk_bytes);
-                let pair = (octet - cursor.at) * 4;
+                let pair = (octet - unit.octets.0) * 4;
                 let keep = s.buffer.add(pair * P * LANES);
-                let part = Part { chunk, behind, x: x.add(pair), next: follows.wrapping_add(pair), keep };
+                let part =
+                    Part { chunk, behind, x: rows.x.add(pair), next: rows.next.wrapping_add(pair), keep };
                 // Whole chunks (or halves, of 16 inputs that share a scale), which groups nearly always are, have their
                 // shifts as constants.
                 octet += match (CODE, octet % 4, end - octet) {
@@ -282,21 +328,7 @@ unsafe fn strip<M: Multiply, const CODE: usize, const SCALES: bool, const R: usi
                 };
             }
             scale_unit::<M, P>(s, base, unit);
-            finish::<M, R, P>(s, Rows { x, next: follows, known, out }, &sums, unit.parts);
-            for tile in 0..heights.tiles {
-                let (row, end) = (heights.before(tile), heights.before(tile + 1));
-                let rows = Rows {
-                    x: s.row_of(x, row),
-                    next: if end < s.rows { s.row_of(x, end) } else { next },
-                    known: s.row_of(known, row),
-                    out: s.sums_of(out, row),
-                };
-                follow_rows::<M, P>(s, rows, unit, end - row);
-            }
-            x = next;
-            known = known.wrapping_add(s.units.words());
-            cursor.pass(s.form, count);
-            left -= count;
+            finish::<M, R, P>(s, rows, &sums, unit.parts);
         }
     }
 }

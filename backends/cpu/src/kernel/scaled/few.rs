@@ -1,7 +1,7 @@
-//! Products of few rows, which take as long as reading the weights: two panels side by side, each from end to end, asked for
-//! twice ([`Ahead`]). So two cores of an Emerald Rapids read 27 GB/s of 29 where one panel, asked for into the first cache, came
-//! at 24. What is computed between counts as well: Q4_K at 20 GB/s in the cache came
-//! slower of memory than at 30.
+//! Products of few rows, which take as long as reading the weights, or hardly longer: panels are read from end to end, two side by
+//! side where registers have room for the sums, and asked for twice ([`Ahead`]). So two cores of an Emerald Rapids read 27 GB/s of 29 where one panel, asked for into the first cache, came
+//! at 24. What is computed between counts as well: Q4_K at 20 GB/s in the cache came slower of memory than at 30. Up to 8 rows, of which
+//! more is computed than read, this is still faster than tiles, which keep codes for rows that follow.
 
 use std::marker::PhantomData;
 
@@ -14,7 +14,7 @@ use super::unit::{Change, Unit, has_zero, offsets, unit_scales, whole_scales};
 use super::{Part, each_row, take_apart};
 use crate::lanes::{LANES, Lanes};
 
-/// Rows at most: their sums stay in registers.
+/// Rows at most.
 pub(super) const ROWS: usize = Scaled::ROWS_RANGES;
 
 /// All rows by all panels; `SCALES`: of forms whose groups have whole numbers as scales.
@@ -25,26 +25,70 @@ pub(super) const ROWS: usize = Scaled::ROWS_RANGES;
 pub(super) unsafe fn few<M: Multiply, const CODE: usize, const SCALES: bool>(s: &Scaled<'_>) {
     // SAFETY: the caller's.
     unsafe {
-        match s.rows {
-            0 => {}
-            1 => M::apart(Panels::<M, CODE, SCALES, 1, 2> { s, multiply: PhantomData }),
-            2 if const { M::PANELS == 2 } => {
-                M::apart(Panels::<M, CODE, SCALES, 2, 2> { s, multiply: PhantomData })
-            }
-            3 if const { M::PANELS == 2 } => {
-                M::apart(Panels::<M, CODE, SCALES, 3, 2> { s, multiply: PhantomData })
-            }
-            _ if const { M::PANELS == 2 } => {
-                M::apart(Panels::<M, CODE, SCALES, ROWS, 2> { s, multiply: PhantomData })
-            }
-            2 => M::apart(Panels::<M, CODE, SCALES, 2, 1> { s, multiply: PhantomData }),
-            3 => M::apart(Panels::<M, CODE, SCALES, 3, 1> { s, multiply: PhantomData }),
-            _ => M::apart(Panels::<M, CODE, SCALES, ROWS, 1> { s, multiply: PhantomData }),
+        // As many sums as stay in registers.
+        match (s.rows, const { M::PANELS }) {
+            (0, _) => {}
+            (1, _) => panels::<M, CODE, SCALES, 1, 2>(s),
+            (2, 2) => panels::<M, CODE, SCALES, 2, 2>(s),
+            (3, 2) => panels::<M, CODE, SCALES, 3, 2>(s),
+            (4, 2) => panels::<M, CODE, SCALES, 4, 2>(s),
+            (5, 2) => panels::<M, CODE, SCALES, 5, 1>(s),
+            (6, 2) => panels::<M, CODE, SCALES, 6, 1>(s),
+            (7, 2) => panels::<M, CODE, SCALES, 7, 1>(s),
+            (_, 2) => panels::<M, CODE, SCALES, ROWS, 1>(s),
+            (5.., _) => twice::<M, CODE, SCALES>(s),
+            _ => four::<M, CODE, SCALES>(s),
         }
     }
 }
 
-/// All panels, `P` at a time while there are so many.
+/// Of two to four rows one panel after the other.
+#[inline(always)]
+unsafe fn four<M: Multiply, const CODE: usize, const SCALES: bool>(s: &Scaled<'_>) {
+    // SAFETY: the caller's.
+    unsafe {
+        match s.rows {
+            2 => panels::<M, CODE, SCALES, 2, 1>(s),
+            3 => panels::<M, CODE, SCALES, 3, 1>(s),
+            _ => panels::<M, CODE, SCALES, 4, 1>(s),
+        }
+    }
+}
+
+/// Of every panel one half of the rows after the other: the second finds it in the first cache.
+#[inline(always)]
+unsafe fn twice<M: Multiply, const CODE: usize, const SCALES: bool>(s: &Scaled<'_>) {
+    let half = s.rows / 2;
+    for panel in 0..s.panels {
+        let start = s.panel.wrapping_add(panel * s.panel_bytes);
+        let soon = if panel + 1 < s.panels { start.wrapping_add(s.panel_bytes) } else { s.soon };
+        for (row, rows) in [(0, half), (half, s.rows - half)] {
+            // SAFETY: the product's panel and rows.
+            unsafe {
+                four::<M, CODE, SCALES>(&Scaled {
+                    panel: start,
+                    panels: 1,
+                    soon,
+                    x: s.row_of(s.x, row),
+                    known: s.row_of(s.known, row),
+                    rows,
+                    acc: s.sums_of(s.acc, row).add(panel * LANES),
+                    ..*s
+                });
+            }
+        }
+    }
+}
+
+/// `R` rows by all panels, `P` at a time while there are so many.
+#[inline(always)]
+unsafe fn panels<M: Multiply, const CODE: usize, const SCALES: bool, const R: usize, const P: usize>(
+    s: &Scaled<'_>,
+) {
+    // SAFETY: the caller's.
+    unsafe { M::apart(Panels::<M, CODE, SCALES, R, P> { s, multiply: PhantomData }) }
+}
+
 struct Panels<'a, M, const CODE: usize, const SCALES: bool, const R: usize, const P: usize> {
     s: &'a Scaled<'a>,
     multiply: PhantomData<M>,

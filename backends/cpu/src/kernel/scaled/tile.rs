@@ -2,6 +2,7 @@
 //! the codes that it left in the buffer.
 
 use std::marker::PhantomData;
+use std::sync::atomic::{Ordering, compiler_fence};
 
 use super::super::ahead::Ahead;
 use super::multiply::{Multiply, Task, Words};
@@ -173,6 +174,10 @@ pub(super) unsafe fn follow_octet<M: Multiply, const R: usize, const P: usize>(
                 *weights = M::Words::load(at.add(p * LANES));
             }
             add::<M, R, P>(s, x.add(pair), &weights, sums);
+        }
+        // Else the compiler loads inputs of later pairs before, into registers that sums of bf16 need.
+        if const { !M::WHOLE } {
+            compiler_fence(Ordering::SeqCst);
         }
     }
 }
