@@ -69,6 +69,8 @@ pub(crate) struct Ask<'a> {
     pub tokens: &'a [u32],
     /// Tokens to guess at the most; 0: they are only read, for a later guess.
     pub most: usize,
+    /// Those with the same may learn of each other's beginnings.
+    pub salt: &'a [u8],
     /// How the next token is drawn. The noise of a draw depends on the token's position alone: who draws by the same rule from
     /// a likeness of the row draws the same token more often than not.
     pub rule: Rule,

@@ -123,11 +123,6 @@ pub fn page(report: &Report, refusals: &Refusals, model: &str, name: &str, role:
             "Of those, the ones drawn",
             counters.model_accepted_tokens,
         ),
-        (
-            "baton_draft_model_ms_total",
-            "Time that the draft model has taken, in milliseconds",
-            counters.model_draft_time.as_millis() as u64,
-        ),
         ("baton_node_jobs_total", "Jobs accepted", counters.requests),
         ("baton_node_kv_bytes_total", "KV payload sent or received", counters.kv_bytes),
         ("baton_node_failed_sessions_total", "KV sessions that failed", counters.failed_sessions),
@@ -143,6 +138,9 @@ pub fn page(report: &Report, refusals: &Refusals, model: &str, name: &str, role:
     ] {
         family(name, "counter", help, &one(value as f64));
     }
+    let help = "Time that the draft model has taken";
+    let seconds = counters.model_draft_time.as_secs_f64();
+    family("baton_draft_model_seconds_total", "counter", help, &one(seconds));
     let refused = refusals.all().into_iter().map(|(door, reason, count)| {
         (format!(",door={},reason={}", quoted(door.as_str()), quoted(reason)), count as f64)
     });

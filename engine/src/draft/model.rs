@@ -1,7 +1,8 @@
 //! A small model of the same vocabulary beside the large one: whole, on a device and in a store of its own, on the leader alone.
-//! What it holds of a sequence is what both have in common: a guess that was wrong is written over.
+//! What it holds of a sequence is what both have in common: a guess that was wrong is written over. What it held of a job that has
+//! ended is kept while there is room, for the next one that begins alike: a conversation is not read anew at each turn.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, VecDeque};
 use std::time::{Duration, Instant};
 
 use backend::draw::Rule;
@@ -30,6 +31,8 @@ pub struct DraftModel<B: Backend> {
     kv: B::Kv,
     /// By job.
     sequences: BTreeMap<u64, Held>,
+    /// Of jobs that have ended, the oldest first.
+    kept: VecDeque<Held>,
     /// Sequences are never numbered twice.
     next_seq: u64,
     rates: Rates,
@@ -38,6 +41,7 @@ pub struct DraftModel<B: Backend> {
 /// A sequence in the draft's store.
 struct Held {
     seq: SeqId,
+    salt: Vec<u8>,
     /// Whose cache is there: the sequence's, then perhaps guesses.
     tokens: Vec<u32>,
     /// Of them, surely the sequence's.
@@ -58,6 +62,8 @@ struct Running<B: Backend> {
     pending: Box<dyn Pending<B::Hidden>>,
     rows: usize,
     grows: usize,
+    /// Its time, on a device that computes as it is called.
+    took: Option<Duration>,
 }
 
 impl<B: Backend> DraftModel<B> {
@@ -71,6 +77,7 @@ impl<B: Backend> DraftModel<B> {
             model,
             kv,
             sequences: BTreeMap::new(),
+            kept: VecDeque::new(),
             next_seq: 1,
             rates: Rates::default(),
         })
@@ -83,20 +90,23 @@ impl<B: Backend> DraftModel<B> {
             return Ok(None);
         }
         let tokens = (len + ask.most).min(self.model.max_context()) as u32;
-        let room = match self.sequences.get(&ask.job) {
-            Some(held) => self.kv.grow(held.seq, tokens),
-            None => {
-                let seq = SeqId(self.next_seq);
-                self.kv.open(seq, tokens).map(|()| {
+        if !self.sequences.contains_key(&ask.job) {
+            let held = match self.alike(ask) {
+                Some(held) => held,
+                None => {
+                    let seq = SeqId(self.next_seq);
+                    if !self.with_room(|kv| kv.open(seq, tokens))? {
+                        return Ok(None);
+                    }
                     self.next_seq += 1;
-                    self.sequences.insert(ask.job, Held { seq, tokens: Vec::new(), sure: 0 });
-                })
-            }
-        };
-        match room {
-            Ok(()) => {}
-            Err(KvError::Full { .. }) => return Ok(None),
-            Err(error) => return Err(BackendError::from(error).into()),
+                    Held { seq, salt: ask.salt.into(), tokens: Vec::new(), sure: 0 }
+                }
+            };
+            self.sequences.insert(ask.job, held);
+        }
+        let Some(seq) = self.sequences.get(&ask.job).map(|held| held.seq) else { return Ok(None) };
+        if !self.with_room(|kv| kv.grow(seq, tokens))? {
+            return Ok(None);
         }
         let Some(held) = self.sequences.get_mut(&ask.job) else { return Ok(None) };
         let guessed = held.tokens[held.sure..].iter().zip(&ask.tokens[held.sure..]);
@@ -107,8 +117,34 @@ impl<B: Backend> DraftModel<B> {
         Ok(Some(held.sure))
     }
 
+    /// Of what was kept, that which begins most like `ask`, if that is most of it: else another may go on from there.
+    fn alike(&mut self, ask: &Ask<'_>) -> Option<Held> {
+        let alike = |(at, held): (usize, &Held)| {
+            let pairs = held.tokens.iter().zip(ask.tokens);
+            let same = pairs.take_while(|(held, token)| held == token).count();
+            (held.salt == ask.salt && 2 * same > held.tokens.len()).then_some((same, at))
+        };
+        let (_, at) = self.kept.iter().enumerate().filter_map(alike).max()?;
+        let held = self.kept.remove(at)?;
+        Some(Held { sure: 0, ..held })
+    }
+
+    /// Whether there is room for `op`, if need be for what was kept, the oldest first.
+    fn with_room(&mut self, op: impl Fn(&mut B::Kv) -> Result<(), KvError>) -> Result<bool, EngineError> {
+        loop {
+            match op(&mut self.kv) {
+                Ok(()) => return Ok(true),
+                Err(KvError::Full { .. }) => {}
+                Err(error) => return Err(BackendError::from(error).into()),
+            }
+            let Some(oldest) = self.kept.pop_front() else { return Ok(false) };
+            self.kv.close(oldest.seq).map_err(BackendError::from)?;
+        }
+    }
+
     /// Begins a step that draws a token for each of `draws`, by these rules from these rows.
     fn begin(&mut self, batch: &Batch, draws: &[(u32, Rule)]) -> Running<B> {
+        let begun = Instant::now();
         let mut step = self.backend.step(&mut self.kv, batch);
         let pending = if draws.is_empty() {
             self.model.fill(&mut step, &mut |_, _| {});
@@ -118,12 +154,11 @@ impl<B: Backend> DraftModel<B> {
             let logits = self.model.forward(&mut step, &rows, &mut |_, _| {});
             step.submit(Out::Draw(logits, draws.iter().map(|(_, rule)| Draw::Token(*rule)).collect()))
         };
-        Running { pending, rows: batch.rows(), grows: draws.len() }
+        let took = pending.ready().then(|| begun.elapsed());
+        Running { pending, rows: batch.rows(), grows: draws.len(), took }
     }
-}
 
-impl<B: Backend> Drafter for DraftModel<B> {
-    fn guess(&mut self, asks: &[Ask<'_>], within: Duration) -> Result<Drafted, EngineError> {
+    fn draft(&mut self, asks: &[Ask<'_>], within: Duration) -> Result<Drafted, EngineError> {
         let mut drafted = Drafted { guesses: vec![None; asks.len()], steps: Vec::new() };
         let rows = self.rates.prompt_rows_within(within).unwrap_or(ROWS_UNKNOWN);
         let mut budget = rows.clamp(ROWS_MIN, self.backend.caps().chunk_tokens.max(ROWS_MIN));
@@ -174,7 +209,7 @@ impl<B: Backend> Drafter for DraftModel<B> {
         let mut begun = Instant::now();
         let mut running = Some(self.begin(&batch, &draws));
         let mut depth = 0;
-        while let Some(Running { pending, rows, grows }) = running.take() {
+        while let Some(Running { pending, rows, grows, took }) = running.take() {
             depth += 1;
             // The next step takes its tokens from this one, wherever it runs.
             let longer = growing.iter().take_while(|guess| guess.most > depth).count();
@@ -192,7 +227,8 @@ impl<B: Backend> Drafter for DraftModel<B> {
                 running = Some(self.begin(&batch, &draws));
             }
             let output = pending.wait()?;
-            let took = std::mem::replace(&mut begun, Instant::now()).elapsed();
+            let waited = std::mem::replace(&mut begun, Instant::now()).elapsed();
+            let took = took.unwrap_or(waited);
             drafted.steps.push((rows, took));
             if depth == 1 && reads > ROWS_UNKNOWN / 2 {
                 self.rates.step(reads, 0, took);
@@ -216,12 +252,20 @@ impl<B: Backend> Drafter for DraftModel<B> {
         }
         Ok(drafted)
     }
+}
+
+impl<B: Backend> Drafter for DraftModel<B> {
+    fn guess(&mut self, asks: &[Ask<'_>], within: Duration) -> Result<Drafted, EngineError> {
+        let drafted = self.draft(asks, within);
+        if drafted.is_err() {
+            // What was to be computed may not be there.
+            self.sequences.values_mut().for_each(|held| (held.sure, held.tokens) = (0, Vec::new()));
+        }
+        drafted
+    }
 
     fn forget(&mut self, job: u64) {
-        let Some(held) = self.sequences.remove(&job) else { return };
-        if let Err(error) = self.kv.close(held.seq) {
-            tracing::error!("closing sequence {} of the draft model: {error}", held.seq);
-        }
+        self.kept.extend(self.sequences.remove(&job));
     }
 }
 
@@ -279,7 +323,7 @@ mod tests {
     }
 
     fn ask(job: u64, tokens: &[u32], most: usize) -> Ask<'_> {
-        Ask { job, tokens, most, rule: rule(0.0, tokens) }
+        Ask { job, tokens, most, salt: b"", rule: rule(0.0, tokens) }
     }
 
     /// What the model itself draws behind `tokens`, token by token.
@@ -349,6 +393,30 @@ mod tests {
         assert_eq!(guesses(&mut draft, &both[..1]), [Some(drawn(&long, 2, 0.0))]);
     }
 
+    /// Protects: the next turn of a conversation is read from where it is new, for those of the same salt.
+    #[test]
+    fn what_begins_alike_is_not_read_twice() {
+        let mut draft = draft(128);
+        let mut turn = text(1, 180);
+        while guesses(&mut draft, &[ask(1, &turn, 3)]) == [None] {}
+        draft.forget(1);
+        turn.extend(text(2, 20));
+        let foreign = Ask { salt: b"another", ..ask(2, &turn, 3) };
+        assert_eq!(draft.guess(&[foreign], Duration::ZERO).expect("reads").guesses, [None]);
+        let mut calls = 1;
+        while draft.guess(&[ask(3, &turn, 3)], Duration::ZERO).expect("reads").guesses == [None] {
+            calls += 1;
+        }
+        assert_eq!(calls, 20usize.div_ceil(ROWS_MIN));
+        assert_eq!(guesses(&mut draft, &[ask(3, &turn, 3)]), [Some(drawn(&turn, 3, 0.0))]);
+        assert!(draft.kept.is_empty());
+        // Another conversation has the first words in common: this one stays.
+        draft.forget(3);
+        let other = [&turn[..50], &text(5, 20)].concat();
+        while guesses(&mut draft, &[ask(4, &other, 3)]) == [None] {}
+        assert_eq!(draft.kept.len(), 1);
+    }
+
     /// Protects: every block comes back, and where there is none, or no context, nothing is guessed and nothing fails.
     #[test]
     fn what_has_no_room_is_not_guessed() {
@@ -362,8 +430,14 @@ mod tests {
         draft.forget(1);
         draft.forget(7);
         assert_eq!(guesses(&mut draft, &[ask(2, &second, 3)]), [Some(drawn(&second, 3, 0.0))]);
+        // Who is kept makes room, and is held once.
+        assert_eq!((draft.kept.len(), draft.sequences.len()), (0, 1));
         draft.forget(2);
-        assert_eq!((draft.kv.usage().free, draft.sequences.len()), (4, 0));
+        assert_eq!((draft.kept.len(), draft.sequences.len(), draft.kv.usage().used), (1, 0, 3));
+        let all = text(4, 30);
+        assert_eq!(guesses(&mut draft, &[ask(3, &all, 2)]), [Some(drawn(&all, 2, 0.0))]);
+        draft.forget(3);
+        assert_eq!((draft.kept.len(), draft.kv.usage().used), (1, 4));
 
         let mut draft = self::draft(64);
         let near = text(1, 254);

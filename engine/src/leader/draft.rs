@@ -112,7 +112,7 @@ impl Core<'_> {
             let tokens = &sequence.request.tokens[..];
             // What the host does beside (penalties, masks, grammars) is left to luck.
             let rule = sampler::rule(&sequence.request.sampling, tokens.len());
-            asks.push(Ask { job: *job, tokens, most: *most, rule });
+            asks.push(Ask { job: *job, tokens, most: *most, salt: &sequence.request.cache_salt, rule });
         }
         let Some(drafter) = self.drafter.as_mut().filter(|_| !asks.is_empty()) else { return said };
         let drafted = match drafter.guess(&asks, within) {

@@ -7,7 +7,7 @@ use std::sync::Arc;
 
 use cluster::{Member, Members};
 use prometheus_client::collector::Collector;
-use prometheus_client::encoding::{DescriptorEncoder, EncodeLabelSet, EncodeMetric};
+use prometheus_client::encoding::{DescriptorEncoder, EncodeCounterValue, EncodeLabelSet, EncodeMetric};
 use prometheus_client::metrics::MetricType;
 use prometheus_client::metrics::counter::ConstCounter;
 use prometheus_client::metrics::gauge::ConstGauge;
@@ -194,9 +194,9 @@ impl ClusterMetrics {
         )?;
         counters(
             encoder,
-            "baton_draft_model_ms",
-            "Time that draft models have taken, in milliseconds",
-            by_engine(|c| c.model_draft_ms),
+            "baton_draft_model_seconds",
+            "Time that draft models have taken",
+            by_engine(|c| c.model_draft_ms).map(|(label, ms)| (label, ms as f64 / 1e3)),
         )?;
         let bytes = snapshot.members.iter().map(|member| {
             let label = NodeLabel { node: member.join.name.clone(), role: role(member) };
@@ -269,11 +269,11 @@ fn role(member: &Member) -> &'static str {
     }
 }
 
-fn counters<L: EncodeLabelSet>(
+fn counters<L: EncodeLabelSet, N: EncodeCounterValue>(
     encoder: &mut DescriptorEncoder,
     name: &str,
     help: &str,
-    values: impl Iterator<Item = (L, u64)>,
+    values: impl Iterator<Item = (L, N)>,
 ) -> Result<(), fmt::Error> {
     let mut family = encoder.encode_descriptor(name, help, None, MetricType::Counter)?;
     for (label, value) in values {
