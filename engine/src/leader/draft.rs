@@ -65,7 +65,7 @@ impl Core<'_> {
         }
         let plain = self.lengths(chances.iter().map(Chance::by_passage));
         let either: Vec<_> = chances.iter().map(|chance| self.likelier(chance)).collect();
-        let with = self.lengths(either.iter().copied());
+        let with = if drafter { self.lengths(either.iter().copied()) } else { Lengths::default() };
         let drafts = with.rate > plain.rate;
         let lengths = if drafts { &with } else { &plain };
         if lengths.any() && self.under_way > 0 {
