@@ -104,12 +104,43 @@ pub(super) unsafe fn halves(s: &Scaled<'_>) {
 unsafe fn scaled<M: Multiply, const CODE: usize>(s: &Scaled<'_>) {
     // SAFETY: the caller's.
     unsafe {
-        match s.rows <= few::ROWS {
+        match s.rows <= few::most::<M>(s.form) {
             // Not what this multiplies.
             _ if const { M::WHOLE == (CODE == E4M3) } => {}
             true => few_rows::<M, CODE>(s),
-            false if const { has_scales(CODE) } && s.units.scales => many::<M, CODE, true>(s),
+            false => {
+                for range in 0..s.ranges {
+                    one_range::<M, CODE>(&s.range(range));
+                }
+            }
+        }
+    }
+}
+
+/// More rows than are few, over one range.
+#[inline(always)]
+unsafe fn one_range<M: Multiply, const CODE: usize>(s: &Scaled<'_>) {
+    // SAFETY: the caller's.
+    unsafe {
+        match const { has_scales(CODE) } && s.units.scales {
+            true => many::<M, CODE, true>(s),
             false => many::<M, CODE, false>(s),
+        }
+    }
+}
+
+impl Scaled<'_> {
+    /// One of its ranges by itself.
+    fn range(&self, range: usize) -> Self {
+        let each = self.octets.1 - self.octets.0;
+        let first = self.octets.0 + range * each;
+        Scaled {
+            octets: (first, first + each),
+            ranges: 1,
+            x: self.x.wrapping_add(range * each * 4),
+            known: self.known.wrapping_add(range * self.known_range),
+            acc: self.acc.wrapping_add(range * self.acc_range),
+            ..*self
         }
     }
 }

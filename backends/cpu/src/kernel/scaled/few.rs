@@ -7,7 +7,7 @@ use std::marker::PhantomData;
 
 use super::super::Scaled;
 use super::super::ahead::{Ahead, chunk_bytes, next};
-use super::super::codes::{Cursor, MINIMA_GROUPS, scale_of, scaled_form, unit_groups};
+use super::super::codes::{Cursor, Form, MINIMA_GROUPS, scale_of, scaled_form, unit_groups};
 use super::multiply::{Multiply, Task, Words};
 use super::tile::{Sums, factored, follow_octet};
 use super::unit::{Change, Unit, has_zero, offsets, unit_scales, whole_scales};
@@ -16,6 +16,12 @@ use crate::lanes::{LANES, Lanes};
 
 /// Rows at most.
 pub(super) const ROWS: usize = Scaled::ROWS_RANGES;
+
+/// Rows of a form that are few. Small groups of whole numbers are scaled as often as they are few, for each row and panel, which two
+/// panels side by side do faster from 7 rows on.
+pub(super) fn most<M: Multiply>(form: &Form) -> usize {
+    if M::WHOLE && !form.scale.is_whole() { 6 } else { ROWS }
+}
 
 /// All rows by all panels; `SCALES`: of forms whose groups have whole numbers as scales.
 ///
