@@ -52,6 +52,8 @@ struct Held {
 struct Growing {
     /// Which ask.
     index: usize,
+    /// The row that its first token is drawn from.
+    row: u32,
     seq: SeqId,
     most: usize,
     tokens: Vec<u32>,
@@ -163,7 +165,6 @@ impl<B: Backend> DraftModel<B> {
         let rows = self.rates.prompt_rows_within(within).unwrap_or(ROWS_UNKNOWN);
         let mut budget = rows.clamp(ROWS_MIN, self.backend.caps().chunk_tokens.max(ROWS_MIN));
         let mut batch = Batch::default();
-        let mut draws = Vec::new();
         let mut growing: Vec<Growing> = Vec::new();
         for (index, ask) in asks.iter().enumerate() {
             let Some(start) = self.hold(ask)? else {
@@ -192,18 +193,17 @@ impl<B: Backend> DraftModel<B> {
             if held.sure < ask.tokens.len() {
                 continue;
             }
-            draws.push((batch.rows() as u32 - 1, ask.rule));
             let most = ask.most.min(self.model.max_context() - held.sure);
-            growing.push(Growing { index, seq: held.seq, most, tokens: Vec::new() });
+            let row = batch.rows() as u32 - 1;
+            growing.push(Growing { index, row, seq: held.seq, most, tokens: Vec::new() });
         }
         if batch.runs.is_empty() {
             return Ok(drafted);
         }
         // The longest first: those that grow are always the first ones.
-        let mut order: Vec<usize> = (0..growing.len()).collect();
-        order.sort_by_key(|at| std::cmp::Reverse(growing[*at].most));
-        draws = order.iter().map(|at| draws[*at]).collect();
         growing.sort_by_key(|guess| std::cmp::Reverse(guess.most));
+        let draws: Vec<(u32, Rule)> =
+            growing.iter().map(|guess| (guess.row, asks[guess.index].rule)).collect();
 
         let reads = batch.rows();
         let mut begun = Instant::now();
