@@ -322,6 +322,8 @@ mod tests {
     #[test]
     fn the_processor_agrees_with_the_model() {
         if !available() {
+            let emulated = cfg!(all(feature = "amx-emulator", target_os = "linux"));
+            assert!(!emulated, "tiles that are emulated compute wrongly");
             println!("this machine has no tiles: not tested");
             return;
         }
