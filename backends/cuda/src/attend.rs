@@ -13,7 +13,7 @@ use crate::device::{Device, THREADS};
 use crate::driver::Driver;
 use crate::memory::Buffer;
 use crate::nccl::Element;
-use crate::step::CudaStep;
+use crate::step::{CudaStep, RUN_ROWS_MAX};
 
 pub(crate) use flash::{FEW_QUERIES, FLASH, Flash, Kernel};
 
@@ -84,11 +84,15 @@ impl<D: Driver> CudaStep<'_, D> {
         for (run, rows) in self.batch.runs.iter().enumerate() {
             positions.extend(rows.start..rows.start + rows.len);
             runs.extend(std::iter::repeat_n(run as u32, rows.len as usize));
-            tables.push(if run < self.asked { self.kv.table(rows.seq)? } else { self.kv.spare() });
+            tables.push(if run < self.asked_runs { self.kv.table(rows.seq)? } else { self.kv.spare() });
         }
         let blocks_max = tables.iter().map(|table| table.len()).max().unwrap_or(0).max(1);
-        let blocks_max = if self.generates { rounded(blocks_max) } else { blocks_max };
-        let mut flat = vec![0; tables.len() * blocks_max];
+        // As many tables as rows, so that steps are alike whose rows are of other sequences.
+        let (blocks_max, lines) = match self.generates {
+            true => (rounded(blocks_max), self.batch.rows()),
+            false => (blocks_max, tables.len()),
+        };
+        let mut flat = vec![0; lines * blocks_max];
         for (to, table) in flat.chunks_exact_mut(blocks_max).zip(&tables) {
             to[..table.len()].copy_from_slice(table);
         }
@@ -144,7 +148,7 @@ impl<D: Driver> CudaStep<'_, D> {
         if layer >= self.kv.spec().layers || window == Some(0) {
             return refused(format!("layer {layer} of {}, window {window:?}", self.kv.spec().layers));
         }
-        for run in self.batch.runs.iter().take(self.asked) {
+        for run in self.batch.runs.iter().take(self.asked_runs) {
             let first = window.map_or(0, |window| (run.start + 1).saturating_sub(window));
             self.kv.enter(run.seq, layer, first, run.start..run.start + run.len)?;
         }
@@ -323,8 +327,11 @@ impl<D: Driver> CudaStep<'_, D> {
         heads: usize,
     ) -> Result<(), BackendError> {
         let group = args.group as usize;
-        // Runs of up to so many rows fit a block of few queries.
-        let few_rows = FEW_QUERIES / divisor(group, FEW_QUERIES);
+        // Runs of up to so many rows fit a block of few queries; those of a step that generates go in several.
+        let few_rows = match self.generates {
+            true => RUN_ROWS_MAX as usize,
+            false => FEW_QUERIES / divisor(group, FEW_QUERIES),
+        };
         for (few, kernel) in [(false, flash.for_prompts(self.device)), (true, flash.few)] {
             let queries = kernel.queries;
             let pack = divisor(group, queries);
@@ -403,6 +410,10 @@ impl<D: Driver> CudaStep<'_, D> {
             row += rows.len;
         }
         tiles.sort_by_key(|tile| std::cmp::Reverse(tile.position));
+        if self.generates && !tiles.is_empty() {
+            // As many as rows: those beyond have none, and their blocks end at once.
+            tiles.resize(self.batch.rows(), Tile::default());
+        }
         let words: Vec<u32> =
             tiles.iter().flat_map(|tile| [tile.run, tile.row, tile.rows, tile.position]).collect();
         let positions = tiles.iter().map(|tile| (tile.position + tile.rows) as usize).max().unwrap_or(1);

@@ -13,8 +13,8 @@ use crate::queue::List;
 /// Graphs that are kept: a decode group has one for every number of rows up to 8, then one for every 8, and new ones where
 /// the longest sequence doubles. Those of a model with 100 layers hold some megabytes each.
 const GRAPHS_MAX: usize = 32;
-/// Lists that have come once and are remembered.
-const SEEN_MAX: usize = 8;
+/// Lists that have come once and are remembered: with guesses every number of rows comes by turns.
+const SEEN_MAX: usize = GRAPHS_MAX;
 /// Shorter lists are queued as fast as a graph is.
 const CALLS_MIN: usize = 8;
 

@@ -9,7 +9,7 @@ use crate::attend::{Rows, TileKey, refused};
 use crate::device::THREADS;
 use crate::driver::Driver;
 use crate::memory::Buffer;
-use crate::step::CudaStep;
+use crate::step::{CudaStep, RUN_ROWS_MAX};
 use crate::weight::{CudaWeight, Data, HeadShape, Kind};
 
 /// What `kernels/latent.cu` holds.
@@ -130,7 +130,12 @@ impl<D: Driver> CudaStep<'_, D> {
             && rope_dim <= ROPE_MAX
             && nope <= NOPE_MAX
             && [nope, rope_dim, latent_dim].iter().all(|dim| dim.is_multiple_of(8));
-        let above = if absorbs { absorbed_rows_max(nope, value_dim, latent_dim) } else { 0 };
+        let above = match absorbs {
+            // All of its rows, and so a tile for each.
+            true if self.generates => RUN_ROWS_MAX as usize,
+            true => absorbed_rows_max(nope, value_dim, latent_dim),
+            false => 0,
+        };
         if absorbs {
             self.absorbed(&latent, above)?;
         }

@@ -412,7 +412,7 @@ mod tests {
             step.submit(Out::Logits(x)).wait().map(|_| ()).map_err(|error| error.to_string())
         };
         // 1 KiB a row: some sizes that each fit, together not.
-        for rows in [20, 60, 90, 100, 110] {
+        for rows in [40, 60, 90, 100, 110] {
             assert_eq!(step(rows), Ok(()), "{rows} rows");
         }
         let said = step(200).unwrap_err();

@@ -30,16 +30,19 @@ const ROWS_STEP: usize = 8;
 const ROWS_MAX: usize = 256;
 /// Rows of padding that a step may have.
 pub(crate) const PADDING_MAX: usize = ROWS_STEP - 1;
+/// Longest run of such a step: a token, and guesses of those behind it. Longer ones are pieces of prompts.
+pub(crate) const RUN_ROWS_MAX: u32 = 32;
 
-/// A step of the CUDA backend. One that generates, a row for each sequence, is written down until it is complete, so that it
-/// may be replayed ([`crate::queue`]).
+/// A step of the CUDA backend. One that generates, a row for each sequence and for each guess, is written down until it is
+/// complete, so that it may be replayed ([`crate::queue`]). Which rows are of one sequence is nothing that it is told apart by.
 pub struct CudaStep<'a, D: Driver> {
     pub(crate) device: &'a mut Device<D>,
     pub(crate) kv: &'a mut CudaKv<D>,
     /// With a run of its own for every row of padding, at the end.
     pub(crate) batch: Cow<'a, Batch>,
-    /// Rows without padding.
+    /// Rows and runs without padding.
     pub(crate) asked: usize,
+    pub(crate) asked_runs: usize,
     pub(crate) generates: bool,
     /// Where the batch's rows lie in the cache; made when first asked for.
     pub(crate) rows: Option<Rc<Rows<D>>>,
@@ -82,7 +85,7 @@ impl<'a, D: Driver> CudaStep<'a, D> {
         let ballot = device.ranks.as_ref().and_then(|ranks| ranks.ballot());
         let written = fault.is_none() && (device.ranks.is_none() || ballot.is_some());
         let generates =
-            written && (1..=ROWS_MAX).contains(&rows) && batch.runs.iter().all(|run| run.len == 1);
+            written && (1..=ROWS_MAX).contains(&rows) && batch.runs.iter().all(|run| run.len <= RUN_ROWS_MAX);
         let queue = device.queue();
         let begun = if generates { queue.begin(ballot) } else { queue.finish() };
         CudaStep {
@@ -94,6 +97,7 @@ impl<'a, D: Driver> CudaStep<'a, D> {
                 Cow::Borrowed(batch)
             },
             asked: rows,
+            asked_runs: batch.runs.len(),
             generates,
             rows: None,
             fault: fault.map(BackendError::Device).or(begun.err()),

@@ -1,6 +1,7 @@
 //! Steps that are replayed are those that would have been queued, bit by bit, whatever changes from step to step.
 
 mod group;
+mod guesses;
 
 use std::sync::Arc;
 
@@ -123,10 +124,21 @@ impl Toy {
         Ok(Toy { device, kv, rope, routing, embed, norm, qkv, o, gate_up, down, router, experts, head })
     }
 
-    /// Submits a step; its cache of `export`'s tokens leaves after the first layer.
+    /// Submits a step that ends with a row for each run; its cache of `export`'s tokens leaves after the first layer.
     fn step(
         &mut self,
         batch: &Batch,
+        export: Option<SeqId>,
+        out: impl FnOnce(Act) -> Out<Act>,
+    ) -> (Box<dyn Pending<Act>>, Vec<u8>) {
+        self.step_of(batch, &batch.last_rows(), export, out)
+    }
+
+    /// The same with these rows.
+    fn step_of(
+        &mut self,
+        batch: &Batch,
+        rows: &[u32],
         export: Option<SeqId>,
         out: impl FnOnce(Act) -> Out<Act>,
     ) -> (Box<dyn Pending<Act>>, Vec<u8>) {
@@ -174,7 +186,7 @@ impl Toy {
             let more = step.all_reduce(more);
             x = step.add(x, more);
         }
-        let x = step.rows(x, &batch.last_rows());
+        let x = step.rows(x, rows);
         let x = step.norm(&x, norm, 1e-5);
         let x = step.linear(&x, head);
         let pending = step.submit(out(x));

@@ -8,14 +8,14 @@ use super::*;
 use crate::nccl::{Communicator, Element, Nccl, Shared, Sum, built_for_tests, name_for_tests};
 
 /// The stand-in has one count of open groups for all tests.
-fn alone() -> MutexGuard<'static, ()> {
+pub(super) fn alone() -> MutexGuard<'static, ()> {
     static ALONE: Mutex<()> = Mutex::new(());
     name_for_tests(built_for_tests().to_owned());
     ALONE.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// Ends of groups that the stand-in still has, once there has been time to give them up.
-fn open_ends() -> i32 {
+pub(super) fn open_ends() -> i32 {
     let name = std::ffi::CString::new(built_for_tests()).unwrap();
     // SAFETY: a library that was just built; nccl.cpp defines the function with this signature.
     unsafe {
@@ -26,7 +26,7 @@ fn open_ends() -> i32 {
 }
 
 /// What every rank of a group of so many comes to.
-fn ranks<T: Send>(world: usize, run: impl Fn(usize, Group) -> T + Sync) -> Vec<T> {
+pub(super) fn ranks<T: Send>(world: usize, run: impl Fn(usize, Group) -> T + Sync) -> Vec<T> {
     let groups = Group::local(world).unwrap();
     std::thread::scope(|scope| {
         let run = &run;
@@ -39,12 +39,12 @@ fn ranks<T: Send>(world: usize, run: impl Fn(usize, Group) -> T + Sync) -> Vec<T
     })
 }
 
-fn rank_of(group: Group, device: usize) -> Toy {
+pub(super) fn rank_of(group: Group, device: usize) -> Toy {
     Toy::in_group(Emulated::open(device, None).unwrap(), DType::BF16, group).unwrap()
 }
 
 /// Waits for a step: the ids it drew, on rank 0.
-fn drawn(toy: &Toy, pending: Box<dyn Pending<Act>>) -> Vec<Drawn> {
+pub(super) fn drawn(toy: &Toy, pending: Box<dyn Pending<Act>>) -> Vec<Drawn> {
     match toy.device.ranks.as_ref().is_some_and(|ranks| ranks.rank() != 0) {
         true => {
             nothing(pending.wait());
@@ -56,7 +56,7 @@ fn drawn(toy: &Toy, pending: Box<dyn Pending<Act>>) -> Vec<Drawn> {
 
 /// A prompt of each of 3 sequences, then so many steps on ids in flight, each begun before the last is waited for; `before`
 /// is called with the number of the next.
-fn generate(toy: &mut Toy, steps: u32, mut before: impl FnMut(&mut Toy, u32)) -> Vec<Vec<Drawn>> {
+pub(super) fn generate(toy: &mut Toy, steps: u32, mut before: impl FnMut(&mut Toy, u32)) -> Vec<Vec<Drawn>> {
     let batch = toy.prompts(3, 60);
     let mut last = toy.draw(&batch, Rule::GREEDY);
     let mut told = Vec::new();
