@@ -1,8 +1,9 @@
 //! Groups that sum by NCCL: the host's part of it, with a library that has NCCL's calls and adds up on the host.
 
-use std::ffi::CString;
-use std::process::Command;
-use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
+#[path = "nccl/library.rs"]
+mod library;
+
+use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use backend::conformance::{QUANTS, Suite, Tolerance};
 use backend::{
@@ -11,38 +12,14 @@ use backend::{
 };
 use backend_cuda::EmulatedBackend;
 
+use crate::library::library;
+
 const DTYPES: &[DType] = &[DType::F32, DType::BF16];
 
 /// Kernels run one at a time in a process: tests do, too, so that no rank of a group is silent because of another test.
 fn alone() -> MutexGuard<'static, ()> {
     static ALONE: Mutex<()> = Mutex::new(());
     ALONE.lock().unwrap_or_else(PoisonError::into_inner)
-}
-
-/// Builds the library, and tells the emulated devices of it. Returns its counter of sums.
-fn library() -> extern "C" fn() -> i32 {
-    static SUMS: OnceLock<extern "C" fn() -> i32> = OnceLock::new();
-    *SUMS.get_or_init(|| {
-        let dir = std::env::temp_dir().join(format!("baton-mock-nccl-{}", std::process::id()));
-        std::fs::create_dir_all(&dir).unwrap();
-        let path = dir.join("libnccl.so.2");
-        let source = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/nccl.cpp");
-        let options = ["-std=c++17", "-O1", "-shared", "-fPIC", source, "-o"];
-        assert!(Command::new("g++").args(options).arg(&path).status().unwrap().success());
-        let name = CString::new(path.display().to_string()).unwrap();
-        // SAFETY: a library that was just built here.
-        let handle = unsafe { libc::dlopen(name.as_ptr(), libc::RTLD_NOW) };
-        assert!(!handle.is_null());
-        // SAFETY: nccl.cpp defines it with this signature.
-        let sums = unsafe {
-            std::mem::transmute::<*mut libc::c_void, extern "C" fn() -> i32>(libc::dlsym(
-                handle,
-                c"mock_sums".as_ptr(),
-            ))
-        };
-        backend_cuda::name_for_tests(path.display().to_string());
-        sums
-    })
 }
 
 /// Everything that concerns groups holds, a lost rank too, and it was NCCL that added.
