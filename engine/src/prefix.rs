@@ -158,6 +158,17 @@ impl PrefixCache {
         self.chains.remove(&seq);
     }
 
+    /// Forgets `seq`, whose cache has turned out to be no numbers somewhere, with all that hold a block that it holds: whose the fault
+    /// is nobody knows. Those of them that were kept: close them.
+    pub fn spoil(&mut self, seq: SeqId) -> Vec<SeqId> {
+        let first = self.chains.get(&seq).and_then(|chain| chain.keys.first());
+        // Who holds any of its blocks holds the first.
+        let holders = first.and_then(|key| self.holders.get(key)).cloned().unwrap_or_default();
+        let kept = holders.iter().copied().filter(|holder| self.keeps(*holder)).collect();
+        holders.into_iter().for_each(|holder| self.forget(holder));
+        kept
+    }
+
     /// Forgets all but the first `blocks` of `seq`.
     pub fn shorten(&mut self, seq: SeqId, blocks: u32) {
         let Some(chain) = self.chains.get_mut(&seq) else { return };

@@ -21,6 +21,17 @@ impl Core<'_> {
         self.drop_job(job);
     }
 
+    /// Ends a job whose logits are no finite numbers. So may be what is cached of it: whoever begins alike, or tries again, computes
+    /// anew.
+    pub(super) fn fail_spoiled(&mut self, job: u64, reason: String) {
+        if let Some(seq) = self.sequences.get(&job).map(|sequence| sequence.seq) {
+            for kept in self.prefix.spoil(seq) {
+                self.emit(Op::Close { seq: kept });
+            }
+        }
+        self.fail(job, JobError::Engine(reason));
+    }
+
     /// Ends a job whose answer is complete.
     pub(super) fn finish_job(&mut self, job: u64, reason: Finish) {
         let Some(sequence) = self.sequences.get(&job) else { return };

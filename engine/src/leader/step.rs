@@ -9,7 +9,7 @@ use backend::{Draw, Drawn, Rule, SeqId};
 use super::{Core, Totals, since};
 use crate::draft::Guess;
 use crate::request::{Event, JobError, Token};
-use crate::sampler::{self, Sampled};
+use crate::sampler::{self, SampleError, Sampled};
 use crate::scheduler::{self, Limits, Share, Want};
 use crate::score;
 use crate::sequence::{Expected, Flight, Kind, Sequence, Stage, finish_code};
@@ -109,7 +109,7 @@ impl Core<'_> {
             self.keep_prefix(part.job, part.start, part.end);
             let Some(sequence) = self.sequences.get_mut(&part.job) else { continue };
             if let Err(reason) = tell_scores(&part.scored, &scored, sequence) {
-                self.fail(part.job, JobError::Engine(reason));
+                self.fail_spoiled(part.job, reason);
                 continue;
             }
             if part.draws {
@@ -249,7 +249,8 @@ impl Core<'_> {
             let expected = sequence.expected.filter(|expected| untried && expected.at == at);
             let sampled = match sampled(drawn.next(), sequence) {
                 Ok(sampled) => sampled,
-                Err(reason) => return self.fail(part.job, JobError::Engine(reason)),
+                Err(Undrawn::NotFinite(reason)) => return self.fail_spoiled(part.job, reason),
+                Err(Undrawn::Refused(reason)) => return self.fail(part.job, JobError::Engine(reason)),
             };
             if let Some(Expected { id, agreed, .. }) = expected {
                 self.totals.worth.tried(agreed, 1, usize::from(id == sampled.id));
@@ -368,17 +369,27 @@ fn tell_scores(scored: &Range<u32>, rows: &[Drawn], sequence: &Sequence) -> Resu
     Ok(())
 }
 
-/// The next token of `sequence`. Errors say why there is none.
-fn sampled(drawn: Option<Drawn>, sequence: &mut Sequence) -> Result<Sampled, String> {
+/// Why a row gives no token.
+enum Undrawn {
+    /// The model computed something that is no number.
+    NotFinite(String),
+    Refused(String),
+}
+
+/// The next token of `sequence`.
+fn sampled(drawn: Option<Drawn>, sequence: &mut Sequence) -> Result<Sampled, Undrawn> {
     match drawn {
         Some(Drawn::Token(id)) => Ok(Sampled { id, logprob: None, top: Vec::new() }),
         Some(Drawn::Logits(logits)) => {
-            sampler::sample(&logits, &mut sequence.request).map_err(|error| error.to_string())
+            sampler::sample(&logits, &mut sequence.request).map_err(|error| match error {
+                SampleError::NotFinite { .. } => Undrawn::NotFinite(error.to_string()),
+                _ => Undrawn::Refused(error.to_string()),
+            })
         }
         Some(Drawn::NotFinite { id }) => {
             let position = sequence.request.tokens.len();
-            Err(format!("logit of id {id} at position {position} is not finite"))
+            Err(Undrawn::NotFinite(format!("logit of id {id} at position {position} is not finite")))
         }
-        None => Err("the step drew no token".into()),
+        None => Err(Undrawn::Refused("the step drew no token".into())),
     }
 }

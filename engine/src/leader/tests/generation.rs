@@ -153,6 +153,37 @@ fn one_bad_row_fails_one_job() {
     assert_eq!(tokens(&events(&mut good)), expected(&request(&[3; 5], 6)));
 }
 
+/// Protects: what is cached of a sequence whose logits were no numbers serves nobody, nor what it had from another's cache, where the
+/// fault may lie; what has nothing in common with it does.
+#[test]
+fn what_may_be_no_numbers_is_not_cached() {
+    let mut sim = Sim::new(1, 64, options());
+    let cached = |sim: &mut Sim, text: &[u32]| {
+        let (_, mut receiver) = sim.submit(Job::Generate(request(text, 1)));
+        let Some(Event::Admitted { cached_tokens, .. }) = events(&mut receiver).first().cloned() else {
+            panic!("not admitted")
+        };
+        sim.run();
+        cached_tokens
+    };
+    let (shared, other): (Vec<u32>, Vec<u32>) = ((0..7).collect(), (10..17).collect());
+    let longer: Vec<u32> = (0..9).collect();
+    assert_eq!([&shared, &other].map(|text| cached(&mut sim, text)), [0, 0]);
+    // Of two that begin alike one fails; the other runs on, and what it draws tells of its own.
+    let (_, mut good) = sim.submit(Job::Generate(request(&shared, 6)));
+    let (_, mut bad) = sim.submit(Job::Generate(request(&longer, 6)));
+    let step = sim.core.plan(sim.now).unwrap();
+    sim.begin(step);
+    sim.running[0].drawn[1] = Drawn::NotFinite { id: 3 };
+    sim.finish();
+    assert!(matches!(events(&mut bad).last(), Some(Event::Failed(JobError::Engine(_)))));
+    assert_eq!([&longer, &other].map(|text| cached(&mut sim, text)), [0, 4]);
+    assert_eq!(tokens(&events(&mut good)), expected(&request(&shared, 6)));
+    sim.run();
+    let blocks = sim.blocks();
+    assert_eq!((blocks.used, blocks.free + blocks.cached), (0, 64));
+}
+
 #[test]
 fn seeded_draws_depend_on_seed_and_position_alone() {
     let seeded = |seed| {
