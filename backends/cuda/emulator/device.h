@@ -32,6 +32,9 @@ struct Order {
 };
 // This block has such barriers, or tensor memory.
 void checks_barriers();
+// Somebody in this block has given up waiting, and goes on regardless: only what lies outside of all memory is wrong from now on.
+void checks_give_up();
+bool checks_given_up();
 // Whoever acts arrives at a barrier, a thread waits for it, fences tensor memory before the one and after the other.
 void checks_release(Known& to);
 void checks_acquire(const Known& from);
@@ -59,10 +62,13 @@ void warp_meets();
 const bf16* tile_element(u64 tile, u32 version, int line, int k, bool turned);
 float low_half(u32 pair);
 float high_half(u32 pair);
-// A new block; what has been asked for up to the next arrival at a barrier: false where there is nothing; what is wrong with a
-// block's end, or nothing.
+// A new launch, of which one arrival at a barrier in shared memory never comes, counted from 1 (0: all come); a new block; what has been
+// asked for up to the next arrival: false where there is nothing; whoever waits at a barrier gives up: false where nobody may; what is
+// wrong with a block's end, or nothing.
+void tensor_launch(u32 loses);
 void tensor_block();
 bool tensor_step();
+bool tensor_time_passes();
 const char* tensor_end();
 // Whether a thread may end.
 void tensor_thread_end();

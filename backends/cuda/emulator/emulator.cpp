@@ -147,7 +147,7 @@ bool run_block() {
         }
         if (left && progress == before) {
             // Only now, as late as can be, what tensor cores have been asked for. A failure ends up here, too.
-            if (!_setjmp(scheduler) && !tensor_step()) return false;
+            if (!_setjmp(scheduler) && !tensor_step() && !tensor_time_passes()) return false;
             if (!checks_failure().empty()) return true;
         }
     }
@@ -368,9 +368,9 @@ void group_wait_for(int left) {
     fiber.fenced = false;
 }
 
-// 0: done; else what is wrong is in `report`. One caller at a time.
+// 0: done; else what is wrong is in `report`. `loses`: see tensor_launch. One caller at a time.
 extern "C" int emulator_launch(const char* name, const u32* grid, u32 count, u32 shared_bytes, const void* args,
-                               u32 args_bytes, char* report, u32 report_bytes) {
+                               u32 args_bytes, u32 loses, char* report, u32 report_bytes) {
     auto say = [&](const std::string& what) {
         snprintf(report, report_bytes, "%s", what.c_str());
         return 1;
@@ -388,6 +388,7 @@ extern "C" int emulator_launch(const char* name, const u32* grid, u32 count, u32
     registers.grid_size = {grid[0], grid[1], grid[2]};
     registers.block_size = {count, 1, 1};
     registers.dynamic_shared = dynamic;
+    tensor_launch(loses);
     checks_launch(name, args, args_bytes, stacks, THREADS_MAX * STACK_BYTES);
     for (u32 z = 0; z < grid[2]; ++z)
         for (u32 y = 0; y < grid[1]; ++y)

@@ -2,6 +2,8 @@
 //! values; that over latents is in [`crate::latent`].
 
 mod flash;
+#[cfg(all(test, feature = "emulator"))]
+mod given_up;
 
 use std::rc::Rc;
 

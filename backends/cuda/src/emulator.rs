@@ -155,6 +155,12 @@ impl Emulated {
         of(&self.machine).killed = true;
     }
 
+    /// The next kernel with this beginning of its name loses an arrival at a barrier in shared memory, counted from 1.
+    #[cfg(test)]
+    pub(crate) fn lose(&self, kernel: &'static str, arrival: u32) {
+        of(&self.machine).loses = Some((kernel, arrival));
+    }
+
     /// Whether captures are refused, and whether the next replay is.
     #[cfg(test)]
     pub(crate) fn refuse(&self, captures: bool, replay: bool) {

@@ -11,8 +11,17 @@ use crate::driver::{Launch, fault};
 
 /// Room for what a kernel did wrong.
 const REPORT_BYTES: usize = 512;
-type LaunchFn =
-    unsafe extern "C" fn(*const c_char, *const u32, u32, u32, *const c_void, u32, *mut c_char, u32) -> c_int;
+type LaunchFn = unsafe extern "C" fn(
+    *const c_char,
+    *const u32,
+    u32,
+    u32,
+    *const c_void,
+    u32,
+    u32,
+    *mut c_char,
+    u32,
+) -> c_int;
 type MemoryFn = unsafe extern "C" fn(u64, u64, c_int);
 
 /// The compiled kernels. One block runs at a time in the whole process.
@@ -22,8 +31,8 @@ pub(super) struct Library {
 }
 
 impl Library {
-    /// Runs a kernel to its end; errors with what it did wrong.
-    pub(super) fn run(&self, launch: &Launch, args: &[u64]) -> Result<(), BackendError> {
+    /// Runs a kernel to its end; errors with what it did wrong. `loses`: which arrival at a barrier never comes, or 0.
+    pub(super) fn run(&self, launch: &Launch, args: &[u64], loses: u32) -> Result<(), BackendError> {
         let name = CString::new(launch.kernel).map_err(|error| fault(launch.kernel, error))?;
         let mut report = [0u8; REPORT_BYTES];
         // SAFETY: the struct is the kernel's own; every address in it is checked where it is used.
@@ -35,6 +44,7 @@ impl Library {
                 launch.shared_bytes,
                 args.as_ptr().cast(),
                 size_of_val(args) as u32,
+                loses,
                 report.as_mut_ptr().cast(),
                 REPORT_BYTES as u32,
             )

@@ -33,6 +33,8 @@ pub(super) struct Machine {
     pub(super) refuses: [bool; 2],
     /// Whether nothing is done any more.
     pub(super) killed: bool,
+    /// The next kernel with this beginning of its name loses that arrival at a barrier.
+    pub(super) loses: Option<(&'static str, u32)>,
 }
 
 impl Default for Machine {
@@ -48,6 +50,7 @@ impl Default for Machine {
             graphs: Vec::new(),
             refuses: [false; 2],
             killed: false,
+            loses: None,
         }
     }
 }
@@ -164,7 +167,10 @@ impl Machine {
 
     fn op(&mut self, op: &Op) -> Result<(), BackendError> {
         match op {
-            Op::Kernel { launch, args } => library()?.run(launch, args),
+            Op::Kernel { launch, args } => {
+                let loses = self.loses.take_if(|(name, _)| launch.kernel.starts_with(*name));
+                library()?.run(launch, args, loses.map_or(0, |(_, arrival)| arrival))
+            }
             Op::Dense(product) => self.dense(product),
             Op::Forget { at, bytes } => {
                 self.there(*at, *bytes)?;
