@@ -108,16 +108,23 @@ impl<B: Backend> Bench<B> {
             rate(prompt, leaving)
         );
         for batch in [1, 4, 16, 32] {
-            let (step, beside) = self.replayed_and_queued(batch)?;
+            let (step, beside) = self.replayed_and_queued(batch, 0)?;
             println!("| generation, batch {batch} | {step:.2?} a step | {}{beside} |", rate(batch, step));
+        }
+        for (batch, guesses) in [(1, 3), (1, 7), (4, 3)] {
+            let (step, beside) = self.replayed_and_queued(batch, guesses)?;
+            let rate = rate(batch * (1 + guesses), step);
+            println!(
+                "| generation, batch {batch}, {guesses} guesses each | {step:.2?} a step | {rate} if all hold{beside} |"
+            );
         }
         Ok(())
     }
 
     /// The time of a step that generates; where steps may be replayed, in words what it is without, in turns.
-    fn replayed_and_queued(&mut self, batch: usize) -> Result<(Duration, String)> {
+    fn replayed_and_queued(&mut self, batch: usize, guesses: usize) -> Result<(Duration, String)> {
         let Some(Replays { turn, count }) = &self.replays else {
-            return Ok((self.generation(batch)?, String::new()));
+            return Ok((self.generation(batch, guesses)?, String::new()));
         };
         let (turn, count) = (*turn, *count);
         let before = count(&self.rank.backend);
@@ -125,7 +132,7 @@ impl<B: Backend> Bench<B> {
         for _ in 0..self.runs {
             for (on, times) in [(false, &mut queued), (true, &mut replayed)] {
                 turn(&mut self.rank.backend, on);
-                times.push(self.generation(batch)?);
+                times.push(self.generation(batch, guesses)?);
             }
         }
         let graphs = count(&self.rank.backend) - before;
@@ -179,8 +186,9 @@ impl<B: Backend> Bench<B> {
         Ok(took)
     }
 
-    /// The median time of a step that generates a token for each of `count` sequences, ids in flight.
-    fn generation(&mut self, count: usize) -> Result<Duration> {
+    /// The median time of a step that generates a token for each of `count` sequences: on ids in flight, or with so many guesses
+    /// beside each, behind what the host knows.
+    fn generation(&mut self, count: usize, guesses: usize) -> Result<Duration> {
         let vocabulary = self.rank.model.vocab_size();
         let prompt = 128;
         let mut sequences = Vec::new();
@@ -188,27 +196,36 @@ impl<B: Backend> Bench<B> {
         for _ in 0..count {
             self.next += 1;
             let seq = SeqId(self.next);
-            self.rank.begin(seq, prompt + GENERATED + 1)?;
+            self.rank.begin(seq, prompt + GENERATED + 1 + guesses)?;
             batch.push(seq, 0, &ids(self.next, prompt, vocabulary));
             sequences.push(seq);
         }
-        let draws = vec![Draw::Token(backend::draw::Rule::GREEDY); count];
+        let mut rows = batch.last_rows();
         let mut times = Vec::new();
         let mut last: Option<Box<dyn backend::Pending<B::Hidden>>> = None;
         for at in 0..=GENERATED {
             let begun = Instant::now();
             let Rank { backend, model, kv } = &mut self.rank;
             let mut step = backend.step(kv, &batch);
-            let logits = model.forward(&mut step, &batch.last_rows(), &mut |_, _| {});
-            let pending = step.submit(Out::Draw(logits, draws.clone()));
-            if let Some(last) = last.replace(pending) {
-                last.wait()?;
+            let logits = model.forward(&mut step, &rows, &mut |_, _| {});
+            let draws = vec![Draw::Token(backend::draw::Rule::GREEDY); rows.len()];
+            let pending = step.submit(Out::Draw(logits, draws));
+            let done = if guesses > 0 { Some(pending) } else { last.replace(pending) };
+            if let Some(done) = done {
+                done.wait()?;
                 times.push(begun.elapsed());
             }
             batch = Batch::default();
             for (row, seq) in sequences.iter().enumerate() {
-                batch.push_drawn(*seq, (prompt + at) as u32, row as u32);
+                let position = (prompt + at) as u32;
+                match guesses {
+                    0 => batch.push_drawn(*seq, position, row as u32),
+                    _ => {
+                        batch.push(*seq, position, &ids(seq.0 + u64::from(position), 1 + guesses, vocabulary))
+                    }
+                }
             }
+            rows = (0..batch.rows() as u32).collect();
         }
         if let Some(last) = last {
             last.wait()?;
