@@ -413,8 +413,8 @@ impl<D: Driver> CudaStep<'_, D> {
         }
         tiles.sort_by_key(|tile| std::cmp::Reverse(tile.position));
         if self.generates && !tiles.is_empty() {
-            // As many as rows: those beyond have none, and their blocks end at once.
-            tiles.resize(self.batch.rows(), Tile::default());
+            // Rounded, so that steps are alike: tiles without rows, whose blocks end at once.
+            tiles.resize(tiles.len().next_power_of_two().min(self.batch.rows()), Tile::default());
         }
         let words: Vec<u32> =
             tiles.iter().flat_map(|tile| [tile.run, tile.row, tile.rows, tile.position]).collect();

@@ -185,7 +185,7 @@ impl Driver for Emulated {
     }
 
     fn blocks_busy(&self) -> u32 {
-        8
+        if self.large { 32 } else { 8 }
     }
 
     fn shared_bytes_max(&self) -> usize {

@@ -34,7 +34,7 @@ pub(crate) const PADDING_MAX: usize = ROWS_STEP - 1;
 pub(crate) const RUN_ROWS_MAX: u32 = 32;
 
 /// A step of the CUDA backend. One that generates, a row for each sequence and for each guess, is written down until it is
-/// complete, so that it may be replayed ([`crate::queue`]). Which rows are of one sequence is nothing that it is told apart by.
+/// complete, so that it may be replayed ([`crate::queue`]). Which rows are of one sequence is data, but for how many tiles they make.
 pub struct CudaStep<'a, D: Driver> {
     pub(crate) device: &'a mut Device<D>,
     pub(crate) kv: &'a mut CudaKv<D>,

@@ -28,7 +28,8 @@ fn conforms() {
     suite(&EmulatedBackend::open).run();
 }
 
-/// A device with much shared memory takes larger tiles; one that shares the host's memory stages nothing.
+/// A device with much shared memory takes larger tiles; one with many processors splits keys of few rows, and blocks without rows among
+/// them; one that shares the host's memory stages nothing.
 #[test]
 fn a_large_device_with_the_hosts_memory_conforms() {
     let _alone = alone();
@@ -37,7 +38,7 @@ fn a_large_device_with_the_hosts_memory_conforms() {
     };
     let suite = suite(&open);
     for (name, case) in suite.cases() {
-        if ["kv, ", "latent"].iter().any(|part| name.contains(part)) {
+        if ["kv, ", "latent", "guessed wrong"].iter().any(|part| name.contains(part)) {
             println!("conformance: {name}");
             case(&suite, DType::BF16);
         }
