@@ -17,11 +17,12 @@
 //! A product of many rows decodes some inputs of some panels into the first cache and runs the ordinary kernel over them;
 //! one of few rows decodes in registers. Both sum the decoded numbers in ascending K, so a row's bits are the same. Decoded
 //! numbers are f32. Where the level multiplies pairs, and the step is of bf16, codes are multiplied as they are and a group's
-//! sum is scaled; only for tiles of AMX are decoded numbers rounded to bf16.
+//! sum is scaled; only E4M3, for tiles of AMX, is decoded to numbers rounded to bf16.
 
 mod pack;
 
 use std::ops::Range;
+use std::ptr;
 
 use backend::QuantView;
 
@@ -47,7 +48,7 @@ const ROWS_STREAMING: usize = 12;
 const BYTES_INPUTS: usize = 2048;
 
 /// Floats that a sum decodes into.
-pub(crate) const DECODED_FLOATS: usize = 8192;
+pub(crate) const DECODED_FLOATS: usize = 9216;
 const _: () = assert!(Scaled::BUFFER_FLOATS <= DECODED_FLOATS);
 const _: () = assert!(FEW_ROWS.0 * FEW_ROWS.1 * LANES <= DECODED_FLOATS);
 const _: () = assert!(MANY_ROWS.0 * MANY_ROWS.1 * LANES <= DECODED_FLOATS);
@@ -251,11 +252,10 @@ impl Coded {
         let together = if rows <= Scaled::ROWS_RANGES { ranges.len().max(1) } else { 1 };
         for (at, range) in ranges.enumerate().step_by(together) {
             let inputs = inputs.of(range);
-            let rows_of = match kind {
+            let whole = match kind {
                 PairKind::Whole(units) => inputs.whole(&units),
                 PairKind::Bf16 => None,
             };
-            let (x, known, known_range) = rows_of.unwrap_or((inputs.x(), std::ptr::null(), 0));
             // SAFETY: the panels have these octets, the rest is the caller's.
             unsafe {
                 product(&Scaled {
@@ -267,10 +267,12 @@ impl Coded {
                     soon,
                     octets: (range * each / 8, (range + 1) * each / 8),
                     ranges: together,
-                    x,
+                    x: whole.map_or(inputs.x(), |row| row.pairs),
                     x_stride: inputs.stride(),
-                    known,
-                    known_range,
+                    known: whole.map_or(ptr::null(), |row| row.known),
+                    known_range: whole.map_or(0, |row| row.known_range),
+                    bytes: whole.map_or(ptr::null(), |row| row.bytes),
+                    bytes_range: whole.map_or(0, |row| row.bytes_range),
                     rows,
                     acc: acc.add(at * acc_range),
                     acc_range,

@@ -125,7 +125,7 @@ pub(crate) struct PairKernels {
 /// How quantised weights are multiplied by bf16, where not as whole numbers.
 #[derive(Clone, Copy, Debug)]
 pub(crate) enum CodedPairs {
-    /// As [`Decode`], to [`Layout::Bf16Pairs`], rounded to bf16: [`PairKernels::multiply`] does the rest.
+    /// As [`Decode`] of E4M3, to [`Layout::Bf16Pairs`], rounded to bf16: [`PairKernels::multiply`] does the rest.
     Rounded(unsafe fn(&Decode<'_>)),
     /// E4M3 is multiplied as it is, and sums of groups scaled.
     Scaled(unsafe fn(&Scaled<'_>)),
@@ -137,6 +137,9 @@ pub(crate) struct WholeKernels {
     pub(crate) product: unsafe fn(&Scaled<'_>),
     /// What rows become for it.
     pub(crate) inputs: unsafe fn(&WholeInputs),
+    /// Where rows that are not few are multiplied byte by byte: takes `inputs` whole numbers of 16 bits apart, to all upper bytes and,
+    /// behind them, all lower ones, each eight in [`ORDER`].
+    pub(crate) apart: Option<unsafe fn(words: *const i32, inputs: usize, out: *mut u8)>,
 }
 
 /// Panels of a weight that follow each other.
@@ -171,6 +174,10 @@ pub(crate) struct Scaled<'a> {
     /// inputs are bf16.
     pub(crate) known: *const i32,
     pub(crate) known_range: usize,
+    /// The same inputs as bytes ([`WholeKernels::apart`]), rows `x_stride` words apart too: the lower ones lie `bytes_range / 2` behind, and
+    /// the next range's `bytes_range`. Not read where the level does not take them.
+    pub(crate) bytes: *const u8,
+    pub(crate) bytes_range: usize,
     pub(crate) rows: usize,
     /// `[ranges][rows][panels * 16]`, ranges `acc_range` and rows `acc_stride` apart.
     pub(crate) acc: *mut f32,
@@ -186,8 +193,9 @@ impl Scaled<'_> {
     /// Inputs that may share a scale: groups must divide them, and units.
     pub(crate) const UNIT_MAX: usize = 256;
     pub(crate) const PARTS_MAX: usize = 8;
-    /// A unit of two panels as words of pairs, their scales and the offsets of their groups.
-    pub(crate) const BUFFER_FLOATS: usize = (Self::UNIT_MAX + 2 + 2 * Self::PARTS_MAX) * LANES;
+    /// A unit of two panels as words of pairs, or up to four as bytes, their scales and the offsets of their groups, and 16 tiles of sums.
+    pub(crate) const BUFFER_FLOATS: usize =
+        (Self::UNIT_MAX + 4 * 2 + 2 * Self::PARTS_MAX + 16 * LANES) * LANES;
 }
 
 /// Inputs `[octets.0 * 8, octets.1 * 8)` as whole numbers, by units that are cut at their multiples.
@@ -370,7 +378,7 @@ level!(avx512, crate::lanes::avx512::Avx512, "avx512f,avx512bw,avx512vl,avx512dq
 /// AVX2 with products of whole numbers.
 #[cfg(target_arch = "x86_64")]
 pub(crate) static AVX2: Kernels = Kernels {
-    whole: Some(WholeKernels { product: scaled::words_avx2, inputs: scaled::inputs_avx2 }),
+    whole: Some(WholeKernels { product: scaled::words_avx2, inputs: scaled::inputs_avx2, apart: None }),
     ..avx2::KERNELS
 };
 
@@ -378,7 +386,7 @@ pub(crate) static AVX2: Kernels = Kernels {
 #[cfg(target_arch = "x86_64")]
 pub(crate) static AVX512_VNNI: Kernels = Kernels {
     bytes: bytes_vnni::bytes,
-    whole: Some(WholeKernels { product: scaled::words_vnni, inputs: scaled::inputs_vnni }),
+    whole: Some(WholeKernels { product: scaled::words_vnni, inputs: scaled::inputs_vnni, apart: None }),
     ..avx512::KERNELS
 };
 
@@ -401,6 +409,11 @@ const BF16_PAIRS: PairKernels = PairKernels {
 #[cfg(target_arch = "x86_64")]
 pub(crate) static AMX: Kernels = Kernels {
     bytes: bytes_vnni::bytes,
+    whole: Some(WholeKernels {
+        product: scaled::words_amx,
+        inputs: scaled::inputs_vnni,
+        apart: Some(scaled::bytes_vnni),
+    }),
     pairs: Some(PairKernels {
         multiply: tiles::pairs,
         coded: CodedPairs::Rounded(coded_pairs::decode),

@@ -1,6 +1,8 @@
 //! Rows of an activation as products take them: floats, and beside them what the level and the weight want, pairs of bf16 or of
 //! whole numbers, or whole numbers of 8 bits. Made once per product (`step`, `moe`); every task reads its rows and range.
 
+use std::ptr;
+
 use crate::act::{CpuAct, Raw};
 use crate::kernel::{BLOCK, BLOCK_FLOATS, Eighths, Units};
 use crate::packed::Packed;
@@ -54,6 +56,17 @@ pub(crate) struct PairInputs<'a> {
     range: usize,
 }
 
+/// Whole numbers of a row, for the inputs of one range: see [`crate::kernel::Scaled`].
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct WholeRow {
+    pub(crate) pairs: *const i32,
+    /// Null where the level does not take them.
+    pub(crate) bytes: *const u8,
+    pub(crate) bytes_range: usize,
+    pub(crate) known: *const i32,
+    pub(crate) known_range: usize,
+}
+
 impl PairInputs<'_> {
     /// The same rows' inputs of another range.
     pub(crate) fn of(self, range: usize) -> Self {
@@ -70,11 +83,16 @@ impl PairInputs<'_> {
         self.row.stride
     }
 
-    /// The first row's pairs of whole numbers in such units, what those units have, and the words from there to the next range's.
-    pub(crate) fn whole(&self, units: &Units) -> Option<(*const i32, *const i32, usize)> {
-        let set = self.row.whole(units)?;
-        let (pairs, known) = (set.pairs_of(self.range), set.known_of(self.range));
-        Some((self.start.wrapping_add(pairs), self.start.wrapping_add(known), set.known_range))
+    /// The first row's whole numbers in such units.
+    pub(crate) fn whole(&self, units: &Units) -> Option<WholeRow> {
+        let (set, range) = (self.row.whole(units)?, self.range);
+        Some(WholeRow {
+            pairs: self.start.wrapping_add(set.pairs_of(range)),
+            bytes: set.bytes_of(range).map_or(ptr::null(), |bytes| self.start.wrapping_add(bytes).cast()),
+            bytes_range: set.bytes_range(),
+            known: self.start.wrapping_add(set.known_of(range)),
+            known_range: set.known_range,
+        })
     }
 }
 

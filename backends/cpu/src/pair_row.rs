@@ -1,6 +1,6 @@
 //! How a row of pairs lies in memory: the pairs of bf16 of each range of inputs, where a weight's segments take such, and behind
-//! them, for every way in which codes are multiplied as whole numbers, the pairs of whole numbers of each range; then what their
-//! units have. Made once per row and product (`operand`), read by every task.
+//! them, for every way in which codes are multiplied as whole numbers, the pairs of whole numbers of each range; the same as bytes,
+//! where the level multiplies those; then what their units have. Made once per row and product (`operand`), read by every task.
 
 use crate::kernel::{Kernels, Units, WholeInputs};
 
@@ -36,6 +36,8 @@ pub(crate) struct Set {
     /// Where the pairs of the first range begin, and what their units have; and how far it is to the next range's.
     pairs: usize,
     pairs_range: usize,
+    /// Where the bytes of the first range begin, which take as much.
+    bytes: Option<usize>,
     known: usize,
     pub(crate) known_range: usize,
 }
@@ -46,6 +48,16 @@ impl Set {
         self.pairs + range * self.pairs_range
     }
 
+    /// Where the bytes of range `range` begin, if there are any.
+    pub(crate) fn bytes_of(&self, range: usize) -> Option<usize> {
+        self.bytes.map(|first| first + range * self.pairs_range)
+    }
+
+    /// Bytes from one range's bytes to the next's.
+    pub(crate) fn bytes_range(&self) -> usize {
+        self.pairs_range * size_of::<i32>()
+    }
+
     /// Where what the units of range `range` have begins.
     pub(crate) fn known_of(&self, range: usize) -> usize {
         self.known + range * self.known_range
@@ -53,8 +65,13 @@ impl Set {
 }
 
 impl PairRow {
-    /// For `ranges` ranges of `inputs` inputs, in all these kinds.
-    pub(crate) fn new(inputs: usize, ranges: usize, kinds: impl Iterator<Item = PairKind>) -> Self {
+    /// For `ranges` ranges of `inputs` inputs, in all these kinds; `bytes`: whole numbers as such, too.
+    pub(crate) fn new(
+        inputs: usize,
+        ranges: usize,
+        kinds: impl Iterator<Item = PairKind>,
+        bytes: bool,
+    ) -> Self {
         let mut row = PairRow { inputs, ranges, ..PairRow::default() };
         for kind in kinds {
             match kind {
@@ -63,7 +80,8 @@ impl PairRow {
                 PairKind::Whole(units) => {
                     // A range may begin and end within a unit.
                     let known_range = (inputs.div_ceil(units.unit) + 1) * units.words();
-                    let set = Set { units, pairs: 0, pairs_range: inputs.div_ceil(2), known: 0, known_range };
+                    let pairs_range = inputs.div_ceil(2);
+                    let set = Set { units, pairs: 0, pairs_range, bytes: None, known: 0, known_range };
                     row.sets.push(set);
                 }
             }
@@ -72,6 +90,10 @@ impl PairRow {
         for set in &mut row.sets {
             set.pairs = words;
             words = set.pairs_of(ranges);
+        }
+        for set in row.sets.iter_mut().filter(|_| bytes) {
+            set.bytes = Some(words);
+            words += ranges * set.pairs_range;
         }
         for set in &mut row.sets {
             set.known = words;
@@ -114,8 +136,11 @@ impl PairRow {
                 let Some(whole) = kernels.whole else { continue };
                 let octets = (range * inputs / 8, (range + 1) * inputs / 8);
                 for set in &self.sets {
-                    let (out, known) = (out.add(set.pairs_of(range)), out.add(set.known_of(range)));
-                    (whole.inputs)(&WholeInputs { x, octets, units: set.units, out, known });
+                    let (words, known) = (out.add(set.pairs_of(range)), out.add(set.known_of(range)));
+                    (whole.inputs)(&WholeInputs { x, octets, units: set.units, out: words, known });
+                    if let Some((apart, bytes)) = whole.apart.zip(set.bytes_of(range)) {
+                        apart(words, inputs, out.add(bytes).cast());
+                    }
                 }
             }
         }
@@ -125,6 +150,7 @@ impl PairRow {
 #[cfg(test)]
 mod tests {
     use super::{PairKind, PairRow, Units};
+    use crate::kernel::ORDER;
     use crate::level::Level;
 
     const UNITS: Units = Units { unit: 32, part: 32, scales: false, zero: 0, offsets: true, bits: 15 };
@@ -144,12 +170,13 @@ mod tests {
             Units { unit: 64, part: 16, zero: 32, scales: true, offsets: false, ..UNITS },
         ];
         let kinds = all.into_iter().chain([UNITS]).map(PairKind::Whole).chain([PairKind::Bf16]);
-        let row = PairRow::new(inputs, ranges, kinds);
+        let row = PairRow::new(inputs, ranges, kinds, true);
         assert_eq!(row.stride % 32, 16);
         for level in Level::ALL.into_iter().filter(|level| level.available()) {
             if level.kernels().whole.is_none() {
                 continue;
             }
+            let apart = level.kernels().whole.is_some_and(|whole| whole.apart.is_some());
             let mut out = vec![0i32; row.stride];
             // SAFETY: the level is available, and both have the row's lengths.
             unsafe { row.fill(level.kernels(), x.as_ptr(), out.as_mut_ptr()) };
@@ -157,7 +184,7 @@ mod tests {
                 let set = row.whole(&units).unwrap();
                 for range in 0..ranges {
                     let (from, to) = (range * inputs, (range + 1) * inputs);
-                    let words = set.pairs_of(range);
+                    let (words, bytes) = (set.pairs_of(range), set.bytes_of(range).unwrap());
                     let mut next = from;
                     for known in out[set.known_of(range)..].chunks(units.words()) {
                         let end = to.min((next / units.unit + 1) * units.unit);
@@ -172,6 +199,13 @@ mod tests {
                         for (k, x) in (next..end).zip(&x[next..end]) {
                             let half = out[words + (k - from) / 2] >> (k % 2 * 16) << 16 >> 16;
                             let at = format!("{level}, {units:?}, input {k}");
+                            if apart {
+                                let byte = |at: usize| (out[bytes + at / 4] >> (at % 4 * 8)) as u8;
+                                let place = (k - from) / 8 * 8
+                                    + ORDER.iter().position(|input| *input == (k - from) % 8).unwrap();
+                                let (upper, lower) = (byte(place) as i8, byte(inputs + place));
+                                assert_eq!(i32::from(upper) * 256 + i32::from(lower), half, "{at}");
+                            }
                             assert!((half as f32 * factor - x).abs() <= factor / 2.0, "{at}");
                             let exact = x.abs() >= largest / (1 << (units.bits - 8)) as f32;
                             assert!(half as f32 * factor == *x || !exact, "{at}");
@@ -204,7 +238,7 @@ mod tests {
     /// What is not a number makes the first unit's factor none, which is part of all sums.
     #[test]
     fn no_number_becomes_one() {
-        let row = PairRow::new(64, 1, [PairKind::Whole(UNITS)].into_iter());
+        let row = PairRow::new(64, 1, [PairKind::Whole(UNITS)].into_iter(), false);
         for level in Level::ALL.into_iter().filter(|level| level.available()) {
             for bad in [f32::NAN, -f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {
                 if level.kernels().whole.is_none() {
@@ -224,6 +258,6 @@ mod tests {
     /// Nothing to make where nobody takes pairs.
     #[test]
     fn rows_without_pairs_are_empty() {
-        assert_eq!(PairRow::new(64, 1, std::iter::empty()).stride, 0);
+        assert_eq!(PairRow::new(64, 1, std::iter::empty(), true).stride, 0);
     }
 }

@@ -15,8 +15,10 @@ mod multiply;
 mod tile;
 mod unit;
 mod words;
+mod words_amx;
 mod words_avx2;
 
+use std::iter;
 use std::marker::PhantomData;
 
 use few::few;
@@ -25,10 +27,12 @@ use multiply::{Multiply, Task, Words};
 use tile::{Rows, Sums, add, ask_for_rows, begun, finish, follow_octet, follow_rows};
 use unit::{Change, Unit, ask_for_scales, has_scales, scale_unit};
 use words::WordsVnni;
+use words_amx::by_tiles;
 use words_avx2::WordsAvx2;
 
 use super::ahead::behind;
 use super::codes::{Code, Cursor, E4M3, by_code};
+use super::tiles;
 use super::{Scaled, WholeInputs};
 use crate::lanes::{LANES, Lanes};
 
@@ -90,6 +94,26 @@ whole!(
 );
 whole!(words_avx2, inputs_avx2, WordsAvx2, "avx2,fma,f16c");
 
+/// Runs a product of whole numbers, of many rows in tiles.
+///
+/// # Safety
+/// Pointers are valid for what the fields say, the form's codes are whole numbers, and this machine has AMX, AVX-512 VNNI and VBMI.
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx512vbmi,avx2,fma,f16c")]
+pub(super) unsafe fn words_amx(s: &Scaled<'_>) {
+    // SAFETY: the caller's.
+    unsafe { by_code!(s.form.code, by_tiles<tiles::processor::Tiles>((&mut tiles::processor::Tiles, s))) }
+}
+
+/// See [`super::WholeKernels::apart`].
+///
+/// # Safety
+/// There are so many inputs, whole octets, room for twice as many bytes, and this machine has AVX-512 BW and VBMI.
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vbmi")]
+pub(super) unsafe fn bytes_vnni(words: *const i32, inputs: usize, out: *mut u8) {
+    // SAFETY: the caller's.
+    unsafe { words_amx::bytes(words, inputs, out) }
+}
+
 /// Runs a product of E4M3.
 ///
 /// # Safety
@@ -139,9 +163,29 @@ impl Scaled<'_> {
             ranges: 1,
             x: self.x.wrapping_add(range * each * 4),
             known: self.known.wrapping_add(range * self.known_range),
+            bytes: self.bytes.wrapping_add(range * self.bytes_range),
             acc: self.acc.wrapping_add(range * self.acc_range),
             ..*self
         }
+    }
+
+    /// Its only range, cut at multiples of `deep` octets, which units divide; and whether a part is the first.
+    fn deep(self, deep: usize) -> impl Iterator<Item = (Self, bool)> {
+        let (unit, (first, last)) = (self.units.unit / 8, self.octets);
+        let (mut from, mut passed) = (first, 0);
+        iter::from_fn(move || {
+            let to = last.min((from / deep + 1).saturating_mul(deep));
+            let part = Scaled {
+                octets: (from, to),
+                x: self.x.wrapping_add((from - first) * 4),
+                known: self.known.wrapping_add(passed * self.units.words()),
+                bytes: self.bytes.wrapping_add((from - first) * 8),
+                ..self
+            };
+            let at = (from < last).then_some((part, from == first));
+            (from, passed) = (to, passed + to.div_ceil(unit) - from / unit);
+            at
+        })
     }
 }
 
@@ -191,22 +235,10 @@ unsafe fn many<M: Multiply, const CODE: usize, const SCALES: bool>(s: &Scaled<'_
         unsafe { last_panel::<M, CODE>(s) }
     }
     let heights = Heights::of::<M>(s.rows);
-    let unit = s.units.unit / 8;
     let deep = if s.rows > ROWS_WHOLE { OCTETS_DEEP } else { usize::MAX };
-    let (first, last) = s.octets;
-    let (mut from, mut passed) = (first, 0);
-    while from < last {
-        let to = last.min((from / deep + 1).saturating_mul(deep));
+    for (part, fresh) in (Scaled { panels: s.panels - alone, ..*s }).deep(deep) {
         // SAFETY: octets and rows are the product's.
         unsafe {
-            let part = Scaled {
-                panels: s.panels - alone,
-                octets: (from, to),
-                x: s.x.add((from - first) * 4),
-                known: s.known.wrapping_add(passed * s.units.words()),
-                ..*s
-            };
-            let fresh = from == first;
             // Even heights are more than half of the most.
             match heights.first {
                 ..=5 if const { M::ROWS_FIRST == 8 } => panels::<M, CODE, SCALES, 5>(&part, heights, fresh),
@@ -217,9 +249,6 @@ unsafe fn many<M: Multiply, const CODE: usize, const SCALES: bool>(s: &Scaled<'_
                 _ => panels::<M, CODE, SCALES, 4>(&part, heights, fresh),
             }
         }
-        // Parts end where units do.
-        passed += to.div_ceil(unit) - from / unit;
-        from = to;
     }
 }
 
@@ -276,11 +305,7 @@ unsafe fn strip<M: Multiply, const CODE: usize, const SCALES: bool, const R: usi
         let first = s.panel.add(panel * s.panel_bytes);
         let out = s.acc.add(panel * LANES);
         if fresh {
-            for row in 0..s.rows {
-                for p in 0..P {
-                    M::Floats::splat(0.0).store(s.sums_of(out, row).add(p * LANES));
-                }
-            }
+            clear::<M, P>(s, out);
         }
         let (mut x, mut known) = (s.x, s.known);
         while left > 0 {
@@ -309,6 +334,17 @@ unsafe fn strip<M: Multiply, const CODE: usize, const SCALES: bool, const R: usi
             known = known.wrapping_add(s.units.words());
             cursor.pass(s.form, count);
             left -= count;
+        }
+    }
+}
+
+/// Zeros the sums of `P` panels.
+#[inline(always)]
+unsafe fn clear<M: Multiply, const P: usize>(s: &Scaled<'_>, out: *mut f32) {
+    for row in 0..s.rows {
+        for p in 0..P {
+            // SAFETY: acc has the rows and panels.
+            unsafe { M::Floats::splat(0.0).store(s.sums_of(out, row).add(p * LANES)) }
         }
     }
 }

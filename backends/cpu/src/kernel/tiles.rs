@@ -1,6 +1,7 @@
 //! Products of bf16 by bf16 in tiles (AMX): 16 rows of x by 16 outputs, 16 pairs of inputs at once, two by two tiles of sums
 //! in registers. Panels are K-major pairs already, so a tile of weights is a kilobyte of a panel as it lies; a tile of x is 16
 //! rows of pairs as they lie. One order of sums for any number of rows: 16 pairs after 16 pairs from a sum's first input.
+//! Whole numbers are multiplied in tiles by [`super::scaled`].
 //!
 //! The blocking is written once over a [`Unit`]: the processor's, reached by `asm!` as stable Rust has no intrinsics, and
 //! a model of it after Intel's description, by which tests run anywhere. With the feature `amx-emulator` the model answers
@@ -9,19 +10,19 @@
 #[cfg(all(feature = "amx-emulator", target_os = "linux"))]
 mod emulator;
 #[cfg(any(test, feature = "amx-emulator"))]
-mod model;
-mod processor;
+pub(super) mod model;
+pub(super) mod processor;
 
 use super::Pairs;
 use crate::lanes::LANES;
 pub(crate) use processor::available;
 
 /// Rows of a tile.
-const ROWS: usize = 16;
+pub(super) const ROWS: usize = 16;
 /// Pairs of inputs of a tile.
 const PAIRS: usize = 16;
 /// Bytes of a row of a tile.
-const ROW_BYTES: usize = 64;
+pub(super) const ROW_BYTES: usize = 64;
 /// Bytes that are asked for ahead of use.
 const AHEAD_BYTES: usize = 4096;
 
@@ -29,7 +30,7 @@ const AHEAD_BYTES: usize = 4096;
 ///
 /// # Safety
 /// Memory must be valid for the rows and bytes per row that tile has; the unit must be configured first.
-trait Unit {
+pub(super) trait Unit {
     /// Gives tiles their sizes, and zeros all.
     unsafe fn configure(&mut self, shape: &Shape);
     unsafe fn zero<const D: usize>(&mut self);
@@ -37,6 +38,16 @@ trait Unit {
     unsafe fn store<const D: usize>(&mut self, to: *mut u8, stride_bytes: usize);
     /// `D += A B` of f32 and pairs of bf16.
     unsafe fn multiply<const D: usize, const A: usize, const B: usize>(&mut self);
+    /// `D += A B` of 32 bits and fours of bytes, with signs or without.
+    unsafe fn multiply_bytes<
+        const D: usize,
+        const A: usize,
+        const B: usize,
+        const A_SIGNED: bool,
+        const B_SIGNED: bool,
+    >(
+        &mut self,
+    );
     /// Ends the use of tiles.
     unsafe fn release(&mut self);
 }
@@ -44,7 +55,7 @@ trait Unit {
 /// Sizes of tiles, as the instruction reads them.
 #[repr(C, align(64))]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-struct Shape {
+pub(super) struct Shape {
     palette: u8,
     start: u8,
     reserved: [u8; 14],
@@ -55,8 +66,8 @@ const _: () = assert!(size_of::<Shape>() == 64);
 
 impl Shape {
     /// Tiles 0 to 3: sums of `low`, `low`, `high` and `high` rows. 4 and 5: `low` and `high` rows of x. 6 and 7: weights.
-    /// Sums over `pairs` pairs.
-    fn new(low: usize, high: usize, pairs: usize) -> Self {
+    /// Sums over `words` pairs, or fours of bytes.
+    pub(super) fn new(low: usize, high: usize, words: usize) -> Self {
         let mut shape = Shape { palette: 1, start: 0, reserved: [0; 14], row_bytes: [0; 16], rows: [0; 16] };
         // A tile of no rows is not used, but may not have none.
         let high = high.max(1);
@@ -64,10 +75,10 @@ impl Shape {
             (shape.rows[tile], shape.row_bytes[tile]) = (rows as u8, ROW_BYTES as u16);
         }
         for (tile, rows) in [(4, low), (5, high)] {
-            (shape.rows[tile], shape.row_bytes[tile]) = (rows as u8, (pairs * 4) as u16);
+            (shape.rows[tile], shape.row_bytes[tile]) = (rows as u8, (words * 4) as u16);
         }
         for tile in [6, 7] {
-            (shape.rows[tile], shape.row_bytes[tile]) = (pairs as u8, ROW_BYTES as u16);
+            (shape.rows[tile], shape.row_bytes[tile]) = (words as u8, ROW_BYTES as u16);
         }
         shape
     }
@@ -288,6 +299,53 @@ impl Trial {
     }
 }
 
+/// Whether products of bytes, of all four kinds, are right, some rows by some fours.
+fn bytes_are_right<U: Unit>(unit: &mut U) -> bool {
+    const WORDS: usize = 12;
+    let (rows, mut state) = (13, 0x2545_f491_4f6c_dd1d_u64);
+    let mut next = || {
+        state ^= state << 13;
+        state ^= state >> 7;
+        state ^= state << 17;
+        (state >> 40) as u8
+    };
+    let x: Vec<u8> = (0..rows * WORDS * 4).map(|_| next()).collect();
+    let w: Vec<u8> = (0..WORDS * ROW_BYTES).map(|_| next()).collect();
+    let mut sums = [const { vec![] }; 4];
+    // SAFETY: x, w and sums have the sizes that tiles have.
+    unsafe {
+        unit.configure(&Shape::new(rows, rows, WORDS));
+        unit.zero::<0>();
+        unit.zero::<1>();
+        unit.zero::<2>();
+        unit.zero::<3>();
+        unit.load::<4>(x.as_ptr(), WORDS * 4);
+        unit.load::<6>(w.as_ptr(), ROW_BYTES);
+        unit.multiply_bytes::<0, 4, 6, false, false>();
+        unit.multiply_bytes::<1, 4, 6, false, true>();
+        unit.multiply_bytes::<2, 4, 6, true, false>();
+        unit.multiply_bytes::<3, 4, 6, true, true>();
+        sums.iter_mut().for_each(|sums| sums.resize(rows * LANES, 0i32));
+        unit.store::<0>(sums[0].as_mut_ptr().cast(), ROW_BYTES);
+        unit.store::<1>(sums[1].as_mut_ptr().cast(), ROW_BYTES);
+        unit.store::<2>(sums[2].as_mut_ptr().cast(), ROW_BYTES);
+        unit.store::<3>(sums[3].as_mut_ptr().cast(), ROW_BYTES);
+        unit.release();
+    }
+    let number = |byte: u8, signed: bool| if signed { i32::from(byte as i8) } else { i32::from(byte) };
+    let expected = |row: usize, output: usize, signed: (bool, bool)| -> i32 {
+        (0..WORDS * 4)
+            .map(|k| {
+                let (x, w) = (x[row * WORDS * 4 + k], w[k / 4 * ROW_BYTES + output * 4 + k % 4]);
+                number(x, signed.0) * number(w, signed.1)
+            })
+            .sum()
+    };
+    sums.iter().zip([(false, false), (false, true), (true, false), (true, true)]).all(|(sums, signed)| {
+        sums.iter().enumerate().all(|(at, sum)| *sum == expected(at / LANES, at % LANES, signed))
+    })
+}
+
 #[cfg(test)]
 mod tests {
     use super::model::Tiles;
@@ -316,6 +374,12 @@ mod tests {
             let part = trial.run(&mut Tiles::new(), (from, to), cut);
             assert_eq!(part, all[from * 48..to * 48], "rows {from} to {to}, cut at {cut}");
         }
+    }
+
+    /// So are those of bytes.
+    #[test]
+    fn whole_numbers_are_right() {
+        assert!(bytes_are_right(&mut Tiles::new()));
     }
 
     /// What a processor that has tiles makes of it, where this is one.

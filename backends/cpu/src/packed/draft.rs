@@ -151,7 +151,9 @@ pub(super) fn lay_out_rows(weights: &mut [Packed], kernels: &Kernels) {
         return;
     };
     let segments = weights.iter().flat_map(|weight| &weight.segments);
-    let row = PairRow::new(inputs, ranges, segments.filter_map(|segment| segment.pairs(kernels, ranges)));
+    let kinds = segments.filter_map(|segment| segment.pairs(kernels, ranges));
+    let bytes = kernels.whole.is_some_and(|whole| whole.apart.is_some());
+    let row = PairRow::new(inputs, ranges, kinds, bytes);
     weights.iter_mut().for_each(|weight| weight.pair_row = row.clone());
 }
 

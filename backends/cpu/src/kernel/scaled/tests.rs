@@ -3,8 +3,9 @@
 use std::ops::Range;
 
 use super::super::codes::{Form, Scale, Zero};
+use super::super::tiles::model::Tiles;
 use super::super::{CodedPairs, Decode, Kernels};
-use super::{Code, LANES, Scaled, WholeInputs};
+use super::{Code, LANES, Scaled, WholeInputs, by_code, by_tiles, bytes_vnni};
 use crate::level::Level;
 use crate::memory::Memory;
 
@@ -104,6 +105,36 @@ fn the_largest_numbers_add_up() {
     });
 }
 
+/// Tiles of bytes give the sums of pairs of whole numbers, to the bit: any rows, tiles that are filled and that are not, parts of K
+/// that begin and end within units, and ranges one after the other.
+#[test]
+fn tiles_have_the_same_sums() {
+    #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx512vbmi,avx2,fma,f16c")]
+    unsafe fn modelled(s: &Scaled<'_>) {
+        // SAFETY: the caller's.
+        unsafe { by_code!(s.form.code, by_tiles<Tiles>((&mut Tiles::new(), s))) }
+    }
+    if !Level::Avx512Vnni.available() {
+        println!("this machine has no {}: not tested", Level::Avx512Vnni);
+        return;
+    }
+    let kernels = Level::Avx512Vnni.kernels();
+    let few = kernels.whole.unwrap().product;
+    for form in forms().into_iter().filter(Form::is_whole) {
+        for (octets, ranges) in [((0, OCTETS), 1), ((8, OCTETS - 4), 1), ((3, OCTETS - 5), 1), ((3, 22), 8)] {
+            for rows in [7, 9, 16, 17, 31, 34] {
+                let tiles = product(kernels, modelled, &form, octets, ranges, 0..rows);
+                let want: Vec<u32> = (0..ranges)
+                    .map(|range| range * (octets.1 - octets.0))
+                    .map(|behind| (octets.0 + behind, octets.1 + behind))
+                    .flat_map(|octets| product(kernels, few, &form, octets, 1, 0..rows))
+                    .collect();
+                assert!(tiles == want, "{form:?}, {ranges} of octets {octets:?}, {rows} rows");
+            }
+        }
+    }
+}
+
 fn forms() -> [Form; 9] {
     let form = |code, scale, group, span| Form { code, scale, group, span };
     [
@@ -163,23 +194,27 @@ fn product_of(
 ) -> Vec<u32> {
     let panel_bytes = panel_bytes(form);
     let units = form.units((octets.1 - octets.0) * 8);
-    // Pairs, and then what the units of each range have.
+    // Pairs, the same as bytes, and then what the units of each range have; and what tiles read behind the last.
     let (pairs, known_range) = (OCTETS * 4, (OCTETS + 1) * units.words());
-    let stride = pairs + ranges * known_range;
+    let stride = 2 * pairs + ranges * known_range + LANES;
     let mut x = vec![0i32; rows.len() * stride];
     for (row, out) in rows.clone().zip(x.chunks_exact_mut(stride)) {
         let floats: Vec<f32> = (row * pairs * 2..(row + 1) * pairs * 2).map(&input).collect();
         let (out, known) = out.split_at_mut(pairs);
+        let (bytes, known) = known.split_at_mut(pairs);
         for (range, known) in known.chunks_exact_mut(known_range).enumerate() {
             let behind = range * (octets.1 - octets.0);
             let octets = (octets.0 + behind, octets.1 + behind);
             let (x, out) = (floats[octets.0 * 8..].as_ptr(), out[octets.0 * 4..].as_mut_ptr());
-            let known = known.as_mut_ptr();
+            let (known, bytes) = (known.as_mut_ptr(), bytes[behind * 4..].as_mut_ptr());
             // SAFETY: the row's inputs and pairs, and room for as many units as octets.
             unsafe {
                 match kernels.whole.filter(|_| form.is_whole()) {
                     Some(whole) => {
                         (whole.inputs)(&WholeInputs { x, octets, units, out, known });
+                        if Level::Avx512Vnni.available() {
+                            bytes_vnni(out, (octets.1 - octets.0) * 8, bytes.cast());
+                        }
                     }
                     None => (kernels.narrow)(x, out.cast(), (octets.1 - octets.0) * 8),
                 }
@@ -200,8 +235,10 @@ fn product_of(
         ranges,
         x: x[octets.0 * 4..].as_ptr(),
         x_stride: stride,
-        known: x[pairs..].as_ptr(),
+        known: x[2 * pairs..].as_ptr(),
         known_range,
+        bytes: x[pairs..].as_ptr().cast(),
+        bytes_range: (octets.1 - octets.0) * 16,
         rows: rows.len(),
         acc: acc.as_mut_ptr(),
         acc_range,

@@ -83,6 +83,8 @@ enum Kind {
     Load,
     Store,
     Multiply,
+    /// Of bytes, with signs or without.
+    Bytes(bool, bool),
 }
 
 /// `base + index * scale + displacement`; without a base or index these are 0.
@@ -125,6 +127,7 @@ impl Instruction {
             (3, 0x4b, false) => Kind::Load,
             (2, 0x4b, false) => Kind::Store,
             (2, 0x5c, true) => Kind::Multiply,
+            (signed, 0x5e, true) => Kind::Bytes(signed & 2 != 0, signed & 1 != 0),
             _ => return None,
         };
         // The first byte's upper bits are the registers' fourth, upside down; there are only eight tiles.
@@ -156,7 +159,8 @@ impl Instruction {
             };
         }
         let others = [usize::from(rm), usize::from(!third >> 3 & 0xf)];
-        let tiles = if kind == Kind::Multiply { others[1] < 8 } else { others[1] == 0 };
+        let multiplies = matches!(kind, Kind::Multiply | Kind::Bytes(..));
+        let tiles = if multiplies { others[1] < 8 } else { others[1] == 0 };
         tiles.then_some(Instruction { kind, tile: reg.into(), others, address, bytes: bytes as u8 })
     }
 
@@ -182,6 +186,7 @@ impl Instruction {
                 Kind::Load => tiles.load(self.tile, at as *const u8, stride),
                 Kind::Store => tiles.store(self.tile, at as *mut u8, stride),
                 Kind::Multiply => tiles.multiply(self.tile, self.others[0], self.others[1]),
+                Kind::Bytes(a, b) => tiles.multiply_bytes(self.tile, self.others[0], self.others[1], (a, b)),
             }
         }
     }
@@ -203,6 +208,8 @@ mod tests {
         "tilestored [r13 + rdx*2 + 127], tmm2",
         "tileloadd tmm0, [rcx*1 + 16]",
         "tdpbf16ps tmm0, tmm7, tmm1",
+        "tdpbsud tmm0, tmm7, tmm1",
+        "tdpbusd tmm0, tmm7, tmm1",
         "tilezero tmm6",
         "tilerelease",
         "vaddps ymm0, ymm1, ymm2",
@@ -226,6 +233,8 @@ mod tests {
             (Kind::Store, 2, address(r13, rdx, 1, 127)),
             (Kind::Load, 0, address(None, rcx, 0, 16)),
             (Kind::Multiply, 0, Address::default()),
+            (Kind::Bytes(true, false), 0, Address::default()),
+            (Kind::Bytes(false, true), 0, Address::default()),
             (Kind::Zero, 6, Address::default()),
             (Kind::Release, 0, Address::default()),
         ];
@@ -234,7 +243,7 @@ mod tests {
             // SAFETY: the instructions above follow each other.
             let read = unsafe { Instruction::read(at) }.unwrap_or_else(|| panic!("{kind:?} is not read"));
             assert_eq!((read.kind, read.tile, read.address), (kind, tile, address));
-            if kind == Kind::Multiply {
+            if matches!(kind, Kind::Multiply | Kind::Bytes(..)) {
                 assert_eq!(read.others, [7, 1]);
             }
             at = at.wrapping_add(read.bytes.into());

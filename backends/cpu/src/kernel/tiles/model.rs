@@ -1,4 +1,4 @@
-//! Tiles as Intel's manual describes them (Software Developer's Manual, volume 2, TDPBF16PS), in plain code: what the
+//! Tiles as Intel's manual describes them (Software Developer's Manual, volume 2, TDPBF16PS and TDPBSSD), in plain code: what the
 //! blocking is tested with where no processor has them, and what the emulator computes with. Sums of even and odd inputs
 //! of a tile are apart and then join. `None` is what the processor raises a fault for.
 
@@ -6,7 +6,7 @@ use super::{ROW_BYTES, ROWS, Shape, Unit};
 
 /// Eight tiles and their sizes.
 #[derive(Debug)]
-pub(super) struct Tiles {
+pub(in crate::kernel) struct Tiles {
     shape: Option<Shape>,
     bytes: [[[u8; ROW_BYTES]; ROWS]; 8],
 }
@@ -67,17 +67,41 @@ impl Tiles {
         Some(())
     }
 
-    /// `d += a b` of f32 and pairs of bf16.
-    pub fn multiply(&mut self, d: usize, a: usize, b: usize) -> Option<()> {
+    /// Rows and columns of `d` and words of a sum, where `d += a b` has such.
+    fn product(&self, d: usize, a: usize, b: usize) -> Option<(usize, usize, usize)> {
         let ((rows, bytes), (a_rows, a_bytes), (b_rows, b_bytes)) =
             (self.size(d)?, self.size(a)?, self.size(b)?);
-        if rows != a_rows || bytes != b_bytes || a_bytes != b_rows * 4 || d == a || d == b || a == b {
-            return None;
-        }
+        let apart = d != a && d != b && a != b;
+        let fits = rows == a_rows && bytes == b_bytes && a_bytes == b_rows * 4;
+        (apart && fits).then_some((rows, bytes / 4, b_rows))
+    }
+
+    /// `d += a b` of 32 bits and fours of bytes, with signs or without.
+    pub fn multiply_bytes(&mut self, d: usize, a: usize, b: usize, signed: (bool, bool)) -> Option<()> {
+        let (rows, columns, words) = self.product(d, a, b)?;
+        let number = |byte: u8, signed: bool| if signed { i32::from(byte as i8) } else { i32::from(byte) };
         for row in 0..rows {
-            for column in 0..bytes / 4 {
+            for column in 0..columns {
+                let mut sum = self.word(d, row, column) as i32;
+                for word in 0..words {
+                    let (x, w) = (self.word(a, row, word), self.word(b, word, column));
+                    for (x, w) in x.to_le_bytes().into_iter().zip(w.to_le_bytes()) {
+                        sum = sum.wrapping_add(number(x, signed.0) * number(w, signed.1));
+                    }
+                }
+                self.bytes[d][row][column * 4..][..4].copy_from_slice(&sum.to_le_bytes());
+            }
+        }
+        Some(())
+    }
+
+    /// `d += a b` of f32 and pairs of bf16.
+    pub fn multiply(&mut self, d: usize, a: usize, b: usize) -> Option<()> {
+        let (rows, columns, pairs) = self.product(d, a, b)?;
+        for row in 0..rows {
+            for column in 0..columns {
                 let (mut even, mut odd) = (0f32, 0f32);
-                for pair in 0..b_rows {
+                for pair in 0..pairs {
                     let (x, w) = (self.word(a, row, pair), self.word(b, pair, column));
                     even = flushed(low(x).mul_add(low(w), even));
                     odd = flushed(high(x).mul_add(high(w), odd));
@@ -129,6 +153,18 @@ impl Unit for Tiles {
 
     unsafe fn multiply<const D: usize, const A: usize, const B: usize>(&mut self) {
         Tiles::multiply(self, D, A, B).expect("tiles that go together");
+    }
+
+    unsafe fn multiply_bytes<
+        const D: usize,
+        const A: usize,
+        const B: usize,
+        const A_SIGNED: bool,
+        const B_SIGNED: bool,
+    >(
+        &mut self,
+    ) {
+        Tiles::multiply_bytes(self, D, A, B, (A_SIGNED, B_SIGNED)).expect("tiles that go together");
     }
 
     unsafe fn release(&mut self) {

@@ -3,10 +3,10 @@
 use std::arch::asm;
 use std::sync::OnceLock;
 
-use super::{Shape, Trial, Unit};
+use super::{Shape, Trial, Unit, bytes_are_right};
 
 /// The tiles of the core that this thread runs on. The system keeps them with the thread.
-pub(super) struct Tiles;
+pub(in crate::kernel) struct Tiles;
 
 /// Whether this process may use tiles, and they compute rightly.
 pub(crate) fn available() -> bool {
@@ -25,12 +25,14 @@ fn are_emulated() -> bool {
     false
 }
 
-/// AMX-BF16 and AMX-TILE.
+/// AMX-BF16, AMX-TILE and AMX-INT8.
 pub(super) fn has_tiles() -> bool {
     const BF16: u32 = 1 << 22;
     const TILE: u32 = 1 << 24;
+    const INT8: u32 = 1 << 25;
+    const ALL: u32 = BF16 | TILE | INT8;
     let highest = std::arch::x86_64::__cpuid(0).eax;
-    highest >= 7 && std::arch::x86_64::__cpuid_count(7, 0).edx & (BF16 | TILE) == BF16 | TILE
+    highest >= 7 && std::arch::x86_64::__cpuid_count(7, 0).edx & ALL == ALL
 }
 
 /// Asks the system for the state that tiles take in every thread.
@@ -47,10 +49,10 @@ fn may_use_tiles() -> bool {
     false
 }
 
-/// One product of every kind of block.
+/// One product of every kind of block, and of bytes.
 fn computes_rightly() -> bool {
     let trial = Trial::new(45, 5, 75);
-    trial.is_right(&trial.run(&mut Tiles, (0, 45), 0))
+    trial.is_right(&trial.run(&mut Tiles, (0, 45), 0)) && bytes_are_right(&mut Tiles)
 }
 
 // SAFETY (all blocks here): `available` said that the processor and the system know these instructions; memory is the
@@ -91,6 +93,35 @@ impl Unit for Tiles {
     }
 
     #[inline(always)]
+    unsafe fn multiply_bytes<
+        const D: usize,
+        const A: usize,
+        const B: usize,
+        const A_SIGNED: bool,
+        const B_SIGNED: bool,
+    >(
+        &mut self,
+    ) {
+        // SAFETY: see the impl.
+        unsafe {
+            match (A_SIGNED, B_SIGNED) {
+                (false, false) => {
+                    asm!("tdpbuud tmm{}, tmm{}, tmm{}", const D, const A, const B, options(nostack, nomem));
+                }
+                (false, true) => {
+                    asm!("tdpbusd tmm{}, tmm{}, tmm{}", const D, const A, const B, options(nostack, nomem));
+                }
+                (true, false) => {
+                    asm!("tdpbsud tmm{}, tmm{}, tmm{}", const D, const A, const B, options(nostack, nomem));
+                }
+                (true, true) => {
+                    asm!("tdpbssd tmm{}, tmm{}, tmm{}", const D, const A, const B, options(nostack, nomem));
+                }
+            }
+        }
+    }
+
+    #[inline(always)]
     unsafe fn release(&mut self) {
         // SAFETY: see the impl.
         unsafe { asm!("tilerelease", options(nostack, nomem)) }
@@ -109,6 +140,10 @@ mod tests {
         "tileloadd tmm{five}, [rax + rbx*1]",
         "tilestored [rax + rbx*1], tmm{three}",
         "tdpbf16ps tmm{three}, tmm{five}, tmm{six}",
+        "tdpbuud tmm{three}, tmm{five}, tmm{six}",
+        "tdpbusd tmm{three}, tmm{five}, tmm{six}",
+        "tdpbsud tmm{three}, tmm{five}, tmm{six}",
+        "tdpbssd tmm{three}, tmm{five}, tmm{six}",
         "tilerelease",
         "baton_cpu_tiles_end:",
         three = const 3,
@@ -121,7 +156,7 @@ mod tests {
         static baton_cpu_tiles_end: u8;
     }
 
-    /// The assembler writes the encodings of Intel's manual (VEX.128, map 0F38, W0; opcodes 49, 4B and 5C).
+    /// The assembler writes the encodings of Intel's manual (VEX.128, map 0F38, W0; opcodes 49, 4B, 5C and 5E).
     #[test]
     fn instructions_have_their_encodings() {
         // SAFETY: both labels lie in one piece of this program, the first before the second.
@@ -135,6 +170,10 @@ mod tests {
             &[0xc4, 0xe2, 0x7b, 0x4b, 0x2c, 0x18],
             &[0xc4, 0xe2, 0x7a, 0x4b, 0x1c, 0x18],
             &[0xc4, 0xe2, 0x4a, 0x5c, 0xdd],
+            &[0xc4, 0xe2, 0x48, 0x5e, 0xdd],
+            &[0xc4, 0xe2, 0x49, 0x5e, 0xdd],
+            &[0xc4, 0xe2, 0x4a, 0x5e, 0xdd],
+            &[0xc4, 0xe2, 0x4b, 0x5e, 0xdd],
             &[0xc4, 0xe2, 0x78, 0x49, 0xc0],
         ];
         assert_eq!(bytes, expected.concat());
