@@ -116,10 +116,14 @@ pub(crate) struct PairKernels {
     pub(crate) coded: CodedPairs,
     /// Inputs that many rows pass by before the next, a multiple of 32: two panels of them stay in the first cache.
     pub(crate) inputs_block: usize,
-    /// `n` bf16 of `a` and `b` (zeros where null), side by side: `out[i / 16 * stride + i % 16 * 2]`, zeros up to whole 16.
-    pub(crate) interleave: unsafe fn(a: *const u16, b: *const u16, n: usize, out: *mut u16, stride: usize),
-    /// Weighted values of few rows, as they lie in the cache.
-    pub(crate) weigh: unsafe fn(&Weigh),
+    /// Inputs that make one turn of a sum: those that begin at multiples of so many have the same bits wherever zeros come before.
+    pub(crate) turn: usize,
+    /// `n` bf16 of two rows (zeros where null), side by side: `out[i / 16 * stride + i % 16 * 2]`, zeros up to whole 16. Starts bringing
+    /// as many at `ahead`.
+    pub(crate) interleave:
+        unsafe fn(rows: [*const u16; 2], n: usize, out: *mut u16, stride: usize, ahead: [*const u16; 2]),
+    /// Weighted values of few rows, as they lie in the cache; to the bit what `multiply` makes of them. `None`: that does it.
+    pub(crate) weigh: Option<unsafe fn(&Weigh)>,
 }
 
 /// How quantised weights are multiplied by bf16, where not as whole numbers.
@@ -400,12 +404,12 @@ const BF16_PAIRS: PairKernels = PairKernels {
     multiply: pairs::pairs,
     coded: CodedPairs::Scaled(scaled::halves),
     inputs_block: 256,
+    turn: 2,
     interleave: pairs::interleave,
-    weigh: weigh::weigh,
+    weigh: Some(weigh::weigh),
 };
 
-/// AVX-512 with tiles for products. Attention is by floats, which such processors multiply faster than pairs of bf16 outside of
-/// tiles.
+/// AVX-512 with tiles for products.
 #[cfg(target_arch = "x86_64")]
 pub(crate) static AMX: Kernels = Kernels {
     bytes: bytes_vnni::bytes,
@@ -414,13 +418,19 @@ pub(crate) static AMX: Kernels = Kernels {
         inputs: scaled::inputs_vnni,
         apart: Some(scaled::bytes_vnni),
     }),
-    pairs: Some(PairKernels {
-        multiply: tiles::pairs,
-        coded: CodedPairs::Rounded(coded_pairs::decode),
-        inputs_block: 512,
-        ..BF16_PAIRS
-    }),
+    pairs: Some(TILES),
+    attend: Some(TILES),
     ..avx512::KERNELS
+};
+
+#[cfg(target_arch = "x86_64")]
+const TILES: PairKernels = PairKernels {
+    multiply: tiles::pairs,
+    coded: CodedPairs::Rounded(coded_pairs::decode),
+    inputs_block: 512,
+    turn: tiles::INPUTS,
+    weigh: None,
+    ..BF16_PAIRS
 };
 
 #[cfg(test)]

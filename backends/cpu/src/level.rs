@@ -18,7 +18,7 @@ pub enum Level {
     Avx512Vnni,
     /// The same with BF16: products of bf16 weights in bf16 steps have their own order of sums.
     Avx512Bf16,
-    /// The same with AMX's tiles for products, which have their own order of sums.
+    /// The same with AMX's tiles for products: those of bf16, and attention, have their own order of sums; those of whole numbers are the same.
     Amx,
 }
 

@@ -56,7 +56,7 @@ impl Attention<'_> {
         // [low, high): what any of the rows attends to, as offsets in the span
         let low = self.first(run.start + unit.rows.start).saturating_sub(base);
         let high = (run.start + unit.rows.end - base).min(SPAN);
-        let (first_panel, panels) = (low / LANES, high.div_ceil(LANES));
+        let (first_panel, panels) = (self.turn(low) / LANES, high.div_ceil(LANES));
         // SAFETY: positions [base + low, base + high) are readable; scratch parts have their full sizes.
         unsafe {
             // K of 16 positions a panel, K-major; positions behind the last are stood in for by the last.
@@ -84,7 +84,7 @@ impl Attention<'_> {
                 before += words;
             }
             match self.pairs {
-                Some(_) if self.takes_values_as_they_lie(unit) => {}
+                Some(_) if self.in_place(unit).is_some() => {}
                 Some(kernels) => self.pair_values(&kernels, unit, base, low..high, v_padded),
                 None if !self.value_dim.is_multiple_of(LANES) => {
                     self.pad_values(unit, base, low..high, v_padded);
@@ -120,7 +120,7 @@ impl Attention<'_> {
         let present = || of.clone().map(|query| self.within(unit, span, query)).filter(|own| !own.is_empty());
         let Some(low) = present().map(|range| range.start).min() else { return };
         let high = present().map(|range| range.end).max().unwrap_or(low);
-        let (first, panels) = (low / LANES, high.div_ceil(LANES));
+        let (first, panels) = (self.turn(low) / LANES, high.div_ceil(LANES));
         let panel_stride = self.key_dim * LANES;
         let acc = scores.wrapping_add(of.start * SPAN + first * LANES);
         let w = k_turned.cast::<u8>().wrapping_add(first * panel_stride * self.dtype(0).bytes());
@@ -158,7 +158,7 @@ impl Attention<'_> {
             }
             for query in of.clone() {
                 let (line, own) = (scores.add(query * SPAN), self.within(unit, span, query));
-                let softmax = Softmax { scores: line, touched: low..high, own, scale: self.scale };
+                let softmax = Softmax { scores: line, touched: self.turn(low)..high, own, scale: self.scale };
                 (*sums.peak.add(query), *sums.total.add(query)) = (self.kernels.softmax)(&softmax);
                 if self.pairs.is_some() {
                     let (from, count) = (first * LANES, (panels - first) * LANES);

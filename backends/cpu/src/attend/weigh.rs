@@ -7,6 +7,8 @@ use super::{Attention, QUERIES_FEW, SPAN, Unit};
 use crate::kernel::{PairKernels, Pairs, Sums, Weigh};
 use crate::lanes::LANES;
 
+/// Positions that are asked for ahead of use.
+const AHEAD: usize = 24;
 /// bf16 of one panel of V: 16 elements of every position of a span.
 const PANEL: usize = SPAN * LANES;
 
@@ -16,11 +18,17 @@ impl Attention<'_> {
         self.padded_dim() / LANES * PANEL / 2
     }
 
-    /// Whether V of two positions is put side by side in registers, for each few rows anew, instead of in memory for all.
-    pub(super) fn takes_values_as_they_lie(&self, unit: &Unit) -> bool {
-        unit.rows.len() * self.group() <= QUERIES_FEW
+    /// Whether V of two positions is put side by side in registers, for each few rows anew, instead of in memory for all; and by what.
+    pub(super) fn in_place(&self, unit: &Unit) -> Option<unsafe fn(&Weigh)> {
+        let few = unit.rows.len() * self.group() <= QUERIES_FEW
             && self.value_dim.is_multiple_of(LANES)
-            && self.slab.block_tokens >= 2
+            && self.slab.block_tokens >= 2;
+        self.pairs.and_then(|kernels| kernels.weigh).filter(|_| few)
+    }
+
+    /// The last offset up to `offset` at which sums over positions may begin.
+    pub(super) fn turn(&self, offset: usize) -> usize {
+        self.pairs.map_or(offset, |kernels| offset / kernels.turn * kernels.turn)
     }
 
     /// V of positions `range` (offsets in the span) as `out[panel][position / 2][16][2]`. Positions outside are zeros.
@@ -37,10 +45,12 @@ impl Attention<'_> {
             true => self.place(run, plane, base + offset, unit.group).cast_const().cast(),
             false => std::ptr::null(),
         };
-        for pair in range.start / 2..range.end.div_ceil(2) {
+        for pair in self.turn(range.start) / 2..range.end.div_ceil(2) {
             let to = out.cast::<u16>().wrapping_add(pair * 2 * LANES);
+            let rows = [place(2 * pair), place(2 * pair + 1)];
+            let ahead = [place(2 * pair + AHEAD), place(2 * pair + 1 + AHEAD)];
             // SAFETY: readable positions of value_dim elements; `out` has a place for this pair in every panel.
-            unsafe { (kernels.interleave)(place(2 * pair), place(2 * pair + 1), self.value_dim, to, PANEL) };
+            unsafe { (kernels.interleave)(rows, self.value_dim, to, PANEL, ahead) };
         }
     }
 
@@ -57,11 +67,11 @@ impl Attention<'_> {
         scores: *const f32,
         sums: Sums,
     ) {
-        if self.takes_values_as_they_lie(unit) {
+        if let Some(weigh) = self.in_place(unit) {
             // SAFETY: the caller's.
-            return unsafe { self.weigh_in_place(kernels, unit, span, of, range, scores, sums) };
+            return unsafe { self.weigh_in_place(weigh, unit, span, of, range, scores, sums) };
         }
-        let (width, first) = (self.padded_dim(), range.start / 2);
+        let (width, first) = (self.padded_dim(), self.turn(range.start) / 2);
         // SAFETY: rows of scores and sums are those of the unit, and V has the pairs of these positions.
         unsafe {
             (kernels.multiply)(&Pairs {
@@ -83,7 +93,7 @@ impl Attention<'_> {
     #[allow(clippy::too_many_arguments)]
     unsafe fn weigh_in_place(
         &self,
-        kernels: &PairKernels,
+        weigh: unsafe fn(&Weigh),
         unit: &Unit,
         span: usize,
         of: Range<usize>,
@@ -100,7 +110,7 @@ impl Attention<'_> {
             // SAFETY: positions `[from, to)` follow each other, those that are outside of the range are not read; weights are
             // pairs at the beginning of each row's line of 256 floats.
             unsafe {
-                (kernels.weigh)(&Weigh {
+                weigh(&Weigh {
                     x: scores.add(of.start * SPAN).cast::<i32>().add(from / 2),
                     x_stride: SPAN,
                     rows: of.len(),

@@ -177,9 +177,15 @@ pub(super) unsafe fn pairs(s: &Pairs) {
 /// Two rows of bf16 side by side; see [`super::PairKernels`].
 ///
 /// # Safety
-/// `a` and `b` are null or hold `n` bf16, `out` has a line per 16 of them, `stride` apart; this machine has AVX-512 BW.
+/// Rows are null or hold `n` bf16, `out` has a line per 16 of them, `stride` apart; this machine has AVX-512 BW.
 #[target_feature(enable = "avx512f,avx512bw,avx512vl")]
-pub(super) unsafe fn interleave(a: *const u16, b: *const u16, n: usize, out: *mut u16, stride: usize) {
+pub(super) unsafe fn interleave(
+    rows: [*const u16; 2],
+    n: usize,
+    out: *mut u16,
+    stride: usize,
+    ahead: [*const u16; 2],
+) {
     // SAFETY: masked elements are not read.
     let wide = |row: *const u16, at: usize| unsafe {
         if row.is_null() {
@@ -188,8 +194,13 @@ pub(super) unsafe fn interleave(a: *const u16, b: *const u16, n: usize, out: *mu
         let mask = if n - at >= LANES { u16::MAX } else { (1 << (n - at)) - 1 };
         _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, row.add(at).cast()))
     };
+    for line in (0..n).step_by(2 * LANES) {
+        for row in ahead {
+            _mm_prefetch::<_MM_HINT_T0>(row.wrapping_add(line).cast());
+        }
+    }
     for (line, at) in (0..n).step_by(LANES).enumerate() {
-        let both = _mm512_or_si512(wide(a, at), _mm512_slli_epi32::<16>(wide(b, at)));
+        let both = _mm512_or_si512(wide(rows[0], at), _mm512_slli_epi32::<16>(wide(rows[1], at)));
         // SAFETY: the caller's line.
         unsafe { _mm512_storeu_si512(out.add(line * stride).cast(), both) };
     }

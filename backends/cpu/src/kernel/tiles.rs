@@ -19,8 +19,9 @@ pub(crate) use processor::available;
 
 /// Rows of a tile.
 pub(super) const ROWS: usize = 16;
-/// Pairs of inputs of a tile.
+/// Pairs of inputs of a tile, and inputs.
 const PAIRS: usize = 16;
+pub(super) const INPUTS: usize = 2 * PAIRS;
 /// Bytes of a row of a tile.
 pub(super) const ROW_BYTES: usize = 64;
 /// Bytes that are asked for ahead of use.

@@ -2,7 +2,7 @@
 
 use std::time::Instant;
 
-use backend_cpu::cores;
+use backend_cpu::{Level, cores};
 
 /// Limits of the threads together.
 #[derive(Clone, Copy, Debug, Default)]
@@ -11,6 +11,8 @@ pub struct Limits {
     pub read: f64,
     /// Operations per second of bf16 or f32 products, whichever are quicker, two per multiply-add.
     pub floats: f64,
+    /// The same of bf16 in tiles; 0 where there are none. Of bytes, of which whole numbers take two to four, tiles do twice as many.
+    pub tiles: f64,
     /// The same of whole numbers of 16 bits; 0 where there are none.
     pub int16: f64,
     /// The same of signed bytes by unsigned ones; 0 where there is none.
@@ -42,7 +44,8 @@ impl Probe {
             size_of_val(memory) as f64
         });
         let floats = self.together(|_| floats()).max(self.together(|_| bf16()));
-        Limits { read, floats, int16: self.together(|_| int16()), int8: self.together(|_| int8()) }
+        let (tiles, int16) = (self.together(|_| tiles()), self.together(|_| int16()));
+        Limits { read, floats, tiles, int16, int8: self.together(|_| int8()) }
     }
 
     /// Work per second of all threads at once, each saying how much it did.
@@ -74,6 +77,7 @@ impl Limits {
         Limits {
             read: self.read.max(other.read),
             floats: self.floats.max(other.floats),
+            tiles: self.tiles.max(other.tiles),
             int16: self.int16.max(other.int16),
             int8: self.int8.max(other.int8),
         }
@@ -107,6 +111,15 @@ fn bf16() -> f64 {
     if is_x86_feature_detected!("avx512bf16") {
         // SAFETY: the instructions are there.
         return unsafe { x86::bf16(ROUNDS) };
+    }
+    0.0
+}
+
+fn tiles() -> f64 {
+    #[cfg(target_arch = "x86_64")]
+    if Level::Amx.available() {
+        // SAFETY: the instructions are there, and the system lets this process use them.
+        return unsafe { x86::tiles(ROUNDS / 4) };
     }
     0.0
 }
@@ -184,6 +197,40 @@ mod x86 {
         }
         std::hint::black_box(sums);
         (rounds * SUMS * 32 * 2) as f64
+    }
+
+    /// Sizes of tiles, as the instruction reads them: all of 16 rows of 64 bytes.
+    #[repr(C, align(64))]
+    struct Sizes {
+        palette: [u8; 16],
+        row_bytes: [u16; 16],
+        rows: [u8; 16],
+    }
+
+    /// # Safety
+    /// This process may use AMX.
+    pub unsafe fn tiles(rounds: usize) -> f64 {
+        let mut sizes = Sizes { palette: [0; 16], row_bytes: [0; 16], rows: [0; 16] };
+        sizes.palette[0] = 1;
+        sizes.row_bytes[..8].fill(64);
+        sizes.rows[..8].fill(16);
+        // SAFETY: the caller's; tiles are zeros from there on.
+        unsafe { asm!("ldtilecfg [{}]", in(reg) &sizes, options(nostack, readonly)) };
+        for _ in 0..rounds {
+            // SAFETY: as above.
+            unsafe {
+                asm!(
+                    "tdpbf16ps tmm0, tmm4, tmm6",
+                    "tdpbf16ps tmm1, tmm4, tmm7",
+                    "tdpbf16ps tmm2, tmm5, tmm6",
+                    "tdpbf16ps tmm3, tmm5, tmm7",
+                    options(nostack, nomem)
+                );
+            }
+        }
+        // SAFETY: as above.
+        unsafe { asm!("tilerelease", options(nostack, nomem)) };
+        (rounds * 4 * 16 * 16 * 32 * 2) as f64
     }
 
     #[target_feature(enable = "avx512f")]

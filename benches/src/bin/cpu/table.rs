@@ -87,8 +87,13 @@ pub fn heading(shape: &Shape, limits: Limits, device: &str, threads: usize) {
         limits.read / 1e9
     );
     println!(
-        "multiplies at most {:.0} GFLOP/s of floats, {:.0} GOP/s of 16-bit and {:.0} of 8-bit whole numbers.\n",
+        "multiplies at most {:.0} GFLOP/s of floats, {}{:.0} GOP/s of 16-bit and {:.0} of 8-bit whole numbers.\n",
         limits.floats / 1e9,
+        if limits.tiles > 0.0 {
+            format!("{:.0} of bf16 in tiles, ", limits.tiles / 1e9)
+        } else {
+            String::new()
+        },
         limits.int16 / 1e9,
         limits.int8 / 1e9
     );
@@ -112,7 +117,8 @@ pub fn row(format: &str, test: Test, work: &Work, ours: &[f64], theirs: &[f64], 
         _ => format!("{:.1} | {:.2}", read / 1e9, read / limits.read),
     };
     // Quantised weights are multiplied as whole numbers.
-    let limit = if format.starts_with('q') { limits.floats.max(limits.int16) } else { limits.floats };
+    let whole = if format.starts_with('q') { limits.int16 } else { 0.0 };
+    let limit = limits.floats.max(limits.tiles).max(whole);
     println!(
         "| {format} | {} | {own:.1} | {peer} | {reading} | {:.0} | {:.2} |",
         test.words(),

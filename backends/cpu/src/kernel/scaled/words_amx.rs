@@ -388,6 +388,7 @@ unsafe fn scale<const SCALES: bool, const P: usize>(
 
 /// Scales the sums of `R` rows; says how many those are. As [`super::tile::finish`], unit after unit.
 #[inline(always)]
+#[allow(clippy::needless_range_loop)] // panels index totals, scales and addresses alike
 unsafe fn scale_rows<const SCALES: bool, const R: usize, const P: usize>(
     s: &Scaled<'_>,
     turns: &[Turn],
