@@ -3,7 +3,7 @@
 
 use std::path::Path;
 
-use backend::{Backend, BackendError, DType, DeviceOptions};
+use backend::{Backend, DType, DeviceOptions, Group};
 use engine::DraftModel;
 use models::{Checkpoint, Model, ModelError};
 use vocab::{TokenizerJson, Vocab};
@@ -42,9 +42,9 @@ impl Draft {
         Ok(Draft { weight_bytes, token_bytes: spec.token_bytes(), checkpoint })
     }
 
-    pub fn load<B: Backend>(&self, device: &DeviceOptions) -> Result<Loaded<B>, ModelError> {
-        let alone = engine::tp::unmet(0, 1).map_err(|error| BackendError::Device(error.to_string()))?;
-        let mut backend = B::open(device, alone)?;
+    /// On the device of the model.
+    pub fn load<B: Backend>(&self, beside: &B, device: &DeviceOptions) -> Result<Loaded<B>, ModelError> {
+        let mut backend = beside.beside(device, Group::alone())?;
         let mut progress = loading::progress(self.shown());
         let model = Model::load(&mut backend, &self.checkpoint, 0, 1, device.dtype, &mut progress)?;
         tracing::info!("draft model {} loaded", self.shown());

@@ -257,7 +257,7 @@ fn serve<B: Backend>(
     let draft = opened
         .draft
         .as_ref()
-        .map(|draft| draft.load::<B>(&device).map_err(|reason| failed(draft.shown(), reason)));
+        .map(|draft| draft.load(&backend, &device).map_err(|reason| failed(draft.shown(), reason)));
     let draft = draft.transpose()?;
     let free = backend.free_bytes();
     let [kv_bytes, draft_kv_bytes] = memory::kv_bytes_of_both(config.kv_bytes, free, opened.token_bytes);

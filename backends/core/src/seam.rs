@@ -30,6 +30,12 @@ pub trait Backend: Sized + 'static {
     /// Opens the device as one rank of `group`.
     fn open(options: &DeviceOptions, group: Group) -> Result<Self, BackendError>;
 
+    /// Opens this device once more, as [`Backend::open`] does, for another model beside what it has: what serves both, a GPU's code
+    /// and what was tried of it, is shared.
+    fn beside(&self, options: &DeviceOptions, group: Group) -> Result<Self, BackendError> {
+        Self::open(options, group)
+    }
+
     /// What this backend is and promises.
     fn caps(&self) -> Caps;
 

@@ -37,6 +37,8 @@ pub struct Device<D: Driver> {
     pub(crate) attends: Option<Wide>,
     /// Whether warp groups multiply many rows with weights that are not the library's.
     pub(crate) group_products: bool,
+    /// Whether the products of its generation have been tried.
+    tried: bool,
     /// The other ranks, where there are others.
     pub(crate) ranks: Option<Ranks>,
     /// What the step before drew: which rows did, and the choices on the device.
@@ -48,6 +50,14 @@ pub struct Device<D: Driver> {
 impl<D: Driver> Device<D> {
     /// Over an open driver. Errors when the options ask for what this backend cannot do.
     pub(crate) fn over(driver: D, options: &DeviceOptions, group: Group) -> Result<Self, BackendError> {
+        let mut device = Self::untried(driver, options, group)?;
+        // Now, where what cannot be compiled is said at once, and not while somebody waits for an answer.
+        device.driver().prepare()?;
+        device.try_wide(options)?;
+        Ok(device)
+    }
+
+    fn untried(driver: D, options: &DeviceOptions, group: Group) -> Result<Self, BackendError> {
         let refused = |reason: String| Err(BackendError::Unavailable { backend: "cuda", reason });
         if options.dtype == DType::F16 {
             return refused("activations are f32 or bf16, not f16".to_owned());
@@ -67,29 +77,33 @@ impl<D: Driver> Device<D> {
         }
         let pool = Pool::new(driver);
         pool.queue.write_down(!options.cuda.eager);
-        let asked = options.cuda.attention == PromptAttention::Auto && options.dtype == DType::BF16;
-        let mut device = Device {
+        Ok(Device {
             pool,
             dtype: options.dtype,
             block_tokens: options.block_tokens,
             rounds,
             attends: None,
             group_products: false,
+            tried: false,
             ranks: match group.links {
                 Links::Alone if group.world == 1 => None,
                 _ => Some(Ranks::new(group)?),
             },
             drawn: None,
             choices: None,
-        };
-        // Now, where what cannot be compiled is said at once, and not while somebody waits for an answer.
-        device.driver().prepare()?;
-        if let Some(wide) = device.driver().wide().filter(|_| asked) {
-            device.attends = trial::attends(&device, wide).then_some(wide);
-            device.group_products = wide == Wide::Groups && trial::multiplies(&device);
-            device.works(wide)?;
+        })
+    }
+
+    /// Uses the products of the GPU's generation where it is to, and they pass their trials.
+    fn try_wide(&mut self, options: &DeviceOptions) -> Result<(), BackendError> {
+        let asked = options.cuda.attention == PromptAttention::Auto && self.bf16();
+        if let Some(wide) = self.driver().wide().filter(|_| asked) {
+            self.attends = trial::attends(self, wide).then_some(wide);
+            self.group_products = wide == Wide::Groups && trial::multiplies(self);
+            self.tried = true;
+            self.works(wide)?;
         }
-        Ok(device)
+        Ok(())
     }
 
     /// Whether it still does anything after the trials of `wide`: a kernel that faults ends its process's use of a device.
@@ -200,6 +214,18 @@ impl<D: Driver + Open> Backend for Device<D> {
 
     fn open(options: &DeviceOptions, group: Group) -> Result<Self, BackendError> {
         Self::over(D::open(options.device, options.cache.as_deref())?, options, group)
+    }
+
+    fn beside(&self, options: &DeviceOptions, group: Group) -> Result<Self, BackendError> {
+        let mut device = Self::untried(self.driver().clone(), options, group)?;
+        match self.tried && options.cuda.attention == PromptAttention::Auto && device.bf16() {
+            true => {
+                (device.attends, device.group_products, device.tried) =
+                    (self.attends, self.group_products, true)
+            }
+            false => device.try_wide(options)?,
+        }
+        Ok(device)
     }
 
     fn caps(&self) -> Caps {

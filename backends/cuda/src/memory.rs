@@ -371,6 +371,23 @@ mod tests {
         assert_eq!(driver.free_bytes(), 400 << 10);
     }
 
+    /// A device that is opened beside another has the same memory, and goes on when that has gone.
+    #[test]
+    fn what_is_beside_shares_memory_and_stays() {
+        let driver = Emulated::open(0, None).unwrap().limited(400 << 10);
+        let mut first = open(&driver);
+        let options = DeviceOptions { dtype: DType::F32, block_tokens: 16, ..DeviceOptions::default() };
+        let mut second = first.beside(&options, Group::alone()).unwrap();
+        let bytes = vec![0; WIDTH * WIDTH * 4];
+        let parts = vec![numbers(&bytes, WIDTH).into()];
+        let source = WeightSource::Linear(Linear { parts, bias: None, sum: KSum::Ascending });
+        let held = first.load(&source).unwrap();
+        let said = second.load(&source).map(|_| ()).unwrap_err().to_string();
+        assert_eq!(said, format!("out of memory: {} bytes wanted, {} free", 256 << 10, 144 << 10));
+        drop((first, held));
+        second.load(&source).unwrap();
+    }
+
     /// Memory that leases hold is bounded, and what nobody holds makes room for other leases and for steps.
     #[test]
     fn what_leases_hold_is_bounded_and_gives_way() {

@@ -208,7 +208,9 @@ mod tests {
 
     use super::*;
     use crate::EmulatedBackend;
+    use crate::device::Open;
     use crate::driver::{Launch, fault};
+    use crate::emulator::Emulated;
 
     /// What fails a trial is left alone, and what brings the device down is named to whoever starts the node.
     #[test]
@@ -225,5 +227,19 @@ mod tests {
         device.driver().launch(outside, &[0, 1]).unwrap();
         let error = device.works(Wide::Memory).unwrap_err().to_string();
         assert!(error.contains("tcgen05") && error.contains("--cuda-attention mma"), "{error}");
+    }
+
+    /// A device that is opened beside another tries only what that has not tried: the next trial would fail.
+    #[test]
+    fn a_device_beside_another_knows_what_that_has_tried() {
+        let of = |dtype| DeviceOptions { dtype, ..DeviceOptions::default() };
+        let driver = Emulated::open(9, None).unwrap();
+        let uses = |device: Device<Emulated>| device.caps().device.contains("tcgen05");
+        let first = Device::over(driver.clone(), &of(DType::BF16), Group::alone()).unwrap();
+        driver.lose("attend_tensor", 1);
+        assert!(uses(first.beside(&of(DType::BF16), Group::alone()).unwrap()));
+        let plain = first.beside(&of(DType::F32), Group::alone()).unwrap();
+        assert!(!uses(plain.beside(&of(DType::BF16), Group::alone()).unwrap()));
+        assert!(uses(first));
     }
 }

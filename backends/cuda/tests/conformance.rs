@@ -1,6 +1,7 @@
 //! The kernels keep the meaning of the seam: the whole suite on the emulated device, which checks every access of theirs and
 //! delays all work as long as it may. (On a GPU: `benches/h200.sh`.)
 
+use std::cell::RefCell;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use backend::conformance::{QUANTS, Suite, Tolerance};
@@ -22,10 +23,21 @@ fn suite<'a>(
     Suite { open, tolerance: TOLERANCE, dtypes: DTYPES, group: None, quants: QUANTS, plain_experts: DTYPES }
 }
 
+/// On one device, which every case opens once more.
 #[test]
 fn conforms() {
+    thread_local! {
+        static DEVICE: RefCell<Option<EmulatedBackend>> = const { RefCell::new(None) };
+    }
     let _alone = alone();
-    suite(&EmulatedBackend::open).run();
+    DEVICE.set(Some(EmulatedBackend::open(&DeviceOptions::default(), Group::alone()).unwrap()));
+    let open = |options: &DeviceOptions, group: Group| {
+        DEVICE.with_borrow(|device| match device {
+            Some(device) => device.beside(options, group),
+            None => EmulatedBackend::open(options, group),
+        })
+    };
+    suite(&open).run();
 }
 
 /// A device with much shared memory takes larger tiles; one with many processors splits keys of few rows, and blocks without rows among

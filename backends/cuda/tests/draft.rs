@@ -10,7 +10,7 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use backend::{Backend, DType, DeviceOptions};
+use backend::{Backend, DType, DeviceOptions, Group};
 use backend_cuda::EmulatedBackend;
 use engine::{
     Counters, DraftModel, Engine, EngineOptions, Event, Job, Place, Request, Runner, Sampling, Terms,
@@ -47,13 +47,19 @@ fn checkpoint(seed: u64, theta: f64) -> Checkpoint {
     checkpoint
 }
 
-fn model(seed: u64, theta: f64, rank: usize, world: usize) -> (EmulatedBackend, Model<EmulatedBackend>, u64) {
-    let device = DeviceOptions { dtype: DType::F32, block_tokens: BLOCK, ..DeviceOptions::default() };
-    let mut backend = EmulatedBackend::open(&device, engine::tp::unmet(rank, world).unwrap()).unwrap();
-    let checkpoint = checkpoint(seed, theta);
-    let model = Model::load(&mut backend, &checkpoint, rank, world, DType::F32, &mut |_| {}).unwrap();
+fn device() -> DeviceOptions {
+    DeviceOptions { dtype: DType::F32, block_tokens: BLOCK, ..DeviceOptions::default() }
+}
+
+/// A model and the bytes of its cache.
+fn model(
+    backend: &mut EmulatedBackend,
+    checkpoint: &Checkpoint,
+    [rank, world]: [usize; 2],
+) -> (Model<EmulatedBackend>, u64) {
+    let model = Model::load(backend, checkpoint, rank, world, DType::F32, &mut |_| {}).unwrap();
     let kv_bytes = BLOCKS * u64::from(BLOCK) * model.kv_spec().token_bytes() as u64;
-    (backend, model, kv_bytes)
+    (model, kv_bytes)
 }
 
 /// All ranks of a group.
@@ -67,6 +73,7 @@ impl Node {
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
         let leader = listener.local_addr().unwrap().to_string();
         let mut listener = Some(listener);
+        let draft_max = if draft.is_some() { 4 } else { 0 };
         let ranks = (0..world).map(|rank| {
             let place = match (world, rank) {
                 (1, _) => Place::Alone,
@@ -75,20 +82,26 @@ impl Node {
             };
             let (engine, commands) = engine::engine();
             let work = move || {
-                let (backend, own, kv_bytes) = model(SEED, THETA, rank, world);
+                let group = engine::tp::unmet(rank, world).unwrap();
+                let mut backend = EmulatedBackend::open(&device(), group).unwrap();
+                let (own, kv_bytes) = model(&mut backend, &checkpoint(SEED, THETA), [rank, world]);
+                let draft = draft.filter(|_| rank == 0).map(|(seed, theta)| {
+                    let mut beside = backend.beside(&device(), Group::alone()).unwrap();
+                    let (model, kv_bytes) = model(&mut beside, &checkpoint(seed, theta), [0, 1]);
+                    DraftModel::new(beside, model, kv_bytes).unwrap()
+                });
                 let options = EngineOptions {
                     kv_bytes,
                     context_tokens: 512,
                     batch_max: 4,
                     step_tokens: 64,
                     chunk_tokens: 40,
-                    draft_max: if draft.is_some() { 4 } else { 0 },
+                    draft_max,
                     ..EngineOptions::default()
                 };
                 let mut runner = Runner::new(backend, own, options).unwrap();
-                if let Some((seed, theta)) = draft.filter(|_| rank == 0) {
-                    let (backend, model, kv_bytes) = model(seed, theta, 0, 1);
-                    runner.draft_with(DraftModel::new(backend, model, kv_bytes).unwrap());
+                if let Some(draft) = draft {
+                    runner.draft_with(draft);
                 }
                 let terms = Terms {
                     trust: engine::tp::Trust::in_clear(b"cluster".to_vec()),

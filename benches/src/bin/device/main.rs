@@ -8,6 +8,8 @@ mod golden;
 mod measure;
 mod products;
 
+use std::any::Any;
+use std::cell::RefCell;
 use std::path::PathBuf;
 
 use anyhow::{Context, Result, bail};
@@ -23,6 +25,11 @@ use measure::{Bench, Replays};
 
 /// Seed of the dummy weights.
 const SEED: u64 = 7;
+
+thread_local! {
+    /// What is measured.
+    static DEVICE: RefCell<Option<Box<dyn Any>>> = const { RefCell::new(None) };
+}
 
 #[derive(Parser)]
 #[command(about = "Measures one device: correctness, prompts, generation, cache on its way out")]
@@ -79,14 +86,17 @@ struct Args {
 
 fn main() -> Result<()> {
     let args = Args::parse();
-    match args.backend.as_str() {
+    let ended = match args.backend.as_str() {
         "cuda" => {
             let replays = Replays { turn: CudaBackend::replay_steps, count: CudaBackend::replayed_steps };
             run::<CudaBackend>(&args, Some(replays))
         }
         "cpu" => run::<CpuBackend>(&args, None),
         other => bail!("no backend {other:?}: cuda or cpu"),
-    }
+    };
+    // Before the process ends, and the driver in it.
+    DEVICE.set(None);
+    ended
 }
 
 fn run<B: Backend>(args: &Args, replays: Option<Replays<B>>) -> Result<()> {
@@ -95,8 +105,9 @@ fn run<B: Backend>(args: &Args, replays: Option<Replays<B>>) -> Result<()> {
     let cuda = CudaOptions { attention, ..CudaOptions::default() };
     let options = DeviceOptions { dtype, cuda, cache: args.cache.clone(), ..DeviceOptions::default() };
     let device = B::open(&options, Group::alone())?;
-    // Held to the end: while a GPU's context is there, opening it again takes little.
     println!("{}: {}", device.caps().name, device.caps().device);
+    // Held to the end: while a GPU's context is there, opening it again takes little.
+    DEVICE.set(Some(Box::new(device)));
     let beside = match &args.beside {
         Some(path) => {
             serde_json::from_slice(&std::fs::read(path)?).with_context(|| path.display().to_string())?
@@ -124,8 +135,12 @@ fn run<B: Backend>(args: &Args, replays: Option<Replays<B>>) -> Result<()> {
         products::table::<B>(args.runs.max(1), args.small, &options)?;
     }
     if args.conformance {
+        // Every case opens it: of a GPU that is open that takes little.
         let open = |options: &DeviceOptions, group: Group| {
-            B::open(&DeviceOptions { cache: args.cache.clone(), ..options.clone() }, group)
+            DEVICE.with_borrow(|device| match device.as_ref().and_then(|device| device.downcast_ref::<B>()) {
+                Some(device) => device.beside(options, group),
+                None => B::open(&DeviceOptions { cache: args.cache.clone(), ..options.clone() }, group),
+            })
         };
         let tolerance = Tolerance { f32: 1e-5, bf16: 2e-2 };
         let dtypes = &[DType::F32, DType::BF16];
