@@ -1,5 +1,6 @@
 //! Whole numbers of 16 bits by AVX2: 16 words are two registers.
 
+use std::arch::asm;
 use std::arch::x86_64::*;
 
 use super::super::codes::BYTES;
@@ -50,8 +51,8 @@ impl Multiply for WordsAvx2 {
         unsafe {
             let inputs = _mm256_set1_epi32(inputs);
             Two(
-                _mm256_add_epi32(sums.0, _mm256_madd_epi16(codes.0, inputs)),
-                _mm256_add_epi32(sums.1, _mm256_madd_epi16(codes.1, inputs)),
+                plus(sums.0, _mm256_madd_epi16(codes.0, inputs)),
+                plus(sums.1, _mm256_madd_epi16(codes.1, inputs)),
             )
         }
     }
@@ -179,6 +180,23 @@ impl Narrow for WordsAvx2 {
 unsafe fn apart<T: Task>(task: T) {
     // SAFETY: the caller's.
     unsafe { task.run() }
+}
+
+/// The sums of words, one after the other as they are written: the compiler would add what comes to the same sum later first, or
+/// finish one sum before the next, and either way keep in memory what there are no registers for.
+#[inline]
+#[target_feature(enable = "avx2")]
+fn plus(mut sums: __m256i, products: __m256i) -> __m256i {
+    // SAFETY: register arithmetic of this level.
+    unsafe {
+        asm!(
+            "vpaddd {sums}, {sums}, {products}",
+            sums = inout(ymm_reg) sums,
+            products = in(ymm_reg) products,
+            options(nomem, nostack, preserves_flags),
+        );
+    }
+    sums
 }
 
 /// A pair of codes in planes, of half of the outputs.
