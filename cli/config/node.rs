@@ -68,7 +68,7 @@ settings! {
         draft_model: Option<PathBuf> ["MODEL"];
         /// CPU threads [default: one per core]
         threads: Option<usize> ["N"];
-        /// CPU instructions: portable, avx2, avx512, avx512vnni, avx512bf16 or amx [default: the best of this machine]
+        /// CPU instructions: portable, avx2, avxvnni, avx512, avx512vnni, avx512bf16 or amx [default: the best of this machine]
         cpu_level: Option<String> ["NAME"];
         /// How activations meet quantised weights on the CPU: exact, or int8 (rounded to 8 bits: coarser, faster for few rows)
         cpu_activations: Activations ["NAME"] = "exact";

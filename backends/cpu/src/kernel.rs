@@ -386,6 +386,17 @@ pub(crate) static AVX2: Kernels = Kernels {
     ..avx2::KERNELS
 };
 
+/// The same with AVX-VNNI.
+#[cfg(target_arch = "x86_64")]
+pub(crate) static AVX_VNNI: Kernels = Kernels {
+    whole: Some(WholeKernels {
+        product: scaled::words_avx_vnni,
+        inputs: scaled::inputs_avx_vnni,
+        apart: None,
+    }),
+    ..avx2::KERNELS
+};
+
 /// AVX-512 with products of whole numbers, of bytes too.
 #[cfg(target_arch = "x86_64")]
 pub(crate) static AVX512_VNNI: Kernels = Kernels {

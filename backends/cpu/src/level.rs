@@ -12,6 +12,8 @@ pub enum Level {
     Portable,
     /// AVX2 with FMA and F16C: quantised weights in bf16 steps are multiplied as whole numbers.
     Avx2,
+    /// The same with AVX-VNNI, which has an instruction for such products.
+    AvxVnni,
     /// AVX-512 F, BW, VL and DQ; quantised weights are multiplied as floats.
     Avx512,
     /// The same with VNNI and VBMI: quantised weights in bf16 steps are multiplied as whole numbers.
@@ -24,8 +26,15 @@ pub enum Level {
 
 impl Level {
     /// All levels, the plainest first.
-    pub const ALL: [Level; 6] =
-        [Level::Portable, Level::Avx2, Level::Avx512, Level::Avx512Vnni, Level::Avx512Bf16, Level::Amx];
+    pub const ALL: [Level; 7] = [
+        Level::Portable,
+        Level::Avx2,
+        Level::AvxVnni,
+        Level::Avx512,
+        Level::Avx512Vnni,
+        Level::Avx512Bf16,
+        Level::Amx,
+    ];
 
     /// The best level of this machine.
     pub fn best() -> Self {
@@ -38,10 +47,11 @@ impl Level {
     /// Whether this machine has the instructions.
     pub fn available(self) -> bool {
         #[cfg(target_arch = "x86_64")]
-        let (avx2, avx512, vnni, bf16) = (
+        let (avx2, avx_vnni, avx512, vnni, bf16) = (
             is_x86_feature_detected!("avx2")
                 && is_x86_feature_detected!("fma")
                 && is_x86_feature_detected!("f16c"),
+            is_x86_feature_detected!("avxvnni"),
             is_x86_feature_detected!("avx512f")
                 && is_x86_feature_detected!("avx512bw")
                 && is_x86_feature_detected!("avx512vl")
@@ -50,10 +60,11 @@ impl Level {
             is_x86_feature_detected!("avx512bf16"),
         );
         #[cfg(not(target_arch = "x86_64"))]
-        let (avx2, avx512, vnni, bf16) = (false, false, false, false);
+        let (avx2, avx_vnni, avx512, vnni, bf16) = (false, false, false, false, false);
         match self {
             Level::Portable => true,
             Level::Avx2 => avx2,
+            Level::AvxVnni => avx2 && avx_vnni,
             Level::Avx512 => avx2 && avx512,
             Level::Avx512Vnni => avx2 && avx512 && vnni,
             Level::Avx512Bf16 => avx2 && avx512 && vnni && bf16,
@@ -64,11 +75,12 @@ impl Level {
         }
     }
 
-    /// `portable`, `avx2`, `avx512`, `avx512vnni`, `avx512bf16` or `amx`.
+    /// `portable`, `avx2`, `avxvnni`, `avx512`, `avx512vnni`, `avx512bf16` or `amx`.
     pub const fn name(self) -> &'static str {
         match self {
             Level::Portable => "portable",
             Level::Avx2 => "avx2",
+            Level::AvxVnni => "avxvnni",
             Level::Avx512 => "avx512",
             Level::Avx512Vnni => "avx512vnni",
             Level::Avx512Bf16 => "avx512bf16",
@@ -81,6 +93,8 @@ impl Level {
         match self {
             #[cfg(target_arch = "x86_64")]
             Level::Avx2 => &kernel::AVX2,
+            #[cfg(target_arch = "x86_64")]
+            Level::AvxVnni => &kernel::AVX_VNNI,
             #[cfg(target_arch = "x86_64")]
             Level::Avx512 => &kernel::avx512::KERNELS,
             #[cfg(target_arch = "x86_64")]
@@ -117,7 +131,7 @@ impl FromStr for Level {
     fn from_str(s: &str) -> Result<Self, String> {
         let named = Level::ALL.into_iter().find(|level| level.name() == s);
         named.ok_or_else(|| {
-            format!("unknown instruction level {s:?}: expected portable, avx2, avx512, avx512vnni, avx512bf16 or amx")
+            format!("unknown instruction level {s:?}: expected portable, avx2, avxvnni, avx512, avx512vnni, avx512bf16 or amx")
         })
     }
 }

@@ -92,7 +92,8 @@ whole!(
     WordsVnni,
     "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx512vbmi,avx2,fma,f16c"
 );
-whole!(words_avx2, inputs_avx2, WordsAvx2, "avx2,fma,f16c");
+whole!(words_avx2, inputs_avx2, WordsAvx2<false>, "avx2,fma,f16c");
+whole!(words_avx_vnni, inputs_avx_vnni, WordsAvx2<true>, "avx2,fma,f16c");
 
 /// Runs a product of whole numbers, of many rows in tiles.
 ///

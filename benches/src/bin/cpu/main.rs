@@ -68,7 +68,7 @@ struct Args {
     /// Ours with activations in 8 bits, as llama.cpp has them always
     #[arg(long)]
     int8: bool,
-    /// Ours at this instruction level: portable, avx2, avx512, avx512vnni, avx512bf16 or amx
+    /// Ours at this instruction level: portable, avx2, avxvnni, avx512, avx512vnni, avx512bf16 or amx
     #[arg(long)]
     level: Option<String>,
     /// Steps of a decode

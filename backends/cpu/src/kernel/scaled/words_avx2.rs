@@ -1,4 +1,4 @@
-//! Whole numbers of 16 bits by AVX2: 16 words are two registers.
+//! Whole numbers of 16 bits by AVX2: 16 words are two registers. AVX-VNNI multiplies and adds them at once.
 
 use std::arch::asm;
 use std::arch::x86_64::*;
@@ -9,8 +9,8 @@ use super::multiply::{Multiply, Task, Words};
 use crate::lanes::LANES;
 use crate::lanes::avx2::{Avx2, line, six};
 
-/// Pairs of whole numbers; sums are whole too.
-pub(super) struct WordsAvx2;
+/// Pairs of whole numbers; sums are whole too. `VNNI`: there is AVX-VNNI.
+pub(super) struct WordsAvx2<const VNNI: bool>;
 
 /// Words `[0, 8)` and `[8, 16)`.
 #[derive(Clone, Copy)]
@@ -18,7 +18,7 @@ pub(super) struct Two(__m256i, __m256i);
 
 // SAFETY (all blocks here): the product runs only where AVX2, FMA and F16C were detected, and the caller gives memory as each
 // method says.
-impl Multiply for WordsAvx2 {
+impl<const VNNI: bool> Multiply for WordsAvx2<VNNI> {
     type Floats = Avx2;
     type Words = Two;
 
@@ -50,10 +50,13 @@ impl Multiply for WordsAvx2 {
         // SAFETY: see the impl.
         unsafe {
             let inputs = _mm256_set1_epi32(inputs);
-            Two(
-                plus(sums.0, _mm256_madd_epi16(codes.0, inputs)),
-                plus(sums.1, _mm256_madd_epi16(codes.1, inputs)),
-            )
+            match const { VNNI } {
+                true => Two(plus_products(sums.0, codes.0, inputs), plus_products(sums.1, codes.1, inputs)),
+                false => Two(
+                    plus(sums.0, _mm256_madd_epi16(codes.0, inputs)),
+                    plus(sums.1, _mm256_madd_epi16(codes.1, inputs)),
+                ),
+            }
         }
     }
 
@@ -149,7 +152,7 @@ impl Words for Two {
     }
 }
 
-impl Narrow for WordsAvx2 {
+impl<const VNNI: bool> Narrow for WordsAvx2<VNNI> {
     #[inline(always)]
     unsafe fn narrowed(x: Avx2, out: *mut i16) -> Two {
         // SAFETY: see the other impl. Packing works within 128-bit halves: put the middle quarters right.
@@ -193,6 +196,26 @@ fn plus(mut sums: __m256i, products: __m256i) -> __m256i {
             "vpaddd {sums}, {sums}, {products}",
             sums = inout(ymm_reg) sums,
             products = in(ymm_reg) products,
+            options(nomem, nostack, preserves_flags),
+        );
+    }
+    sums
+}
+
+/// The sums of words and the products of pairs, likewise.
+///
+/// # Safety
+/// This machine has AVX-VNNI.
+#[inline]
+#[target_feature(enable = "avx2")]
+unsafe fn plus_products(mut sums: __m256i, codes: __m256i, inputs: __m256i) -> __m256i {
+    // SAFETY: register arithmetic of what the caller has.
+    unsafe {
+        asm!(
+            "{{vex}} vpdpwssd {sums}, {codes}, {inputs}",
+            sums = inout(ymm_reg) sums,
+            codes = in(ymm_reg) codes,
+            inputs = in(ymm_reg) inputs,
             options(nomem, nostack, preserves_flags),
         );
     }
