@@ -36,7 +36,7 @@ impl Multiply for Halves {
     }
 
     #[inline(always)]
-    unsafe fn add(sums: __m512i, codes: __m512i, inputs: i32) -> __m512i {
+    unsafe fn add<const IN_TURN: bool>(sums: __m512i, codes: __m512i, inputs: i32) -> __m512i {
         // SAFETY: see the impl.
         unsafe {
             let sums = _mm512_castsi512_ps(sums);

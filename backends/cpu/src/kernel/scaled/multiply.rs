@@ -27,8 +27,9 @@ pub(super) trait Multiply {
 
     /// Pair `pair` of the four of octet `octet` of a chunk of this code.
     unsafe fn pair<const CODE: usize>(chunk: *const u8, octet: usize, pair: usize) -> Self::Words;
-    /// `sums` and the products of the pairs of `codes` by the pair `inputs`.
-    unsafe fn add(sums: Self::Words, codes: Self::Words, inputs: i32) -> Self::Words;
+    /// `sums` and the products of the pairs of `codes` by the pair `inputs`. `IN_TURN`: where this is written and not where the compiler
+    /// thinks better, which some tiles of many rows and one panel leave with sums in memory.
+    unsafe fn add<const IN_TURN: bool>(sums: Self::Words, codes: Self::Words, inputs: i32) -> Self::Words;
     /// Adds the octets of a chunk from octet `from` on, half of one of 6 bits or all of it, by the inputs at `x`, to the sums of a
     /// group, and asks for what lies behind them.
     #[inline(always)]

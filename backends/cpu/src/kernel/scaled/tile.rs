@@ -69,7 +69,10 @@ pub(super) unsafe fn add<M: Multiply, const R: usize, const P: usize>(
         unsafe {
             let inputs = *s.row_of(x, r);
             for (sum, weights) in sums[r].iter_mut().zip(weights) {
-                *sum = M::add(*sum, *weights, inputs);
+                *sum = match const { R > 4 && P == 1 } {
+                    true => M::add::<true>(*sum, *weights, inputs),
+                    false => M::add::<false>(*sum, *weights, inputs),
+                };
             }
         }
     });

@@ -61,9 +61,9 @@ impl Multiply for WordsVnni {
     }
 
     #[inline(always)]
-    unsafe fn add(sums: __m512i, codes: __m512i, inputs: i32) -> __m512i {
+    unsafe fn add<const IN_TURN: bool>(sums: __m512i, codes: __m512i, inputs: i32) -> __m512i {
         // SAFETY: see the impl.
-        unsafe { add_products(sums, codes, _mm512_set1_epi32(inputs)) }
+        unsafe { add_products::<IN_TURN>(sums, codes, _mm512_set1_epi32(inputs)) }
     }
 
     /// Codes come out of planes as bytes in half the time, which counts while rows are very few: inputs are parted into their upper and
@@ -251,16 +251,25 @@ unsafe fn part<const CODE: usize>(x: *const i32, out: *mut i32) {
 /// take as long again where many sums are in flight.
 #[inline]
 #[target_feature(enable = "avx512f,avx512vnni")]
-fn add_products(mut sums: __m512i, codes: __m512i, inputs: __m512i) -> __m512i {
+fn add_products<const IN_TURN: bool>(mut sums: __m512i, codes: __m512i, inputs: __m512i) -> __m512i {
     // SAFETY: register arithmetic of this level.
     unsafe {
-        asm!(
-            "vpdpwssd {sums}, {codes}, {inputs}",
-            sums = inout(zmm_reg) sums,
-            codes = in(zmm_reg) codes,
-            inputs = in(zmm_reg) inputs,
-            options(pure, nomem, nostack, preserves_flags),
-        );
+        match IN_TURN {
+            true => asm!(
+                "vpdpwssd {sums}, {codes}, {inputs}",
+                sums = inout(zmm_reg) sums,
+                codes = in(zmm_reg) codes,
+                inputs = in(zmm_reg) inputs,
+                options(nomem, nostack, preserves_flags),
+            ),
+            false => asm!(
+                "vpdpwssd {sums}, {codes}, {inputs}",
+                sums = inout(zmm_reg) sums,
+                codes = in(zmm_reg) codes,
+                inputs = in(zmm_reg) inputs,
+                options(pure, nomem, nostack, preserves_flags),
+            ),
+        }
     }
     sums
 }

@@ -46,7 +46,7 @@ impl<const VNNI: bool> Multiply for WordsAvx2<VNNI> {
     }
 
     #[inline(always)]
-    unsafe fn add(sums: Two, codes: Two, inputs: i32) -> Two {
+    unsafe fn add<const IN_TURN: bool>(sums: Two, codes: Two, inputs: i32) -> Two {
         // SAFETY: see the impl.
         unsafe {
             let inputs = _mm256_set1_epi32(inputs);
