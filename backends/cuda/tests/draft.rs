@@ -6,6 +6,7 @@ mod library;
 
 use std::net::TcpListener;
 use std::path::PathBuf;
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
@@ -39,7 +40,10 @@ fn checkpoint(seed: u64, theta: f64) -> Checkpoint {
         "rms_norm_eps": 1e-6, "rope_theta": theta, "max_position_embeddings": 512,
         "tie_word_embeddings": false, "torch_dtype": "float32"
     });
-    let dir = PathBuf::from(env!("CARGO_TARGET_TMPDIR")).join(format!("draft-{}", std::process::id()));
+    // Ranks open theirs at once.
+    static OPENED: AtomicU32 = AtomicU32::new(0);
+    let name = format!("draft-{}-{}", std::process::id(), OPENED.fetch_add(1, Ordering::Relaxed));
+    let dir = PathBuf::from(env!("CARGO_TARGET_TMPDIR")).join(name);
     std::fs::create_dir_all(&dir).unwrap();
     std::fs::write(dir.join("config.json"), config.to_string()).unwrap();
     let checkpoint = Checkpoint::dummy(&dir, seed).unwrap();
