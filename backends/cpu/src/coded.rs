@@ -22,7 +22,6 @@
 mod pack;
 
 use std::ops::Range;
-use std::ptr;
 
 use backend::QuantView;
 
@@ -252,10 +251,11 @@ impl Coded {
         let together = if rows <= Scaled::ROWS_RANGES { ranges.len().max(1) } else { 1 };
         for (at, range) in ranges.enumerate().step_by(together) {
             let inputs = inputs.of(range);
-            let whole = match kind {
+            let row = match kind {
                 PairKind::Whole(units) => inputs.whole(&units),
                 PairKind::Bf16 => None,
             };
+            let row = row.unwrap_or(inputs.bf16());
             // SAFETY: the panels have these octets, the rest is the caller's.
             unsafe {
                 product(&Scaled {
@@ -267,12 +267,12 @@ impl Coded {
                     soon,
                     octets: (range * each / 8, (range + 1) * each / 8),
                     ranges: together,
-                    x: whole.map_or(inputs.x(), |row| row.pairs),
+                    x: row.pairs,
                     x_stride: inputs.stride(),
-                    known: whole.map_or(ptr::null(), |row| row.known),
-                    known_range: whole.map_or(0, |row| row.known_range),
-                    bytes: whole.map_or(ptr::null(), |row| row.bytes),
-                    bytes_range: whole.map_or(0, |row| row.bytes_range),
+                    known: row.known,
+                    known_range: row.known_range,
+                    bytes: row.bytes,
+                    bytes_range: row.bytes_range,
                     rows,
                     acc: acc.add(at * acc_range),
                     acc_range,

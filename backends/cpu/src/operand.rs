@@ -56,9 +56,9 @@ pub(crate) struct PairInputs<'a> {
     range: usize,
 }
 
-/// Whole numbers of a row, for the inputs of one range: see [`crate::kernel::Scaled`].
+/// What a product of codes takes of a row, for the inputs of one range: see [`crate::kernel::Scaled`].
 #[derive(Clone, Copy, Debug)]
-pub(crate) struct WholeRow {
+pub(crate) struct CodedRow {
     pub(crate) pairs: *const i32,
     /// Null where the level does not take them.
     pub(crate) bytes: *const u8,
@@ -83,10 +83,16 @@ impl PairInputs<'_> {
         self.row.stride
     }
 
+    /// The first row's pairs of bf16, of which nothing more is known.
+    pub(crate) fn bf16(&self) -> CodedRow {
+        let (bytes, known) = (ptr::null(), ptr::null());
+        CodedRow { pairs: self.x(), bytes, bytes_range: 0, known, known_range: 0 }
+    }
+
     /// The first row's whole numbers in such units.
-    pub(crate) fn whole(&self, units: &Units) -> Option<WholeRow> {
+    pub(crate) fn whole(&self, units: &Units) -> Option<CodedRow> {
         let (set, range) = (self.row.whole(units)?, self.range);
-        Some(WholeRow {
+        Some(CodedRow {
             pairs: self.start.wrapping_add(set.pairs_of(range)),
             bytes: set.bytes_of(range).map_or(ptr::null(), |bytes| self.start.wrapping_add(bytes).cast()),
             bytes_range: set.bytes_range(),

@@ -48,7 +48,8 @@ impl Attention<'_> {
         for pair in self.turn(range.start) / 2..range.end.div_ceil(2) {
             let to = out.cast::<u16>().wrapping_add(pair * 2 * LANES);
             let rows = [place(2 * pair), place(2 * pair + 1)];
-            let ahead = [place(2 * pair + AHEAD), place(2 * pair + 1 + AHEAD)];
+            // At the end what is there already: nothing lies where no address points, and looking for it takes time.
+            let ahead = [0, 1].map(|row| place((2 * pair + row + AHEAD).min(range.end - 1)));
             // SAFETY: readable positions of value_dim elements; `out` has a place for this pair in every panel.
             unsafe { (kernels.interleave)(rows, self.value_dim, to, PANEL, ahead) };
         }
