@@ -20,6 +20,9 @@ pub const QUANTS: &[Quant] = &[
     Quant::Int4 { group: 128 },
     Quant::Fp8 { rows: 128, cols: 128 },
     Quant::Fp8 { rows: 3, cols: 5 },
+    // A scale per output, and one of the whole matrix.
+    Quant::Fp8 { rows: 1, cols: 1 << 12 },
+    Quant::Fp8 { rows: 1 << 12, cols: 1 << 12 },
     Quant::Gguf(GgufBlock::Q4_0),
     Quant::Gguf(GgufBlock::Q4_1),
     Quant::Gguf(GgufBlock::Q5_0),

@@ -4,7 +4,7 @@ use backend::{DType, GgufBlock, MatrixView, Quant, QuantView};
 use half::{bf16, f16};
 
 use super::{CHUNK, Coded};
-use crate::kernel::{Code, E4M3_SCALE, Form, MINIMA_GROUPS, ORDER, Scale, Zero};
+use crate::kernel::{Code, E4M3_SCALE, Form, MINIMA_GROUPS, ORDER, Scale, Scaled, Zero};
 use crate::lanes::LANES;
 
 /// How rows of `view` are packed.
@@ -23,7 +23,10 @@ pub(super) fn form(view: &QuantView<'_>) -> Option<Form> {
         Quant::Int4 { group } => (Code::Planes(4), stored(Zero::Code(8.0))?, group),
         Quant::Fp8 { cols, .. } => {
             let left = view.origin.1 % cols;
-            (Code::E4m3, Scale::F32(Zero::Code(0.0)), if left == 0 { cols } else { common(cols, left) })
+            let group = if left == 0 { cols } else { common(cols, left) };
+            // A scale of a whole row is repeated, so that a part of the row is no block as long as the row.
+            let group = if group > Scaled::UNIT_MAX { common(group, Scaled::UNIT_MAX) } else { group };
+            (Code::E4m3, Scale::F32(Zero::Code(0.0)), group)
         }
         Quant::Gguf(block) => match block {
             GgufBlock::Q4_0 => (Code::Planes(4), Scale::F16(Zero::Code(8.0)), 32),
