@@ -88,11 +88,15 @@ pub struct Parameters {
 }
 
 impl Config {
-    /// Reads `config.json` at `path`.
+    /// Reads `config.json` at `path`, and what ModelOpt says beside it of how weights are quantised.
     pub fn read(path: &Path) -> Result<Config, ModelError> {
         let name = path.display().to_string();
         let json = std::fs::read(path).map_err(|reason| ModelError::Io { path: name.clone(), reason })?;
-        Config::parse(&name, &json)
+        let mut config = Config::parse(&name, &json)?;
+        if config.quantisation.is_none() {
+            config.quantisation = Quantisation::beside(&path.with_file_name("hf_quant_config.json"))?;
+        }
+        Ok(config)
     }
 
     /// Parses the text of a `config.json`; `path` is for messages. A field that is not known to leave the computation

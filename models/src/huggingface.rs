@@ -1,5 +1,5 @@
 //! Opens a directory of safetensors files, whole or sharded by an index, and finds the model's tensors in it: plain ones,
-//! MLX's quantised and stacked ones, DeepSeek's FP8, compressed-tensors' packed INT4. Names become those of Hugging Face.
+//! MLX's quantised and stacked ones, FP8, compressed-tensors' packed INT4. Names become those of Hugging Face.
 
 use std::collections::{BTreeMap, HashMap};
 use std::path::{Component, Path};
@@ -11,10 +11,14 @@ use serde::Deserialize;
 use crate::experts::ExpertNames;
 use crate::file::{Entry, WeightFile};
 use crate::weights::{Form, Place, Scales, Stored, Weights};
-use crate::{Config, ModelError, Quantisation};
+use crate::{Config, Ints, ModelError, Quantisation};
 
 const SINGLE: &str = "model.safetensors";
 const INDEX: &str = "model.safetensors.index.json";
+
+/// Ends of the names of scales for activations and caches.
+const MEASURED: [&str; 6] =
+    [".input_scale", ".output_scale", ".q_scale", ".k_scale", ".v_scale", ".kv_scale"];
 
 #[derive(Deserialize)]
 struct Index {
@@ -79,7 +83,11 @@ impl Reader<'_> {
         let format =
             |reason: String| ModelError::Format { path: path(), reason: format!("tensor {name}: {reason}") };
         if let Some(base) = name.strip_suffix(".weight_packed") {
-            let Some(Quantisation::Int4 { group }) = self.quantisation else {
+            let ints = match self.quantisation {
+                Some(Quantisation::Compressed { ints, .. }) => ints.first(),
+                _ => None,
+            };
+            let Some(Ints { group }) = ints else {
                 return Err(format("packed, but config.json names no such format".into()));
             };
             let scales = self.scales(base, "weight_scale")?;
@@ -105,29 +113,26 @@ impl Reader<'_> {
             || part(".biases", "scales")
             || part(".weight_scale_inv", "weight")
             || part(".weight_scale", "weight_packed")
+            || part(".weight_scale", "weight")
             || part(".weight_shape", "weight_packed")
         {
+            return Ok(None);
+        }
+        // What activations and caches were scaled by when they were measured: they keep their numbers here.
+        let of_weights = self.quantisation.and_then(Quantisation::fp8_block).is_some();
+        if of_weights && MEASURED.iter().any(|end| name.ends_with(end)) {
             return Ok(None);
         }
         let base = name.strip_suffix(".weight").unwrap_or(name);
         if has(base, "scales") {
             return self.affine(name, base, entry, place).map(Some);
         }
-        let fp8 = entry.dtype == Dtype::F8_E4M3 && has(base, "weight_scale_inv");
-        if let (true, Some(Quantisation::Fp8 { rows, cols })) = (fp8, self.quantisation) {
-            let scales = self.scales(base, "weight_scale_inv")?;
-            let blocks = match entry.shape[..] {
-                [height, width] => (height.div_ceil(*rows), width.div_ceil(*cols)),
-                _ => (0, 0),
-            };
-            if (scales.rows, scales.cols) != blocks {
-                let (shape, down, across) = (&entry.shape, scales.rows, scales.cols);
-                return Err(format(format!(
-                    "{shape:?} with scales [{down}, {across}] in blocks of {rows} x {cols}"
-                )));
-            }
-            let format = Quant::Fp8 { rows: *rows, cols: *cols };
-            let form = Form::Quantised { format, scales: Some(scales), biases: None };
+        if entry.dtype == Dtype::F8_E4M3
+            && let Some(block) = self.quantisation.and_then(Quantisation::fp8_block)
+            && let Some(end) = ["weight_scale_inv", "weight_scale"].into_iter().find(|end| has(base, end))
+        {
+            let by_block = end == "weight_scale_inv";
+            let form = fp8(&entry.shape, self.scales(base, end)?, block, by_block).map_err(format)?;
             return Ok(Some((name.into(), Stored { shape: entry.shape.clone(), place, form })));
         }
         let form = plain(entry.dtype).map_or_else(|| Form::Foreign(entry.dtype.to_string()), Form::Plain);
@@ -188,6 +193,31 @@ impl Reader<'_> {
             entry.shape.split_last().map_or((1, 1), |(last, rest)| (*last, rest.iter().product()));
         Ok(Scales { dtype, rows, cols, place: Place { file: *file, range: entry.range.clone() } })
     }
+}
+
+/// FP8 codes of `shape`: a scale per block where they are so many, else (unless `by_block`) per output or one.
+fn fp8(
+    shape: &[usize],
+    mut scales: Scales,
+    block: Option<(usize, usize)>,
+    by_block: bool,
+) -> Result<Form, String> {
+    let &[height, width] = shape else { return Err(format!("shape {shape:?} is no matrix")) };
+    let grid = (scales.rows, scales.cols);
+    let (rows, cols) = match block {
+        Some((rows, cols)) if grid == (height.div_ceil(rows), width.div_ceil(cols)) => (rows, cols),
+        _ if grid == (1, 1) && !by_block => (height, width),
+        _ if (grid == (height, 1) || grid == (1, height)) && !by_block => {
+            (scales.rows, scales.cols) = (height, 1);
+            (1, width)
+        }
+        block => {
+            let (down, across) = grid;
+            let blocks = block.map_or(String::new(), |(rows, cols)| format!(" in blocks of {rows} x {cols}"));
+            return Err(format!("{shape:?} with scales [{down}, {across}]{blocks}"));
+        }
+    };
+    Ok(Form::Quantised { format: Quant::Fp8 { rows, cols }, scales: Some(scales), biases: None })
 }
 
 fn plain(dtype: Dtype) -> Option<DType> {

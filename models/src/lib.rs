@@ -38,7 +38,7 @@ pub use file::{Entry, table as safetensors_table};
 pub use generation::Generation;
 pub use identity::Identity;
 pub use load::Progress;
-pub use quantisation::{Affine, Quantisation};
+pub use quantisation::{Affine, Ints, Quantisation};
 pub use rope::{RopeConfig, Scaling};
 pub use shard::{Shard, kv_specs, shards};
 pub use tensors::{Cut, Role, Span, TensorSpec, tensors};

@@ -1,7 +1,8 @@
-//! How a configuration says that its weights are quantised: MLX's `quantization`, or Hugging Face's
-//! `quantization_config`. Which tensors really are is seen from the tensors themselves.
+//! How a configuration says that its weights are quantised: MLX's `quantization`, Hugging Face's `quantization_config`, or
+//! ModelOpt's file. Which tensors really are is seen from the tensors themselves.
 
 use std::collections::BTreeMap;
+use std::path::Path;
 
 use serde_json::Value;
 
@@ -18,18 +19,25 @@ pub enum Quantisation {
         /// By name without `.weight`; `None`: not quantised.
         overrides: BTreeMap<String, Option<Affine>>,
     },
-    /// DeepSeek's FP8: a scale per block of rows and columns.
+    /// FP8 codes. Whether a tensor has one scale, one per output or one per block is seen from its scales.
     Fp8 {
-        /// Rows of a block.
-        rows: usize,
-        /// Columns of a block.
-        cols: usize,
+        /// Rows and columns of a block, where there are blocks.
+        block: Option<(usize, usize)>,
     },
-    /// compressed-tensors `pack-quantized`: symmetric, 4 bits.
-    Int4 {
-        /// Columns that share a scale.
-        group: usize,
+    /// compressed-tensors: FP8 and whole numbers, some tensors in one form and some in another.
+    Compressed {
+        /// Rows and columns of a block of FP8, where there are blocks.
+        block: Option<(usize, usize)>,
+        /// Forms of whole numbers.
+        ints: Vec<Ints>,
     },
+}
+
+/// A form of whole numbers in compressed-tensors.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Ints {
+    /// Columns that share a scale.
+    pub group: usize,
 }
 
 /// Numbers of MLX's affine format.
@@ -46,7 +54,9 @@ impl Quantisation {
     /// supported is an error that names it.
     pub(crate) fn read(fields: &mut Fields) -> Result<Option<Quantisation>, ModelError> {
         let mlx = fields.opt_object("quantization")?;
-        let general = fields.opt_object("quantization_config")?;
+        // Early compressed-tensors had a name of its own.
+        let early = fields.opt_object("compression_config")?;
+        let general = fields.opt_object("quantization_config")?.or(early);
         if let Some(mlx) = mlx {
             // MLX writes the same under the second name, for the hub.
             return Quantisation::mlx(mlx).map(Some);
@@ -55,10 +65,11 @@ impl Quantisation {
         let method = general.opt_text("quant_method")?;
         let found = match method.as_deref() {
             Some("fp8") => Quantisation::fp8(&mut general)?,
+            Some("modelopt") => Quantisation::modelopt(&mut general)?,
             Some("compressed-tensors") => Quantisation::compressed_tensors(&mut general)?,
             None if general.has("group_size") => return Quantisation::mlx(general).map(Some),
             Some(other) => {
-                let reason = format!("{other:?} is not supported (known: fp8, compressed-tensors)");
+                let reason = format!("{other:?} is not supported (known: {})", METHODS.join(", "));
                 return Err(general.error("quant_method", reason));
             }
             None => return Err(general.error("quant_method", "missing")),
@@ -87,56 +98,94 @@ impl Quantisation {
         Ok(Quantisation::Mlx { all, overrides })
     }
 
-    /// Source: <https://huggingface.co/deepseek-ai/DeepSeek-V3/blob/main/README_WEIGHTS.md>
+    /// What ModelOpt writes beside `config.json`, as `hf_quant_config.json`; `None` where it is not there.
+    pub(crate) fn beside(path: &Path) -> Result<Option<Quantisation>, ModelError> {
+        let name = path.display().to_string();
+        let json = match std::fs::read(path) {
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(None),
+            json => json.map_err(|reason| ModelError::Io { path: name.clone(), reason })?,
+        };
+        let mut fields = Fields::parse(&name, &json)?;
+        let Some(mut inner) = fields.opt_object("quantization")? else {
+            return Err(fields.error("quantization", "missing"));
+        };
+        let found = Quantisation::modelopt(&mut inner)?;
+        inner.finish()?;
+        Ok(Some(found))
+    }
+
+    /// Sources: <https://huggingface.co/deepseek-ai/DeepSeek-V3/blob/main/README_WEIGHTS.md>,
+    /// <https://github.com/neuralmagic/AutoFP8>
     fn fp8(fields: &mut Fields) -> Result<Quantisation, ModelError> {
         fields.one_of("fmt", &["e4m3", "float8_e4m3fn"])?;
-        fields.one_of("activation_scheme", &["dynamic"])?;
+        fields.one_of("activation_scheme", &["dynamic", "static"])?;
         // Scales that are powers of two are stored as f32 all the same.
         fields.one_of("scale_fmt", &["ue8m0", "float"])?;
-        fields.harmless(&["modules_to_not_convert", "ignored_layers", "dequantize"]);
-        match fields.sizes("weight_block_size")?[..] {
-            [rows, cols] if rows > 0 && cols > 0 => Ok(Quantisation::Fp8 { rows, cols }),
-            _ => Err(fields.error("weight_block_size", "only blocks of [rows, columns] are supported")),
+        fields.harmless(&["modules_to_not_convert", "ignored_layers", "dequantize", "kv_cache_scheme"]);
+        Ok(Quantisation::Fp8 { block: block(fields, "weight_block_size")? })
+    }
+
+    /// Source: <https://github.com/NVIDIA/TensorRT-Model-Optimizer>
+    fn modelopt(fields: &mut Fields) -> Result<Quantisation, ModelError> {
+        let algorithms = ["FP8", "FP8_PER_CHANNEL_PER_TOKEN"];
+        fields.one_of("quant_algo", &algorithms)?;
+        if fields.opt_text("quant_algo")?.is_none() {
+            return Err(fields.error("quant_algo", "missing"));
         }
+        fields.harmless(&["config_groups", "exclude_modules", "ignore", "producer"]);
+        fields.harmless(&["kv_cache_quant_algo", "kv_cache_scheme"]);
+        Ok(Quantisation::Fp8 { block: None })
     }
 
     /// Source: <https://github.com/vllm-project/compressed-tensors>
     fn compressed_tensors(fields: &mut Fields) -> Result<Quantisation, ModelError> {
-        fields.one_of("format", &["pack-quantized"])?;
+        fields.one_of("format", FORMATS)?;
         fields.one_of("quantization_status", &["compressed", "frozen"])?;
-        fields.harmless(&["ignore", "version", "global_compression_ratio"]);
+        fields.harmless(&["ignore", "version", "global_compression_ratio", "kv_cache_scheme"]);
+        if let Some(mut sparsity) = fields.opt_object("sparsity_config")? {
+            sparsity.one_of("format", &["dense"])?;
+        }
         let Some(groups) = fields.opt_object("config_groups")? else {
             return Err(fields.error("config_groups", "missing"));
         };
-        let mut found = None;
-        for (name, value) in groups.unread() {
+        let groups_of_tensors = groups.unread();
+        if groups_of_tensors.is_empty() {
+            return Err(fields.error("config_groups", "no group"));
+        }
+        let (mut all_blocks, mut ints) = (None, Vec::new());
+        for (name, value) in groups_of_tensors {
             let Value::Object(map) = value else { return Err(groups.error(&name, "not an object")) };
             let mut group = groups.nested(&name, map);
-            group.harmless(&["targets"]);
-            group.one_of("format", &["pack-quantized"])?;
+            // What activations were rounded to, which they are not here.
+            group.harmless(&["targets", "input_activations"]);
+            group.one_of("format", FORMATS)?;
             let Some(mut weights) = group.opt_object("weights")? else {
                 return Err(group.error("weights", "missing"));
             };
             group.finish()?;
-            if weights.opt_size("num_bits")? != Some(4) {
-                return Err(weights.error("num_bits", "only 4 is supported"));
-            }
-            weights.one_of("type", &["int"])?;
-            weights.one_of("strategy", &["group"])?;
-            if !weights.flag("symmetric", true)? {
-                return Err(weights.error("symmetric", "false is not supported"));
-            }
             weights.harmless(&["observer", "observer_kwargs", "zp_dtype", "scale_dtype"]);
-            let size = weights.size("group_size")?;
-            weights.finish()?;
-            if size % 8 != 0 || found.is_some_and(|found| found != size) {
-                return Err(groups.error(&name, format!("groups of {size} columns are not supported")));
+            weights.one_of("type", &["int", "float"])?;
+            match weights.opt_text("type")?.as_deref() {
+                Some("float") => {
+                    let own = float(&mut weights)?;
+                    if all_blocks.is_some_and(|all| own.is_some_and(|own| all != own)) {
+                        return Err(weights.error("block_structure", "differs between groups"));
+                    }
+                    all_blocks = all_blocks.or(own);
+                }
+                _ => ints.push(int(&mut weights)?),
             }
-            found = Some(size);
+            weights.finish()?;
         }
-        found
-            .map(|group| Quantisation::Int4 { group })
-            .ok_or_else(|| fields.error("config_groups", "no group"))
+        Ok(Quantisation::Compressed { block: all_blocks, ints })
+    }
+
+    /// Rows and columns of a block of FP8; `None` where there is no FP8, `Some(None)` where it has no blocks.
+    pub(crate) fn fp8_block(&self) -> Option<Option<(usize, usize)>> {
+        match self {
+            Quantisation::Fp8 { block } | Quantisation::Compressed { block, .. } => Some(*block),
+            _ => None,
+        }
     }
 
     /// Bits and group of the MLX tensor `base` (a name without `.weight`).
@@ -146,6 +195,47 @@ impl Quantisation {
             _ => None,
         }
     }
+}
+
+/// Values of `quant_method`.
+const METHODS: [&str; 3] = ["fp8", "modelopt", "compressed-tensors"];
+
+/// Values of `format` in compressed-tensors; the tensors say which of them they have.
+const FORMATS: &[&str] = &["float-quantized", "naive-quantized", "pack-quantized", "mixed-precision"];
+
+/// A list of rows and columns.
+fn block(fields: &mut Fields, name: &'static str) -> Result<Option<(usize, usize)>, ModelError> {
+    match fields.sizes(name)?[..] {
+        [] => Ok(None),
+        [rows, cols] if rows > 0 && cols > 0 => Ok(Some((rows, cols))),
+        _ => Err(fields.error(name, "only blocks of [rows, columns] are supported")),
+    }
+}
+
+/// FP8 of one group of compressed-tensors: its blocks.
+fn float(weights: &mut Fields) -> Result<Option<(usize, usize)>, ModelError> {
+    if weights.opt_size("num_bits")? != Some(8) {
+        return Err(weights.error("num_bits", "only 8 is supported of floats"));
+    }
+    weights.one_of("strategy", &["tensor", "channel", "block"])?;
+    weights.harmless(&["symmetric"]);
+    block(weights, "block_structure")
+}
+
+/// Whole numbers of one group of compressed-tensors.
+fn int(weights: &mut Fields) -> Result<Ints, ModelError> {
+    if weights.opt_size("num_bits")? != Some(4) {
+        return Err(weights.error("num_bits", "only 4 is supported"));
+    }
+    weights.one_of("strategy", &["group"])?;
+    if !weights.flag("symmetric", true)? {
+        return Err(weights.error("symmetric", "false is not supported"));
+    }
+    let group = weights.size("group_size")?;
+    if group % 8 != 0 {
+        return Err(weights.error("group_size", format!("groups of {group} columns are not supported")));
+    }
+    Ok(Ints { group })
 }
 
 /// `bits`, `group_size` and `mode` of an object; what is absent is that of `all`.
@@ -193,36 +283,68 @@ mod tests {
             of(
                 r#"{"quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic", "weight_block_size": [128, 64]}"#
             ),
-            Ok(Some(Quantisation::Fp8 { rows: 128, cols: 64 }))
+            Ok(Some(Quantisation::Fp8 { block: Some((128, 64)) }))
         );
-        let int4 = r#"{"quant_method": "compressed-tensors", "format": "pack-quantized", "ignore": ["lm_head"],
-            "config_groups": {"group_0": {"targets": ["Linear"], "weights": {"num_bits": 4, "type": "int",
-            "symmetric": true, "strategy": "group", "group_size": 32, "actorder": null}}}}"#;
-        assert_eq!(of(int4), Ok(Some(Quantisation::Int4 { group: 32 })));
+        let whole = Ok(Some(Quantisation::Fp8 { block: None }));
+        assert_eq!(
+            of(r#"{"quant_method": "fp8", "activation_scheme": "static", "ignored_layers": ["lm_head"]}"#),
+            whole
+        );
+        let modelopt = r#"{"quant_method": "modelopt", "quant_algo": "FP8", "producer": {"name": "modelopt"},
+            "ignore": ["lm_head"], "kv_cache_scheme": {"num_bits": 8}, "config_groups": {"group_0": {}}}"#;
+        assert_eq!(of(modelopt), whole);
+        let group = |weights: &str| {
+            format!(
+                r#"{{"quant_method": "compressed-tensors", "format": "mixed-precision", "ignore": ["lm_head"],
+                "sparsity_config": {{"format": "dense"}}, "kv_cache_scheme": {{"num_bits": 8}}, "config_groups": {{{weights}}}}}"#
+            )
+        };
+        let int4 = r#""ints": {"targets": ["Linear"], "format": "pack-quantized", "weights": {"num_bits": 4, "type": "int",
+            "symmetric": true, "strategy": "group", "group_size": 32, "actorder": null}}"#;
+        let fp8 = r#""floats": {"targets": ["Linear"], "input_activations": {"num_bits": 8, "dynamic": true},
+            "weights": {"num_bits": 8, "type": "float", "symmetric": true, "strategy": "block", "block_structure": [128, 128]}}"#;
+        let ints = vec![Ints { group: 32 }];
+        let found = |block, ints| Ok(Some(Quantisation::Compressed { block, ints }));
+        assert_eq!(of(&group(int4)), found(None, ints.clone()));
+        assert_eq!(of(&group(&format!("{int4}, {fp8}"))), found(Some((128, 128)), ints));
+        let int4 = group(int4);
         for (config, error) in [
             (
-                r#"{"quant_method": "gptq", "bits": 4}"#.into(),
-                "quant_method: \"gptq\" is not supported (known: fp8, compressed-tensors)",
+                r#"{"quant_method": "bitsandbytes", "bits": 4}"#.into(),
+                "quant_method: \"bitsandbytes\" is not supported (known: fp8, modelopt, compressed-tensors)",
             ),
             (
-                r#"{"quant_method": "fp8"}"#.into(),
+                r#"{"quant_method": "fp8", "weight_block_size": [128]}"#.into(),
                 "weight_block_size: only blocks of [rows, columns] are supported",
             ),
             (
+                modelopt.replace("\"FP8\"", "\"NVFP4\""),
+                "quant_algo: \"NVFP4\" is not supported (known: FP8, FP8_PER_CHANNEL_PER_TOKEN)",
+            ),
+            (
                 int4.replace("pack-quantized", "nvfp4-pack-quantized"),
-                "format: \"nvfp4-pack-quantized\" is not supported (known: pack-quantized)",
+                "config_groups.ints.format: \"nvfp4-pack-quantized\" is not supported (known: float-quantized, \
+                 naive-quantized, pack-quantized, mixed-precision)",
+            ),
+            (
+                int4.replace("\"dense\"", "\"sparse-24-bitmask\""),
+                "sparsity_config.format: \"sparse-24-bitmask\" is not supported (known: dense)",
             ),
             (
                 int4.replace("\"symmetric\": true", "\"symmetric\": false"),
-                "config_groups.group_0.weights.symmetric: false is not supported",
+                "config_groups.ints.weights.symmetric: false is not supported",
             ),
             (
                 int4.replace("\"num_bits\": 4", "\"num_bits\": 8"),
-                "config_groups.group_0.weights.num_bits: only 4 is supported",
+                "config_groups.ints.weights.num_bits: only 4 is supported",
             ),
             (
                 int4.replace("null", "\"group\""),
-                "config_groups.group_0.weights.actorder: \"group\" is not supported: it may change the computation",
+                "config_groups.ints.weights.actorder: \"group\" is not supported: it may change the computation",
+            ),
+            (
+                group(&fp8.replace("\"num_bits\": 8, \"type\"", "\"num_bits\": 4, \"type\"")),
+                "config_groups.floats.weights.num_bits: only 8 is supported of floats",
             ),
             (r#"{"bits": 4}"#.into(), "quant_method: missing"),
         ] {

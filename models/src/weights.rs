@@ -156,6 +156,10 @@ impl Stored {
     pub(crate) fn format(&self) -> String {
         match &self.form {
             Form::Plain(dtype) => dtype.to_string(),
+            Form::Quantised { format: Quant::Fp8 { rows: 1, .. }, .. } => "fp8, a scale per output".into(),
+            Form::Quantised { format: Quant::Fp8 { rows, cols }, .. } if (*rows, *cols) == self.extent() => {
+                "fp8, one scale".into()
+            }
             Form::Quantised { format, .. } => format.to_string(),
             Form::Foreign(name) => name.clone(),
         }

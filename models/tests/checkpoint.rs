@@ -323,6 +323,67 @@ fn quantised_tensors_are_found_with_their_scales() {
 }
 
 #[test]
+fn scales_of_fp8_are_one_or_one_per_output_or_per_block() {
+    const METHODS: [&str; 3] = [
+        r#""quant_method": "fp8", "activation_scheme": "static""#,
+        r#""quant_method": "modelopt", "quant_algo": "FP8", "kv_cache_scheme": {"num_bits": 8}"#,
+        r#""quant_method": "compressed-tensors", "format": "float-quantized", "config_groups": {"a": {"weights":
+            {"num_bits": 8, "type": "float", "strategy": "tensor"}, "input_activations": {"num_bits": 8}}}"#,
+    ];
+    let file = |dtype, scale: &[usize], bytes| {
+        let mut tensors = with_parts(
+            UP,
+            &[
+                ("weight", Dtype::F8_E4M3, &[24, 16], 1),
+                ("weight_scale", dtype, scale, bytes),
+                ("input_scale", Dtype::F32, &[], 4),
+            ],
+        );
+        let cache = "model.layers.0.self_attn.k_proj.k_scale";
+        tensors.insert(cache.into(), (Dtype::F32, vec![], vec![0; 4]));
+        tensors
+    };
+    let format = |dir: &TempDir| {
+        let checkpoint = Checkpoint::open(dir.path()).unwrap();
+        assert_eq!(checkpoint.rank_bytes(1).unwrap(), [checkpoint.weight_bytes()]);
+        checkpoint.formats().into_iter().find(|(name, _)| name != "f32").unwrap()
+    };
+    let one = ("fp8, one scale".to_owned(), 24 * 16 + 4);
+    for method in METHODS {
+        let config = with_field(&format!(r#""quantization_config": {{{method}}}"#));
+        for shape in [&[][..], &[1], &[1, 1]] {
+            assert_eq!(format(&directory(&config, &file(Dtype::F32, shape, 4))), one, "{method} {shape:?}");
+        }
+        for shape in [&[24][..], &[24, 1]] {
+            let each = ("fp8, a scale per output".into(), 24 * 16 + 24 * 2);
+            assert_eq!(format(&directory(&config, &file(Dtype::BF16, shape, 2))), each, "{method} {shape:?}");
+        }
+        for shape in [&[2][..], &[2, 1], &[16], &[1, 16], &[24, 2]] {
+            let got = error(&directory(&config, &file(Dtype::F32, shape, 4)));
+            let front = format!("model.safetensors: tensor {UP}.weight: [24, 16] with scales [");
+            assert!(got.starts_with(&front), "{method} {shape:?}: {got}");
+        }
+    }
+    // ModelOpt's word beside a configuration that has none.
+    let dir = model(&file(Dtype::F32, &[], 4));
+    assert!(error(&dir).contains(UP));
+    let beside = dir.path().join("hf_quant_config.json");
+    let modelopt = |algorithm: &str| {
+        format!(
+            r#"{{"producer": {{"name": "modelopt"}}, "quantization": {{"quant_algo": "{algorithm}",
+            "kv_cache_quant_algo": "FP8", "exclude_modules": ["lm_head"]}}}}"#
+        )
+    };
+    fs::write(&beside, modelopt("FP8")).unwrap();
+    assert_eq!(format(&dir), one);
+    fs::write(&beside, modelopt("NVFP4")).unwrap();
+    assert_eq!(
+        error(&dir),
+        "hf_quant_config.json: quantization.quant_algo: \"NVFP4\" is not supported (known: FP8, FP8_PER_CHANNEL_PER_TOKEN)"
+    );
+}
+
+#[test]
 fn quantised_tensors_that_disagree_are_named() {
     let failed = |config: &str, tensors: &Tensors| error(&directory(config, tensors));
     let mlx = |words: usize, groups: usize| {

@@ -3,7 +3,7 @@
 #![recursion_limit = "256"]
 
 use backend::DType;
-use models::{Affine, Config, Quantisation, kv_specs};
+use models::{Affine, Config, Ints, Quantisation, kv_specs};
 use serde_json::{Value, json};
 
 /// Fields that most files have and that change nothing.
@@ -127,7 +127,7 @@ fn qwen_experts_in_every_format() {
         json!({"modules_to_not_convert": ["lm_head", "model.layers.0.input_layernorm", "model.layers.0.mlp.gate"]}),
     );
     let coded = read(&changed(&large, json!({"quantization_config": coded}))).unwrap();
-    assert_eq!(coded.quantisation, Some(Quantisation::Fp8 { rows: 128, cols: 128 }));
+    assert_eq!(coded.quantisation, Some(Quantisation::Fp8 { block: Some((128, 128)) }));
     // MLX writes the same under both names, and gives routers more bits.
     let mlx = json!({
         "group_size": 64, "bits": 4, "mode": "affine",
@@ -188,14 +188,17 @@ fn latents() {
     // 61 layers of 512 + 64 numbers.
     let bytes = 70_272;
     let v3 = holds("DeepSeek V3", &deepseek(json!({})), 671_026_419_200, 37_552_297_472, bytes);
-    assert_eq!(v3.quantisation, Some(Quantisation::Fp8 { rows: 128, cols: 128 }));
+    assert_eq!(v3.quantisation, Some(Quantisation::Fp8 { block: Some((128, 128)) }));
     let scaled = changed(&fp8(), json!({"scale_fmt": "ue8m0"}));
     read(&deepseek(json!({"quantization_config": scaled}))).expect("DeepSeek V3.1");
     let k2 = holds("Kimi K2", &kimi(json!({})), 1_026_408_232_448, 32_861_500_928, bytes);
-    assert_eq!(k2.quantisation, Some(Quantisation::Fp8 { rows: 128, cols: 128 }));
+    assert_eq!(k2.quantisation, Some(Quantisation::Fp8 { block: Some((128, 128)) }));
     let int4_of = |config: &Value| read(config).unwrap().quantisation;
     let thinking = kimi(json!({"quantization_config": int4(), "max_position_embeddings": 262144}));
-    assert_eq!(int4_of(&thinking), Some(Quantisation::Int4 { group: 32 }));
+    assert_eq!(
+        int4_of(&thinking),
+        Some(Quantisation::Compressed { block: None, ints: vec![Ints { group: 32 }] })
+    );
     // The text model inside one that sees pictures.
     let text = kimi(json!({"quantization_config": int4(), "model_type": "kimi_k2"}));
     let seeing = json!({
@@ -205,7 +208,10 @@ fn latents() {
         "use_unified_vision_chunk": true, "tie_word_embeddings": false,
         "video_placeholder": "<|kimi_k25_video_placeholder|>"
     });
-    assert_eq!(int4_of(&seeing), Some(Quantisation::Int4 { group: 32 }));
+    assert_eq!(
+        int4_of(&seeing),
+        Some(Quantisation::Compressed { block: None, ints: vec![Ints { group: 32 }] })
+    );
 }
 
 fn minimax(more: Value) -> Value {
@@ -231,7 +237,7 @@ fn minimax(more: Value) -> Value {
 #[test]
 fn minimax_and_glm() {
     let m2 = holds("MiniMax M2", &minimax(json!({})), 228_689_764_864, 11_030_553_088, 253_952);
-    assert_eq!(m2.quantisation, Some(Quantisation::Fp8 { rows: 128, cols: 128 }));
+    assert_eq!(m2.quantisation, Some(Quantisation::Fp8 { block: Some((128, 128)) }));
     // As newer libraries write it.
     let newer = minimax(json!({
         "rope_theta": null, "rope_parameters": {"rope_type": "default", "rope_theta": 5000000, "partial_rotary_factor": 0.5},
@@ -284,19 +290,13 @@ fn what_would_change_the_computation_is_named() {
         (deepseek(json!({"index_topk": 2048})), "index_topk"),
         (minimax(json!({"attn_type_list": [0, 1]})), "attn_type_list"),
         (minimax(json!({"shared_intermediate_size": 1536})), "shared_intermediate_size"),
-        (changed(&llama, json!({"quantization_config": {"quant_method": "awq", "bits": 4}})), "quant_method"),
-        (
-            changed(
-                &llama,
-                json!({"quantization_config": changed(&fp8(), json!({"activation_scheme": "static"}))}),
-            ),
-            "activation_scheme",
-        ),
+        (changed(&llama, json!({"quantization_config": {"quant_method": "hqq", "bits": 4}})), "quant_method"),
+        (changed(&llama, json!({"quantization_config": changed(&fp8(), json!({"fmt": "e5m2"}))})), "fmt"),
         (
             kimi(
-                json!({"quantization_config": changed(&int4(), json!({"kv_cache_scheme": {"num_bits": 8}}))}),
+                json!({"quantization_config": changed(&int4(), json!({"transform_config": {"config_groups": {"u": {}}}}))}),
             ),
-            "kv_cache_scheme",
+            "transform_config",
         ),
     ];
     for (config, field) in cases {

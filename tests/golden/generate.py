@@ -62,6 +62,15 @@ INT4 = dict(quant_method="compressed-tensors", format="pack-quantized", quantiza
                              dynamic=False, observer="minmax"))))
 
 
+def compressed(format, **weights):
+    """What compressed-tensors writes, of one group of modules."""
+    own = dict(actorder=None, block_structure=None, dynamic=False, group_size=None, observer="minmax", observer_kwargs={},
+               symmetric=True)
+    return dict(quant_method="compressed-tensors", format=format, quantization_status="compressed", ignore=["lm_head"],
+                kv_cache_scheme=None, sparsity_config={}, transform_config={}, version="0.12.2", config_groups=dict(group_0=dict(
+                    targets=["Linear"], input_activations=None, output_activations=None, weights=dict(own, **weights))))
+
+
 def mlx(bits, group, **overrides):
     return dict(group_size=group, bits=bits, mode="affine", **overrides)
 
@@ -85,6 +94,11 @@ CASES = {
                                rope_scaling=dict(YARN, mscale=1.0, mscale_all_dim=0.5)),
     "deepseek_v3-no_q_lora": dict(DEEPSEEK, q_lora_rank=None, rope_scaling=None, first_k_dense_replace=0),
     "deepseek_v3-fp8": dict(DEEPSEEK, quantization_config=FP8),
+    "llama-fp8_channel": dict(LLAMA, _code=lambda w: fp8_whole(w, torch.bfloat16, rows=1), quantization_config=compressed(
+        "float-quantized", num_bits=8, type="float", strategy="channel")),
+    "qwen3_moe-fp8_tensor": dict(QWEN3_MOE, _code=lambda w: fp8_whole(w, torch.float32, rows=None),
+                                 _measured=True, quantization_config=dict(
+        quant_method="fp8", activation_scheme="static", ignored_layers=["lm_head"], kv_cache_scheme="static")),
     "deepseek_v3-mlx": dict(DEEPSEEK, hidden_size=64, q_lora_rank=64, qk_nope_head_dim=32, v_head_dim=16,
                             moe_intermediate_size=64, n_shared_experts=1, quantization=mlx(4, 32)),
     "kimi_k2-base": KIMI,
@@ -257,6 +271,14 @@ def fp8(w, block):
     return codes.reshape(padded.shape)[:rows, :cols].contiguous(), scale, means
 
 
+def fp8_whole(w, dtype, rows):
+    """Scales `[outputs, 1]` of one output each, or a single one."""
+    scale = (w.float().abs().amax(1, keepdim=True) if rows else w.float().abs().amax()) / 448
+    scale = scale.clamp(min=1e-8).to(dtype)
+    codes = (w.float() / scale.float()).clamp(-448, 448).to(torch.float8_e4m3fn)
+    return dict(weight=codes, weight_scale=scale), codes.float() * scale.float()
+
+
 def int4(w, group):
     rows, cols = w.shape
     parts = w.float().view(rows, cols // group, group)
@@ -295,7 +317,16 @@ def stored(c, plain):
     kind = c.get("quantization_config", {}).get("quant_method")
     files, means = dict(plain), {name: w.float() for name, w in plain.items()}
     for name, w in plain.items():
-        if kind == "fp8" and w.ndim == 2 and any(p in name for p in ("_proj", ".experts.")):
+        if "_code" in c:
+            if w.ndim == 2 and any(p in name for p in ("_proj", ".experts.")):
+                files.pop(name)
+                base = name.removesuffix(".weight")
+                parts, means[name] = c["_code"](w)
+                files.update({f"{base}.{end}": part for end, part in parts.items()})
+                if "_measured" in c:
+                    files[f"{base}.input_scale"] = torch.tensor(0.25)
+                    files.update({f"{base}.{p}_scale": torch.tensor(2.0) for p in "kv" if base.endswith(f"{p}_proj")})
+        elif kind == "fp8" and w.ndim == 2 and any(p in name for p in ("_proj", ".experts.")):
             files[name], files[f"{name}_scale_inv"], means[name] = fp8(w, FP8["weight_block_size"])
         elif kind == "compressed-tensors" and ".mlp.experts." in name:
             words, scale, means[name] = int4(w, 32)

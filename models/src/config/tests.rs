@@ -189,8 +189,8 @@ fn what_changes_the_math_and_is_not_supported_is_named() {
     let change = "is not supported: it may change the computation";
     assert_eq!(error("llama", r#", "sliding_window": 16"#), format!("c: sliding_window: 16 {change}"));
     assert_eq!(
-        error("llama", r#", "quantization_config": {"quant_method": "awq"}"#),
-        "c: quantization_config.quant_method: \"awq\" is not supported (known: fp8, compressed-tensors)"
+        error("llama", r#", "quantization_config": {"quant_method": "hqq"}"#),
+        "c: quantization_config.quant_method: \"hqq\" is not supported (known: fp8, modelopt, compressed-tensors)"
     );
     assert_eq!(
         error("llama", r#", "hidden_act": "gelu""#),

@@ -145,6 +145,8 @@ cases! {
     mistral_window: "mistral-swa-s1",
     qwen2_yarn: "qwen2-yarn-s1",
     llama_mlx_widths: "llama-mlx_widths",
+    llama_fp8_channel: "llama-fp8_channel",
+    qwen3_moe_fp8_tensor: "qwen3_moe-fp8_tensor",
     qwen3_moe_mixed: "qwen3_moe-mixed",
     qwen3_moe_unnormed: "qwen3_moe-unnormed",
     qwen3_moe_mlx: "qwen3_moe-mlx",
