@@ -249,7 +249,7 @@ fn check(spec: &TensorSpec, stored: &Stored, files: &[DataFile]) -> Result<(), M
         });
     }
     match (&stored.form, spec.role) {
-        (Form::Plain(_), _) | (Form::Quantised { .. }, Role::Matrix) => Ok(()),
+        (Form::Plain(_), _) | (Form::Quantised { .. } | Form::Recoded(_), Role::Matrix) => Ok(()),
         _ => Err(ModelError::Type { path: path(), name: name(), got: stored.format() }),
     }
 }

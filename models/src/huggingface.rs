@@ -1,24 +1,26 @@
 //! Opens a directory of safetensors files, whole or sharded by an index, and finds the model's tensors in it: plain ones,
-//! MLX's quantised and stacked ones, FP8, compressed-tensors' packed INT4. Names become those of Hugging Face.
+//! MLX's quantised and stacked ones, FP8, whole numbers (`packed`). Names become those of Hugging Face.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::path::{Component, Path};
 
-use backend::{DType, Quant};
+use backend::Quant;
 use safetensors::Dtype;
 use serde::Deserialize;
 
+use crate::data_file::DataFile;
 use crate::experts::ExpertNames;
 use crate::file::{Entry, WeightFile};
-use crate::weights::{Form, Place, Scales, Stored, Weights};
-use crate::{Config, Ints, ModelError, Quantisation};
+use crate::packed::{Kind, PARTS};
+use crate::weights::{Form, Place, Scales, Stored, Weights, plain};
+use crate::{Config, ModelError, Quantisation};
 
 const SINGLE: &str = "model.safetensors";
 const INDEX: &str = "model.safetensors.index.json";
 
 /// Ends of the names of scales for activations and caches.
-const MEASURED: [&str; 6] =
-    [".input_scale", ".output_scale", ".q_scale", ".k_scale", ".v_scale", ".kv_scale"];
+const MEASURED: [&str; 7] =
+    [".input_scale", ".input_zero_point", ".output_scale", ".q_scale", ".k_scale", ".v_scale", ".kv_scale"];
 
 #[derive(Deserialize)]
 struct Index {
@@ -52,7 +54,15 @@ pub(crate) fn open(dir: &Path, config: &Config) -> Result<Weights, ModelError> {
             unstack(name, stored, &mut tensors);
         }
     }
-    let files = files.into_iter().map(|file| file.data).collect();
+    let files: Vec<DataFile> = files.into_iter().map(|file| file.data).collect();
+    if let Some(Quantisation::Gptq { reordered, .. }) = config.quantisation {
+        for (name, stored) in &tensors {
+            if let (true, Form::Recoded(recoded)) = (reordered, &stored.form) {
+                recoded.check_order(&files, name, &(0..stored.extent().1))?;
+            }
+        }
+        without_empty_biases(&mut tensors, config, &files)?;
+    }
     let own_name = Box::new(|_: &str| None);
     Ok(Weights { files, table: table.display().to_string(), tensors, own_name, interleaved: None })
 }
@@ -82,40 +92,17 @@ impl Reader<'_> {
         let path = || self.files[file].data.path.clone();
         let format =
             |reason: String| ModelError::Format { path: path(), reason: format!("tensor {name}: {reason}") };
-        if let Some(base) = name.strip_suffix(".weight_packed") {
-            let ints = match self.quantisation {
-                Some(Quantisation::Compressed { ints, .. }) => ints.first(),
-                _ => None,
+        if let Some((base, kind)) = Kind::of(name, entry.dtype, has) {
+            let part = |end: &str| {
+                let (file, entry) = self.found.get(&format!("{base}.{end}"))?;
+                Some((Place { file: *file, range: entry.range.clone() }, entry))
             };
-            let Some(Ints { group }) = ints else {
-                return Err(format("packed, but config.json names no such format".into()));
-            };
-            let scales = self.scales(base, "weight_scale")?;
-            let [rows, words] = entry.shape[..] else {
-                return Err(format(format!("shape {:?} is no matrix", entry.shape)));
-            };
-            if entry.dtype != Dtype::I32
-                || (scales.rows, scales.cols.saturating_mul(*group)) != (rows, words * 8)
-            {
-                let (dtype, shape) = (entry.dtype, &entry.shape);
-                return Err(format(format!(
-                    "{dtype} {shape:?} with scales [{}, {}] in groups of {group}",
-                    scales.rows, scales.cols
-                )));
-            }
-            let form =
-                Form::Quantised { format: Quant::Int4 { group: *group }, scales: Some(scales), biases: None };
-            let stored = Stored { shape: vec![rows, words * 8], place, form };
-            return Ok(Some((format!("{base}.weight"), stored)));
+            let stored = kind.read(self.quantisation, place, entry, part).map_err(format)?;
+            return Ok(Some((weight_of(base), stored)));
         }
         let part = |end: &str, of: &str| name.strip_suffix(end).is_some_and(|base| has(base, of));
-        if part(".scales", "weight")
-            || part(".biases", "scales")
-            || part(".weight_scale_inv", "weight")
-            || part(".weight_scale", "weight_packed")
-            || part(".weight_scale", "weight")
-            || part(".weight_shape", "weight_packed")
-        {
+        let mlx = part(".scales", "weight") || part(".biases", "scales");
+        if mlx || part(".weight_scale_inv", "weight") || PARTS.iter().any(|(end, of)| part(end, of)) {
             return Ok(None);
         }
         // What activations and caches were scaled by when they were measured: they keep their numbers here.
@@ -220,13 +207,29 @@ fn fp8(
     Ok(Form::Quantised { format: Quant::Fp8 { rows, cols }, scales: Some(scales), biases: None })
 }
 
-fn plain(dtype: Dtype) -> Option<DType> {
-    match dtype {
-        Dtype::F32 => Some(DType::F32),
-        Dtype::F16 => Some(DType::F16),
-        Dtype::BF16 => Some(DType::BF16),
-        _ => None,
+/// Leaves out biases of zeros that the model does not have: early AutoGPTQ gave every matrix one.
+fn without_empty_biases(
+    tensors: &mut BTreeMap<String, Stored>,
+    config: &Config,
+    files: &[DataFile],
+) -> Result<(), ModelError> {
+    let own: BTreeSet<String> = crate::tensors(config).into_iter().map(|spec| spec.name).collect();
+    let mut empty = Vec::new();
+    for (name, Stored { place, .. }) in tensors.iter() {
+        let Some(base) = name.strip_suffix(".bias").filter(|_| !own.contains(name)) else { continue };
+        if tensors.get(&weight_of(base)).is_some_and(|weight| matches!(weight.form, Form::Recoded(_)))
+            && files[place.file].read(place.range.start, place.len() as usize)?.iter().all(|byte| *byte == 0)
+        {
+            empty.push(name.clone());
+        }
     }
+    empty.iter().for_each(|name| drop(tensors.remove(name)));
+    Ok(())
+}
+
+/// The name of a matrix.
+fn weight_of(base: &str) -> String {
+    format!("{base}.weight")
 }
 
 /// Puts the tensor, or the matrices that it stacks, into `tensors` by their Hugging Face names.

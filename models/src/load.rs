@@ -137,44 +137,31 @@ impl<'l, B: Backend> Loader<'l, B> {
             )?),
         };
         let kv = name("self_attn.kv_a_proj_with_mqa.weight");
-        let (keys, values) = self.heads(latent, name)?;
+        let heads = self.heads(latent, name)?;
+        let q_to_latent = self.backend.load(&heads.keys()?)?;
+        let latent_to_value = self.backend.load(&heads.values()?)?;
+        self.loaded(heads.len_bytes());
         Ok(AttentionWeights::Latent {
             q,
             kv: self.linear(&[kv], latent.bias, KSum::Ascending)?,
             latent_norm: self.norm(&name("self_attn.kv_a_layernorm.weight"))?,
-            q_to_latent: self.load(&keys.source())?,
-            latent_to_value: self.load(&values.source())?,
+            q_to_latent,
+            latent_to_value,
         })
     }
 
     /// Each head's matrices between latent and keys, and latent and values: from one matrix whose rows are keys and
     /// values head by head, or from two.
-    fn heads(
-        &self,
-        latent: &Latent,
-        name: &impl Fn(&str) -> String,
-    ) -> Result<(HeadSlices<'l>, HeadSlices<'l>), ModelError> {
-        let checkpoint: &'l Checkpoint = self.checkpoint;
+    fn heads(&self, latent: &Latent, name: &impl Fn(&str) -> String) -> Result<HeadMatrices<'l>, ModelError> {
+        let (checkpoint, shard): (&'l Checkpoint, _) = (self.checkpoint, self.shard);
         let Latent { latent_dim, nope_dim, value_dim, .. } = *latent;
-        // Rows `skip..skip + rows` of every head's `each` in the tensor `part`.
-        let slices = |part: &str, each: usize, skip: usize, rows: usize, cols: usize| {
-            let part = name(part);
-            let heads = self.shard.heads.clone().map(|head| {
-                let first = head * each + skip;
-                checkpoint.slice(&part, first..first + rows, 0..cols)
-            });
-            heads.collect::<Result<_, ModelError>>()
+        let slices = match checkpoint.has(&name(KV_B)) {
+            true => vec![checkpoint.part(&name(KV_B), shard)?],
+            false => {
+                vec![checkpoint.part(&name(EMBED_Q), shard)?, checkpoint.part(&name(UNEMBED_OUT), shard)?]
+            }
         };
-        let (keys, values, transposed) = if checkpoint.has(&name(KV_B)) {
-            let each = nope_dim + value_dim;
-            let keys = slices(KV_B, each, 0, nope_dim, latent_dim)?;
-            (keys, slices(KV_B, each, nope_dim, value_dim, latent_dim)?, true)
-        } else {
-            let keys = slices(EMBED_Q, latent_dim, 0, latent_dim, nope_dim)?;
-            (keys, slices(UNEMBED_OUT, value_dim, 0, value_dim, latent_dim)?, false)
-        };
-        let keys = HeadSlices { slices: keys, transposed, to_latent: true };
-        Ok((keys, HeadSlices { slices: values, transposed: false, to_latent: false }))
+        Ok(HeadMatrices { slices, heads: shard.heads.len(), latent_dim, nope_dim, value_dim })
     }
 
     fn experts(
@@ -294,17 +281,46 @@ impl ExpertSource for Stack<'_> {
     }
 }
 
-/// One matrix per head of this rank.
-struct HeadSlices<'c> {
+/// The matrices of this rank's heads, head after head: keys and values in turn, or keys and then values.
+struct HeadMatrices<'c> {
     slices: Vec<Slice<'c>>,
-    transposed: bool,
-    to_latent: bool,
+    heads: usize,
+    latent_dim: usize,
+    nope_dim: usize,
+    value_dim: usize,
 }
 
-impl HeadSlices<'_> {
-    fn source(&self) -> WeightSource<'_> {
-        let heads = self.slices.iter().map(Slice::view).collect();
-        WeightSource::Heads(Heads { heads, transposed: self.transposed, to_latent: self.to_latent })
+impl HeadMatrices<'_> {
+    fn keys(&self) -> Result<WeightSource<'_>, ModelError> {
+        let absorbed = self.slices.len() == 2;
+        let rows = if absorbed { self.latent_dim } else { self.nope_dim };
+        let heads = self.cut(&self.slices[0], 0, rows)?;
+        Ok(WeightSource::Heads(Heads { heads, transposed: !absorbed, to_latent: true }))
+    }
+
+    fn values(&self) -> Result<WeightSource<'_>, ModelError> {
+        let heads = match &self.slices[..] {
+            [_, values] => self.cut(values, 0, self.value_dim)?,
+            both => self.cut(&both[0], self.nope_dim, self.value_dim)?,
+        };
+        Ok(WeightSource::Heads(Heads { heads, transposed: false, to_latent: false }))
+    }
+
+    /// Rows `skip..skip + rows` of every head.
+    fn cut<'s>(
+        &self,
+        slice: &'s Slice<'_>,
+        skip: usize,
+        rows: usize,
+    ) -> Result<Vec<MatrixView<'s>>, ModelError> {
+        let all = slice.view();
+        let each = all.rows() / self.heads;
+        let part = |head: usize| all.cut(head * each + skip..head * each + skip + rows, 0..all.cols());
+        Ok((0..self.heads).map(part).collect::<Result<_, BackendError>>()?)
+    }
+
+    fn len_bytes(&self) -> u64 {
+        self.slices.iter().map(|slice| slice.view().len_bytes()).sum()
     }
 }
 
@@ -316,9 +332,8 @@ fn bytes_of(source: &WeightSource<'_>) -> u64 {
     };
     match source {
         WeightSource::Linear(one) => linear(one),
-        // Counts its own.
-        WeightSource::Experts(_) => 0,
-        WeightSource::Heads(heads) => heads.heads.iter().map(|head| head.len_bytes()).sum(),
+        // Count their own.
+        WeightSource::Experts(_) | WeightSource::Heads(_) => 0,
         WeightSource::Embedding(table) => table.len_bytes(),
         WeightSource::Norm(view) | WeightSource::Bias(view) | WeightSource::Exact(view) => {
             (view.rows * view.cols * view.dtype.bytes()) as u64

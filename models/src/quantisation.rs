@@ -28,16 +28,29 @@ pub enum Quantisation {
     Compressed {
         /// Rows and columns of a block of FP8, where there are blocks.
         block: Option<(usize, usize)>,
-        /// Forms of whole numbers.
+        /// Forms of packed whole numbers.
         ints: Vec<Ints>,
+    },
+    /// AWQ's.
+    Awq(Ints),
+    /// GPTQ's.
+    Gptq {
+        /// Bits and groups.
+        ints: Ints,
+        /// What zero points are more than what is stored.
+        zeros_more: u8,
+        /// Whether inputs may come in another order than their groups.
+        reordered: bool,
     },
 }
 
-/// A form of whole numbers in compressed-tensors.
+/// A form of packed whole numbers.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Ints {
-    /// Columns that share a scale.
-    pub group: usize,
+    /// Bits of a code.
+    pub bits: usize,
+    /// Columns that share a scale; `None`: all of an output.
+    pub group: Option<usize>,
 }
 
 /// Numbers of MLX's affine format.
@@ -67,6 +80,8 @@ impl Quantisation {
             Some("fp8") => Quantisation::fp8(&mut general)?,
             Some("modelopt") => Quantisation::modelopt(&mut general)?,
             Some("compressed-tensors") => Quantisation::compressed_tensors(&mut general)?,
+            Some("awq") => Quantisation::awq(&mut general)?,
+            Some("gptq") => Quantisation::gptq(&mut general)?,
             None if general.has("group_size") => return Quantisation::mlx(general).map(Some),
             Some(other) => {
                 let reason = format!("{other:?} is not supported (known: {})", METHODS.join(", "));
@@ -180,6 +195,35 @@ impl Quantisation {
         Ok(Quantisation::Compressed { block: all_blocks, ints })
     }
 
+    /// Source: <https://github.com/casper-hansen/AutoAWQ>
+    fn awq(fields: &mut Fields) -> Result<Quantisation, ModelError> {
+        fields.one_of("version", &["gemm", "GEMM"])?;
+        if !fields.flag("zero_point", true)? {
+            return Err(fields.error("zero_point", "false is not supported"));
+        }
+        fields.harmless(&["modules_to_not_convert", "backend", "do_fuse", "fuse_max_seq_len", "pack_dtype"]);
+        Ok(Quantisation::Awq(Ints { bits: bits(fields, "bits", &[4])?, group: group(fields)? }))
+    }
+
+    /// Sources: <https://github.com/AutoGPTQ/AutoGPTQ>, <https://github.com/ModelCloud/GPTQModel>
+    fn gptq(fields: &mut Fields) -> Result<Quantisation, ModelError> {
+        fields.one_of("checkpoint_format", &["gptq", "gptq_v2"])?;
+        fields.one_of("format", &["gptq", "gptq_v2"])?;
+        fields.one_of("pack_dtype", &["int32"])?;
+        let own = [fields.opt_text("checkpoint_format")?, fields.opt_text("format")?];
+        let second = own.iter().flatten().any(|format| format == "gptq_v2");
+        if let Some(dynamic) = fields.opt_object("dynamic")? {
+            // Those that begin with a minus are not quantised, which their tensors say too.
+            if let Some((name, _)) = dynamic.unread().iter().find(|(name, _)| !name.starts_with('-')) {
+                return Err(dynamic.error(name, "bits or groups of some modules are not supported"));
+            }
+        }
+        fields.harmless(GPTQ_MADE);
+        let ints = Ints { bits: bits(fields, "bits", &[2, 3, 4, 8])?, group: group(fields)? };
+        let zeros_more = if second { 0 } else { 1 };
+        Ok(Quantisation::Gptq { ints, zeros_more, reordered: fields.flag("desc_act", false)? })
+    }
+
     /// Rows and columns of a block of FP8; `None` where there is no FP8, `Some(None)` where it has no blocks.
     pub(crate) fn fp8_block(&self) -> Option<Option<(usize, usize)>> {
         match self {
@@ -198,10 +242,45 @@ impl Quantisation {
 }
 
 /// Values of `quant_method`.
-const METHODS: [&str; 3] = ["fp8", "modelopt", "compressed-tensors"];
+const METHODS: [&str; 5] = ["fp8", "modelopt", "compressed-tensors", "awq", "gptq"];
 
 /// Values of `format` in compressed-tensors; the tensors say which of them they have.
-const FORMATS: &[&str] = &["float-quantized", "naive-quantized", "pack-quantized", "mixed-precision"];
+const FORMATS: &[&str] =
+    &["float-quantized", "int-quantized", "naive-quantized", "pack-quantized", "mixed-precision"];
+
+/// Fields of GPTQ's that tell how codes were chosen, or what runs them elsewhere.
+const GPTQ_MADE: &[&str] = &[
+    "act_group_aware",
+    "backend",
+    "batch_size",
+    "block_name_to_quantize",
+    "cache_block_outputs",
+    "cache_examples_on_gpu",
+    "damp_auto_increment",
+    "damp_percent",
+    "dataset",
+    "disable_exllama",
+    "exllama_config",
+    "lm_head",
+    "max_input_length",
+    "meta",
+    "model_file_base_name",
+    "model_name_or_path",
+    "model_seqlen",
+    "module_name_preceding_first_block",
+    "modules_in_block_to_quantize",
+    "mse",
+    "pad_token_id",
+    "quantizer",
+    "static_groups",
+    "sym",
+    "tokenizer",
+    "true_sequential",
+    "uri",
+    "use_cuda_fp16",
+    "use_exllama",
+    "version",
+];
 
 /// A list of rows and columns.
 fn block(fields: &mut Fields, name: &'static str) -> Result<Option<(usize, usize)>, ModelError> {
@@ -222,20 +301,41 @@ fn float(weights: &mut Fields) -> Result<Option<(usize, usize)>, ModelError> {
     block(weights, "block_structure")
 }
 
-/// Whole numbers of one group of compressed-tensors.
+/// Whole numbers of one group of compressed-tensors. Whether there are zero points is seen from the tensors.
 fn int(weights: &mut Fields) -> Result<Ints, ModelError> {
-    if weights.opt_size("num_bits")? != Some(4) {
-        return Err(weights.error("num_bits", "only 4 is supported"));
+    let bits = bits(weights, "num_bits", &[4, 8])?;
+    weights.one_of("strategy", &["group", "channel"])?;
+    // The order of inputs while they were quantised; `group` would keep it in the file.
+    weights.one_of("actorder", &["static", "weight"])?;
+    weights.harmless(&["symmetric"]);
+    let channel = weights.opt_text("strategy")?.as_deref() == Some("channel");
+    let group = group(weights)?;
+    if !channel && group.is_none() {
+        return Err(weights.error("group_size", "missing"));
     }
-    weights.one_of("strategy", &["group"])?;
-    if !weights.flag("symmetric", true)? {
-        return Err(weights.error("symmetric", "false is not supported"));
+    Ok(Ints { bits, group: group.filter(|_| !channel) })
+}
+
+/// A number of bits that is one of `known`.
+fn bits(fields: &mut Fields, name: &'static str, known: &[usize]) -> Result<usize, ModelError> {
+    match fields.opt_size(name)? {
+        Some(bits) if known.contains(&bits) => Ok(bits),
+        Some(bits) => Err(fields.error(name, format!("{bits} is not supported (known: {known:?})"))),
+        None => Err(fields.error(name, "missing")),
     }
-    let group = weights.size("group_size")?;
-    if group % 8 != 0 {
-        return Err(weights.error("group_size", format!("groups of {group} columns are not supported")));
+}
+
+/// `group_size`; `None` where an output is one group.
+fn group(fields: &mut Fields) -> Result<Option<usize>, ModelError> {
+    if fields.value("group_size").is_some_and(|value| value.as_i64() == Some(-1)) {
+        return Ok(None);
     }
-    Ok(Ints { group })
+    match fields.opt_size("group_size")? {
+        Some(size) if size == 0 || size % 8 != 0 => {
+            Err(fields.error("group_size", format!("groups of {size} columns are not supported")))
+        }
+        size => Ok(size),
+    }
 }
 
 /// `bits`, `group_size` and `mode` of an object; what is absent is that of `all`.
@@ -303,15 +403,30 @@ mod tests {
             "symmetric": true, "strategy": "group", "group_size": 32, "actorder": null}}"#;
         let fp8 = r#""floats": {"targets": ["Linear"], "input_activations": {"num_bits": 8, "dynamic": true},
             "weights": {"num_bits": 8, "type": "float", "symmetric": true, "strategy": "block", "block_structure": [128, 128]}}"#;
-        let ints = vec![Ints { group: 32 }];
+        let ints = vec![Ints { bits: 4, group: Some(32) }];
         let found = |block, ints| Ok(Some(Quantisation::Compressed { block, ints }));
         assert_eq!(of(&group(int4)), found(None, ints.clone()));
         assert_eq!(of(&group(&format!("{int4}, {fp8}"))), found(Some((128, 128)), ints));
+        let channel = int4.replace("\"group\", \"group_size\": 32", "\"channel\", \"group_size\": null");
+        let channel = channel.replace("null}", "\"weight\"}").replace("true", "false");
+        assert_eq!(of(&group(&channel)), found(None, vec![Ints { bits: 4, group: None }]));
+        let awq = r#"{"quant_method": "awq", "bits": 4, "group_size": 128, "zero_point": true, "version": "gemm",
+            "modules_to_not_convert": null}"#;
+        assert_eq!(of(awq), Ok(Some(Quantisation::Awq(Ints { bits: 4, group: Some(128) }))));
+        let gptq = r#"{"quant_method": "gptq", "bits": 4, "group_size": -1, "damp_percent": 0.01, "desc_act": true,
+            "sym": false, "checkpoint_format": "gptq_v2", "dynamic": {"-:.*gate": {}}}"#;
+        let of_gptq = |zeros_more, reordered| {
+            let ints = Ints { bits: 4, group: None };
+            Ok(Some(Quantisation::Gptq { ints, zeros_more, reordered }))
+        };
+        assert_eq!(of(gptq), of_gptq(0, true));
+        let first = gptq.replace("\"gptq_v2\"", "\"gptq\"").replace("true", "false");
+        assert_eq!(of(&first), of_gptq(1, false));
         let int4 = group(int4);
         for (config, error) in [
             (
                 r#"{"quant_method": "bitsandbytes", "bits": 4}"#.into(),
-                "quant_method: \"bitsandbytes\" is not supported (known: fp8, modelopt, compressed-tensors)",
+                "quant_method: \"bitsandbytes\" is not supported (known: fp8, modelopt, compressed-tensors, awq, gptq)",
             ),
             (
                 r#"{"quant_method": "fp8", "weight_block_size": [128]}"#.into(),
@@ -324,23 +439,34 @@ mod tests {
             (
                 int4.replace("pack-quantized", "nvfp4-pack-quantized"),
                 "config_groups.ints.format: \"nvfp4-pack-quantized\" is not supported (known: float-quantized, \
-                 naive-quantized, pack-quantized, mixed-precision)",
+                 int-quantized, naive-quantized, pack-quantized, mixed-precision)",
             ),
             (
                 int4.replace("\"dense\"", "\"sparse-24-bitmask\""),
                 "sparsity_config.format: \"sparse-24-bitmask\" is not supported (known: dense)",
             ),
             (
-                int4.replace("\"symmetric\": true", "\"symmetric\": false"),
-                "config_groups.ints.weights.symmetric: false is not supported",
-            ),
-            (
-                int4.replace("\"num_bits\": 4", "\"num_bits\": 8"),
-                "config_groups.ints.weights.num_bits: only 4 is supported",
+                int4.replace("\"num_bits\": 4", "\"num_bits\": 3"),
+                "config_groups.ints.weights.num_bits: 3 is not supported (known: [4, 8])",
             ),
             (
                 int4.replace("null", "\"group\""),
-                "config_groups.ints.weights.actorder: \"group\" is not supported: it may change the computation",
+                "config_groups.ints.weights.actorder: \"group\" is not supported (known: static, weight)",
+            ),
+            (
+                int4.replace("\"group_size\": 32", "\"group_size\": 20"),
+                "config_groups.ints.weights.group_size: groups of 20 columns are not supported",
+            ),
+            (awq.replace("gemm", "gemv"), "version: \"gemv\" is not supported (known: gemm, GEMM)"),
+            (awq.replace("true", "false"), "zero_point: false is not supported"),
+            (gptq.replace("\"bits\": 4", "\"bits\": 5"), "bits: 5 is not supported (known: [2, 3, 4, 8])"),
+            (
+                gptq.replace("-:.*gate", "+:.*gate"),
+                "dynamic.+:.*gate: bits or groups of some modules are not supported",
+            ),
+            (
+                gptq.replace("\"gptq_v2\"", "\"marlin\""),
+                "checkpoint_format: \"marlin\" is not supported (known: gptq, gptq_v2)",
             ),
             (
                 group(&fp8.replace("\"num_bits\": 8, \"type\"", "\"num_bits\": 4, \"type\"")),

@@ -228,7 +228,8 @@ fn head_ranges(config: &Config, world: usize, group: &Group) -> Result<Vec<Heads
     Ok(ranges)
 }
 
-fn gcd(a: usize, b: usize) -> usize {
+/// The greatest common divisor.
+pub(crate) fn gcd(a: usize, b: usize) -> usize {
     if b == 0 { a } else { gcd(b, a % b) }
 }
 

@@ -6,8 +6,11 @@ use std::collections::BTreeMap;
 use std::ops::Range;
 
 use backend::{DType, MatrixView, Quant, QuantView, TensorView};
+use safetensors::Dtype;
 
 use crate::data_file::{DataFile, Rows};
+use crate::recode::Recoded;
+use crate::regroup::Regrouped;
 use crate::{ModelError, regroup};
 
 /// All tensors of a model.
@@ -56,8 +59,20 @@ pub(crate) enum Form {
         /// As many as scales.
         biases: Option<Scales>,
     },
+    /// Codes that lie in another way than backends take them.
+    Recoded(Box<Recoded>),
     /// A type that no backend takes, by its name in the file.
     Foreign(String),
+}
+
+/// The type of numbers; `None` where they are codes.
+pub(crate) fn plain(dtype: Dtype) -> Option<DType> {
+    match dtype {
+        Dtype::F32 => Some(DType::F32),
+        Dtype::F16 => Some(DType::F16),
+        Dtype::BF16 => Some(DType::BF16),
+        _ => None,
+    }
 }
 
 /// Scales or biases of a quantised tensor, `[rows, cols]`.
@@ -95,6 +110,7 @@ impl Stored {
     pub(crate) fn align_cols(&self) -> usize {
         match &self.form {
             Form::Quantised { format, .. } => format.align_cols(),
+            Form::Recoded(recoded) => recoded.format().align_cols(),
             _ => 1,
         }
     }
@@ -120,15 +136,21 @@ impl Stored {
 
     /// The bytes that make it, in order: numbers or codes, scales, biases.
     pub(crate) fn places(&self) -> impl Iterator<Item = &Place> {
-        let (scales, biases) = match &self.form {
-            Form::Quantised { scales, biases, .. } => (scales.as_ref(), biases.as_ref()),
-            _ => (None, None),
+        let (scales, biases, recoded) = match &self.form {
+            Form::Quantised { scales, biases, .. } => (scales.as_ref(), biases.as_ref(), None),
+            Form::Recoded(recoded) => (None, None, Some(recoded.places())),
+            _ => (None, None, None),
         };
-        std::iter::once(&self.place).chain([scales, biases].into_iter().flatten().map(|scales| &scales.place))
+        let scales = [scales, biases].into_iter().flatten().map(|scales| &scales.place);
+        std::iter::once(&self.place).chain(scales).chain(recoded.into_iter().flatten())
     }
 
-    /// Bytes of all of it.
+    /// Bytes of all of it, as it is held.
     pub(crate) fn len_bytes(&self) -> u64 {
+        if let Form::Recoded(recoded) = &self.form {
+            let (rows, cols) = self.extent();
+            return recoded.part_bytes(&(0..rows), &(0..cols));
+        }
         self.places().map(Place::len).sum()
     }
 
@@ -137,6 +159,7 @@ impl Stored {
         match &self.form {
             Form::Plain(dtype) => (rows.len() * cols.len() * dtype.bytes()) as u64,
             Form::Foreign(_) => 0,
+            Form::Recoded(recoded) => recoded.part_bytes(rows, cols),
             Form::Quantised { format, scales, .. }
                 if let Some((bits, group)) = regroup::form(*format, cols) =>
             {
@@ -161,6 +184,7 @@ impl Stored {
                 "fp8, one scale".into()
             }
             Form::Quantised { format, .. } => format.to_string(),
+            Form::Recoded(recoded) => recoded.to_string(),
             Form::Foreign(name) => name.clone(),
         }
     }
@@ -189,6 +213,11 @@ impl Stored {
         };
         let form = match &self.form {
             Form::Plain(dtype) => Held::Plain(*dtype),
+            Form::Recoded(recoded) => {
+                let (count, width) = (rows.len(), cols.len());
+                let made = recoded.read(files, name, rows, cols)?;
+                return Ok(Slice::regrouped(name, count, width, made));
+            }
             Form::Foreign(got) => {
                 let path = files[self.place.file].path.clone();
                 return Err(ModelError::Type { path, name: name.into(), got: got.clone() });
@@ -273,11 +302,16 @@ impl<'n> Slice<'n> {
     fn regroup(self, cols: Range<usize>, smaller: (usize, usize)) -> Slice<'n> {
         let MatrixView::Quantised(view) = self.view() else { return self };
         let made = regroup::regroup(&view, cols.clone(), smaller);
-        let groups = cols.len() / smaller.1;
-        let numbers = |bytes| Some(Plain { dtype: made.dtype, rows: self.rows, cols: groups, bytes });
+        Slice::regrouped(self.name, self.rows, cols.len(), made)
+    }
+
+    /// Rows and columns that were made of others.
+    fn regrouped(name: &'n str, rows: usize, cols: usize, made: Regrouped) -> Slice<'n> {
+        let groups = cols / made.format.align_cols();
+        let numbers = |bytes| Some(Plain { dtype: made.dtype, rows, cols: groups, bytes });
         let (scales, biases) = (numbers(made.scales), numbers(made.biases));
         let form = Held::Quantised { format: made.format, scales, biases, origin: (0, 0) };
-        Slice { name: self.name, rows: self.rows, cols: cols.len(), bytes: made.codes, form }
+        Slice { name, rows, cols, bytes: made.codes, form }
     }
 
     /// As the seam takes it.

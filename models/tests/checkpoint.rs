@@ -383,6 +383,144 @@ fn scales_of_fp8_are_one_or_one_per_output_or_per_block() {
     );
 }
 
+/// `config.json` for AWQ, GPTQ and compressed-tensors in groups of 8, and for one scale per output.
+const AWQ: &str =
+    r#""quant_method": "awq", "bits": 4, "group_size": 8, "zero_point": true, "version": "gemm""#;
+const GPTQ: &str = r#""quant_method": "gptq", "bits": 4, "group_size": 8, "desc_act": false"#;
+const INTS: &str = r#""quant_method": "compressed-tensors", "format": "mixed-precision", "config_groups": {
+    "a": {"weights": {"num_bits": 4, "type": "int", "strategy": "group", "group_size": 8, "symmetric": false}},
+    "b": {"weights": {"num_bits": 8, "type": "int", "strategy": "channel"}}}"#;
+
+type Part<'p> = (&'p str, Dtype, &'p [usize], usize);
+
+/// The matrix [`UP`], 24 x 16, in every way of whole numbers.
+fn whole_numbers() -> Vec<(&'static str, &'static str, u64, Vec<Part<'static>>)> {
+    // Codes of 4 or 8 bits, and two numbers of so many bytes for every group, of which a row has two or one.
+    let bytes = |bits: u64, groups: u64, item: u64| 24 * 16 * bits / 8 + 24 * groups * 2 * item;
+    vec![
+        (
+            AWQ,
+            "awq 4-bit, groups of 8",
+            bytes(4, 2, 4),
+            vec![
+                ("qweight", Dtype::I32, &[16, 3], 4),
+                ("qzeros", Dtype::I32, &[2, 3], 4),
+                ("scales", Dtype::F16, &[2, 24], 2),
+            ],
+        ),
+        (
+            GPTQ,
+            "gptq 4-bit, groups of 8",
+            bytes(4, 2, 4),
+            vec![
+                ("qweight", Dtype::I32, &[2, 24], 4),
+                ("qzeros", Dtype::I32, &[2, 3], 4),
+                ("scales", Dtype::F16, &[2, 24], 2),
+                ("g_idx", Dtype::I32, &[16], 4),
+            ],
+        ),
+        (
+            INTS,
+            "int 4-bit, groups of 8",
+            bytes(4, 2, 4),
+            vec![
+                ("weight_packed", Dtype::I32, &[24, 2], 4),
+                ("weight_zero_point", Dtype::I32, &[3, 2], 4),
+                ("weight_scale", Dtype::BF16, &[24, 2], 2),
+                ("weight_shape", Dtype::I64, &[2], 8),
+            ],
+        ),
+        (
+            INTS,
+            "int 8-bit, a scale per output",
+            bytes(8, 1, 2),
+            vec![("weight_packed", Dtype::I32, &[24, 4], 4), ("weight_scale", Dtype::BF16, &[24, 1], 2)],
+        ),
+        (
+            INTS,
+            "int 8-bit, a scale per output",
+            bytes(8, 1, 2),
+            vec![("weight", Dtype::I8, &[24, 16], 1), ("weight_scale", Dtype::BF16, &[24, 1], 2)],
+        ),
+    ]
+}
+
+fn quantised(method: &str) -> String {
+    with_field(&format!(r#""quantization_config": {{{method}}}"#))
+}
+
+#[test]
+fn whole_numbers_are_found_and_take_what_is_said() {
+    for (method, format, bytes, parts) in whole_numbers() {
+        let dir = directory(&quantised(method), &with_parts(UP, &parts));
+        let checkpoint = Checkpoint::open(dir.path()).unwrap();
+        let found = checkpoint.formats().into_iter().find(|(name, _)| name != "f32").unwrap();
+        assert_eq!(found, (format.into(), bytes));
+        assert_eq!(checkpoint.rank_bytes(1).unwrap(), [checkpoint.weight_bytes()]);
+        Identity::read(&checkpoint).unwrap();
+    }
+}
+
+/// Whatever is wrong with a part of a matrix is an error that names the matrix.
+#[test]
+fn whole_numbers_that_disagree_are_named() {
+    for (method, format, _, parts) in whole_numbers() {
+        for at in 0..parts.len() {
+            let (end, dtype, shape, item) = parts[at];
+            let failed = |what: &str, change: &dyn Fn(&mut Vec<Part<'_>>)| {
+                let mut parts = parts.clone();
+                change(&mut parts);
+                let dir = directory(&quantised(method), &with_parts(UP, &parts));
+                // Order is looked at when a rank reads; zero points may be left out where there need be none.
+                let optional = ["g_idx", "weight_shape"].contains(&end)
+                    || end == "weight_zero_point" && what == "missing";
+                match Checkpoint::open(dir.path()).err().map(|error| error.to_string()) {
+                    Some(error) => assert!(error.contains(UP), "{format}: {end} {what}: {error}"),
+                    None => assert!(optional, "{format}: {end} {what} is taken"),
+                }
+            };
+            let longer: Vec<usize> = [&shape[..shape.len() - 1], &[shape[shape.len() - 1] + 1]].concat();
+            let higher: Vec<usize> = [&[shape[0] + 1], &shape[1..]].concat();
+            let flat = [shape.iter().product()];
+            failed("missing", &|parts| {
+                parts.remove(at);
+            });
+            failed("longer", &|parts| parts[at] = (end, dtype, longer.clone().leak(), item));
+            failed("higher", &|parts| parts[at] = (end, dtype, higher.clone().leak(), item));
+            failed("empty", &|parts| parts[at] = (end, dtype, &[0, 3], item));
+            failed("of another type", &|parts| parts[at] = (end, Dtype::U8, shape, 1));
+            if shape.len() > 1 {
+                failed("flat", &|parts| parts[at] = (end, dtype, flat.to_vec().leak(), item));
+            }
+        }
+        let dir = directory(CONFIG, &with_parts(UP, &parts));
+        assert!(error(&dir).contains(UP), "{format} without a word in config.json");
+    }
+}
+
+#[test]
+fn gptq_in_another_order_is_refused_and_empty_biases_are_left_out() {
+    let (_, _, _, parts) = whole_numbers().swap_remove(1);
+    let mut tensors = with_parts(UP, &parts);
+    let bias = format!("{UP}.bias");
+    tensors.insert(bias.clone(), (Dtype::F16, vec![24], vec![0; 48]));
+    // g_idx of zeros: the second group never comes.
+    let act = GPTQ.replace("false", "true");
+    assert_eq!(
+        error(&directory(&quantised(&act), &tensors)),
+        format!(
+            "model.safetensors: tensor {UP}.weight: inputs are not in the order of their groups (desc_act), which is not \
+             supported: use a checkpoint made without desc_act, or with AWQ"
+        )
+    );
+    let order: Vec<u8> = (0..16).flat_map(|input: i32| (input / 8).to_le_bytes()).collect();
+    tensors.get_mut(&format!("{UP}.g_idx")).unwrap().2 = order;
+    Checkpoint::open(directory(&quantised(&act), &tensors).path()).unwrap();
+    tensors.get_mut(&bias).unwrap().2[4] = 1;
+    let wanted = format!("model.safetensors: tensor {bias} is not part of the llama model");
+    assert_eq!(error(&directory(&quantised(&act), &tensors)), wanted);
+}
+
 #[test]
 fn quantised_tensors_that_disagree_are_named() {
     let failed = |config: &str, tensors: &Tensors| error(&directory(config, tensors));

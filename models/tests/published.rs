@@ -197,7 +197,7 @@ fn latents() {
     let thinking = kimi(json!({"quantization_config": int4(), "max_position_embeddings": 262144}));
     assert_eq!(
         int4_of(&thinking),
-        Some(Quantisation::Compressed { block: None, ints: vec![Ints { group: 32 }] })
+        Some(Quantisation::Compressed { block: None, ints: vec![Ints { bits: 4, group: Some(32) }] })
     );
     // The text model inside one that sees pictures.
     let text = kimi(json!({"quantization_config": int4(), "model_type": "kimi_k2"}));
@@ -210,7 +210,7 @@ fn latents() {
     });
     assert_eq!(
         int4_of(&seeing),
-        Some(Quantisation::Compressed { block: None, ints: vec![Ints { group: 32 }] })
+        Some(Quantisation::Compressed { block: None, ints: vec![Ints { bits: 4, group: Some(32) }] })
     );
 }
 

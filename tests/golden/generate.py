@@ -60,15 +60,22 @@ INT4 = dict(quant_method="compressed-tensors", format="pack-quantized", quantiza
             config_groups=dict(group_0=dict(targets=["Linear"], input_activations=None, output_activations=None,
                 weights=dict(num_bits=4, type="int", symmetric=True, strategy="group", group_size=32, actorder=None,
                              dynamic=False, observer="minmax"))))
+AWQ = dict(quant_method="awq", bits=4, zero_point=True, version="gemm", modules_to_not_convert=None)
+GPTQ = dict(quant_method="gptq", bits=4, damp_percent=0.01, desc_act=False, static_groups=False, sym=False,
+            true_sequential=True, checkpoint_format="gptq", model_name_or_path=None)
+COMPRESSED = dict(quant_method="compressed-tensors", quantization_status="compressed", ignore=["lm_head"],
+                  kv_cache_scheme=None, sparsity_config={}, transform_config={}, version="0.12.2")
 
 
 def compressed(format, **weights):
     """What compressed-tensors writes, of one group of modules."""
+    return dict(COMPRESSED, format=format, config_groups=dict(group_0=modules(["Linear"], **weights)))
+
+
+def modules(targets, **weights):
     own = dict(actorder=None, block_structure=None, dynamic=False, group_size=None, observer="minmax", observer_kwargs={},
                symmetric=True)
-    return dict(quant_method="compressed-tensors", format=format, quantization_status="compressed", ignore=["lm_head"],
-                kv_cache_scheme=None, sparsity_config={}, transform_config={}, version="0.12.2", config_groups=dict(group_0=dict(
-                    targets=["Linear"], input_activations=None, output_activations=None, weights=dict(own, **weights))))
+    return dict(targets=targets, input_activations=None, output_activations=None, weights=dict(own, **weights))
 
 
 def mlx(bits, group, **overrides):
@@ -94,11 +101,26 @@ CASES = {
                                rope_scaling=dict(YARN, mscale=1.0, mscale_all_dim=0.5)),
     "deepseek_v3-no_q_lora": dict(DEEPSEEK, q_lora_rank=None, rope_scaling=None, first_k_dense_replace=0),
     "deepseek_v3-fp8": dict(DEEPSEEK, quantization_config=FP8),
-    "llama-fp8_channel": dict(LLAMA, _code=lambda w: fp8_whole(w, torch.bfloat16, rows=1), quantization_config=compressed(
+    "llama-fp8_channel": dict(LLAMA, _code=lambda w, _: fp8_whole(w, torch.bfloat16, rows=1), quantization_config=compressed(
         "float-quantized", num_bits=8, type="float", strategy="channel")),
-    "qwen3_moe-fp8_tensor": dict(QWEN3_MOE, _code=lambda w: fp8_whole(w, torch.float32, rows=None),
+    "qwen3_moe-fp8_tensor": dict(QWEN3_MOE, _code=lambda w, _: fp8_whole(w, torch.float32, rows=None),
                                  _measured=True, quantization_config=dict(
         quant_method="fp8", activation_scheme="static", ignored_layers=["lm_head"], kv_cache_scheme="static")),
+    # Attention in 8 bits, one scale per output; the rest in 4 bits, by groups with zero points.
+    "qwen2-int_mixed": dict(QWEN2, num_key_value_heads=4, intermediate_size=128, _code=lambda w, name: ints(
+        w, *((8, w.shape[1], False) if "self_attn" in name else (4, 32, True))), quantization_config=dict(
+        COMPRESSED, format="pack-quantized", config_groups=dict(
+            group_0=modules(["re:.*self_attn.*"], num_bits=8, type="int", strategy="channel"),
+            group_1=modules(["re:.*mlp.*"], num_bits=4, type="int", strategy="group", group_size=32, symmetric=False)))),
+    "llama-w8a8": dict(LLAMA, _code=lambda w, _: int8(w), quantization_config=compressed(
+        "int-quantized", num_bits=8, type="int", strategy="channel")),
+    "qwen2-awq": dict(QWEN2, intermediate_size=128, _code=lambda w, _: awq(w, 32), quantization_config=dict(
+        AWQ, group_size=32)),
+    "deepseek_v3-awq": dict(DEEPSEEK, hidden_size=64, q_lora_rank=64, moe_intermediate_size=32, n_shared_experts=1,
+                            _code=lambda w, _: awq(w, 16), quantization_config=dict(AWQ, group_size=16)),
+    "llama-gptq": dict(LLAMA, intermediate_size=128, _code=lambda w, _: gptq(w, 4, 32, 1), quantization_config=dict(GPTQ, group_size=32)),
+    "qwen3_moe-gptq_8": dict(QWEN3_MOE, num_experts=6, _code=lambda w, _: gptq(w, 8, w.shape[1], 0), quantization_config=dict(
+        GPTQ, bits=8, group_size=-1, checkpoint_format="gptq_v2")),
     "deepseek_v3-mlx": dict(DEEPSEEK, hidden_size=64, q_lora_rank=64, qk_nope_head_dim=32, v_head_dim=16,
                             moe_intermediate_size=64, n_shared_experts=1, quantization=mlx(4, 32)),
     "kimi_k2-base": KIMI,
@@ -288,6 +310,51 @@ def int4(w, group):
     return words.view(torch.int32), scale, (codes * scale.float()[..., None]).view(rows, cols)
 
 
+def ranges(w, bits, group, dtype, zeros):
+    """Codes `[rows, cols]` from 0 on, scales and zero points `[rows, cols / group]`, and what they mean."""
+    parts, top = w.float().view(w.shape[0], -1, group), 2**bits - 1
+    low, high = parts.amin(-1).clamp(max=0), parts.amax(-1).clamp(min=0)
+    if zeros:
+        scale = ((high - low) / top).clamp(min=1e-6).to(dtype)
+        # Files of AutoGPTQ cannot say the zero point 0.
+        zero = torch.clamp(torch.round(-low / scale.float()), 1, top)
+    else:
+        scale = (torch.maximum(high, -low) / (top / 2)).clamp(min=1e-6).to(dtype)
+        zero = torch.full_like(low, 2 ** (bits - 1))
+    codes = torch.clamp(torch.round(parts / scale.float()[..., None]) + zero[..., None], 0, top)
+    means = (codes - zero[..., None]) * scale.float()[..., None]
+    return codes.view(w.shape).to(torch.int64), scale, zero.to(torch.int64), means.view(w.shape)
+
+
+def ints(w, bits, group, zeros):
+    """compressed-tensors `pack-quantized`: codes along a row, zero points down a column."""
+    codes, scale, zero, means = ranges(w, bits, group, torch.bfloat16, zeros)
+    parts = dict(weight_packed=pack(codes, bits).view(torch.int32), weight_scale=scale, weight_shape=torch.tensor(w.shape))
+    if zeros:
+        parts["weight_zero_point"] = pack(zero.T, bits).view(torch.int32).T
+    return parts, means
+
+
+def int8(w):
+    """compressed-tensors `int-quantized`: signed bytes, a scale per output."""
+    codes, scale, _, means = ranges(w, 8, w.shape[1], torch.bfloat16, False)
+    return dict(weight=(codes - 128).to(torch.int8), weight_scale=scale), means
+
+
+def awq(w, group):
+    """AutoAWQ's `gemm`: inputs are rows; a word has outputs 0, 2, 4, 6, 1, 3, 5, 7 of eight."""
+    codes, scale, zero, means = ranges(w, 4, group, torch.float16, True)
+    words = lambda x: pack(x.T.reshape(x.shape[1], -1, 8)[..., [0, 2, 4, 6, 1, 3, 5, 7]].flatten(1), 4).view(torch.int32)
+    return dict(qweight=words(codes), qzeros=words(zero), scales=scale.T), means
+
+
+def gptq(w, bits, group, less):
+    """AutoGPTQ: inputs are rows, of which a word has consecutive ones; zero points are stored `less`."""
+    codes, scale, zero, means = ranges(w, bits, group, torch.float16, True)
+    return dict(qweight=pack(codes, bits).view(torch.int32).T, qzeros=pack(zero.T - less, bits).view(torch.int32),
+                scales=scale.T, g_idx=torch.arange(w.shape[1], dtype=torch.int32) // group), means
+
+
 def affine(w, bits, group):
     """Scales may be negative, as MLX's are: the code 0 is the end of the range that is larger."""
     parts = w.float().reshape(*w.shape[:-1], w.shape[-1] // group, group)
@@ -321,7 +388,7 @@ def stored(c, plain):
             if w.ndim == 2 and any(p in name for p in ("_proj", ".experts.")):
                 files.pop(name)
                 base = name.removesuffix(".weight")
-                parts, means[name] = c["_code"](w)
+                parts, means[name] = c["_code"](w, name)
                 files.update({f"{base}.{end}": part for end, part in parts.items()})
                 if "_measured" in c:
                     files[f"{base}.input_scale"] = torch.tensor(0.25)
@@ -491,7 +558,9 @@ def main():
             gguf_file.write(out / f"model-{name.split('-')[-1]}.gguf", c, files, vocabulary(), TEMPLATE,
                             c.get("_parts", 1))
         else:
-            config = {k: v for k, v in c.items() if not k.startswith("_")}
+            # Qwen 2 has its biases without a word.
+            own = "attention_bias" if c["model_type"] == "qwen2" else None
+            config = {k: v for k, v in c.items() if not k.startswith("_") and k != own}
             (out / "config.json").write_text(json.dumps(config, indent=1) + "\n")
             form = "mlx" if "quantization" in c else "pt"
             save_file({n: w.contiguous() for n, w in files.items()}, out / "model.safetensors", metadata={"format": form})

@@ -190,7 +190,7 @@ fn what_changes_the_math_and_is_not_supported_is_named() {
     assert_eq!(error("llama", r#", "sliding_window": 16"#), format!("c: sliding_window: 16 {change}"));
     assert_eq!(
         error("llama", r#", "quantization_config": {"quant_method": "hqq"}"#),
-        "c: quantization_config.quant_method: \"hqq\" is not supported (known: fp8, modelopt, compressed-tensors)"
+        "c: quantization_config.quant_method: \"hqq\" is not supported (known: fp8, modelopt, compressed-tensors, awq, gptq)"
     );
     assert_eq!(
         error("llama", r#", "hidden_act": "gelu""#),
