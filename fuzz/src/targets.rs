@@ -20,6 +20,7 @@ pub struct Target {
 /// All of them.
 pub const TARGETS: &[Target] = &[
     Target { name: "safetensors", seeds: safetensors, read: read_safetensors, memory: (64, 1 << 16) },
+    Target { name: "quantised", seeds: quantised, read: read_quantised, memory: (512, 1 << 18) },
     Target { name: "gguf", seeds: gguf, read: read_gguf, memory: (64, 1 << 16) },
     Target { name: "gguf-model", seeds: gguf, read: read_gguf_model, memory: (4096, 1 << 21) },
     Target { name: "tokenizer", seeds: tokenizer, read: read_tokenizer, memory: (512, 1 << 20) },
@@ -53,6 +54,35 @@ fn read_safetensors(bytes: &[u8], len: u64) -> bool {
     assert!(taken.windows(2).all(|pair| pair[0].1 <= pair[1].0));
     true
 }
+
+/// What the tensors of a file are under every configuration that quantises.
+fn read_quantised(bytes: &[u8], len: u64) -> bool {
+    let sizes = r#""vocab_size":8,"hidden_size":8,"intermediate_size":8,"num_hidden_layers":1,"num_attention_heads":1,"max_position_embeddings":8"#;
+    let taken = METHODS.iter().map(|method| {
+        let config = format!(r#"{{"model_type":"llama",{sizes},{method}}}"#);
+        let config = models::Config::parse("c", config.as_bytes()).expect("a good configuration");
+        let Ok(weights) = models::safetensors_weights("f", bytes, len, &config) else { return false };
+        // Numbers of a group of 8 codes of 2 bits are 8 bytes where the file has 2.
+        let held = weights.iter().fold(0u64, |all, (_, bytes)| all.saturating_add(*bytes));
+        assert!(held <= len.saturating_mul(4), "{held} bytes of a file of {len}: {weights:?}");
+        weights.iter().any(|(name, _)| ["fp8", "bit", "int4"].iter().any(|format| name.contains(format)))
+    });
+    // Each is tried.
+    taken.filter(|taken| *taken).count() > 0
+}
+
+/// How checkpoints of [`quantised`] say what they are.
+const METHODS: [&str; 6] = [
+    r#""quantization":{"bits":4,"group_size":8}"#,
+    r#""quantization_config":{"quant_method":"fp8","weight_block_size":[2,8]}"#,
+    r#""quantization_config":{"quant_method":"modelopt","quant_algo":"FP8"}"#,
+    r#""quantization_config":{"quant_method":"awq","bits":4,"group_size":8}"#,
+    r#""quantization_config":{"quant_method":"gptq","bits":2,"group_size":8}"#,
+    r#""quantization_config":{"quant_method":"compressed-tensors","config_groups":{
+        "a":{"weights":{"num_bits":4,"type":"int","strategy":"group","group_size":8}},
+        "b":{"weights":{"num_bits":8,"type":"int","strategy":"channel"}},
+        "c":{"weights":{"num_bits":8,"type":"float","strategy":"channel"}}}}"#,
+];
 
 fn read_gguf(bytes: &[u8], len: u64) -> bool {
     let Ok(header) = Header::parse("f", bytes, len) else { return false };
@@ -100,6 +130,54 @@ fn safetensors() -> Vec<Vec<u8>> {
             r#"{"__metadata__":{"format":"pt"},"a.weight":{"dtype":"F32","shape":[2,3],"data_offsets":[0,24]},"b":{"dtype":"BF16","shape":[4],"data_offsets":[24,32]},"c":{"dtype":"F8_E4M3","shape":[0],"data_offsets":[40,40]}}"#,
         ),
         file(r#"{"x":{"dtype":"U32","shape":[],"data_offsets":[60,64]}}"#),
+    ]
+}
+
+/// A matrix for each of [`METHODS`], and more of the last.
+fn quantised() -> Vec<Vec<u8>> {
+    let file = |tensors: &[(&str, &str, &[u64], u64)]| {
+        let (mut lines, mut end) = (Vec::new(), 0);
+        for (name, dtype, shape, item) in tensors {
+            let start = end;
+            end += shape.iter().product::<u64>() * item;
+            lines.push(format!(
+                r#""w.{name}":{{"dtype":"{dtype}","shape":{shape:?},"data_offsets":[{start},{end}]}}"#
+            ));
+        }
+        let header = format!("{{{}}}", lines.join(","));
+        let mut bytes = (header.len() as u64).to_le_bytes().to_vec();
+        bytes.extend(header.bytes());
+        bytes.resize(bytes.len() + end as usize, 0);
+        bytes
+    };
+    vec![
+        file(&[("weight", "U32", &[8, 2], 4), ("scales", "F16", &[8, 2], 2), ("biases", "F16", &[8, 2], 2)]),
+        file(&[("weight", "F8_E4M3", &[4, 16], 1), ("weight_scale_inv", "F32", &[2, 2], 4)]),
+        file(&[
+            ("weight", "F8_E4M3", &[4, 16], 1),
+            ("weight_scale", "F32", &[], 4),
+            ("input_scale", "F32", &[], 4),
+        ]),
+        file(&[
+            ("qweight", "I32", &[16, 1], 4),
+            ("qzeros", "I32", &[2, 1], 4),
+            ("scales", "F16", &[2, 8], 2),
+        ]),
+        file(&[
+            ("qweight", "I32", &[1, 16], 4),
+            ("qzeros", "I32", &[2, 1], 4),
+            ("scales", "F16", &[2, 16], 2),
+            ("g_idx", "I32", &[16], 4),
+        ]),
+        file(&[
+            ("weight_packed", "I32", &[8, 2], 4),
+            ("weight_scale", "BF16", &[8, 2], 2),
+            ("weight_zero_point", "I32", &[1, 2], 4),
+            ("weight_shape", "I64", &[2], 8),
+        ]),
+        file(&[("weight_packed", "I32", &[8, 4], 4), ("weight_scale", "BF16", &[8, 1], 2)]),
+        file(&[("weight", "I8", &[4, 16], 1), ("weight_scale", "BF16", &[4, 1], 2)]),
+        file(&[("weight", "F8_E4M3", &[4, 16], 1), ("weight_scale", "BF16", &[4, 1], 2)]),
     ]
 }
 
@@ -166,5 +244,7 @@ fn config() -> Vec<Vec<u8>> {
         format!(r#"{{"model_type":"deepseek_v3",{sizes},{latent}}}"#).into(),
         format!(r#"{{"model_type":"qwen3","num_key_value_heads":2,{sizes},"quantization":{{"bits":4,"group_size":32,"a":false}}}}"#)
             .into(),
+        format!(r#"{{"model_type":"llama",{sizes},{}}}"#, METHODS[4]).into(),
+        format!(r#"{{"model_type":"llama",{sizes},{}}}"#, METHODS[5]).into(),
     ]
 }

@@ -10,7 +10,7 @@ use serde::Deserialize;
 
 use crate::data_file::DataFile;
 use crate::experts::ExpertNames;
-use crate::file::{Entry, WeightFile};
+use crate::file::{Entry, WeightFile, table};
 use crate::packed::{Kind, PARTS};
 use crate::weights::{Form, Place, Scales, Stored, Weights, plain};
 use crate::{Config, ModelError, Quantisation};
@@ -47,13 +47,9 @@ pub(crate) fn open(dir: &Path, config: &Config) -> Result<Weights, ModelError> {
         let own = |(name, place): (String, _)| Some((name.strip_prefix(front)?.to_owned(), place));
         found = found.into_iter().filter_map(own).collect();
     }
-    let reader = Reader { files: &files, found: &found, quantisation: config.quantisation.as_ref(), front };
-    let mut tensors = BTreeMap::new();
-    for (name, (file, entry)) in &found {
-        if let Some((name, stored)) = reader.tensor(name, *file, entry)? {
-            unstack(name, stored, &mut tensors);
-        }
-    }
+    let paths: Vec<String> = files.iter().map(|file| file.data.path.clone()).collect();
+    let mut tensors =
+        Reader { paths: &paths, found: &found, quantisation: config.quantisation.as_ref(), front }.all()?;
     let files: Vec<DataFile> = files.into_iter().map(|file| file.data).collect();
     if let Some(Quantisation::Gptq { reordered, .. }) = config.quantisation {
         for (name, stored) in &tensors {
@@ -67,11 +63,29 @@ pub(crate) fn open(dir: &Path, config: &Config) -> Result<Weights, ModelError> {
     Ok(Weights { files, table: table.display().to_string(), tensors, own_name, interleaved: None })
 }
 
+/// The matrices and vectors that a safetensors file would give a model quantised as `config` says, and the bytes that each takes in
+/// memory: of the first bytes of a file of `len`, as [`table`]. For hostile headers.
+pub fn weights(
+    path: &str,
+    bytes: &[u8],
+    len: u64,
+    config: &Config,
+) -> Result<Vec<(String, u64)>, ModelError> {
+    let entries = table(path, bytes, len)?;
+    let found = entries.into_iter().map(|entry| (entry.name.clone(), (0, entry))).collect();
+    let paths = [path.to_owned()];
+    let reader =
+        Reader { paths: &paths, found: &found, quantisation: config.quantisation.as_ref(), front: "" };
+    let tensors = reader.all()?.into_iter();
+    Ok(tensors.map(|(name, stored)| (format!("{name}: {}", stored.format()), stored.len_bytes())).collect())
+}
+
 /// Where each tensor lies, by its name in the file.
 type Found = BTreeMap<String, (usize, Entry)>;
 
 struct Reader<'r> {
-    files: &'r [WeightFile],
+    /// The files' names.
+    paths: &'r [String],
     found: &'r Found,
     quantisation: Option<&'r Quantisation>,
     /// What was cut off the names.
@@ -79,6 +93,17 @@ struct Reader<'r> {
 }
 
 impl Reader<'_> {
+    /// All tensors by their Hugging Face names.
+    fn all(&self) -> Result<BTreeMap<String, Stored>, ModelError> {
+        let mut tensors = BTreeMap::new();
+        for (name, (file, entry)) in self.found {
+            if let Some((name, stored)) = self.tensor(name, *file, entry)? {
+                unstack(name, stored, &mut tensors);
+            }
+        }
+        Ok(tensors)
+    }
+
     /// The tensor that `entry` begins, and its name; `None` where it is a part of another. Stacked matrices have three
     /// dimensions.
     fn tensor(&self, name: &str, file: usize, entry: &Entry) -> Result<Option<(String, Stored)>, ModelError> {
@@ -89,7 +114,7 @@ impl Reader<'_> {
             let form = Form::Foreign(format!("{} without elements", entry.dtype));
             return Ok(Some((name.into(), Stored { shape: entry.shape.clone(), place, form })));
         }
-        let path = || self.files[file].data.path.clone();
+        let path = || self.paths[file].clone();
         let format =
             |reason: String| ModelError::Format { path: path(), reason: format!("tensor {name}: {reason}") };
         if let Some((base, kind)) = Kind::of(name, entry.dtype, has) {
@@ -134,7 +159,7 @@ impl Reader<'_> {
         entry: &Entry,
         place: Place,
     ) -> Result<(String, Stored), ModelError> {
-        let path = self.files[place.file].data.path.clone();
+        let path = self.paths[place.file].clone();
         let error = |reason: String| ModelError::Format {
             path: path.clone(),
             reason: format!("tensor {name}: {reason}"),
@@ -148,9 +173,13 @@ impl Reader<'_> {
         let bits = affine.bits;
         let (rows, words) =
             entry.shape.split_last().map_or((0, 0), |(last, rest)| (rest.iter().product(), *last));
-        let cols = words * 32 / bits;
+        let cols = words.saturating_mul(32) / bits;
         let fits = |scales: &Scales| (scales.rows, scales.cols.saturating_mul(affine.group)) == (rows, cols);
-        if entry.dtype != Dtype::U32 || words * 32 != cols * bits || !fits(&scales) || !fits(&biases) {
+        if entry.dtype != Dtype::U32
+            || words.saturating_mul(32) != cols * bits
+            || !fits(&scales)
+            || !fits(&biases)
+        {
             let (dtype, shape) = (entry.dtype, &entry.shape);
             return Err(error(format!(
                 "{dtype} {shape:?} with scales [{}, {}] of {bits} bits in groups of {}",
@@ -170,10 +199,10 @@ impl Reader<'_> {
         let name = format!("{base}.{end}");
         let Some((file, entry)) = self.found.get(&name) else {
             let reason = format!("tensor {base} is quantised, and has no {name}");
-            return Err(ModelError::Format { path: self.files[0].data.path.clone(), reason });
+            return Err(ModelError::Format { path: self.paths[0].clone(), reason });
         };
         let Some(dtype) = plain(entry.dtype).filter(|_| !entry.shape.contains(&0)) else {
-            let path = self.files[*file].data.path.clone();
+            let path = self.paths[*file].clone();
             return Err(ModelError::Type { path, name, got: entry.dtype.to_string() });
         };
         let (cols, rows) =

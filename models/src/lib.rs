@@ -38,6 +38,7 @@ pub use error::ModelError;
 pub use experts::{ExpertNames, Experts};
 pub use file::{Entry, table as safetensors_table};
 pub use generation::Generation;
+pub use huggingface::weights as safetensors_weights;
 pub use identity::Identity;
 pub use load::Progress;
 pub use quantisation::{Affine, Ints, Quantisation};

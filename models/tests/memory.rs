@@ -35,6 +35,8 @@ enum Form {
     Fp8,
     /// Packed codes of the experts only.
     Int4,
+    /// Inputs as rows.
+    Awq,
 }
 
 /// What a load may take besides the part that it leaves: the experts that are read ahead, buffers, the heap's own.
@@ -66,6 +68,9 @@ fn safetensors(dir: &Path, width: usize, form: Form) {
             config["quantization_config"] =
                 json!({ "quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [128, 128] });
         }
+        Form::Awq => {
+            config["quantization_config"] = json!({ "quant_method": "awq", "bits": 4, "group_size": 128 });
+        }
         Form::Int4 => {
             let weights = json!({ "num_bits": 4, "type": "int", "symmetric": true, "strategy": "group", "group_size": 32 });
             config["quantization_config"] = json!({
@@ -91,6 +96,11 @@ fn safetensors(dir: &Path, width: usize, form: Form) {
             put(format!("{name}_packed"), "I32", &[shape[0], shape[1] / 8], 4);
             put(format!("{name}_scale"), "BF16", &[shape[0], shape[1] / 32], 2);
             put(format!("{name}_shape"), "I64", &[2], 8);
+        } else if form == Form::Awq && name.contains("_proj") {
+            let (base, groups) = (name.trim_end_matches(".weight"), shape[1] / 128);
+            put(format!("{base}.qweight"), "I32", &[shape[1], shape[0] / 8], 4);
+            put(format!("{base}.qzeros"), "I32", &[groups, shape[0] / 8], 4);
+            put(format!("{base}.scales"), "F16", &[groups, shape[0]], 2);
         } else {
             put(name, "BF16", &shape, 2);
         }
@@ -256,6 +266,26 @@ fn a_rank_reads_and_holds_its_own_part() {
             let whole = checkpoint.weight_bytes() as f64;
             println!("{form:?}: {world} ranks read {:.2} times the files", read as f64 / whole);
         }
+    }
+    // Where inputs are rows, what is cut by outputs is read by all ranks, in rows shorter than a page; by inputs, once.
+    safetensors(dir.path(), NARROW, Form::Awq);
+    let checkpoint = Checkpoint::open(dir.path()).unwrap();
+    let whole = fs::metadata(dir.path().join("model.safetensors")).unwrap().len();
+    let down = 24 * 512 * NARROW as u64 / 2;
+    for world in [1, 2, 4] {
+        let mut all = 0;
+        for (rank, part) in checkpoint.rank_bytes(world).unwrap().into_iter().enumerate() {
+            let Load { read, held, last, .. } = load(&checkpoint, rank, world);
+            assert_eq!((last.bytes, last.bytes_total), (part, part), "AWQ, rank {rank} of {world}");
+            assert!(
+                held < part + SPARE_BYTES,
+                "AWQ, rank {rank} of {world}: {held} bytes for a part of {part}"
+            );
+            all += read;
+        }
+        let most = down + world as u64 * (whole - down + (1 << 20));
+        assert!(all < most, "AWQ: {world} ranks read {all} bytes, at most {most}");
+        println!("AWQ: {world} ranks read {:.2} times the files", all as f64 / whole as f64);
     }
     fs::remove_file(dir.path().join("model.safetensors")).unwrap();
     let file = dir.path().join("model.gguf");
