@@ -83,19 +83,13 @@ fn stored(tensor: &Tensor, expert: Option<usize>) -> Option<Stored> {
 
 /// What the bytes of an element type are.
 fn form(kind: &str) -> Form {
-    let block = |block| Form::Quantised { format: Quant::Gguf(block), scales: None, biases: None };
     match kind {
         "F32" => Form::Plain(DType::F32),
         "F16" => Form::Plain(DType::F16),
         "BF16" => Form::Plain(DType::BF16),
-        "Q4_0" => block(GgufBlock::Q4_0),
-        "Q4_1" => block(GgufBlock::Q4_1),
-        "Q5_0" => block(GgufBlock::Q5_0),
-        "Q5_1" => block(GgufBlock::Q5_1),
-        "Q8_0" => block(GgufBlock::Q8_0),
-        "Q4_K" => block(GgufBlock::Q4K),
-        "Q5_K" => block(GgufBlock::Q5K),
-        "Q6_K" => block(GgufBlock::Q6K),
-        other => Form::Foreign(other.into()),
+        other => match GgufBlock::named(other) {
+            Some(block) => Form::Quantised { format: Quant::Gguf(block), scales: None, biases: None },
+            None => Form::Foreign(other.into()),
+        },
     }
 }

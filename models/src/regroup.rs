@@ -132,15 +132,9 @@ mod tests {
     fn every_format_keeps_its_numbers_in_smaller_groups() {
         let (rows, cols) = (3, 256);
         let others = [2, 3, 4, 5, 6, 8].map(|bits| Quant::Affine { bits, group: 64 });
-        let gguf = [
-            GgufBlock::Q4_0,
-            GgufBlock::Q5_1,
-            GgufBlock::Q8_0,
-            GgufBlock::Q4K,
-            GgufBlock::Q5K,
-            GgufBlock::Q6K,
-        ];
-        let formats = others.into_iter().chain([Quant::Int4 { group: 64 }]).chain(gguf.map(Quant::Gguf));
+        let gguf = GgufBlock::ALL.map(Quant::Gguf);
+        let formats =
+            others.into_iter().chain([Quant::Int4 { group: 64 }, Quant::Fp4 { group: 64 }]).chain(gguf);
         for format in formats {
             let row_bytes = format.code_bytes(cols);
             // Bytes whose halves are small numbers: no infinities.

@@ -251,7 +251,7 @@ fn scale_ranges(
     cols: &Range<usize>,
 ) -> (Range<usize>, Range<usize>, (usize, usize)) {
     match format {
-        Quant::Affine { group, .. } | Quant::Int4 { group } => {
+        Quant::Affine { group, .. } | Quant::Int4 { group } | Quant::Fp4 { group } => {
             (rows.clone(), cols.start / group..cols.end / group, (0, 0))
         }
         Quant::Fp8 { rows: high, cols: wide } => (

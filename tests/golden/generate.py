@@ -90,6 +90,8 @@ WIDTHS = {f"model.layers.0.{p}_proj": dict(group_size=32, bits=b) for p, b in (
 WIDE = dict(hidden_size=256, intermediate_size=256, head_dim=64, num_hidden_layers=1)
 Q4_K_M = {"attn_v": "Q6_K", "ffn_down": "Q6_K", "attn_output": "Q4_K", "output": "Q6_K", "": "Q4_K"}
 Q5_K_M = {name: kind.replace("Q4_K", "Q5_K") for name, kind in Q4_K_M.items()}
+FEWER = {"attn_q": "Q3_K", "attn_v": "IQ4_XS", "attn_output": "IQ4_NL", "ffn_down": "Q3_K", "ffn_up": "MXFP4",
+         "output": "Q6_K", "": "Q2_K"}
 OLDER = {"attn_q": "Q5_0", "attn_k": "Q5_1", "attn_v": "Q8_0", "attn_output": "Q4_1", "ffn_gate": "BF16", "ffn_up": "F16",
          "token_embd": "Q4_0", "": "Q8_0"}
 
@@ -136,6 +138,7 @@ CASES = {
     "llama-gguf-q4_k_m": dict(LLAMA, **WIDE, _gguf=Q4_K_M),
     "qwen2-gguf-mixed": dict(QWEN2, intermediate_size=128, _gguf=OLDER, _parts=2),
     "qwen3-gguf-q5_k_m": dict(QWEN3, **WIDE, _gguf=Q5_K_M),
+    "llama-gguf-q2_k": dict(LLAMA, **WIDE, _gguf=FEWER),
     "deepseek_v3-gguf-q8_0": dict(DEEPSEEK, hidden_size=64, q_lora_rank=64, qk_nope_head_dim=32, v_head_dim=32,
                                   moe_intermediate_size=64, n_shared_experts=1, _gguf={"": "Q8_0"}),
 }

@@ -9,8 +9,11 @@ import numpy as np
 import torch
 
 # Element types by name: number, elements of a block.
-TYPES = dict(F32=(0, 1), F16=(1, 1), Q4_0=(2, 32), Q4_1=(3, 32), Q5_0=(6, 32), Q5_1=(7, 32), Q8_0=(8, 32), Q4_K=(12, 256),
-             Q5_K=(13, 256), Q6_K=(14, 256), BF16=(30, 1))
+TYPES = dict(F32=(0, 1), F16=(1, 1), Q4_0=(2, 32), Q4_1=(3, 32), Q5_0=(6, 32), Q5_1=(7, 32), Q8_0=(8, 32), Q2_K=(10, 256),
+             Q3_K=(11, 256), Q4_K=(12, 256), Q5_K=(13, 256), Q6_K=(14, 256), IQ4_NL=(20, 32), IQ4_XS=(23, 256), BF16=(30, 1),
+             MXFP4=(39, 32))
+IQ4 = np.array([-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113], np.float32)
+E2M1 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6], np.float32)
 ALIGN = 32
 
 
@@ -28,8 +31,9 @@ def encode(w, kind):
         narrow = torch.from_numpy(w).to(torch.bfloat16)
         return narrow.view(torch.int16).numpy().tobytes(), narrow.float().numpy()
     blocks = w.reshape(-1, TYPES[kind][1]).astype(np.float32)
-    parts, means = dict(Q4_0=signed, Q5_0=signed, Q8_0=signed, Q4_1=ranged, Q5_1=ranged, Q4_K=k_ranged, Q5_K=k_ranged,
-                        Q6_K=k_signed)[kind](blocks, int(kind[1]))
+    coder = dict(Q4_0=signed, Q5_0=signed, Q8_0=signed, Q4_1=ranged, Q5_1=ranged, Q2_K=k_two, Q3_K=k_three, Q4_K=k_ranged,
+                 Q5_K=k_ranged, Q6_K=k_signed, IQ4_NL=iq4_nl, IQ4_XS=iq4_xs, MXFP4=mxfp4)[kind]
+    parts, means = coder(blocks, int(kind[1]) if kind[0] == "Q" else 4)
     rows = [np.ascontiguousarray(part).view(np.uint8).reshape(len(blocks), -1) for part in parts]
     return np.concatenate(rows, 1).tobytes(), means.astype(np.float32).reshape(w.shape)
 
@@ -107,6 +111,76 @@ def k_signed(x, _):
     low = (codes[:, :, :2] & 15 | (codes[:, :, 2:] & 15) << 4).astype(np.uint8)
     high = (codes >> 4 << np.array([0, 2, 4, 6])[:, None]).sum(2).astype(np.uint8)
     return [low.reshape(len(x), -1), high.reshape(len(x), -1), s.astype(np.int8), d], means
+
+
+def quarters(codes):
+    """Two bits of 256 codes: of each 128, a byte has one of each of four thirty-twos."""
+    codes = (codes & 3).reshape(len(codes), 2, 4, 32) << np.array([0, 2, 4, 6])[:, None]
+    return codes.sum(2).astype(np.uint8).reshape(len(codes), -1)
+
+
+def k_two(x, _):
+    """`d s q - dmin m` with s and m of four bits for each sixteenth: Q2_K."""
+    parts = x.reshape(len(x), 16, 16)
+    low = np.minimum(parts.min(2), 0)
+    step = (parts.max(2) - low) / 3
+    d, dmin = half(step.max(1, keepdims=True) / 15), half(-low.min(1, keepdims=True) / 15)
+    wide, wide_min = d.astype(np.float32), dmin.astype(np.float32)
+    s = np.rint(divide(step, wide)).clip(0, 15).astype(np.int32)
+    m = np.rint(divide(-low, wide_min)).clip(0, 15).astype(np.int32)
+    scale, least = (wide * s)[..., None], (wide_min * m)[..., None]
+    codes = np.rint(divide(parts + least, scale)).clip(0, 3).astype(np.int32)
+    return [(s | m << 4).astype(np.uint8), quarters(codes.reshape(len(x), 256)), d, dmin], codes * scale - least
+
+
+def k_three(x, _):
+    """`d (s - 32) (q - 4)` with s of six bits for each sixteenth: Q3_K."""
+    parts = x.reshape(len(x), 16, 16)
+    largest = np.take_along_axis(parts, np.abs(parts).argmax(2)[..., None], 2)[..., 0] / -4
+    d = half(np.abs(largest).max(1, keepdims=True) / 31)
+    s = np.rint(divide(largest, d.astype(np.float32))).clip(-32, 31).astype(np.int32)
+    scale = (d.astype(np.float32) * s)[..., None]
+    codes = np.rint(divide(parts, scale)).clip(-4, 3).astype(np.int32)
+    means = codes * scale
+    codes, s = (codes + 4).reshape(len(x), 256), s + 32
+    # Bit j of byte l is the third bit of element l of eighth j.
+    high = ((codes >> 2).reshape(len(x), 8, 32) << np.arange(8)[:, None]).sum(1).astype(np.uint8)
+    low = s[:, :8] & 15 | (s[:, 8:] & 15) << 4
+    upper = ((s >> 4).reshape(len(x), 4, 4) << np.array([0, 2, 4, 6])[:, None]).sum(1)
+    return [high, quarters(codes), low.astype(np.uint8), upper.astype(np.uint8), d], means
+
+
+def nearest(x, values):
+    return np.abs(x[..., None] - values).argmin(-1).astype(np.uint8)
+
+
+def iq4_nl(x, _):
+    """`d v[q]`: IQ4_NL."""
+    d = half(np.abs(x).max(1, keepdims=True) / 120)
+    codes = nearest(divide(x, d.astype(np.float32)), IQ4)
+    return [d, nibbles(codes)], d.astype(np.float32) * IQ4[codes]
+
+
+def iq4_xs(x, _):
+    """`d (s - 32) v[q]` with s of six bits for each eighth: IQ4_XS."""
+    parts = x.reshape(len(x), 8, 32)
+    largest = np.abs(parts).max(2) / 120
+    d = half(largest.max(1, keepdims=True) / 31)
+    # Odd eighths have scales below zero.
+    s = np.rint(divide(largest, d.astype(np.float32))).clip(0, 31).astype(np.int32) * np.where(np.arange(8) % 2, -1, 1)
+    scale = (d.astype(np.float32) * s)[..., None]
+    codes = nearest(divide(parts, scale), IQ4)
+    s = s + 32
+    high = ((s >> 4) << 2 * np.arange(8)).sum(1, keepdims=True).astype("<u2")
+    low = (s[:, ::2] & 15 | (s[:, 1::2] & 15) << 4).astype(np.uint8)
+    return [d, high, low, nibbles(codes.reshape(-1, 32)).reshape(len(x), -1)], scale * IQ4[codes]
+
+
+def mxfp4(x, _):
+    """`2^e v[q]`: MXFP4."""
+    power = np.floor(np.log2(np.maximum(np.abs(x).max(1, keepdims=True), 1e-30))).astype(np.int32) - 2
+    codes = nearest(x / np.exp2(power.astype(np.float32)), E2M1)
+    return [(power + 127).astype(np.uint8), nibbles(codes)], np.exp2(power.astype(np.float32)) * E2M1[codes]
 
 
 # ---------------------------------------------------------------- a model in llama.cpp's words

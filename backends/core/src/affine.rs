@@ -5,8 +5,8 @@ use std::ops::Range;
 
 use half::f16;
 
-use crate::quant::{code, six_bits};
-use crate::{GgufBlock, Quant, QuantView};
+use crate::quant::{code, iq4_scale, signed_six_bits, six_bits, three_bits, two_bits};
+use crate::{CodeTable, GgufBlock, Quant, QuantView};
 
 /// Numbers as `code * scale + bias`, computed in f32 with every product and sum rounded.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -26,7 +26,11 @@ impl Quant {
             Quant::Fp8 { .. } => return None,
             Quant::Gguf(GgufBlock::Q4_0 | GgufBlock::Q4_1 | GgufBlock::Q4K) => (4, 32),
             Quant::Gguf(GgufBlock::Q5_0 | GgufBlock::Q5_1 | GgufBlock::Q5K) => (5, 32),
-            Quant::Gguf(GgufBlock::Q8_0) => (8, 32),
+            Quant::Fp4 { group } => (5, group),
+            Quant::Gguf(GgufBlock::Mxfp4) => (5, 32),
+            Quant::Gguf(GgufBlock::Q8_0 | GgufBlock::Iq4Nl | GgufBlock::Iq4Xs) => (8, 32),
+            Quant::Gguf(GgufBlock::Q2K) => (2, 16),
+            Quant::Gguf(GgufBlock::Q3K) => (3, 16),
             Quant::Gguf(GgufBlock::Q6K) => (6, 16),
         };
         Some(AffineForm { bits, group })
@@ -54,6 +58,14 @@ impl QuantView<'_> {
                     *bias = -8.0 * *scale;
                 }
             }
+            Quant::Fp4 { .. } => {
+                let table = CodeTable::E2m1;
+                codes.iter_mut().enumerate().for_each(|(i, out)| *out = table.shifted(code(stream, i, 4)));
+                for (at, (scale, bias)) in scales.iter_mut().zip(biases).enumerate() {
+                    *scale = self.scales.map_or(1.0, |scales| scales.float(row, at)) / 2.0;
+                    *bias = -f32::from(table.zero()) * *scale;
+                }
+            }
             Quant::Gguf(block) => {
                 let groups = block.cols() / self.format.affine().map_or(block.cols(), |form| form.group);
                 for (at, bytes) in stream.chunks_exact(block.bytes()).enumerate() {
@@ -66,6 +78,39 @@ impl QuantView<'_> {
     }
 }
 
+/// Where the codes of Q3_K count from when they are multiplied by their scales: 31 times -4 is the least, -32 times -4 the largest.
+const Q3K_LEAST: i16 = -124;
+
+impl Quant {
+    /// As [`Quant::affine`], of wider codes where those have larger groups (Q3_K).
+    pub const fn wide_affine(self) -> Option<AffineForm> {
+        match self {
+            Quant::Gguf(GgufBlock::Q3K) => Some(AffineForm { bits: 8, group: 256 }),
+            other => other.affine(),
+        }
+    }
+}
+
+impl QuantView<'_> {
+    /// A row in its [`Quant::wide_affine`] form; see [`QuantView::affine_row`].
+    pub fn wide_affine_row(&self, row: usize, codes: &mut [u8], scales: &mut [f32], biases: &mut [f32]) {
+        let Quant::Gguf(GgufBlock::Q3K) = self.format else {
+            return self.affine_row(row, codes, scales, biases);
+        };
+        let blocks = self.codes(row).chunks_exact(GgufBlock::Q3K.bytes());
+        for ((block, codes), (scale, bias)) in
+            blocks.zip(codes.chunks_exact_mut(256)).zip(scales.iter_mut().zip(biases))
+        {
+            *scale = f16::from_le_bytes([block[108], block[109]]).to_f32();
+            *bias = f32::from(Q3K_LEAST) * *scale;
+            for (at, code) in codes.iter_mut().enumerate() {
+                let scale = i16::from(signed_six_bits(&block[96..108], at / 16));
+                *code = (scale * (i16::from(three_bits(block, at)) - 4) - Q3K_LEAST) as u8;
+            }
+        }
+    }
+}
+
 /// The scales among the codes of a block of 256 columns, as they are stored.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct SuperScales {
@@ -73,9 +118,9 @@ pub struct SuperScales {
     pub d: f16,
     /// Factor of the minima; 0 where there are none.
     pub dmin: f16,
-    /// Scale of each group: unsigned of 6 bits, or (Q6_K) signed of 8.
+    /// Scale of each group: unsigned of 4 or 6 bits where there are minima, else signed of 6 or 8.
     pub scales: [u8; 16],
-    /// Minimum of each group, 6 bits.
+    /// Minimum of each group, 4 or 6 bits.
     pub minima: [u8; 16],
 }
 
@@ -91,11 +136,26 @@ impl GgufBlock {
                 }
                 Some(SuperScales { d: half(0), dmin: half(2), scales, minima })
             }
+            Self::Q2K => {
+                for (sub, both) in block[..16].iter().enumerate() {
+                    (scales[sub], minima[sub]) = (both & 15, both >> 4);
+                }
+                Some(SuperScales { d: half(80), dmin: half(82), scales, minima })
+            }
+            Self::Q3K => {
+                scales = std::array::from_fn(|sub| signed_six_bits(&block[96..108], sub) as u8);
+                Some(SuperScales { d: half(108), dmin: f16::ZERO, scales, minima })
+            }
+            Self::Iq4Xs => {
+                (0..8).for_each(|sub| scales[sub] = iq4_scale(block, sub) as u8);
+                Some(SuperScales { d: half(0), dmin: f16::ZERO, scales, minima })
+            }
             Self::Q6K => {
                 scales.copy_from_slice(&block[192..208]);
                 Some(SuperScales { d: half(208), dmin: f16::ZERO, scales, minima })
             }
-            _ => None,
+            Self::Q4_0 | Self::Q4_1 | Self::Q5_0 | Self::Q5_1 | Self::Q8_0 => None,
+            Self::Iq4Nl | Self::Mxfp4 => None,
         }
     }
 
@@ -129,6 +189,31 @@ impl GgufBlock {
                 biases[0] = -128.0 * scales[0];
                 for (code, byte) in codes.iter_mut().zip(&block[2..34]) {
                     *code = byte ^ 128;
+                }
+            }
+            Self::Q2K => {
+                let (d, dmin) = (half(80), half(82));
+                codes.iter_mut().enumerate().for_each(|(at, code)| *code = two_bits(&block[16..80], at));
+                for (both, (scale, bias)) in block.iter().zip(scales.iter_mut().zip(biases)) {
+                    (*scale, *bias) = (d * f32::from(both & 15), -(dmin * f32::from(both >> 4)));
+                }
+            }
+            Self::Q3K => {
+                let d = half(108);
+                codes.iter_mut().enumerate().for_each(|(at, code)| *code = three_bits(block, at));
+                for (sub, (scale, bias)) in scales.iter_mut().zip(biases).enumerate() {
+                    *scale = d * f32::from(signed_six_bits(&block[96..108], sub));
+                    *bias = -4.0 * *scale;
+                }
+            }
+            Self::Iq4Nl | Self::Iq4Xs | Self::Mxfp4 => {
+                let table = self.table().unwrap_or(CodeTable::Iq4);
+                for (sub, codes) in codes.chunks_exact_mut(32).enumerate() {
+                    let (scale, bytes) = self.table_group(block, sub);
+                    (scales[sub], biases[sub]) = (scale, -f32::from(table.zero()) * scale);
+                    for (j, byte) in bytes.iter().enumerate() {
+                        (codes[j], codes[j + 16]) = (table.shifted(byte & 15), table.shifted(byte >> 4));
+                    }
                 }
             }
             Self::Q4K | Self::Q5K => {
@@ -172,22 +257,12 @@ mod tests {
     /// Every format's affine form gives the bits of its decoder.
     #[test]
     fn affine_forms_are_the_decoders_numbers() {
-        let gguf = [
-            GgufBlock::Q4_0,
-            GgufBlock::Q4_1,
-            GgufBlock::Q5_0,
-            GgufBlock::Q5_1,
-            GgufBlock::Q8_0,
-            GgufBlock::Q4K,
-            GgufBlock::Q5K,
-            GgufBlock::Q6K,
-        ];
         let others = [3, 4, 6, 8]
             .map(|bits| Quant::Affine { bits, group: 64 })
             .into_iter()
-            .chain([Quant::Int4 { group: 32 }]);
+            .chain([Quant::Int4 { group: 32 }, Quant::Fp4 { group: 32 }]);
         let (rows, cols) = (3, 512);
-        for format in gguf.into_iter().map(Quant::Gguf).chain(others) {
+        for format in GgufBlock::ALL.map(Quant::Gguf).into_iter().chain(others) {
             // Bytes whose halves are small numbers: no infinities.
             let row_bytes = format.code_bytes(cols);
             let bytes: Vec<u8> = (0..rows * row_bytes).map(|i| (i * 31 + i / 7) as u8 & 0xbf).collect();
@@ -215,18 +290,26 @@ mod tests {
                 origin: (0, 0),
             };
             view.check().unwrap();
-            let form = format.affine().unwrap();
-            for row in 0..rows {
+            for (row, wide) in (0..rows).flat_map(|row| [(row, false), (row, true)]) {
+                let form = if wide { format.wide_affine() } else { format.affine() }.unwrap();
                 let mut want = vec![0.0; cols];
                 view.decode(row, 0..cols, &mut want);
+                let groups = cols / form.group;
                 let (mut codes, mut scales, mut biases) =
                     (vec![0; cols], vec![0.0; groups], vec![0.0; groups]);
-                view.affine_row(row, &mut codes, &mut scales, &mut biases);
+                match wide {
+                    true => view.wide_affine_row(row, &mut codes, &mut scales, &mut biases),
+                    false => view.affine_row(row, &mut codes, &mut scales, &mut biases),
+                }
                 for (col, want) in want.iter().enumerate() {
                     let at = col / form.group;
                     let got = f32::from(codes[col]) * scales[at] + biases[at];
-                    assert!(usize::from(codes[col]) < 1 << form.bits, "{format}: code {}", codes[col]);
-                    assert_eq!(got, *want, "{format}: row {row}, column {col}");
+                    assert!(
+                        usize::from(codes[col]) < 1 << form.bits,
+                        "{format}, {form:?}: code {}",
+                        codes[col]
+                    );
+                    assert_eq!(got, *want, "{format}, {form:?}: row {row}, column {col}");
                 }
             }
         }

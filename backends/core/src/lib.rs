@@ -36,7 +36,7 @@ pub use error::{BackendError, KvError};
 pub use group::{Group, Links, RankLink};
 pub use lease::{Cut, KvExport, KvLanding, Piece};
 pub use peers::Peers;
-pub use quant::{GgufBlock, MatrixView, Quant, QuantView};
+pub use quant::{CodeTable, GgufBlock, MatrixView, Quant, QuantView, e8m0};
 pub use region::{Place, Region, Within};
 pub use seam::{
     Attend, Backend, Caps, DeviceOptions, Fork, Glu, KvStore, KvUsage, Mla, Moe, NormSpan, Out, Output,

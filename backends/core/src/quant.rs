@@ -34,8 +34,45 @@ pub enum Quant {
         /// Columns that share a scale.
         cols: usize,
     },
+    /// E2M1 codes of 4 bits, lowest first, as MXFP4 and NVFP4 have them; scales `[rows, cols / group]`.
+    Fp4 {
+        /// Columns that share a scale.
+        group: usize,
+    },
     /// GGUF blocks of 32 or 256 columns, scales among the codes.
     Gguf(GgufBlock),
+}
+
+/// What codes of 4 bits stand for that are no whole numbers in order: whole numbers all the same.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum CodeTable {
+    /// Denser around zero: IQ4_NL and IQ4_XS.
+    Iq4,
+    /// E2M1, times two.
+    E2m1,
+}
+
+impl CodeTable {
+    /// By code.
+    pub const fn values(self) -> [i8; 16] {
+        match self {
+            Self::Iq4 => [-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113],
+            Self::E2m1 => [0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12],
+        }
+    }
+
+    /// What is added to values so that none is below zero: a power of two.
+    pub const fn zero(self) -> u8 {
+        match self {
+            Self::Iq4 => 128,
+            Self::E2m1 => 16,
+        }
+    }
+
+    /// The value of a code, from [`CodeTable::zero`] on.
+    pub const fn shifted(self, code: u8) -> u8 {
+        self.zero().wrapping_add_signed(self.values()[code as usize & 15])
+    }
 }
 
 /// Block formats of GGUF. Source: <https://github.com/ggml-org/ggml/blob/master/src/ggml-common.h>
@@ -51,20 +88,52 @@ pub enum GgufBlock {
     Q5_1,
     /// 32 x 8 bits, `d q`.
     Q8_0,
+    /// 256 x 2 bits, sixteen scales and minima of 4 bits.
+    Q2K,
+    /// 256 x 3 bits, sixteen scales of 6 bits.
+    Q3K,
     /// 256 x 4 bits, eight scales and minima of 6 bits.
     Q4K,
     /// 256 x 5 bits, eight scales and minima of 6 bits.
     Q5K,
     /// 256 x 6 bits, sixteen scales of 8 bits.
     Q6K,
+    /// 32 x 4 bits of [`CodeTable::Iq4`], `d v`.
+    Iq4Nl,
+    /// 256 x 4 bits of [`CodeTable::Iq4`], eight scales of 6 bits.
+    Iq4Xs,
+    /// 32 x 4 bits of [`CodeTable::E2m1`], a scale that is a power of two.
+    Mxfp4,
 }
 
 impl GgufBlock {
+    /// All of them.
+    pub const ALL: [GgufBlock; 13] = [
+        Self::Q4_0,
+        Self::Q4_1,
+        Self::Q5_0,
+        Self::Q5_1,
+        Self::Q8_0,
+        Self::Q2K,
+        Self::Q3K,
+        Self::Q4K,
+        Self::Q5K,
+        Self::Q6K,
+        Self::Iq4Nl,
+        Self::Iq4Xs,
+        Self::Mxfp4,
+    ];
+
+    /// That of this name in GGUF tools.
+    pub fn named(name: &str) -> Option<GgufBlock> {
+        Self::ALL.into_iter().find(|block| block.name() == name)
+    }
+
     /// Columns of a block.
     pub const fn cols(self) -> usize {
         match self {
-            Self::Q4_0 | Self::Q4_1 | Self::Q5_0 | Self::Q5_1 | Self::Q8_0 => 32,
-            Self::Q4K | Self::Q5K | Self::Q6K => 256,
+            Self::Q4_0 | Self::Q4_1 | Self::Q5_0 | Self::Q5_1 | Self::Q8_0 | Self::Iq4Nl | Self::Mxfp4 => 32,
+            Self::Q2K | Self::Q3K | Self::Q4K | Self::Q5K | Self::Q6K | Self::Iq4Xs => 256,
         }
     }
 
@@ -76,9 +145,14 @@ impl GgufBlock {
             Self::Q5_0 => 22,
             Self::Q5_1 => 24,
             Self::Q8_0 => 34,
+            Self::Q2K => 84,
+            Self::Q3K => 110,
             Self::Q4K => 144,
             Self::Q5K => 176,
             Self::Q6K => 210,
+            Self::Iq4Nl => 18,
+            Self::Iq4Xs => 136,
+            Self::Mxfp4 => 17,
         }
     }
 
@@ -90,9 +164,35 @@ impl GgufBlock {
             Self::Q5_0 => "Q5_0",
             Self::Q5_1 => "Q5_1",
             Self::Q8_0 => "Q8_0",
+            Self::Q2K => "Q2_K",
+            Self::Q3K => "Q3_K",
             Self::Q4K => "Q4_K",
             Self::Q5K => "Q5_K",
             Self::Q6K => "Q6_K",
+            Self::Iq4Nl => "IQ4_NL",
+            Self::Iq4Xs => "IQ4_XS",
+            Self::Mxfp4 => "MXFP4",
+        }
+    }
+
+    /// What codes stand for, where they are no numbers in order.
+    pub const fn table(self) -> Option<CodeTable> {
+        match self {
+            Self::Iq4Nl | Self::Iq4Xs => Some(CodeTable::Iq4),
+            Self::Mxfp4 => Some(CodeTable::E2m1),
+            _ => None,
+        }
+    }
+
+    /// The scale of group `sub` of a block whose codes are of a table, and the 16 bytes of its codes: the first sixteen are the lower
+    /// halves.
+    pub(crate) fn table_group(self, block: &[u8], sub: usize) -> (f32, &[u8]) {
+        let half = |at: usize| f16::from_le_bytes([block[at], block[at + 1]]).to_f32();
+        match self {
+            Self::Iq4Xs => (half(0) * f32::from(iq4_scale(block, sub)), &block[8 + sub * 16..][..16]),
+            // Half of the power of two, as values are doubled.
+            Self::Mxfp4 => (e8m0(block[0]) / 2.0, &block[1..17]),
+            _ => (half(0), &block[2..18]),
         }
     }
 
@@ -131,6 +231,31 @@ impl GgufBlock {
                 let d = half(0);
                 for (x, code) in out.iter_mut().zip(&block[2..34]) {
                     *x = f32::from(*code as i8) * d;
+                }
+            }
+            Self::Q2K => {
+                let (d, dmin) = (half(80), half(82));
+                for (at, x) in out.iter_mut().enumerate() {
+                    let both = block[at / 16];
+                    let (scale, min) = (d * f32::from(both & 15), dmin * f32::from(both >> 4));
+                    *x = scale * f32::from(two_bits(&block[16..80], at)) - min;
+                }
+            }
+            Self::Q3K => {
+                let d = half(108);
+                for (at, x) in out.iter_mut().enumerate() {
+                    let scale = d * f32::from(signed_six_bits(&block[96..108], at / 16));
+                    *x = scale * (f32::from(three_bits(block, at)) - 4.0);
+                }
+            }
+            Self::Iq4Nl | Self::Iq4Xs | Self::Mxfp4 => {
+                let values = self.table().unwrap_or(CodeTable::Iq4).values();
+                for (sub, out) in out.chunks_exact_mut(32).enumerate() {
+                    let (scale, codes) = self.table_group(block, sub);
+                    for (j, code) in codes.iter().enumerate() {
+                        out[j] = scale * f32::from(values[usize::from(code & 15)]);
+                        out[j + 16] = scale * f32::from(values[usize::from(code >> 4)]);
+                    }
                 }
             }
             Self::Q4K | Self::Q5K => {
@@ -174,11 +299,44 @@ pub(crate) fn six_bits(packed: &[u8], sub: usize) -> (u8, u8) {
     }
 }
 
+/// Code `at` of the 256 of Q2_K and Q3_K whose two bits are in 64 bytes: `[half of 128][l]`, four quarters of 32 in a byte.
+pub(crate) fn two_bits(packed: &[u8], at: usize) -> u8 {
+    packed[at / 128 * 32 + at % 32] >> (at / 32 % 4 * 2) & 3
+}
+
+/// Code `at` of a block of Q3_K: the third bits come first, those of element `l` of each eighth in byte `l`.
+pub(crate) fn three_bits(block: &[u8], at: usize) -> u8 {
+    two_bits(&block[32..96], at) | (block[at % 32] >> (at / 32) & 1) << 2
+}
+
+/// Scale `sub` of 16, of the 12 packed bytes of Q3_K: four bits of the first eight and of the others, then two bits of all.
+pub(crate) fn signed_six_bits(packed: &[u8], sub: usize) -> i8 {
+    let low = packed[sub % 8] >> (sub / 8 * 4) & 15;
+    let high = packed[8 + sub % 4] >> (sub / 4 * 2) & 3;
+    (low | high << 4) as i8 - 32
+}
+
+/// Two to the power that the byte says; 255 is not a number.
+pub fn e8m0(code: u8) -> f32 {
+    match code {
+        0 => 2f32.powi(-127),
+        255 => f32::NAN,
+        _ => f32::from_bits(u32::from(code) << 23),
+    }
+}
+
+/// Scale `sub` of 8, of a block of IQ4_XS.
+pub(crate) fn iq4_scale(block: &[u8], sub: usize) -> i8 {
+    let high = u16::from_le_bytes([block[2], block[3]]) >> (2 * sub) & 3;
+    let low = block[4 + sub / 2] >> (sub % 2 * 4) & 15;
+    (low | (high as u8) << 4) as i8 - 32
+}
+
 impl Quant {
     /// Columns can be cut at multiples of this only.
     pub const fn align_cols(self) -> usize {
         match self {
-            Quant::Affine { group, .. } | Quant::Int4 { group } => group,
+            Quant::Affine { group, .. } | Quant::Int4 { group } | Quant::Fp4 { group } => group,
             Quant::Fp8 { .. } => 1,
             Quant::Gguf(block) => block.cols(),
         }
@@ -188,7 +346,7 @@ impl Quant {
     pub const fn code_bytes(self, cols: usize) -> usize {
         match self {
             Quant::Affine { bits, .. } => cols * bits / 8,
-            Quant::Int4 { .. } => cols / 2,
+            Quant::Int4 { .. } | Quant::Fp4 { .. } => cols / 2,
             Quant::Fp8 { .. } => cols,
             Quant::Gguf(block) => cols / block.cols() * block.bytes(),
         }
@@ -201,6 +359,7 @@ impl fmt::Display for Quant {
             Quant::Affine { bits, group } => write!(f, "mlx {bits}-bit, groups of {group}"),
             Quant::Int4 { group } => write!(f, "int4, groups of {group}"),
             Quant::Fp8 { rows, cols } => write!(f, "fp8, blocks of {rows} x {cols}"),
+            Quant::Fp4 { group } => write!(f, "fp4, groups of {group}"),
             Quant::Gguf(block) => f.write_str(block.name()),
         }
     }
@@ -236,7 +395,7 @@ impl<'a> QuantView<'a> {
         let (rows, cols, format) = (self.rows, self.cols, self.format);
         let sane = match format {
             Quant::Affine { bits, group } => (2..=8).contains(&bits) && group % 8 == 0 && group > 0,
-            Quant::Int4 { group } => group % 8 == 0 && group > 0,
+            Quant::Int4 { group } | Quant::Fp4 { group } => group % 8 == 0 && group > 0,
             Quant::Fp8 { rows, cols } => rows > 0 && cols > 0,
             Quant::Gguf(_) => true,
         };
@@ -249,7 +408,9 @@ impl<'a> QuantView<'a> {
             return error(format!("{} bytes of codes for {rows} x {cols} of {format}", self.bytes.len()));
         }
         let scales = match format {
-            Quant::Affine { group, .. } | Quant::Int4 { group } => Some((rows, cols / group)),
+            Quant::Affine { group, .. } | Quant::Int4 { group } | Quant::Fp4 { group } => {
+                Some((rows, cols / group))
+            }
             Quant::Fp8 { rows: high, cols: wide } => {
                 let (row, col) = self.origin;
                 Some(((row + rows).div_ceil(high), (col + cols).div_ceil(wide)))
@@ -284,7 +445,7 @@ impl<'a> QuantView<'a> {
         let start = rows.start * self.row_stride_bytes + self.format.code_bytes(cols.start);
         let mut origin = (0, 0);
         let (scale_rows, scale_cols) = match self.format {
-            Quant::Affine { group, .. } | Quant::Int4 { group } => {
+            Quant::Affine { group, .. } | Quant::Int4 { group } | Quant::Fp4 { group } => {
                 (rows.clone(), cols.start / group..cols.end / group)
             }
             Quant::Fp8 { rows: high, cols: wide } => {
@@ -344,6 +505,17 @@ impl<'a> QuantView<'a> {
                     let scale = self.scales.map_or(1.0, |s| s.float(row, cols.start / group + at));
                     for (i, x) in out.iter_mut().enumerate() {
                         *x = (f32::from(code(codes, i, 4)) - 8.0) * scale;
+                    }
+                }
+            }
+            Quant::Fp4 { group } => {
+                let values = CodeTable::E2m1.values();
+                for (at, (codes, out)) in
+                    codes.chunks_exact(group / 2).zip(out.chunks_exact_mut(group)).enumerate()
+                {
+                    let scale = self.scales.map_or(1.0, |s| s.float(row, cols.start / group + at)) / 2.0;
+                    for (i, x) in out.iter_mut().enumerate() {
+                        *x = f32::from(values[usize::from(code(codes, i, 4))]) * scale;
                     }
                 }
             }

@@ -14,6 +14,9 @@
 //! 6      those of 4, then 2 x [16] words of 16 inputs x 2 bits
 //! ```
 //!
+//! Four bits may stand for the values of a table (IQ4, E2M1), which takes a permutation where codes come out of their planes; from there
+//! on those are codes of 8 or 5 bits that count from a zero.
+//!
 //! A product of many rows decodes some inputs of some panels into the first cache and runs the ordinary kernel over them;
 //! one of few rows decodes in registers. Both sum the decoded numbers in ascending K, so a row's bits are the same. Decoded
 //! numbers are f32. Where the level multiplies pairs, and the step is of bf16, codes are multiplied as they are and a group's

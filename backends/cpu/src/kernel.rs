@@ -196,7 +196,7 @@ impl Scaled<'_> {
     pub(crate) const ROWS_RANGES: usize = 8;
     /// Inputs that may share a scale: groups must divide them, and units.
     pub(crate) const UNIT_MAX: usize = 256;
-    pub(crate) const PARTS_MAX: usize = 8;
+    pub(crate) const PARTS_MAX: usize = 16;
     /// A unit of two panels as words of pairs, or up to four as bytes, their scales and the offsets of their groups, and 16 tiles of sums.
     pub(crate) const BUFFER_FLOATS: usize =
         (Self::UNIT_MAX + 4 * 2 + 2 * Self::PARTS_MAX + 16 * LANES) * LANES;

@@ -7,6 +7,8 @@ pub(crate) mod avx2;
 pub(crate) mod avx512;
 pub(crate) mod portable;
 
+use backend::CodeTable;
+
 /// Floats of a [`Lanes`].
 pub(crate) const LANES: usize = 16;
 
@@ -17,6 +19,33 @@ pub(crate) const fn place_of(bits: usize, k: usize) -> usize {
 
 /// E4M3 in the places of an IEEE half is smaller by this: the exponents' biases differ by 8.
 pub(crate) const E4M3_FACTOR: f32 = 1.0 / 256.0;
+
+/// Codes of planes that are no numbers of so many bits, as constants: four bits that stand for the values of a table.
+pub(crate) const IQ4: usize = 10;
+pub(crate) const E2M1: usize = 11;
+
+/// The table of such a code.
+pub(crate) const fn table_of(code: usize) -> Option<CodeTable> {
+    match code {
+        IQ4 => Some(CodeTable::Iq4),
+        E2M1 => Some(CodeTable::E2m1),
+        _ => None,
+    }
+}
+
+/// What four bits of `code` stand for, from its zero on; themselves where it has no table.
+pub(crate) const fn values(code: usize) -> [u8; 16] {
+    let mut values = [0; 16];
+    let mut four = 0;
+    while four < 16 {
+        values[four as usize] = match table_of(code) {
+            Some(table) => table.shifted(four),
+            None => four,
+        };
+        four += 1;
+    }
+    values
+}
 
 /// Sixteen `f32`. Pointers need no alignment.
 ///
@@ -47,11 +76,13 @@ pub(crate) trait Lanes: Copy {
     /// Number `n` of the 16 of six bits at `p`, three lines: a line of four bits of the first eight, one of the others, and a line
     /// of two bits of all, lowest first.
     unsafe fn load_six(p: *const u8, n: usize) -> Self;
+    /// The lower or upper four bits of 16 bytes at `p`, as whole numbers.
+    unsafe fn load_four<const UPPER: bool>(p: *const u8) -> Self;
     /// 16 E4M3 at `p`, each times [`E4M3_FACTOR`]; not-a-number comes out as a number.
     unsafe fn load_e4m3(p: *const u8) -> Self;
-    /// Codes of `BITS` (2 to 6) at 8 consecutive inputs, as whole numbers: those of eighth `octet` of the 32 inputs at
-    /// `chunk`, in the planes of [`crate::coded`].
-    unsafe fn codes<const BITS: usize>(chunk: *const u8, octet: usize) -> [Self; 8];
+    /// Codes of `CODE` (2 to 6 bits, or of a table) at 8 consecutive inputs, as whole numbers: those of eighth `octet` of the 32
+    /// inputs at `chunk`, in the planes of [`crate::coded`].
+    unsafe fn codes<const CODE: usize>(chunk: *const u8, octet: usize) -> [Self; 8];
     /// The upper halves to 16 bf16 at `p`: exact for values that are bf16 already.
     unsafe fn store_bf16(self, p: *mut u16);
 

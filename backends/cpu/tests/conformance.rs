@@ -89,7 +89,7 @@ fn levels_agree_in_bf16() {
 
 /// Products with quantised weights are those of the portable level, within a part of the largest, and the same for a row alone.
 fn products_agree(activations: Activations, dtype: DType, within: f32) {
-    use backend::GgufBlock::{Q4_0, Q4K, Q5_1, Q5K, Q6K, Q8_0};
+    use backend::GgufBlock::{Iq4Nl, Iq4Xs, Mxfp4, Q2K, Q3K, Q4_0, Q4K, Q5_1, Q5K, Q6K, Q8_0};
     // More rows than a tile has.
     let (rows, inputs, outputs) = (19, 512, 50);
     let mut state = 7u64;
@@ -101,12 +101,26 @@ fn products_agree(activations: Activations, dtype: DType, within: f32) {
     };
     let x: Vec<u8> =
         (0..rows * inputs).flat_map(|_| (f32::from(next()) * 0.01 - 1.2).to_le_bytes()).collect();
-    for (block, halves) in
-        [(Q4_0, &[0][..]), (Q5_1, &[0, 2]), (Q8_0, &[0]), (Q4K, &[0, 2]), (Q5K, &[0, 2]), (Q6K, &[208])]
-    {
+    let formats: [(_, &[usize]); _] = [
+        (Q4_0, &[0]),
+        (Q5_1, &[0, 2]),
+        (Q8_0, &[0]),
+        (Q2K, &[80, 82]),
+        (Q3K, &[108]),
+        (Q4K, &[0, 2]),
+        (Q5K, &[0, 2]),
+        (Q6K, &[208]),
+        (Iq4Nl, &[0]),
+        (Iq4Xs, &[0]),
+        (Mxfp4, &[]),
+    ];
+    for (block, halves) in formats {
         let count = outputs * inputs / block.cols();
         let mut bytes: Vec<u8> = (0..count * block.bytes()).map(|_| next()).collect();
         for stored in bytes.chunks_exact_mut(block.bytes()) {
+            if block == Mxfp4 {
+                stored[0] = 121;
+            }
             halves
                 .iter()
                 .for_each(|at| stored[*at..at + 2].copy_from_slice(&half::f16::from_f32(0.01).to_le_bytes()));

@@ -100,12 +100,18 @@ fn products() {
 }
 
 /// Formats in which people have weights.
-const FORMATS: [Quant; 9] = [
+const FORMATS: [Quant; 15] = [
     Quant::Gguf(GgufBlock::Q8_0),
     Quant::Gguf(GgufBlock::Q4_0),
+    Quant::Gguf(GgufBlock::Q2K),
+    Quant::Gguf(GgufBlock::Q3K),
     Quant::Gguf(GgufBlock::Q4K),
     Quant::Gguf(GgufBlock::Q5K),
     Quant::Gguf(GgufBlock::Q6K),
+    Quant::Gguf(GgufBlock::Iq4Nl),
+    Quant::Gguf(GgufBlock::Iq4Xs),
+    Quant::Gguf(GgufBlock::Mxfp4),
+    Quant::Fp4 { group: 16 },
     Quant::Affine { bits: 4, group: 64 },
     Quant::Affine { bits: 8, group: 64 },
     Quant::Int4 { group: 32 },
@@ -116,7 +122,7 @@ const FORMATS: [Quant; 9] = [
 fn coded_bytes(format: Quant, rows: usize) -> usize {
     let scales = match format {
         Quant::Affine { group, .. } => rows * WIDTH / group * 4,
-        Quant::Int4 { group } => rows * WIDTH / group * 2,
+        Quant::Int4 { group } | Quant::Fp4 { group } => rows * WIDTH / group * 2,
         _ => 0,
     };
     rows * format.code_bytes(WIDTH) + scales
@@ -134,7 +140,9 @@ fn with_coded<T>(format: Quant, rows: usize, cols: usize, f: impl FnOnce(QuantVi
     // Codes whose halves, where there are any, are small numbers.
     let bytes: Vec<u8> = (0..rows * format.code_bytes(cols)).map(|at| (at * 37 % 251) as u8 & 0x1f).collect();
     let (dtype, across) = match format {
-        Quant::Affine { group, .. } | Quant::Int4 { group } => (DType::BF16, cols / group),
+        Quant::Affine { group, .. } | Quant::Int4 { group } | Quant::Fp4 { group } => {
+            (DType::BF16, cols / group)
+        }
         Quant::Fp8 { cols: wide, .. } => (DType::F32, cols / wide),
         Quant::Gguf(_) => (DType::BF16, 1),
     };

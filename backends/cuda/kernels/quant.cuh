@@ -2,7 +2,9 @@
 #pragma once
 #include "device.cuh"
 
-enum Format { AFFINE, INT4, FP8, Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, Q4_K, Q5_K, Q6_K };
+enum Format {
+    AFFINE, INT4, FP8, FP4, Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, Q2_K, Q3_K, Q4_K, Q5_K, Q6_K, IQ4_NL, IQ4_XS, MXFP4
+};
 enum ScaleType { SCALE_F32, SCALE_F16, SCALE_BF16 };
 
 struct Quant {
@@ -23,6 +25,18 @@ __device__ __forceinline__ float e4m3(u8 code) {
     // Exponent and fraction moved to their places in a float, and the biases' difference multiplied in: subnormals too.
     float x = bits_float((u32)(code & 127) << 20) * 1.329227995784916e36f;  // 2^120
     return code & 128 ? -x : x;
+}
+
+// E2M1, four bits: as E4M3 above, subnormals too.
+__device__ __forceinline__ float e2m1(u32 code) {
+    float x = bits_float((code & 7) << 22) * 8.507059173023462e37f;  // 2^126
+    return code & 8 ? -x : x;
+}
+
+// What the codes of IQ4_NL and IQ4_XS stand for, four to a word, lowest first.
+__device__ __forceinline__ float iq4(u32 code) {
+    const u32 fours = code < 8 ? (code < 4 ? 0xbfad9881u : 0xf6eaddcfu) : (code < 12 ? 0x26190d01u : 0x71594535u);
+    return (float)(i8)(u8)(fours >> code % 4 * 8);
 }
 
 __device__ __forceinline__ float half_at(const u8* at) {
@@ -67,6 +81,69 @@ __device__ __forceinline__ void decode8(const Quant& q, u32 row, u32 k, float (&
         for (int i = 0; i < 8; ++i) {
             out[i] = 0.0f;
             if (k + i < q.cols) out[i] = e4m3(codes[k + i]) * scale_at(q.scales, line + (q.origin_col + k + i) / q.group, q.scale_type);
+        }
+        return;
+    }
+    if (q.format == FP4) {
+        const float scale = scale_at(q.scales, (u64)row * q.scale_cols + k / q.group, q.scale_type);
+#pragma unroll
+        for (int i = 0; i < 8; i += 2) {
+            const u32 pair = codes[k / 2 + i / 2];
+            out[i] = e2m1(pair & 15) * scale, out[i + 1] = e2m1(pair >> 4) * scale;
+        }
+        return;
+    }
+    if (q.format >= IQ4_NL) {
+        // Blocks of 32, or (IQ4_XS) eight of them behind their scales; the first sixteen are low halves of bytes.
+        const u32 sub = k % 256 / 32;
+        const u8 *block = codes, *at;
+        float scale;
+        if (q.format == IQ4_XS) {
+            block += k / 256 * 136;
+            const u32 low = block[4 + sub / 2] >> sub % 2 * 4 & 15, high = half_word_at(block + 2) >> 2 * sub & 3;
+            scale = half_at(block) * (float)((int)(low | high << 4) - 32);
+            at = block + 8 + sub * 16;
+        } else if (q.format == IQ4_NL) {
+            block += k / 32 * 18;
+            scale = half_at(block), at = block + 2;
+        } else {
+            block += k / 32 * 17;
+            // Two to the power of the byte less 127, of which the lowest is not normal.
+            scale = block[0] ? bits_float((u32)block[0] << 23) : 5.877471754111438e-39f, at = block + 1;
+            if (block[0] == 255) scale = bits_float(0x7fc00000u);
+        }
+        const u32 shift = k % 32 < 16 ? 0 : 4;
+#pragma unroll
+        for (int i = 0; i < 8; ++i) {
+            const u32 code = at[k % 16 + i] >> shift & 15;
+            out[i] = (q.format == MXFP4 ? e2m1(code) : iq4(code)) * scale;
+        }
+        return;
+    }
+    if (q.format == Q2_K || q.format == Q3_K) {
+        // Eights have one scale; of each 128 a byte has two bits of four thirty-twos.
+        const bool three = q.format == Q3_K;
+        const u8* block = codes + k / 256 * (three ? 110 : 84);
+        const u32 sub = k % 256 / 16, l = k % 32, shift = k % 128 / 32 * 2;
+        const u8* low = block + (three ? 32 : 16) + k % 256 / 128 * 32 + l;
+        float scale, least = 0.0f;
+        if (three) {
+            const u8* packed = block + 96;
+            const u32 four = packed[sub % 8] >> sub / 8 * 4 & 15, two = packed[8 + sub % 4] >> sub / 4 * 2 & 3;
+            scale = half_at(block + 108) * (float)((int)(four | two << 4) - 32);
+        } else {
+            scale = half_at(block + 80) * (float)(block[sub] & 15);
+            least = half_at(block + 82) * (float)(block[sub] >> 4);
+        }
+#pragma unroll
+        for (int i = 0; i < 8; i += 2) {
+            const u32 twos = half_word_at(low + i) >> shift;
+            const u32 ones = three ? half_word_at(block + l + i) >> k % 256 / 32 : 0;
+#pragma unroll
+            for (int j = 0; j < 2; ++j) {
+                const u32 code = (twos >> j * 8 & 3) | (ones >> j * 8 & 1) << 2;
+                out[i + j] = three ? scale * ((float)code - 4.0f) : scale * (float)code - least;
+            }
         }
         return;
     }
@@ -145,7 +222,7 @@ __device__ __forceinline__ void decode8(const Quant& q, u32 row, u32 k, float (&
 }
 
 // Eight codes as words, with what makes numbers of them: read first, computed later. For matrices whose eights lie in whole words
-// and share a scale: FP8, INT4, and MLX's formats of 4 and 8 bits (`in_words` in src/product.rs).
+// and share a scale: FP8, FP4, INT4, and MLX's formats of 4 and 8 bits (`in_words` in src/product.rs).
 struct Eight {
     u32 words[2];
     float scale, bias;
@@ -164,7 +241,7 @@ __device__ __forceinline__ Eight fetch8(const Quant& q, u32 row, u32 k) {
     }
     const u64 group = (u64)row * q.scale_cols + k / q.group;
     e.scale = scale_at(q.scales, group, q.scale_type);
-    e.bias = q.format == AFFINE ? scale_at(q.biases, group, q.scale_type) : -8.0f * e.scale;
+    if (q.format != FP4) e.bias = q.format == AFFINE ? scale_at(q.biases, group, q.scale_type) : -8.0f * e.scale;
     return e;
 }
 
@@ -173,6 +250,7 @@ __device__ __forceinline__ void expand8(const Quant& q, const Eight& e, float (&
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
         if (q.format == FP8) out[i] = e4m3((u8)(e.words[i / 4] >> (i % 4 * 8))) * e.scale;
+        else if (q.format == FP4) out[i] = e2m1(e.words[0] >> (i * 4) & 15) * e.scale;
         else if (q.bits == 4) out[i] = (float)(e.words[0] >> (i * 4) & 15) * e.scale + e.bias;
         else out[i] = (float)(e.words[i / 4] >> (i % 4 * 8) & 255) * e.scale + e.bias;
     }

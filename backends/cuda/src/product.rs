@@ -6,7 +6,7 @@ use crate::args::{ConvertArgs, DecodeArgs, ProductArgs, QuantArgs};
 use crate::device::{Device, THREADS};
 use crate::driver::{Dense, Driver};
 use crate::fp8::Rounded;
-use crate::weight::{AFFINE, Data, FP8, INT4, Matrix, Part};
+use crate::weight::{AFFINE, Data, FP4, FP8, INT4, Matrix, Part};
 
 /// A kernel of `product.cu`.
 #[derive(Clone, Copy, Debug)]
@@ -278,12 +278,12 @@ pub(crate) fn in_groups(args: &ProductArgs) -> Tiling {
     }
 }
 
-/// Whether eight numbers lie in whole words and share a scale: FP8, INT4, and MLX's formats of 4 and 8 bits.
+/// Whether eight numbers lie in whole words and share a scale: FP8, FP4, INT4, and MLX's formats of 4 and 8 bits.
 fn in_words(quant: &QuantArgs) -> bool {
     let aligned = quant.row_bytes.is_multiple_of(4) && quant.group.is_multiple_of(8);
     match quant.format {
         FP8 => aligned && quant.origin_col.is_multiple_of(8) && quant.cols.is_multiple_of(8),
-        AFFINE | INT4 => aligned && [4, 8].contains(&quant.bits),
+        AFFINE | INT4 | FP4 => aligned && [4, 8].contains(&quant.bits),
         _ => false,
     }
 }

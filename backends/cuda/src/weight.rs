@@ -14,10 +14,11 @@ use half::bf16;
 use crate::args::QuantArgs;
 use crate::driver::Driver;
 
-/// Formats in `enum Format` of `kernels/quant.cuh`: MLX's, INT4, DeepSeek's FP8.
+/// Formats in `enum Format` of `kernels/quant.cuh`: MLX's, INT4, DeepSeek's FP8, FP4.
 pub(crate) const AFFINE: u32 = 0;
 pub(crate) const INT4: u32 = 1;
 pub(crate) const FP8: u32 = 2;
+pub(crate) const FP4: u32 = 3;
 
 /// A weight of the CUDA backend. Shared, so that a product can wait until it is known where its result goes.
 pub struct CudaWeight<D: Driver>(pub(crate) Rc<Kind<D>>);
@@ -373,6 +374,7 @@ fn quantised<D: Driver>(driver: &D, view: &QuantView<'_>, experts: usize) -> Res
         Quant::Affine { bits, group } => (AFFINE, bits, group, 1),
         Quant::Int4 { group } => (INT4, 4, group, 1),
         Quant::Fp8 { rows, cols } => (FP8, 8, cols, rows),
+        Quant::Fp4 { group } => (FP4, 4, group, 1),
         Quant::Gguf(block) => (gguf_code(block), 0, block.cols(), 1),
     };
     let args = QuantArgs {
@@ -401,13 +403,18 @@ fn quantised<D: Driver>(driver: &D, view: &QuantView<'_>, experts: usize) -> Res
 /// As `enum Format` in `kernels/quant.cuh`.
 pub(crate) fn gguf_code(block: GgufBlock) -> u32 {
     match block {
-        GgufBlock::Q4_0 => 3,
-        GgufBlock::Q4_1 => 4,
-        GgufBlock::Q5_0 => 5,
-        GgufBlock::Q5_1 => 6,
-        GgufBlock::Q8_0 => 7,
-        GgufBlock::Q4K => 8,
-        GgufBlock::Q5K => 9,
-        GgufBlock::Q6K => 10,
+        GgufBlock::Q4_0 => 4,
+        GgufBlock::Q4_1 => 5,
+        GgufBlock::Q5_0 => 6,
+        GgufBlock::Q5_1 => 7,
+        GgufBlock::Q8_0 => 8,
+        GgufBlock::Q2K => 9,
+        GgufBlock::Q3K => 10,
+        GgufBlock::Q4K => 11,
+        GgufBlock::Q5K => 12,
+        GgufBlock::Q6K => 13,
+        GgufBlock::Iq4Nl => 14,
+        GgufBlock::Iq4Xs => 15,
+        GgufBlock::Mxfp4 => 16,
     }
 }

@@ -1,5 +1,6 @@
 //! One matrix, or one per expert, as MLX multiplies by it: plain numbers, or MLX's affine codes. Other formats become
-//! affine at load where that says the same numbers ([`backend::Quant::affine`]): GGUF's blocks but Q6_K, and int4.
+//! affine at load where that says the same numbers ([`backend::Quant::wide_affine`]): GGUF's blocks but Q2_K and Q6_K, INT4, and FP4
+//! in groups of 32.
 //!
 //! Scales and biases have the step's dtype where that is exact and the device sums in f32 all the same, else f32; the
 //! product is then computed in f32 and rounded once.
@@ -44,7 +45,7 @@ impl Part {
 
     /// The same numbers in MLX's affine form, scales in f32; `None` where there is no such form.
     pub(crate) fn affine(view: &QuantView<'_>) -> Option<Result<Self, Failure>> {
-        let AffineForm { bits, group: shared } = view.format.affine()?;
+        let AffineForm { bits, group: shared } = view.format.wide_affine()?;
         let group = GROUPS.into_iter().find(|group| shared.is_multiple_of(*group))?;
         if !BITS.contains(&bits)
             || !view.cols.is_multiple_of(32)
@@ -221,7 +222,7 @@ fn repacked(view: &QuantView<'_>, bits: usize, shared: usize, group: usize) -> R
     let (mut codes, mut scale, mut bias) =
         (vec![0; cols], vec![0.0; cols / shared], vec![0.0; cols / shared]);
     for row in 0..rows {
-        view.affine_row(row, &mut codes, &mut scale, &mut bias);
+        view.wide_affine_row(row, &mut codes, &mut scale, &mut bias);
         // Eight codes are `bits` bytes.
         for codes in codes.chunks_exact(8) {
             let packed =

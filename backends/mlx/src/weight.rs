@@ -2,7 +2,7 @@
 //!
 //! Plain numbers of the step's dtype stay as they are; others are converted once, at load: exactly for an f32 step, rounded
 //! for a 16-bit one (MLX would widen the whole weight at every use instead). Quantised ones stay quantised where MLX's
-//! affine form can say the same numbers (see `part`); the rest (Q6_K, FP8) are decoded at load and rounded to the step's
+//! affine form can say the same numbers (see `part`); the rest (Q2_K, Q6_K, FP8, FP4 in groups of 16) are decoded at load and rounded to the step's
 //! dtype. Heads of latent attention are always decoded.
 
 use std::cell::OnceCell;

@@ -28,7 +28,9 @@ impl Made {
 
     fn view(&self) -> MatrixView<'_> {
         let (rows, cols) = match self.format {
-            Quant::Affine { group, .. } | Quant::Int4 { group } => (self.rows, COLS / group),
+            Quant::Affine { group, .. } | Quant::Int4 { group } | Quant::Fp4 { group } => {
+                (self.rows, COLS / group)
+            }
             Quant::Fp8 { rows, cols } => (self.rows.div_ceil(rows), COLS / cols),
             Quant::Gguf(_) => (0, 0),
         };
@@ -61,11 +63,11 @@ impl Made {
 }
 
 fn formats() -> Vec<Quant> {
-    use GgufBlock::{Q4_0, Q4_1, Q4K, Q5_0, Q5_1, Q5K, Q6K, Q8_0};
-    let gguf = [Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, Q4K, Q5K, Q6K].map(Quant::Gguf);
+    let gguf = GgufBlock::ALL.map(Quant::Gguf);
     let affine = [(2, 32), (3, 64), (4, 64), (5, 32), (6, 128), (8, 64)];
     let affine = affine.map(|(bits, group)| Quant::Affine { bits, group });
-    let others = [Quant::Int4 { group: 32 }, Quant::Int4 { group: 256 }, Quant::Fp8 { rows: 2, cols: 128 }];
+    let fours = [Quant::Int4 { group: 32 }, Quant::Int4 { group: 256 }, Quant::Fp4 { group: 32 }];
+    let others = fours.into_iter().chain([Quant::Fp8 { rows: 2, cols: 128 }]);
     gguf.into_iter().chain(affine).chain(others).collect()
 }
 

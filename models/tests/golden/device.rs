@@ -22,6 +22,7 @@ macro_rules! every_case {
             llama_w8a8: "llama-w8a8",
             llama_gptq: "llama-gptq",
             llama_q4_0: "llama-gguf-q4_0",
+            llama_q2_k: "llama-gguf-q2_k",
             llama_q4_k_m: "llama-gguf-q4_k_m",
             qwen3_base: "qwen3-base-s1",
             qwen3_tied_sharded: "qwen3-tied_sharded-s1",

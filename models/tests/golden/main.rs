@@ -174,6 +174,7 @@ cases! {
     GGUF_CASES
     llama_q4_0: "llama-gguf-q4_0",
     llama_q4_k_m: "llama-gguf-q4_k_m",
+    llama_q2_k: "llama-gguf-q2_k",
     qwen2_mixed: "qwen2-gguf-mixed",
     qwen3_q5_k_m: "qwen3-gguf-q5_k_m",
     deepseek_v3_q8_0: "deepseek_v3-gguf-q8_0",

@@ -28,9 +28,23 @@ pub const QUANTS: &[Quant] = &[
     Quant::Gguf(GgufBlock::Q5_0),
     Quant::Gguf(GgufBlock::Q5_1),
     Quant::Gguf(GgufBlock::Q8_0),
+    Quant::Gguf(GgufBlock::Q2K),
+    Quant::Gguf(GgufBlock::Q3K),
     Quant::Gguf(GgufBlock::Q4K),
     Quant::Gguf(GgufBlock::Q5K),
     Quant::Gguf(GgufBlock::Q6K),
+    Quant::Gguf(GgufBlock::Iq4Nl),
+    Quant::Gguf(GgufBlock::Iq4Xs),
+    Quant::Gguf(GgufBlock::Mxfp4),
+    Quant::Fp4 { group: 16 },
+    Quant::Fp4 { group: 32 },
+];
+
+/// What four bits stand for: E2M1, and the values of IQ4_NL and IQ4_XS.
+const E2M1: [f64; 16] =
+    [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0];
+const IQ4: [f64; 16] = [
+    -127.0, -104.0, -83.0, -65.0, -49.0, -35.0, -22.0, -10.0, 1.0, 13.0, 25.0, 38.0, 53.0, 69.0, 89.0, 113.0,
 ];
 
 /// A quantised matrix `[rows, cols]` and its numbers.
@@ -54,6 +68,7 @@ impl Coded {
         match format {
             Quant::Affine { bits, group } => coded.grouped(&mut random, bits, group, scales, true),
             Quant::Int4 { group } => coded.grouped(&mut random, 4, group, scales, false),
+            Quant::Fp4 { group } => coded.fp4(&mut random, group, scales),
             Quant::Fp8 { rows: high, cols: wide } => coded.fp8(&mut random, high, wide),
             Quant::Gguf(block) => {
                 for _ in 0..rows * cols / block.cols() {
@@ -138,6 +153,20 @@ impl Coded {
         self.scales = Some(scales);
     }
 
+    /// Codes of 4 bits, lowest first, times a scale per group.
+    fn fp4(&mut self, random: &mut Random, group: usize, dtype: DType) {
+        let groups = self.rows * self.cols / group;
+        let numbers = (0..groups).map(|_| 0.06 * (0.3 + random.unit()));
+        let scales = Tensor::new(dtype, self.rows, self.cols / group, numbers);
+        for at in (0..self.rows * self.cols).step_by(2) {
+            let code = (random.next() >> 20) as u8;
+            self.bytes.push(code);
+            let scale = scales.values[at / group];
+            self.values.extend([code & 15, code >> 4].map(|code| E2M1[usize::from(code)] * scale));
+        }
+        self.scales = Some(scales);
+    }
+
     /// One block of GGUF.
     fn block(&mut self, random: &mut Random, block: GgufBlock) {
         let half = |x: f64| f16::from_f64(x);
@@ -172,6 +201,75 @@ impl Coded {
                 self.bytes.extend(d.to_le_bytes());
                 self.bytes.extend_from_slice(&q);
                 self.values.extend(q.iter().map(|q| d.to_f64() * f64::from(*q as i8)));
+            }
+            GgufBlock::Q2K => {
+                let (q, scales, minima) = (codes(2), codes(4), codes(4));
+                let (d, dmin) = (half(0.015 * (0.3 + random.unit())), half(0.02 * (0.3 + random.unit())));
+                self.bytes.extend((0..16).map(|sub| scales[sub] | minima[sub] << 4));
+                // Of each 128: one byte has element l of four thirty-twos.
+                for part in 0..2 {
+                    let of = |l: usize, quarter: usize| q[part * 128 + quarter * 32 + l] << (2 * quarter);
+                    self.bytes.extend((0..32).map(|l| of(l, 0) | of(l, 1) | of(l, 2) | of(l, 3)));
+                }
+                self.bytes.extend(d.to_le_bytes());
+                self.bytes.extend(dmin.to_le_bytes());
+                self.values.extend(q.iter().enumerate().map(|(at, q)| {
+                    let (scale, minimum) = (f64::from(scales[at / 16]), f64::from(minima[at / 16]));
+                    d.to_f64() * scale * f64::from(*q) - dmin.to_f64() * minimum
+                }));
+            }
+            GgufBlock::Q3K => {
+                let (q, scales) = (codes(3), codes(6));
+                let d = half(0.003 * (0.3 + random.unit()));
+                self.bytes.extend(
+                    (0..32).map(|l| (0..8).fold(0, |byte, eighth| byte | q[eighth * 32 + l] >> 2 << eighth)),
+                );
+                for part in 0..2 {
+                    let of =
+                        |l: usize, quarter: usize| (q[part * 128 + quarter * 32 + l] & 3) << (2 * quarter);
+                    self.bytes.extend((0..32).map(|l| of(l, 0) | of(l, 1) | of(l, 2) | of(l, 3)));
+                }
+                // Four lower bits of scales j and j + 8, then two upper bits of j, j + 4, j + 8 and j + 12.
+                self.bytes.extend((0..8).map(|j| scales[j] & 15 | (scales[j + 8] & 15) << 4));
+                let upper = |j: usize| scales[j] >> 4;
+                let byte = |j| upper(j) | upper(j + 4) << 2 | upper(j + 8) << 4 | upper(j + 12) << 6;
+                self.bytes.extend((0..4).map(byte));
+                self.bytes.extend(d.to_le_bytes());
+                self.values.extend(
+                    q.iter().enumerate().map(|(at, q)| {
+                        d.to_f64() * (f64::from(scales[at / 16]) - 32.0) * (f64::from(*q) - 4.0)
+                    }),
+                );
+            }
+            GgufBlock::Iq4Nl => {
+                let q = codes(4);
+                let d = half(0.002 * (0.3 + random.unit()));
+                self.bytes.extend(d.to_le_bytes());
+                self.bytes.extend((0..16).map(|j| q[j] | q[j + 16] << 4));
+                self.values.extend(q.iter().map(|q| d.to_f64() * IQ4[usize::from(*q)]));
+            }
+            GgufBlock::Iq4Xs => {
+                let (q, scales) = (codes(4), codes(6));
+                let d = half(0.0001 * (0.3 + random.unit()));
+                self.bytes.extend(d.to_le_bytes());
+                let high = (0..8).fold(0u16, |high, sub| high | u16::from(scales[sub] >> 4) << (2 * sub));
+                self.bytes.extend(high.to_le_bytes());
+                self.bytes.extend((0..4).map(|j| scales[2 * j] & 15 | (scales[2 * j + 1] & 15) << 4));
+                for part in q.chunks(32) {
+                    self.bytes.extend((0..16).map(|j| part[j] | part[j + 16] << 4));
+                }
+                self.values.extend(
+                    q.iter().enumerate().map(|(at, q)| {
+                        d.to_f64() * (f64::from(scales[at / 32]) - 32.0) * IQ4[usize::from(*q)]
+                    }),
+                );
+            }
+            GgufBlock::Mxfp4 => {
+                let (q, exponent) = (codes(4), (random.next() >> 20 & 3) as u8);
+                self.bytes.push(120 + exponent);
+                self.bytes.extend((0..16).map(|j| q[j] | q[j + 16] << 4));
+                let scale = 2f64.powi(i32::from(exponent) - 7);
+                self.values.extend(q.iter().map(|q| E2M1[usize::from(*q)] * scale));
             }
             GgufBlock::Q4K | GgufBlock::Q5K => {
                 let five = block == GgufBlock::Q5K;

@@ -1,6 +1,6 @@
 //! From a checkpoint's rows to panels of codes and scales. Called by `packed`, for each panel once, at load.
 
-use backend::{DType, GgufBlock, MatrixView, Quant, QuantView};
+use backend::{CodeTable, DType, GgufBlock, MatrixView, Quant, QuantView};
 use half::{bf16, f16};
 
 use super::{CHUNK, Coded};
@@ -17,10 +17,12 @@ pub(super) fn form(view: &QuantView<'_>) -> Option<Form> {
             _ => Some(Scale::F32(zero)),
         }
     };
+    let zero = |table: CodeTable| Zero::Code(table.zero().into());
     let planes = |bits: usize| if bits > 6 { Code::Bytes } else { Code::Planes(bits) };
     let (code, scale, group) = match view.format {
         Quant::Affine { bits, group } => (planes(bits), stored(Zero::Bias)?, group),
         Quant::Int4 { group } => (Code::Planes(4), stored(Zero::Code(8.0))?, group),
+        Quant::Fp4 { group } => (Code::Table(CodeTable::E2m1), stored(zero(CodeTable::E2m1))?, group),
         Quant::Fp8 { cols, .. } => {
             let left = view.origin.1 % cols;
             let group = if left == 0 { cols } else { common(cols, left) };
@@ -36,14 +38,20 @@ pub(super) fn form(view: &QuantView<'_>) -> Option<Form> {
             GgufBlock::Q8_0 => (Code::Bytes, Scale::F16(Zero::Code(128.0)), 32),
             GgufBlock::Q4K => (Code::Planes(4), Scale::Minima, 32),
             GgufBlock::Q5K => (Code::Planes(5), Scale::Minima, 32),
-            GgufBlock::Q6K => (Code::Planes(6), Scale::Signed, 16),
+            GgufBlock::Q2K => (Code::Planes(2), Scale::Fours, 16),
+            GgufBlock::Q3K => (Code::Planes(3), Scale::Signed(4), 16),
+            GgufBlock::Q6K => (Code::Planes(6), Scale::Signed(32), 16),
+            GgufBlock::Iq4Nl => (Code::Table(CodeTable::Iq4), Scale::F16(zero(CodeTable::Iq4)), 32),
+            GgufBlock::Iq4Xs => (Code::Table(CodeTable::Iq4), Scale::Signed(CodeTable::Iq4.zero()), 32),
+            // Powers of two.
+            GgufBlock::Mxfp4 => (Code::Table(CodeTable::E2m1), Scale::Bf16(zero(CodeTable::E2m1)), 32),
         },
     };
     if group == 0 || group % 8 != 0 {
         return None;
     }
     let whole = match scale {
-        Scale::Minima | Scale::Signed => 256,
+        Scale::Minima | Scale::Fours | Scale::Signed(_) => 256,
         // As many groups as fill cache lines with their scales and chunks with their codes.
         _ => {
             let chunks = group / common(group, CHUNK) * CHUNK;
@@ -91,7 +99,9 @@ impl Coded {
             }
             self.put_codes(out, lane, &codes);
             match self.form.scale {
-                Scale::Minima | Scale::Signed => self.put_super_scales(out, lane, view, *row),
+                Scale::Minima | Scale::Fours | Scale::Signed(_) => {
+                    self.put_super_scales(out, lane, view, *row);
+                }
                 _ => self.put_scales(out, lane, &scales, &biases),
             }
         }
@@ -117,6 +127,10 @@ impl Coded {
                     }
                 }
                 Code::Planes(bits) => put_planes(chunk, lane, codes, bits),
+                Code::Table(table) => {
+                    let fours = fours(table);
+                    put_planes(chunk, lane, &codes.map(|code| fours[usize::from(code)]), 4);
+                }
             }
         }
     }
@@ -156,7 +170,8 @@ impl Coded {
                 continue;
             }
             for group in 0..format.cols() / self.form.group {
-                out[group * form.stride() + lane] = stored.scales[group];
+                // Below a minimum, where there are such.
+                out[group * form.stride() + lane] = stored.scales[group] | stored.minima[group] << 4;
             }
         }
     }
@@ -172,6 +187,17 @@ fn put_sixes<'a>(out: &mut [u8], lane: usize, numbers: impl Iterator<Item = &'a 
     for (line, word) in lines.into_iter().enumerate() {
         out[(line * LANES + lane) * 4..][..4].copy_from_slice(&word.to_ne_bytes());
     }
+}
+
+/// The four bits that stand for each of a table's values, which come counted from its zero.
+const fn fours(table: CodeTable) -> [u8; 256] {
+    let mut fours = [0; 256];
+    let mut four = 16;
+    while four > 0 {
+        four -= 1;
+        fours[table.shifted(four) as usize] = four;
+    }
+    fours
 }
 
 /// One output's codes of a chunk into its planes.

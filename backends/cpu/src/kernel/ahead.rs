@@ -1,6 +1,7 @@
 //! What few rows ask for ahead of use, of panels that are read side by side from end to end: early into the second cache, which waits
 //! for more lines of memory at once, and then into the first.
 
+use super::codes::plane_bits;
 use crate::lanes::Lanes;
 
 /// Bytes ahead of use, of all panels together: for the first cache, and for the second.
@@ -9,7 +10,10 @@ const FAR_BYTES: usize = 10240;
 
 /// Bytes of the codes of 32 inputs.
 pub(super) const fn chunk_bytes(code: usize) -> usize {
-    if code <= 6 { code * 64 } else { 512 }
+    match plane_bits(code) {
+        0 => 512,
+        bits => bits * 64,
+    }
 }
 
 /// Bytes from `at` in some panels of `panel_bytes` to what is asked for there, `own` ahead in each: what lies behind, and at the end of

@@ -6,7 +6,7 @@ use std::arch::x86_64::*;
 use super::bytes::{Bytes, ORDER, at};
 use super::codes::{Code, by_code, scale_of};
 use crate::lanes::avx512::{Avx512, line};
-use crate::lanes::{LANES, Lanes, place_of};
+use crate::lanes::{E2M1, IQ4, LANES, Lanes, place_of, values};
 
 /// Bytes that are asked for ahead of use.
 const AHEAD_BYTES: usize = 1024;
@@ -119,10 +119,17 @@ pub(super) unsafe fn octet_of<const CODE: usize>(chunk: *const u8, octet: usize)
                     joined(spread::<2, 0>(words, from, 1), last, 3, 7),
                 ]
             }
-            4 => {
+            4 | IQ4 | E2M1 => {
                 let words = line(chunk, octet);
                 let mask = _mm512_set1_epi8(15);
-                [_mm512_and_si512(words, mask), _mm512_and_si512(_mm512_srli_epi32::<4>(words), mask)]
+                let fours =
+                    [_mm512_and_si512(words, mask), _mm512_and_si512(_mm512_srli_epi32::<4>(words), mask)];
+                if const { CODE == 4 } {
+                    return fours;
+                }
+                let table: &'static [u8; 16] = const { &values(CODE) };
+                let table = _mm512_broadcast_i32x4(_mm_loadu_si128(table.as_ptr().cast()));
+                [_mm512_shuffle_epi8(table, fours[0]), _mm512_shuffle_epi8(table, fours[1])]
             }
             5 => {
                 let (words, high) = (line(chunk, octet), line(chunk, 4));

@@ -1,20 +1,21 @@
 //! From codes to numbers: panels of quantised weights as [`crate::coded`] packs them, decoded to f32 lines of 16 outputs.
 
-use crate::lanes::{E4M3_FACTOR, LANES, Lanes};
+use backend::CodeTable;
+
+use crate::lanes::{E2M1, E4M3_FACTOR, IQ4, LANES, Lanes};
 
 /// How a panel's codes are stored.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Code {
     /// 2 to 6 bits, in planes; see [`crate::coded`].
     Planes(usize),
+    /// Four bits in planes, which stand for values.
+    Table(CodeTable),
     /// Unsigned bytes, eight inputs in the order of [`super::ORDER`].
     Bytes,
     /// E4M3 bytes.
     E4m3,
 }
-
-/// The code of zero of [`Scale::Signed`].
-const SIGNED_ZERO: i32 = 32;
 
 /// How a group's scale is stored, 16 lanes side by side.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -28,8 +29,10 @@ pub(crate) enum Scale {
     /// Halves `d` and `dmin` for 256 inputs, then six bits of scale and of minimum for each of 8 groups: `d s q - dmin m`. See
     /// [`Lanes::load_six`]: the scales come first.
     Minima,
-    /// Halves `d` for 256 inputs, then a signed byte of scale per group: `d s (q - 32)`.
-    Signed,
+    /// Halves `d` and `dmin` for 256 inputs, then a byte per group, scale below minimum: `d s q - dmin m`.
+    Fours,
+    /// Halves `d` for 256 inputs, then a signed byte of scale per group: `d s (q - zero)`, of this code of zero.
+    Signed(u8),
 }
 
 /// Groups of a block of [`Scale::Minima`].
@@ -48,14 +51,14 @@ impl Scale {
     /// Bytes before the first group's.
     pub(crate) const fn first(self) -> usize {
         match self {
-            Scale::Minima | Scale::Signed => 64,
+            Scale::Minima | Scale::Fours | Scale::Signed(_) => 64,
             _ => 0,
         }
     }
 
     /// Whether groups have whole numbers as scales.
     pub(super) const fn is_whole(self) -> bool {
-        matches!(self, Scale::Minima | Scale::Signed)
+        matches!(self, Scale::Minima | Scale::Fours | Scale::Signed(_))
     }
 
     /// Bytes of a group; of minima, which lie together, what each has of them.
@@ -65,7 +68,7 @@ impl Scale {
             Scale::F16(Zero::Code(_)) | Scale::Bf16(Zero::Code(_)) => 32,
             Scale::F16(Zero::Bias) | Scale::Bf16(Zero::Bias) | Scale::F32(Zero::Code(_)) => 64,
             Scale::F32(Zero::Bias) => 128,
-            Scale::Signed => 16,
+            Scale::Fours | Scale::Signed(_) => 16,
         }
     }
 }
@@ -146,27 +149,32 @@ impl Form {
             // A rank's part may be stored with offsets where the whole matrix is not, and gives the same sums.
             return Units { offsets: true, ..plain };
         }
-        let bits = match self.code {
-            Code::Planes(bits) => bits,
-            _ => 8,
-        };
+        let code = self.code.constant();
         let units = match self.scale {
             Scale::F16(zero) | Scale::Bf16(zero) | Scale::F32(zero) => match zero {
                 Zero::Code(zero) => Units { zero: zero as i32, ..plain },
                 Zero::Bias => Units { offsets: true, ..plain },
             },
-            Scale::Minima => {
-                Units { unit: unit_groups(bits) * self.group, scales: true, offsets: true, ..plain }
+            Scale::Minima | Scale::Fours => {
+                Units { unit: unit_groups(code) * self.group, scales: true, offsets: true, ..plain }
             }
-            Scale::Signed => {
-                Units { unit: unit_groups(bits) * self.group, scales: true, zero: SIGNED_ZERO, ..plain }
+            Scale::Signed(zero) => {
+                let unit = unit_groups(code) * self.group;
+                Units { unit, scales: true, zero: zero.into(), ..plain }
             }
         };
-        let codes = (1 << bits) - 1;
+        let codes = match self.code {
+            Code::Planes(bits) => (1 << bits) - 1,
+            Code::Table(CodeTable::E2m1) => 31,
+            _ => 255,
+        };
         // The largest that a code comes to, and products of a unit must fit into 32 bits with their sign.
-        let largest = match self.scale {
-            Scale::Minima => codes * 63,
-            Scale::Signed => SIGNED_ZERO as u32 * 128,
+        let largest = match (self.scale, self.code) {
+            (Scale::Minima, _) => codes * 63,
+            (Scale::Fours, _) => codes * 15,
+            // Codes may be as far from their zero as that itself, scales have eight bits or six.
+            (Scale::Signed(zero), Code::Planes(6)) => u32::from(zero) * 128,
+            (Scale::Signed(zero), _) => u32::from(zero) * 32,
             _ => codes,
         };
         let room = (1u32 << 31) / (largest * units.unit as u32);
@@ -177,6 +185,7 @@ impl Form {
     pub(crate) const fn chunk_bytes(&self) -> usize {
         match self.code {
             Code::Planes(bits) => bits * 64,
+            Code::Table(_) => 4 * 64,
             Code::Bytes | Code::E4m3 => 512,
         }
     }
@@ -192,15 +201,27 @@ impl Form {
     }
 }
 
-/// The form whose codes have so many bits, of those whose groups have whole numbers as scales.
-pub(super) const fn scaled_form(bits: usize) -> Form {
-    let (scale, group) = if bits == 6 { (Scale::Signed, 16) } else { (Scale::Minima, 32) };
-    Form { code: Code::Planes(bits), scale, group, span: 256 }
+/// The form of a code, of those whose groups have whole numbers as scales.
+pub(super) const fn scaled_form(code: usize) -> Form {
+    let (scale, group) = match code {
+        2 => (Scale::Fours, 16),
+        3 => (Scale::Signed(4), 16),
+        6 => (Scale::Signed(32), 16),
+        IQ4 => (Scale::Signed(CodeTable::Iq4.zero()), 32),
+        _ => (Scale::Minima, 32),
+    };
+    let code = if code == IQ4 { Code::Table(CodeTable::Iq4) } else { Code::Planes(code) };
+    Form { code, scale, group, span: 256 }
 }
 
-/// Groups of a unit of such a form: eight of the narrowest codes leave inputs as many bits as four of others.
-pub(super) const fn unit_groups(bits: usize) -> usize {
-    if bits <= 4 { 8 } else { 4 }
+/// Groups of a unit of such a form, so many that inputs are left 13 bits or more; a block's at most.
+pub(super) const fn unit_groups(code: usize) -> usize {
+    match code {
+        2 | 3 => 16,
+        4 => 8,
+        IQ4 => 2,
+        _ => 4,
+    }
 }
 
 /// Inputs `[octets.0 * 8, octets.1 * 8)` of one panel to `out[input][16]`.
@@ -222,6 +243,8 @@ macro_rules! by_code {
             Code::Planes(4) => $f::<$($lanes,)? 4>($argument),
             Code::Planes(5) => $f::<$($lanes,)? 5>($argument),
             Code::Planes(_) => $f::<$($lanes,)? 6>($argument),
+            Code::Table(backend::CodeTable::Iq4) => $f::<$($lanes,)? { $crate::lanes::IQ4 }>($argument),
+            Code::Table(backend::CodeTable::E2m1) => $f::<$($lanes,)? { $crate::lanes::E2M1 }>($argument),
             Code::Bytes => $f::<$($lanes,)? { $crate::kernel::codes::BYTES }>($argument),
             Code::E4m3 => $f::<$($lanes,)? { $crate::kernel::codes::E4M3 }>($argument),
         }
@@ -229,9 +252,30 @@ macro_rules! by_code {
 }
 pub(super) use by_code;
 
-/// [`Code`] as a constant: the bits of planes, or these.
+/// [`Code`] as a constant: the bits of planes, [`IQ4`], [`E2M1`], or these.
 pub(super) const BYTES: usize = 8;
 pub(super) const E4M3: usize = 9;
+
+impl Code {
+    const fn constant(self) -> usize {
+        match self {
+            Code::Planes(bits) => bits,
+            Code::Table(CodeTable::Iq4) => IQ4,
+            Code::Table(CodeTable::E2m1) => E2M1,
+            Code::Bytes => BYTES,
+            Code::E4m3 => E4M3,
+        }
+    }
+}
+
+/// Bits of a code in planes; 0 where it has none.
+pub(super) const fn plane_bits(code: usize) -> usize {
+    match code {
+        2..=6 => code,
+        IQ4 | E2M1 => 4,
+        _ => 0,
+    }
+}
 
 /// Runs a decode.
 ///
@@ -350,7 +394,25 @@ pub(super) unsafe fn scale_of<V: Lanes>(form: &Form, block: *const u8, group: us
                 let minimum = least.mul(V::load_six(six, MINIMA_GROUPS + group));
                 (d.mul(V::load_six(six, group)), V::splat(0.0).sub(minimum))
             }
-            Scale::Signed => from_zero(V::load_f16(block.cast()).mul(V::load_i8(at)), SIGNED_ZERO as f32),
+            Scale::Fours => {
+                let (d, least) = (V::load_f16(block.cast()), V::load_f16(block.add(32).cast()));
+                let minimum = least.mul(V::load_four::<true>(at));
+                (d.mul(V::load_four::<false>(at)), V::splat(0.0).sub(minimum))
+            }
+            Scale::Signed(zero) => from_zero(V::load_f16(block.cast()).mul(V::load_i8(at)), zero.into()),
+        }
+    }
+}
+
+/// The minimum of group `group` of a block whose groups have whole numbers as scales.
+#[inline(always)]
+pub(super) unsafe fn minimum_of<V: Lanes, const CODE: usize>(block: *const u8, group: usize) -> V {
+    // SAFETY: the caller's block has this group.
+    unsafe {
+        let scales = block.add(const { scaled_form(CODE).scale.first() });
+        match const { scaled_form(CODE).scale } {
+            Scale::Fours => V::load_four::<true>(scales.add(group * const { Scale::Fours.stride() })),
+            _ => V::load_six(scales, MINIMA_GROUPS + group),
         }
     }
 }

@@ -25,12 +25,12 @@ use few::few;
 use halves::Halves;
 use multiply::{Multiply, Task, Words};
 use tile::{Rows, Sums, add, ask_for_rows, begun, finish, follow_octet, follow_rows};
-use unit::{Change, Unit, ask_for_scales, has_scales, scale_unit};
+use unit::{Change, Unit, ask_for_scales, has_scales, scale_unit, together};
 use words::WordsVnni;
 use words_amx::by_tiles;
 use words_avx2::WordsAvx2;
 
-use super::ahead::behind;
+use super::ahead::{behind, chunk_bytes};
 use super::codes::{Code, Cursor, E4M3, by_code};
 use super::tiles;
 use super::{Scaled, WholeInputs};
@@ -384,10 +384,10 @@ impl<M: Multiply, const CODE: usize, const SCALES: bool, const R: usize, const P
                     Part { chunk, behind, x: rows.x.add(pair), next: rows.next.wrapping_add(pair), keep };
                 // Whole chunks (or halves, of 16 inputs that share a scale), which groups nearly always are, have their
                 // shifts as constants.
-                octet += match (CODE, octet % 4, end - octet) {
-                    (6, 0, 2..) => octets::<M, CODE, SCALES, R, P, 0, 2>(s, part, &change, &mut sums),
-                    (6, 2, 2..) => octets::<M, CODE, SCALES, R, P, 2, 2>(s, part, &change, &mut sums),
-                    (..6 | 7.., 0, 4..) => octets::<M, CODE, SCALES, R, P, 0, 4>(s, part, &change, &mut sums),
+                octet += match (const { together(CODE, SCALES) }, octet % 4, end - octet) {
+                    (2, 0, 2..) => octets::<M, CODE, SCALES, R, P, 0, 2>(s, part, &change, &mut sums),
+                    (2, 2, 2..) => octets::<M, CODE, SCALES, R, P, 2, 2>(s, part, &change, &mut sums),
+                    (4, 0, 4..) => octets::<M, CODE, SCALES, R, P, 0, 4>(s, part, &change, &mut sums),
                     (_, from, _) => {
                         take_apart::<M, CODE, SCALES, P>(part, from, s.panel_bytes, &change);
                         follow_octet::<M, R, P>(s, (part.x, part.keep), &mut sums);
@@ -433,7 +433,7 @@ unsafe fn octets<
 ) -> usize {
     // SAFETY: the caller's panels have this chunk, rows these inputs, and the buffer room for them.
     unsafe {
-        let chunk_bytes = if CODE <= 6 { CODE * 64 } else { 512 };
+        let chunk_bytes = const { chunk_bytes(CODE) };
         for p in 0..P {
             let ahead = part.chunk.wrapping_add(p * s.panel_bytes + part.behind);
             for line in FROM * chunk_bytes / 256..(FROM + COUNT) * chunk_bytes / 256 {

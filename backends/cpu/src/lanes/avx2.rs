@@ -2,7 +2,7 @@
 
 use std::arch::x86_64::*;
 
-use super::{LANES, Lanes, place_of};
+use super::{E2M1, IQ4, LANES, Lanes, place_of, table_of, values};
 
 /// Sixteen floats: lanes `[0, 8)` and `[8, 16)`.
 #[derive(Clone, Copy)]
@@ -92,6 +92,12 @@ impl Lanes for Avx2 {
     }
 
     #[inline(always)]
+    unsafe fn load_four<const UPPER: bool>(p: *const u8) -> Self {
+        // SAFETY: see the impl.
+        unsafe { Avx2(_mm256_cvtepi32_ps(four::<UPPER>(p)), _mm256_cvtepi32_ps(four::<UPPER>(p.add(8)))) }
+    }
+
+    #[inline(always)]
     unsafe fn load_e4m3(p: *const u8) -> Self {
         // SAFETY: see the impl. Shifted by 7, a code's exponent and fraction are a half's; the sign was extended.
         unsafe {
@@ -105,10 +111,10 @@ impl Lanes for Avx2 {
     }
 
     #[inline(always)]
-    unsafe fn codes<const BITS: usize>(chunk: *const u8, octet: usize) -> [Self; 8] {
-        // SAFETY: see the impl; a chunk has BITS lines, and a line two halves of 32 bytes.
+    unsafe fn codes<const CODE: usize>(chunk: *const u8, octet: usize) -> [Self; 8] {
+        // SAFETY: see the impl; a chunk has the lines of its planes, and a line two halves of 32 bytes.
         unsafe {
-            let (low, high) = (octet_codes::<BITS>(chunk, octet), octet_codes::<BITS>(chunk.add(32), octet));
+            let (low, high) = (octet_codes::<CODE>(chunk, octet), octet_codes::<CODE>(chunk.add(32), octet));
             [
                 Avx2(low[0], high[0]),
                 Avx2(low[1], high[1]),
@@ -331,6 +337,31 @@ pub(crate) unsafe fn six(p: *const u8, n: usize) -> __m256i {
     }
 }
 
+/// See [`Lanes::load_four`], of half of the outputs.
+#[inline(always)]
+pub(crate) unsafe fn four<const UPPER: bool>(p: *const u8) -> __m256i {
+    // SAFETY: the caller's bytes.
+    unsafe {
+        let bytes = _mm256_cvtepu8_epi32(_mm_loadl_epi64(p.cast()));
+        match UPPER {
+            true => _mm256_srli_epi32::<4>(bytes),
+            false => _mm256_and_si256(bytes, _mm256_set1_epi32(15)),
+        }
+    }
+}
+
+/// What words of `bytes` (2 or 4) bytes stand for, which are below 16: see [`values`].
+#[inline(always)]
+pub(crate) unsafe fn looked_up<const CODE: usize>(words: __m256i, bytes: usize) -> __m256i {
+    // SAFETY: register arithmetic of this level. A byte's highest bit asks for a zero.
+    unsafe {
+        let table: &'static [u8; 16] = const { &values(CODE) };
+        let table = _mm256_broadcastsi128_si256(_mm_loadu_si128(table.as_ptr().cast()));
+        let above = _mm256_set1_epi32(if bytes == 2 { 0x8000_8000_u32 } else { 0x8080_8000 } as i32);
+        _mm256_shuffle_epi8(table, _mm256_or_si256(words, above))
+    }
+}
+
 #[inline(always)]
 unsafe fn right(words: __m256i, by: usize) -> __m256i {
     // SAFETY: register arithmetic of this level.
@@ -339,37 +370,37 @@ unsafe fn right(words: __m256i, by: usize) -> __m256i {
 
 /// The codes of 8 consecutive inputs in half of the lanes.
 #[inline(always)]
-unsafe fn octet_codes<const BITS: usize>(chunk: *const u8, octet: usize) -> [__m256; 8] {
-    // SAFETY: the caller's chunk has BITS lines.
+unsafe fn octet_codes<const CODE: usize>(chunk: *const u8, octet: usize) -> [__m256; 8] {
+    // SAFETY: the caller's chunk has the lines of its planes.
     unsafe {
-        let (low, high) = match BITS {
+        let (low, high) = match CODE {
             2 => (right(line(chunk, octet / 2), 8 * (octet % 2)), _mm256_setzero_si256()),
             3 => (right(line(chunk, octet / 2), 8 * (octet % 2)), right(line(chunk, 2), 4 * octet)),
-            4 => (line(chunk, octet), _mm256_setzero_si256()),
+            4 | IQ4 | E2M1 => (line(chunk, octet), _mm256_setzero_si256()),
             5 => (line(chunk, octet), right(line(chunk, 4), 4 * octet)),
             _ => (line(chunk, octet), right(line(chunk, 4 + octet / 2), 8 * (octet % 2))),
         };
         [
-            code::<BITS>(low, high, 0),
-            code::<BITS>(low, high, 1),
-            code::<BITS>(low, high, 2),
-            code::<BITS>(low, high, 3),
-            code::<BITS>(low, high, 4),
-            code::<BITS>(low, high, 5),
-            code::<BITS>(low, high, 6),
-            code::<BITS>(low, high, 7),
+            code::<CODE>(low, high, 0),
+            code::<CODE>(low, high, 1),
+            code::<CODE>(low, high, 2),
+            code::<CODE>(low, high, 3),
+            code::<CODE>(low, high, 4),
+            code::<CODE>(low, high, 5),
+            code::<CODE>(low, high, 6),
+            code::<CODE>(low, high, 7),
         ]
     }
 }
 
 /// Code `k` of the 8 in each word of the planes `low` and `high`, as a number.
 #[inline(always)]
-unsafe fn code<const BITS: usize>(low: __m256i, high: __m256i, k: usize) -> __m256 {
+unsafe fn code<const CODE: usize>(low: __m256i, high: __m256i, k: usize) -> __m256 {
     // (bits of the low plane, bits of the high plane)
-    let (own, more) = match BITS {
+    let (own, more) = match CODE {
         2 => (2, 0),
         3 => (2, 1),
-        4 => (4, 0),
+        4 | IQ4 | E2M1 => (4, 0),
         5 => (4, 1),
         _ => (4, 2),
     };
@@ -377,7 +408,11 @@ unsafe fn code<const BITS: usize>(low: __m256i, high: __m256i, k: usize) -> __m2
     unsafe {
         let low = _mm256_and_si256(right(low, place_of(own, k)), _mm256_set1_epi32((1 << own) - 1));
         if more == 0 {
-            return _mm256_cvtepi32_ps(low);
+            return _mm256_cvtepi32_ps(if table_of(CODE).is_some() {
+                looked_up::<CODE>(low, 4)
+            } else {
+                low
+            });
         }
         let high = _mm256_and_si256(right(high, place_of(more, k)), _mm256_set1_epi32((1 << more) - 1));
         let shifted = _mm256_sllv_epi32(high, _mm256_set1_epi32(own as i32));

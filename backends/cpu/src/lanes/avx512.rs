@@ -2,7 +2,7 @@
 
 use std::arch::x86_64::*;
 
-use super::{LANES, Lanes, place_of as at};
+use super::{E2M1, IQ4, LANES, Lanes, place_of as at, values};
 
 /// Sixteen floats in a zmm register.
 #[derive(Clone, Copy)]
@@ -80,6 +80,12 @@ impl Lanes for Avx512 {
     }
 
     #[inline(always)]
+    unsafe fn load_four<const UPPER: bool>(p: *const u8) -> Self {
+        // SAFETY: see the impl.
+        unsafe { Avx512(_mm512_cvtepi32_ps(four::<UPPER>(p))) }
+    }
+
+    #[inline(always)]
     unsafe fn load_e4m3(p: *const u8) -> Self {
         // SAFETY: see the impl. Shifted by 7, a code's exponent and fraction are a half's; the sign was extended.
         unsafe {
@@ -89,25 +95,25 @@ impl Lanes for Avx512 {
     }
 
     #[inline(always)]
-    unsafe fn codes<const BITS: usize>(chunk: *const u8, octet: usize) -> [Self; 8] {
-        // SAFETY: see the impl; a chunk has BITS lines.
+    unsafe fn codes<const CODE: usize>(chunk: *const u8, octet: usize) -> [Self; 8] {
+        // SAFETY: see the impl; a chunk has the lines of its planes.
         unsafe {
-            let (low, high) = match BITS {
+            let (low, high) = match CODE {
                 2 => (right(line(chunk, octet / 2), 8 * (octet % 2)), _mm512_setzero_si512()),
                 3 => (right(line(chunk, octet / 2), 8 * (octet % 2)), right(line(chunk, 2), 4 * octet)),
-                4 => (line(chunk, octet), _mm512_setzero_si512()),
+                4 | IQ4 | E2M1 => (line(chunk, octet), _mm512_setzero_si512()),
                 5 => (line(chunk, octet), right(line(chunk, 4), 4 * octet)),
                 _ => (line(chunk, octet), right(line(chunk, 4 + octet / 2), 8 * (octet % 2))),
             };
             [
-                code::<BITS>(low, high, 0),
-                code::<BITS>(low, high, 1),
-                code::<BITS>(low, high, 2),
-                code::<BITS>(low, high, 3),
-                code::<BITS>(low, high, 4),
-                code::<BITS>(low, high, 5),
-                code::<BITS>(low, high, 6),
-                code::<BITS>(low, high, 7),
+                code::<CODE>(low, high, 0),
+                code::<CODE>(low, high, 1),
+                code::<CODE>(low, high, 2),
+                code::<CODE>(low, high, 3),
+                code::<CODE>(low, high, 4),
+                code::<CODE>(low, high, 5),
+                code::<CODE>(low, high, 6),
+                code::<CODE>(low, high, 7),
             ]
         }
     }
@@ -302,6 +308,19 @@ pub(crate) unsafe fn six(p: *const u8, n: usize) -> __m512i {
     }
 }
 
+/// See [`Lanes::load_four`].
+#[inline(always)]
+pub(crate) unsafe fn four<const UPPER: bool>(p: *const u8) -> __m512i {
+    // SAFETY: the caller's bytes.
+    unsafe {
+        let bytes = _mm512_cvtepu8_epi32(_mm_loadu_si128(p.cast()));
+        match UPPER {
+            true => _mm512_srli_epi32::<4>(bytes),
+            false => _mm512_and_si512(bytes, _mm512_set1_epi32(15)),
+        }
+    }
+}
+
 #[inline(always)]
 unsafe fn right(words: __m512i, by: usize) -> __m512i {
     // SAFETY: register arithmetic of this level.
@@ -331,6 +350,17 @@ const fn numbers(period: usize, first: usize) -> [f32; LANES] {
     out
 }
 
+/// [`values`] as floats.
+const fn looked_up(code: usize) -> [f32; LANES] {
+    let (values, mut out) = (values(code), [0.0; LANES]);
+    let mut i = 0;
+    while i < LANES {
+        out[i] = values[i] as f32;
+        i += 1;
+    }
+    out
+}
+
 #[inline(always)]
 unsafe fn table(numbers: &'static [f32; LANES]) -> __m512 {
     // SAFETY: sixteen floats.
@@ -340,19 +370,19 @@ unsafe fn table(numbers: &'static [f32; LANES]) -> __m512 {
 /// Code `k` of the 8 in each word of the planes `low` and `high`, as a number. A permutation looks at the lowest bits of
 /// its index only, so most codes are looked up without cutting off the others.
 #[inline(always)]
-unsafe fn code<const BITS: usize>(low: __m512i, high: __m512i, k: usize) -> Avx512 {
+unsafe fn code<const CODE: usize>(low: __m512i, high: __m512i, k: usize) -> Avx512 {
     // SAFETY: register arithmetic of this level.
     unsafe {
         // Bits of the mask from the first, the others from the second.
         const SELECT: i32 = 0xca;
-        Avx512(match BITS {
+        Avx512(match CODE {
             2 => _mm512_permutexvar_ps(right(low, at(2, k)), table(const { &numbers(4, 0) })),
             3 => {
                 let (a, b) = (right(low, at(2, k)), moved(high, at(1, k), 2));
                 let index = _mm512_ternarylogic_epi32::<SELECT>(_mm512_set1_epi32(3), a, b);
                 _mm512_permutexvar_ps(index, table(const { &numbers(8, 0) }))
             }
-            4 => _mm512_permutexvar_ps(right(low, at(4, k)), table(const { &numbers(16, 0) })),
+            4 | IQ4 | E2M1 => _mm512_permutexvar_ps(right(low, at(4, k)), table(const { &looked_up(CODE) })),
             5 => {
                 let (a, b) = (right(low, at(4, k)), moved(high, at(1, k), 4));
                 let index = _mm512_ternarylogic_epi32::<SELECT>(_mm512_set1_epi32(15), a, b);

@@ -1,6 +1,6 @@
 //! Plain arrays, left to the compiler: what aarch64 and old x86 run.
 
-use super::{LANES, Lanes, place_of};
+use super::{E2M1, IQ4, LANES, Lanes, place_of, table_of, values};
 
 /// Sixteen floats in memory order.
 #[derive(Clone, Copy)]
@@ -121,6 +121,13 @@ impl Lanes for Portable {
     }
 
     #[inline(always)]
+    unsafe fn load_four<const UPPER: bool>(p: *const u8) -> Self {
+        // SAFETY: see the impl.
+        let bytes = unsafe { p.cast::<[u8; LANES]>().read() };
+        Portable(bytes.map(|byte| f32::from(if UPPER { byte >> 4 } else { byte & 15 })))
+    }
+
+    #[inline(always)]
     unsafe fn load_e4m3(p: *const u8) -> Self {
         // SAFETY: see the impl.
         let codes = unsafe { p.cast::<[u8; LANES]>().read() };
@@ -128,16 +135,16 @@ impl Lanes for Portable {
     }
 
     #[inline(always)]
-    unsafe fn codes<const BITS: usize>(chunk: *const u8, octet: usize) -> [Self; 8] {
+    unsafe fn codes<const CODE: usize>(chunk: *const u8, octet: usize) -> [Self; 8] {
         // (bits of the low plane, bits of the high plane)
-        let (own, more) = match BITS {
+        let (own, more) = match CODE {
             2 => (2, 0),
             3 => (2, 1),
-            4 => (4, 0),
+            4 | IQ4 | E2M1 => (4, 0),
             5 => (4, 1),
             _ => (4, 2),
         };
-        // SAFETY: a chunk has BITS lines of 16 words.
+        // SAFETY: a chunk has the lines of its planes, of 16 words.
         let plane = |first: usize, bits: usize| unsafe {
             let line = chunk.cast::<[u32; LANES]>().add(first + octet * bits / 4).read_unaligned();
             line.map(|word| word >> (4 * bits * octet % 16))
@@ -148,7 +155,11 @@ impl Lanes for Portable {
             Portable(std::array::from_fn(|lane| {
                 let low = low[lane] >> place_of(own, k) & ((1 << own) - 1);
                 let high = high[lane] >> place_of(more, k) & ((1 << more) - 1);
-                (low | high << own) as f32
+                let code = low | high << own;
+                match table_of(CODE) {
+                    Some(_) => f32::from(const { values(CODE) }[code as usize]),
+                    None => code as f32,
+                }
             }))
         })
     }

@@ -12,30 +12,40 @@ pub enum Kind {
     Bf16,
     Q4_0,
     Q8_0,
+    Q2K,
+    Q3K,
     Q4K,
     Q5K,
     Q6K,
+    Iq4Nl,
+    Iq4Xs,
+    Mxfp4,
 }
 
 /// What llama.cpp's quantiser makes of a model.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Recipe {
     All(Kind),
-    /// Q4_0, the head in Q6_K.
-    Q4_0,
+    /// The head in Q6_K.
+    Most(Kind),
     /// Q4_K, half of the values' and inner weights and the head in Q6_K.
     Q4KM,
 }
 
 /// Recipes by name.
-pub const RECIPES: [(&str, Recipe); 7] = [
+pub const RECIPES: [(&str, Recipe); 12] = [
     ("bf16", Recipe::All(Kind::Bf16)),
     ("f16", Recipe::All(Kind::F16)),
     ("q8_0", Recipe::All(Kind::Q8_0)),
-    ("q4_0", Recipe::Q4_0),
+    ("q4_0", Recipe::Most(Kind::Q4_0)),
+    ("q2_k", Recipe::Most(Kind::Q2K)),
+    ("q3_k", Recipe::Most(Kind::Q3K)),
     ("q4_k_m", Recipe::Q4KM),
     ("q5_k", Recipe::All(Kind::Q5K)),
     ("q6_k", Recipe::All(Kind::Q6K)),
+    ("iq4_nl", Recipe::Most(Kind::Iq4Nl)),
+    ("iq4_xs", Recipe::Most(Kind::Iq4Xs)),
+    ("mxfp4", Recipe::Most(Kind::Mxfp4)),
 ];
 
 impl Recipe {
@@ -46,8 +56,7 @@ impl Recipe {
     /// Of most matrices.
     pub fn matrix(self) -> Kind {
         match self {
-            Recipe::All(kind) => kind,
-            Recipe::Q4_0 => Kind::Q4_0,
+            Recipe::All(kind) | Recipe::Most(kind) => kind,
             Recipe::Q4KM => Kind::Q4K,
         }
     }
@@ -56,7 +65,7 @@ impl Recipe {
     pub fn head(self) -> Kind {
         match self {
             Recipe::All(kind) => kind,
-            Recipe::Q4_0 | Recipe::Q4KM => Kind::Q6K,
+            Recipe::Most(_) | Recipe::Q4KM => Kind::Q6K,
         }
     }
 
@@ -69,7 +78,7 @@ impl Recipe {
     /// Of rows that blocks of 256 do not fit.
     pub fn short(self) -> Kind {
         match self.matrix() {
-            Kind::Q4K | Kind::Q5K | Kind::Q6K => Kind::Q8_0,
+            Kind::Q2K | Kind::Q3K | Kind::Q4K | Kind::Q5K | Kind::Q6K | Kind::Iq4Xs => Kind::Q8_0,
             kind => kind,
         }
     }
@@ -83,9 +92,14 @@ impl Kind {
             Kind::F16 => 1,
             Kind::Q4_0 => 2,
             Kind::Q8_0 => 8,
+            Kind::Q2K => 10,
+            Kind::Q3K => 11,
             Kind::Q4K => 12,
             Kind::Q5K => 13,
             Kind::Q6K => 14,
+            Kind::Iq4Nl => 20,
+            Kind::Iq4Xs => 23,
+            Kind::Mxfp4 => 39,
             Kind::Bf16 => 30,
         }
     }
@@ -97,9 +111,14 @@ impl Kind {
             Kind::F16 | Kind::Bf16 => (1, 2),
             Kind::Q4_0 => (32, 18),
             Kind::Q8_0 => (32, 34),
+            Kind::Q2K => (256, 84),
+            Kind::Q3K => (256, 110),
             Kind::Q4K => (256, 144),
             Kind::Q5K => (256, 176),
             Kind::Q6K => (256, 210),
+            Kind::Iq4Nl => (32, 18),
+            Kind::Iq4Xs => (256, 136),
+            Kind::Mxfp4 => (32, 17),
         }
     }
 
@@ -138,6 +157,11 @@ impl Kind {
                     eight.copy_from_slice(&bits[..eight.len()]);
                 }
                 for block in out.chunks_exact_mut(self.block().1) {
+                    if self == Kind::Mxfp4 {
+                        // A power of two.
+                        block[0] = ((size / 2.8).to_bits() >> 23) as u8;
+                        continue;
+                    }
                     let mut put = |at: usize, x: f32| {
                         block[at..at + 2].copy_from_slice(&f16::from_f32(x).to_le_bytes());
                     };
@@ -145,6 +169,13 @@ impl Kind {
                         Kind::Q8_0 => put(0, size / 74.0),
                         Kind::Q4_0 => put(0, size / 4.6),
                         Kind::Q6K => put(208, size / (74.0 * 18.5)),
+                        Kind::Q3K => put(108, size / (18.5 * 2.3)),
+                        Kind::Iq4Nl => put(0, size / 67.0),
+                        Kind::Iq4Xs => put(0, size / (18.5 * 67.0)),
+                        Kind::Q2K => {
+                            put(80, size / 14.0);
+                            put(82, size / 14.0 * 1.5);
+                        }
                         // Minima take off what codes are above zero in the middle.
                         Kind::Q4K => {
                             put(0, size / 170.0);

@@ -7,10 +7,10 @@ use std::marker::PhantomData;
 
 use super::super::Scaled;
 use super::super::ahead::{Ahead, chunk_bytes, next};
-use super::super::codes::{Cursor, Form, MINIMA_GROUPS, scale_of, scaled_form, unit_groups};
+use super::super::codes::{Cursor, Form, minimum_of, scale_of, scaled_form, unit_groups};
 use super::multiply::{Multiply, Task, Words};
 use super::tile::{Sums, factored, follow_octet};
-use super::unit::{Change, Unit, has_zero, offsets, unit_scales, whole_scales};
+use super::unit::{Change, Unit, has_zero, offsets, together, unit_scales, whole_scales};
 use super::{Part, each_row, take_apart};
 use crate::lanes::{LANES, Lanes};
 
@@ -166,7 +166,7 @@ struct Group {
     known: *const i32,
 }
 
-/// Groups of a chunk of such codes: two, of 6 bits.
+/// Groups of a chunk of such codes.
 const fn chunk_groups(code: usize) -> usize {
     32 / scaled_form(code).group
 }
@@ -212,7 +212,7 @@ unsafe fn blocks<M: Multiply, const CODE: usize, const R: usize, const P: usize>
                     }
                     let least = M::Floats::splat(0.0).sub(M::Floats::load_f16(block.add(32).cast()));
                     for part in 0..parts {
-                        let minimum = M::Floats::load_six(block.add(64), MINIMA_GROUPS + unit * parts + part);
+                        let minimum = minimum_of::<M::Floats, CODE>(block, unit * parts + part);
                         let offset = least.mul(minimum);
                         each_row!(R, r => {
                             let inputs = M::Floats::splat(*s.row_of(known, r).add(1 + part).cast());
@@ -244,7 +244,7 @@ unsafe fn add_group<M: Multiply, const CODE: usize, const R: usize, const P: usi
                 own[r] = [M::Words::splat(*s.row_of(group.known, r).add(1 + part)); P];
             });
         }
-        M::octets::<CODE, R, P>(s, (group.chunk, group.half * 2), group.x, ahead, &mut own);
+        M::octets::<CODE, true, R, P>(s, (group.chunk, group.half * 2), group.x, ahead, &mut own);
         let scales: [M::Words; P] = whole_scales::<_, CODE, P>(s, group.block, group.at);
         each_row!(R, r => {
             for p in 0..P {
@@ -301,7 +301,7 @@ unsafe fn add_alone<M: Multiply, const CODE: usize, const R: usize, const P: usi
     // SAFETY: the caller's.
     unsafe {
         let mut sums: Sums<M, R, P> = [[M::Words::splat(0); P]; R];
-        M::octets::<CODE, R, P>(s, (group.chunk, group.half * 2), group.x, ahead, &mut sums);
+        M::octets::<CODE, true, R, P>(s, (group.chunk, group.half * 2), group.x, ahead, &mut sums);
         for p in 0..P {
             let block = group.block.add(p * s.panel_bytes);
             let (scale, offset) = scale_of::<M::Floats>(const { &scaled_form(CODE) }, block, group.at);
@@ -322,8 +322,7 @@ unsafe fn groups<M: Multiply, const CODE: usize, const R: usize, const P: usize>
     (from, count): (usize, usize),
     (mut x, mut known): (*const i32, *const i32),
 ) -> Totals<M, R, P> {
-    // Octets of whole chunks; of 6 bits, of halves, of 16 inputs that share a scale.
-    let whole = const { if CODE == 6 { 2 } else { 4 } };
+    let whole = const { together(CODE, false) };
     let scale_bytes = s.form.scale_bytes();
     // SAFETY: the panels have these octets, x and known the rows and groups, the buffer room for an octet.
     unsafe {
@@ -350,11 +349,11 @@ unsafe fn groups<M: Multiply, const CODE: usize, const R: usize, const P: usize>
                 let chunk = codes.add(octet / 4 * const { chunk_bytes(CODE) });
                 let done = match (octet % 4, end - octet) {
                     (0, left) if left >= whole => {
-                        M::octets::<CODE, R, P>(s, (chunk, 0), x, ahead, &mut sums);
+                        M::octets::<CODE, false, R, P>(s, (chunk, 0), x, ahead, &mut sums);
                         whole
                     }
-                    (2, 2..) if const { CODE == 6 } => {
-                        M::octets::<CODE, R, P>(s, (chunk, 2), x, ahead, &mut sums);
+                    (2, 2..) if const { together(CODE, false) == 2 } => {
+                        M::octets::<CODE, false, R, P>(s, (chunk, 2), x, ahead, &mut sums);
                         whole
                     }
                     (from, _) => {

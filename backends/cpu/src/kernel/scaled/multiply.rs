@@ -30,10 +30,10 @@ pub(super) trait Multiply {
     /// `sums` and the products of the pairs of `codes` by the pair `inputs`. `IN_TURN`: where this is written and not where the compiler
     /// thinks better, which some tiles of many rows and one panel leave with sums in memory.
     unsafe fn add<const IN_TURN: bool>(sums: Self::Words, codes: Self::Words, inputs: i32) -> Self::Words;
-    /// Adds the octets of a chunk from octet `from` on, half of one of 6 bits or all of it, by the inputs at `x`, to the sums of a
-    /// group, and asks for what lies behind them.
+    /// Adds the octets of a chunk from octet `from` on, so many as are taken [`together`](super::unit::together), by the inputs at
+    /// `x`, to the sums of a group, and asks for what lies behind them.
     #[inline(always)]
-    unsafe fn octets<const CODE: usize, const R: usize, const P: usize>(
+    unsafe fn octets<const CODE: usize, const SCALES: bool, const R: usize, const P: usize>(
         s: &Scaled<'_>,
         (chunk, from): (*const u8, usize),
         x: *const i32,
@@ -43,7 +43,7 @@ pub(super) trait Multiply {
         Self: Sized,
     {
         // SAFETY: the caller's.
-        unsafe { by_pairs::<Self, CODE, R, P>(s, (chunk, from), x, ahead, sums) }
+        unsafe { by_pairs::<Self, CODE, SCALES, R, P>(s, (chunk, from), x, ahead, sums) }
     }
     /// Sums as floats.
     unsafe fn floats(sums: Self::Words) -> Self::Floats;
@@ -64,6 +64,8 @@ pub(super) trait Words: Copy {
     unsafe fn store(self, at: *mut f32);
     /// 16 signed bytes at `at`.
     unsafe fn bytes(at: *const u8) -> Self;
+    /// The lower four bits of 16 bytes at `at`.
+    unsafe fn four(at: *const u8) -> Self;
     /// As [`Lanes::load_six`].
     unsafe fn six(at: *const u8, n: usize) -> Self;
     /// Words, of 16 bits each, in both halves.

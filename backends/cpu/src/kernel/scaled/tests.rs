@@ -2,6 +2,8 @@
 
 use std::ops::Range;
 
+use backend::CodeTable;
+
 use super::super::codes::{Form, Scale, Zero};
 use super::super::tiles::model::Tiles;
 use super::super::{CodedPairs, Decode, Kernels};
@@ -72,18 +74,23 @@ fn ranges_do_not_depend_on_each_other() {
 #[test]
 fn the_largest_numbers_add_up() {
     each(|kernels, kernel, form, name| {
-        // The largest scales and codes, or the smallest.
-        let bytes = match form.scale {
-            Scale::Signed => [0x80, 0x7f],
-            Scale::Minima => [0xff, 0xff],
-            _ => [0x3f, 0x3f],
+        // The largest scales and the smallest, of the bits that a form has.
+        let scales: &[u8] = match (form.scale, form.code) {
+            (Scale::Signed(_), Code::Planes(6)) => &[0x80, 0x7f],
+            (Scale::Signed(_), _) => &[0xe0, 0x1f],
+            (Scale::Minima | Scale::Fours, _) => &[0xff],
+            _ => &[0x3f],
         };
-        for (byte, sign) in [(bytes[0], 1.0), (bytes[1], -1.0)] {
-            // What is not codes is scales: halves of `d` are no infinity.
-            let factors = form.scale.first();
-            let weights = weights(&form, |at| {
-                let within = at % panel_bytes(&form) % form.block_bytes();
-                if within < factors { 0x35 } else { byte }
+        // E4M3 is not a number with all bits.
+        let codes: &[u8] = if form.is_whole() { &[0, 0xff] } else { &[0x7e] };
+        let cases = scales.iter().flat_map(|scale| codes.iter().map(move |code| (*scale, *code)));
+        for ((scale, code), sign) in cases.flat_map(|case| [(case, 1.0), (case, -1.0)]) {
+            // What comes first are halves of `d`, no infinity.
+            let (factors, scales) = (form.scale.first(), form.scale_bytes());
+            let weights = weights(&form, |at| match at % panel_bytes(&form) % form.block_bytes() {
+                within if within < factors => 0x35,
+                within if within < scales => scale,
+                _ => code,
             });
             let input = |at: usize| sign * if at.is_multiple_of(7) { 1.9921875 } else { 1.984375 };
             let rows = 13;
@@ -99,7 +106,8 @@ fn the_largest_numbers_add_up() {
                 let want: f64 =
                     products.map(|(k, w)| f64::from(*w) * f64::from(input(row * OCTETS * 8 + k))).sum();
                 let got = f64::from(f32::from_bits(got[row * PANELS * LANES]));
-                assert!((got - want).abs() <= want.abs() * 1e-5, "{name}, {byte:#x}: {got} for {want}");
+                let case = format!("{name}, scales {scale:#x}, codes {code:#x}");
+                assert!((got - want).abs() <= want.abs() * 1e-5, "{case}: {got} for {want}");
             }
         }
     });
@@ -135,12 +143,17 @@ fn tiles_have_the_same_sums() {
     }
 }
 
-fn forms() -> [Form; 9] {
+fn forms() -> [Form; 14] {
     let form = |code, scale, group, span| Form { code, scale, group, span };
     [
         form(Code::Planes(4), Scale::Minima, 32, 256),
         form(Code::Planes(5), Scale::Minima, 32, 256),
-        form(Code::Planes(6), Scale::Signed, 16, 256),
+        form(Code::Planes(6), Scale::Signed(32), 16, 256),
+        form(Code::Planes(2), Scale::Fours, 16, 256),
+        form(Code::Planes(3), Scale::Signed(4), 16, 256),
+        form(Code::Table(CodeTable::Iq4), Scale::Signed(128), 32, 256),
+        form(Code::Table(CodeTable::Iq4), Scale::F16(Zero::Code(128.0)), 32, 64),
+        form(Code::Table(CodeTable::E2m1), Scale::F32(Zero::Code(16.0)), 16, 32),
         form(Code::Planes(6), Scale::F16(Zero::Bias), 64, 64),
         form(Code::Planes(5), Scale::F16(Zero::Code(16.0)), 32, 64),
         form(Code::Planes(3), Scale::F32(Zero::Bias), 8, 32),

@@ -6,7 +6,7 @@ use std::sync::atomic::{Ordering, compiler_fence};
 
 use super::super::ahead::Ahead;
 use super::multiply::{Multiply, Task, Words};
-use super::unit::{OFFSETS, SCALES, Unit};
+use super::unit::{OFFSETS, SCALES, Unit, together};
 use super::{Scaled, each_row};
 use crate::lanes::{LANES, Lanes};
 
@@ -80,14 +80,20 @@ pub(super) unsafe fn add<M: Multiply, const R: usize, const P: usize>(
 
 /// Adds octets of a chunk pair by pair: see [`Multiply::octets`].
 #[inline(always)]
-pub(super) unsafe fn by_pairs<M: Multiply, const CODE: usize, const R: usize, const P: usize>(
+pub(super) unsafe fn by_pairs<
+    M: Multiply,
+    const CODE: usize,
+    const SCALES: bool,
+    const R: usize,
+    const P: usize,
+>(
     s: &Scaled<'_>,
     (chunk, from): (*const u8, usize),
     x: *const i32,
     ahead: Ahead,
     sums: &mut Sums<M, R, P>,
 ) {
-    each_row!(const { if CODE == 6 { 2 } else { 4 } }, octet => {
+    each_row!(const { together(CODE, SCALES) }, octet => {
         ahead.ask_octet::<M::Floats, CODE, P>(s.panel_bytes, chunk, from + octet);
         for pair in 0..4 {
             // SAFETY: the caller's panels have this chunk, and rows these inputs.

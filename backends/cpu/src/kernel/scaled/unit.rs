@@ -1,10 +1,10 @@
 //! Units where panels are read: what makes groups of them, and what their sums are scaled by.
 
 use super::super::Scaled;
-use super::super::codes::{Scale, scale_of, unit_scale};
+use super::super::codes::{Scale, scale_of, scaled_form, unit_scale};
 use super::PANELS;
 use super::multiply::{Multiply, Words};
-use crate::lanes::{LANES, Lanes};
+use crate::lanes::{IQ4, LANES, Lanes};
 
 /// Where scales and offsets lie in the buffer, behind the codes of a unit: a line per panel, and one per group and panel.
 pub(super) const SCALES: usize = Scaled::UNIT_MAX / 2 * PANELS * LANES;
@@ -13,12 +13,17 @@ const _: () = assert!(OFFSETS + Scaled::PARTS_MAX * PANELS * LANES <= Scaled::BU
 
 /// Whether there are forms of a code whose groups have whole numbers as scales.
 pub(super) const fn has_scales(code: usize) -> bool {
-    matches!(code, 4..=6)
+    matches!(code, 2..=6 | IQ4)
 }
 
 /// Whether such codes count from a zero.
 pub(super) const fn has_zero(code: usize) -> bool {
-    code == 6
+    matches!(scaled_form(code).scale, Scale::Signed(_))
+}
+
+/// Octets of a chunk that are taken together: all, or half where groups may be of 16. `scales`: of such forms.
+pub(super) const fn together(code: usize, scales: bool) -> usize {
+    if code == 6 || scales && scaled_form(code).group == 16 { 2 } else { 4 }
 }
 
 /// Octets `[from, to)` of a block, of one unit; its groups among them are `[parts.0, parts.1)` of the unit's.
@@ -101,9 +106,11 @@ pub(super) unsafe fn whole_scales<W: Words, const CODE: usize, const P: usize>(
         let mut scales = [W::splat(0); P];
         for (p, scale) in scales.iter_mut().enumerate() {
             let scales = block.add(p * s.panel_bytes + first);
-            *scale = match const { has_zero(CODE) } {
-                true => W::bytes(scales.add(group * const { Scale::Signed.stride() })),
-                false => W::six(scales, group),
+            let line = scales.wrapping_add(group * const { scaled_form(CODE).scale.stride() });
+            *scale = match const { scaled_form(CODE).scale } {
+                Scale::Signed(_) => W::bytes(line),
+                Scale::Fours => W::four(line),
+                _ => W::six(scales, group),
             };
         }
         scales

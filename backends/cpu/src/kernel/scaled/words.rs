@@ -7,13 +7,14 @@ use std::mem::MaybeUninit;
 use super::super::ahead::Ahead;
 use super::super::bytes::ORDER;
 use super::super::bytes_vnni::octet_of;
-use super::super::codes::BYTES;
+use super::super::codes::{BYTES, plane_bits};
 use super::inputs::Narrow;
 use super::multiply::{Multiply, Task, Words};
 use super::tile::{Sums, by_pairs};
+use super::unit::together;
 use super::{Scaled, each_row};
-use crate::lanes::LANES;
-use crate::lanes::avx512::{Avx512, line, six};
+use crate::lanes::avx512::{Avx512, four, line, six};
+use crate::lanes::{E2M1, IQ4, LANES, values};
 
 /// Pairs of whole numbers; sums are whole too.
 pub(super) struct WordsVnni;
@@ -43,6 +44,12 @@ impl Multiply for WordsVnni {
                 }
                 // The last four bits have nothing above.
                 4 if pair == 3 => moved(line(chunk, octet), 12, 0),
+                // A permutation of 32 halves does not look at what is above five bits.
+                IQ4 | E2M1 => {
+                    let table: &'static [u16; 32] = const { &halves(CODE) };
+                    let table = _mm512_loadu_si512(table.as_ptr().cast());
+                    _mm512_permutexvar_epi16(moved(line(chunk, octet), four, 0), table)
+                }
                 4 => and(moved(line(chunk, octet), four, 0), 15),
                 5 => joined(moved(line(chunk, octet), four, 0), 15, moved(line(chunk, 4), one, 4), 31),
                 6 => {
@@ -69,7 +76,7 @@ impl Multiply for WordsVnni {
     /// Codes come out of planes as bytes in half the time, which counts while rows are very few: inputs are parted into their upper and
     /// lower bytes then, and those sums joined.
     #[inline(always)]
-    unsafe fn octets<const CODE: usize, const R: usize, const P: usize>(
+    unsafe fn octets<const CODE: usize, const SCALES: bool, const R: usize, const P: usize>(
         s: &Scaled<'_>,
         (chunk, from): (*const u8, usize),
         x: *const i32,
@@ -78,18 +85,19 @@ impl Multiply for WordsVnni {
     ) {
         // SAFETY: see the impl.
         unsafe {
-            if const { CODE >= BYTES || R > 2 } {
-                return by_pairs::<Self, CODE, R, P>(s, (chunk, from), x, ahead, sums);
+            // Codes count as bytes with a sign, too.
+            if const { plane_bits(CODE) == 0 || CODE == IQ4 || R > 2 } {
+                return by_pairs::<Self, CODE, SCALES, R, P>(s, (chunk, from), x, ahead, sums);
             }
             let mut parted = MaybeUninit::<[Parted; R]>::uninit();
             let parted = parted.as_mut_ptr().cast::<i32>();
             let mut upper = [[_mm512_setzero_si512(); P]; R];
             each_row!(R, r => {
-                part::<CODE>(s.row_of(x, r), parted.add(r * 16));
+                part::<CODE, SCALES>(s.row_of(x, r), parted.add(r * 16));
             });
             // What was stored is loaded: the compiler would take it out of registers, word by word.
             asm!("/* {0} */", in(reg) parted, options(nostack, preserves_flags));
-            each_row!(const { if CODE == 6 { 2 } else { 4 } }, octet => {
+            each_row!(const { together(CODE, SCALES) }, octet => {
                 ahead.ask_octet::<Avx512, CODE, P>(s.panel_bytes, chunk, from + octet);
                 let mut codes = [[_mm512_setzero_si512(); 2]; P];
                 for (p, codes) in codes.iter_mut().enumerate() {
@@ -155,6 +163,12 @@ impl Words for __m512i {
     }
 
     #[inline(always)]
+    unsafe fn four(at: *const u8) -> Self {
+        // SAFETY: see the impl.
+        unsafe { four::<false>(at) }
+    }
+
+    #[inline(always)]
     unsafe fn six(at: *const u8, n: usize) -> Self {
         // SAFETY: see the impl.
         unsafe { six(at, n) }
@@ -215,7 +229,7 @@ struct Parted([i32; 16]);
 
 /// Parts the inputs of a chunk, or of half of one.
 #[inline(always)]
-unsafe fn part<const CODE: usize>(x: *const i32, out: *mut i32) {
+unsafe fn part<const CODE: usize, const SCALES: bool>(x: *const i32, out: *mut i32) {
     const PLACES: [u8; 64] = {
         let mut bytes = [0; 64];
         let mut at = 0;
@@ -228,7 +242,7 @@ unsafe fn part<const CODE: usize>(x: *const i32, out: *mut i32) {
     };
     // SAFETY: the caller's inputs, and room for as many.
     unsafe {
-        match const { CODE == 6 } {
+        match const { together(CODE, SCALES) == 2 } {
             true => {
                 let parted = _mm256_shuffle_epi8(
                     _mm256_loadu_si256(x.cast()),
@@ -318,6 +332,17 @@ const fn bytes(first: usize) -> [u8; 64] {
     let mut at = 0;
     while at < 64 {
         out[at] = ((first + at / 2 % 2 * 2) * LANES + at / 4) as u8;
+        at += 1;
+    }
+    out
+}
+
+/// [`values`] as halves, twice.
+const fn halves(code: usize) -> [u16; 32] {
+    let (values, mut out) = (values(code), [0; 32]);
+    let mut at = 0;
+    while at < 32 {
+        out[at] = values[at % 16] as u16;
         at += 1;
     }
     out

@@ -3,11 +3,11 @@
 use std::arch::asm;
 use std::arch::x86_64::*;
 
-use super::super::codes::BYTES;
+use super::super::codes::plane_bits;
 use super::inputs::Narrow;
 use super::multiply::{Multiply, Task, Words};
-use crate::lanes::LANES;
-use crate::lanes::avx2::{Avx2, line, six};
+use crate::lanes::avx2::{Avx2, four, line, looked_up, six};
+use crate::lanes::{LANES, table_of};
 
 /// Pairs of whole numbers; sums are whole too. `VNNI`: there is AVX-VNNI.
 pub(super) struct WordsAvx2<const VNNI: bool>;
@@ -31,7 +31,7 @@ impl<const VNNI: bool> Multiply for WordsAvx2<VNNI> {
     unsafe fn pair<const CODE: usize>(chunk: *const u8, octet: usize, pair: usize) -> Two {
         // SAFETY: see the impl; a line is two halves of 32 bytes.
         unsafe {
-            if const { CODE >= BYTES } {
+            if const { plane_bits(CODE) == 0 } {
                 // Where inputs are: see [`super::super::ORDER`].
                 let first = chunk.add((octet * 8 + pair % 2 * 4 + pair / 2) * LANES);
                 let (even, odd) =
@@ -103,6 +103,12 @@ impl Words for Two {
             let (low, high) = (_mm_loadl_epi64(at.cast()), _mm_loadl_epi64(at.add(8).cast()));
             Two(_mm256_cvtepi8_epi32(low), _mm256_cvtepi8_epi32(high))
         }
+    }
+
+    #[inline(always)]
+    unsafe fn four(at: *const u8) -> Self {
+        // SAFETY: see the impl.
+        unsafe { Two(four::<false>(at), four::<false>(at.add(8))) }
     }
 
     #[inline(always)]
@@ -239,6 +245,7 @@ unsafe fn planes<const CODE: usize>(chunk: *const u8, octet: usize, pair: usize)
             3 => and(moved(line(chunk, 2), one, 2), 4),
             5 => and(moved(line(chunk, 4), one, 4), 16),
             6 => and(moved(line(chunk, 4 + octet / 2), two, 4), 48),
+            _ if const { table_of(CODE).is_some() } => return looked_up::<CODE>(low, 2),
             _ => return low,
         };
         _mm256_or_si256(low, high)
