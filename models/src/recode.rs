@@ -11,7 +11,7 @@ use backend::{DType, Quant};
 
 use crate::ModelError;
 use crate::data_file::{DataFile, Rows};
-use crate::regroup::{self, Regrouped, eight, narrow};
+use crate::regroup::{self, Regrouped, narrow};
 use crate::shard::gcd;
 use crate::weights::{Place, Scales};
 
@@ -116,15 +116,17 @@ impl Packed {
                 let (first, last) = (cols.start / 8 * 8, cols.end.next_multiple_of(8));
                 let bytes = fetch(rows, first * bits / 8..last * bits / 8, self.cols * bits / 8)?;
                 let mut row = vec![0; last - first];
-                let order = match self.packing {
-                    Packing::EvenFirst => [0, 2, 4, 6, 1, 3, 5, 7],
-                    _ => [0, 1, 2, 3, 4, 5, 6, 7],
-                };
                 for stored in bytes.chunks_exact((last - first) * bits / 8) {
-                    for (bytes, numbers) in stored.chunks_exact(bits).zip(row.as_chunks_mut::<8>().0) {
-                        let word = bytes.iter().rev().fold(0, |word, byte| word << 8 | u64::from(*byte));
-                        for (at, place) in order.into_iter().enumerate() {
-                            numbers[place] = (word >> (at * bits)) as u8 & mask;
+                    let eights = row.as_chunks_mut::<8>().0;
+                    if self.packing == Packing::EvenFirst {
+                        for (word, numbers) in stored.as_chunks::<4>().0.iter().zip(eights) {
+                            let word = u32::from_le_bytes(*word);
+                            *numbers = [0, 4, 1, 5, 2, 6, 3, 7].map(|at| (word >> (at * 4)) as u8 & 15);
+                        }
+                    } else {
+                        for (bytes, numbers) in stored.chunks_exact(bits).zip(eights) {
+                            let word = bytes.iter().rev().fold(0, |word, byte| word << 8 | u64::from(*byte));
+                            *numbers = [0, 1, 2, 3, 4, 5, 6, 7].map(|at| (word >> (at * bits)) as u8 & mask);
                         }
                     }
                     out.extend_from_slice(&row[cols.start - first..cols.end - first]);
@@ -138,14 +140,19 @@ impl Packed {
                 for row in rows {
                     let bit = row % numbers * bits;
                     let line = (row / numbers - first) * words + bit / 32;
-                    let low = &words_of[line * cols.len()..][..cols.len()];
-                    // A number that ends in its word needs no other.
-                    let next = if bit % 32 + bits > 32 { line + 1 } else { line };
-                    let high = &words_of[next * cols.len()..][..cols.len()];
-                    out.extend(low.iter().zip(high).map(|(low, high)| {
-                        let both = [*low, *high].map(|word| u64::from(u32::from_le_bytes(word)));
-                        ((both[1] << 32 | both[0]) >> (bit % 32)) as u8 & mask
-                    }));
+                    let line_of = |line: usize| {
+                        let words = &words_of[line * cols.len()..][..cols.len()];
+                        words.iter().map(|word| u32::from_le_bytes(*word))
+                    };
+                    let shift = bit % 32;
+                    if shift + bits <= 32 {
+                        out.extend(line_of(line).map(|word| (word >> shift) as u8 & mask));
+                    } else {
+                        let both = line_of(line).zip(line_of(line + 1));
+                        out.extend(
+                            both.map(|(low, high)| (low >> shift | high << (32 - shift)) as u8 & mask),
+                        );
+                    }
                 }
             }
         }
@@ -245,8 +252,15 @@ impl Recoded {
             for tile in (0..outputs).step_by(TILE) {
                 let tile = tile..outputs.min(tile + TILE);
                 for (at, inputs) in strip.chunks_exact(8 * outputs).enumerate() {
-                    for output in tile.clone() {
-                        let word = eight(|i| inputs[i * outputs + output], bits);
+                    let lines = [0, 1, 2, 3, 4, 5, 6, 7].map(|i| &inputs[i * outputs..][tile.clone()]);
+                    let mut words = [0; TILE];
+                    match bits {
+                        2 => turn::<2>(lines, &mut words),
+                        3 => turn::<3>(lines, &mut words),
+                        4 => turn::<4>(lines, &mut words),
+                        _ => turn::<8>(lines, &mut words),
+                    }
+                    for (output, word) in tile.clone().zip(words) {
                         let start = output * row_bytes + from + at * bits;
                         codes[start..start + bits].copy_from_slice(&word.to_le_bytes()[..bits]);
                     }
@@ -304,6 +318,15 @@ impl Recoded {
             "tensor {name}: inputs are not in the order of their groups (desc_act), which is not supported: use a checkpoint made without desc_act, or with AWQ"
         );
         Err(ModelError::Format { path: file.path.clone(), reason })
+    }
+}
+
+/// Codes of eight inputs for each output, one after the other.
+fn turn<const BITS: usize>(inputs: [&[u8]; 8], words: &mut [u64; TILE]) {
+    let outputs = inputs[0].len();
+    let inputs = inputs.map(|line| &line[..outputs]);
+    for (output, word) in words.iter_mut().enumerate().take(outputs) {
+        *word = (0..8).fold(0, |word, at| word | u64::from(inputs[at][output]) << (at * BITS));
     }
 }
 

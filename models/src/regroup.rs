@@ -66,14 +66,10 @@ pub(crate) fn regroup(view: &QuantView<'_>, cols: Range<usize>, (bits, group): (
 
 /// Codes as a little-endian stream of `bits` each; a multiple of 8 codes.
 fn pack(codes: &[u8], bits: usize, out: &mut Vec<u8>) {
-    for codes in codes.chunks_exact(8) {
-        out.extend_from_slice(&eight(|at| codes[at], bits).to_le_bytes()[..bits]);
+    for eight in codes.chunks(8) {
+        let word = eight.iter().rev().fold(0u64, |word, code| word << bits | u64::from(*code));
+        out.extend_from_slice(&word.to_le_bytes()[..bits]);
     }
-}
-
-/// Eight codes in the lowest `8 * bits` bits.
-pub(crate) fn eight(code: impl Fn(usize) -> u8, bits: usize) -> u64 {
-    (0..8).rev().fold(0, |word, at| word << bits | u64::from(code(at)))
 }
 
 /// Adds `x` as a number of type `dtype`.
