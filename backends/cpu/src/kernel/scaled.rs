@@ -195,7 +195,8 @@ impl Scaled<'_> {
 unsafe fn few_rows<M: Multiply, const CODE: usize>(s: &Scaled<'_>) {
     // SAFETY: the caller's.
     unsafe {
-        match const { has_scales(CODE) } && s.form.scale.is_whole() {
+        let chunks = s.octets.0.is_multiple_of(4) && s.octets.1.is_multiple_of(4);
+        match const { has_scales(CODE) } && s.form.scale.is_whole() && chunks {
             true => few::<M, CODE, true>(s),
             false => few::<M, CODE, false>(s),
         }

@@ -23,7 +23,7 @@ pub(super) fn most<M: Multiply>(form: &Form) -> usize {
     if M::WHOLE && !form.scale.is_whole() { 6 } else { ROWS }
 }
 
-/// All rows by all panels; `SCALES`: of forms whose groups have whole numbers as scales.
+/// All rows by all panels; `SCALES`: of forms whose groups have whole numbers as scales, and ranges that are whole chunks.
 ///
 /// # Safety
 /// As for the product; there are at most [`ROWS`] rows.
@@ -137,10 +137,8 @@ unsafe fn strip<M: Multiply, const CODE: usize, const SCALES: bool, const R: usi
             let inputs = (s.x.wrapping_add(range * each * 4), s.known.wrapping_add(range * s.known_range));
             let totals = match const { SCALES } {
                 true if s.units.scales => blocks::<M, CODE, R, P>(s, (first, next), octets, inputs),
-                true if octets.0.is_multiple_of(4) && octets.1.is_multiple_of(4) => {
-                    chunks::<M, CODE, R, P>(s, (first, next), octets, inputs)
-                }
-                _ => groups::<M, CODE, R, P>(s, (first, next), octets, inputs),
+                true => chunks::<M, CODE, R, P>(s, (first, next), octets, inputs),
+                false => groups::<M, CODE, R, P>(s, (first, next), octets, inputs),
             };
             let acc = s.acc.add(range * s.acc_range + panel * LANES);
             for (r, row) in totals.into_iter().enumerate() {
