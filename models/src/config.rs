@@ -91,7 +91,7 @@ impl Config {
     /// Reads `config.json` at `path`, and what ModelOpt says beside it of how weights are quantised.
     pub fn read(path: &Path) -> Result<Config, ModelError> {
         let name = path.display().to_string();
-        let json = std::fs::read(path).map_err(|reason| ModelError::Io { path: name.clone(), reason })?;
+        let json = vocab::text_file(path).map_err(|reason| ModelError::Io { path: name.clone(), reason })?;
         let mut config = Config::parse(&name, &json)?;
         if config.quantisation.is_none() {
             config.quantisation = Quantisation::beside(&path.with_file_name("hf_quant_config.json"))?;

@@ -31,7 +31,7 @@ impl Generation {
     pub fn read(dir: &Path, config: &Config) -> Result<Generation, ModelError> {
         let file = dir.join("generation_config.json");
         let path = file.display().to_string();
-        match std::fs::read(&file) {
+        match vocab::text_file(&file) {
             Ok(json) => Generation::parse(&path, &json, config),
             Err(error) if error.kind() == std::io::ErrorKind::NotFound => {
                 Ok(Generation { eos_ids: config.eos_ids.clone(), ..Generation::default() })

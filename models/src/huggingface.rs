@@ -310,7 +310,7 @@ fn sharded(dir: &Path) -> Result<(Vec<WeightFile>, Found), ModelError> {
     let path = dir.join(INDEX);
     let shown = path.display().to_string();
     let format = |reason: String| ModelError::Format { path: shown.clone(), reason };
-    let json = std::fs::read(&path).map_err(|reason| ModelError::Io { path: shown.clone(), reason })?;
+    let json = vocab::text_file(&path).map_err(|reason| ModelError::Io { path: shown.clone(), reason })?;
     let index: Index = serde_json::from_slice(&json).map_err(|error| format(error.to_string()))?;
     let mut names: Vec<&String> = index.weight_map.values().collect();
     names.sort();

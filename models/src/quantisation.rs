@@ -116,7 +116,7 @@ impl Quantisation {
     /// What ModelOpt writes beside `config.json`, as `hf_quant_config.json`; `None` where it is not there.
     pub(crate) fn beside(path: &Path) -> Result<Option<Quantisation>, ModelError> {
         let name = path.display().to_string();
-        let json = match std::fs::read(path) {
+        let json = match vocab::text_file(path) {
             Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(None),
             json => json.map_err(|reason| ModelError::Io { path: name.clone(), reason })?,
         };

@@ -5,6 +5,7 @@
 mod gguf_file;
 mod pieces;
 mod split;
+mod text_file;
 mod tiktoken;
 mod tokenizer;
 mod tokenizer_json;
@@ -16,6 +17,7 @@ use std::path::Path;
 use gguf::GgufError;
 use sha2::{Digest, Sha256};
 
+pub use text_file::text_file;
 pub use tokenizer::TokenizerJson;
 
 /// Ids are below this, so that one absurd id in a file cannot ask for gigabytes (largest known vocabulary: 262,144).

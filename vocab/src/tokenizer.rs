@@ -9,6 +9,7 @@ use gguf::Gguf;
 use serde_json::{Value, json};
 
 use crate::split::Split;
+use crate::text_file::text_file;
 use crate::{VocabError, gguf_file, tiktoken};
 
 /// A tokenizer.json.
@@ -53,7 +54,7 @@ impl TokenizerJson {
 
 /// The bytes of a file, where there is one.
 fn file(path: &Path) -> Result<Option<Vec<u8>>, VocabError> {
-    match std::fs::read(path) {
+    match text_file(path) {
         Ok(bytes) if gguf::is_lfs_pointer(&bytes) => {
             Err(VocabError::Format { path: path.display().to_string(), reason: gguf::LFS_POINTER.into() })
         }

@@ -20,7 +20,7 @@ const TEMPLATE_BYTES_MAX: u64 = 4 << 20;
 
 /// The bytes of a file, where there is one.
 pub(super) fn read(path: &Path) -> Result<Option<Vec<u8>>, TextError> {
-    match std::fs::read(path) {
+    match vocab::text_file(path) {
         Ok(bytes) => Ok(Some(bytes)),
         Err(error) if matches!(error.kind(), ErrorKind::NotFound | ErrorKind::NotADirectory) => Ok(None),
         Err(error) => Err(TextError::read(path, &error)),

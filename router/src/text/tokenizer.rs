@@ -25,7 +25,7 @@ impl std::fmt::Debug for Tokenizer {
 impl Tokenizer {
     /// Reads `tokenizer.json`.
     pub fn load(path: &Path) -> Result<Self, TextError> {
-        let bytes = std::fs::read(path).map_err(|error| TextError::read(path, &error))?;
+        let bytes = vocab::text_file(path).map_err(|error| TextError::read(path, &error))?;
         Self::from_bytes(&bytes).map_err(|error| error.at(path))
     }
 

@@ -40,7 +40,7 @@ struct Args {
     /// llama-3.2-1b, qwen3-0.6b, qwen3-moe, deepseek or tiny
     #[arg(long, default_value = "llama-3.2-1b")]
     shape: String,
-    /// Formats: bf16, f16, q8_0, q4_0, q4_k_m, q5_k, q6_k
+    /// Formats: bf16, f16, q8_0, q4_0, q2_k, q3_k, q4_k_m, q5_k, q6_k, iq4_nl, iq4_xs, mxfp4
     #[arg(long, value_delimiter = ',', default_value = "bf16,q8_0,q4_k_m")]
     formats: Vec<String>,
     /// Threads of both
