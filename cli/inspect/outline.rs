@@ -23,7 +23,7 @@ const GGUF_BYTES: u64 = 32 << 20;
 /// Files whose headers are read at once.
 const AT_ONCE: usize = 8;
 /// What is told of a model beside its weights.
-const SMALL: [&str; 2] = ["config.json", "generation_config.json"];
+const SMALL: [&str; 3] = ["config.json", "generation_config.json", "hf_quant_config.json"];
 
 /// The stand-in; gone when dropped.
 pub struct Outline {
