@@ -15,10 +15,13 @@ const NORMED: &[&str] = &["qwen3-base-s1", "qwen3-tied_sharded-s1", "llama-mlx_w
 const EXPERTS: &[&str] =
     &["qwen3_moe-mixed", "qwen3_moe-unnormed", "minimax_m2-base", "glm4_moe-base", "glm4_moe-plain"];
 const LATENTS: &[&str] = &["deepseek_v3-mscale", "deepseek_v3-no_q_lora", "kimi_k2-base"];
-const QUANTISED_EXPERTS: &[&str] = &["qwen3_moe-mlx", "minimax_m2-fp8", "minimax_m2-mlx"];
-const QUANTISED_LATENTS: &[&str] = &["deepseek_v3-fp8", "deepseek_v3-mlx", "kimi_k2-int4"];
+const QUANTISED: &[&str] = &["llama-fp8_channel", "llama-w8a8", "llama-gptq", "qwen2-awq", "qwen2-int_mixed"];
+const QUANTISED_EXPERTS: &[&str] =
+    &["qwen3_moe-mlx", "qwen3_moe-fp8_tensor", "qwen3_moe-gptq_8", "minimax_m2-fp8", "minimax_m2-mlx"];
+const QUANTISED_LATENTS: &[&str] = &["deepseek_v3-fp8", "deepseek_v3-mlx", "deepseek_v3-awq", "kimi_k2-int4"];
 const GGUF: &[&str] = &[
     "llama-gguf-q4_0",
+    "llama-gguf-q2_k",
     "llama-gguf-q4_k_m/model-q4_k_m.gguf",
     "qwen2-gguf-mixed/model-mixed-00001-of-00002.gguf",
     "qwen3_moe-gguf-q4_0/model-q4_0.gguf",
@@ -30,7 +33,8 @@ const UNEVEN: &str = "llama-gguf-q4_0";
 
 #[test]
 fn no_case_is_left_out() {
-    let lists = [DENSE, NORMED, EXPERTS, LATENTS, QUANTISED_EXPERTS, QUANTISED_LATENTS, GGUF].concat();
+    let plain = [DENSE, NORMED, EXPERTS, LATENTS].concat();
+    let lists = [&plain[..], QUANTISED, QUANTISED_EXPERTS, QUANTISED_LATENTS, GGUF].concat();
     let mut listed: Vec<&str> = lists.iter().map(|case| case.split('/').next().unwrap_or(case)).collect();
     listed.sort_unstable();
     let root = format!("{}/tests/golden", env!("CARGO_MANIFEST_DIR"));
@@ -60,6 +64,11 @@ async fn experts_go_on_after_a_handoff() {
 #[tokio::test]
 async fn latents_go_on_after_a_handoff() {
     handoffs(LATENTS).await;
+}
+
+#[tokio::test]
+async fn quantised_models_go_on_after_a_handoff() {
+    handoffs(QUANTISED).await;
 }
 
 #[tokio::test]
