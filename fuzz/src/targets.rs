@@ -65,23 +65,29 @@ fn read_quantised(bytes: &[u8], len: u64) -> bool {
         // Numbers of a group of 8 codes of 2 bits are 8 bytes where the file has 2.
         let held = weights.iter().fold(0u64, |all, (_, bytes)| all.saturating_add(*bytes));
         assert!(held <= len.saturating_mul(4), "{held} bytes of a file of {len}: {weights:?}");
-        weights.iter().any(|(name, _)| ["fp8", "bit", "int4"].iter().any(|format| name.contains(format)))
+        weights
+            .iter()
+            .any(|(name, _)| ["fp8", "fp4", "bit", "int4"].iter().any(|format| name.contains(format)))
     });
     // Each is tried.
     taken.filter(|taken| *taken).count() > 0
 }
 
 /// How checkpoints of [`quantised`] say what they are.
-const METHODS: [&str; 6] = [
+const METHODS: [&str; 9] = [
     r#""quantization":{"bits":4,"group_size":8}"#,
     r#""quantization_config":{"quant_method":"fp8","weight_block_size":[2,8]}"#,
     r#""quantization_config":{"quant_method":"modelopt","quant_algo":"FP8"}"#,
+    r#""quantization":{"mode":"nvfp4","a.w":{"mode":"mxfp4"}}"#,
+    r#""quantization":{"mode":"mxfp8"}"#,
+    r#""quantization_config":{"quant_method":"modelopt","quant_algo":"NVFP4","group_size":8}"#,
     r#""quantization_config":{"quant_method":"awq","bits":4,"group_size":8}"#,
     r#""quantization_config":{"quant_method":"gptq","bits":2,"group_size":8}"#,
     r#""quantization_config":{"quant_method":"compressed-tensors","config_groups":{
         "a":{"weights":{"num_bits":4,"type":"int","strategy":"group","group_size":8}},
         "b":{"weights":{"num_bits":8,"type":"int","strategy":"channel"}},
-        "c":{"weights":{"num_bits":8,"type":"float","strategy":"channel"}}}}"#,
+        "c":{"weights":{"num_bits":8,"type":"float","strategy":"channel"}},
+        "d":{"weights":{"num_bits":4,"type":"float","strategy":"group","group_size":16}}}}"#,
 ];
 
 fn read_gguf(bytes: &[u8], len: u64) -> bool {
@@ -178,6 +184,14 @@ fn quantised() -> Vec<Vec<u8>> {
         file(&[("weight_packed", "I32", &[8, 4], 4), ("weight_scale", "BF16", &[8, 1], 2)]),
         file(&[("weight", "I8", &[4, 16], 1), ("weight_scale", "BF16", &[4, 1], 2)]),
         file(&[("weight", "F8_E4M3", &[4, 16], 1), ("weight_scale", "BF16", &[4, 1], 2)]),
+        file(&[("weight", "U32", &[4, 4], 4), ("scales", "U8", &[4, 2], 1)]),
+        file(&[("weight", "U32", &[4, 8], 4), ("scales", "U8", &[4, 1], 1)]),
+        file(&[
+            ("weight", "U8", &[4, 8], 1),
+            ("weight_scale", "F8_E4M3", &[4, 2], 1),
+            ("weight_scale_2", "F32", &[], 4),
+        ]),
+        file(&[("weight_packed", "U8", &[4, 8], 1), ("weight_scale", "U8", &[4, 1], 1)]),
     ]
 }
 

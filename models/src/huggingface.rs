@@ -12,15 +12,25 @@ use crate::data_file::DataFile;
 use crate::experts::ExpertNames;
 use crate::file::{Entry, WeightFile, table};
 use crate::packed::{Kind, PARTS};
-use crate::weights::{Form, Place, Scales, Stored, Weights, plain};
+use crate::quantisation::Mlx;
+use crate::scales::{Factor, ScaleKind, Scales};
+use crate::weights::{Form, Place, Stored, Weights, plain};
 use crate::{Config, ModelError, Quantisation};
 
 const SINGLE: &str = "model.safetensors";
 const INDEX: &str = "model.safetensors.index.json";
 
 /// Ends of the names of scales for activations and caches.
-const MEASURED: [&str; 7] =
-    [".input_scale", ".input_zero_point", ".output_scale", ".q_scale", ".k_scale", ".v_scale", ".kv_scale"];
+const MEASURED: [&str; 8] = [
+    ".input_scale",
+    ".input_global_scale",
+    ".input_zero_point",
+    ".output_scale",
+    ".q_scale",
+    ".k_scale",
+    ".v_scale",
+    ".kv_scale",
+];
 
 #[derive(Deserialize)]
 struct Index {
@@ -125,34 +135,86 @@ impl Reader<'_> {
             let stored = kind.read(self.quantisation, place, entry, part).map_err(format)?;
             return Ok(Some((weight_of(base), stored)));
         }
+        let four = name.strip_suffix(".weight_packed").or(name.strip_suffix(".weight"));
+        if let Some(base) = four.filter(|base| entry.dtype == Dtype::U8 && has(base, "weight_scale")) {
+            let stored = self.fp4(base, entry, place).map_err(format)?;
+            return Ok(Some((weight_of(base), stored)));
+        }
         let part = |end: &str, of: &str| name.strip_suffix(end).is_some_and(|base| has(base, of));
         let mlx = part(".scales", "weight") || part(".biases", "scales");
         if mlx || part(".weight_scale_inv", "weight") || PARTS.iter().any(|(end, of)| part(end, of)) {
             return Ok(None);
         }
         // What activations and caches were scaled by when they were measured: they keep their numbers here.
-        let of_weights = self.quantisation.and_then(Quantisation::fp8_block).is_some();
+        let floats = |quantisation: &Quantisation| {
+            quantisation.fp8_block().is_some() || !quantisation.fp4_groups().is_empty()
+        };
+        let of_weights = self.quantisation.is_some_and(floats);
         if of_weights && MEASURED.iter().any(|end| name.ends_with(end)) {
             return Ok(None);
         }
         let base = name.strip_suffix(".weight").unwrap_or(name);
         if has(base, "scales") {
-            return self.affine(name, base, entry, place).map(Some);
+            return self.mlx(name, base, entry, place).map(Some);
         }
         if entry.dtype == Dtype::F8_E4M3
             && let Some(block) = self.quantisation.and_then(Quantisation::fp8_block)
             && let Some(end) = ["weight_scale_inv", "weight_scale"].into_iter().find(|end| has(base, end))
         {
             let by_block = end == "weight_scale_inv";
-            let form = fp8(&entry.shape, self.scales(base, end)?, block, by_block).map_err(format)?;
+            let form = fp8(&entry.shape, self.scales(base, end, None)?, block, by_block).map_err(format)?;
             return Ok(Some((name.into(), Stored { shape: entry.shape.clone(), place, form })));
         }
         let form = plain(entry.dtype).map_or_else(|| Form::Foreign(entry.dtype.to_string()), Form::Plain);
         Ok(Some((name.into(), Stored { shape: entry.shape.clone(), place, form })))
     }
 
-    /// A matrix or stack of MLX's affine format.
-    fn affine(
+    /// A matrix of FP4, two codes to a byte: ModelOpt's and compressed-tensors'.
+    fn fp4(&self, base: &str, entry: &Entry, place: Place) -> Result<Stored, String> {
+        let find = |end: &str| self.found.get(&format!("{base}.{end}"));
+        let Some((scales_file, scales)) = find("weight_scale") else {
+            return Err("is quantised, and has no weight_scale".into());
+        };
+        let factors = [("weight_scale_2", false), ("weight_global_scale", true)];
+        let factor = factors.into_iter().find_map(|(end, divides)| Some((find(end)?, divides)));
+        let kind = match (scales.dtype, factor) {
+            (Dtype::U8 | Dtype::F8_E8M0, None) => ScaleKind::E8m0,
+            (Dtype::F8_E4M3, None) => {
+                return Err("is quantised, and has neither weight_scale_2 nor weight_global_scale".into());
+            }
+            (Dtype::F8_E4M3, Some(((file, entry), divides))) => {
+                if entry.dtype != Dtype::F32 || entry.shape.iter().product::<usize>() != 1 {
+                    return Err(format!("is scaled by {} {:?}, expected one F32", entry.dtype, entry.shape));
+                }
+                let place = Place { file: *file, range: entry.range.clone() };
+                ScaleKind::E4m3(Some(Factor { place, divides }))
+            }
+            (other, _) => return Err(format!("scales of type {other}, expected F8_E4M3 or powers of two")),
+        };
+        let groups = self.quantisation.map_or(&[][..], Quantisation::fp4_groups);
+        if groups.is_empty() {
+            return Err("quantised in a way that config.json does not name".into());
+        }
+        let (&[rows, bytes], &[down, across]) = (&entry.shape[..], &scales.shape[..]) else {
+            return Err(format!("shape {:?} with scales {:?} is no matrix", entry.shape, scales.shape));
+        };
+        let fits = |group: &&usize| {
+            down == rows && across.checked_mul(**group).is_some_and(|cols| Some(cols) == bytes.checked_mul(2))
+        };
+        let Some(group) = groups.iter().find(fits) else {
+            return Err(format!(
+                "[{rows}, {bytes}] bytes with scales [{down}, {across}] in groups of {groups:?}"
+            ));
+        };
+        let scales_place = Place { file: *scales_file, range: scales.range.clone() };
+        let scales = Scales { kind, rows: down, cols: across, place: scales_place };
+        let form =
+            Form::Quantised { format: Quant::Fp4 { group: *group }, scales: Some(scales), biases: None };
+        Ok(Stored { shape: vec![rows, bytes * 2], place, form })
+    }
+
+    /// A matrix or stack of MLX's formats.
+    fn mlx(
         &self,
         name: &str,
         base: &str,
@@ -164,50 +226,65 @@ impl Reader<'_> {
             path: path.clone(),
             reason: format!("tensor {name}: {reason}"),
         };
-        let Some(affine) =
-            self.quantisation.and_then(|quantisation| quantisation.affine(&format!("{}{base}", self.front)))
+        let Some(mlx) = self
+            .quantisation
+            .and_then(|quantisation| quantisation.mlx_format(&format!("{}{base}", self.front)))
         else {
             return Err(error("has scales, but config.json gives it no quantization".into()));
         };
-        let (scales, biases) = (self.scales(base, "scales")?, self.scales(base, "biases")?);
-        let bits = affine.bits;
+        let (kind, has_biases) = match mlx {
+            Mlx::Affine { .. } => (None, true),
+            Mlx::Mxfp4 | Mlx::Mxfp8 => (Some(ScaleKind::E8m0), false),
+            Mlx::Nvfp4 => (Some(ScaleKind::E4m3(None)), false),
+        };
+        let scales = self.scales(base, "scales", kind)?;
+        let biases = has_biases.then(|| self.scales(base, "biases", None)).transpose()?;
+        let (bits, group) = mlx.sizes();
         let (rows, words) =
             entry.shape.split_last().map_or((0, 0), |(last, rest)| (rest.iter().product(), *last));
         let cols = words.saturating_mul(32) / bits;
-        let fits = |scales: &Scales| (scales.rows, scales.cols.saturating_mul(affine.group)) == (rows, cols);
+        let fits = |scales: &Scales| (scales.rows, scales.cols.saturating_mul(group)) == (rows, cols);
         if entry.dtype != Dtype::U32
             || words.saturating_mul(32) != cols * bits
             || !fits(&scales)
-            || !fits(&biases)
+            || !biases.as_ref().is_none_or(fits)
         {
             let (dtype, shape) = (entry.dtype, &entry.shape);
             return Err(error(format!(
-                "{dtype} {shape:?} with scales [{}, {}] of {bits} bits in groups of {}",
-                scales.rows, scales.cols, affine.group
+                "{dtype} {shape:?} with scales [{}, {}] of {bits} bits in groups of {group}",
+                scales.rows, scales.cols
             )));
         }
         let mut shape = entry.shape.clone();
         shape.pop();
         shape.push(cols);
-        let format = Quant::Affine { bits, group: affine.group };
-        let form = Form::Quantised { format, scales: Some(scales), biases: Some(biases) };
+        let format = match mlx {
+            Mlx::Affine { .. } => Quant::Affine { bits, group },
+            Mlx::Mxfp4 | Mlx::Nvfp4 => Quant::Fp4 { group },
+            Mlx::Mxfp8 => Quant::Fp8 { rows: 1, cols: group },
+        };
+        let form = Form::Quantised { format, scales: Some(scales), biases };
         Ok((name.into(), Stored { shape, place, form }))
     }
 
-    /// Scales or biases of `base`; a stack's are one matrix.
-    fn scales(&self, base: &str, end: &str) -> Result<Scales, ModelError> {
+    /// Scales or biases of `base`, numbers unless they are bytes of a `kind`; a stack's are one matrix.
+    fn scales(&self, base: &str, end: &str, kind: Option<ScaleKind>) -> Result<Scales, ModelError> {
         let name = format!("{base}.{end}");
         let Some((file, entry)) = self.found.get(&name) else {
             let reason = format!("tensor {base} is quantised, and has no {name}");
             return Err(ModelError::Format { path: self.paths[0].clone(), reason });
         };
-        let Some(dtype) = plain(entry.dtype).filter(|_| !entry.shape.contains(&0)) else {
+        let kind = match kind {
+            Some(kind) => Some(kind).filter(|_| entry.dtype == Dtype::U8),
+            None => ScaleKind::numbers(entry.dtype),
+        };
+        let Some(kind) = kind.filter(|_| !entry.shape.contains(&0)) else {
             let path = self.paths[*file].clone();
             return Err(ModelError::Type { path, name, got: entry.dtype.to_string() });
         };
         let (cols, rows) =
             entry.shape.split_last().map_or((1, 1), |(last, rest)| (*last, rest.iter().product()));
-        Ok(Scales { dtype, rows, cols, place: Place { file: *file, range: entry.range.clone() } })
+        Ok(Scales { kind, rows, cols, place: Place { file: *file, range: entry.range.clone() } })
     }
 }
 

@@ -7,13 +7,16 @@ use safetensors::Dtype;
 use crate::file::Entry;
 use crate::quantisation::{Ints, Quantisation};
 use crate::recode::{Packed, Packing, Recoded};
-use crate::weights::{Form, Place, Scales, Stored, plain};
+use crate::scales::{ScaleKind, Scales};
+use crate::weights::{Form, Place, Stored};
 
 /// Tensors that are read with the one of the codes: the end of their names, and of that one's.
-pub(crate) const PARTS: [(&str, &str); 8] = [
+pub(crate) const PARTS: [(&str, &str); 10] = [
     (".weight_scale", "weight_packed"),
     (".weight_shape", "weight_packed"),
     (".weight_zero_point", "weight_packed"),
+    (".weight_global_scale", "weight_packed"),
+    (".weight_scale_2", "weight"),
     (".weight_scale", "weight"),
     (".weight_zero_point", "weight"),
     (".scales", "qweight"),
@@ -37,7 +40,7 @@ impl Kind {
     pub(crate) fn of(name: &str, dtype: Dtype, has: impl Fn(&str, &str) -> bool) -> Option<(&str, Kind)> {
         let (base, end) = name.rsplit_once('.')?;
         match end {
-            "weight_packed" => Some((base, Kind::Words)),
+            "weight_packed" if dtype != Dtype::U8 => Some((base, Kind::Words)),
             "qweight" => Some((base, Kind::ByInput)),
             "weight" if dtype == Dtype::I8 && has(base, "weight_scale") => Some((base, Kind::Bytes)),
             _ => None,
@@ -85,7 +88,7 @@ impl Kind {
         }
         let end = if by_input { "scales" } else { "weight_scale" };
         let (scales_place, scales) = part(end).ok_or_else(|| format!("is quantised, and has no {end}"))?;
-        let Some(scales_dtype) = plain(scales.dtype) else {
+        let Some(kind) = ScaleKind::numbers(scales.dtype) else {
             return Err(format!("scales of type {}, expected BF16, F16 or F32", scales.dtype));
         };
         let forms = self.forms(quantisation);
@@ -112,7 +115,7 @@ impl Kind {
             });
         };
         let (outputs, inputs) = if by_input { (codes.cols, codes.rows) } else { (codes.rows, codes.cols) };
-        let scales = Scales { dtype: scales_dtype, rows: grid[0], cols: grid[1], place: scales_place };
+        let scales = Scales { kind, rows: grid[0], cols: grid[1], place: scales_place };
         let zeros = part(if by_input { "qzeros" } else { "weight_zero_point" });
         if by_input && zeros.is_none() {
             return Err("is quantised, and has no qzeros".into());

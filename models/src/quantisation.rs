@@ -12,12 +12,12 @@ use crate::fields::Fields;
 /// Format of quantised weights.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Quantisation {
-    /// MLX affine.
+    /// MLX's.
     Mlx {
         /// Of tensors without a word of their own.
-        all: Affine,
+        all: Mlx,
         /// By name without `.weight`; `None`: not quantised.
-        overrides: BTreeMap<String, Option<Affine>>,
+        overrides: BTreeMap<String, Option<Mlx>>,
     },
     /// FP8 codes. Whether a tensor has one scale, one per output or one per block is seen from its scales.
     Fp8 {
@@ -30,6 +30,13 @@ pub enum Quantisation {
         block: Option<(usize, usize)>,
         /// Forms of packed whole numbers.
         ints: Vec<Ints>,
+        /// Columns that share a scale of FP4, where there is FP4.
+        fp4: Vec<usize>,
+    },
+    /// ModelOpt's FP4: columns that share a scale.
+    Fp4 {
+        /// Columns.
+        group: usize,
     },
     /// AWQ's.
     Awq(Ints),
@@ -53,13 +60,34 @@ pub struct Ints {
     pub group: Option<usize>,
 }
 
-/// Numbers of MLX's affine format.
+/// One of MLX's formats.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Affine {
-    /// Bits of a code, 2 to 8.
-    pub bits: usize,
-    /// Columns that share scale and bias.
-    pub group: usize,
+pub enum Mlx {
+    /// Whole numbers with scale and bias.
+    Affine {
+        /// Bits of a code, 2 to 8.
+        bits: usize,
+        /// Columns that share scale and bias.
+        group: usize,
+    },
+    /// E2M1; of 32 columns a scale that is a power of two.
+    Mxfp4,
+    /// E2M1; of 16 columns a scale in E4M3.
+    Nvfp4,
+    /// E4M3; of 32 columns a scale that is a power of two.
+    Mxfp8,
+}
+
+impl Mlx {
+    /// Bits of a code, and columns that share a scale.
+    pub const fn sizes(self) -> (usize, usize) {
+        match self {
+            Mlx::Affine { bits, group } => (bits, group),
+            Mlx::Mxfp4 => (4, 32),
+            Mlx::Nvfp4 => (4, 16),
+            Mlx::Mxfp8 => (8, 32),
+        }
+    }
 }
 
 impl Quantisation {
@@ -94,7 +122,7 @@ impl Quantisation {
     }
 
     fn mlx(mut fields: Fields) -> Result<Quantisation, ModelError> {
-        let all = affine(&mut fields, None)?;
+        let all = mlx_format(&mut fields, None)?;
         let mut overrides = BTreeMap::new();
         for (name, value) in fields.unread() {
             let found = match &value {
@@ -102,7 +130,7 @@ impl Quantisation {
                 Value::Bool(true) => Some(all),
                 Value::Object(map) => {
                     let mut inner = fields.nested(&name, map.clone());
-                    let found = affine(&mut inner, Some(all))?;
+                    let found = mlx_format(&mut inner, Some(all))?;
                     inner.finish()?;
                     Some(found)
                 }
@@ -142,14 +170,17 @@ impl Quantisation {
 
     /// Source: <https://github.com/NVIDIA/TensorRT-Model-Optimizer>
     fn modelopt(fields: &mut Fields) -> Result<Quantisation, ModelError> {
-        let algorithms = ["FP8", "FP8_PER_CHANNEL_PER_TOKEN"];
+        let algorithms = ["FP8", "FP8_PER_CHANNEL_PER_TOKEN", "NVFP4"];
         fields.one_of("quant_algo", &algorithms)?;
-        if fields.opt_text("quant_algo")?.is_none() {
+        let Some(algorithm) = fields.opt_text("quant_algo")? else {
             return Err(fields.error("quant_algo", "missing"));
-        }
+        };
         fields.harmless(&["config_groups", "exclude_modules", "ignore", "producer"]);
         fields.harmless(&["kv_cache_quant_algo", "kv_cache_scheme"]);
-        Ok(Quantisation::Fp8 { block: None })
+        if algorithm != "NVFP4" {
+            return Ok(Quantisation::Fp8 { block: None });
+        }
+        Ok(Quantisation::Fp4 { group: group(fields)?.unwrap_or(16) })
     }
 
     /// Source: <https://github.com/vllm-project/compressed-tensors>
@@ -167,7 +198,7 @@ impl Quantisation {
         if groups_of_tensors.is_empty() {
             return Err(fields.error("config_groups", "no group"));
         }
-        let (mut all_blocks, mut ints) = (None, Vec::new());
+        let (mut all_blocks, mut ints, mut fp4) = (None, Vec::new(), Vec::new());
         for (name, value) in groups_of_tensors {
             let Value::Object(map) = value else { return Err(groups.error(&name, "not an object")) };
             let mut group = groups.nested(&name, map);
@@ -181,6 +212,7 @@ impl Quantisation {
             weights.harmless(&["observer", "observer_kwargs", "zp_dtype", "scale_dtype"]);
             weights.one_of("type", &["int", "float"])?;
             match weights.opt_text("type")?.as_deref() {
+                Some("float") if weights.opt_size("num_bits")? == Some(4) => fp4.push(four(&mut weights)?),
                 Some("float") => {
                     let own = float(&mut weights)?;
                     if all_blocks.is_some_and(|all| own.is_some_and(|own| all != own)) {
@@ -192,7 +224,7 @@ impl Quantisation {
             }
             weights.finish()?;
         }
-        Ok(Quantisation::Compressed { block: all_blocks, ints })
+        Ok(Quantisation::Compressed { block: all_blocks, ints, fp4 })
     }
 
     /// Source: <https://github.com/casper-hansen/AutoAWQ>
@@ -232,8 +264,17 @@ impl Quantisation {
         }
     }
 
-    /// Bits and group of the MLX tensor `base` (a name without `.weight`).
-    pub(crate) fn affine(&self, base: &str) -> Option<Affine> {
+    /// Columns that may share a scale of FP4; none where there is no FP4.
+    pub(crate) fn fp4_groups(&self) -> &[usize] {
+        match self {
+            Quantisation::Fp4 { group } => std::slice::from_ref(group),
+            Quantisation::Compressed { fp4, .. } => fp4,
+            _ => &[],
+        }
+    }
+
+    /// Format of the MLX tensor `base` (a name without `.weight`).
+    pub(crate) fn mlx_format(&self, base: &str) -> Option<Mlx> {
         match self {
             Quantisation::Mlx { all, overrides } => overrides.get(base).copied().unwrap_or(Some(*all)),
             _ => None,
@@ -245,8 +286,15 @@ impl Quantisation {
 const METHODS: [&str; 5] = ["fp8", "modelopt", "compressed-tensors", "awq", "gptq"];
 
 /// Values of `format` in compressed-tensors; the tensors say which of them they have.
-const FORMATS: &[&str] =
-    &["float-quantized", "int-quantized", "naive-quantized", "pack-quantized", "mixed-precision"];
+const FORMATS: &[&str] = &[
+    "float-quantized",
+    "int-quantized",
+    "naive-quantized",
+    "pack-quantized",
+    "mixed-precision",
+    "nvfp4-pack-quantized",
+    "mxfp4-pack-quantized",
+];
 
 /// Fields of GPTQ's that tell how codes were chosen, or what runs them elsewhere.
 const GPTQ_MADE: &[&str] = &[
@@ -294,11 +342,18 @@ fn block(fields: &mut Fields, name: &'static str) -> Result<Option<(usize, usize
 /// FP8 of one group of compressed-tensors: its blocks.
 fn float(weights: &mut Fields) -> Result<Option<(usize, usize)>, ModelError> {
     if weights.opt_size("num_bits")? != Some(8) {
-        return Err(weights.error("num_bits", "only 8 is supported of floats"));
+        return Err(weights.error("num_bits", "only 4 and 8 are supported of floats"));
     }
     weights.one_of("strategy", &["tensor", "channel", "block"])?;
     weights.harmless(&["symmetric"]);
     block(weights, "block_structure")
+}
+
+/// FP4 of one group of compressed-tensors: columns that share a scale.
+fn four(weights: &mut Fields) -> Result<usize, ModelError> {
+    weights.one_of("strategy", &["tensor_group", "group"])?;
+    weights.harmless(&["symmetric"]);
+    group(weights)?.ok_or_else(|| weights.error("group_size", "missing"))
 }
 
 /// Whole numbers of one group of compressed-tensors. Whether there are zero points is seen from the tensors.
@@ -338,18 +393,36 @@ fn group(fields: &mut Fields) -> Result<Option<usize>, ModelError> {
     }
 }
 
-/// `bits`, `group_size` and `mode` of an object; what is absent is that of `all`.
-fn affine(fields: &mut Fields, all: Option<Affine>) -> Result<Affine, ModelError> {
-    fields.one_of("mode", &["affine"])?;
-    let bits = fields.opt_size("bits")?.or(all.map(|all| all.bits)).unwrap_or(4);
-    let group = fields.opt_size("group_size")?.or(all.map(|all| all.group)).unwrap_or(64);
-    if !(2..=8).contains(&bits) {
-        return Err(fields.error("bits", format!("{bits} is not between 2 and 8")));
+/// `bits`, `group_size` and `mode` of an object; numbers of the affine mode that are absent are those of `all`.
+fn mlx_format(fields: &mut Fields, all: Option<Mlx>) -> Result<Mlx, ModelError> {
+    fields.one_of("mode", &["affine", "mxfp4", "nvfp4", "mxfp8"])?;
+    let own = [fields.opt_size("bits")?, fields.opt_size("group_size")?];
+    let fixed = match fields.opt_text("mode")?.as_deref() {
+        Some("mxfp4") => Mlx::Mxfp4,
+        Some("nvfp4") => Mlx::Nvfp4,
+        Some("mxfp8") => Mlx::Mxfp8,
+        _ => {
+            let (bits, group) = match all {
+                Some(Mlx::Affine { bits, group }) => (bits, group),
+                _ => (4, 64),
+            };
+            let (bits, group) = (own[0].unwrap_or(bits), own[1].unwrap_or(group));
+            if !(2..=8).contains(&bits) {
+                return Err(fields.error("bits", format!("{bits} is not between 2 and 8")));
+            }
+            if group == 0 || group % 8 != 0 {
+                return Err(fields.error("group_size", format!("{group} is not a multiple of 8")));
+            }
+            return Ok(Mlx::Affine { bits, group });
+        }
+    };
+    let (bits, group) = fixed.sizes();
+    for (name, own, fixed) in [("bits", own[0], bits), ("group_size", own[1], group)] {
+        if let Some(own) = own.filter(|own| *own != fixed) {
+            return Err(fields.error(name, format!("{own} is not supported (known: {fixed})")));
+        }
     }
-    if group == 0 || group % 8 != 0 {
-        return Err(fields.error("group_size", format!("{group} is not a multiple of 8")));
-    }
-    Ok(Affine { bits, group })
+    Ok(fixed)
 }
 
 #[cfg(test)]
@@ -367,12 +440,12 @@ mod tests {
             "a.gate": {"group_size": 32, "bits": 8}, "b": false, "c": true, "d": {"bits": 6}},
             "quantization_config": {"group_size": 64, "bits": 4}}"#;
         let found = read(text).unwrap().unwrap();
-        let of = |base| found.affine(base);
-        assert_eq!(of("x"), Some(Affine { bits: 4, group: 64 }));
-        assert_eq!(of("a.gate"), Some(Affine { bits: 8, group: 32 }));
+        let of = |base| found.mlx_format(base);
+        assert_eq!(of("x"), Some(Mlx::Affine { bits: 4, group: 64 }));
+        assert_eq!(of("a.gate"), Some(Mlx::Affine { bits: 8, group: 32 }));
         assert_eq!(of("b"), None);
         assert_eq!(of("c"), of("x"));
-        assert_eq!(of("d"), Some(Affine { bits: 6, group: 64 }));
+        assert_eq!(of("d"), Some(Mlx::Affine { bits: 6, group: 64 }));
     }
 
     #[test]
@@ -393,6 +466,8 @@ mod tests {
         let modelopt = r#"{"quant_method": "modelopt", "quant_algo": "FP8", "producer": {"name": "modelopt"},
             "ignore": ["lm_head"], "kv_cache_scheme": {"num_bits": 8}, "config_groups": {"group_0": {}}}"#;
         assert_eq!(of(modelopt), whole);
+        let nvfp4 = modelopt.replace("\"FP8\"", "\"NVFP4\"");
+        assert_eq!(of(&nvfp4), Ok(Some(Quantisation::Fp4 { group: 16 })));
         let group = |weights: &str| {
             format!(
                 r#"{{"quant_method": "compressed-tensors", "format": "mixed-precision", "ignore": ["lm_head"],
@@ -404,9 +479,13 @@ mod tests {
         let fp8 = r#""floats": {"targets": ["Linear"], "input_activations": {"num_bits": 8, "dynamic": true},
             "weights": {"num_bits": 8, "type": "float", "symmetric": true, "strategy": "block", "block_structure": [128, 128]}}"#;
         let ints = vec![Ints { bits: 4, group: Some(32) }];
-        let found = |block, ints| Ok(Some(Quantisation::Compressed { block, ints }));
+        let found = |block, ints| Ok(Some(Quantisation::Compressed { block, ints, fp4: Vec::new() }));
         assert_eq!(of(&group(int4)), found(None, ints.clone()));
         assert_eq!(of(&group(&format!("{int4}, {fp8}"))), found(Some((128, 128)), ints));
+        let fp4 = r#""fours": {"targets": ["Linear"], "format": "nvfp4-pack-quantized", "weights": {"num_bits": 4, "type": "float",
+            "symmetric": true, "strategy": "tensor_group", "group_size": 16}}"#;
+        let fours = Quantisation::Compressed { block: None, ints: vec![], fp4: vec![16] };
+        assert_eq!(of(&group(fp4)), Ok(Some(fours)));
         let channel = int4.replace("\"group\", \"group_size\": 32", "\"channel\", \"group_size\": null");
         let channel = channel.replace("null}", "\"weight\"}").replace("true", "false");
         assert_eq!(of(&group(&channel)), found(None, vec![Ints { bits: 4, group: None }]));
@@ -433,13 +512,14 @@ mod tests {
                 "weight_block_size: only blocks of [rows, columns] are supported",
             ),
             (
-                modelopt.replace("\"FP8\"", "\"NVFP4\""),
-                "quant_algo: \"NVFP4\" is not supported (known: FP8, FP8_PER_CHANNEL_PER_TOKEN)",
+                modelopt.replace("\"FP8\"", "\"NVFP4_AWQ\""),
+                "quant_algo: \"NVFP4_AWQ\" is not supported (known: FP8, FP8_PER_CHANNEL_PER_TOKEN, NVFP4)",
             ),
             (
-                int4.replace("pack-quantized", "nvfp4-pack-quantized"),
-                "config_groups.ints.format: \"nvfp4-pack-quantized\" is not supported (known: float-quantized, \
-                 int-quantized, naive-quantized, pack-quantized, mixed-precision)",
+                int4.replace("pack-quantized", "marlin-24"),
+                "config_groups.ints.format: \"marlin-24\" is not supported (known: float-quantized, \
+                 int-quantized, naive-quantized, pack-quantized, mixed-precision, nvfp4-pack-quantized, \
+                 mxfp4-pack-quantized)",
             ),
             (
                 int4.replace("\"dense\"", "\"sparse-24-bitmask\""),
@@ -469,23 +549,42 @@ mod tests {
                 "checkpoint_format: \"marlin\" is not supported (known: gptq, gptq_v2)",
             ),
             (
+                group(&fp8.replace("\"num_bits\": 8, \"type\"", "\"num_bits\": 6, \"type\"")),
+                "config_groups.floats.weights.num_bits: only 4 and 8 are supported of floats",
+            ),
+            (
                 group(&fp8.replace("\"num_bits\": 8, \"type\"", "\"num_bits\": 4, \"type\"")),
-                "config_groups.floats.weights.num_bits: only 8 is supported of floats",
+                "config_groups.floats.weights.strategy: \"block\" is not supported (known: tensor_group, group)",
             ),
             (r#"{"bits": 4}"#.into(), "quant_method: missing"),
         ] {
             assert_eq!(of(&config), Err(format!("c: quantization_config.{error}")), "{config}");
         }
-        // MLX's other modes, of all tensors or of one.
-        for (mode, bits, group) in [("mxfp4", 4, 32), ("nvfp4", 4, 16), ("mxfp8", 8, 32)] {
+    }
+
+    #[test]
+    fn mlx_has_modes_by_tensor() {
+        let text = r#"{"quantization": {"group_size": 32, "bits": 4, "mode": "mxfp4",
+            "a": {"group_size": 16, "bits": 4, "mode": "nvfp4"}, "b": {"mode": "mxfp8"},
+            "c": {"group_size": 64, "bits": 8}, "d": {"bits": 5}}}"#;
+        let found = read(text).unwrap().unwrap();
+        let of = |base| found.mlx_format(base);
+        assert_eq!(of("x"), Some(Mlx::Mxfp4));
+        assert_eq!(of("a"), Some(Mlx::Nvfp4));
+        assert_eq!(of("b"), Some(Mlx::Mxfp8));
+        assert_eq!(of("c"), Some(Mlx::Affine { bits: 8, group: 64 }));
+        assert_eq!(of("d"), Some(Mlx::Affine { bits: 5, group: 64 }));
+        for (mode, bits, group, error) in [
+            ("nvfp4", 4, 32, "group_size: 32 is not supported (known: 16)"),
+            ("mxfp8", 4, 32, "bits: 4 is not supported (known: 8)"),
+            ("nf4", 4, 64, "mode: \"nf4\" is not supported (known: affine, mxfp4, nvfp4, mxfp8)"),
+        ] {
             let numbers = format!(r#""group_size": {group}, "bits": {bits}, "mode": "{mode}""#);
-            let error = |place: &str| {
-                Err(format!("c: quantization.{place}: \"{mode}\" is not supported (known: affine)"))
-            };
-            assert_eq!(read(&format!(r#"{{"quantization": {{{numbers}}}}}"#)), error("mode"));
+            let all = read(&format!(r#"{{"quantization": {{{numbers}}}}}"#));
+            assert_eq!(all, Err(format!("c: quantization.{error}")));
             let one =
                 format!(r#"{{"quantization": {{"bits": 4, "group_size": 64, "lm_head": {{{numbers}}}}}}}"#);
-            assert_eq!(read(&one), error("lm_head.mode"));
+            assert_eq!(read(&one), Err(format!("c: quantization.lm_head.{error}")));
         }
     }
 }

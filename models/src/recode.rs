@@ -12,8 +12,9 @@ use backend::{DType, Quant};
 use crate::ModelError;
 use crate::data_file::{DataFile, Rows};
 use crate::regroup::{self, Regrouped, narrow};
+use crate::scales::Scales;
 use crate::shard::gcd;
-use crate::weights::{Place, Scales};
+use crate::weights::Place;
 
 /// Columns that share a scale in memory at most: backends have room for no more, so longer groups are cut.
 const GROUP_MAX: usize = 128;
@@ -175,7 +176,7 @@ impl Recoded {
     /// Type of scales and biases: a bias is a scale times a power of two where there are no zero points, else a product that
     /// needs more bits.
     fn dtype(&self) -> DType {
-        if self.zeros.is_some() { DType::F32 } else { self.scales.dtype }
+        if self.zeros.is_some() { DType::F32 } else { self.scales.kind.dtype() }
     }
 
     /// Bytes that a part takes.
@@ -278,13 +279,14 @@ impl Recoded {
         groups: Range<usize>,
     ) -> Result<(Vec<f32>, Vec<u8>), ModelError> {
         let (down, across) = if self.by_input { (groups, rows) } else { (rows, groups) };
-        let Scales { dtype, cols, place, .. } = &self.scales;
+        let Scales { kind, cols, place, .. } = &self.scales;
+        let dtype = kind.dtype();
         let (item, stride) = (dtype.bytes(), (cols * dtype.bytes()) as u64);
         let start = place.range.start + down.start as u64 * stride + (across.start * item) as u64;
         let (count, row) = (down.len(), across.len() * item);
         let bytes = files[place.file].read_rows(Rows { start, count, row, stride })?;
         let mut scales = vec![0.0; count * across.len()];
-        widen(*dtype, &bytes, &mut scales);
+        widen(dtype, &bytes, &mut scales);
         let bits = self.codes.bits;
         let zeros = match &self.zeros {
             None => vec![1 << (bits - 1); scales.len()],
@@ -424,7 +426,7 @@ mod tests {
             let (rows, cols) = turn(OUTPUTS, inputs / group);
             let places = (0..rows).flat_map(|row| (0..cols).map(move |col| turn(row, col)));
             let place = add(places.flat_map(|(output, group)| scale(output, group).to_le_bytes()).collect());
-            let scales = Scales { dtype: DType::F16, rows, cols, place };
+            let scales = Scales { kind: crate::scales::ScaleKind::Numbers(DType::F16), rows, cols, place };
             let dir = tempfile::tempdir().unwrap();
             std::fs::write(dir.path().join("w"), &file).unwrap();
             let numbers = (0..OUTPUTS).flat_map(|output| (0..inputs).map(move |input| (output, input)));

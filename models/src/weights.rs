@@ -11,6 +11,7 @@ use safetensors::Dtype;
 use crate::data_file::{DataFile, Rows};
 use crate::recode::Recoded;
 use crate::regroup::Regrouped;
+use crate::scales::Scales;
 use crate::{ModelError, regroup};
 
 /// All tensors of a model.
@@ -73,15 +74,6 @@ pub(crate) fn plain(dtype: Dtype) -> Option<DType> {
         Dtype::BF16 => Some(DType::BF16),
         _ => None,
     }
-}
-
-/// Scales or biases of a quantised tensor, `[rows, cols]`.
-#[derive(Clone, Debug)]
-pub(crate) struct Scales {
-    pub(crate) dtype: DType,
-    pub(crate) rows: usize,
-    pub(crate) cols: usize,
-    pub(crate) place: Place,
 }
 
 impl Place {
@@ -147,11 +139,13 @@ impl Stored {
 
     /// Bytes of all of it, as it is held.
     pub(crate) fn len_bytes(&self) -> u64 {
-        if let Form::Recoded(recoded) = &self.form {
-            let (rows, cols) = self.extent();
-            return recoded.part_bytes(&(0..rows), &(0..cols));
+        match &self.form {
+            Form::Recoded(_) | Form::Quantised { .. } => {
+                let (rows, cols) = self.extent();
+                self.part_bytes(&(0..rows), &(0..cols))
+            }
+            Form::Plain(_) | Form::Foreign(_) => self.places().map(Place::len).sum(),
         }
-        self.places().map(Place::len).sum()
     }
 
     /// Bytes that rows and columns of it take, scales included.
@@ -163,13 +157,13 @@ impl Stored {
             Form::Quantised { format, scales, .. }
                 if let Some((bits, group)) = regroup::form(*format, cols) =>
             {
-                let item = scales.as_ref().map_or(DType::F32, |scales| scales.dtype).bytes();
+                let item = scales.as_ref().map_or(DType::F32, |scales| scales.kind.dtype()).bytes();
                 (rows.len() * (cols.len() * bits / 8 + 2 * cols.len() / group * item)) as u64
             }
             Form::Quantised { format, scales, biases } => {
                 let (down, across, _) = scale_ranges(*format, rows, cols);
                 let both = [scales, biases].into_iter().flatten();
-                let scales: usize = both.map(|s| down.len() * across.len() * s.dtype.bytes()).sum();
+                let scales: usize = both.map(|s| down.len() * across.len() * s.kind.dtype().bytes()).sum();
                 (rows.len() * format.code_bytes(cols.len()) + scales) as u64
             }
         }
@@ -179,7 +173,9 @@ impl Stored {
     pub(crate) fn format(&self) -> String {
         match &self.form {
             Form::Plain(dtype) => dtype.to_string(),
-            Form::Quantised { format: Quant::Fp8 { rows: 1, .. }, .. } => "fp8, a scale per output".into(),
+            Form::Quantised { format: Quant::Fp8 { rows: 1, cols }, .. } if *cols >= self.extent().1 => {
+                "fp8, a scale per output".into()
+            }
             Form::Quantised { format: Quant::Fp8 { rows, cols }, .. } if (*rows, *cols) == self.extent() => {
                 "fp8, one scale".into()
             }
@@ -226,10 +222,11 @@ impl Stored {
                 let (down, across, origin) = scale_ranges(*format, &rows, &cols);
                 let held = |scales: &Option<Scales>| {
                     let Some(scales) = scales else { return Ok::<_, ModelError>(None) };
-                    let item = scales.dtype.bytes();
+                    let item = scales.kind.stored_bytes();
                     let part = across.start * item..across.end * item;
-                    let bytes = fetch(&scales.place, scales.cols * item, &down, part)?;
-                    Ok(Some(Plain { dtype: scales.dtype, rows: down.len(), cols: across.len(), bytes }))
+                    let stored = fetch(&scales.place, scales.cols * item, &down, part)?;
+                    let (dtype, bytes) = (scales.kind.dtype(), scales.kind.widened(files, stored)?);
+                    Ok(Some(Plain { dtype, rows: down.len(), cols: across.len(), bytes }))
                 };
                 Held::Quantised { format: *format, scales: held(scales)?, biases: held(biases)?, origin }
             }

@@ -376,10 +376,10 @@ fn scales_of_fp8_are_one_or_one_per_output_or_per_block() {
     };
     fs::write(&beside, modelopt("FP8")).unwrap();
     assert_eq!(format(&dir), one);
-    fs::write(&beside, modelopt("NVFP4")).unwrap();
+    fs::write(&beside, modelopt("NVFP4_AWQ")).unwrap();
     assert_eq!(
         error(&dir),
-        "hf_quant_config.json: quantization.quant_algo: \"NVFP4\" is not supported (known: FP8, FP8_PER_CHANNEL_PER_TOKEN)"
+        "hf_quant_config.json: quantization.quant_algo: \"NVFP4_AWQ\" is not supported (known: FP8, FP8_PER_CHANNEL_PER_TOKEN, NVFP4)"
     );
 }
 
@@ -391,10 +391,17 @@ const INTS: &str = r#""quant_method": "compressed-tensors", "format": "mixed-pre
     "a": {"weights": {"num_bits": 4, "type": "int", "strategy": "group", "group_size": 8, "symmetric": false}},
     "b": {"weights": {"num_bits": 8, "type": "int", "strategy": "channel"}}}"#;
 
+/// The same for FP4, by ModelOpt and by compressed-tensors.
+const NVFP4: &str = r#""quant_method": "modelopt", "quant_algo": "NVFP4", "group_size": 16"#;
+const FP4: &str = r#""quant_method": "compressed-tensors", "format": "nvfp4-pack-quantized", "config_groups": {
+    "a": {"weights": {"num_bits": 4, "type": "float", "strategy": "tensor_group", "group_size": 16}}}"#;
+const FP4_BY_8: &str = r#""quant_method": "compressed-tensors", "format": "mxfp4-pack-quantized", "config_groups": {
+    "a": {"weights": {"num_bits": 4, "type": "float", "strategy": "group", "group_size": 8}}}"#;
+
 type Part<'p> = (&'p str, Dtype, &'p [usize], usize);
 
-/// The matrix [`UP`], 24 x 16, in every way of whole numbers.
-fn whole_numbers() -> Vec<(&'static str, &'static str, u64, Vec<Part<'static>>)> {
+/// The matrix [`UP`], 24 x 16, in every way of whole numbers and of FP4.
+fn codes() -> Vec<(&'static str, &'static str, u64, Vec<Part<'static>>)> {
     // Codes of 4 or 8 bits, and two numbers of so many bytes for every group, of which a row has two or one.
     let bytes = |bits: u64, groups: u64, item: u64| 24 * 16 * bits / 8 + 24 * groups * 2 * item;
     vec![
@@ -442,6 +449,32 @@ fn whole_numbers() -> Vec<(&'static str, &'static str, u64, Vec<Part<'static>>)>
             bytes(8, 1, 2),
             vec![("weight", Dtype::I8, &[24, 16], 1), ("weight_scale", Dtype::BF16, &[24, 1], 2)],
         ),
+        (
+            NVFP4,
+            "fp4, groups of 16",
+            24 * 16 / 2 + 24 * 4,
+            vec![
+                ("weight", Dtype::U8, &[24, 8], 1),
+                ("weight_scale", Dtype::F8_E4M3, &[24, 1], 1),
+                ("weight_scale_2", Dtype::F32, &[1], 4),
+            ],
+        ),
+        (
+            FP4,
+            "fp4, groups of 16",
+            24 * 16 / 2 + 24 * 4,
+            vec![
+                ("weight_packed", Dtype::U8, &[24, 8], 1),
+                ("weight_scale", Dtype::F8_E4M3, &[24, 1], 1),
+                ("weight_global_scale", Dtype::F32, &[1], 4),
+            ],
+        ),
+        (
+            FP4_BY_8,
+            "fp4, groups of 8",
+            24 * 16 / 2 + 24 * 2 * 2,
+            vec![("weight_packed", Dtype::U8, &[24, 8], 1), ("weight_scale", Dtype::U8, &[24, 2], 1)],
+        ),
     ]
 }
 
@@ -450,8 +483,8 @@ fn quantised(method: &str) -> String {
 }
 
 #[test]
-fn whole_numbers_are_found_and_take_what_is_said() {
-    for (method, format, bytes, parts) in whole_numbers() {
+fn codes_are_found_and_take_what_is_said() {
+    for (method, format, bytes, parts) in codes() {
         let dir = directory(&quantised(method), &with_parts(UP, &parts));
         let checkpoint = Checkpoint::open(dir.path()).unwrap();
         let found = checkpoint.formats().into_iter().find(|(name, _)| name != "f32").unwrap();
@@ -463,8 +496,8 @@ fn whole_numbers_are_found_and_take_what_is_said() {
 
 /// Whatever is wrong with a part of a matrix is an error that names the matrix.
 #[test]
-fn whole_numbers_that_disagree_are_named() {
-    for (method, format, _, parts) in whole_numbers() {
+fn codes_that_disagree_are_named() {
+    for (method, format, _, parts) in codes() {
         for at in 0..parts.len() {
             let (end, dtype, shape, item) = parts[at];
             let failed = |what: &str, change: &dyn Fn(&mut Vec<Part<'_>>)| {
@@ -488,7 +521,8 @@ fn whole_numbers_that_disagree_are_named() {
             failed("longer", &|parts| parts[at] = (end, dtype, longer.clone().leak(), item));
             failed("higher", &|parts| parts[at] = (end, dtype, higher.clone().leak(), item));
             failed("empty", &|parts| parts[at] = (end, dtype, &[0, 3], item));
-            failed("of another type", &|parts| parts[at] = (end, Dtype::U8, shape, 1));
+            let other = if dtype == Dtype::U8 { Dtype::I8 } else { Dtype::U8 };
+            failed("of another type", &|parts| parts[at] = (end, other, shape, 1));
             if shape.len() > 1 {
                 failed("flat", &|parts| parts[at] = (end, dtype, flat.to_vec().leak(), item));
             }
@@ -500,7 +534,7 @@ fn whole_numbers_that_disagree_are_named() {
 
 #[test]
 fn gptq_in_another_order_is_refused_and_empty_biases_are_left_out() {
-    let (_, _, _, parts) = whole_numbers().swap_remove(1);
+    let (_, _, _, parts) = codes().swap_remove(1);
     let mut tensors = with_parts(UP, &parts);
     let bias = format!("{UP}.bias");
     tensors.insert(bias.clone(), (Dtype::F16, vec![24], vec![0; 48]));

@@ -3,7 +3,7 @@
 #![recursion_limit = "256"]
 
 use backend::DType;
-use models::{Affine, Config, Ints, Quantisation, kv_specs};
+use models::{Config, Ints, Mlx, Quantisation, kv_specs};
 use serde_json::{Value, json};
 
 /// Fields that most files have and that change nothing.
@@ -135,8 +135,8 @@ fn qwen_experts_in_every_format() {
     });
     let config = read(&changed(&small, json!({"quantization": mlx, "quantization_config": mlx}))).unwrap();
     let Some(Quantisation::Mlx { all, overrides }) = config.quantisation else { panic!("not MLX's") };
-    assert_eq!(all, Affine { bits: 4, group: 64 });
-    assert_eq!(overrides["model.layers.0.mlp.gate"], Some(Affine { bits: 8, group: 64 }));
+    assert_eq!(all, Mlx::Affine { bits: 4, group: 64 });
+    assert_eq!(overrides["model.layers.0.mlp.gate"], Some(Mlx::Affine { bits: 8, group: 64 }));
     assert_eq!(overrides["model.embed_tokens"], None);
 }
 
@@ -197,7 +197,11 @@ fn latents() {
     let thinking = kimi(json!({"quantization_config": int4(), "max_position_embeddings": 262144}));
     assert_eq!(
         int4_of(&thinking),
-        Some(Quantisation::Compressed { block: None, ints: vec![Ints { bits: 4, group: Some(32) }] })
+        Some(Quantisation::Compressed {
+            block: None,
+            ints: vec![Ints { bits: 4, group: Some(32) }],
+            fp4: vec![]
+        })
     );
     // The text model inside one that sees pictures.
     let text = kimi(json!({"quantization_config": int4(), "model_type": "kimi_k2"}));
@@ -210,7 +214,11 @@ fn latents() {
     });
     assert_eq!(
         int4_of(&seeing),
-        Some(Quantisation::Compressed { block: None, ints: vec![Ints { bits: 4, group: Some(32) }] })
+        Some(Quantisation::Compressed {
+            block: None,
+            ints: vec![Ints { bits: 4, group: Some(32) }],
+            fp4: vec![]
+        })
     );
 }
 

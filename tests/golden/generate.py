@@ -78,10 +78,13 @@ def modules(targets, **weights):
     return dict(targets=targets, input_activations=None, output_activations=None, weights=dict(own, **weights))
 
 
-def mlx(bits, group, **overrides):
-    return dict(group_size=group, bits=bits, mode="affine", **overrides)
+def mlx(bits, group, mode="affine", **overrides):
+    return dict(group_size=group, bits=bits, mode=mode, **overrides)
 
 
+MICRO = {f"model.layers.{i}.{part}": own for i in (0, 1) for part, own in (
+    ("self_attn.q_proj", mlx(4, 16, "nvfp4")), ("self_attn.o_proj", mlx(8, 32, "mxfp8")), ("mlp.gate", mlx(8, 32)),
+    ("mlp.switch_mlp.down_proj", mlx(8, 32, "mxfp8")), ("mlp.switch_mlp.up_proj", mlx(4, 16, "nvfp4")))}
 GATES = {f"model.layers.{i}.mlp.gate": dict(group_size=32, bits=8) for i in (0, 1)}
 WIDTHS = {f"model.layers.0.{p}_proj": dict(group_size=32, bits=b) for p, b in (
     ("self_attn.q", 2), ("self_attn.k", 3), ("self_attn.o", 5), ("mlp.gate", 6), ("mlp.down", 8))}
@@ -132,6 +135,12 @@ CASES = {
     "minimax_m2-mlx": dict(MINIMAX, intermediate_size=64, quantization=mlx(8, 32)),
     "glm4_moe-base": GLM,
     "glm4_moe-plain": dict(GLM, attention_bias=False, use_qk_norm=False, first_k_dense_replace=0, n_shared_experts=2),
+    "qwen3_moe-mlx_micro": dict(QWEN3_MOE, hidden_size=64, num_experts=6, quantization=mlx(4, 32, "mxfp4", **MICRO)),
+    "llama-nvfp4": dict(LLAMA, intermediate_size=128, _code=lambda w, _: nvfp4(w, False), quantization_config=dict(
+        quant_method="modelopt", quant_algo="NVFP4", ignore=["lm_head"], producer=dict(name="modelopt"))),
+    "deepseek_v3-nvfp4": dict(DEEPSEEK, hidden_size=64, q_lora_rank=64, v_head_dim=16, moe_intermediate_size=64,
+                              n_shared_experts=1, _code=lambda w, _: nvfp4(w, True), quantization_config=compressed("nvfp4-pack-quantized", num_bits=4, type="float",
+                                                             strategy="tensor_group", group_size=16)),
     "llama-mlx_widths": dict(MLX_WIDE, quantization=mlx(4, 32, **WIDTHS, **{"model.layers.1.mlp.up_proj": False})),
     "qwen3_moe-mlx": dict(QWEN3_MOE, moe_intermediate_size=128, num_experts=6, head_dim=32, quantization=mlx(4, 64, **{
         name: dict(group_size=64, bits=8) for name in GATES})),
@@ -358,6 +367,45 @@ def gptq(w, bits, group, less):
                 scales=scale.T, g_idx=torch.arange(w.shape[1], dtype=torch.int32) // group), means
 
 
+def nearest(x, values):
+    return (x[..., None] - torch.tensor(values)).abs().argmin(-1)
+
+
+def micro(w, mode):
+    """MLX's `mxfp4`, `nvfp4` and `mxfp8`: codes, a byte of scale per group, and what they mean."""
+    group, bits = (16 if mode == "nvfp4" else 32), (8 if mode == "mxfp8" else 4)
+    parts = w.float().reshape(*w.shape[:-1], w.shape[-1] // group, group)
+    top = parts.abs().amax(-1)
+    if mode == "nvfp4":
+        scale = (top / 6).to(torch.float8_e4m3fn)
+        stored, scale = scale.view(torch.uint8), scale.float()
+    else:
+        power = torch.floor(torch.log2(top)) - (8 if bits == 8 else 2)
+        stored, scale = (power + 127).to(torch.uint8), torch.exp2(power)
+    if bits == 8:
+        code = (parts / scale[..., None]).clamp(-448, 448).to(torch.float8_e4m3fn)
+        codes, values = code.view(torch.uint8), code.float()
+    else:
+        codes = nearest(parts / scale[..., None], gguf_file.E2M1)
+        values = torch.from_numpy(gguf_file.E2M1)[codes]
+    return pack(codes.reshape(w.shape).to(torch.int64), bits), stored, (values * scale[..., None]).reshape(w.shape)
+
+
+def nvfp4(w, compressed):
+    """NVIDIA's FP4: E2M1 by 16 with a scale in E4M3, times one number; compressed-tensors keeps what divides instead."""
+    parts = w.float().reshape(w.shape[0], -1, 16)
+    factor = torch.tensor(448 * 6 / w.abs().max().item() if compressed else w.abs().max().item() / (448 * 6))
+    scale = (parts.abs().amax(-1) / 6 * (factor if compressed else 1 / factor)).to(torch.float8_e4m3fn)
+    wide = scale.float() / factor if compressed else scale.float() * factor
+    codes = nearest(parts / wide[..., None].clamp(min=1e-30), gguf_file.E2M1)
+    means = (torch.from_numpy(gguf_file.E2M1)[codes] * wide[..., None]).view(w.shape)
+    codes = pack(codes.view(w.shape).to(torch.int64), 4).view(torch.uint8).view(w.shape[0], -1)
+    if compressed:
+        return dict(weight_packed=codes, weight_scale=scale, weight_global_scale=factor[None],
+                    input_global_scale=torch.tensor([8.0])), means
+    return dict(weight=codes, weight_scale=scale, weight_scale_2=factor, input_scale=torch.tensor(0.25)), means
+
+
 def affine(w, bits, group):
     """Scales may be negative, as MLX's are: the code 0 is the end of the range that is larger."""
     parts = w.float().reshape(*w.shape[:-1], w.shape[-1] // group, group)
@@ -428,11 +476,15 @@ def stored_mlx(c, plain):
         own = quantization.get(base, True)
         numbers = own if isinstance(own, dict) else quantization
         file = members[0][0] if len(members) == 1 else f"{base}.weight"
+        numbers = dict(dict(mode="affine"), **numbers)
         if stack.ndim < 2 or not own or stack.shape[-1] % numbers["group_size"] or base.endswith("norm"):
             files[file], dense = stack.contiguous(), stack.float()
         else:
-            words, scale, bias, dense = affine(stack, numbers["bits"], numbers["group_size"])
-            files.update({file: words, f"{base}.scales": scale, f"{base}.biases": bias})
+            if numbers["mode"] == "affine":
+                words, scale, files[f"{base}.biases"], dense = affine(stack, numbers["bits"], numbers["group_size"])
+            else:
+                words, scale, dense = micro(stack, numbers["mode"])
+            files.update({file: words, f"{base}.scales": scale})
         if base.endswith(".embed_q"):
             keys = dense.transpose(1, 2)
         elif base.endswith(".unembed_out"):
