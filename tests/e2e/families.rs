@@ -15,10 +15,18 @@ const NORMED: &[&str] = &["qwen3-base-s1", "qwen3-tied_sharded-s1", "llama-mlx_w
 const EXPERTS: &[&str] =
     &["qwen3_moe-mixed", "qwen3_moe-unnormed", "minimax_m2-base", "glm4_moe-base", "glm4_moe-plain"];
 const LATENTS: &[&str] = &["deepseek_v3-mscale", "deepseek_v3-no_q_lora", "kimi_k2-base"];
-const QUANTISED: &[&str] = &["llama-fp8_channel", "llama-w8a8", "llama-gptq", "qwen2-awq", "qwen2-int_mixed"];
-const QUANTISED_EXPERTS: &[&str] =
-    &["qwen3_moe-mlx", "qwen3_moe-fp8_tensor", "qwen3_moe-gptq_8", "minimax_m2-fp8", "minimax_m2-mlx"];
-const QUANTISED_LATENTS: &[&str] = &["deepseek_v3-fp8", "deepseek_v3-mlx", "deepseek_v3-awq", "kimi_k2-int4"];
+const QUANTISED: &[&str] =
+    &["llama-nvfp4", "llama-fp8_channel", "llama-w8a8", "llama-gptq", "qwen2-awq", "qwen2-int_mixed"];
+const QUANTISED_EXPERTS: &[&str] = &[
+    "qwen3_moe-mlx",
+    "qwen3_moe-mlx_micro",
+    "qwen3_moe-fp8_tensor",
+    "qwen3_moe-gptq_8",
+    "minimax_m2-fp8",
+    "minimax_m2-mlx",
+];
+const QUANTISED_LATENTS: &[&str] =
+    &["deepseek_v3-fp8", "deepseek_v3-nvfp4", "deepseek_v3-mlx", "deepseek_v3-awq", "kimi_k2-int4"];
 const GGUF: &[&str] = &[
     "llama-gguf-q4_0",
     "llama-gguf-q2_k",
