@@ -35,6 +35,17 @@ pub(crate) struct Factor {
     pub(crate) divides: bool,
 }
 
+impl Scales {
+    /// The bytes that make them.
+    pub(crate) fn places(&self) -> impl Iterator<Item = &Place> {
+        let factor = match &self.kind {
+            ScaleKind::E4m3(Some(factor)) => Some(&factor.place),
+            _ => None,
+        };
+        std::iter::once(&self.place).chain(factor)
+    }
+}
+
 impl ScaleKind {
     /// Numbers of a file's type; `None` where they are none.
     pub(crate) fn numbers(dtype: Dtype) -> Option<Self> {

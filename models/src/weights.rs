@@ -133,7 +133,7 @@ impl Stored {
             Form::Recoded(recoded) => (None, None, Some(recoded.places())),
             _ => (None, None, None),
         };
-        let scales = [scales, biases].into_iter().flatten().map(|scales| &scales.place);
+        let scales = [scales, biases].into_iter().flatten().flat_map(Scales::places);
         std::iter::once(&self.place).chain(scales).chain(recoded.into_iter().flatten())
     }
 
