@@ -78,7 +78,7 @@ pub enum ModelError {
         want: Vec<usize>,
     },
     /// A tensor has an element type that no backend takes.
-    #[error("{path}: tensor {name} has dtype {got}, expected BF16, F16 or F32")]
+    #[error("{path}: tensor {name} is stored as {got}, which is not supported")]
     Type {
         /// Weight file.
         path: String,
