@@ -146,7 +146,10 @@ fn inspected_without_being_fetched() {
     let bytes = br#"{"quantization": {"quant_algo": "W4A8_AWQ"}}"#.to_vec();
     server.put("hf_quant_config.json", Content { tag: "f".repeat(64), bytes, linked: true });
     let (ok, _, stderr) = output(with_hub(&mut baton(&["inspect", "org/demo"]), &server, &home));
-    assert!(!ok && stderr.contains("hf_quant_config.json: quantization.quant_algo: \"W4A8_AWQ\""), "{stderr}");
+    assert!(
+        !ok && stderr.contains("hf_quant_config.json: quantization.quant_algo: \"W4A8_AWQ\""),
+        "{stderr}"
+    );
     let (ok, small) = inspect(&here, &["--memory=5MB"]);
     assert!(!ok && small["fits"] == false && small["ranks"][0]["fits"] == false, "{small}");
     let (ok, stdout, _) = output(&mut baton(&["inspect", &here, "--memory=5MB"]));
