@@ -36,7 +36,7 @@ settings! {
         token_file: Option<PathBuf> ["FILE"];
         /// Keys that clients must show; none: no key is asked for
         api_key: Vec<Secret> ["KEY,..."];
-        /// Form of the model's tool calls: auto (as its chat template says), none, hermes, llama3, deepseek, kimi_k2, minimax_m2, glm45 or qwen3_coder
+        /// Form of the model's tool calls: auto (as its chat template says), none, hermes, llama3, deepseek, kimi_k2, minimax_m2, glm45, qwen3_coder or openai (gpt-oss)
         tool_parser: String ["NAME"] = "auto";
         /// Whether what the model writes between <think> tags is told apart: auto (as its chat template says), on or off
         reasoning_parser: String ["MODE"] = "auto";

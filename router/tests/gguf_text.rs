@@ -23,6 +23,11 @@ fn json(path: PathBuf) -> Value {
 
 /// The vocabulary of a tokenizer.json as a GGUF file has it.
 fn as_gguf(tokenizer: &Value, pre: &str) -> Gguf {
+    let bytes = written(tokenizer, pre).bytes();
+    Gguf::without_file(Header::parse("f", &bytes, bytes.len() as u64).expect("a header"), None)
+}
+
+fn written(tokenizer: &Value, pre: &str) -> Writer {
     let text = |value: &Value| value.as_str().expect("a text").to_owned();
     let id = |value: &Value| value.as_u64().expect("an id") as usize;
     let mut tokens: Vec<(String, u32)> = Vec::new();
@@ -46,14 +51,12 @@ fn as_gguf(tokenizer: &Value, pre: &str) -> Gguf {
         line => text(line),
     });
     let merges: Vec<String> = merges.collect();
-    let bytes = Writer::new("llama")
+    Writer::new("llama")
         .text("tokenizer.ggml.model", "gpt2")
         .text("tokenizer.ggml.pre", pre)
         .texts("tokenizer.ggml.tokens", &tokens.iter().map(|(text, _)| text.as_str()).collect::<Vec<_>>())
         .counts("tokenizer.ggml.token_type", &tokens.iter().map(|(_, kind)| *kind).collect::<Vec<_>>())
         .texts("tokenizer.ggml.merges", &merges.iter().map(String::as_str).collect::<Vec<_>>())
-        .bytes();
-    Gguf::without_file(Header::parse("f", &bytes, bytes.len() as u64).expect("a header"), None)
 }
 
 #[test]
@@ -64,6 +67,7 @@ fn names_cut_text_as_the_originals_patterns_do() {
         ("llama", "glm4"),
         ("qwen3", "qwen2"),
         ("llama", "llama-bpe"),
+        ("gpt_oss", "gpt-4o"),
     ] {
         let original = json(fixture(family).join("tokenizer.json"));
         let made = TokenizerJson::of_gguf(&as_gguf(&original, pre)).expect("a vocabulary");
@@ -114,4 +118,26 @@ fn defaults_come_from_the_file() {
     assert!(model.templates.exist());
     let missing = ModelText::load(&fixture("none")).expect_err("missing").to_string();
     assert!(missing.ends_with("neither tokenizer.json, tiktoken.model nor a GGUF file"), "{missing}");
+}
+
+/// Protects: `<|end|>`, which ends answers of other models, ends only a message of gpt-oss.
+#[test]
+fn gpt_oss_ends_where_its_answers_do() {
+    let original = json(fixture("gpt_oss").join("tokenizer.json"));
+    let id = |name: &str| {
+        let tokens = original["added_tokens"].as_array().expect("tokens");
+        let token = tokens.iter().find(|token| token["content"] == name).expect("a token");
+        token["id"].as_u64().expect("an id") as u32
+    };
+    let config = json(fixture("gpt_oss").join("tokenizer_config.json"));
+    let bytes = written(&original, "gpt-4o")
+        .text("tokenizer.chat_template", config["chat_template"].as_str().expect("a template"))
+        .count("tokenizer.ggml.eos_token_id", id("<|return|>"))
+        .bytes();
+    let path = std::env::temp_dir().join(format!("gpt-oss-{}.gguf", std::process::id()));
+    std::fs::write(&path, bytes).expect("written");
+    let model = ModelText::load(&path);
+    std::fs::remove_file(&path).expect("removed");
+    let ends = model.expect("a model's text").defaults.eos_ids;
+    assert_eq!(ends, ["<|return|>", "<|endoftext|>", "<|call|>"].map(id));
 }

@@ -1,4 +1,4 @@
-//! Text and ids equal Hugging Face's, for four families' tokenizers and chat templates: a wrong space in a prompt makes a
+//! Text and ids equal Hugging Face's, for the families' tokenizers and chat templates: a wrong space in a prompt makes a
 //! model worse without any error. `golden_text.json` was written by transformers.
 
 use std::path::PathBuf;
@@ -13,7 +13,7 @@ use serde::Deserialize;
 use serde_json::{Map, Value};
 use vocab::Vocab;
 
-const FAMILIES: [&str; 5] = ["llama", "qwen3", "deepseek_v3", "minimax_m2", "kimi_k2"];
+const FAMILIES: [&str; 6] = ["llama", "qwen3", "deepseek_v3", "minimax_m2", "kimi_k2", "gpt_oss"];
 
 /// The same tokenizers and templates in other files, and the family that they must equal: GGUF files without tensors, and a
 /// tiktoken.model.
@@ -40,6 +40,8 @@ struct Chat {
     #[serde(default)]
     tools: Vec<Value>,
     add_generation_prompt: bool,
+    #[serde(default)]
+    variables: Map<String, Value>,
     rendered: String,
     ids: Vec<u32>,
 }
@@ -87,7 +89,7 @@ fn chats_equal_hugging_faces() {
                 tools: chat.tools,
                 add_generation_prompt: chat.add_generation_prompt,
                 continues: false,
-                variables: Map::new(),
+                variables: chat.variables,
             };
             let rendered =
                 text.templates.render(conversation, SystemTime::UNIX_EPOCH, 1 << 20).expect("rendered");
@@ -140,8 +142,9 @@ fn templates_tell_the_form_of_calls_and_who_reasons() {
         ("qwen3", Family::Hermes, true),
         ("deepseek_v3", Family::DeepSeek, true),
         ("minimax_m2", Family::MiniMax, true),
+        ("gpt_oss", Family::Harmony, false),
     ] {
         let text = load(name).0;
-        assert_eq!((text.tool_family(), text.reasons()), (Some(family), reasons), "{name}");
+        assert_eq!((text.family(), text.reasons()), (Some(family), reasons), "{name}");
     }
 }

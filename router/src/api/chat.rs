@@ -21,7 +21,7 @@ use super::prompt_scores::ScoresWanted;
 use super::reply;
 use super::run::{Asker, Prompt, Reading, random, start};
 use crate::text::answer::{self, Opening, Types};
-use crate::text::{Beginning, Conversation, TemplateError, template};
+use crate::text::{Beginning, Conversation, TemplateError, gpt_oss, template};
 
 /// What OpenAI or vLLM serve under these names, and this server does not.
 const UNSUPPORTED: [&str; 8] = [
@@ -87,7 +87,8 @@ pub fn prepare(gateway: &Gateway, request: ChatRequest) -> Result<(Params, Promp
     let context = gateway.config.context_tokens;
     let default = gateway.text.defaults.max_new_tokens;
     let max_tokens = request.params.output_tokens(tokens.len(), context, default, "messages")?;
-    let opening = gateway.reasons.then(|| Opening::of_prompt(&text));
+    let reasons = gateway.reasons || gateway.has_channels();
+    let opening = reasons.then(|| Opening::of_prompt(&text, gateway.family));
     let calls = tools.is_some().then(|| CallRule {
         tools: definitions.iter().collect(),
         choice: &request.choice,
@@ -95,11 +96,12 @@ pub fn prepare(gateway: &Gateway, request: ChatRequest) -> Result<(Params, Promp
     });
     let ends = !request.params.stop_ids.is_empty();
     let grammar = form::grammar(gateway, request.form.as_ref(), calls, opening, ends)?;
+    let reads_marks = tools.is_some() || gateway.has_channels();
     let reading = Reading {
         grammar,
         beginning: Beginning::Text,
-        marks: if tools.is_some() { Arc::clone(&gateway.marks) } else { Arc::default() },
-        answer: answer::Reading { tools, reasoning: opening, family: gateway.tool_family },
+        marks: if reads_marks { Arc::clone(&gateway.marks) } else { Arc::default() },
+        answer: answer::Reading { tools, reasoning: opening, family: gateway.family },
         single_call: !request.parallel,
         hide_reasoning: request.hide_reasoning,
         logprobs: request.logprobs,
@@ -211,6 +213,16 @@ fn reasoning_effort(
     const WORDS: [&str; 6] = ["none", "minimal", "low", "medium", "high", "xhigh"];
     let Some(effort) = fields.word("reasoning_effort", &WORDS)? else { return Ok(()) };
     let switches = ["enable_thinking", "thinking"];
+    // gpt-oss knows three.
+    let effort = match effort {
+        "none" if gateway.has_channels() => {
+            let why = "of 'none' is not supported: this model always reasons";
+            return Err(ApiError::unsupported("reasoning_effort", why));
+        }
+        "minimal" if gateway.has_channels() => "low",
+        "xhigh" if gateway.has_channels() => "high",
+        effort => effort,
+    };
     if gateway.text.template_has("reasoning_effort") {
         variables.entry("reasoning_effort").or_insert(effort.into());
     } else if let Some(switch) = switches.into_iter().find(|switch| gateway.text.template_has(switch)) {
@@ -223,7 +235,7 @@ fn reasoning_effort(
 }
 
 /// The text of a conversation. Runs on a text thread.
-pub fn render(gateway: &Gateway, conversation: Conversation) -> Result<String, ApiError> {
+pub fn render(gateway: &Gateway, mut conversation: Conversation) -> Result<String, ApiError> {
     if !gateway.text.templates.exist() {
         let message = "This model has no chat template; use /v1/completions.";
         return Err(ApiError::bad("messages", "no_chat_template", message));
@@ -231,6 +243,12 @@ pub fn render(gateway: &Gateway, conversation: Conversation) -> Result<String, A
     // A template repeats a conversation at most: tools are indented, messages wrapped.
     let bytes_max = 4 * gateway.config.limits.body_bytes;
     let broken = broken_arguments(&conversation.messages);
+    if gateway.has_channels() {
+        gpt_oss::arrange(&mut conversation).map_err(|at| {
+            let why = "is not supported: this model has instructions at the beginning of a conversation only";
+            ApiError::unsupported(format!("messages[{at}]"), why)
+        })?;
+    }
     match (gateway.text.templates.render(conversation, SystemTime::now(), bytes_max), broken) {
         (Err(TemplateError::Failed(_)), Some(path)) => {
             let expected = "a JSON object, as this model's chat template wants it";

@@ -12,7 +12,7 @@ use super::Gateway;
 use super::error::{ApiError, type_name};
 use super::fields::Fields;
 use super::messages::ToolChoice;
-use crate::text::answer::{Opening, forced};
+use crate::text::answer::{Frame, Opening, forced};
 use crate::text::pieces::Piece;
 
 /// Levels of a schema.
@@ -208,23 +208,23 @@ pub fn grammar(
     opening: Option<Opening>,
     ends: bool,
 ) -> Result<Option<Arc<str>>, ApiError> {
-    let calls = calls.map(|rule| call_grammar(gateway, &rule)).transpose()?.flatten();
+    let mark = |name: &str| mark(gateway, name);
+    let frame = Frame::new(gateway.family, opening, &mark);
+    let calls = calls.map(|rule| call_grammar(gateway, &rule, &frame)).transpose()?.flatten();
     let (param, body, rules) = match (form, calls) {
         (None, None) => return Ok(None),
-        (Some(form), None) => (form.param.as_str(), form.body.clone(), String::new()),
+        (Some(form), None) => (form.param.as_str(), frame.words(&form.body), String::new()),
         (None, Some(calls)) => ("tools", calls.body, calls.rules),
         (Some(_), Some(calls)) if calls.demanded => ("tools", calls.body, calls.rules),
         (Some(form), Some(calls)) => {
-            (form.param.as_str(), format!("{} | {}", form.body, calls.calls), calls.rules)
+            (form.param.as_str(), format!("{} | {}", frame.words(&form.body), calls.calls), calls.rules)
         }
     };
     if !ends {
         let why = "needs a token that ends the answer: this request or this model has none";
         return Err(ApiError::unsupported(param, why));
     }
-    let mark = |name: &str| mark(gateway, name);
-    let (think, thought) = thinking(opening, &mark);
-    let text = format!("start: {think} answer\nanswer: {body}\n{rules}{thought}");
+    let text = format!("start: {} answer\nanswer: {body}\n{rules}{}", frame.before, frame.rules);
     let compiler = gateway.compilers.get(gateway)?;
     match compiler.compile(&text) {
         Ok(_) => Ok(Some(text.into())),
@@ -244,7 +244,11 @@ struct CallGrammar {
 }
 
 /// What tools ask of an answer; `None`: nothing, calls are the model's own affair.
-fn call_grammar(gateway: &Gateway, rule: &CallRule<'_>) -> Result<Option<CallGrammar>, ApiError> {
+fn call_grammar(
+    gateway: &Gateway,
+    rule: &CallRule<'_>,
+    frame: &Frame,
+) -> Result<Option<CallGrammar>, ApiError> {
     let Some(family) = gateway.tool_family else { return Ok(None) };
     let strict = rule.tools.iter().any(|tool| tool["function"]["strict"] == true);
     let demanded = matches!(rule.choice, ToolChoice::Required | ToolChoice::Named(_));
@@ -264,9 +268,10 @@ fn call_grammar(gateway: &Gateway, rule: &CallRule<'_>) -> Result<Option<CallGra
     let fenced = gateway.text.template_has("```json");
     let mark = |name: &str| mark(gateway, name);
     let forced = forced::calls(family, &tools, several, fenced, &mark);
+    let calls = frame.calls(&forced.calls);
     let body = match (demanded, forced.among_words) {
-        (true, _) => forced.calls.clone(),
-        (false, Some(words)) => words,
+        (true, _) => calls.clone(),
+        (false, Some(words)) => frame.among_words(&forced.calls, words),
         (false, None) => {
             let why = "is supported with this model only where tool_choice demands a call";
             let first = rule.tools.iter().position(|tool| tool["function"]["strict"] == true);
@@ -274,23 +279,7 @@ fn call_grammar(gateway: &Gateway, rule: &CallRule<'_>) -> Result<Option<CallGra
             return Err(ApiError::unsupported(param, why));
         }
     };
-    Ok(Some(CallGrammar { body, calls: forced.calls, rules: forced.rules, demanded }))
-}
-
-/// Reasoning before the answer, and the rules that it needs.
-fn thinking(opening: Option<Opening>, mark: &dyn Fn(&str) -> String) -> (&'static str, String) {
-    let close = mark("</think>");
-    let inside = match close.starts_with('"') {
-        true => "thought[lazy]: /(?s:.*)<\\/think>/\n".to_string(),
-        false => format!("thought: /(?s:.+)/? {close}\n"),
-    };
-    match opening {
-        None | Some(Opening::Closed) => ("", String::new()),
-        Some(Opening::Open) => ("thought (\"\\n\\n\" | \"\\n\")?", inside),
-        Some(Opening::ByModel) => {
-            ("thinking?", format!("thinking: {} thought (\"\\n\\n\" | \"\\n\")?\n{inside}", mark("<think>")))
-        }
-    }
+    Ok(Some(CallGrammar { body, calls, rules: forced.rules, demanded }))
 }
 
 /// A mark in a grammar: text, unless its token is special.

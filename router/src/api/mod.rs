@@ -96,15 +96,17 @@ struct Gateway {
     config: GatewayConfig,
     model: Arc<str>,
     text: ModelText,
-    /// The form of the model's calls.
+    /// The form of the model's calls; `None`: it gets no tools.
     tool_family: Option<Family>,
+    /// The form of its answers, with tools or without.
+    family: Option<Family>,
     /// The model reasons between tags.
     reasons: bool,
     compilers: form::Compilers,
     responses: response_store::ResponseStore,
     /// Files and batch jobs, if they are kept.
     batches: Option<Arc<Batches>>,
-    /// Special ids that are marks of calls.
+    /// Special ids that are marks of its answers.
     marks: Arc<[u32]>,
     knows_developer: bool,
     inference: Arc<dyn Inference>,
@@ -146,15 +148,17 @@ pub async fn serve<I: Inference>(
         batches.register(&mut registry);
     }
     let cores = std::thread::available_parallelism().map_or(2, |cores| cores.get().max(2));
-    let tool_family = config.tool_parser.unwrap_or_else(|| text.tool_family());
+    let tool_family = config.tool_parser.unwrap_or_else(|| text.family());
+    let family = tool_family.or(text.family());
     let gateway = Gateway {
         model: config.model.as_str().into(),
         tool_family,
+        family,
         reasons: config.reasoning_parser.unwrap_or_else(|| text.reasons()),
         compilers: form::Compilers::default(),
         responses: response_store::ResponseStore::default(),
         batches,
-        marks: marks(&text, tool_family),
+        marks: marks(&text, family),
         knows_developer: text.knows_developer(),
         text,
         inference,
@@ -281,6 +285,11 @@ impl Gateway {
             return Err(ApiError::missing("model"));
         }
         self.check_model(fields)
+    }
+
+    /// The model answers in channels, tools or not.
+    fn has_channels(&self) -> bool {
+        self.family == Some(Family::Harmony)
     }
 
     fn rules(&self) -> Rules<'_> {

@@ -256,11 +256,12 @@ impl ResponsesFormat {
         let mut message = json!({"role": "assistant", "content": ""});
         for item in &self.items {
             match &item.kind {
-                Kind::Message => {
-                    let before = message["content"].as_str().unwrap_or_default();
-                    message["content"] = format!("{before}{}", item.text).into();
+                Kind::Message | Kind::Reasoning => {
+                    let words = matches!(item.kind, Kind::Message);
+                    let name = if words { "content" } else { "reasoning_content" };
+                    let before = message[name].as_str().unwrap_or_default();
+                    message[name] = format!("{before}{}", item.text).into();
                 }
-                Kind::Reasoning => message["reasoning_content"] = item.text.as_str().into(),
                 Kind::Call { call_id, name } => {
                     // What broke off could not be sent back.
                     if !is_json(&item.text) {

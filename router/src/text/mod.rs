@@ -3,6 +3,7 @@
 pub mod answer;
 pub mod detokenizer;
 pub mod generation;
+pub mod gpt_oss;
 pub mod json;
 mod model_files;
 pub mod pieces;
@@ -127,14 +128,22 @@ impl ModelText {
             if sources.is_empty() { Templates::none() } else { Templates::new(sources, specials.clone())? };
         // The tokenizer's own end token ends an answer too, whatever the model's files list.
         let own = specials.get("eos_token").and_then(Value::as_str).and_then(|name| tokenizer.id(name));
-        if let Some(id) = own.filter(|id| !defaults.eos_ids.contains(id)) {
-            defaults.eos_ids.push(id);
+        let family = templates.source(true).and_then(answer::Family::of_template);
+        let ends = family.map(answer::Family::ends).unwrap_or_default();
+        for id in own.into_iter().chain(ends.iter().filter_map(|name| tokenizer.id(name))) {
+            if !defaults.eos_ids.contains(&id) {
+                defaults.eos_ids.push(id);
+            }
+        }
+        // GGUF files cannot say that what ends the answers of others ends only a message of these.
+        if family == Some(answer::Family::Harmony) {
+            defaults.eos_ids.retain(|id| tokenizer.name(*id).as_deref() != Some("<|end|>"));
         }
         Ok(Self { tokenizer, templates, defaults })
     }
 
-    /// The form of the model's tool calls, if its template teaches one that can be read.
-    pub fn tool_family(&self) -> Option<answer::Family> {
+    /// The form of the model's answers, if its template teaches one that can be read.
+    pub fn family(&self) -> Option<answer::Family> {
         self.templates.source(true).and_then(answer::Family::of_template)
     }
 

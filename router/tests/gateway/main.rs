@@ -4,6 +4,7 @@ mod answers;
 mod batches;
 mod cancel;
 mod errors;
+mod harmony;
 mod interfaces;
 mod latency;
 mod mock;

@@ -1,6 +1,8 @@
 //! The families of tool markup, and which of them a chat template teaches.
 
-use super::{ToolParser, Types, deepseek, glm, hermes, kimi, llama, minimax, qwen_xml, tagged};
+use super::{
+    Opening, ToolParser, Types, deepseek, glm, harmony, hermes, kimi, llama, minimax, qwen_xml, tagged,
+};
 
 /// A form of calls.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -19,11 +21,13 @@ pub enum Family {
     Glm,
     /// Qwen3-Coder: `<function=..>` with `<parameter=..>`.
     QwenXml,
+    /// gpt-oss: messages in channels.
+    Harmony,
 }
 
 impl Family {
     /// All, for settings.
-    pub const ALL: [Family; 7] = [
+    pub const ALL: [Family; 8] = [
         Family::Hermes,
         Family::Llama,
         Family::DeepSeek,
@@ -31,6 +35,7 @@ impl Family {
         Family::MiniMax,
         Family::Glm,
         Family::QwenXml,
+        Family::Harmony,
     ];
 
     /// The name in settings.
@@ -43,6 +48,7 @@ impl Family {
             Family::MiniMax => "minimax_m2",
             Family::Glm => "glm45",
             Family::QwenXml => "qwen3_coder",
+            Family::Harmony => "openai",
         }
     }
 
@@ -55,6 +61,7 @@ impl Family {
     pub fn of_template(source: &str) -> Option<Self> {
         let has = |mark: &str| source.contains(mark);
         match () {
+            () if has("<|channel|>") && has("<|message|>") => Some(Family::Harmony),
             () if has("<minimax:tool_call>") => Some(Family::MiniMax),
             () if has("<｜tool▁call▁begin｜>") => Some(Family::DeepSeek),
             () if has("<|tool_call_begin|>") => Some(Family::Kimi),
@@ -90,7 +97,13 @@ impl Family {
                 &["<tool_call>", "</tool_call>", "<arg_key>", "</arg_key>", "<arg_value>", "</arg_value>"]
             }
             Family::QwenXml => &["<tool_call>", "</tool_call>"],
+            Family::Harmony => &harmony::MARKS,
         }
+    }
+
+    /// Tokens that end an answer, whatever a model's files list.
+    pub fn ends(self) -> &'static [&'static str] {
+        if self == Family::Harmony { &harmony::ENDS } else { &[] }
     }
 
     /// Reads one answer.
@@ -104,6 +117,7 @@ impl Family {
             Family::MiniMax => table(&minimax::TABLE),
             Family::Glm => table(&glm::TABLE),
             Family::QwenXml => table(&qwen_xml::TABLE),
+            Family::Harmony => Box::new(harmony::Harmony::new(Some(types.clone()), Opening::ByModel)),
         }
     }
 }
@@ -122,6 +136,7 @@ mod tests {
             ("<｜tool▁call▁begin｜>", Some(Family::DeepSeek)),
             ("<|tool_call_begin|>", Some(Family::Kimi)),
             ("<|start_header_id|> {\"name\": .., \"parameters\": ..}", Some(Family::Llama)),
+            ("<|start|>assistant<|channel|>final<|message|>", Some(Family::Harmony)),
             ("<|im_start|>", None),
         ] {
             assert_eq!(Family::of_template(source), family, "{source}");

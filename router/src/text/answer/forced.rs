@@ -25,7 +25,7 @@ pub struct Calls {
 /// How a mark is written: as text, or as a token that is no text.
 pub type Mark<'a> = &'a dyn Fn(&str) -> String;
 
-/// Calls of `tools`, as OpenAI defines them; `fenced`: DeepSeek before V3.1.
+/// Calls of `tools`, as OpenAI defines them; `fenced`: DeepSeek before V3.1. Those of gpt-oss use rules of [`super::Frame`].
 pub fn calls(family: Family, tools: &[&Value], parallel: bool, fenced: bool, mark: Mark<'_>) -> Calls {
     let mut writer = Writer { rules: String::new(), count: 0, mark };
     let one: Vec<String> = tools.iter().map(|tool| writer.call(family, fenced, &tool["function"])).collect();
@@ -54,16 +54,21 @@ pub fn calls(family: Family, tools: &[&Value], parallel: bool, fenced: bool, mar
             let close = writer.text(&[Text("\n"), Named("</minimax:tool_call>")]);
             (writer.mark("<minimax:tool_call>"), more(""), close)
         }
+        // One is all: its end is the answer's.
+        Family::Harmony => ("(preamble thought*)*".into(), one.clone(), String::new()),
     };
     let opening = match family {
         Family::Hermes | Family::QwenXml | Family::Glm => Some("<tool_call>"),
         Family::DeepSeek => Some("<｜tool▁calls▁begin｜>"),
         Family::Kimi => Some("<|tool_calls_section_begin|>"),
         Family::MiniMax => Some("<minimax:tool_call>"),
-        Family::Llama => None,
+        Family::Llama | Family::Harmony => None,
     };
     let inside = writer.rule(&format!("{inside} {close}"));
-    let among_words = opening.map(|opening| writer.among_words(opening, &inside));
+    let among_words = match family {
+        Family::Harmony => Some(format!("{open} ({inside} | final /(?s:.+)/?)")),
+        _ => opening.map(|opening| writer.among_words(opening, &inside)),
+    };
     Calls { calls: format!("{open} {inside}"), among_words, rules: writer.rules }
 }
 
@@ -181,6 +186,13 @@ impl Writer<'_> {
                 let (begin, end) =
                     (self.mark("<|tool_call_argument_begin|>"), self.mark("<|tool_call_end|>"));
                 format!("{head} /[0-9]{{1,3}}/ {begin} {arguments} {end}")
+            }
+            Family::Harmony => {
+                let to = literal(&format!(" to=functions.{name}"));
+                let [channel, constrain, message] =
+                    ["<|channel|>", "<|constrain|>", "<|message|>"].map(|name| self.mark(name));
+                let head = format!("({channel} \"commentary\" {to} | {to} {channel} \"commentary\")");
+                format!("{head} (\" \"? {constrain} \"json\" | \" json\")? {message} {arguments}")
             }
             Family::MiniMax => {
                 let head = literal(&format!("\n<invoke name=\"{name}\">\n"));

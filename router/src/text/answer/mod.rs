@@ -7,7 +7,9 @@
 mod deepseek;
 mod family;
 pub mod forced;
+mod frame;
 mod glm;
+mod harmony;
 mod hermes;
 mod json;
 mod kimi;
@@ -23,9 +25,11 @@ mod types;
 mod check;
 
 pub use family::Family;
+pub use frame::Frame;
 pub use reasoning::Opening;
 pub use types::Types;
 
+use harmony::Harmony;
 use reasoning::{Reasoning, Segment};
 
 /// A piece of an answer.
@@ -65,6 +69,10 @@ trait ToolParser: Send + Sync + std::fmt::Debug {
     fn push(&mut self, text: &str, parts: &mut Vec<Part>);
     /// The text has ended.
     fn finish(&mut self, parts: &mut Vec<Part>);
+    /// The model is reasoning, where the family's calls and its reasoning are one form.
+    fn is_reasoning(&self) -> bool {
+        false
+    }
 }
 
 /// How the answers of one request are read.
@@ -74,23 +82,24 @@ pub struct Reading {
     pub tools: Option<(Family, Types)>,
     /// Whether the answer begins with reasoning; `None`: marks of reasoning are text.
     pub reasoning: Option<Opening>,
-    /// Which marks reasoning has beside `<think>`.
+    /// The form of the model's answers, tools or not: which marks reasoning has beside `<think>`.
     pub family: Option<Family>,
 }
 
 impl Reading {
     /// Reads one answer; `None`: all of it is text as it is.
     pub fn reader(&self) -> Option<AnswerReader> {
+        if self.family == Some(Family::Harmony) {
+            let tools = self.tools.as_ref().map(|(_, types)| types.clone());
+            let harmony = Harmony::new(tools, self.reasoning.unwrap_or(Opening::ByModel));
+            return Some(AnswerReader::new(None, Some(Box::new(harmony)), None));
+        }
         if self.tools.is_none() && self.reasoning.is_none() {
             return None;
         }
-        Some(AnswerReader {
-            reasoning: self.reasoning.map(|opening| Reasoning::new(opening, self.family)),
-            tools: self.tools.as_ref().map(|(family, types)| family.parser(types)),
-            layout: Layout::default(),
-            segments: Vec::new(),
-            raw: Vec::new(),
-        })
+        let reasoning = self.reasoning.map(|opening| Reasoning::new(opening, self.family));
+        let tools = self.tools.as_ref().map(|(family, types)| family.parser(types));
+        Some(AnswerReader::new(reasoning, tools, Some(Layout::default())))
     }
 }
 
@@ -99,12 +108,17 @@ impl Reading {
 pub struct AnswerReader {
     reasoning: Option<Reasoning>,
     tools: Option<Box<dyn ToolParser>>,
-    layout: Layout,
+    /// `None`: no white space is layout.
+    layout: Option<Layout>,
     segments: Vec<Segment>,
     raw: Vec<Part>,
 }
 
 impl AnswerReader {
+    fn new(reasoning: Option<Reasoning>, tools: Option<Box<dyn ToolParser>>, layout: Option<Layout>) -> Self {
+        Self { reasoning, tools, layout, segments: Vec::new(), raw: Vec::new() }
+    }
+
     /// Takes the next piece of text; appends what is certain.
     pub fn push(&mut self, text: &str, parts: &mut Vec<Part>) {
         match &mut self.reasoning {
@@ -124,19 +138,24 @@ impl AnswerReader {
             tools.finish(&mut self.raw);
         }
         self.take_raw(parts);
-        self.layout.finish(parts);
+        if let Some(layout) = &mut self.layout {
+            layout.finish(parts);
+        }
     }
 
     /// The model is reasoning at this moment.
     pub fn is_reasoning(&self) -> bool {
         self.reasoning.as_ref().is_some_and(Reasoning::is_inside)
+            || self.tools.as_ref().is_some_and(|tools| tools.is_reasoning())
     }
 
     fn take_segments(&mut self, parts: &mut Vec<Part>) {
         for segment in std::mem::take(&mut self.segments) {
             match (segment, &mut self.tools) {
                 (Segment::Reasoning(text), _) => {
-                    self.layout.after_reasoning();
+                    if let Some(layout) = &mut self.layout {
+                        layout.after_reasoning();
+                    }
                     append(parts, Part::Reasoning(text));
                 }
                 (Segment::Content(text), Some(tools)) => {
@@ -145,8 +164,8 @@ impl AnswerReader {
                 }
                 (Segment::Content(text), None) => {
                     // Without tools no white space is layout of calls: nothing is held back.
-                    let text = self.layout.begin(&text).to_string();
-                    append(parts, Part::Text(text));
+                    let text = self.layout.as_mut().map_or(&*text, |layout| layout.begin(&text));
+                    append(parts, Part::Text(text.to_string()));
                 }
             }
         }
@@ -154,13 +173,13 @@ impl AnswerReader {
 
     fn take_raw(&mut self, parts: &mut Vec<Part>) {
         for part in std::mem::take(&mut self.raw) {
-            match part {
-                Part::Text(text) => self.layout.text(&text, parts),
-                Part::Call { .. } => {
-                    self.layout.call();
+            match (part, &mut self.layout) {
+                (Part::Text(text), Some(layout)) => layout.text(&text, parts),
+                (part @ Part::Call { .. }, Some(layout)) => {
+                    layout.call();
                     parts.push(part);
                 }
-                part => append(parts, part),
+                (part, _) => append(parts, part),
             }
         }
     }

@@ -2,8 +2,8 @@
 //! first DeepSeek R1), or its chat template, so that the answer begins inside (later R1, DeepSeek V3.1 and Qwen3 when asked
 //! to think, MiniMax M2). MiniMax M2 may think again between calls; Kimi K2 may go over to calls without closing.
 
-use super::Family;
 use super::tags::{Buffer, Found};
+use super::{Family, harmony};
 
 const OPEN: &str = "<think>";
 const CLOSE: &str = "</think>";
@@ -24,7 +24,10 @@ pub enum Opening {
 
 impl Opening {
     /// From the end of the rendered prompt.
-    pub fn of_prompt(prompt: &str) -> Self {
+    pub fn of_prompt(prompt: &str, family: Option<Family>) -> Self {
+        if family == Some(Family::Harmony) {
+            return harmony::opening(prompt);
+        }
         let prompt = prompt.trim_end();
         match () {
             () if prompt.ends_with(OPEN) => Self::Open,
@@ -192,7 +195,7 @@ mod tests {
             ("<|im_start|>assistant\n<think>\n\n</think>\n\n", Opening::Closed),
             ("<｜Assistant｜></think>", Opening::Closed),
         ] {
-            assert_eq!(Opening::of_prompt(prompt), opening, "{prompt}");
+            assert_eq!(Opening::of_prompt(prompt, None), opening, "{prompt}");
         }
     }
 

@@ -1,6 +1,6 @@
 //! What the arguments of tools are, by their schemas: families that write arguments as bare text need it to make JSON.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
 
 use serde_json::Value;
@@ -9,25 +9,38 @@ use crate::text::json::dumps;
 
 /// Types of the arguments of all tools of a request.
 #[derive(Debug, Clone, Default)]
-pub struct Types(Arc<HashMap<(String, String), Vec<String>>>);
+pub struct Types(Arc<Tools>);
+
+#[derive(Debug, Default)]
+struct Tools {
+    names: HashSet<String>,
+    /// By the names of tool and argument.
+    types: HashMap<(String, String), Vec<String>>,
+}
 
 impl Types {
     /// `tools`: definitions as OpenAI has them.
     pub fn new(tools: &[Value]) -> Self {
-        let mut types = HashMap::new();
+        let Tools { mut names, mut types } = Tools::default();
         for function in tools.iter().filter_map(|tool| tool.get("function")) {
             let name = function["name"].as_str().unwrap_or_default();
+            names.insert(name.to_string());
             let properties = function["parameters"]["properties"].as_object().into_iter().flatten();
             for (key, schema) in properties {
                 types.insert((name.to_string(), key.clone()), of_schema(schema));
             }
         }
-        Self(Arc::new(types))
+        Self(Arc::new(Tools { names, types }))
+    }
+
+    /// Whether there is a tool of this name.
+    pub fn have(&self, name: &str) -> bool {
+        self.0.names.contains(name)
     }
 
     /// The JSON of an argument that the model wrote as bare text.
     pub fn json(&self, function: &str, key: &str, text: &str) -> String {
-        let types = self.0.get(&(function.to_string(), key.to_string())).map_or(&[][..], Vec::as_slice);
+        let types = self.0.types.get(&(function.to_string(), key.to_string())).map_or(&[][..], Vec::as_slice);
         let allows = |kind: &str| types.is_empty() || types.iter().any(|allowed| allowed == kind);
         let only_string = !types.is_empty() && types.iter().all(|kind| kind == "string");
         let value = match serde_json::from_str::<Value>(text.trim()) {
