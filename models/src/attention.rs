@@ -28,6 +28,8 @@ pub struct Grouped {
     pub o_bias: bool,
     /// RMS norm of q and k before the rotation.
     pub qk_norm: Option<HeadNorm>,
+    /// Whether each query head has a score that takes a share of the softmax without a value.
+    pub sinks: bool,
 }
 
 /// Over what a norm of q and k takes its mean.
@@ -111,6 +113,7 @@ impl Grouped {
             qkv_bias: false,
             o_bias: false,
             qk_norm: None,
+            sinks: false,
         })
     }
 }
@@ -121,8 +124,18 @@ pub(crate) fn windows_by_layer(fields: &mut Fields, layers: usize) -> Result<Vec
     let used = fields.flag("use_sliding_window", false)?;
     let window = window(fields)?.filter(|_| used);
     let full = fields.opt_size("max_window_layers")?.unwrap_or(28);
+    by_type(fields, window, layers, |layer| layer >= full)
+}
+
+/// Windows of the layers that `layer_types` says slide; without it, those that `slides`.
+pub(crate) fn by_type(
+    fields: &mut Fields,
+    window: Option<u32>,
+    layers: usize,
+    slides: impl Fn(usize) -> bool,
+) -> Result<Vec<Option<u32>>, ModelError> {
     let Some(types) = fields.value("layer_types").cloned() else {
-        return Ok((0..layers).map(|layer| window.filter(|_| layer >= full)).collect());
+        return Ok((0..layers).map(|layer| window.filter(|_| slides(layer))).collect());
     };
     let types = types.as_array().map(Vec::as_slice).unwrap_or_default();
     if types.len() != layers {
@@ -141,11 +154,15 @@ pub(crate) fn windows_by_layer(fields: &mut Fields, layers: usize) -> Result<Vec
         .collect()
 }
 
-/// `sliding_window`: null is none, and a configuration without the field has the default of the Hugging Face classes.
+/// `sliding_window`: null is none, and a configuration without the field has the default of most Hugging Face classes.
 pub(crate) fn window(fields: &mut Fields) -> Result<Option<u32>, ModelError> {
-    const DEFAULT: u32 = 4096;
+    window_or(fields, 4096)
+}
+
+/// As [`window`], with a default of the family.
+pub(crate) fn window_or(fields: &mut Fields, default: u32) -> Result<Option<u32>, ModelError> {
     if !fields.has("sliding_window") {
-        return Ok(Some(DEFAULT));
+        return Ok(Some(default));
     }
     match fields.opt_size("sliding_window")? {
         Some(0) => Err(fields.error("sliding_window", "a window of 0 tokens attends to nothing")),

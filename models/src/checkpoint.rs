@@ -249,7 +249,9 @@ fn check(spec: &TensorSpec, stored: &Stored, files: &[DataFile]) -> Result<(), M
         });
     }
     match (&stored.form, spec.role) {
-        (Form::Plain(_), _) | (Form::Quantised { .. } | Form::Recoded(_), Role::Matrix) => Ok(()),
+        (Form::Plain(_), _) | (Form::Turned(_) | Form::Quantised { .. } | Form::Recoded(_), Role::Matrix) => {
+            Ok(())
+        }
         _ => Err(ModelError::Type { path: path(), name: name(), got: stored.format() }),
     }
 }
@@ -260,7 +262,7 @@ fn keep_together(config: &mut Config, spec: &TensorSpec, cols: usize) {
     let group = match spec.cut {
         Cut::Cols(Span::Heads(_)) => &mut groups.o,
         Cut::Cols(Span::Ffn) => &mut groups.down,
-        Cut::Cols(Span::Experts) => &mut groups.experts,
+        Cut::Cols(Span::Experts(_)) => &mut groups.experts,
         Cut::Cols(Span::Shared) => &mut groups.shared,
         _ => return,
     };

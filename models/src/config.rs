@@ -134,7 +134,9 @@ impl Config {
             crate::tensors(self).iter().fold(0u64, |all, spec| all.saturating_add(count(&spec.shape)));
         let idle = self.experts.as_ref().map_or(0, |experts| {
             let layers = experts.layers.iter().filter(|sparse| **sparse).count() as u64;
-            let each = 3u64.saturating_mul((self.hidden * experts.width) as u64);
+            let biases = if experts.biases { 2 * experts.width + self.hidden } else { 0 };
+            let each =
+                3u64.saturating_mul((self.hidden * experts.width) as u64).saturating_add(biases as u64);
             let idle = (experts.routing.experts - experts.routing.top_k) as u64;
             layers.saturating_mul(each).saturating_mul(idle)
         });

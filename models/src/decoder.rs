@@ -40,6 +40,7 @@ pub(crate) enum AttentionWeights<B: Backend> {
         /// Rows q | k | v of this rank's heads.
         qkv: B::Weight,
         qk_norm: Option<(B::Weight, B::Weight)>,
+        sinks: Option<B::Weight>,
     },
     Latent {
         q: QueryWeights<B>,
@@ -69,6 +70,7 @@ pub(crate) enum FfnWeights<B: Backend> {
     },
     Experts {
         routing: Routing,
+        glu: Glu,
         router: B::Weight,
         choice_bias: Option<B::Weight>,
         /// Of every expert, rows gate | up of this rank's columns.
@@ -203,9 +205,9 @@ impl<B: Backend> Model<B> {
         let weights = &self.layers[layer];
         let x = step.norm(x, &weights.input_norm, self.config.norm_eps);
         let attended = match (&self.config.attention, &weights.attention) {
-            (Attention::Grouped(grouped), AttentionWeights::Grouped { qkv, qk_norm }) => {
+            (Attention::Grouped(grouped), AttentionWeights::Grouped { qkv, qk_norm, sinks }) => {
                 let qkv = step.linear(&x, qkv);
-                step.attend(layer, qkv, &self.grouped(grouped, layer, qk_norm.as_ref()))
+                step.attend(layer, qkv, &self.grouped(grouped, layer, qk_norm.as_ref(), sinks.as_ref()))
             }
             (
                 Attention::Latent(latent),
@@ -238,6 +240,7 @@ impl<B: Backend> Model<B> {
         grouped: &Grouped,
         layer: usize,
         norms: Option<&'m (B::Weight, B::Weight)>,
+        sinks: Option<&'m B::Weight>,
     ) -> Attend<'m, B> {
         let shard = &self.shard;
         let span = match grouped.qk_norm {
@@ -258,6 +261,7 @@ impl<B: Backend> Model<B> {
             rope: &self.rope,
             qk_norm: norms.map(|(q, k)| QkNorm { q, k, eps: self.config.norm_eps, span }),
             window: grouped.windows[layer],
+            sinks,
         }
     }
 
@@ -299,7 +303,7 @@ impl<B: Backend> Model<B> {
                 let gated = step.glu(gate_up, Glu::Silu);
                 self.row_parallel(step, &gated, down, down_bias.as_ref())
             }
-            FfnWeights::Experts { routing, router, choice_bias, gate_up, down, shared } => {
+            FfnWeights::Experts { routing, glu, router, choice_bias, gate_up, down, shared } => {
                 let moe = Moe {
                     router,
                     routing,
@@ -307,7 +311,7 @@ impl<B: Backend> Model<B> {
                     gate_up,
                     down,
                     shared: shared.as_ref().map(|(gate_up, down)| (gate_up, down)),
-                    glu: Glu::Silu,
+                    glu: *glu,
                 };
                 let partial = step.moe(&normed, &moe);
                 step.all_reduce(partial)

@@ -1,7 +1,7 @@
 //! Mixtures of experts in numbers: how many, how a token's are chosen, which layers have them, what their tensors are
 //! called.
 
-use backend::{Routing, Score};
+use backend::{Glu, Routing, Score};
 
 use crate::ModelError;
 use crate::config::at_most;
@@ -22,6 +22,10 @@ pub struct Experts {
     pub shared_width: usize,
     /// Whether a bias is added to the scores for the choice.
     pub choice_bias: bool,
+    /// Whether router, gate, up and down have biases.
+    pub biases: bool,
+    /// How gate and up become one.
+    pub glu: Glu,
     /// Per layer, whether it has experts.
     pub layers: Vec<bool>,
     /// Names of their tensors.
@@ -35,13 +39,15 @@ pub enum ExpertNames {
     Mlp,
     /// `block_sparse_moe.experts.0.w1`, `block_sparse_moe.e_score_correction_bias`.
     BlockSparse,
+    /// `mlp.experts.0.gate_up_proj`, whose rows are a gate's and an up's in turn, or the two apart; `mlp.router`.
+    Together,
 }
 
 impl ExpertNames {
     /// The part of a layer that holds router and experts.
     pub(crate) fn block(self) -> &'static str {
         match self {
-            ExpertNames::Mlp => "mlp",
+            ExpertNames::Mlp | ExpertNames::Together => "mlp",
             ExpertNames::BlockSparse => "block_sparse_moe",
         }
     }
@@ -49,15 +55,23 @@ impl ExpertNames {
     /// Gate, up and down projection of an expert.
     pub(crate) fn projections(self) -> [&'static str; 3] {
         match self {
-            ExpertNames::Mlp => ["gate_proj", "up_proj", "down_proj"],
+            ExpertNames::Mlp | ExpertNames::Together => ["gate_proj", "up_proj", "down_proj"],
             ExpertNames::BlockSparse => ["w1", "w3", "w2"],
+        }
+    }
+
+    /// The router, within the block.
+    pub(crate) fn router(self) -> &'static str {
+        match self {
+            ExpertNames::Mlp | ExpertNames::BlockSparse => "gate",
+            ExpertNames::Together => "router",
         }
     }
 
     /// The bias for the choice, within the block.
     pub(crate) fn choice_bias(self) -> &'static str {
         match self {
-            ExpertNames::Mlp => "gate.e_score_correction_bias",
+            ExpertNames::Mlp | ExpertNames::Together => "gate.e_score_correction_bias",
             ExpertNames::BlockSparse => "e_score_correction_bias",
         }
     }
@@ -102,6 +116,8 @@ impl Experts {
             width,
             shared_width: shared * width,
             choice_bias: true,
+            biases: false,
+            glu: Glu::Silu,
             layers: (0..layers).map(|layer| layer >= first && layer % every == 0).collect(),
             names: ExpertNames::Mlp,
         })

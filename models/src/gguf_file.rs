@@ -77,6 +77,10 @@ fn stored(tensor: &Tensor, expert: Option<usize>) -> Option<Stored> {
     match (expert, &tensor.shape[..]) {
         (None, _) => Some(stored),
         (Some(expert), [count, _, _]) if expert < *count => Some(stored.part(expert, *count)),
+        // Biases.
+        (Some(expert), [count, _]) if expert < *count && matches!(stored.form, Form::Plain(_)) => {
+            Some(stored.row(expert))
+        }
         (Some(_), _) => None,
     }
 }

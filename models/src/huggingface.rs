@@ -58,8 +58,7 @@ pub(crate) fn open(dir: &Path, config: &Config) -> Result<Weights, ModelError> {
         found = found.into_iter().filter_map(own).collect();
     }
     let paths: Vec<String> = files.iter().map(|file| file.data.path.clone()).collect();
-    let mut tensors =
-        Reader { paths: &paths, found: &found, quantisation: config.quantisation.as_ref(), front }.all()?;
+    let mut tensors = Reader::new(&paths, &found, config, front).all()?;
     let files: Vec<DataFile> = files.into_iter().map(|file| file.data).collect();
     if let Some(Quantisation::Gptq { reordered, .. }) = config.quantisation {
         for (name, stored) in &tensors {
@@ -84,9 +83,7 @@ pub fn weights(
     let entries = table(path, bytes, len)?;
     let found = entries.into_iter().map(|entry| (entry.name.clone(), (0, entry))).collect();
     let paths = [path.to_owned()];
-    let reader =
-        Reader { paths: &paths, found: &found, quantisation: config.quantisation.as_ref(), front: "" };
-    let tensors = reader.all()?.into_iter();
+    let tensors = Reader::new(&paths, &found, config, "").all()?.into_iter();
     Ok(tensors.map(|(name, stored)| (format!("{name}: {}", stored.format()), stored.len_bytes())).collect())
 }
 
@@ -100,9 +97,16 @@ struct Reader<'r> {
     quantisation: Option<&'r Quantisation>,
     /// What was cut off the names.
     front: &'static str,
+    /// Whether the experts' numbers have inputs as rows.
+    turned: bool,
 }
 
-impl Reader<'_> {
+impl<'r> Reader<'r> {
+    fn new(paths: &'r [String], found: &'r Found, config: &'r Config, front: &'static str) -> Self {
+        let turned = config.experts.as_ref().is_some_and(|experts| experts.names == ExpertNames::Together);
+        Reader { paths, found, quantisation: config.quantisation.as_ref(), front, turned }
+    }
+
     /// All tensors by their Hugging Face names.
     fn all(&self) -> Result<BTreeMap<String, Stored>, ModelError> {
         let mut tensors = BTreeMap::new();
@@ -135,12 +139,30 @@ impl Reader<'_> {
             let stored = kind.read(self.quantisation, place, entry, part).map_err(format)?;
             return Ok(Some((weight_of(base), stored)));
         }
+        if let Some(base) = name.strip_suffix("_blocks").filter(|_| entry.dtype == Dtype::U8) {
+            let stored = self.blocks(base, entry, place).map_err(format)?;
+            return Ok(Some((weight_of(base), stored)));
+        }
+        if let Some(base) = name.strip_suffix("_bias").filter(|base| base.contains(".experts.")) {
+            let form = plain(entry.dtype).map_or_else(|| Form::Foreign(entry.dtype.to_string()), Form::Plain);
+            return Ok(Some((format!("{base}.bias"), Stored { shape: entry.shape.clone(), place, form })));
+        }
+        if let (&[count, cols, rows], Some(dtype), true) = (&entry.shape[..], plain(entry.dtype), self.turned)
+            && name.split_once(".experts.").is_some_and(|(_, rest)| !rest.contains('.'))
+        {
+            let stored = Stored { shape: vec![count, rows, cols], place, form: Form::Turned(dtype) };
+            return Ok(Some((weight_of(name), stored)));
+        }
         let four = name.strip_suffix(".weight_packed").or(name.strip_suffix(".weight"));
         if let Some(base) = four.filter(|base| entry.dtype == Dtype::U8 && has(base, "weight_scale")) {
             let stored = self.fp4(base, entry, place).map_err(format)?;
             return Ok(Some((weight_of(base), stored)));
         }
         let part = |end: &str, of: &str| name.strip_suffix(end).is_some_and(|base| has(base, of));
+        if name.strip_suffix("_scales").is_some_and(|base| self.found.contains_key(&format!("{base}_blocks")))
+        {
+            return Ok(None);
+        }
         let mlx = part(".scales", "weight") || part(".biases", "scales");
         if mlx || part(".weight_scale_inv", "weight") || PARTS.iter().any(|(end, of)| part(end, of)) {
             return Ok(None);
@@ -167,6 +189,26 @@ impl Reader<'_> {
         }
         let form = plain(entry.dtype).map_or_else(|| Form::Foreign(entry.dtype.to_string()), Form::Plain);
         Ok(Some((name.into(), Stored { shape: entry.shape.clone(), place, form })))
+    }
+
+    /// A stack of matrices of MXFP4 as gpt-oss has them: 16 bytes of codes for each scale.
+    fn blocks(&self, base: &str, entry: &Entry, place: Place) -> Result<Stored, String> {
+        const GROUP: usize = 32;
+        let scales = self.found.get(&format!("{base}_scales"));
+        let Some((file, scales)) = scales.filter(|(_, scales)| scales.dtype == Dtype::U8) else {
+            return Err(format!("has no {base}_scales of bytes"));
+        };
+        let (&[count, rows, across, bytes], of_scales) = (&entry.shape[..], &scales.shape[..]) else {
+            return Err(format!("shape {:?} has no blocks", entry.shape));
+        };
+        if bytes * 2 != GROUP || of_scales != [count, rows, across] {
+            return Err(format!("{:?} with scales {of_scales:?} in groups of {GROUP}", entry.shape));
+        }
+        let stored = Place { file: *file, range: scales.range.clone() };
+        let scales = Scales { kind: ScaleKind::E8m0, rows: count * rows, cols: across, place: stored };
+        let format = Quant::Fp4 { group: GROUP };
+        let form = Form::Quantised { format, scales: Some(scales), biases: None };
+        Ok(Stored { shape: vec![count, rows, across * GROUP], place, form })
     }
 
     /// A matrix of FP4, two codes to a byte: ModelOpt's and compressed-tensors'.
@@ -340,6 +382,19 @@ fn weight_of(base: &str) -> String {
 
 /// Puts the tensor, or the matrices that it stacks, into `tensors` by their Hugging Face names.
 fn unstack(name: String, stored: Stored, tensors: &mut BTreeMap<String, Stored>) {
+    // Of all experts: `experts.up_proj.bias`, where one's is `experts.7.up_proj.bias`.
+    let of_all =
+        name.split_once(".experts.").filter(|(_, rest)| !rest.starts_with(|c: char| c.is_ascii_digit()));
+    if let (Some((block, rest)), &[count, cols]) = (of_all, &stored.shape[..])
+        && rest.ends_with(".bias")
+        && count * cols > 0
+        && matches!(stored.form, Form::Plain(_))
+    {
+        for expert in 0..count {
+            tensors.insert(format!("{block}.experts.{expert}.{rest}"), stored.row(expert));
+        }
+        return;
+    }
     let &[count, rows, cols] = &stored.shape[..] else {
         tensors.insert(name, stored);
         return;
@@ -350,6 +405,12 @@ fn unstack(name: String, stored: Stored, tensors: &mut BTreeMap<String, Stored>)
     }
     // One matrix under the other.
     let stacked = Stored { shape: vec![count * rows, cols], ..stored };
+    if let Some((block, rest)) = of_all {
+        for expert in 0..count {
+            tensors.insert(format!("{block}.experts.{expert}.{rest}"), stacked.part(expert, count));
+        }
+        return;
+    }
     let Some((block, rest)) = name.split_once(".switch_mlp.") else {
         tensors.insert(name, stacked);
         return;

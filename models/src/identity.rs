@@ -3,6 +3,7 @@
 
 use std::fmt::Write;
 
+use backend::Glu;
 use sha2::{Digest, Sha256};
 use vocab::{TokenizerJson, Vocab};
 
@@ -66,6 +67,9 @@ pub fn graph(config: &Config) -> String {
             for window in &g.windows {
                 let _ = write!(text, " {}", window.unwrap_or(0));
             }
+            if g.sinks {
+                text.push_str(" sinks");
+            }
         }
         Attention::Latent(l) => {
             let _ = write!(
@@ -100,6 +104,12 @@ pub fn graph(config: &Config) -> String {
         );
         for sparse in &e.layers {
             text.push_str(if *sparse { " e" } else { " d" });
+        }
+        if e.biases {
+            text.push_str(" biases");
+        }
+        if let Glu::Clamped { limit, slope } = e.glu {
+            let _ = write!(text, " clamped {limit:.4e} {slope:.4e}");
         }
     }
     hex(Sha256::digest(text))

@@ -9,7 +9,7 @@ use backend::{
 use crate::ahead::ahead;
 use crate::checkpoint::Checkpoint;
 use crate::decoder::{AttentionWeights, FfnWeights, Layer, QueryWeights};
-use crate::tensors::{EMBED, EMBED_Q, HEAD, KV_B, NORM, UNEMBED_OUT, in_layer};
+use crate::tensors::{EMBED, EMBED_Q, GATE_UP, HEAD, KV_B, NORM, SINKS, UNEMBED_OUT, in_layer};
 use crate::weights::Slice;
 use crate::{Attention, Experts, Latent, ModelError, Shard};
 
@@ -95,6 +95,10 @@ impl<'l, B: Backend> Loader<'l, B> {
                         )),
                         None => None,
                     },
+                    sinks: match grouped.sinks {
+                        true => Some(self.exact(&name(SINKS))?),
+                        false => None,
+                    },
                 },
                 Attention::Latent(latent) => self.latent(latent, &name)?,
             },
@@ -173,23 +177,25 @@ impl<'l, B: Backend> Loader<'l, B> {
         let (names, sum) = (experts.names, shard.experts_sum);
         let block = name(names.block());
         let [gate, up, down] = names.projections();
-        let router = self.linear(&[format!("{block}.gate.weight")], false, KSum::Ascending)?;
+        let router = format!("{block}.{}.weight", names.router());
+        let router = self.linear(&[router], experts.biases, KSum::Ascending)?;
         let choice_bias = match experts.choice_bias {
-            true => {
-                let bias = checkpoint.part(&format!("{block}.{}", names.choice_bias()), shard)?;
-                Some(self.load(&WeightSource::Exact(bias.numbers()))?)
-            }
+            true => Some(self.exact(&format!("{block}.{}", names.choice_bias()))?),
             false => None,
         };
-        let mut stack = |parts: &[&str], sum: KSum| {
-            let count = experts.routing.experts;
-            let stack = Stack { checkpoint, shard, block: &block, parts, count, sum, bytes: Cell::new(0) };
+        let mut stack = |parts: &[&str], sum: KSum, biases: bool| {
+            let (block, count, bytes) = (&block, experts.routing.experts, Cell::new(0));
+            let stack = Stack { checkpoint, shard, block, parts, count, sum, biases, bytes };
             let weight = self.backend.load(&WeightSource::Experts(&stack))?;
             self.loaded(stack.bytes.get());
             Ok::<_, ModelError>(weight)
         };
-        let gate_up = stack(&[gate, up], KSum::Ascending)?;
-        let down_stack = stack(&[down], sum)?;
+        let together = checkpoint.has(&format!("{block}.experts.0.{GATE_UP}.weight"));
+        let apart = [gate, up];
+        let gate_up = if together { &[GATE_UP][..] } else { &apart[..] };
+        let gate_up = stack(gate_up, KSum::Ascending, experts.biases)?;
+        // Added once, whoever multiplies.
+        let down_stack = stack(&[down], sum, experts.biases && shard.rank == 0)?;
         let shared = match experts.shared_width {
             0 => None,
             _ => {
@@ -200,8 +206,8 @@ impl<'l, B: Backend> Loader<'l, B> {
                 ))
             }
         };
-        let routing = experts.routing.clone();
-        Ok(FfnWeights::Experts { routing, router, choice_bias, gate_up, down: down_stack, shared })
+        let (routing, glu) = (experts.routing.clone(), experts.glu);
+        Ok(FfnWeights::Experts { routing, glu, router, choice_bias, gate_up, down: down_stack, shared })
     }
 
     /// This rank's part of several matrices stacked by rows, with their biases where `bias`.
@@ -217,6 +223,12 @@ impl<'l, B: Backend> Loader<'l, B> {
             sum,
         });
         self.load(&source)
+    }
+
+    /// Numbers that stay as exact as they are stored.
+    fn exact(&mut self, name: &str) -> Result<B::Weight, ModelError> {
+        let slice = self.checkpoint.part(name, self.shard)?;
+        self.load(&WeightSource::Exact(slice.numbers()))
     }
 
     fn norm(&mut self, name: &str) -> Result<B::Weight, ModelError> {
@@ -254,6 +266,8 @@ struct Stack<'l> {
     parts: &'l [&'l str],
     count: usize,
     sum: KSum,
+    /// Whether the matrices have biases.
+    biases: bool,
     /// Bytes that were read, the last time.
     bytes: Cell<u64>,
 }
@@ -266,19 +280,35 @@ impl ExpertSource for Stack<'_> {
     fn each(&self, take: &mut TakeExpert<'_>) -> Result<(), BackendError> {
         self.bytes.set(0);
         let (checkpoint, shard, block, parts) = (self.checkpoint, self.shard, self.block, self.parts);
+        let (together, with_biases) = (parts.contains(&GATE_UP), self.biases);
         let read = |expert: usize| {
-            let part =
-                |part: &&str| checkpoint.part(&format!("{block}.experts.{expert}.{part}.weight"), shard);
-            let slices: Result<Vec<Slice<'_>>, ModelError> = parts.iter().map(part).collect();
-            slices.map_err(|error| BackendError::Source(error.into()))
+            let all = |end: &str| -> Result<Vec<Slice<'_>>, ModelError> {
+                let part =
+                    |part: &&str| checkpoint.part(&format!("{block}.experts.{expert}.{part}.{end}"), shard);
+                parts.iter().map(part).collect()
+            };
+            let both = || -> Result<_, ModelError> {
+                let biases = with_biases.then(|| all("bias")).transpose()?;
+                Ok((all("weight")?, if together { biases.map(apart) } else { biases }))
+            };
+            both().map_err(|error| BackendError::Source(error.into()))
         };
-        ahead(self.count, read, |slices| {
-            let parts: Vec<_> = slices.iter().map(Slice::view).collect();
-            let bytes: u64 = parts.iter().map(MatrixView::len_bytes).sum();
-            self.bytes.set(self.bytes.get() + bytes);
-            take(&Linear { parts, bias: None, sum: self.sum })
+        ahead(self.count, read, |(slices, biases): (Vec<Slice<'_>>, Option<Vec<Slice<'_>>>)| {
+            let parts: Vec<MatrixView<'_>> = match together {
+                true => slices.iter().flat_map(|both| [both.rows_in_turn(0), both.rows_in_turn(1)]).collect(),
+                false => slices.iter().map(Slice::view).collect(),
+            };
+            let bias: Option<Vec<_>> = biases.as_ref().map(|all| all.iter().map(Slice::numbers).collect());
+            let linear = Linear { parts, bias, sum: self.sum };
+            self.bytes.set(self.bytes.get() + linear_bytes(&linear));
+            take(&linear)
         })
     }
+}
+
+/// Of each bias of gate and up together, whose numbers are theirs in turn, gate's and up's.
+fn apart(biases: Vec<Slice<'_>>) -> Vec<Slice<'_>> {
+    biases.into_iter().flat_map(|bias| [bias.in_turn(0), bias.in_turn(1)]).collect()
 }
 
 /// The matrices of this rank's heads, head after head: keys and values in turn, or keys and then values.
@@ -326,12 +356,8 @@ impl HeadMatrices<'_> {
 
 /// Bytes that were read for a weight.
 fn bytes_of(source: &WeightSource<'_>) -> u64 {
-    let linear = |linear: &Linear<'_>| {
-        let biases = linear.bias.iter().flatten().map(|bias| (bias.cols * bias.dtype.bytes()) as u64);
-        linear.parts.iter().map(|part| part.len_bytes()).chain(biases).sum::<u64>()
-    };
     match source {
-        WeightSource::Linear(one) => linear(one),
+        WeightSource::Linear(one) => linear_bytes(one),
         // Count their own.
         WeightSource::Experts(_) | WeightSource::Heads(_) => 0,
         WeightSource::Embedding(table) => table.len_bytes(),
@@ -339,6 +365,11 @@ fn bytes_of(source: &WeightSource<'_>) -> u64 {
             (view.rows * view.cols * view.dtype.bytes()) as u64
         }
     }
+}
+
+fn linear_bytes(linear: &Linear<'_>) -> u64 {
+    let biases = linear.bias.iter().flatten().map(|bias| (bias.cols * bias.dtype.bytes()) as u64);
+    linear.parts.iter().map(|part| part.len_bytes()).chain(biases).sum()
 }
 
 /// `x.weight` -> `x.bias`.

@@ -33,7 +33,7 @@ pub enum Quantisation {
         /// Columns that share a scale of FP4, where there is FP4.
         fp4: Vec<usize>,
     },
-    /// ModelOpt's FP4: columns that share a scale.
+    /// ModelOpt's FP4, and gpt-oss's: columns that share a scale.
     Fp4 {
         /// Columns.
         group: usize,
@@ -110,6 +110,10 @@ impl Quantisation {
             Some("compressed-tensors") => Quantisation::compressed_tensors(&mut general)?,
             Some("awq") => Quantisation::awq(&mut general)?,
             Some("gptq") => Quantisation::gptq(&mut general)?,
+            Some("mxfp4") => {
+                general.harmless(&["modules_to_not_convert"]);
+                Quantisation::Fp4 { group: 32 }
+            }
             None if general.has("group_size") => return Quantisation::mlx(general).map(Some),
             Some(other) => {
                 let reason = format!("{other:?} is not supported (known: {})", METHODS.join(", "));
@@ -283,7 +287,7 @@ impl Quantisation {
 }
 
 /// Values of `quant_method`.
-const METHODS: [&str; 5] = ["fp8", "modelopt", "compressed-tensors", "awq", "gptq"];
+const METHODS: [&str; 6] = ["fp8", "modelopt", "compressed-tensors", "awq", "gptq", "mxfp4"];
 
 /// Values of `format` in compressed-tensors; the tensors say which of them they have.
 const FORMATS: &[&str] = &[
@@ -505,7 +509,7 @@ mod tests {
         for (config, error) in [
             (
                 r#"{"quant_method": "bitsandbytes", "bits": 4}"#.into(),
-                "quant_method: \"bitsandbytes\" is not supported (known: fp8, modelopt, compressed-tensors, awq, gptq)",
+                "quant_method: \"bitsandbytes\" is not supported (known: fp8, modelopt, compressed-tensors, awq, gptq, mxfp4)",
             ),
             (
                 r#"{"quant_method": "fp8", "weight_block_size": [128]}"#.into(),

@@ -120,13 +120,14 @@ pub(crate) fn held(shard: &Shard, cut: Cut, (rows, cols): (usize, usize)) -> (Ra
             Span::Heads(unit) => times(&shard.heads, unit),
             Span::KvHeads(unit) => times(&shard.kv_heads, unit),
             Span::Ffn => shard.ffn.clone(),
-            Span::Experts => shard.experts.clone(),
+            Span::Experts(unit) => times(&shard.experts, unit),
             Span::Shared => shard.shared.clone(),
             Span::Vocab => shard.vocab.clone(),
         }
     };
     match cut {
         Cut::Whole => (0..rows, 0..cols),
+        Cut::First => (0..rows, if shard.rank == 0 { 0..cols } else { 0..0 }),
         Cut::Rows(span) if rows == 1 => (0..1, elements(span)),
         Cut::Rows(span) => (elements(span), 0..cols),
         Cut::Cols(span) => (0..rows, elements(span)),

@@ -2,7 +2,7 @@
 //! a checkpoint is checked against before anything is loaded, what a dummy one is made of, what a rank reads.
 
 use crate::attention::{Attention, Grouped, HeadNorm, Latent};
-use crate::{Config, Experts};
+use crate::{Config, ExpertNames, Experts};
 
 /// One tensor that the architecture has.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -37,6 +37,8 @@ pub enum Cut {
     Rows(Span),
     /// Columns.
     Cols(Span),
+    /// All of it, on the first rank alone.
+    First,
 }
 
 /// Along what a tensor is cut.
@@ -48,8 +50,8 @@ pub enum Span {
     KvHeads(usize),
     /// Columns of the MLP.
     Ffn,
-    /// Columns of every expert.
-    Experts,
+    /// Columns of every expert, each of so many rows.
+    Experts(usize),
     /// Columns of the shared expert.
     Shared,
     /// Entries of the vocabulary.
@@ -66,6 +68,12 @@ pub(crate) const HEAD: &str = "lm_head.weight";
 pub(crate) const KV_B: &str = "self_attn.kv_b_proj.weight";
 pub(crate) const EMBED_Q: &str = "self_attn.embed_q.weight";
 pub(crate) const UNEMBED_OUT: &str = "self_attn.unembed_out.weight";
+
+/// The scores of a layer's query heads that have no value.
+pub(crate) const SINKS: &str = "self_attn.sinks";
+
+/// An expert's gate and up in one matrix, whose rows are theirs in turn.
+pub(crate) const GATE_UP: &str = "gate_up_proj";
 
 /// Name of `part` (`self_attn.q_proj.weight`) in `layer`.
 pub(crate) fn in_layer(layer: usize, part: &str) -> String {
@@ -98,6 +106,15 @@ pub fn tensors(config: &Config) -> Vec<TensorSpec> {
 
 /// The tensors that a checkpoint may have in the place of `spec`, with the same meaning.
 pub(crate) fn instead(config: &Config, spec: &TensorSpec) -> Option<[TensorSpec; 2]> {
+    if let Some((front, end)) = spec.name.rsplit_once(GATE_UP) {
+        let one = |name: &str| {
+            let mut shape = spec.shape.clone();
+            shape[0] /= 2;
+            let (name, cut) = (format!("{front}{name}{end}"), Cut::Rows(Span::Experts(1)));
+            TensorSpec { name, shape, role: spec.role, cut }
+        };
+        return Some([one("gate_proj"), one("up_proj")]);
+    }
     let front = spec.name.strip_suffix(KV_B)?;
     let Attention::Latent(latent) = &config.attention else { return None };
     let one = |name: &str, out: usize, cols: usize| TensorSpec {
@@ -141,7 +158,12 @@ impl List {
     fn linear(&mut self, name: String, shape: [usize; 2], cut: Cut, bias: bool) {
         self.matrix(format!("{name}.weight"), shape, cut);
         if bias {
-            let cut = if matches!(cut, Cut::Cols(_)) { Cut::Whole } else { cut };
+            let cut = match cut {
+                // Added where the sums of experts are joined.
+                Cut::Cols(Span::Experts(_)) => Cut::First,
+                Cut::Cols(_) => Cut::Whole,
+                cut => cut,
+            };
             self.tensor(format!("{name}.bias"), vec![shape[0]], Role::Bias, cut);
         }
     }
@@ -160,6 +182,10 @@ impl List {
             Some(HeadNorm::Head) => Some([(dim, Cut::Whole); 2]),
             Some(HeadNorm::Projection) => Some([(q, Cut::Rows(heads)), (kv, Cut::Rows(kv_heads))]),
         };
+        if grouped.sinks {
+            let cut = Cut::Rows(Span::Heads(1));
+            self.tensor(name(SINKS), vec![config.heads], Role::Bias, cut);
+        }
         if let Some([(q, q_cut), (k, k_cut)]) = norms {
             self.norm(name("self_attn.q_norm"), q, q_cut);
             self.norm(name("self_attn.k_norm"), k, k_cut);
@@ -196,7 +222,8 @@ impl List {
     fn experts(&mut self, hidden: usize, experts: &Experts, name: &impl Fn(&str) -> String) {
         let (names, count) = (experts.names, experts.routing.experts);
         let block = names.block();
-        self.matrix(name(&format!("{block}.gate.weight")), [count, hidden], Cut::Whole);
+        let router = name(&format!("{block}.{}", names.router()));
+        self.linear(router, [count, hidden], Cut::Whole, experts.biases);
         if experts.choice_bias {
             let bias = name(&format!("{block}.{}", names.choice_bias()));
             self.tensor(bias, vec![count], Role::Bias, Cut::Whole);
@@ -206,8 +233,20 @@ impl List {
             self.gated(names, hidden, experts.shared_width, Span::Shared, false);
         }
         for expert in 0..count {
-            let names = names.projections().map(|part| name(&format!("{block}.experts.{expert}.{part}")));
-            self.gated(names, hidden, experts.width, Span::Experts, false);
+            let one = |part: &str| name(&format!("{block}.experts.{expert}.{part}"));
+            if names == ExpertNames::Together {
+                let (width, bias) = (experts.width, experts.biases);
+                self.linear(one(GATE_UP), [2 * width, hidden], Cut::Rows(Span::Experts(2)), bias);
+                self.linear(one("down_proj"), [hidden, width], Cut::Cols(Span::Experts(1)), bias);
+            } else {
+                self.gated(
+                    names.projections().map(one),
+                    hidden,
+                    experts.width,
+                    Span::Experts(1),
+                    experts.biases,
+                );
+            }
         }
     }
 

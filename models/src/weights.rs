@@ -54,6 +54,8 @@ pub(crate) struct Stored {
 #[derive(Clone, Debug)]
 pub(crate) enum Form {
     Plain(DType),
+    /// Numbers of a matrix whose rows in the file are its columns.
+    Turned(DType),
     Quantised {
         format: Quant,
         scales: Option<Scales>,
@@ -126,6 +128,12 @@ impl Stored {
         Stored { shape: vec![rows / count, cols], place: self.place.part(index, count), form }
     }
 
+    /// Row `index`, as a vector.
+    pub(crate) fn row(&self, index: usize) -> Stored {
+        let (rows, cols) = self.extent();
+        Stored { shape: vec![cols], place: self.place.part(index, rows), form: self.form.clone() }
+    }
+
     /// The bytes that make it, in order: numbers or codes, scales, biases.
     pub(crate) fn places(&self) -> impl Iterator<Item = &Place> {
         let (scales, biases, recoded) = match &self.form {
@@ -144,14 +152,14 @@ impl Stored {
                 let (rows, cols) = self.extent();
                 self.part_bytes(&(0..rows), &(0..cols))
             }
-            Form::Plain(_) | Form::Foreign(_) => self.places().map(Place::len).sum(),
+            Form::Plain(_) | Form::Turned(_) | Form::Foreign(_) => self.places().map(Place::len).sum(),
         }
     }
 
     /// Bytes that rows and columns of it take, scales included.
     pub(crate) fn part_bytes(&self, rows: &Range<usize>, cols: &Range<usize>) -> u64 {
         match &self.form {
-            Form::Plain(dtype) => (rows.len() * cols.len() * dtype.bytes()) as u64,
+            Form::Plain(dtype) | Form::Turned(dtype) => (rows.len() * cols.len() * dtype.bytes()) as u64,
             Form::Foreign(_) => 0,
             Form::Recoded(recoded) => recoded.part_bytes(rows, cols),
             Form::Quantised { format, scales, .. }
@@ -172,7 +180,7 @@ impl Stored {
     /// What it is in words.
     pub(crate) fn format(&self) -> String {
         match &self.form {
-            Form::Plain(dtype) => dtype.to_string(),
+            Form::Plain(dtype) | Form::Turned(dtype) => dtype.to_string(),
             Form::Quantised { format: Quant::Fp8 { rows: 1, cols }, .. } if *cols >= self.extent().1 => {
                 "fp8, a scale per output".into()
             }
@@ -193,7 +201,7 @@ impl Stored {
         rows: Range<usize>,
         cols: Range<usize>,
     ) -> Result<Slice<'n>, ModelError> {
-        let (_, width) = self.extent();
+        let (height, width) = self.extent();
         if let Form::Quantised { format, .. } = self.form
             && let Some(smaller) = regroup::form(format, &cols)
         {
@@ -209,6 +217,12 @@ impl Stored {
         };
         let form = match &self.form {
             Form::Plain(dtype) => Held::Plain(*dtype),
+            Form::Turned(dtype) => {
+                let item = dtype.bytes();
+                let stored = fetch(&self.place, height * item, &cols, rows.start * item..rows.end * item)?;
+                let bytes = turned(&stored, rows.len() * item, item);
+                return Ok(Slice::made(name, *dtype, rows.len(), cols.len(), bytes));
+            }
             Form::Recoded(recoded) => {
                 let (count, width) = (rows.len(), cols.len());
                 let made = recoded.read(files, name, rows, cols)?;
@@ -239,6 +253,15 @@ impl Stored {
         let bytes = fetch(&self.place, bytes_of(width), &rows, part)?;
         Ok(Slice { name, rows: rows.len(), cols: cols.len(), bytes, form })
     }
+}
+
+/// Elements of `item` bytes whose rows of `row` bytes become columns.
+fn turned(bytes: &[u8], row: usize, item: usize) -> Vec<u8> {
+    let mut out = Vec::with_capacity(bytes.len());
+    for at in (0..row).step_by(item) {
+        bytes.chunks_exact(row).for_each(|row| out.extend_from_slice(&row[at..at + item]));
+    }
+    out
 }
 
 /// Rows and columns of the scales of a part, and where the part begins within its first block.
@@ -332,6 +355,37 @@ impl<'n> Slice<'n> {
             }
             .into(),
         }
+    }
+
+    /// Rows `first`, `first + 2` and so on, where no two rows share a scale.
+    pub(crate) fn rows_in_turn(&self, first: usize) -> MatrixView<'_> {
+        fn cut(view: TensorView<'_>, first: usize) -> TensorView<'_> {
+            let stride = view.row_stride_bytes;
+            let bytes = view.bytes.get(first * stride..).unwrap_or_default();
+            TensorView { rows: view.rows / 2, row_stride_bytes: 2 * stride, bytes, ..view }
+        }
+        match self.view() {
+            MatrixView::Plain(view) => cut(view, first).into(),
+            MatrixView::Quantised(view) => {
+                let stride = view.row_stride_bytes;
+                QuantView {
+                    rows: view.rows / 2,
+                    row_stride_bytes: 2 * stride,
+                    bytes: view.bytes.get(first * stride..).unwrap_or_default(),
+                    scales: view.scales.map(|scales| cut(scales, first)),
+                    biases: view.biases.map(|biases| cut(biases, first)),
+                    ..view
+                }
+                .into()
+            }
+        }
+    }
+
+    /// Numbers `first`, `first + 2` and so on of a vector.
+    pub(crate) fn in_turn(&self, first: usize) -> Slice<'n> {
+        let Held::Plain(dtype) = self.form else { panic!("{} is quantised", self.name) };
+        let items = self.bytes.chunks_exact(dtype.bytes()).skip(first).step_by(2);
+        Slice::made(self.name, dtype, 1, self.cols / 2, items.flatten().copied().collect())
     }
 
     /// As the seam takes numbers that are not multiplied. Panics on codes: the checkpoint has refused those.

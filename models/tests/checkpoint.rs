@@ -478,6 +478,71 @@ fn codes() -> Vec<(&'static str, &'static str, u64, Vec<Part<'static>>)> {
     ]
 }
 
+/// The experts of gpt-oss, 2 of 32 x 32, in MXFP4 and as numbers, whose rows are inputs.
+#[test]
+fn experts_of_gpt_oss_are_found_in_one_tensor() {
+    const OSS: &str = r#"{"model_type": "gpt_oss", "vocab_size": 32, "hidden_size": 32, "intermediate_size": 32,
+        "num_local_experts": 2, "num_experts_per_tok": 1, "num_hidden_layers": 1, "num_attention_heads": 2,
+        "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 64, "torch_dtype": "float32",
+        "quantization_config": {"quant_method": "mxfp4"}}"#;
+    const EXPERTS: &str = "model.layers.0.mlp.experts";
+    let tensor = |dtype, shape: &[usize], bytes: usize| {
+        (dtype, shape.to_vec(), vec![0; shape.iter().product::<usize>() * bytes])
+    };
+    let specs = tensors(&Config::parse("c", OSS.as_bytes()).unwrap());
+    let plain = specs.into_iter().filter(|spec| !spec.name.contains(".experts."));
+    let plain = plain.map(|spec| (spec.name, tensor(Dtype::F32, &spec.shape, 4)));
+    let mut numbers: Tensors = plain.collect();
+    for (name, shape) in [("gate_up_proj_bias", [2, 64]), ("down_proj_bias", [2, 32])] {
+        numbers.insert(format!("{EXPERTS}.{name}"), tensor(Dtype::F32, &shape, 4));
+    }
+    let mut codes = numbers.clone();
+    for (name, rows) in [("gate_up_proj", 64), ("down_proj", 32)] {
+        numbers.insert(format!("{EXPERTS}.{name}"), tensor(Dtype::BF16, &[2, 32, rows], 2));
+        codes.insert(format!("{EXPERTS}.{name}_blocks"), tensor(Dtype::U8, &[2, rows, 1, 16], 1));
+        codes.insert(format!("{EXPERTS}.{name}_scales"), tensor(Dtype::U8, &[2, rows, 1], 1));
+    }
+    for (all, format, bytes) in
+        [(&codes, "fp4, groups of 32", 2 * 96 * (16 + 2)), (&numbers, "bf16", 2 * 96 * 64)]
+    {
+        let checkpoint = Checkpoint::open(directory(OSS, all).path()).unwrap();
+        let found = checkpoint.formats().into_iter().find(|(name, _)| name != "f32").unwrap();
+        assert_eq!(found, (format.into(), bytes));
+        // The first of two ranks has the biases of down.
+        let ranks = checkpoint.rank_bytes(2).unwrap();
+        assert_eq!(ranks[0], ranks[1] + 2 * 32 * 4, "{format}");
+        Identity::read(&checkpoint).unwrap();
+    }
+    let wrong = |all: &Tensors, end: &str, shape: &[usize], kept: &str| {
+        let mut all = all.clone();
+        let dtype = all[&format!("{EXPERTS}.{end}")].0;
+        let bytes = if dtype == Dtype::U8 { 1 } else { 4 };
+        all.insert(format!("{EXPERTS}.{end}"), tensor(dtype, shape, bytes));
+        if shape.is_empty() {
+            all.remove(&format!("{EXPERTS}.{end}"));
+        }
+        let error = error(&directory(OSS, &all));
+        assert!(error.contains(kept), "{end} {shape:?}: {error}");
+    };
+    wrong(
+        &codes,
+        "down_proj_blocks",
+        &[2, 32, 1, 8],
+        "down_proj_blocks: [2, 32, 1, 8] with scales [2, 32, 1]",
+    );
+    wrong(&codes, "down_proj_blocks", &[2, 32, 16], "down_proj_blocks: shape [2, 32, 16] has no blocks");
+    wrong(
+        &codes,
+        "down_proj_blocks",
+        &[1, 32, 1, 16],
+        "down_proj_blocks: [1, 32, 1, 16] with scales [2, 32, 1]",
+    );
+    wrong(&codes, "down_proj_scales", &[], "down_proj_blocks: has no ");
+    wrong(&codes, "down_proj_bias", &[3, 32], "model.layers.0.mlp.experts.2.down_proj.bias");
+    wrong(&codes, "down_proj_bias", &[2, 31], "experts.0.down_proj.bias");
+    wrong(&codes, "gate_up_proj_bias", &[2, 32], "experts.0.gate_up_proj.bias");
+}
+
 fn quantised(method: &str) -> String {
     with_field(&format!(r#""quantization_config": {{{method}}}"#))
 }

@@ -282,6 +282,35 @@ fn minimax_and_glm() {
     holds("GLM 4.5 Air", &air, 106_852_251_264, 13_424_129_664, 188_416);
 }
 
+/// As its makers publish it: of 36 layers, or 24.
+fn gpt_oss(layers: usize, experts: usize) -> Value {
+    let types: Vec<&str> =
+        (0..layers).map(|at| if at % 2 == 0 { "sliding_attention" } else { "full_attention" }).collect();
+    with_rest(json!({
+        "architectures": ["GptOssForCausalLM"], "attention_bias": true, "eos_token_id": 200002,
+        "experts_per_token": 4, "head_dim": 64, "hidden_size": 2880, "initial_context_length": 4096,
+        "intermediate_size": 2880, "layer_types": types, "max_position_embeddings": 131072,
+        "model_type": "gpt_oss", "num_attention_heads": 64, "num_experts_per_tok": 4,
+        "num_hidden_layers": layers, "num_key_value_heads": 8, "num_local_experts": experts,
+        "output_router_logits": false, "pad_token_id": 199999, "rms_norm_eps": 1e-5,
+        "quantization_config": {"quant_method": "mxfp4", "modules_to_not_convert":
+            ["model.layers.*.self_attn", "model.layers.*.mlp.router", "model.embed_tokens", "lm_head"]},
+        "rope_scaling": {"beta_fast": 32.0, "beta_slow": 1.0, "factor": 32.0, "rope_type": "yarn",
+            "original_max_position_embeddings": 4096, "truncate": false},
+        "rope_theta": 150000, "router_aux_loss_coef": 0.9, "sliding_window": 128, "swiglu_limit": 7.0,
+        "tie_word_embeddings": false, "vocab_size": 201088
+    }))
+}
+
+/// The card says 116.83 and 5.13, 20.91 and 3.61 thousand million; the active ones without one table of ids, 0.58.
+#[test]
+fn gpt_oss_large_and_small() {
+    let large = holds("gpt-oss 120b", &gpt_oss(36, 128), 116_829_156_672, 5_711_982_912, 73_728);
+    assert_eq!(large.quantisation, Some(Quantisation::Fp4 { group: 32 }));
+    assert_eq!(large.context, 131_072);
+    holds("gpt-oss 20b", &gpt_oss(24, 32), 20_914_757_184, 4_187_440_704, 49_152);
+}
+
 #[test]
 fn what_would_change_the_computation_is_named() {
     let llama = llama([4096, 14336, 32, 32, 8], false, 8.0);
@@ -297,6 +326,8 @@ fn what_would_change_the_computation_is_named() {
         (deepseek(json!({"topk_method": "greedy"})), "topk_method"),
         (deepseek(json!({"index_topk": 2048})), "index_topk"),
         (minimax(json!({"attn_type_list": [0, 1]})), "attn_type_list"),
+        (changed(&gpt_oss(24, 32), json!({"experts_per_token": 2})), "experts_per_token"),
+        (changed(&gpt_oss(2, 32), json!({"layer_types": vec!["chunked_attention"; 2]})), "layer_types"),
         (minimax(json!({"shared_intermediate_size": 1536})), "shared_intermediate_size"),
         (changed(&llama, json!({"quantization_config": {"quant_method": "hqq", "bits": 4}})), "quant_method"),
         (changed(&llama, json!({"quantization_config": changed(&fp8(), json!({"fmt": "e5m2"}))})), "fmt"),

@@ -12,8 +12,14 @@ const VOCAB: u32 = 160;
 const DENSE: &[&str] =
     &["llama-base-s1", "llama-gqa_tied-s1", "llama-mqa_bias-s1", "mistral-swa-s1", "qwen2-yarn-s1"];
 const NORMED: &[&str] = &["qwen3-base-s1", "qwen3-tied_sharded-s1", "llama-mlx_widths", "qwen3-gguf-q5_k_m"];
-const EXPERTS: &[&str] =
-    &["qwen3_moe-mixed", "qwen3_moe-unnormed", "minimax_m2-base", "glm4_moe-base", "glm4_moe-plain"];
+const EXPERTS: &[&str] = &[
+    "qwen3_moe-mixed",
+    "qwen3_moe-unnormed",
+    "minimax_m2-base",
+    "glm4_moe-base",
+    "glm4_moe-plain",
+    "gpt_oss-base",
+];
 const LATENTS: &[&str] = &["deepseek_v3-mscale", "deepseek_v3-no_q_lora", "kimi_k2-base"];
 const QUANTISED: &[&str] =
     &["llama-nvfp4", "llama-fp8_channel", "llama-w8a8", "llama-gptq", "qwen2-awq", "qwen2-int_mixed"];
@@ -24,6 +30,8 @@ const QUANTISED_EXPERTS: &[&str] = &[
     "qwen3_moe-gptq_8",
     "minimax_m2-fp8",
     "minimax_m2-mlx",
+    "gpt_oss-mxfp4",
+    "gpt_oss-mlx",
 ];
 const QUANTISED_LATENTS: &[&str] =
     &["deepseek_v3-fp8", "deepseek_v3-nvfp4", "deepseek_v3-mlx", "deepseek_v3-awq", "kimi_k2-int4"];
@@ -34,6 +42,7 @@ const GGUF: &[&str] = &[
     "qwen2-gguf-mixed/model-mixed-00001-of-00002.gguf",
     "qwen3_moe-gguf-q4_0/model-q4_0.gguf",
     "deepseek_v3-gguf-q8_0",
+    "gpt_oss-gguf-mxfp4",
 ];
 
 /// Its 5 blocks of 32 columns make 3 and 2 on two ranks: other sums, which round otherwise. In f32 the tokens are the same.

@@ -53,6 +53,10 @@ GLM = dict(COMMON, model_type="glm4_moe", head_dim=16, partial_rotary_factor=0.5
            moe_intermediate_size=16, num_attention_heads=4, num_key_value_heads=2, n_routed_experts=8,
            num_experts_per_tok=3, n_group=1, topk_group=1, n_shared_experts=1, norm_topk_prob=True,
            routed_scaling_factor=1.5, first_k_dense_replace=1, attention_bias=True, use_qk_norm=True, rope_theta=1e6)
+GPT_OSS = dict(COMMON, model_type="gpt_oss", head_dim=16, intermediate_size=64, num_attention_heads=4,
+               num_key_value_heads=2, num_local_experts=8, num_experts_per_tok=3, experts_per_token=3, rope_theta=150000.0,
+               attention_bias=True, sliding_window=16, layer_types=["sliding_attention", "full_attention"],
+               swiglu_limit=1.5, initial_context_length=16, rope_scaling=dict(YARN, truncate=False))
 MLX_WIDE = dict(LLAMA, hidden_size=64, intermediate_size=128, num_attention_heads=4, head_dim=32)
 FP8 = dict(quant_method="fp8", fmt="e4m3", activation_scheme="dynamic", weight_block_size=[32, 32])
 INT4 = dict(quant_method="compressed-tensors", format="pack-quantized", quantization_status="compressed",
@@ -65,6 +69,10 @@ GPTQ = dict(quant_method="gptq", bits=4, damp_percent=0.01, desc_act=False, stat
             true_sequential=True, checkpoint_format="gptq", model_name_or_path=None)
 COMPRESSED = dict(quant_method="compressed-tensors", quantization_status="compressed", ignore=["lm_head"],
                   kv_cache_scheme=None, sparsity_config={}, transform_config={}, version="0.12.2")
+
+
+MXFP4 = dict(quant_method="mxfp4", modules_to_not_convert=["model.layers.*.self_attn", "model.layers.*.mlp.router",
+                                                           "model.embed_tokens", "lm_head"])
 
 
 def compressed(format, **weights):
@@ -136,6 +144,10 @@ CASES = {
     "glm4_moe-base": GLM,
     "glm4_moe-plain": dict(GLM, attention_bias=False, use_qk_norm=False, first_k_dense_replace=0, n_shared_experts=2),
     "qwen3_moe-mlx_micro": dict(QWEN3_MOE, hidden_size=64, num_experts=6, quantization=mlx(4, 32, "mxfp4", **MICRO)),
+    "gpt_oss-base": GPT_OSS,
+    "gpt_oss-mxfp4": dict(GPT_OSS, quantization_config=MXFP4),
+    "gpt_oss-mlx": dict(GPT_OSS, quantization=mlx(4, 32, "mxfp4", **{
+        f"model.layers.{i}.{part}": mlx(8, 64) for i in (0, 1) for part in ("self_attn.q_proj", "self_attn.o_proj", "mlp.router")})),
     "llama-nvfp4": dict(LLAMA, intermediate_size=128, _code=lambda w, _: nvfp4(w, False), quantization_config=dict(
         quant_method="modelopt", quant_algo="NVFP4", ignore=["lm_head"], producer=dict(name="modelopt"))),
     "deepseek_v3-nvfp4": dict(DEEPSEEK, hidden_size=64, q_lora_rank=64, v_head_dim=16, moe_intermediate_size=64,
@@ -147,6 +159,7 @@ CASES = {
     "llama-gguf-q4_k_m": dict(LLAMA, **WIDE, _gguf=Q4_K_M),
     "qwen2-gguf-mixed": dict(QWEN2, intermediate_size=128, _gguf=OLDER, _parts=2),
     "qwen3-gguf-q5_k_m": dict(QWEN3, **WIDE, _gguf=Q5_K_M),
+    "gpt_oss-gguf-mxfp4": dict(GPT_OSS, swiglu_limit=7.0, _gguf={"_exps": "MXFP4", "": "Q8_0"}),
     "llama-gguf-q2_k": dict(LLAMA, **WIDE, _gguf=FEWER),
     "deepseek_v3-gguf-q8_0": dict(DEEPSEEK, hidden_size=64, q_lora_rank=64, qk_nope_head_dim=32, v_head_dim=32,
                                   moe_intermediate_size=64, n_shared_experts=1, _gguf={"": "Q8_0"}),
@@ -184,7 +197,9 @@ def varied(c, seed):
              tie_word_embeddings=pick(True, False) if "kv_lora_rank" not in c else False)
     if "kv_lora_rank" not in c:
         c["num_key_value_heads"] = pick(*(n for n in (1, 2, 4) if c["num_attention_heads"] % n == 0))
+    c.pop("layer_types", None)
     if "num_experts_per_tok" in c:
+        c.pop("experts_per_token", None)
         c["num_experts_per_tok"] = int(r.integers(1, 4))
     if "routed_scaling_factor" in c:
         c["routed_scaling_factor"] = pick(1.0, 1.5, 2.5)
@@ -229,6 +244,8 @@ def shapes(c):
         for part, n, gain in (("q", heads, 1.4), ("k", kv, 1.4), ("v", kv, 1.0)):
             linear(f"{p}.{part}_proj", n * dim, hidden, gain, bias)
         linear(f"{p}.o_proj", hidden, heads * dim, 1.2, bias and mt not in ("glm4_moe", "qwen2"))
+        if mt == "gpt_oss":
+            out[f"{p}.sinks"] = ((heads,), "sink")
         if mt in ("qwen3", "qwen3_moe", "minimax_m2") or c.get("use_qk_norm"):
             whole = mt == "minimax_m2"
             out[f"{p}.q_norm.weight"] = ((heads * dim if whole else dim,), "norm")
@@ -241,6 +258,12 @@ def shapes(c):
         if mt == "minimax_m2":
             block, parts = f"{layer}.block_sparse_moe", ("w1", "w3", "w2")
             choice = f"{block}.e_score_correction_bias"
+        if mt == "gpt_oss":
+            linear(f"{block}.router", count, hidden, 2.0, True)
+            for e in range(count):
+                for part, rows, cols, gain in (("gate", width, hidden, 1.5), ("up", width, hidden, 1.5), ("down", hidden, width, 1.3)):
+                    linear(f"{block}.experts.{e}.{part}_proj", rows, cols, gain, True)
+            return
         linear(f"{block}.gate", count, hidden, 2.0)
         if mt != "qwen3_moe":
             out[choice] = ((count,), "choice")
@@ -252,7 +275,7 @@ def shapes(c):
     out["model.embed_tokens.weight"] = ((c["vocab_size"], hidden), 2.5)
     for i in range(c["num_hidden_layers"] + c.get("num_nextn_predict_layers", 0)):
         layer = f"model.layers.{i}"
-        sparse = {"llama": False, "qwen2": False, "qwen3": False, "minimax_m2": True, "qwen3_moe": i not in c.get("mlp_only_layers", [])}
+        sparse = {"llama": False, "qwen2": False, "qwen3": False, "minimax_m2": True, "gpt_oss": True, "qwen3_moe": i not in c.get("mlp_only_layers", [])}
         attention(f"{layer}.self_attn")
         if sparse.get(mt, i >= c.get("first_k_dense_replace", 0)):
             experts(layer)
@@ -281,6 +304,11 @@ def tensors(c, seed):
             x = rng(seed, name).uniform(*c.get("_choice", (-0.15, 0.25)), shape)
         elif gain == "bias":
             x = 0.5 * draw(name)
+            if ".experts." in name:
+                block, part = name.split(".experts.")
+                x = 0.9 * 0.5 * draw(block + part.split(".", 1)[1]) + 0.1 * x
+        elif gain == "sink":
+            x = 1.5 * draw(name)
         else:
             x = draw(name)
             if ".experts." in name:
@@ -432,6 +460,8 @@ def stored(c, plain):
         return stored_mlx(c, plain)
     if "_gguf" in c:
         return gguf_file.stored(c, plain, lambda name: next(k for part, k in c["_gguf"].items() if part in name))
+    if c["model_type"] == "gpt_oss":
+        return stored_gpt_oss(c, plain)
     kind = c.get("quantization_config", {}).get("quant_method")
     files, means = dict(plain), {name: w.float() for name, w in plain.items()}
     for name, w in plain.items():
@@ -453,6 +483,35 @@ def stored(c, plain):
     return files, means
 
 
+def together(c, tensors):
+    """gpt-oss's names in transformers: all experts of a layer in one tensor, gate and up in turn, inputs first."""
+    out = {name: w for name, w in tensors.items() if ".experts." not in name}
+    for layer in range(c["num_hidden_layers"]):
+        front = f"model.layers.{layer}.mlp.experts"
+        stack = lambda part: torch.stack([tensors[f"{front}.{e}.{part}"] for e in range(c["num_local_experts"])])
+        both = lambda end: torch.stack([stack(f"gate_proj.{end}"), stack(f"up_proj.{end}")], 2).flatten(1, 2)
+        out.update({f"{front}.gate_up_proj": both("weight").transpose(1, 2), f"{front}.gate_up_proj_bias": both("bias"),
+                    f"{front}.down_proj": stack("down_proj.weight").transpose(1, 2),
+                    f"{front}.down_proj_bias": stack("down_proj.bias")})
+    return out
+
+
+def stored_gpt_oss(c, plain):
+    """As transformers saves it; or experts in MXFP4, outputs first, 16 bytes of codes for each scale."""
+    files, means = together(c, plain), {name: w.float() for name, w in plain.items()}
+    if "quantization_config" not in c:
+        return files, means
+    for name in [name for name in files if name.endswith(("gate_up_proj", "down_proj"))]:
+        words, scales, dense = micro(files.pop(name).transpose(1, 2), "mxfp4")
+        files[f"{name}_blocks"] = words.view(torch.uint8).reshape(*scales.shape, 16)
+        files[f"{name}_scales"] = scales
+        front, part = name.rsplit(".", 1)
+        for e, w in enumerate(dense):
+            parts = {"gate_proj": w[::2], "up_proj": w[1::2]} if part == "gate_up_proj" else {"down_proj": w}
+            means.update({f"{front}.{e}.{own}.weight": w for own, w in parts.items()})
+    return files, means
+
+
 def stored_mlx(c, plain):
     """MLX's names: experts stacked, latent attention's kv_b_proj as two stacks of heads."""
     quantization, means = c["quantization"], {name: w.float() for name, w in plain.items()}
@@ -461,6 +520,10 @@ def stored_mlx(c, plain):
     for name, w in plain.items():
         if ".experts." in name:
             block, rest = name.split(".experts.")
+            if c["model_type"] == "gpt_oss":
+                part, end = rest.split(".", 1)[1].rsplit(".", 1)
+                stacks.setdefault(f"{block}.experts.{part}" + (".bias" if end == "bias" else ""), []).append((name, w))
+                continue
             part = {"w1": "gate_proj", "w3": "up_proj", "w2": "down_proj"}.get(rest.split(".")[1], rest.split(".")[1])
             stacks.setdefault(f"{block}.switch_mlp.{part}", []).append((name, w))
         elif name.endswith("kv_b_proj.weight"):
@@ -475,9 +538,9 @@ def stored_mlx(c, plain):
         stack = torch.stack([w for _, w in members]) if len(members) > 1 else members[0][1]
         own = quantization.get(base, True)
         numbers = own if isinstance(own, dict) else quantization
-        file = members[0][0] if len(members) == 1 else f"{base}.weight"
+        file = members[0][0] if len(members) == 1 else base if base.endswith(".bias") else f"{base}.weight"
         numbers = dict(dict(mode="affine"), **numbers)
-        if stack.ndim < 2 or not own or stack.shape[-1] % numbers["group_size"] or base.endswith("norm"):
+        if stack.ndim < 2 or base.endswith(".bias") or not own or stack.shape[-1] % numbers["group_size"] or base.endswith("norm"):
             files[file], dense = stack.contiguous(), stack.float()
         else:
             if numbers["mode"] == "affine":
@@ -501,7 +564,7 @@ def load(c, means, dtype):
     config = {k: v for k, v in c.items() if not k.startswith("_") and not k.startswith("quantization")}
     if "kv_lora_rank" in c:
         config.update(model_type="deepseek_v3", num_nextn_predict_layers=0)
-    layers = c["num_hidden_layers"]
+    layers, means = c["num_hidden_layers"], together(c, means) if c["model_type"] == "gpt_oss" else means
     extra = lambda name: name.startswith("model.layers.") and int(name.split(".")[2]) >= layers
     with tempfile.TemporaryDirectory() as d:
         Path(d, "config.json").write_text(json.dumps(config))

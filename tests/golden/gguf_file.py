@@ -189,12 +189,12 @@ PARTS = {"input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm",
          "self_attn.q_norm": "attn_q_norm", "self_attn.k_norm": "attn_k_norm", "self_attn.q_a_proj": "attn_q_a",
          "self_attn.q_a_layernorm": "attn_q_a_norm", "self_attn.q_b_proj": "attn_q_b",
          "self_attn.kv_a_proj_with_mqa": "attn_kv_a_mqa", "self_attn.kv_a_layernorm": "attn_kv_a_norm",
-         "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up", "mlp.down_proj": "ffn_down", "mlp.gate": "ffn_gate_inp",
+         "mlp.router": "ffn_gate_inp", "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up", "mlp.down_proj": "ffn_down", "mlp.gate": "ffn_gate_inp",
          "mlp.shared_experts.gate_proj": "ffn_gate_shexp", "mlp.shared_experts.up_proj": "ffn_up_shexp",
          "mlp.shared_experts.down_proj": "ffn_down_shexp"}
 ENDS = {"model.embed_tokens.weight": "token_embd.weight", "model.norm.weight": "output_norm.weight",
         "lm_head.weight": "output.weight"}
-ARCHITECTURES = dict(llama="llama", qwen2="qwen2", qwen3="qwen3", qwen3_moe="qwen3moe", deepseek_v3="deepseek2")
+ARCHITECTURES = dict(llama="llama", qwen2="qwen2", qwen3="qwen3", qwen3_moe="qwen3moe", deepseek_v3="deepseek2", gpt_oss="gpt-oss")
 
 
 def stored(c, plain, kind_of):
@@ -203,7 +203,7 @@ def stored(c, plain, kind_of):
     heads, files, means, stacks = c["num_attention_heads"], {}, {}, {}
 
     def put(name, w):
-        kind = "F32" if w.ndim == 1 or "ffn_gate_inp" in name else kind_of(name)
+        kind = "F32" if w.ndim == 1 or "ffn_gate_inp" in name or name.endswith(".bias") else kind_of(name)
         if w.shape[-1] % TYPES[kind][1]:
             kind = "F16"
         data, meaning = encode(np.ascontiguousarray(w, np.float32), kind)
@@ -218,7 +218,7 @@ def stored(c, plain, kind_of):
             means[name] = put(ENDS[name], w)
         elif ".experts." in part:
             projection = part.rsplit(".", 1)[1].removesuffix("_proj")
-            stacks.setdefault(f"blk.{layer}.ffn_{projection}_exps.weight", []).append((name, w))
+            stacks.setdefault(f"blk.{layer}.ffn_{projection}_exps.{end}", []).append((name, w))
         elif part.endswith("e_score_correction_bias") or rest.endswith("e_score_correction_bias"):
             means[name] = put(f"blk.{layer}.exp_probs_b.bias", w)
         elif part == "self_attn.kv_b_proj":
@@ -233,8 +233,11 @@ def stored(c, plain, kind_of):
             shape = (count, 2, len(w) // count // 2, *w.shape[1:])
             turned = put(f"blk.{layer}.{PARTS[part]}.{end}", w.reshape(shape).swapaxes(1, 2).reshape(w.shape))
             means[name] = turned.reshape(shape[0], shape[2], 2, *w.shape[1:]).swapaxes(1, 2).reshape(w.shape)
+        elif rest == "self_attn.sinks":
+            means[name] = put(f"blk.{layer}.attn_sinks.weight", w)
         else:
-            means[name] = put(f"blk.{layer}.{PARTS[part]}.{end}", w)
+            own = "post_attention_norm" if part.startswith("post") and c["model_type"] == "gpt_oss" else PARTS[part]
+            means[name] = put(f"blk.{layer}.{own}.{end}", w)
     for name, members in stacks.items():
         for (own, _), meaning in zip(members, put(name, np.stack([w for _, w in members]))):
             means[own] = meaning
@@ -251,9 +254,15 @@ def numbers(c):
            "attention.key_length": dim, "attention.value_length": dim, "rope.dimension_count": dim,
            "rope.dimension_sections": [dim // 2, 0, 0, 0]}
     if "num_experts_per_tok" in c:
-        own.update({"expert_count": c.get("num_experts") or c["n_routed_experts"],
-                    "expert_used_count": c["num_experts_per_tok"],
-                    "expert_feed_forward_length": c["moe_intermediate_size"]})
+        count = c.get("num_experts") or c.get("n_routed_experts") or c["num_local_experts"]
+        own.update({"expert_count": count, "expert_used_count": c["num_experts_per_tok"],
+                    "expert_feed_forward_length": c.get("moe_intermediate_size", c["intermediate_size"])})
+    if c["model_type"] == "gpt_oss":
+        scaling = c["rope_scaling"]
+        own.pop("rope.dimension_sections")
+        own.update({"attention.sliding_window": c["sliding_window"], "rope.scaling.type": "yarn",
+                    "rope.scaling.factor": float(scaling["factor"]),
+                    "rope.scaling.original_context_length": scaling["original_max_position_embeddings"]})
     if not c.get("norm_topk_prob", True):
         own["expert_weights_norm"] = False
     if "kv_lora_rank" in c:

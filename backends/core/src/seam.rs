@@ -130,7 +130,7 @@ pub trait Step {
     /// `x + y`.
     fn add(&mut self, x: Act<Self>, y: Act<Self>) -> Act<Self>;
 
-    /// Gated unit of `x = [rows, gate | up]`: `act(gate) * up`, `[rows, width / 2]`.
+    /// Gated unit of `x = [rows, gate | up]`: `[rows, width / 2]`, see [`Glu`].
     fn glu(&mut self, x: Act<Self>, kind: Glu) -> Act<Self>;
 
     /// The given rows, in that order.
@@ -165,7 +165,8 @@ pub trait Step {
     /// A mixture of experts over `x = [rows, hidden]`: routes every row, computes its experts (and the shared one) and
     /// adds them up by their weights. The result is this rank's f32 partial sum, to be given to [`Step::all_reduce`], as
     /// that of a [`crate::KSum::Tree`] product: on exact backends each of the 8 ranges of K is added up over the
-    /// experts in ascending order, the shared one last, before the ranges are joined.
+    /// experts in ascending order, the shared one last, before the ranges are joined; biases of `down` come before the
+    /// products of the first range.
     fn moe(&mut self, x: &Act<Self>, moe: &Moe<'_, Self::Backend>) -> Act<Self>;
 
     /// A lease on the cache of `tokens` of `seq` in `layer`, as it will be after the last [`Step::attend`] of that
@@ -198,11 +199,18 @@ pub type Hidden<S> = <<S as Step>::Backend as Backend>::Hidden;
 /// See [`KvStore::Export`].
 pub type Export<S> = <<<S as Step>::Backend as Backend>::Kv as KvStore>::Export;
 
-/// The gate's activation function.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+/// How gate and up become one.
+#[derive(Clone, Copy, Debug, PartialEq)]
 pub enum Glu {
     /// `silu(gate) * up`.
     Silu,
+    /// `gate * sigmoid(slope * gate) * (up + 1)` of a gate of at most `limit`, and an up within `limit` of 0 (gpt-oss).
+    Clamped {
+        /// Positive.
+        limit: f32,
+        /// Factor within the sigmoid.
+        slope: f32,
+    },
 }
 
 /// What attention needs besides q, k and v. Sizes are this rank's.
@@ -221,6 +229,9 @@ pub struct Attend<'a, B: Backend> {
     pub qk_norm: Option<QkNorm<'a, B>>,
     /// Sliding window: a row at `p` attends to `(p - window, p]`.
     pub window: Option<u32>,
+    /// A score per query head, [`WeightSource::Exact`] `[heads]`, that takes its share of the softmax and has no value
+    /// (attention sinks, gpt-oss).
+    pub sinks: Option<&'a B::Weight>,
 }
 
 /// RMS norm of q and k before rope.
@@ -284,19 +295,22 @@ pub struct Mla<'a, B: Backend> {
 
 /// What a mixture of experts needs.
 pub struct Moe<'a, B: Backend> {
-    /// Scores of the experts: [`crate::Linear`] `[experts, hidden]`, whole on every rank; the scores stay f32.
+    /// Scores of the experts: [`crate::Linear`] `[experts, hidden]`, whole on every rank; the scores stay f32. A bias
+    /// of it is part of the scores.
     pub router: &'a B::Weight,
     /// How scores choose experts and weigh them.
     pub routing: &'a Routing,
     /// Added to the scores for the choice only: [`WeightSource::Exact`] `[experts]`.
     pub choice_bias: Option<&'a B::Weight>,
-    /// Gate and up of every expert: [`WeightSource::Experts`] `[gate | up, hidden]`, this rank's columns.
+    /// Gate and up of every expert: [`WeightSource::Experts`] `[gate | up, hidden]`, this rank's columns. All have
+    /// biases, or none.
     pub gate_up: &'a B::Weight,
-    /// Down of every expert: [`WeightSource::Experts`] `[hidden, this rank's columns]`, [`crate::KSum::Tree`].
+    /// Down of every expert: [`WeightSource::Experts`] `[hidden, this rank's columns]`, [`crate::KSum::Tree`]. Where all
+    /// have biases, rank 0 alone has them: they are added once.
     pub down: &'a B::Weight,
     /// Gate and up, and down, of the expert that every row passes: [`crate::Linear`]s.
     pub shared: Option<(&'a B::Weight, &'a B::Weight)>,
-    /// The gate's activation function.
+    /// How gate and up become one.
     pub glu: Glu,
 }
 

@@ -120,7 +120,8 @@ pub enum KSum {
 pub struct Linear<'a> {
     /// Parts with equal `cols`, stacked by rows.
     pub parts: Vec<MatrixView<'a>>,
-    /// One bias per part where the model has them: `[1, rows]`. None with [`KSum::Tree`], see [`crate::Step::bias`].
+    /// One bias per part where the model has them: `[1, rows]`. None with [`KSum::Tree`], see [`crate::Step::bias`], but
+    /// for experts, see [`crate::Moe::down`].
     pub bias: Option<Vec<TensorView<'a>>>,
     /// Order of the sums over K.
     pub sum: KSum,
@@ -173,7 +174,7 @@ impl ExpertSource for &[Linear<'_>] {
 pub enum WeightSource<'a> {
     /// A product; also serves as embedding table (`parts[0]` rows are the vocabulary) when embeddings are tied.
     Linear(Linear<'a>),
-    /// One product per expert, for [`crate::Moe`]: equal shapes and sums, no bias.
+    /// One product per expert, for [`crate::Moe`]: equal shapes and sums, biases of all or none.
     Experts(&'a dyn ExpertSource),
     /// One product per head.
     Heads(Heads<'a>),
@@ -183,6 +184,7 @@ pub enum WeightSource<'a> {
     Norm(TensorView<'a>),
     /// A bias for [`crate::Step::bias`]: `[1, dim]`.
     Bias(TensorView<'a>),
-    /// Numbers that stay f32 whatever the step's dtype: `[1, dim]`; for [`crate::Moe::choice_bias`].
+    /// Numbers that stay f32 whatever the step's dtype: `[1, dim]`; for [`crate::Moe::choice_bias`] and
+    /// [`crate::Attend::sinks`].
     Exact(TensorView<'a>),
 }

@@ -10,6 +10,7 @@ mod projection;
 mod span;
 mod weigh;
 
+use std::f32::consts::LN_2;
 use std::ops::Range;
 
 use backend::DType;
@@ -52,6 +53,8 @@ pub(crate) struct Attention<'a> {
     pub(crate) value_dim: usize,
     pub(crate) scale: f32,
     pub(crate) window: Option<u32>,
+    /// A score per head that has no value.
+    pub(crate) sinks: Option<&'a [f32]>,
     /// Whether `out` is rounded to bf16.
     pub(crate) bf16: bool,
     /// `[rows, heads, key_dim]`, rows `q_stride` apart.
@@ -338,7 +341,12 @@ impl Attention<'_> {
             unsafe {
                 let out = self.out.add((row * self.heads + head) * self.value_dim);
                 let value = acc.value.add(query * self.padded_dim());
-                (self.kernels.divide)(value, *acc.total.add(query), out, self.value_dim, self.bf16);
+                let mut total = *acc.total.add(query);
+                if let Some(sinks) = self.sinks {
+                    // Relative to the largest score, as all weights are. Far above that it is a large number: the rest is nothing then.
+                    total += (self.kernels.exp)(sinks[head] - *acc.peak.add(query) * LN_2);
+                }
+                (self.kernels.divide)(value, total, out, self.value_dim, self.bf16);
             }
         }
     }

@@ -54,6 +54,16 @@ pub(crate) struct Kernels {
     pub(crate) add: unsafe fn(x: *mut f32, y: *const f32, n: usize, bf16: bool),
     /// `out = silu(gate) * up`, `n` floats.
     pub(crate) silu: unsafe fn(gate: *const f32, up: *const f32, out: *mut f32, n: usize, bf16: bool),
+    /// See [`backend::Glu::Clamped`], `n` floats.
+    pub(crate) clamped: unsafe fn(
+        gate: *const f32,
+        up: *const f32,
+        out: *mut f32,
+        n: usize,
+        limit: f32,
+        slope: f32,
+        bf16: bool,
+    ),
     /// `out = round(x)`, `n` floats; `out` may be `x`.
     pub(crate) round: unsafe fn(x: *const f32, out: *mut f32, n: usize, bf16: bool),
     /// Rotates pairs `(x[i], x[i + n])` by the angles of `cos` and `sin`.
@@ -260,7 +270,7 @@ macro_rules! level {
         pub(crate) mod $level {
             use super::{Bytes, Decode, Eighths, Kernels, LANES, Softmax, Stream, Sums, Sweep};
 
-            pub(crate) const KERNELS: Kernels = Kernels { sweep, pairs: None, whole: None, attend: None, decode, stream, bytes, quantise, norm, add, silu, round, rotate, narrow, transpose, softmax, fold, blend, place, divide, exp };
+            pub(crate) const KERNELS: Kernels = Kernels { sweep, pairs: None, whole: None, attend: None, decode, stream, bytes, quantise, norm, add, silu, clamped, round, rotate, narrow, transpose, softmax, fold, blend, place, divide, exp };
 
             $(#[target_feature(enable = $features)])?
             unsafe fn sweep(s: &Sweep) {
@@ -308,6 +318,20 @@ macro_rules! level {
             unsafe fn silu(gate: *const f32, up: *const f32, out: *mut f32, n: usize, bf16: bool) {
                 // SAFETY: the caller's promise; the instructions are those of this level.
                 unsafe { super::rows::silu::<$lanes>(gate, up, out, n, bf16) }
+            }
+
+            $(#[target_feature(enable = $features)])?
+            unsafe fn clamped(
+                gate: *const f32,
+                up: *const f32,
+                out: *mut f32,
+                n: usize,
+                limit: f32,
+                slope: f32,
+                bf16: bool,
+            ) {
+                // SAFETY: the caller's promise; the instructions are those of this level.
+                unsafe { super::rows::clamped::<$lanes>(gate, up, out, n, limit, slope, bf16) }
             }
 
             $(#[target_feature(enable = $features)])?

@@ -103,6 +103,9 @@ impl<'w> Weights<'w> {
                 product(down, "down of the shared expert")?,
             )),
         };
+        if shared.is_some_and(|(_, down)| down.bias.is_some()) {
+            return Err("a shared expert whose down has a bias".to_owned());
+        }
         let first = [(&gate_up[0], &down[0])];
         for (gate_up, downward) in first.into_iter().chain(shared) {
             let inner = gate_up.outputs / 2;
@@ -110,7 +113,6 @@ impl<'w> Weights<'w> {
                 || gate_up.inputs != hidden
                 || gate_up.ranges != 1
                 || shape(downward) != (hidden, inner)
-                || downward.bias.is_some()
             {
                 let shapes = (shape(gate_up), shape(downward));
                 return Err(format!("an expert of {shapes:?} for width {hidden}"));
@@ -237,8 +239,7 @@ impl CpuStep<'_> {
             }
         });
         plan.tiles = tiles;
-        let Glu::Silu = glu;
-        (self.silu(&own), shared.map(|shared| self.silu(&shared)))
+        (self.gated(&own, glu), shared.map(|shared| self.gated(&shared, glu)))
     }
 
     /// The second products, weighed and added up: `[rows, hidden]`.
@@ -288,6 +289,8 @@ impl CpuStep<'_> {
             let then = chosen(0).zip(tiles.get(pool.next(task)));
             let then = then.map_or(std::ptr::null(), |(weight, tile)| begins(weight, tile));
             let width = panels * LANES;
+            let column = first.segments[segment].first + panel * LANES;
+            let columns = width.min(first.segments[segment].outputs - panel * LANES);
             let size = rows * width;
             let sums = scratch.floats((tree.places() * rows + part_rows) * width + DECODED_FLOATS);
             let part = sums.wrapping_add(tree.places() * size);
@@ -313,6 +316,13 @@ impl CpuStep<'_> {
             unsafe {
                 tree.sum(kernels, sums, size, |ranges, sums| {
                     sums.write_bytes(0, ranges.len() * size);
+                    for (at, weight) in weights.down.iter().enumerate().filter(|_| ranges.start == 0) {
+                        let Some(bias) = &weight.bias else { break };
+                        for (row, factor) in &plan.pairs[plan.starts[at]..plan.starts[at + 1]] {
+                            let sum = sums.add(*row as usize * width);
+                            (kernels.blend)(sum, bias.as_ptr().add(column), columns, 1.0, *factor);
+                        }
+                    }
                     for (at, weight) in weights.down.iter().enumerate() {
                         let start = plan.starts[at];
                         let pairs = &plan.pairs[start..plan.starts[at + 1]];
@@ -334,8 +344,6 @@ impl CpuStep<'_> {
                         });
                     }
                 });
-                let column = first.segments[segment].first + panel * LANES;
-                let columns = width.min(first.segments[segment].outputs - panel * LANES);
                 let to = to.row(0, first.outputs).add(column);
                 (kernels.place)(sums, width, to, first.outputs, rows, columns);
             }

@@ -105,6 +105,9 @@ impl Packed {
     }
 
     fn pack(linear: &Linear<'_>, kernels: &Kernels, pool: &Pool) -> Result<Self, BackendError> {
+        if let (KSum::Tree { .. }, Some(_), Some(part)) = (linear.sum, &linear.bias, linear.parts.first()) {
+            return Err(weight_error(part.name(), "a bias belongs after the join of a tree".to_owned()));
+        }
         let draft = draft::draft(linear)?;
         let places = Place::cut(&draft.sizes())?;
         let mut packed = draft.fill(places, kernels, pool)?;

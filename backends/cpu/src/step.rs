@@ -100,16 +100,24 @@ impl<'a> CpuStep<'a> {
         Some(copy)
     }
 
-    /// `silu(gate) * up` of `[rows, gate | up]`.
-    pub(crate) fn silu(&self, x: &CpuAct) -> CpuAct {
+    /// The gated unit of `[rows, gate | up]`.
+    pub(crate) fn gated(&self, x: &CpuAct, kind: Glu) -> CpuAct {
         let (rows, width) = (x.rows, x.width / 2);
         let mut out = self.act(rows, width);
         let (kernels, bf16, to) = (self.device.kernels, self.device.bf16(), Raw(out.floats.as_mut_ptr()));
         let from = x.floats.as_slice();
         self.each_row(rows, width, |row| {
             let (gate, up) = from[row * 2 * width..(row + 1) * 2 * width].split_at(width);
+            let (gate, up, out) = (gate.as_ptr(), up.as_ptr(), to.row(row, width));
             // SAFETY: the row's floats, of which only this task writes.
-            unsafe { (kernels.silu)(gate.as_ptr(), up.as_ptr(), to.row(row, width), width, bf16) };
+            unsafe {
+                match kind {
+                    Glu::Silu => (kernels.silu)(gate, up, out, width, bf16),
+                    Glu::Clamped { limit, slope } => {
+                        (kernels.clamped)(gate, up, out, width, limit, slope, bf16);
+                    }
+                }
+            }
         });
         out
     }
@@ -236,12 +244,11 @@ impl Step for CpuStep<'_> {
     }
 
     fn glu(&mut self, x: CpuAct, kind: Glu) -> CpuAct {
-        let Glu::Silu = kind;
         let (rows, width) = (x.rows, x.width / 2);
         if !x.width.is_multiple_of(2) {
             return self.refuse(format!("a gated unit of odd width {}", x.width), rows, width);
         }
-        self.silu(&x)
+        self.gated(&x, kind)
     }
 
     fn rows(&mut self, x: CpuAct, rows: &[u32]) -> CpuAct {

@@ -130,6 +130,7 @@ impl Model {
             rope: &self.rope,
             qk_norm: None,
             window: None,
+            sinks: None,
         };
         let moe = Moe {
             router: &self.router,

@@ -371,6 +371,7 @@ fn attention(level: Level, threads: usize, context: u32, rows: u32) {
         rope: &rope,
         qk_norm: None,
         window: None,
+        sinks: None,
     };
     let mut run = |start: u32, len: u32| {
         let mut batch = Batch::default();

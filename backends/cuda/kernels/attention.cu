@@ -124,7 +124,7 @@ __device__ void attend(const AttendArgs& a) {
                 continue;
             }
             bf16* out = answer_of(a, part, m);
-            const float factor = 1.0f / total;
+            const float factor = 1.0f / with_sink(a, part, m, total, soft[t].peak[h] * part.scale);
 #pragma unroll
             for (int n = 0; n < DV / 8; ++n) {
                 u32 d = n * 8 + lane % 4 * 2;
@@ -146,7 +146,7 @@ KERNEL(attend_few_192, AttendArgs, 32) { attend<192, 128, 1, 1, 64>(a); }
 KERNEL(attend_few_256, AttendArgs, 32) { attend<256, 256, 1, 1, 32>(a); }
 
 struct CombineArgs {
-    u64 partial, tiles, out;  // as in AttendArgs; queries of a block [queries_max]
+    u64 partial, tiles, out, sinks;  // as in AttendArgs; queries of a block [queries_max]
     u32 heads, pack, value_dim, splits, queries_max;
     u32 compact;  // whether rows of `out` are tiles, in order
     float scale;
@@ -167,6 +167,7 @@ KERNEL(combine, CombineArgs, 256) {
             if (sums[s * stride + 1] > 0.0f) total += sums[s * stride + 1] * expf((sums[s * stride] - peak) * a.scale);
         u64 row = a.compact ? blockIdx.x : tile.row + m / a.pack, head = blockIdx.y * a.pack + m % a.pack;
         if (head >= a.heads) continue;
+        if (a.sinks) total += expf(((const float*)a.sinks)[head] - peak * a.scale);
         for (u32 d = lane; d < a.value_dim; d += 32) {
             float value = 0.0f;
             for (u32 s = 0; s < a.splits; ++s)
@@ -214,6 +215,7 @@ __device__ void attend_plain(const AttendArgs& a) {
                 for (u32 i = lane, at = 0; i < a.value_dim; i += 32, ++at) value[at] += w * up(row[i]);
             }
         }
+        if (a.sinks) total += expf(((const float*)a.sinks)[head] - peak);
         T* out = (T*)a.out + ((u64)tile.row * a.heads + head) * a.value_dim;
         for (u32 i = lane, at = 0; i < a.value_dim; i += 32, ++at) out[i] = down<T>(value[at] / total);
         warp_sync();

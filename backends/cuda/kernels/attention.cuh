@@ -2,12 +2,15 @@
 #pragma once
 #include "device.cuh"
 
+const float LOG2_E = 1.4426950408889634f;
+
 struct AttendArgs {
     u64 q, out;            // [rows, heads, key_dim] T with strides, [rows, heads, value_dim] T
     u64 k, v;              // tokens with strides
     u64 tables, firsts;    // [runs, blocks_max] u32 page; or 0, and [runs] u32 token of position 0
     u64 tiles;             // [gridDim.x] Tile
     u64 partial;           // sums of splits, or 0
+    u64 sinks;             // [heads] f32, or 0
     u32 q_row, q_head, k_token, k_head, v_token, v_head;  // strides in elements
     u32 heads, group, pack;  // query heads; those that share a KV head; those of one tile
     u32 key_dim, value_dim, blocks_max, block_shift, window, splits;  // a block has 2^block_shift tokens
@@ -41,7 +44,7 @@ __device__ __forceinline__ Part part_of(const AttendArgs& a) {
     const u32 first = a.window && position + 1 > a.window ? position + 1 - a.window : 0;
     part.end = position + part.tile.rows;
     part.from = first / KEYS, part.to = (part.end + KEYS - 1) / KEYS;
-    part.scale = a.scale * 1.4426950408889634f;
+    part.scale = a.scale * LOG2_E;
     return part;
 }
 
@@ -66,6 +69,13 @@ __device__ __forceinline__ void load_queries(bf16* to, const AttendArgs& a, cons
 __device__ __forceinline__ bf16* answer_of(const AttendArgs& a, const Part& part, u32 m) {
     const u64 row = part.tile.row + m / a.pack, head = part.head_first + m % a.pack;
     return (bf16*)a.out + (row * a.heads + head) * a.value_dim;
+}
+
+// What the weights of query `m` of a block, two to a score less `base`, add up to with that of its head's sink, which has no value. A
+// sink far above all scores makes it infinite, and the answer zeros.
+__device__ __forceinline__ float with_sink(const AttendArgs& a, const Part& part, u32 m, float total, float base) {
+    if (!a.sinks) return total;
+    return total + power_of_two(((const float*)a.sinks)[part.head_first + m % a.pack] * LOG2_E - base);
 }
 
 // Positions [first, first + KEYS) of K or V into shared memory, columns [c, c + 8) of each at `place(row, c)`; zeros where there is

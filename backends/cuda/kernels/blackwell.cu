@@ -179,7 +179,7 @@ __device__ __forceinline__ void attend_tensor(const AttendArgs& a) {
     };
 
     auto answer = [&] {
-        const float factor = meet.lost ? bits_float(0x7fffffffu) : 1.0f / total;
+        const float factor = meet.lost ? bits_float(0x7fffffffu) : 1.0f / with_sink(a, part, m, total, base);
         bf16* out = answer_of(a, part, m);
 #pragma unroll
         for (int d = 0; d < DV; d += 32) {

@@ -129,7 +129,7 @@ __device__ __forceinline__ void attend_group(const AttendArgs& a) {
         const u32 m = warp * 16 + lane / 4 + h * 8;
         if (m >= part.queries) continue;
         bf16* out = answer_of(a, part, m);
-        const float factor = 1.0f / total;
+        const float factor = 1.0f / with_sink(a, part, m, total, soft.peak[h] * part.scale);
 #pragma unroll
         for (int n = 0; n < DV / 8; ++n) {
             const u32 d = n * 8 + lane % 4 * 2;

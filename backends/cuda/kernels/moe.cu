@@ -5,9 +5,10 @@ const int EXPERTS_MAX = 512;
 const int TOP_MAX = 32;
 
 struct RouteArgs {
-    u64 scores, bias;      // [rows, experts] f32 products; [experts] f32 or 0
+    u64 scores;            // [rows, experts] f32 products
+    u64 bias, choice_bias; // [experts] of `bias_type`, of the scores, or 0; [experts] f32 for the choice, or 0
     u64 experts, weights;  // [rows, top_k] u32 and f32, in ascending order of expert
-    u32 count, top_k, sigmoid, groups, groups_used, normalise;
+    u32 count, top_k, sigmoid, groups, groups_used, normalise, bias_type;
     float normalise_eps, scale;
 };
 
@@ -16,17 +17,19 @@ KERNEL(route, RouteArgs, 32) {
     __shared__ float score[EXPERTS_MAX], choice[EXPERTS_MAX], group[EXPERTS_MAX];
     u32 lane = threadIdx.x, row = blockIdx.x;
     const float* products = (const float*)a.scores + (u64)row * a.count;
+    // Up to the choice a lane sees its own experts only.
+    for (u32 e = lane; e < a.count; e += 32) score[e] = products[e] + (a.bias ? scale_at(a.bias, e, a.bias_type) : 0.0f);
     if (a.sigmoid) {
-        for (u32 e = lane; e < a.count; e += 32) score[e] = 1.0f / (1.0f + expf(-products[e]));
+        for (u32 e = lane; e < a.count; e += 32) score[e] = 1.0f / (1.0f + expf(-score[e]));
     } else {
         float peak = MINUS_INFINITY, total = 0.0f;
-        for (u32 e = lane; e < a.count; e += 32) peak = fmaxf(peak, products[e]);
+        for (u32 e = lane; e < a.count; e += 32) peak = fmaxf(peak, score[e]);
         peak = warp_max(peak);
-        for (u32 e = lane; e < a.count; e += 32) total += expf(products[e] - peak);
+        for (u32 e = lane; e < a.count; e += 32) total += expf(score[e] - peak);
         total = warp_sum(total);
-        for (u32 e = lane; e < a.count; e += 32) score[e] = expf(products[e] - peak) / total;
+        for (u32 e = lane; e < a.count; e += 32) score[e] = expf(score[e] - peak) / total;
     }
-    for (u32 e = lane; e < a.count; e += 32) choice[e] = score[e] + (a.bias ? ((const float*)a.bias)[e] : 0.0f);
+    for (u32 e = lane; e < a.count; e += 32) choice[e] = score[e] + (a.choice_bias ? ((const float*)a.choice_bias)[e] : 0.0f);
     warp_sync();
     if (a.groups > 1) {
         u32 each = a.count / a.groups;

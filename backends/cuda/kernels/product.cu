@@ -98,13 +98,14 @@ KERNEL(product_few, ProductArgs, 256) {
             for (int i = 0; i < 8; ++i) sums[m] += row[i] * x[i];
         }
     }
+    const bf16* bias = bias_of<bf16>(a);
     for (u32 m = 0; m < tile.count; ++m) {
         float sum = 0.0f;
 #pragma unroll
         for (int i = 0; i < ROWS_FEW; ++i)
             if (i == (int)m) sum = sums[i];
         sum = warp_sum(sum);
-        if (lane == 0) put<bf16>(a, tile.first + m, n, sum);
+        if (lane == 0) put(a, bias, tile.first + m, n, sum);
     }
 }
 
@@ -152,12 +153,13 @@ __device__ void product_plain(const ProductArgs& a) {
 #pragma unroll
                 for (int j = 0; j < 2; ++j) acc[i][j] += tiles.x[ty + 16 * i][k] * tiles.w[tx + 16 * j][k];
     }
+    const T* bias = bias_of<T>(a);
 #pragma unroll
     for (int i = 0; i < 2; ++i)
 #pragma unroll
         for (int j = 0; j < 2; ++j) {
             u32 m = ty + 16 * i, n = n_first + tx + 16 * j;
-            if (m < tile.count && n < a.n) put<T>(a, tile.first + m, n, acc[i][j]);
+            if (m < tile.count && n < a.n) put(a, bias, tile.first + m, n, acc[i][j]);
         }
 }
 

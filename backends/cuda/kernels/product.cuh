@@ -10,7 +10,7 @@ struct RowTile {
 struct ProductArgs {
     Quant quant;               // of expert 0
     u64 w;                     // [experts, n, k] T, or 0: quantised
-    u64 x, out, bias;          // [*, k] T, [*, out_stride] T or f32, [n] T or 0
+    u64 x, out, bias;          // [*, k] T, [*, out_stride] T or f32, [experts, out_stride] T or 0
     u64 rows;                  // [m] u32: row of x for each row of out, or 0: the same
     u64 tiles;                 // [gridDim.y] RowTile, or 0: rows [0, m) in order, expert 0
     u64 codes_expert, scales_expert;  // bytes of codes, elements of scales from one expert to the next
@@ -37,9 +37,16 @@ __device__ __forceinline__ u32 row_of(const ProductArgs& a, u32 row) {
     return a.rows ? ((const u32*)a.rows)[row] : row;
 }
 
+// The biases of a block's expert, if it has any. The expert is looked up again: it is not to hold a register while sums are made.
 template <typename T>
-__device__ __forceinline__ void put(const ProductArgs& a, u32 row, u32 n, float x) {
-    if (a.bias) x += up(((const T*)a.bias)[n]);
+__device__ __forceinline__ const T* bias_of(const ProductArgs& a) {
+    if (!a.bias || !a.tiles) return (const T*)a.bias;
+    return (const T*)a.bias + (u64)((const RowTile*)a.tiles)[only_here(blockIdx.y)].expert * a.out_stride;
+}
+
+template <typename T>
+__device__ __forceinline__ void put(const ProductArgs& a, const T* bias, u32 row, u32 n, float x) {
+    if (bias) x += up(bias[n]);
     u64 at = (u64)row * a.out_stride + n;
     if (a.out_f32) ((float*)a.out)[at] = x;
     else ((T*)a.out)[at] = down<T>(x);
@@ -50,6 +57,7 @@ template <int MT, int NT>
 __device__ __forceinline__ void put_tiles(const ProductArgs& a, const RowTile& tile, u32 m_first, u32 n_first,
                                           const float (&sums)[MT][NT][4]) {
     u32 lane = threadIdx.x % 32;
+    const bf16* bias = bias_of<bf16>(a);
 #pragma unroll
     for (int t = 0; t < MT; ++t)
 #pragma unroll
@@ -57,6 +65,6 @@ __device__ __forceinline__ void put_tiles(const ProductArgs& a, const RowTile& t
 #pragma unroll
             for (int i = 0; i < 4; ++i) {
                 u32 m = m_first + t * 16 + lane / 4 + i / 2 * 8, column = n_first + n * 8 + lane % 4 * 2 + i % 2;
-                if (m < tile.count && column < a.n) put<bf16>(a, tile.first + m, column, sums[t][n][i]);
+                if (m < tile.count && column < a.n) put(a, bias, tile.first + m, column, sums[t][n][i]);
             }
 }

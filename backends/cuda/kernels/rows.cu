@@ -100,16 +100,27 @@ KERNEL(add_bf16, AddArgs, 256) { add<bf16>(a); }
 
 struct GluArgs {
     u64 x, out;  // [rows, gate | up] T, [rows, width] T
-    u32 width;
+    u32 width, clamped;
+    float limit, slope;  // where clamped
 };
 
 template <typename T>
-__device__ __forceinline__ float gated(float gate, float other) {
-    return up(down<T>(gate / (1.0f + expf(-gate)))) * other;
+__device__ __forceinline__ float rounded(float x) {
+    return up(down<T>(x));
+}
+
+template <typename T, bool CLAMPED>
+__device__ __forceinline__ float gated(const GluArgs& a, float gate, float other) {
+    if (!CLAMPED) return rounded<T>(gate / (1.0f + expf(-gate))) * other;
+    // What is no number stays none.
+    gate = gate > a.limit ? a.limit : gate;
+    other = other > a.limit ? a.limit : other < -a.limit ? -a.limit : other;
+    const float opened = rounded<T>(1.0f / (1.0f + expf(-rounded<T>(gate * a.slope))));
+    return rounded<T>(other + 1.0f) * rounded<T>(gate * opened);
 }
 
 // Grid as in `add`.
-template <typename T>
+template <typename T, bool CLAMPED>
 __device__ void glu(const GluArgs& a) {
     const T* x = (const T*)a.x + (u64)blockIdx.x * 2 * a.width;
     T* out = (T*)a.out + (u64)blockIdx.x * a.width;
@@ -120,15 +131,15 @@ __device__ void glu(const GluArgs& a) {
         load8(gate, x + first);
         load8(other, x + a.width + first);
 #pragma unroll
-        for (int j = 0; j < 8; ++j) gate[j] = gated<T>(gate[j], other[j]);
+        for (int j = 0; j < 8; ++j) gate[j] = gated<T, CLAMPED>(a, gate[j], other[j]);
         store8(out + first, gate);
         return;
     }
-    for (u32 i = first; i < a.width && i < first + 8; ++i) out[i] = down<T>(gated<T>(up(x[i]), up(x[a.width + i])));
+    for (u32 i = first; i < a.width && i < first + 8; ++i) out[i] = down<T>(gated<T, CLAMPED>(a, up(x[i]), up(x[a.width + i])));
 }
 
-KERNEL(glu_f32, GluArgs, 256) { glu<float>(a); }
-KERNEL(glu_bf16, GluArgs, 256) { glu<bf16>(a); }
+KERNEL(glu_f32, GluArgs, 256) { a.clamped ? glu<float, true>(a) : glu<float, false>(a); }
+KERNEL(glu_bf16, GluArgs, 256) { a.clamped ? glu<bf16, true>(a) : glu<bf16, false>(a); }
 
 struct ConvertArgs {
     u64 x, out;  // [count] of one type, [count] of the other

@@ -80,7 +80,7 @@ args! {
     GatherArgs { table: u64, rows: u64, out: u64, width: u32, count: u32, }
     NormArgs { x: u64, weight: u64, out: u64, width: u32, eps: f32, }
     AddArgs { x: u64, y: u64, out: u64, width: u32, broadcast: u32, }
-    GluArgs { x: u64, out: u64, width: u32, }
+    GluArgs { x: u64, out: u64, width: u32, clamped: u32, limit: f32, slope: f32, }
     ConvertArgs { x: u64, out: u64, count: u64, }
     /// One rank's columns among those of all.
     SideBySideArgs { parts: u64, out: u64, width: u32, out_width: u32, first: u32, }
@@ -103,14 +103,14 @@ args! {
     /// Rows of one sequence that one block attends for.
     Tile { run: u32, row: u32, rows: u32, position: u32, }
     AttendArgs {
-        q: u64, out: u64, k: u64, v: u64, tables: u64, firsts: u64, tiles: u64, partial: u64, q_row: u32,
-        q_head: u32, k_token: u32, k_head: u32, v_token: u32, v_head: u32, heads: u32, group: u32, pack: u32,
-        key_dim: u32, value_dim: u32, blocks_max: u32, block_shift: u32, window: u32, splits: u32, scale: f32,
+        q: u64, out: u64, k: u64, v: u64, tables: u64, firsts: u64, tiles: u64, partial: u64, sinks: u64,
+        q_row: u32, q_head: u32, k_token: u32, k_head: u32, v_token: u32, v_head: u32, heads: u32, group: u32,
+        pack: u32, key_dim: u32, value_dim: u32, blocks_max: u32, block_shift: u32, window: u32, splits: u32,
+        scale: f32,
     }
     CombineArgs {
-        partial: u64, tiles: u64, out: u64, heads: u32, pack: u32, value_dim: u32, splits: u32, queries_max: u32,
-        compact: u32,
-        scale: f32,
+        partial: u64, tiles: u64, out: u64, sinks: u64, heads: u32, pack: u32, value_dim: u32, splits: u32,
+        queries_max: u32, compact: u32, scale: f32,
     }
     /// Products with the matrices of heads, see `kernels/latent.cu`.
     AbsorbArgs {
@@ -142,8 +142,8 @@ args! {
     Fp8Args { product: ProductArgs, x_scales: u64, }
     DecodeArgs { quant: QuantArgs, rows: u64, out: u64, cols: u32, }
     RouteArgs {
-        scores: u64, bias: u64, experts: u64, weights: u64, count: u32, top_k: u32, sigmoid: u32, groups: u32,
-        groups_used: u32, normalise: u32, normalise_eps: f32, scale: f32,
+        scores: u64, bias: u64, choice_bias: u64, experts: u64, weights: u64, count: u32, top_k: u32, sigmoid: u32,
+        groups: u32, groups_used: u32, normalise: u32, bias_type: u32, normalise_eps: f32, scale: f32,
     }
     RoutesArgs {
         experts: u64, slots: u64, sources: u64, tiles: u64, rows: u32, top_k: u32, count: u32, tile: u32,

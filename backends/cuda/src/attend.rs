@@ -16,6 +16,7 @@ use crate::driver::Driver;
 use crate::memory::Buffer;
 use crate::nccl::Element;
 use crate::step::{CudaStep, RUN_ROWS_MAX};
+use crate::weight::Kind;
 
 pub(crate) use flash::{FEW_QUERIES, FLASH, Flash, Kernel};
 
@@ -184,6 +185,11 @@ impl<D: Driver> CudaStep<'_, D> {
         {
             return refused(format!("a cache whose planes are not {kv_heads} heads of {dim}"));
         }
+        let sinks = match attend.sinks.map(|sinks| &*sinks.0) {
+            None => 0,
+            Some(Kind::Exact(memory, len)) if *len == heads => memory.address,
+            Some(_) => return refused(format!("sinks that are not of {heads} heads")),
+        };
         self.enter(layer, window)?;
         let buffer = qkv.buffer(self.device)?;
         let rows = self.places()?;
@@ -217,6 +223,7 @@ impl<D: Driver> CudaStep<'_, D> {
             k: self.kv.plane(layer, 0),
             v: self.kv.plane(layer, 1),
             tables: rows.tables.address,
+            sinks,
             q_row: qkv.width as u32,
             q_head: dim as u32,
             k_token: (kv_heads * dim) as u32,
@@ -360,6 +367,7 @@ impl<D: Driver> CudaStep<'_, D> {
                     partial: partial.address,
                     tiles: tiles.sent.address,
                     out: args.out,
+                    sinks: args.sinks,
                     heads: args.heads,
                     pack: args.pack,
                     value_dim: args.value_dim,

@@ -205,6 +205,7 @@ impl<D: Driver> CudaStep<'_, D> {
                 partial: partial.address,
                 tiles: tiles.sent.address,
                 out: sums.address,
+                sinks: 0,
                 heads: heads as u32,
                 pack: pack as u32,
                 value_dim: latent as u32,

@@ -2,7 +2,7 @@
 
 use std::rc::Rc;
 
-use backend::{BackendError, Moe, Score};
+use backend::{BackendError, Glu, Moe, Score};
 
 use crate::act::CudaAct;
 use crate::args::{GatherSumArgs, RouteArgs, RoutesArgs};
@@ -11,7 +11,7 @@ use crate::driver::Driver;
 use crate::memory::Buffer;
 use crate::product::Routed;
 use crate::step::CudaStep;
-use crate::weight::{CudaWeight, Kind, Matrix};
+use crate::weight::{CudaWeight, Kind, Matrix, scale_type};
 
 /// As in `kernels/moe.cu`.
 const EXPERTS_MAX: usize = 512;
@@ -48,7 +48,7 @@ impl<D: Driver + Open> CudaStep<'_, D> {
             return refused(format!("{used} of {groups} groups of {count} experts, {top_k} a row"));
         }
         let device = &*self.device;
-        let bias = match moe.choice_bias.map(|bias| &*bias.0) {
+        let choice_bias = match moe.choice_bias.map(|bias| &*bias.0) {
             None => 0,
             Some(Kind::Exact(memory, len)) if *len == count => memory.address,
             Some(_) => return refused(format!("a choice bias that is not of {count} experts")),
@@ -57,12 +57,13 @@ impl<D: Driver + Open> CudaStep<'_, D> {
         let places = rows * top_k;
         let x = x.buffer(device)?;
         let scores = device.pool.take(rows * count * 4)?;
-        device.product(router, x.address, rows, scores.address, true)?;
+        device.product_unbiased(router, x.address, rows, scores.address)?;
         let (experts, weights) = (device.pool.take(places * 4)?, device.pool.take(places * 4)?);
         let (groups, groups_used) = routing.groups.unwrap_or((1, 1));
         let route = RouteArgs {
             scores: scores.address,
-            bias,
+            bias: router.bias.as_ref().map_or(0, |bias| bias.address),
+            choice_bias,
             experts: experts.address,
             weights: weights.address,
             count: count as u32,
@@ -71,6 +72,7 @@ impl<D: Driver + Open> CudaStep<'_, D> {
             groups: groups as u32,
             groups_used: groups_used as u32,
             normalise: u32::from(routing.normalise),
+            bias_type: scale_type(device.dtype),
             normalise_eps: routing.normalise_eps,
             scale: routing.scale,
         };
@@ -103,11 +105,11 @@ impl<D: Driver + Open> CudaStep<'_, D> {
         };
         let both = device.elements(places * 2 * ffn)?;
         device.experts(gate_up, &routed, x.address, both.address, false)?;
-        let gated = device.glu(both.address, places, ffn)?;
+        let gated = device.glu(both.address, places, ffn, moe.glu)?;
         let parts = device.pool.take(places * down.outputs * 4)?;
         (routed.rows, routed.rows_count) = (0, places);
         device.experts(down, &routed, gated.address, parts.address, true)?;
-        let shared = moe.shared.map(|(gate_up, down)| self.shared(&x, rows, gate_up, down)).transpose()?;
+        let shared = moe.shared.map(|shared| self.shared(&x, rows, shared, moe.glu)).transpose()?;
         let device = &*self.device;
         // In a group this is a part of the sum, which stays f32.
         let partial = device.ranks.is_some();
@@ -132,16 +134,19 @@ impl<D: Driver + Open> CudaStep<'_, D> {
         &self,
         x: &Rc<Buffer<D>>,
         rows: usize,
-        gate_up: &CudaWeight<D>,
-        down: &CudaWeight<D>,
+        (gate_up, down): (&CudaWeight<D>, &CudaWeight<D>),
+        glu: Glu,
     ) -> Result<Buffer<D>, BackendError> {
         let (gate_up, down) = (matrix(gate_up, false)?, matrix(down, false)?);
         if gate_up.outputs != 2 * down.inputs {
             return refused(format!("a shared expert of {} into {}", gate_up.outputs, down.inputs));
         }
+        if down.bias.is_some() {
+            return refused("a shared expert whose down has a bias".to_owned());
+        }
         let both = self.device.elements(rows * gate_up.outputs)?;
         self.device.product(gate_up, x.address, rows, both.address, false)?;
-        let gated = self.device.glu(both.address, rows, down.inputs)?;
+        let gated = self.device.glu(both.address, rows, down.inputs, glu)?;
         let out = self.device.pool.take(rows * down.outputs * 4)?;
         self.device.product(down, gated.address, rows, out.address, true)?;
         Ok(out)

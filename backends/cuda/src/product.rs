@@ -84,22 +84,42 @@ impl<D: Driver> Device<D> {
         out: u64,
         out_f32: bool,
     ) -> Result<(), BackendError> {
+        self.multiply(matrix, true, x, rows, out, out_f32)
+    }
+
+    /// `x W^T` of `rows` rows, dense, in f32: who reads it adds the bias.
+    pub(crate) fn product_unbiased(
+        &self,
+        matrix: &Matrix<D>,
+        x: u64,
+        rows: usize,
+        out: u64,
+    ) -> Result<(), BackendError> {
+        self.multiply(matrix, false, x, rows, out, true)
+    }
+
+    fn multiply(
+        &self,
+        matrix: &Matrix<D>,
+        biased: bool,
+        x: u64,
+        rows: usize,
+        out: u64,
+        out_f32: bool,
+    ) -> Result<(), BackendError> {
         let item = if out_f32 { 4 } else { self.dtype.bytes() };
         let mut rounded: Option<Rounded<D>> = None;
         for part in &matrix.parts {
             let at = out + (part.first * item) as u64;
-            let bias = matrix
-                .bias
-                .as_ref()
-                .map_or(0, |bias| bias.address + (part.first * self.dtype.bytes()) as u64);
+            let of_part = self.of(matrix, part);
             let tiling = self.tiling(rows, matrix.inputs);
             let args = ProductArgs {
                 x,
                 out: at,
-                bias,
+                bias: if biased { of_part.bias } else { 0 },
                 m: rows as u32,
                 out_f32: u32::from(out_f32),
-                ..of(matrix, part)
+                ..of_part
             };
             if self.multiplies_rounded(tiling, &args) {
                 let rounded = Rounded::once(&mut rounded, self, x, rows, matrix.inputs)?;
@@ -112,6 +132,27 @@ impl<D: Driver> Device<D> {
             self.run(tiling, rows.div_ceil(tiling.rows), part.outputs, &args)?;
         }
         Ok(())
+    }
+
+    /// What a part of a matrix brings to a product.
+    fn of(&self, matrix: &Matrix<D>, part: &Part<D>) -> ProductArgs {
+        let first = (part.first * self.dtype.bytes()) as u64;
+        let args = ProductArgs {
+            bias: matrix.bias.as_ref().map_or(0, |bias| bias.address + first),
+            n: part.outputs as u32,
+            k: matrix.inputs as u32,
+            out_stride: matrix.outputs as u32,
+            ..ProductArgs::default()
+        };
+        match &part.data {
+            Data::Plain(memory) => ProductArgs { w: memory.address, ..args },
+            Data::Quantised { args: quant, strides: (codes_expert, scales_expert), .. } => ProductArgs {
+                quant: *quant,
+                codes_expert: *codes_expert,
+                scales_expert: *scales_expert,
+                ..args
+            },
+        }
     }
 
     /// Through the device's library, where it has one: the dense product that `args` are of.
@@ -169,7 +210,7 @@ impl<D: Driver> Device<D> {
                 tiles: routed.tiles,
                 m: routed.places as u32,
                 out_f32: u32::from(out_f32),
-                ..of(matrix, part)
+                ..self.of(matrix, part)
             };
             if self.multiplies_rounded(routed.tiling, &args) {
                 let rounded = Rounded::once(&mut rounded, self, x, routed.rows_count, matrix.inputs)?;
@@ -288,23 +329,6 @@ fn in_words(quant: &QuantArgs) -> bool {
     }
 }
 
-/// What a part of a matrix brings to a product.
-fn of<D: Driver>(matrix: &Matrix<D>, part: &Part<D>) -> ProductArgs {
-    let (n, k, out_stride) = (part.outputs as u32, matrix.inputs as u32, matrix.outputs as u32);
-    match &part.data {
-        Data::Plain(memory) => ProductArgs { w: memory.address, n, k, out_stride, ..ProductArgs::default() },
-        Data::Quantised { args, strides, .. } => ProductArgs {
-            quant: *args,
-            codes_expert: strides.0,
-            scales_expert: strides.1,
-            n,
-            k,
-            out_stride,
-            ..ProductArgs::default()
-        },
-    }
-}
-
 #[cfg(all(test, feature = "emulator"))]
 mod tests {
     use backend::{Backend, DType, DeviceOptions, Group, KSum, Linear, TensorView, WeightSource};
@@ -351,6 +375,35 @@ mod tests {
         device.product(matrix, x.address, ROWS, out.address, out_f32).unwrap();
         let fetched = Fetched::of(&device, out.address, bytes).unwrap();
         (fetched.bytes().unwrap().to_vec(), driver.launched().any(|kernel| kernel.starts_with("product")))
+    }
+
+    #[test]
+    fn experts_have_biases_all_or_none() {
+        let options = DeviceOptions { dtype: DType::F32, block_tokens: 16, ..DeviceOptions::default() };
+        let mut device = Device::over(Emulated::open(0, None).unwrap(), &options, Group::alone()).unwrap();
+        let [w, bias] = [OUTPUTS * INPUTS, OUTPUTS].map(|count| numbers(count, DType::F32));
+        let view = |bytes, rows, cols| TensorView {
+            name: "test",
+            dtype: DType::F32,
+            rows,
+            cols,
+            row_stride_bytes: cols * 4,
+            bytes,
+        };
+        let mut load = |biases: &[Option<usize>]| {
+            let expert = |count: &Option<usize>| Linear {
+                parts: vec![view(&w, OUTPUTS, INPUTS).into()],
+                bias: count.map(|count| vec![view(&bias[..count * 4], 1, count)]),
+                sum: KSum::Tree { ranges: 8 },
+            };
+            let experts: Vec<Linear<'_>> = biases.iter().map(expert).collect();
+            device.load(&WeightSource::Experts(&&experts[..])).map(drop).map_err(|error| error.to_string())
+        };
+        load(&[None, None]).unwrap();
+        load(&[Some(OUTPUTS), Some(OUTPUTS)]).unwrap();
+        for wrong in [[None, Some(OUTPUTS)], [Some(OUTPUTS), None], [Some(OUTPUTS), Some(8)]] {
+            assert!(load(&wrong).unwrap_err().contains("bias"), "{wrong:?}");
+        }
     }
 
     /// A library adds biases of the type that it writes; others are added by kernels.

@@ -229,13 +229,12 @@ impl<D: Driver + Open> Step for CudaStep<'_, D> {
     }
 
     fn glu(&mut self, x: CudaAct<D>, kind: Glu) -> CudaAct<D> {
-        let Glu::Silu = kind;
         self.queue(x.rows, x.width / 2, |step| {
             if !x.width.is_multiple_of(2) {
                 return Err(BackendError::Device(format!("a gated unit of odd width {}", x.width)));
             }
             let from = x.buffer(step.device)?;
-            step.device.glu(from.address, x.rows, x.width / 2)
+            step.device.glu(from.address, x.rows, x.width / 2, kind)
         })
         .asked(x.asked)
     }
@@ -362,10 +361,20 @@ impl<D: Driver> Device<D> {
         Ok(out)
     }
 
-    /// `silu(gate) * up`, `[rows, width]`.
-    pub(crate) fn glu(&self, x: u64, rows: usize, width: usize) -> Result<Buffer<D>, BackendError> {
+    /// The gated unit, `[rows, width]`.
+    pub(crate) fn glu(
+        &self,
+        x: u64,
+        rows: usize,
+        width: usize,
+        kind: Glu,
+    ) -> Result<Buffer<D>, BackendError> {
         let out = self.elements(rows * width)?;
-        let args = GluArgs { x, out: out.address, width: width as u32 };
+        let (clamped, limit, slope) = match kind {
+            Glu::Silu => (0, 0.0, 0.0),
+            Glu::Clamped { limit, slope } => (1, limit, slope),
+        };
+        let args = GluArgs { x, out: out.address, width: width as u32, clamped, limit, slope };
         self.by_columns(self.of_type("glu_f32", "glu_bf16"), rows, width, &args)?;
         Ok(out)
     }

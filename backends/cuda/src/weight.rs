@@ -49,6 +49,7 @@ pub(crate) struct Matrix<D: Driver> {
     pub(crate) outputs: usize,
     pub(crate) inputs: usize,
     pub(crate) parts: Vec<Part<D>>,
+    /// `[experts, outputs]` in the step's dtype.
     pub(crate) bias: Option<Memory<D>>,
 }
 
@@ -99,6 +100,11 @@ impl<D: Driver> CudaWeight<D> {
     pub(crate) fn load(driver: &D, source: &WeightSource<'_>, dtype: DType) -> Result<Self, BackendError> {
         let kind = match source {
             WeightSource::Linear(linear) => {
+                if let (KSum::Tree { .. }, Some(_), Some(part)) =
+                    (linear.sum, &linear.bias, linear.parts.first())
+                {
+                    return Err(refused(part.name(), "a bias belongs after the join of a tree".to_owned()));
+                }
                 Kind::Product(Matrix::load(driver, &std::slice::from_ref(linear), dtype)?)
             }
             WeightSource::Experts(experts) => Kind::Experts(Matrix::load(driver, *experts, dtype)?),
@@ -108,18 +114,20 @@ impl<D: Driver> CudaWeight<D> {
                 Kind::Product(Matrix::load(driver, &std::slice::from_ref(&linear), dtype)?)
             }
             WeightSource::Norm(view) | WeightSource::Bias(view) => {
-                Kind::Vector(vector(driver, std::slice::from_ref(view), dtype)?, view.cols)
+                Kind::Vector(vector(driver, view, dtype)?, view.cols)
             }
-            WeightSource::Exact(view) => {
-                Kind::Exact(vector(driver, std::slice::from_ref(view), DType::F32)?, view.cols)
-            }
+            WeightSource::Exact(view) => Kind::Exact(vector(driver, view, DType::F32)?, view.cols),
         };
         Ok(CudaWeight(Rc::new(kind)))
     }
 }
 
+fn vector<D: Driver>(driver: &D, view: &TensorView<'_>, dtype: DType) -> Result<Memory<D>, BackendError> {
+    Memory::of(driver, &joined(std::slice::from_ref(view), dtype)?)
+}
+
 /// Vectors one after the other, in `dtype`.
-fn vector<D: Driver>(driver: &D, views: &[TensorView<'_>], dtype: DType) -> Result<Memory<D>, BackendError> {
+fn joined(views: &[TensorView<'_>], dtype: DType) -> Result<Vec<u8>, BackendError> {
     let mut bytes = Vec::new();
     for view in views {
         view.check()?;
@@ -128,7 +136,7 @@ fn vector<D: Driver>(driver: &D, views: &[TensorView<'_>], dtype: DType) -> Resu
         }
         append(&mut bytes, view.row(0), view.dtype, dtype);
     }
-    Memory::of(driver, &bytes)
+    Ok(bytes)
 }
 
 /// Elements of one type as another.
@@ -196,7 +204,7 @@ impl<D: Driver> Matrix<D> {
         let mut filling: Option<Filling<D>> = None;
         let mut taken = 0;
         source.each(&mut |linear| {
-            check(linear, experts)?;
+            check(linear)?;
             let filling = match &mut filling {
                 Some(filling) => filling,
                 none => none.insert(Filling::new(driver, linear, experts, dtype)?),
@@ -213,27 +221,21 @@ impl<D: Driver> Matrix<D> {
 }
 
 /// Checks a linear layer, alone or as one of some experts.
-fn check(linear: &Linear<'_>, experts: usize) -> Result<(), BackendError> {
+fn check(linear: &Linear<'_>) -> Result<(), BackendError> {
     let Some(first) = linear.parts.first() else {
         return Err(refused("", "a linear layer without parts".to_owned()));
     };
     let (name, inputs) = (first.name(), first.cols());
-    if let KSum::Tree { ranges } = linear.sum {
-        if ![1, 2, 4, 8].contains(&ranges) || !inputs.is_multiple_of(ranges) {
-            return Err(refused(name, format!("{inputs} columns in {ranges} ranges")));
-        }
-        if linear.bias.is_some() {
-            return Err(refused(name, "a bias belongs after the join of a tree".to_owned()));
-        }
+    if let KSum::Tree { ranges } = linear.sum
+        && (![1, 2, 4, 8].contains(&ranges) || !inputs.is_multiple_of(ranges))
+    {
+        return Err(refused(name, format!("{inputs} columns in {ranges} ranges")));
     }
     for part in &linear.parts {
         part.check()?;
         if part.cols() != inputs {
             return Err(refused(part.name(), format!("{} columns beside {inputs} of {name}", part.cols())));
         }
-    }
-    if linear.bias.is_some() && experts > 1 {
-        return Err(refused(name, "an expert with a bias".to_owned()));
     }
     Ok(())
 }
@@ -291,17 +293,8 @@ impl<D: Driver> Filling<D> {
             parts.push(Part { first: outputs, outputs: rows, data });
             outputs += rows;
         }
-        let bias = match &linear.bias {
-            None => None,
-            Some(bias) => {
-                let count: usize = bias.iter().map(|bias| bias.cols).sum();
-                if count != outputs {
-                    let reason = format!("{count} biases for {outputs} outputs");
-                    return Err(refused(linear.parts[0].name(), reason));
-                }
-                Some(vector(driver, bias, dtype)?)
-            }
-        };
+        let bytes = room(outputs * dtype.bytes(), experts)?;
+        let bias = linear.bias.as_ref().map(|_| Memory::room(driver, bytes)).transpose()?;
         let shape = (inputs, linear.parts.iter().map(|part| (part.rows(), Alike::of(part))).collect());
         Ok(Filling { matrix: Matrix { experts, outputs, inputs, parts, bias }, shape, spans })
     }
@@ -323,6 +316,18 @@ impl<D: Driver> Filling<D> {
             return Err(refused(part.name(), "experts of different formats".to_owned()));
         }
         let at = at as u64;
+        match (&linear.bias, &self.matrix.bias) {
+            (None, None) => {}
+            (Some(biases), Some(memory)) => {
+                let bytes = joined(biases, dtype)?;
+                let (count, outputs) = (bytes.len() / dtype.bytes(), self.matrix.outputs);
+                if count != outputs {
+                    return Err(refused(name, format!("{count} biases for {outputs} outputs")));
+                }
+                driver.upload(memory.address + at * bytes.len() as u64, &bytes)?;
+            }
+            _ => return Err(refused(name, "some experts with a bias and some without".to_owned())),
+        }
         for (part, span) in self.matrix.parts.iter().zip(&self.spans) {
             match &part.data {
                 Data::Plain(memory) => {
@@ -387,17 +392,22 @@ fn quantised<D: Driver>(driver: &D, view: &QuantView<'_>, experts: usize) -> Res
         group_rows: group_rows as u32,
         origin_row: view.origin.0 as u32,
         origin_col: view.origin.1 as u32,
-        scale_type: view.scales.map_or(0, |scales| match scales.dtype {
-            DType::F32 => 0,
-            DType::F16 => 1,
-            DType::BF16 => 2,
-        }),
+        scale_type: view.scales.map_or(0, |scales| scale_type(scales.dtype)),
         scale_cols: view.scales.map_or(0, |scales| scales.cols as u32),
         row_bytes: row_bytes as u32,
         cols: view.cols as u32,
     };
     let scales_expert = view.scales.map_or(0, |scales| (scales.rows * scales.cols) as u64);
     Ok(Data::Quantised { args, strides: ((view.rows * row_bytes) as u64, scales_expert), _memory: memory })
+}
+
+/// As `enum ScaleType` in `kernels/quant.cuh`.
+pub(crate) fn scale_type(dtype: DType) -> u32 {
+    match dtype {
+        DType::F32 => 0,
+        DType::F16 => 1,
+        DType::BF16 => 2,
+    }
 }
 
 /// As `enum Format` in `kernels/quant.cuh`.

@@ -1,6 +1,6 @@
-//! Attention and experts by the products of a GPU's generation, on emulated devices that have them: beside the kernels of every
-//! generation, which the conformance suite compares with a reference, and beside one here. The emulator does these products as late
-//! as somebody waits for them, from the descriptors that the kernels made, and checks that everything they read is there and shown to them.
+//! Attention and experts by the products of a GPU's generation, on emulated devices that have them, and by those of every generation:
+//! beside references. The emulator does these products as late as somebody waits for them, from the descriptors that the kernels made,
+//! and checks that everything they read is there and shown to them.
 
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
@@ -36,6 +36,7 @@ struct Case {
     kv_heads: usize,
     dim: usize,
     window: Option<u32>,
+    sinks: bool,
     block_tokens: u32,
     runs: Vec<(u32, u32)>,
 }
@@ -48,6 +49,11 @@ fn number(at: usize) -> bf16 {
 /// The angle by which pair `pair` is turned from one position to the next.
 fn frequency(pair: usize) -> f32 {
     1.0 / (1 + pair * 3) as f32
+}
+
+/// The sink of a head, where there are any: among its scores, far above and far below.
+fn sink(head: usize) -> f32 {
+    [12.5, 200.0, 7.0, -200.0, 18.0, -3.0][head % 6]
 }
 
 /// What the second step is to answer, in f64 of what the cache has in bf16.
@@ -77,9 +83,10 @@ fn reference(case: &Case) -> Vec<f32> {
                     products.sum::<f64>() * (dim as f64).powf(-0.5)
                 };
                 let scores: Vec<f64> = seen.clone().map(score).collect();
-                let peak = scores.iter().fold(f64::NEG_INFINITY, |most, x| most.max(*x));
+                let sink = if case.sinks { f64::from(sink(head)) } else { f64::NEG_INFINITY };
+                let peak = scores.iter().fold(sink, |most, x| most.max(*x));
                 let weights: Vec<f64> = scores.iter().map(|x| (x - peak).exp()).collect();
-                let total: f64 = weights.iter().sum();
+                let total = weights.iter().sum::<f64>() + (sink - peak).exp();
                 answers.extend((0..dim).map(|i| {
                     let value = |p: u32| {
                         f64::from(number((first + p) as usize * width + (heads + kv_heads + kv) * dim + i))
@@ -120,6 +127,10 @@ fn attended(device: usize, case: &Case, attention: PromptAttention) -> (String, 
         bytes: &bytes,
     };
     let table = backend.load(&WeightSource::Embedding(table.into())).unwrap();
+    let bytes: Vec<u8> = (0..heads).flat_map(|head| sink(head).to_le_bytes()).collect();
+    let (row_stride_bytes, bytes) = (bytes.len(), &bytes[..]);
+    let sinks = TensorView { name: "test", dtype: DType::F32, rows: 1, cols: heads, row_stride_bytes, bytes };
+    let sinks = backend.load(&WeightSource::Exact(sinks)).unwrap();
     let spec = KvSpec::gqa(1, kv_heads, 0..kv_heads, dim, DType::BF16);
     let room = (rows as usize + case.runs.len() * case.block_tokens as usize) * spec.token_bytes();
     let mut kv = backend.kv(&spec, room as u64).unwrap();
@@ -152,6 +163,7 @@ fn attended(device: usize, case: &Case, attention: PromptAttention) -> (String, 
             rope: &rope,
             qk_norm: None,
             window: case.window,
+            sinks: case.sinks.then_some(&sinks),
         };
         let act = step.attend(0, qkv, &attend);
         let Output::Logits(logits) = step.submit(Out::Logits(act)).wait().unwrap() else {
@@ -162,79 +174,86 @@ fn attended(device: usize, case: &Case, attention: PromptAttention) -> (String, 
     (backend.caps().device, got)
 }
 
-/// Shapes that matter.
-fn shapes() -> Vec<Case> {
-    let case = |heads, kv_heads, dim, window, block_tokens, runs: &[(u32, u32)]| Case {
+/// Shapes that matter, many tiles of keys, so that places for them and the parities of barriers come round and round, and shapes drawn
+/// by chance; with sinks and without.
+fn cases() -> Vec<Case> {
+    let case = |heads, kv_heads, dim, window, sinks, block_tokens, runs: &[(u32, u32)]| Case {
         heads,
         kv_heads,
         dim,
         window,
+        sinks,
         block_tokens,
         runs: runs.to_vec(),
     };
-    vec![
+    let mut cases = vec![
         // Several tiles of queries and keys, pages as a cluster has them.
-        case(4, 2, 64, None, 32, &[(0, 300)]),
+        case(4, 2, 64, None, false, 32, &[(0, 300)]),
         // What was there before; sequences of unlike lengths; one token; small pages.
-        case(6, 2, 128, None, 16, &[(140, 60), (0, 17), (5, 1), (200, 128)]),
+        case(6, 2, 128, None, true, 16, &[(140, 60), (0, 17), (5, 1), (200, 128)]),
         // Windows that begin within a tile and leave tiles out; heads whose columns are no tile.
-        case(8, 1, 80, Some(100), 32, &[(150, 90), (0, 130)]),
-        case(4, 4, 96, Some(7), 64, &[(129, 140)]),
+        case(8, 1, 80, Some(100), true, 32, &[(150, 90), (0, 130)]),
+        case(4, 4, 96, Some(7), false, 64, &[(129, 140)]),
         // A group of heads that does not divide a tile.
-        case(5, 1, 128, None, 32, &[(0, 257)]),
-    ]
-}
-
-#[test]
-fn warp_groups_attend_as_the_other_kernels_do() {
-    let _alone = alone();
-    for case in shapes() {
-        let (device, got) = attended(HOPPER, &case, PromptAttention::Auto);
-        assert!(device.contains("wgmma"), "{device}");
-        let (device, want) = attended(HOPPER, &case, PromptAttention::Mma);
-        assert!(!device.contains("wgmma"), "{device}");
-        let worst = apart(&want, &got);
-        assert!(worst < 1e-2, "{worst} of the largest value: {case:?}");
-    }
-}
-
-/// These, many tiles of keys, so that places for them and the parities of barriers come round and round, and shapes drawn by chance.
-#[test]
-fn tensor_memory_attends_as_a_reference_does() {
-    let _alone = alone();
-    let mut cases =
-        vec![Case { heads: 1, kv_heads: 1, dim: 64, window: None, block_tokens: 32, runs: vec![(1500, 40)] }];
+        case(5, 1, 128, None, false, 32, &[(0, 257)]),
+        // As gpt-oss, with a token and guesses behind many.
+        case(8, 1, 64, Some(128), true, 32, &[(300, 40), (550, 1), (600, 4)]),
+        case(1, 1, 64, None, false, 32, &[(1500, 40)]),
+    ];
     let mut state = 20u32;
     let mut below = |end: u32| {
         state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
         (state >> 8) % end
     };
-    for _ in 0..4 {
+    for at in 0..4 {
         let kv_heads = 1 + below(2) as usize;
         cases.push(Case {
             heads: kv_heads * (1 + below(7) as usize),
             kv_heads,
             dim: 8 * (1 + below(16) as usize),
             window: [None, Some(1 + below(300))][below(2) as usize],
+            sinks: at % 2 == 0,
             block_tokens: 16 << below(3),
             runs: (0..1 + below(3)).map(|_| (below(400), 1 + below(140))).collect(),
         });
     }
-    for case in cases {
-        let (device, got) = attended(BLACKWELL, &case, PromptAttention::Auto);
-        assert!(device.contains("tcgen05"), "{device}");
+    cases
+}
+
+/// Whether `device` attends prompts as the reference does, by `products` or without those of a generation.
+fn attends(device: usize, attention: PromptAttention, products: Option<&str>) {
+    let _alone = alone();
+    for case in cases() {
+        let (device, got) = attended(device, &case, attention);
+        let used = ["wgmma", "tcgen05"].into_iter().find(|products| device.contains(products));
+        assert_eq!(used, products, "{device}");
         let worst = apart(&reference(&case), &got);
         assert!(worst < 1e-2, "{worst} of the largest value: {case:?}");
     }
 }
 
-/// Answers of a mixture of experts, each of which gets many rows.
-fn mixed(attention: PromptAttention) -> Vec<f32> {
+#[test]
+fn tiles_attend_as_a_reference_does() {
+    attends(HOPPER, PromptAttention::Mma, None);
+}
+
+#[test]
+fn warp_groups_attend_as_a_reference_does() {
+    attends(HOPPER, PromptAttention::Auto, Some("wgmma"));
+}
+
+#[test]
+fn tensor_memory_attends_as_a_reference_does() {
+    attends(BLACKWELL, PromptAttention::Auto, Some("tcgen05"));
+}
+
+/// Answers of a mixture of experts with biases and a clamped gate (gpt-oss), each of which gets many rows.
+fn mixed(options: &DeviceOptions) -> Vec<f32> {
     const ROWS: usize = 210;
     const HIDDEN: usize = 136;
     const INNER: usize = 72;
     const EXPERTS: usize = 3;
-    let mut backend = EmulatedBackend::open(&options(HOPPER, attention, 32), Group::alone()).unwrap();
+    let mut backend = EmulatedBackend::open(options, Group::alone()).unwrap();
     let numbers = |seed: usize, count: usize| -> Vec<u8> {
         let number = |at: usize| bf16::from_f32((at * 7919 % 4001) as f32 / 4000.0 - 0.5);
         (0..count).flat_map(|at| number(at + seed * 31).to_le_bytes()).collect()
@@ -243,15 +262,21 @@ fn mixed(attention: PromptAttention) -> Vec<f32> {
         let cols = bytes.len() / 2 / rows;
         TensorView { name: "test", dtype: DType::BF16, rows, cols, row_stride_bytes: cols * 2, bytes }
     }
+    /// Biases stand behind the weights.
     fn linear(bytes: &[u8], rows: usize) -> Linear<'_> {
-        Linear { parts: vec![view(bytes, rows).into()], bias: None, sum: KSum::Ascending }
+        let (weights, bias) = bytes.split_at(bytes.len() - rows * 2);
+        Linear {
+            parts: vec![view(weights, rows).into()],
+            bias: Some(vec![view(bias, 1)]),
+            sum: KSum::Ascending,
+        }
     }
     let table = numbers(1, ROWS * HIDDEN);
     let table = backend.load(&WeightSource::Embedding(view(&table, ROWS).into())).unwrap();
-    let router = numbers(2, EXPERTS * HIDDEN);
+    let router = numbers(2, EXPERTS * (HIDDEN + 1));
     let router = backend.load(&WeightSource::Linear(linear(&router, EXPERTS))).unwrap();
     let mut experts = |seed: usize, outputs: usize, inputs: usize| {
-        let bytes: Vec<_> = (0..EXPERTS).map(|at| numbers(seed + at, outputs * inputs)).collect();
+        let bytes: Vec<_> = (0..EXPERTS).map(|at| numbers(seed + at, outputs * (inputs + 1))).collect();
         let experts: Vec<Linear<'_>> = bytes.iter().map(|bytes| linear(bytes, outputs)).collect();
         backend.load(&WeightSource::Experts(&&experts[..])).unwrap()
     };
@@ -265,7 +290,7 @@ fn mixed(attention: PromptAttention) -> Vec<f32> {
         normalise_eps: 0.0,
         scale: 1.0,
     };
-    let spec = KvSpec::gqa(1, 1, 0..1, 8, DType::BF16);
+    let spec = KvSpec::gqa(1, 1, 0..1, 8, options.dtype);
     let mut kv = backend.kv(&spec, 32 * spec.token_bytes() as u64).unwrap();
     let mut batch = Batch::default();
     batch.push(SeqId(1), 0, &(0..ROWS as u32).collect::<Vec<_>>());
@@ -278,7 +303,7 @@ fn mixed(attention: PromptAttention) -> Vec<f32> {
         gate_up: &gate_up,
         down: &down,
         shared: None,
-        glu: Glu::Silu,
+        glu: Glu::Clamped { limit: 1.5, slope: 1.702 },
     };
     let x = step.moe(&x, &moe);
     match step.submit(Out::Logits(x)).wait() {
@@ -289,11 +314,14 @@ fn mixed(attention: PromptAttention) -> Vec<f32> {
 }
 
 #[test]
-fn warp_groups_multiply_as_the_other_kernels_do() {
+fn many_rows_are_multiplied_as_in_f32() {
     let _alone = alone();
-    let (got, want) = (mixed(PromptAttention::Auto), mixed(PromptAttention::Mma));
-    let worst = apart(&want, &got);
-    assert!(worst < 1e-2, "{worst} of the largest value");
+    let plain = DeviceOptions { dtype: DType::F32, ..options(HOPPER, PromptAttention::Mma, 32) };
+    let want = mixed(&plain);
+    for attention in [PromptAttention::Auto, PromptAttention::Mma] {
+        let worst = apart(&want, &mixed(&options(HOPPER, attention, 32)));
+        assert!(worst < 1e-2, "{worst} of the largest value, {attention:?}");
+    }
 }
 
 /// Latent attention's prompts too, whose keys are longer than its values, and products with every format of weights.

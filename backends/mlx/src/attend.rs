@@ -76,10 +76,13 @@ impl MlxStep<'_> {
         for (ready, seen) in attention.calls.iter().zip(attention.seen(attend.window)) {
             let [k, v] = self.written(layer, &kv, ready, seen)?;
             let (q, scale) = (ready.rows_of(&q)?, attend.scale);
+            let sinks = attend.sinks.map(|sinks| sinks.vector_in(heads, q.dtype())).transpose()?;
             let out = match &seen.mask {
-                Sighted::All => fast::scaled_dot_product_attention(&q, &k, &v, scale, None, None)?,
-                Sighted::Causal => fast::scaled_dot_product_attention(&q, &k, &v, scale, Mask::Causal, None)?,
-                Sighted::Mask(mask) => fast::scaled_dot_product_attention(&q, &k, &v, scale, mask, None)?,
+                Sighted::All => fast::scaled_dot_product_attention(&q, &k, &v, scale, None, sinks)?,
+                Sighted::Causal => {
+                    fast::scaled_dot_product_attention(&q, &k, &v, scale, Mask::Causal, sinks)?
+                }
+                Sighted::Mask(mask) => fast::scaled_dot_product_attention(&q, &k, &v, scale, mask, sinks)?,
             };
             // [n, rows of each, heads, dim]: one of the first two is 1.
             let out = out.transpose_axes(&[0, 2, 1, 3])?.reshape(&[-1, int(heads * head_dim)])?;

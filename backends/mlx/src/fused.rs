@@ -7,7 +7,7 @@ use mlx_rs::error::Exception;
 use mlx_rs::transforms::compile::compile;
 use mlx_rs::{Array, Dtype, ops};
 
-use crate::graph::{Recorded, last};
+use crate::graph::{Failure, Recorded, last};
 
 /// A chain over two arrays, and one over three.
 type Two = Box<dyn FnMut((&Array, &Array)) -> Result<Array, Exception>>;
@@ -16,6 +16,8 @@ type Three = Box<dyn FnMut((&Array, &Array, &Array)) -> Result<Array, Exception>
 /// The chains of one device, for the thread that opened it.
 pub(crate) struct Fused {
     silu: Two,
+    /// With the limit and the slope that it was made for.
+    clamped: Option<((f32, f32), Two)>,
     judge: Three,
 }
 
@@ -25,6 +27,7 @@ impl Fused {
         let (mut silu, mut judge) = (compile(silu, true), compile(judge, true));
         Fused {
             silu: Box::new(move |two: (&Array, &Array)| silu(two)),
+            clamped: None,
             judge: Box::new(move |three: (&Array, &Array, &Array)| judge(three)),
         }
     }
@@ -35,6 +38,17 @@ impl Fused {
         let (gate, up) = (last(x, 0..half)?, last(x, half..2 * half)?);
         match kind {
             Glu::Silu => Ok((self.silu)((&gate, &up))?),
+            Glu::Clamped { limit, slope } => {
+                let own = (limit, slope);
+                if self.clamped.as_ref().is_none_or(|(made, _)| *made != own) {
+                    let mut chain = compile(move |two: (&Array, &Array)| clamped(two, limit, slope), true);
+                    self.clamped = Some((own, Box::new(move |two: (&Array, &Array)| chain(two))));
+                }
+                match &mut self.clamped {
+                    Some((_, chain)) => Ok(chain((&gate, &up))?),
+                    None => Err(Failure("no gate".to_owned())),
+                }
+            }
         }
     }
 
@@ -52,6 +66,14 @@ impl std::fmt::Debug for Fused {
 
 fn silu((gate, up): (&Array, &Array)) -> Result<Array, Exception> {
     gate.multiply(ops::sigmoid(gate)?)?.multiply(up)
+}
+
+fn clamped((gate, up): (&Array, &Array), limit: f32, slope: f32) -> Result<Array, Exception> {
+    let number = |x: f32| Array::from_f32(x).as_dtype(gate.dtype());
+    let gate = ops::minimum(gate, number(limit)?)?;
+    let up = ops::clip(up, (number(-limit)?, number(limit)?))?;
+    let opened = ops::sigmoid(gate.multiply(number(slope)?)?)?;
+    gate.multiply(opened)?.multiply(up.add(number(1.0)?)?)
 }
 
 /// `least` is NaN where any logit is.

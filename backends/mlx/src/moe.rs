@@ -50,21 +50,28 @@ pub(crate) fn experts(fused: &mut Fused, x: &MlxAct, moe: &Moe<'_, MlxBackend>) 
     Ok(out)
 }
 
+/// The products of all experts, and their biases.
+type Experts<'e> = (&'e [Part], Option<&'e Array>);
+
 /// Rows `[.., 1, hidden]` through the experts of each.
 fn through(
     fused: &mut Fused,
     x: &Array,
-    [gate_up, down]: [&[Part]; 2],
+    [gate_up, down]: [Experts<'_>; 2],
     moe: &Moe<'_, MlxBackend>,
     experts: &Array,
     sorted: bool,
 ) -> Recorded {
-    let product = |x: &Array, parts: &[Part]| -> Recorded {
+    let product = |x: &Array, (parts, bias): Experts<'_>| -> Recorded {
         let mut outs =
             parts.iter().map(|part| part.gathered(x, experts, sorted)).collect::<Result<Vec<_>, _>>()?;
-        match outs.len() {
-            1 => Ok(outs.swap_remove(0)),
-            _ => Ok(ops::concatenate(&outs, -1)?),
+        let out = match outs.len() {
+            1 => outs.swap_remove(0),
+            _ => ops::concatenate(&outs, -1)?,
+        };
+        match bias {
+            Some(bias) => Ok(out.add(bias.take_axis(experts, 0)?.expand_dims(-2)?)?),
+            None => Ok(out),
         }
     };
     product(&fused.gated(&product(x, gate_up)?, moe.glu)?, down)

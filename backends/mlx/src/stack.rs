@@ -9,7 +9,7 @@ use mlx_rs::{Array, transforms};
 use crate::graph::{Failure, int, mlx_type};
 use crate::part::{Part, merged};
 use crate::platform;
-use crate::weight::{Kind, array, check, decoded, refused};
+use crate::weight::{Kind, array, biases as biases_of, check, decoded, refused};
 
 /// Puts the experts one by one where they stay. Experts differ in format so seldom that all are decoded then.
 pub(crate) fn loaded(source: &dyn ExpertSource, dtype: DType) -> Result<Kind, BackendError> {
@@ -23,13 +23,15 @@ pub(crate) fn loaded(source: &dyn ExpertSource, dtype: DType) -> Result<Kind, Ba
 
 /// `None`: they are not of one kind.
 fn alike(source: &dyn ExpertSource, dtype: DType, decode: bool) -> Result<Option<Kind>, BackendError> {
+    let of_biases = dtype;
     let dtype = if platform::GATHERS_NARROW { dtype } else { DType::F32 };
     let experts = source.count();
+    let mut biases: Vec<Array> = Vec::new();
     let mut first: Option<(Vec<(usize, usize)>, KSum)> = None;
     let mut stacks: Vec<Stack> = Vec::new();
     let (mut taken, mut same) = (0, true);
     let each = source.each(&mut |expert| {
-        check(expert)?;
+        let rows = check(expert)?;
         let name = expert.parts[0].name();
         let named = |failure: Failure| refused(name, failure.0);
         let own: Vec<(usize, usize)> = expert.parts.iter().map(|part| (part.rows(), part.cols())).collect();
@@ -37,9 +39,11 @@ fn alike(source: &dyn ExpertSource, dtype: DType, decode: bool) -> Result<Option
         if own != *shape || expert.sum != *sum {
             return Err(refused(name, format!("{own:?} beside {shape:?}")));
         }
-        if expert.bias.is_some() {
-            return Err(refused(name, "an expert with a bias".to_owned()));
+        let bias = biases_of(expert, rows, of_biases)?;
+        if bias.is_some() != (biases.len() == taken) && taken > 0 {
+            return Err(refused(name, "biases of some experts".to_owned()));
         }
+        biases.extend(bias);
         let one = |view: &MatrixView<'_>| -> Result<Part, BackendError> {
             match view {
                 MatrixView::Plain(view) => Ok(Part::plain(array(view, dtype)?)),
@@ -79,7 +83,9 @@ fn alike(source: &dyn ExpertSource, dtype: DType, decode: bool) -> Result<Option
     }
     let whole = |stack: Stack| stack.whole()?.narrowed(mlx_type(dtype));
     let parts = stacks.into_iter().map(whole).collect::<Result<Vec<_>, _>>();
-    Ok(Some(Kind::Experts { parts: parts.map_err(|failure| refused("", failure.0))?, experts }))
+    let parts = parts.map_err(|failure| refused("", failure.0))?;
+    let bias = if biases.is_empty() { None } else { Some(ops::stack(&biases, 0).map_err(Failure::from)?) };
+    Ok(Some(Kind::Experts { parts, bias, experts }))
 }
 
 /// One part of every expert.

@@ -27,15 +27,20 @@ pub(crate) enum Kind {
     /// A product's weight or an embedding table.
     Product(Product),
     /// Per expert a product, in parts `[experts, rows, cols]` stacked by rows.
-    Experts { parts: Vec<Part>, experts: usize },
+    Experts {
+        parts: Vec<Part>,
+        /// `[experts, rows]`.
+        bias: Option<Array>,
+        experts: usize,
+    },
     /// Per head a product: `[heads, in, out]`.
     Heads(Array),
     /// A norm's scale or a bias.
     Vector {
         /// `[dim]`.
         vector: Array,
-        /// The scale of every head and of another norm's, once somebody asked.
-        heads: OnceCell<Array>,
+        /// The scale of every head and of another norm's, or the vector in another type, once somebody asked.
+        made: OnceCell<Array>,
     },
 }
 
@@ -112,7 +117,7 @@ impl MlxWeight {
             Kind::Product(Product { parts, bias, .. }) => {
                 parts.iter().flat_map(Part::arrays).chain(bias.as_ref()).collect()
             }
-            Kind::Experts { parts, .. } => parts.iter().flat_map(Part::arrays).collect(),
+            Kind::Experts { parts, bias, .. } => parts.iter().flat_map(Part::arrays).chain(bias).collect(),
             Kind::Heads(array) | Kind::Vector { vector: array, .. } => vec![array],
         };
         mlx_rs::transforms::eval(arrays).map_err(Failure::from)?;
@@ -133,7 +138,7 @@ impl MlxWeight {
     /// This scale for each of `heads` heads of `dim`, then `other`, which is always the same one, for each of `others`:
     /// `[heads + others, dim]`.
     pub(crate) fn with_heads(&self, heads: usize, other: &MlxWeight, others: usize, dim: usize) -> Recorded {
-        let Kind::Vector { heads: made, .. } = &self.0 else { return Ok(self.vector(dim)?.clone()) };
+        let Kind::Vector { made, .. } = &self.0 else { return Ok(self.vector(dim)?.clone()) };
         if let Some(made) = made.get().filter(|made| made.shape() == [heads + others, dim].map(int)) {
             return Ok(made.clone());
         }
@@ -147,6 +152,21 @@ impl MlxWeight {
         Ok(all)
     }
 
+    /// A vector of `width` in `dtype`, which is always the same one.
+    pub(crate) fn vector_in(&self, width: usize, dtype: Dtype) -> Result<&Array, Failure> {
+        let vector = self.vector(width)?;
+        let Kind::Vector { made, .. } = &self.0 else { return Ok(vector) };
+        if vector.dtype() == dtype {
+            return Ok(vector);
+        }
+        if made.get().is_none() {
+            let narrow = vector.as_dtype(dtype)?;
+            narrow.eval()?;
+            let _ = made.set(narrow);
+        }
+        Ok(made.get().filter(|made| made.dtype() == dtype).unwrap_or(vector))
+    }
+
     /// A product or table.
     pub(crate) fn product(&self) -> Result<&Product, Failure> {
         match &self.0 {
@@ -155,10 +175,10 @@ impl MlxWeight {
         }
     }
 
-    /// The products of `experts` experts.
-    pub(crate) fn experts(&self, wanted: usize) -> Result<&[Part], Failure> {
+    /// The products of `experts` experts, and their biases.
+    pub(crate) fn experts(&self, wanted: usize) -> Result<(&[Part], Option<&Array>), Failure> {
         match &self.0 {
-            Kind::Experts { parts, experts } if *experts == wanted => Ok(parts),
+            Kind::Experts { parts, bias, experts } if *experts == wanted => Ok((parts, bias.as_ref())),
             Kind::Experts { experts, .. } => Err(Failure(format!("{experts} experts, {wanted} needed"))),
             other => Err(Failure(format!("{} where experts are needed", other.name()))),
         }
@@ -177,7 +197,7 @@ impl MlxWeight {
 
 impl Kind {
     fn vector(vector: Array) -> Self {
-        Kind::Vector { vector, heads: OnceCell::new() }
+        Kind::Vector { vector, made: OnceCell::new() }
     }
 
     fn name(&self) -> &'static str {
@@ -190,20 +210,17 @@ impl Kind {
     }
 }
 
-/// Checks what a linear layer's parts have in common; returns its outputs.
+/// Checks what a linear layer's parts have in common, but for biases; returns its outputs.
 pub(crate) fn check(linear: &Linear<'_>) -> Result<usize, BackendError> {
     let Some(first) = linear.parts.first() else {
         return Err(refused("", "a linear layer without parts".to_owned()));
     };
-    let tree = match linear.sum {
-        KSum::Ascending => false,
-        KSum::Tree { ranges } if [1, 2, 4, 8].contains(&ranges) && first.cols() % ranges == 0 => true,
+    match linear.sum {
+        KSum::Ascending => {}
+        KSum::Tree { ranges } if [1, 2, 4, 8].contains(&ranges) && first.cols() % ranges == 0 => {}
         KSum::Tree { ranges } => {
             return Err(refused(first.name(), format!("{} columns in {ranges} ranges", first.cols())));
         }
-    };
-    if tree && linear.bias.is_some() {
-        return Err(refused(first.name(), "a bias belongs after the join of a tree".to_owned()));
     }
     if let Some(part) = linear.parts.iter().find(|part| part.cols() != first.cols()) {
         let reason = format!("{} columns beside {} of {}", part.cols(), first.cols(), first.name());
@@ -215,15 +232,26 @@ pub(crate) fn check(linear: &Linear<'_>) -> Result<usize, BackendError> {
 fn linear_weight(linear: &Linear<'_>, dtype: DType) -> Result<Product, BackendError> {
     let rows = check(linear)?;
     let name = linear.parts[0].name();
-    let bias = linear.bias.as_deref().map(|parts| vector(parts, dtype)).transpose()?;
-    if let Some(bias) = bias.as_ref().filter(|bias| bias.size() != rows) {
-        return Err(refused(name, format!("{} biases for {rows} outputs", bias.size())));
+    if matches!(linear.sum, KSum::Tree { .. }) && linear.bias.is_some() {
+        return Err(refused(name, "a bias belongs after the join of a tree".to_owned()));
     }
+    let bias = biases(linear, rows, dtype)?;
     let wide = rows <= ROUTER_ROWS_MAX && linear.parts.iter().all(|part| part.dtype() == Some(DType::F32));
     let dtype = if wide { DType::F32 } else { dtype };
     let parts = linear.parts.iter().map(|view| part(view, dtype)).collect::<Result<Vec<_>, _>>()?;
     let parts = merged(parts).map_err(|failure| refused(name, failure.0))?;
     Ok(Product { parts, bias, wide: OnceCell::new() })
+}
+
+/// The biases of a linear layer of `rows` outputs.
+pub(crate) fn biases(linear: &Linear<'_>, rows: usize, dtype: DType) -> Result<Option<Array>, BackendError> {
+    let bias = linear.bias.as_deref().map(|parts| vector(parts, dtype)).transpose()?;
+    match &bias {
+        Some(bias) if bias.size() != rows => {
+            Err(refused(linear.parts[0].name(), format!("{} biases for {rows} outputs", bias.size())))
+        }
+        _ => Ok(bias),
+    }
 }
 
 /// One matrix as MLX multiplies by it.

@@ -165,6 +165,7 @@ impl Step for LateStep<'_> {
             rope: attend.rope,
             qk_norm,
             window: attend.window,
+            sinks: attend.sinks,
         };
         self.cpu.attend(layer, qkv, &attend)
     }

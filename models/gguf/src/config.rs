@@ -15,6 +15,7 @@ const FAMILIES: &[(&str, Family)] = &[
     ("qwen3moe", qwen3moe),
     ("deepseek2", deepseek2),
     ("glm4moe", glm4moe),
+    ("gpt-oss", gpt_oss),
     ("minimax-m2", minimax_m2),
 ];
 
@@ -32,14 +33,20 @@ const ENDS: &[&str] = &[
     "<|user|>",
     "<|observation|>",
     "<|end|>",
+    "<|return|>",
+    "<|call|>",
 ];
+
+/// Where an answer ends by the first two, the third ends one of its messages only (gpt-oss).
+const MESSAGES: [&str; 3] = ["<|return|>", "<|call|>", "<|end|>"];
 
 /// How scores of experts become weights, by `expert_gating_func`.
 const SOFTMAX: u64 = 1;
 const SIGMOID: u64 = 2;
+const SOFTMAX_OF_CHOSEN: u64 = 3;
 
 /// The config.json of the model in `gguf`. Errors when the architecture is none of llama (Mistral too), qwen2, qwen3,
-/// qwen3moe, deepseek2, glm4moe and minimax-m2, when a number is missing, and when a key may change the computation in a way
+/// qwen3moe, deepseek2, glm4moe, gpt-oss and minimax-m2, when a number is missing, and when a key may change the computation in a way
 /// that a config.json cannot say.
 pub fn config_json(gguf: &Gguf) -> Result<Value, GgufError> {
     let architecture = gguf.architecture()?;
@@ -75,7 +82,15 @@ pub fn end_ids(metadata: &Metadata) -> Result<Vec<u32>, GgufError> {
     let types = metadata.numbers("tokenizer.ggml.token_type")?.unwrap_or_default();
     const CONTROL: f64 = 3.0;
     let control = (0u32..).zip(tokens.iter().zip(types)).filter(|(_, (_, kind))| *kind == CONTROL);
-    ids.extend(control.filter(|(_, (token, _))| ENDS.contains(&token.as_str())).map(|(id, _)| id));
+    let known: Vec<(u32, &str)> = control
+        .map(|(id, (token, _))| (id, token.as_str()))
+        .filter(|(_, token)| ENDS.contains(token))
+        .collect();
+    let [end, call, message] = MESSAGES.map(|name| known.iter().find(|(_, token)| *token == name));
+    ids.extend(known.iter().map(|(id, _)| *id));
+    if let (Some(_), Some(_), Some((message, _))) = (end, call, message) {
+        ids.retain(|id| id != message);
+    }
     let mut seen = Vec::new();
     ids.retain(|id| {
         !seen.contains(id) && {
@@ -380,6 +395,30 @@ fn minimax_m2(keys: &Keys<'_>, config: &mut Value) -> Result<(), GgufError> {
             "num_experts_per_tok": keys.count("expert_used_count")?,
             "scoring_func": "sigmoid",
             "use_routing_bias": has(keys, "blk.0.exp_probs_b.bias"),
+        }),
+    );
+    Ok(())
+}
+
+/// Every other layer slides, the first one too, which no file says.
+fn gpt_oss(keys: &Keys<'_>, config: &mut Value) -> Result<(), GgufError> {
+    heads(keys, config)?;
+    no_scale(keys)?;
+    gating(keys, SOFTMAX_OF_CHOSEN)?;
+    // The ends of the stretch are not rounded to whole dimensions, as the original's are not.
+    if let Some(yarn) = config["rope_scaling"].as_object_mut() {
+        yarn.insert("truncate".into(), json!(false));
+    }
+    let inner = keys.count("expert_feed_forward_length")?;
+    add(
+        config,
+        json!({
+            "model_type": "gpt_oss",
+            "attention_bias": has(keys, "blk.0.attn_q.bias"),
+            "sliding_window": keys.count("attention.sliding_window")?,
+            "intermediate_size": inner,
+            "num_local_experts": keys.count("expert_count")?,
+            "num_experts_per_tok": keys.count("expert_used_count")?,
         }),
     );
     Ok(())

@@ -35,6 +35,7 @@ const PARTS: &[(&str, &str)] = &[
     ("mlp.up_proj", "ffn_up"),
     ("mlp.down_proj", "ffn_down"),
     ("mlp.gate", "ffn_gate_inp"),
+    ("mlp.router", "ffn_gate_inp"),
     ("mlp.shared_experts.gate_proj", "ffn_gate_shexp"),
     ("mlp.shared_experts.up_proj", "ffn_up_shexp"),
     ("mlp.shared_experts.down_proj", "ffn_down_shexp"),
@@ -70,6 +71,9 @@ pub fn place(architecture: &str, name: &str) -> Option<Place> {
     if ROUTER_BIASES.contains(&rest) {
         return whole(format!("blk.{layer}.exp_probs_b.bias"));
     }
+    if rest == "self_attn.sinks" {
+        return whole(format!("blk.{layer}.attn_sinks.weight"));
+    }
     let (part, kind) = rest.rsplit_once('.')?;
     if kind != "weight" && kind != "bias" {
         return None;
@@ -86,7 +90,7 @@ pub fn place(architecture: &str, name: &str) -> Option<Place> {
     }
     let (hf, own) = PARTS.iter().find(|(hf, _)| *hf == part)?;
     let own = match *hf {
-        "post_attention_layernorm" if architecture == "glm4moe" => "post_attention_norm",
+        "post_attention_layernorm" if ["glm4moe", "gpt-oss"].contains(&architecture) => "post_attention_norm",
         _ => own,
     };
     whole(format!("blk.{layer}.{own}.{kind}"))
@@ -131,6 +135,9 @@ mod tests {
             ("qwen3", "model.layers.0.self_attn.k_norm.weight", "blk.0.attn_k_norm.weight"),
             ("qwen3", "model.layers.0.post_attention_layernorm.weight", "blk.0.ffn_norm.weight"),
             ("glm4moe", "model.layers.0.post_attention_layernorm.weight", "blk.0.post_attention_norm.weight"),
+            ("gpt-oss", "model.layers.0.self_attn.sinks", "blk.0.attn_sinks.weight"),
+            ("gpt-oss", "model.layers.1.mlp.router.bias", "blk.1.ffn_gate_inp.bias"),
+            ("gpt-oss", "model.layers.1.mlp.experts.2.down_proj.bias", "blk.1.ffn_down_exps.bias[2]"),
             ("qwen3moe", "model.layers.1.mlp.gate.weight", "blk.1.ffn_gate_inp.weight"),
             ("qwen3moe", "model.layers.1.mlp.experts.12.down_proj.weight", "blk.1.ffn_down_exps.weight[12]"),
             (

@@ -2,7 +2,7 @@
 //! choice, experts in every layer. Its modules that predict further tokens are not used.
 //! Source: <https://github.com/huggingface/transformers/blob/main/src/transformers/models/minimax_m2>
 
-use backend::{Routing, Score};
+use backend::{Glu, Routing, Score};
 
 use crate::attention::{Attention, Default, Grouped, HeadNorm};
 use crate::config::Base;
@@ -50,6 +50,8 @@ fn experts(fields: &mut Fields, layers: usize) -> Result<Experts, ModelError> {
         width: fields.size("intermediate_size")?,
         shared_width: 0,
         choice_bias: fields.flag("use_routing_bias", true)?,
+        biases: false,
+        glu: Glu::Silu,
         layers: vec![true; layers],
         names: ExpertNames::BlockSparse,
     })

@@ -3,6 +3,7 @@
 
 mod deepseek_v3;
 mod glm4_moe;
+mod gpt_oss;
 mod kimi_k2;
 mod llama;
 mod minimax_m2;
@@ -21,6 +22,7 @@ type Read = fn(&mut Fields) -> Result<Config, ModelError>;
 const FAMILIES: &[(&str, Read)] = &[
     ("deepseek_v3", deepseek_v3::read),
     ("glm4_moe", glm4_moe::read),
+    ("gpt_oss", gpt_oss::read),
     ("kimi_k2", kimi_k2::read),
     ("kimi_k25", kimi_k2::read_text),
     ("llama", llama::read),

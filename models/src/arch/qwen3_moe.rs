@@ -1,7 +1,7 @@
 //! Qwen 3 with experts (30B-A3B, 235B-A22B, Coder): the attention of Qwen 3, softmax routing, no shared expert.
 //! Source: <https://github.com/huggingface/transformers/blob/main/src/transformers/models/qwen3_moe>
 
-use backend::{Routing, Score};
+use backend::{Glu, Routing, Score};
 
 use crate::attention::{Attention, Default, Grouped, HeadNorm, window};
 use crate::config::Base;
@@ -53,6 +53,8 @@ fn experts(fields: &mut Fields, layers: usize) -> Result<Experts, ModelError> {
         width: fields.size("moe_intermediate_size")?,
         shared_width: 0,
         choice_bias: false,
+        biases: false,
+        glu: Glu::Silu,
         layers: (0..layers)
             .map(|layer| !dense.contains(&layer) && (layer + 1).is_multiple_of(every))
             .collect(),

@@ -151,6 +151,12 @@ fn windows_are_per_layer() {
         windows("qwen3", r#""layer_types": ["full_attention"]"#),
         Err("c: layer_types: 1 entries for 3 layers".into())
     );
+    let oss = r#""num_local_experts": 4, "num_experts_per_tok": 2"#;
+    assert_eq!(windows("gpt_oss", oss), Ok(vec![Some(128), None, Some(128)]));
+    assert_eq!(
+        windows("gpt_oss", &format!(r#"{oss}, "sliding_window": 16, {types}"#)),
+        Ok(vec![None, Some(16), None])
+    );
     assert_eq!(
         windows("mistral", r#""sliding_window": 0"#),
         Err("c: sliding_window: a window of 0 tokens attends to nothing".into())
@@ -162,8 +168,8 @@ fn what_changes_the_math_and_is_not_supported_is_named() {
     let error = |model_type, more: &str| config(model_type, more).unwrap_err();
     assert_eq!(
         error("gemma3", ""),
-        "c: not supported yet: model_type \"gemma3\" (supported: deepseek_v3, glm4_moe, kimi_k2, kimi_k25, llama, minimax_m2, \
-         mistral, qwen2, qwen3, qwen3_moe)"
+        "c: not supported yet: model_type \"gemma3\" (supported: deepseek_v3, glm4_moe, gpt_oss, kimi_k2, kimi_k25, llama, \
+         minimax_m2, mistral, qwen2, qwen3, qwen3_moe)"
     );
     let deepseek = |from: &str, to: &str| error("deepseek_v3", &DEEPSEEK.replace(from, to));
     assert_eq!(
@@ -190,7 +196,7 @@ fn what_changes_the_math_and_is_not_supported_is_named() {
     assert_eq!(error("llama", r#", "sliding_window": 16"#), format!("c: sliding_window: 16 {change}"));
     assert_eq!(
         error("llama", r#", "quantization_config": {"quant_method": "hqq"}"#),
-        "c: quantization_config.quant_method: \"hqq\" is not supported (known: fp8, modelopt, compressed-tensors, awq, gptq)"
+        "c: quantization_config.quant_method: \"hqq\" is not supported (known: fp8, modelopt, compressed-tensors, awq, gptq, mxfp4)"
     );
     assert_eq!(
         error("llama", r#", "hidden_act": "gelu""#),

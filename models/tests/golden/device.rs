@@ -54,6 +54,10 @@ macro_rules! every_case {
             minimax_m2_mlx: "minimax_m2-mlx",
             glm4_moe_base: "glm4_moe-base",
             glm4_moe_plain: "glm4_moe-plain",
+            gpt_oss_base: "gpt_oss-base",
+            gpt_oss_mxfp4: "gpt_oss-mxfp4",
+            gpt_oss_mlx: "gpt_oss-mlx",
+            gpt_oss_gguf: "gpt_oss-gguf-mxfp4",
         }
     };
 }

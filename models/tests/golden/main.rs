@@ -170,6 +170,9 @@ cases! {
     minimax_m2_mlx: "minimax_m2-mlx",
     glm4_moe_base: "glm4_moe-base",
     glm4_moe_plain: "glm4_moe-plain",
+    gpt_oss_base: "gpt_oss-base",
+    gpt_oss_mxfp4: "gpt_oss-mxfp4",
+    gpt_oss_mlx: "gpt_oss-mlx",
 }
 
 // Blocks of 32 and 256 columns do not divide as far as models this small.
@@ -182,6 +185,7 @@ cases! {
     qwen3_q5_k_m: "qwen3-gguf-q5_k_m",
     deepseek_v3_q8_0: "deepseek_v3-gguf-q8_0",
     qwen3_moe_q4_0: "qwen3_moe-gguf-q4_0",
+    gpt_oss_gguf: "gpt_oss-gguf-mxfp4",
 }
 
 /// Activations in 8 bits, a setting, are as near as those of llama.cpp have to be, and keep the contract.

@@ -4,6 +4,7 @@ use super::reference::Attention;
 use super::{Case, Rig, Suite, Tensor};
 use crate::{
     Attend, Backend, Batch, DType, Group, KvSpec, KvStore, NormSpan, QkNorm, Rope, RopeStyle, SeqId, Step,
+    WeightSource,
 };
 
 pub(super) fn cases<'a, B: Backend>() -> Vec<Case<'a, B>> {
@@ -12,6 +13,7 @@ pub(super) fn cases<'a, B: Backend>() -> Vec<Case<'a, B>> {
         ("attend, grouped heads with norms", grouped),
         ("attend, interleaved and partial rope", ropes),
         ("attend, sliding window", window),
+        ("attend, sinks", sinks),
         ("attend, head sizes", sizes),
         ("attend, ragged batch", ragged),
         ("attend, chunks and tokens", chunked),
@@ -34,6 +36,7 @@ pub(super) fn small() -> Attention {
         k_norm: None,
         eps: 1e-6,
         window: None,
+        sinks: None,
     }
 }
 
@@ -44,6 +47,7 @@ pub(super) struct Layer<B: Backend> {
     pub(super) inputs: Tensor,
     table: B::Weight,
     norms: [Option<B::Weight>; 2],
+    sinks: Option<B::Weight>,
     rope: Rope,
 }
 
@@ -75,12 +79,16 @@ impl<B: Backend> Layer<B> {
         let norms = [&attention.q_norm, &attention.k_norm].map(|norm| {
             norm.as_ref().map(|values| rig.norm(&Tensor::new(options.dtype, 1, dim, values.iter().copied())))
         });
+        let sinks = attention.sinks.as_ref().map(|sinks| {
+            let sinks = Tensor::new(DType::F32, 1, sinks.len(), sinks.iter().copied());
+            rig.load(&WeightSource::Exact(sinks.view()))
+        });
         let rope = Rope {
             inv_freq: attention.inv_freq.clone().into(),
             factor: attention.factor,
             style: attention.style,
         };
-        Layer { rig, attention, inputs, table, norms, rope }
+        Layer { rig, attention, inputs, table, norms, sinks, rope }
     }
 
     pub(super) fn run(&mut self, batch: &Batch) -> Vec<f32> {
@@ -90,7 +98,8 @@ impl<B: Backend> Layer<B> {
         let [q, k] = &self.norms;
         let norms = q.as_ref().zip(k.as_ref());
         let qk_norm = norms.map(|(q, k)| QkNorm { q, k, eps: eps as f32, span: NormSpan::Head });
-        let attend = Attend { heads, kv_heads, head_dim: dim, scale, rope, qk_norm, window };
+        let sinks = self.sinks.as_ref();
+        let attend = Attend { heads, kv_heads, head_dim: dim, scale, rope, qk_norm, window, sinks };
         self.rig.step(batch, |step| {
             let qkv = step.embed(table);
             step.attend(1, qkv, &attend)
@@ -149,6 +158,31 @@ fn window<B: Backend>(suite: &Suite<'_, B>, dtype: DType) {
         let attention = Attention { window: Some(window), ..small() };
         prompt(suite, dtype, &format!("window {window}"), attention, 560);
     }
+}
+
+/// Sinks far above and far below all scores, and among them: of prompts and of single tokens, with and without a window.
+fn sinks<B: Backend>(suite: &Suite<'_, B>, dtype: DType) {
+    for window in [None, Some(40)] {
+        // f32 holds these exactly.
+        let sinks = Some(vec![1.5, -0.25, 200.0, -200.0]);
+        let mut layer = Layer::new(suite, dtype, Attention { window, sinks, ..small() }, 50, 600);
+        let ids = ids(8, 560, 50);
+        let want = layer.expected(&ids);
+        layer.rig.open(SeqId(1), 560);
+        let mut at = 0;
+        for len in [1, 2, 30, 1, 250, 1, 270, 1, 4] {
+            let mut batch = Batch::default();
+            batch.push(SeqId(1), at as u32, &ids[at..at + len]);
+            let got = layer.run(&batch);
+            suite.close(dtype, &format!("{len} from {at}"), &got, &want[at..at + len].concat());
+            at += len;
+        }
+    }
+    let dim = 64;
+    let inv_freq = (0..dim / 2).map(|i| 500f32.powf(-(i as f32) * 2.0 / dim as f32)).collect();
+    let sinks = Some((0..8).map(|head| f64::from(head) - 2.0).collect());
+    let attention = Attention { heads: 8, kv_heads: 1, dim, inv_freq, sinks, ..small() };
+    prompt(suite, dtype, "eight heads on one, of 64", attention, 130);
 }
 
 fn sizes<B: Backend>(suite: &Suite<'_, B>, dtype: DType) {
@@ -245,8 +279,8 @@ fn no_room<B: Backend>(suite: &Suite<'_, B>, dtype: DType) {
     let mut batch = Batch::default();
     batch.push(SeqId(1), 0, &ids(1, 17, 50));
     let Layer { rig, table, rope, .. } = &mut layer;
-    let attend =
-        Attend { heads: 4, kv_heads: 2, head_dim: 16, scale: 0.25, rope, qk_norm: None, window: None };
+    let (qk_norm, window, sinks) = (None, None, None);
+    let attend = Attend { heads: 4, kv_heads: 2, head_dim: 16, scale: 0.25, rope, qk_norm, window, sinks };
     let ran = rig.try_step(&batch, |step| {
         let qkv = step.embed(table);
         step.attend(1, qkv, &attend)

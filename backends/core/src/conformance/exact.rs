@@ -215,6 +215,7 @@ impl Block {
             rope: &rope,
             qk_norm: None,
             window: None,
+            sinks: None,
         };
         rig.open(SeqId(1), tokens.len() as u32);
         let mut logits = Vec::new();

@@ -56,6 +56,9 @@ struct Expert {
     gate: Matrix,
     up: Matrix,
     down: Matrix,
+    /// Of each.
+    biases: Option<[Tensor; 3]>,
+    glu: Glu,
 }
 
 impl Expert {
@@ -65,7 +68,17 @@ impl Expert {
             gate: Matrix::random(seed * 3, format, inner, hidden),
             up: Matrix::random(seed * 3 + 1, format, inner, hidden),
             down: Matrix::random(seed * 3 + 2, format, hidden, inner),
+            biases: None,
+            glu: Glu::Silu,
         }
+    }
+
+    /// With biases and a clamped gate.
+    fn biased(self, seed: u64) -> Self {
+        let bias = |at: u64, len: usize| Tensor::random(900 + seed * 3 + at, DType::BF16, 1, len, 0.5);
+        let (inner, hidden) = (self.inner, self.down.view().rows());
+        let biases = Some([bias(0, inner), bias(1, inner), bias(2, hidden)]);
+        Expert { biases, glu: Glu::Clamped { limit: 1.5, slope: 1.702 }, ..self }
     }
 
     /// Gate and up, and down, as rank `rank` of `world` has them.
@@ -73,17 +86,23 @@ impl Expert {
         let own = rank * self.inner / world..(rank + 1) * self.inner / world;
         let (hidden, rows) = (self.gate.view().cols(), self.down.view().rows());
         let parts = [&self.gate, &self.up].map(|part| part.cut(own.clone(), 0..hidden)).to_vec();
-        let down = vec![self.down.cut(0..rows, own)];
+        let down = vec![self.down.cut(0..rows, own.clone())];
+        let inner_biases = self.biases.as_ref().map(|[gate, up, _]| {
+            let cut = [gate, up].map(|bias| bias.view().cut(0..1, own.clone()));
+            cut.map(|bias| bias.unwrap_or_else(|error| panic!("cut: {error}"))).to_vec()
+        });
+        let down_bias = self.biases.as_ref().filter(|_| rank == 0).map(|[.., down]| vec![down.view()]);
         (
-            Linear { parts, bias: None, sum: KSum::Ascending },
-            Linear { parts: down, bias: None, sum: KSum::Tree { ranges: ranges / world } },
+            Linear { parts, bias: inner_biases, sum: KSum::Ascending },
+            Linear { parts: down, bias: down_bias, sum: KSum::Tree { ranges: ranges / world } },
         )
     }
 
     fn output(&self, x: &[f64]) -> Vec<f64> {
-        let gate = reference::linear(x, self.gate.values(), None);
-        let up = reference::linear(x, self.up.values(), None);
-        reference::linear(&reference::silu(&[gate, up].concat()), self.down.values(), None)
+        let bias = |at: usize| self.biases.as_ref().map(|biases| &biases[at].values[..]);
+        let gate = reference::linear(x, self.gate.values(), bias(0));
+        let up = reference::linear(x, self.up.values(), bias(1));
+        reference::linear(&reference::glu(&[gate, up].concat(), self.glu), self.down.values(), bias(2))
     }
 }
 
@@ -93,6 +112,9 @@ struct Mixture {
     ranges: usize,
     routing: Routing,
     router: Tensor,
+    /// Of the scores.
+    router_bias: Option<Tensor>,
+    /// Of the choice.
     bias: Option<Tensor>,
     experts: Vec<Expert>,
     shared: Option<Expert>,
@@ -115,11 +137,20 @@ impl Mixture {
             hidden,
             ranges: 8,
             router: Tensor::random(70, DType::BF16, 10, hidden, 0.3),
+            router_bias: None,
             bias: None,
             experts: (1..11).map(expert).collect(),
             shared: None,
             routing,
         }
+    }
+
+    /// As gpt-oss: biases everywhere, a clamped gate.
+    fn biased(format: Option<Quant>, hidden: usize, inner: usize) -> Self {
+        let mixture = Mixture::softmax(format, hidden, inner);
+        let experts = mixture.experts.into_iter().zip(1..).map(|(expert, seed)| expert.biased(seed));
+        let router_bias = Some(Tensor::random(73, DType::BF16, 1, 10, 0.5));
+        Mixture { experts: experts.collect(), router_bias, ..mixture }
     }
 
     /// As DeepSeek V3: sigmoid, groups, a bias for the choice, a shared expert twice as wide.
@@ -138,6 +169,7 @@ impl Mixture {
             hidden,
             ranges: 8,
             router: Tensor::random(71, DType::F32, 12, hidden, 0.2),
+            router_bias: None,
             bias: Some(Tensor::random(72, DType::F32, 1, 12, 0.3)),
             experts: (1..13).map(expert).collect(),
             shared: Some(Expert::random(40, format, hidden, 2 * inner)),
@@ -148,7 +180,8 @@ impl Mixture {
     /// The experts of a row and their weights.
     fn route(&self, x: &[f64]) -> Vec<(usize, f64)> {
         let Routing { experts, top_k, score, groups, normalise, normalise_eps, scale } = self.routing.clone();
-        let products = reference::linear(x, &self.router.values, None);
+        let bias = self.router_bias.as_ref().map(|bias| &bias.values[..]);
+        let products = reference::linear(x, &self.router.values, bias);
         let total: f64 = products.iter().map(|x| x.exp()).sum();
         let scores: Vec<f64> = products
             .iter()
@@ -201,7 +234,11 @@ impl Mixture {
     ) -> Vec<f32> {
         let (rank, world) = (group.rank, group.world);
         let mut rig = suite.rig_with(options, group, &KvSpec::gqa(1, 1, 0..1, 8, options.dtype), 64);
-        let router = rig.linear(&[&self.router], KSum::Ascending);
+        let router = rig.load(&WeightSource::Linear(Linear {
+            parts: vec![self.router.view().into()],
+            bias: self.router_bias.as_ref().map(|bias| vec![bias.view()]),
+            sum: KSum::Ascending,
+        }));
         let bias = self.bias.as_ref().map(|bias| rig.load(&WeightSource::Exact(bias.view())));
         let shares = self.experts.iter().map(|expert| expert.share(rank, world, self.ranges));
         let (gate_up, down): (Vec<_>, Vec<_>) = shares.unzip();
@@ -221,7 +258,7 @@ impl Mixture {
                     gate_up: &gate_up,
                     down: &down,
                     shared: shared.as_ref().map(|(gate_up, down)| (gate_up, down)),
-                    glu: Glu::Silu,
+                    glu: self.experts[0].glu,
                 },
             );
             step.all_reduce(partial)
@@ -238,7 +275,11 @@ fn formats<B: Backend>(suite: &Suite<'_, B>, dtype: DType) -> Vec<Option<Quant>>
 
 fn mixtures<B: Backend>(suite: &Suite<'_, B>, dtype: DType) {
     for format in formats(suite, dtype) {
-        for mixture in [Mixture::softmax(format, 64, 64), Mixture::grouped(format, 128, 64)] {
+        for mixture in [
+            Mixture::softmax(format, 64, 64),
+            Mixture::grouped(format, 128, 64),
+            Mixture::biased(format, 64, 128),
+        ] {
             for rows in [1, 4, 41] {
                 let x = Tensor::random(9, dtype, rows, mixture.hidden, 1.0);
                 let got = mixture.run(suite, &suite.options(dtype), Group::alone(), &x);
@@ -256,7 +297,9 @@ fn exact<B: Backend>(suite: &Suite<'_, B>, dtype: DType) {
         return;
     }
     let coded = suite.quants.iter().copied().find(|format| format.align_cols() == 32);
-    for mixture in [Mixture::softmax(None, 72, 40), Mixture::grouped(coded, 64, 32)] {
+    for mixture in
+        [Mixture::softmax(None, 72, 40), Mixture::grouped(coded, 64, 32), Mixture::biased(coded, 64, 64)]
+    {
         let width = mixture.hidden;
         let x = Tensor::random(9, dtype, 80, width, 1.0);
         let run = |threads: usize, rows: std::ops::Range<usize>| {
@@ -278,7 +321,9 @@ fn tensor_parallel<B: Backend>(suite: &Suite<'_, B>, dtype: DType) {
     let Some(group) = suite.group else { return };
     let coded = suite.quants.iter().copied().find(|format| format.align_cols() == 32);
     // With 128 columns in groups of 32, four ranks have one group each, and their two ranges cut it.
-    for mixture in [Mixture::softmax(None, 48, 64), Mixture::grouped(coded, 64, 128)] {
+    for mixture in
+        [Mixture::softmax(None, 48, 64), Mixture::grouped(coded, 64, 128), Mixture::biased(coded, 64, 128)]
+    {
         let x = Tensor::random(9, dtype, 13, mixture.hidden, 1.0);
         let options = suite.options(dtype);
         let alone = mixture.run(suite, &options, Group::alone(), &x);

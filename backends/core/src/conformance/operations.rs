@@ -155,13 +155,19 @@ fn add<B: Backend>(suite: &Suite<'_, B>, dtype: DType) {
 fn glu<B: Backend>(suite: &Suite<'_, B>, dtype: DType) {
     let mut rig = suite.rig(dtype);
     let x = Tensor::random(1, dtype, 3, 2 * 21, 4.0);
-    let got = rig.rows(&x, |step, x| step.glu(x, Glu::Silu));
-    let want: Vec<f64> = (0..3).flat_map(|row| reference::silu(x.row(row))).collect();
-    suite.close(dtype, "silu", &got, &want);
+    // Values reach 4: some gates and ups are beyond the limit.
+    for kind in [Glu::Silu, Glu::Clamped { limit: 2.5, slope: 1.702 }] {
+        let got = rig.rows(&x, |step, x| step.glu(x, kind));
+        let want: Vec<f64> = (0..3).flat_map(|row| reference::glu(x.row(row), kind)).collect();
+        suite.close(dtype, &format!("{kind:?}"), &got, &want);
+    }
     // Far out the gate is the identity on one side and zero on the other.
     let far = Tensor::new(dtype, 1, 4, [200.0, -200.0, 1.0, 1.0].into_iter());
     let got = rig.rows(&far, |step, x| step.glu(x, Glu::Silu));
     suite.close(dtype, "silu far out", &got, &[200.0, 0.0]);
+    let far = Tensor::new(dtype, 1, 6, [200.0, -200.0, 1.0, 200.0, 1.0, -200.0].into_iter());
+    let got = rig.rows(&far, |step, x| step.glu(x, Glu::Clamped { limit: 7.0, slope: 50.0 }));
+    suite.close(dtype, "clamped far out", &got, &[56.0, 0.0, -6.0]);
 }
 
 fn rows<B: Backend>(suite: &Suite<'_, B>, dtype: DType) {

@@ -78,6 +78,7 @@ impl Inputs {
             rope: &rope,
             qk_norm: Some(QkNorm { q: &q, k: &k, eps: EPS as f32, span }),
             window: None,
+            sinks: None,
         };
         rig.open(SeqId(1), tokens.len() as u32);
         let mut out = Vec::new();
@@ -104,6 +105,7 @@ impl Inputs {
             k_norm: None,
             eps: EPS,
             window: None,
+            sinks: None,
         };
         let normed: Vec<Vec<f64>> = tokens
             .iter()

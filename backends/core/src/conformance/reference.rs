@@ -1,6 +1,6 @@
 //! What the operations mean, in f64 and as plainly as possible.
 
-use crate::RopeStyle;
+use crate::{Glu, RopeStyle};
 
 /// `x W^T + bias` of one row.
 pub(super) fn linear(x: &[f64], w: &[f64], bias: Option<&[f64]>) -> Vec<f64> {
@@ -14,10 +14,18 @@ pub(super) fn norm(x: &[f64], weight: &[f64], eps: f64) -> Vec<f64> {
     x.iter().zip(weight).map(|(x, w)| x / (mean + eps).sqrt() * w).collect()
 }
 
-/// `silu(gate) * up` of one row.
-pub(super) fn silu(x: &[f64]) -> Vec<f64> {
+/// The gated unit of one row.
+pub(super) fn glu(x: &[f64], kind: Glu) -> Vec<f64> {
     let (gate, up) = x.split_at(x.len() / 2);
-    gate.iter().zip(up).map(|(g, u)| g / (1.0 + (-g).exp()) * u).collect()
+    let gated = |(gate, up): (&f64, &f64)| match kind {
+        Glu::Silu => gate / (1.0 + (-gate).exp()) * up,
+        Glu::Clamped { limit, slope } => {
+            let limit = f64::from(limit);
+            let (gate, up) = (gate.min(limit), up.clamp(-limit, limit));
+            gate / (1.0 + (-gate * f64::from(slope)).exp()) * (up + 1.0)
+        }
+    };
+    gate.iter().zip(up).map(gated).collect()
 }
 
 /// Attention as configured by a test.
@@ -33,6 +41,8 @@ pub(super) struct Attention {
     pub(super) k_norm: Option<Vec<f64>>,
     pub(super) eps: f64,
     pub(super) window: Option<u32>,
+    /// By query head.
+    pub(super) sinks: Option<Vec<f64>>,
 }
 
 impl Attention {
@@ -89,9 +99,10 @@ impl Attention {
                 let at = head / group * self.dim..(head / group + 1) * self.dim;
                 let dot = |p: usize| q.iter().zip(&k[p][at.clone()]).map(|(a, b)| a * b).sum::<f64>() * scale;
                 let scores: Vec<f64> = (first..=position).map(dot).collect();
-                let max = scores.iter().copied().fold(f64::NEG_INFINITY, f64::max);
+                let sink = self.sinks.as_ref().map_or(f64::NEG_INFINITY, |sinks| sinks[head]);
+                let max = scores.iter().copied().fold(sink, f64::max);
                 let weights: Vec<f64> = scores.iter().map(|score| (score - max).exp()).collect();
-                let total: f64 = weights.iter().sum();
+                let total = weights.iter().sum::<f64>() + (sink - max).exp();
                 for d in at {
                     let sum: f64 = weights.iter().zip(first..).map(|(w, p)| w * v[p][d]).sum();
                     out.push(sum / total);

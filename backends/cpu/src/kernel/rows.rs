@@ -68,6 +68,30 @@ pub(super) unsafe fn silu<V: Lanes>(gate: *const f32, up: *const f32, out: *mut 
 }
 
 #[inline(always)]
+pub(super) unsafe fn clamped<V: Lanes>(
+    gate: *const f32,
+    up: *const f32,
+    out: *mut f32,
+    n: usize,
+    limit: f32,
+    slope: f32,
+    bf16: bool,
+) {
+    // SAFETY: n floats at each pointer.
+    unsafe {
+        let (zero, one, slope) = (V::splat(0.0), V::splat(1.0), V::splat(slope));
+        let (high, low) = (V::splat(limit), V::splat(-limit));
+        each_16!(n, |at, left| {
+            let g = V::load_first(gate.add(at), left).rounded(bf16).at_most(high);
+            let u = V::load_first(up.add(at), left).rounded(bf16).at_most(high).at_least(low);
+            let opened = one.div(one.add(zero.sub(g.mul(slope).rounded(bf16)).exp())).rounded(bf16);
+            let act = g.mul(opened).rounded(bf16);
+            u.add(one).rounded(bf16).mul(act).rounded(bf16).store_first(out.add(at), left);
+        });
+    }
+}
+
+#[inline(always)]
 pub(super) unsafe fn round<V: Lanes>(x: *const f32, out: *mut f32, n: usize, bf16: bool) {
     // SAFETY: n floats at each pointer.
     unsafe {

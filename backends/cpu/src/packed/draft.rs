@@ -94,15 +94,12 @@ pub(super) fn draft<'a>(linear: &Linear<'a>) -> Result<Draft<'a>, BackendError> 
             return Err(weight_error(part.name(), reason));
         }
     }
-    let (ranges, tree) = match linear.sum {
-        KSum::Ascending => (1, false),
-        KSum::Tree { ranges } => (ranges, true),
+    let ranges = match linear.sum {
+        KSum::Ascending => 1,
+        KSum::Tree { ranges } => ranges,
     };
     if ![1, 2, 4, 8].contains(&ranges) || !inputs.is_multiple_of(ranges) {
         return Err(weight_error(first.name(), format!("{inputs} columns in {ranges} ranges")));
-    }
-    if tree && linear.bias.is_some() {
-        return Err(weight_error(first.name(), "a bias belongs after the join of a tree".to_owned()));
     }
     let mut drafts: Vec<DraftSegment<'a>> = Vec::new();
     let mut outputs = 0;
@@ -180,7 +177,7 @@ pub(crate) fn pack_all(
         };
         let first = all.first().unwrap_or(&packed);
         let same = (packed.inputs, packed.ranges) == (first.inputs, first.ranges);
-        if !same || !packed.is_cut_as(first) || packed.bias.is_some() {
+        if !same || !packed.is_cut_as(first) || packed.bias.is_some() != first.bias.is_some() {
             let shape = |packed: &Packed| format!("{} x {}", packed.outputs, packed.inputs);
             let reason = format!("expert {} of {} beside {}", all.len(), shape(&packed), shape(first));
             return Err(weight_error(name, reason));

@@ -147,6 +147,8 @@ impl CpuStep<'_> {
                 }
             }
         }
+        let sinks =
+            attend.sinks.and_then(|sinks| self.vector(sinks, attend.heads, "a sink for every query head"));
         self.enter(layer, attend.window);
         if self.fault.is_some() {
             return self.blank(rows, width);
@@ -188,6 +190,7 @@ impl CpuStep<'_> {
             value_dim: attend.head_dim,
             scale: attend.scale,
             window: attend.window,
+            sinks,
             bf16: self.device.bf16(),
             q: qkv.floats.as_ptr(),
             q_stride: qkv.width,

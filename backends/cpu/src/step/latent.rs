@@ -109,6 +109,7 @@ impl CpuStep<'_> {
             value_dim: mla.latent_dim,
             scale: mla.scale,
             window: None,
+            sinks: None,
             bf16: false,
             q: absorbed.floats.as_ptr(),
             q_stride: absorbed.width,

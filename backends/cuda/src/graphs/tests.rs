@@ -157,6 +157,7 @@ impl Toy {
                 rope,
                 qk_norm: None,
                 window: None,
+                sinks: None,
             };
             let projected = step.linear(&normed, qkv);
             let attended = step.attend(layer, projected, &attend);

@@ -86,6 +86,7 @@ impl Rig {
             rope: &self.rope,
             qk_norm: None,
             window: None,
+            sinks: None,
         };
         let mut step = self.backend.step(&mut self.kv, batch);
         let mut attended = None;

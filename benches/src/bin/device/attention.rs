@@ -168,6 +168,7 @@ fn difference<B: Backend>(
             rope: &rope,
             qk_norm: None,
             window: shape.window,
+            sinks: None,
         };
         let act = step.attend(0, qkv, &attend);
         match step.submit(Out::Logits(act)).wait()? {
@@ -249,6 +250,7 @@ pub fn speed<B: Backend>(tokens: usize, runs: usize, options: &DeviceOptions) ->
                     rope: &rope,
                     qk_norm: None,
                     window: None,
+                    sinks: None,
                 };
                 drop(step.attend(layer, qkv, &attend));
             }

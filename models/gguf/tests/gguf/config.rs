@@ -126,6 +126,21 @@ fn families_of_experts() {
             "qk_norm_type": "per_layer", "use_routing_bias": true,
         }),
     );
+    let oss = experts("gpt-oss")
+        .count("gpt-oss.attention.sliding_window", 16)
+        .text("gpt-oss.rope.scaling.type", "yarn")
+        .number("gpt-oss.rope.scaling.factor", 32.0)
+        .count("gpt-oss.rope.scaling.original_context_length", 64);
+    check(
+        &config(&oss),
+        json!({
+            "model_type": "gpt_oss", "sliding_window": 16, "intermediate_size": 48, "num_local_experts": 8,
+            "num_experts_per_tok": 3, "attention_bias": false,
+            "rope_scaling": {
+                "rope_type": "yarn", "factor": 32.0, "original_max_position_embeddings": 64.0, "truncate": false
+            },
+        }),
+    );
     assert_eq!(
         error(&experts("qwen3moe").count("qwen3moe.expert_gating_func", 2)),
         "f: qwen3moe.expert_gating_func: 2, expected 1"
@@ -254,7 +269,7 @@ fn what_changes_the_math_and_cannot_be_said_is_named() {
     );
     assert_eq!(
         error(&Writer::new("gpt2")),
-        "f: general.architecture: \"gpt2\" is not supported (known: llama, qwen2, qwen3, qwen3moe, deepseek2, glm4moe, minimax-m2)"
+        "f: general.architecture: \"gpt2\" is not supported (known: llama, qwen2, qwen3, qwen3moe, deepseek2, glm4moe, gpt-oss, minimax-m2)"
     );
     let missing = Writer::new("llama").count("llama.block_count", 2);
     assert_eq!(error(&missing), "f: llama.embedding_length: missing");
@@ -348,4 +363,12 @@ fn ends_are_ids_and_known_names() {
         .counts("tokenizer.ggml.token_type", &[1, 3, 3, 3]);
     // The first is plain text that looks like one.
     assert_eq!(end_ids(open(&writer, None).metadata()).unwrap(), [2, 1, 3]);
+    // A message's end is an answer's where nothing else is.
+    let ends = |names: &[&str]| {
+        let kinds = vec![3; names.len()];
+        let writer = Writer::new("x").texts("tokenizer.ggml.tokens", names);
+        end_ids(open(&writer.counts("tokenizer.ggml.token_type", &kinds), None).metadata()).unwrap()
+    };
+    assert_eq!(ends(&["<|end|>", "<|return|>", "<|call|>"]), [1, 2]);
+    assert_eq!(ends(&["<|end|>", "<|return|>"]), [0, 1]);
 }
