@@ -350,8 +350,13 @@ impl<D: Driver> CudaStep<'_, D> {
                 continue;
             }
             let groups = heads / pack;
+            // All that rows of a tile see.
+            let positions = match args.window as usize {
+                0 => tiles.positions,
+                window => tiles.positions.min(window + queries / pack),
+            };
             let splits =
-                if few { self.splits(tiles.count * groups, tiles.positions, SPLIT_POSITIONS_MIN) } else { 1 };
+                if few { self.splits(tiles.count * groups, positions, SPLIT_POSITIONS_MIN) } else { 1 };
             let sums = tiles.count * groups * splits * queries * (args.value_dim as usize + 2);
             let partial = (splits > 1).then(|| self.device.pool.take(sums * 4)).transpose()?;
             let args = AttendArgs {
