@@ -1,14 +1,18 @@
-//! One matrix, or one per expert, as MLX multiplies by it: plain numbers, or MLX's affine codes. Other formats become
-//! affine at load where that says the same numbers ([`backend::Quant::wide_affine`]): GGUF's blocks but Q2_K and Q6_K, INT4, and FP4
-//! in groups of 32.
+//! One matrix, or one per expert, as MLX multiplies by it: plain numbers, MLX's affine codes, or small floats of groups of
+//! 32 that share a power of two (MXFP4, MXFP8). Other formats become affine at load where that says the same numbers
+//! ([`backend::Quant::wide_affine`]): GGUF's blocks but Q2_K and Q6_K, INT4, and FP4 with other scales.
 //!
 //! Scales and biases have the step's dtype where that is exact and the device sums in f32 all the same, else f32; the
 //! product is then computed in f32 and rounded once.
 
-use backend::{AffineForm, DType, Quant, QuantView, TensorView};
-use mlx_rs::ops;
-use mlx_rs::{Array, Dtype};
+use std::ffi::CStr;
 
+use backend::{AffineForm, DType, GgufBlock, Quant, QuantView, TensorView};
+use mlx_rs::ops;
+use mlx_rs::{Array, Dtype, Stream};
+use mlx_sys::{mlx_optional_dtype, mlx_optional_int};
+
+use crate::calls::raw;
 use crate::graph::{Failure, Recorded, int, mlx_type};
 use crate::platform;
 
@@ -34,6 +38,112 @@ pub(crate) enum Part {
         bits: i32,
         group: i32,
     },
+    Micro {
+        /// `[.., rows, cols * bits / 32]`.
+        codes: Array,
+        /// Exponents, `[.., rows, cols / 32]`.
+        scales: Array,
+        micro: Micro,
+    },
+}
+
+/// Small floats of 32 columns that share a power of two.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Micro {
+    /// E2M1.
+    Four,
+    /// E4M3.
+    Eight,
+}
+
+impl Micro {
+    const GROUP: usize = 32;
+
+    /// MLX's name of the mode.
+    fn mode(self) -> &'static CStr {
+        match self {
+            Micro::Four => c"mxfp4",
+            Micro::Eight => c"mxfp8",
+        }
+    }
+
+    /// Columns of a group and bits of a code, as mlx-c takes them.
+    fn sizes(self) -> [mlx_optional_int; 2] {
+        let bits = if self == Micro::Four { 4 } else { 8 };
+        [int(Self::GROUP), bits].map(|value| mlx_optional_int { value, has_value: true })
+    }
+
+    /// The numbers in f32.
+    fn decoded(self, codes: &Array, scales: &Array) -> Recorded {
+        let [group, bits] = self.sizes();
+        let dtype = mlx_optional_dtype { value: Dtype::Float32.into(), has_value: true };
+        let (none, stream) = (absent(), Stream::thread_local_or_default());
+        // SAFETY: live handles; the result is a fresh array.
+        raw(|result| unsafe {
+            mlx_sys::mlx_dequantize(
+                result,
+                codes.as_ptr(),
+                scales.as_ptr(),
+                none.as_ptr(),
+                group,
+                bits,
+                self.mode().as_ptr(),
+                none.as_ptr(),
+                dtype,
+                stream.as_ptr(),
+            )
+        })
+    }
+
+    /// What `view` is such numbers of, with its codes and exponents, as MLX has them.
+    fn of(view: &QuantView<'_>) -> Option<(Micro, Vec<u8>, Vec<u8>)> {
+        if !view.cols.is_multiple_of(Self::GROUP) || view.origin != (0, 0) {
+            return None;
+        }
+        let rows = 0..view.rows;
+        let micro = match view.format {
+            Quant::Fp4 { group: Self::GROUP } => Micro::Four,
+            Quant::Fp8 { rows: 1, cols: Self::GROUP } => Micro::Eight,
+            Quant::Gguf(GgufBlock::Mxfp4) => {
+                // Blocks of an exponent and 16 bytes, whose lower halves are the first sixteen codes.
+                let mut codes = Vec::with_capacity(view.rows * view.cols / 2);
+                let mut exponents = Vec::with_capacity(view.rows * view.cols / Self::GROUP);
+                for block in rows.flat_map(|row| view.codes(row).chunks_exact(17)) {
+                    exponents.push(block[0]);
+                    for shift in [0, 4] {
+                        let pairs = block[1..].as_chunks::<2>().0.iter();
+                        codes.extend(pairs.map(|[a, b]| a >> shift & 15 | (b >> shift & 15) << 4));
+                    }
+                }
+                return Some((Micro::Four, codes, exponents));
+            }
+            _ => return None,
+        };
+        let scales = view.scales?;
+        let exponents: Option<Vec<u8>> = scales.floats().into_iter().map(exponent).collect();
+        Some((micro, rows.flat_map(|row| view.codes(row)).copied().collect(), exponents?))
+    }
+}
+
+/// What mlx-c takes for an array that is not there.
+fn absent() -> Array {
+    // SAFETY: a fresh handle, which the array owns.
+    unsafe { Array::from_ptr(mlx_sys::mlx_array_new()) }
+}
+
+/// Inputs in a type by which the device sums in f32.
+fn summed_wide(x: &Array) -> Recorded {
+    Ok(if platform::SUMS_ARE_WIDE { x.clone() } else { x.as_dtype(Dtype::Float32)? })
+}
+
+/// The byte of E8M0 that means `scale`, where there is one.
+fn exponent(scale: f32) -> Option<u8> {
+    const LEAST: f32 = f32::from_bits(1 << 22);
+    match scale.to_bits() {
+        _ if scale == LEAST => Some(0),
+        bits if bits << 9 == 0 && (1..255).contains(&(bits >> 23)) => Some((bits >> 23) as u8),
+        _ => None,
+    }
 }
 
 impl Part {
@@ -43,8 +153,17 @@ impl Part {
         Part::Plain { rows, turned }
     }
 
+    /// The same numbers in one of MLX's forms of codes; `None` where there is none.
+    pub(crate) fn coded(view: &QuantView<'_>) -> Option<Result<Self, Failure>> {
+        let Some((micro, codes, exponents)) = Micro::of(view) else { return Part::affine(view) };
+        let shape = |bytes: &[u8]| [view.rows, bytes.len() / view.rows.max(1)].map(int);
+        let scales = Array::from_slice(&exponents, &shape(&exponents));
+        let codes = Array::from_slice(&codes, &shape(&codes)).view_dtype(Dtype::Uint32);
+        Some(codes.map(|codes| Part::Micro { codes, scales, micro }).map_err(Failure::from))
+    }
+
     /// The same numbers in MLX's affine form, scales in f32; `None` where there is no such form.
-    pub(crate) fn affine(view: &QuantView<'_>) -> Option<Result<Self, Failure>> {
+    fn affine(view: &QuantView<'_>) -> Option<Result<Self, Failure>> {
         let AffineForm { bits, group: shared } = view.format.wide_affine()?;
         let group = GROUPS.into_iter().find(|group| shared.is_multiple_of(*group))?;
         if !BITS.contains(&bits)
@@ -70,6 +189,7 @@ impl Part {
         match self {
             Part::Plain { rows, turned } => vec![rows, turned],
             Part::Affine { codes, scales, biases, .. } => vec![codes, scales, biases],
+            Part::Micro { codes, scales, .. } => vec![codes, scales],
         }
     }
 
@@ -78,17 +198,20 @@ impl Part {
         match self {
             Part::Plain { rows, .. } => vec![rows],
             Part::Affine { codes, scales, biases, .. } => vec![codes, scales, biases],
+            Part::Micro { codes, scales, .. } => vec![codes, scales],
         }
     }
 
     /// A part of this kind, of other [`Part::columns`].
     pub(crate) fn with(&self, columns: Vec<Array>) -> Result<Self, Failure> {
-        match (self, <[Array; 3]>::try_from(columns)) {
-            (Part::Affine { bits, group, .. }, Ok([codes, scales, biases])) => {
+        let mut columns = columns.into_iter();
+        match (self, [columns.next(), columns.next(), columns.next()]) {
+            (Part::Plain { .. }, [Some(rows), None, None]) => Ok(Part::plain(rows)),
+            (Part::Affine { bits, group, .. }, [Some(codes), Some(scales), Some(biases)]) => {
                 Ok(Part::Affine { codes, scales, biases, bits: *bits, group: *group })
             }
-            (Part::Plain { .. }, Err(mut columns)) if columns.len() == 1 => {
-                Ok(Part::plain(columns.swap_remove(0)))
+            (Part::Micro { micro, .. }, [Some(codes), Some(scales), None]) => {
+                Ok(Part::Micro { codes, scales, micro: *micro })
             }
             _ => Err(Failure("arrays of another kind".to_owned())),
         }
@@ -114,7 +237,7 @@ impl Part {
     pub(crate) fn rows(&self) -> usize {
         let array = match self {
             Part::Plain { rows, .. } => rows,
-            Part::Affine { codes, .. } => codes,
+            Part::Affine { codes, .. } | Part::Micro { codes, .. } => codes,
         };
         array.dim(-2) as usize
     }
@@ -126,6 +249,25 @@ impl Part {
             Part::Affine { codes, scales, biases, bits, group } => {
                 let wide = x.as_dtype(scales.dtype())?;
                 ops::quantized_matmul(wide, codes, scales, biases, true, *group, *bits)?
+            }
+            Part::Micro { codes, scales, micro } => {
+                let (x, [group, bits]) = (summed_wide(x)?, micro.sizes());
+                let (none, stream) = (absent(), Stream::thread_local_or_default());
+                // SAFETY: live handles; the result is a fresh array.
+                raw(|result| unsafe {
+                    mlx_sys::mlx_quantized_matmul(
+                        result,
+                        x.as_ptr(),
+                        codes.as_ptr(),
+                        scales.as_ptr(),
+                        none.as_ptr(),
+                        true,
+                        group,
+                        bits,
+                        micro.mode().as_ptr(),
+                        stream.as_ptr(),
+                    )
+                })?
             }
         };
         Ok(product.as_dtype(x.dtype())?)
@@ -142,6 +284,28 @@ impl Part {
                 let wide = x.as_dtype(scales.dtype())?;
                 ops::gather_qmm(wide, codes, scales, biases, None, experts, true, *group, *bits, sorted)?
             }
+            Part::Micro { codes, scales, micro } => {
+                let (x, [group, bits]) = (summed_wide(x)?, micro.sizes());
+                let (none, stream) = (absent(), Stream::thread_local_or_default());
+                // SAFETY: live handles; the result is a fresh array.
+                raw(|result| unsafe {
+                    mlx_sys::mlx_gather_qmm(
+                        result,
+                        x.as_ptr(),
+                        codes.as_ptr(),
+                        scales.as_ptr(),
+                        none.as_ptr(),
+                        none.as_ptr(),
+                        experts.as_ptr(),
+                        true,
+                        group,
+                        bits,
+                        micro.mode().as_ptr(),
+                        sorted,
+                        stream.as_ptr(),
+                    )
+                })?
+            }
         };
         Ok(product.as_dtype(x.dtype())?)
     }
@@ -155,6 +319,9 @@ impl Part {
                     [codes.take_axis(ids, 0)?, scales.take_axis(ids, 0)?, biases.take_axis(ids, 0)?];
                 ops::dequantize(codes, scales, &biases, *group, *bits)?
             }
+            Part::Micro { codes, scales, micro } => {
+                micro.decoded(&codes.take_axis(ids, 0)?, &scales.take_axis(ids, 0)?)?
+            }
         };
         Ok(rows.as_dtype(dtype)?)
     }
@@ -166,6 +333,7 @@ impl Part {
             Part::Affine { codes, scales, biases, bits, group } => {
                 ops::dequantize(codes, scales, biases, *group, *bits)?
             }
+            Part::Micro { codes, scales, micro } => micro.decoded(codes, scales)?,
         })
     }
 
@@ -175,6 +343,7 @@ impl Part {
             (Part::Affine { bits, group, scales, .. }, Part::Affine { bits: b, group: g, scales: s, .. }) => {
                 bits == b && group == g && scales.dtype() == s.dtype()
             }
+            (Part::Micro { micro: a, .. }, Part::Micro { micro: b, .. }) => a == b,
             _ => false,
         }
     }

@@ -49,7 +49,7 @@ fn alike(source: &dyn ExpertSource, dtype: DType, decode: bool) -> Result<Option
                 MatrixView::Plain(view) => Ok(Part::plain(array(view, dtype)?)),
                 MatrixView::Quantised(quant) => {
                     view.check()?;
-                    let part = match Part::affine(quant).filter(|_| !decode) {
+                    let part = match Part::coded(quant).filter(|_| !decode) {
                         Some(part) => part,
                         None => decoded(view, dtype).map(Part::plain),
                     };

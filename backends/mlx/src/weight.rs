@@ -1,9 +1,9 @@
 //! Weights as MLX arrays.
 //!
 //! Plain numbers of the step's dtype stay as they are; others are converted once, at load: exactly for an f32 step, rounded
-//! for a 16-bit one (MLX would widen the whole weight at every use instead). Quantised ones stay quantised where MLX's
-//! affine form can say the same numbers (see `part`); the rest (Q2_K, Q6_K, FP8, FP4 in groups of 16) are decoded at load and rounded to the step's
-//! dtype. Heads of latent attention are always decoded.
+//! for a 16-bit one (MLX would widen the whole weight at every use instead). Quantised ones stay quantised where one of MLX's
+//! forms can say the same numbers (see `part`); the rest (Q2_K, Q6_K, FP8 but MXFP8, FP4 in groups of 16) are decoded at load and rounded to the
+//! step's dtype. Heads of latent attention are always decoded.
 
 use std::cell::OnceCell;
 
@@ -260,7 +260,7 @@ fn part(view: &MatrixView<'_>, dtype: DType) -> Result<Part, BackendError> {
         MatrixView::Plain(view) => Ok(Part::plain(array(view, dtype)?)),
         MatrixView::Quantised(quant) => {
             view.check()?;
-            let made = match Part::affine(quant) {
+            let made = match Part::coded(quant) {
                 Some(part) => part.and_then(|part| part.narrowed(mlx_type(dtype))),
                 None => decoded(view, dtype).map(Part::plain),
             };

@@ -22,7 +22,10 @@ impl Made {
         let bytes = rows * format.code_bytes(COLS);
         // Without the highest exponents of halves and without FP8's not-a-number.
         let codes = (0..bytes).map(|i| ((i * 37 + i / 5 + 11 * rows) as u8) & 0x9f).collect();
-        let scales = (0..rows * 16).flat_map(|i| (0.01 + i as f32 * 0.0007).to_le_bytes()).collect();
+        // Groups of 32 that share a power of two have a form of their own.
+        let powers = [Quant::Fp4 { group: 32 }, Quant::Fp8 { rows: 1, cols: 32 }].contains(&format);
+        let scale = |i: usize| if powers { 0.5f32.powi(3 + i as i32 % 5) } else { 0.01 + i as f32 * 0.0007 };
+        let scales = (0..rows * 16).flat_map(|i| scale(i).to_le_bytes()).collect();
         Made { format, rows, codes, scales }
     }
 
@@ -66,8 +69,12 @@ fn formats() -> Vec<Quant> {
     let gguf = GgufBlock::ALL.map(Quant::Gguf);
     let affine = [(2, 32), (3, 64), (4, 64), (5, 32), (6, 128), (8, 64)];
     let affine = affine.map(|(bits, group)| Quant::Affine { bits, group });
-    let fours = [Quant::Int4 { group: 32 }, Quant::Int4 { group: 256 }, Quant::Fp4 { group: 32 }];
-    let others = fours.into_iter().chain([Quant::Fp8 { rows: 2, cols: 128 }]);
+    let fours = [32, 256]
+        .map(|group| Quant::Int4 { group })
+        .into_iter()
+        .chain([32, 64].map(|group| Quant::Fp4 { group }));
+    let eights = [(2, 128), (1, 32)].map(|(rows, cols)| Quant::Fp8 { rows, cols });
+    let others = fours.chain(eights);
     gguf.into_iter().chain(affine).chain(others).collect()
 }
 

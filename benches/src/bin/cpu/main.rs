@@ -37,7 +37,7 @@ struct Args {
     /// Its llama-bench, with llama-batched-bench beside it
     #[arg(long, default_value = "target/llama.cpp/bin/llama-bench")]
     llama_bench: PathBuf,
-    /// llama-3.2-1b, qwen3-0.6b, qwen3-moe, deepseek or tiny
+    /// llama-3.2-1b, qwen3-0.6b, qwen3-moe, deepseek, gpt-oss or tiny
     #[arg(long, default_value = "llama-3.2-1b")]
     shape: String,
     /// Formats: bf16, f16, q8_0, q4_0, q2_k, q3_k, q4_k_m, q5_k, q6_k, iq4_nl, iq4_xs, mxfp4

@@ -19,6 +19,8 @@ pub struct Shape {
     pub theta: f32,
     pub experts: Option<Experts>,
     pub latent: Option<Latent>,
+    /// As gpt-oss: biases, sinks, a window in every other layer, a head of its own; in 8 bits whatever is no expert.
+    pub oss: bool,
 }
 
 /// A mixture of experts in every layer but the first `dense`.
@@ -41,8 +43,8 @@ pub struct Latent {
     pub value: usize,
 }
 
-/// Shapes by name. The last two are cut down: few layers, so that they fit a small machine.
-pub const SHAPES: [Shape; 5] = [
+/// Shapes by name. The last three are cut down: few layers, so that they fit a small machine.
+pub const SHAPES: [Shape; 6] = [
     Shape {
         name: "llama-3.2-1b",
         architecture: "llama",
@@ -56,6 +58,7 @@ pub const SHAPES: [Shape; 5] = [
         theta: 500_000.0,
         experts: None,
         latent: None,
+        oss: false,
     },
     Shape {
         name: "qwen3-0.6b",
@@ -70,6 +73,7 @@ pub const SHAPES: [Shape; 5] = [
         theta: 1_000_000.0,
         experts: None,
         latent: None,
+        oss: false,
     },
     Shape {
         name: "tiny",
@@ -84,6 +88,7 @@ pub const SHAPES: [Shape; 5] = [
         theta: 10_000.0,
         experts: None,
         latent: None,
+        oss: false,
     },
     // Qwen3-30B-A3B with 6 of 48 layers and half of the experts.
     Shape {
@@ -99,6 +104,7 @@ pub const SHAPES: [Shape; 5] = [
         theta: 1_000_000.0,
         experts: Some(Experts { count: 64, used: 8, inner: 768, shared: 0, dense: 0 }),
         latent: None,
+        oss: false,
     },
     // DeepSeek V2 Lite's widths with 5 layers, q in two products as V3 has it.
     Shape {
@@ -114,6 +120,23 @@ pub const SHAPES: [Shape; 5] = [
         theta: 10_000.0,
         experts: Some(Experts { count: 64, used: 6, inner: 1024, shared: 2, dense: 1 }),
         latent: Some(Latent { q_rank: 1024, kv_rank: 512, plain: 128, rotary: 64, value: 128 }),
+        oss: false,
+    },
+    // gpt-oss-20b's widths with 4 of 24 layers.
+    Shape {
+        name: "gpt-oss",
+        architecture: "gpt-oss",
+        layers: 4,
+        hidden: 2880,
+        inner: 2880,
+        heads: 64,
+        kv_heads: 8,
+        head_dim: 64,
+        vocabulary: 32_768,
+        theta: 150_000.0,
+        experts: Some(Experts { count: 32, used: 4, inner: 2880, shared: 0, dense: 0 }),
+        latent: None,
+        oss: true,
     },
 ];
 
@@ -191,7 +214,11 @@ impl Shape {
             all.push(count("expert_count", experts.count));
             all.push(count("expert_used_count", experts.used));
             all.push(count("expert_feed_forward_length", experts.inner));
-            all.push((own("expert_weights_norm"), Value::Flag(true)));
+            if self.oss {
+                all.push(count("attention.sliding_window", 128));
+            } else {
+                all.push((own("expert_weights_norm"), Value::Flag(true)));
+            }
             if self.latent.is_some() {
                 const SIGMOID: u32 = 2;
                 all.push(count("leading_dense_block_count", experts.dense));
@@ -209,8 +236,12 @@ impl Shape {
         let mut matrix = |name: String, cols: usize, rows: usize, kind: Kind, share: f64| {
             all.push(Tensor { name, dims: vec![cols, rows], kind, share });
         };
-        // Tied: the table is the head too.
-        matrix("token_embd.weight".into(), self.hidden, self.vocabulary, recipe.head(), 1.0);
+        // Tied in most: the table is the head too.
+        let (head, share) = if self.oss { (Kind::Q8_0, 0.0) } else { (recipe.head(), 1.0) };
+        matrix("token_embd.weight".into(), self.hidden, self.vocabulary, head, share);
+        if self.oss {
+            matrix("output.weight".into(), self.hidden, self.vocabulary, head, 1.0);
+        }
         matrix("output_norm.weight".into(), self.hidden, 1, Kind::Norm, 0.0);
         for layer in 0..self.layers {
             self.layer(layer, recipe, &mut all);
@@ -230,10 +261,11 @@ impl Shape {
             all.push(Tensor { name, dims: dims.to_vec(), kind, share });
         };
         add("attn_norm", &[hidden], Kind::Norm, 0.0);
-        add("ffn_norm", &[hidden], Kind::Norm, 0.0);
+        add(if self.oss { "post_attention_norm" } else { "ffn_norm" }, &[hidden], Kind::Norm, 0.0);
         match self.latent {
             None => {
                 let (q, kv) = (self.heads * self.head_dim, self.kv_heads * self.head_dim);
+                let (kind, more) = if self.oss { (Kind::Q8_0, Kind::Q8_0) } else { (kind, more) };
                 add("attn_q", &[hidden, q], kind, 1.0);
                 add("attn_k", &[hidden, kv], kind, 1.0);
                 add("attn_v", &[hidden, kv], more, 1.0);
@@ -274,6 +306,28 @@ impl Shape {
                     add("ffn_gate_shexp", &[hidden, inner * shared], kind, 1.0);
                     add("ffn_up_shexp", &[hidden, inner * shared], kind, 1.0);
                     add("ffn_down_shexp", &[inner * shared, hidden], more, 1.0);
+                }
+                if self.oss {
+                    add("attn_sinks", &[self.heads], Kind::F32, 0.0);
+                    let mut bias = |part: &str, dims: &[usize]| {
+                        let name = format!("blk.{layer}.{part}.bias");
+                        all.push(Tensor { name, dims: dims.to_vec(), kind: Kind::F32, share: 0.0 });
+                    };
+                    let (q, kv) = (self.heads * self.head_dim, self.kv_heads * self.head_dim);
+                    for (part, width) in [
+                        ("attn_q", q),
+                        ("attn_k", kv),
+                        ("attn_v", kv),
+                        ("attn_output", hidden),
+                        ("ffn_gate_inp", count),
+                    ] {
+                        bias(part, &[width]);
+                    }
+                    for (part, width) in
+                        [("ffn_gate_exps", inner), ("ffn_up_exps", inner), ("ffn_down_exps", hidden)]
+                    {
+                        bias(part, &[width, count]);
+                    }
                 }
                 if self.latent.is_some() {
                     // DeepSeek V3's bias on the choice of experts: ones, which choose as none does.
