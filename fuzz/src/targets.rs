@@ -74,7 +74,7 @@ fn read_quantised(bytes: &[u8], len: u64) -> bool {
 }
 
 /// How checkpoints of [`quantised`] say what they are.
-const METHODS: [&str; 9] = [
+const METHODS: [&str; 10] = [
     r#""quantization":{"bits":4,"group_size":8}"#,
     r#""quantization_config":{"quant_method":"fp8","weight_block_size":[2,8]}"#,
     r#""quantization_config":{"quant_method":"modelopt","quant_algo":"FP8"}"#,
@@ -83,6 +83,7 @@ const METHODS: [&str; 9] = [
     r#""quantization_config":{"quant_method":"modelopt","quant_algo":"NVFP4","group_size":8}"#,
     r#""quantization_config":{"quant_method":"awq","bits":4,"group_size":8}"#,
     r#""quantization_config":{"quant_method":"gptq","bits":2,"group_size":8}"#,
+    r#""quantization_config":{"quant_method":"mxfp4"}"#,
     r#""quantization_config":{"quant_method":"compressed-tensors","config_groups":{
         "a":{"weights":{"num_bits":4,"type":"int","strategy":"group","group_size":8}},
         "b":{"weights":{"num_bits":8,"type":"int","strategy":"channel"}},
@@ -158,6 +159,11 @@ fn quantised() -> Vec<Vec<u8>> {
     };
     vec![
         file(&[("weight", "U32", &[8, 2], 4), ("scales", "F16", &[8, 2], 2), ("biases", "F16", &[8, 2], 2)]),
+        file(&[
+            ("experts.d_blocks", "U8", &[2, 4, 1, 16], 1),
+            ("experts.d_scales", "U8", &[2, 4, 1], 1),
+            ("experts.d_bias", "F32", &[2, 4], 4),
+        ]),
         file(&[("weight", "F8_E4M3", &[4, 16], 1), ("weight_scale_inv", "F32", &[2, 2], 4)]),
         file(&[
             ("weight", "F8_E4M3", &[4, 16], 1),
