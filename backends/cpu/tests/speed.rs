@@ -100,7 +100,7 @@ fn products() {
 }
 
 /// Formats in which people have weights.
-const FORMATS: [Quant; 15] = [
+const FORMATS: [Quant; 16] = [
     Quant::Gguf(GgufBlock::Q8_0),
     Quant::Gguf(GgufBlock::Q4_0),
     Quant::Gguf(GgufBlock::Q2K),
@@ -112,6 +112,7 @@ const FORMATS: [Quant; 15] = [
     Quant::Gguf(GgufBlock::Iq4Xs),
     Quant::Gguf(GgufBlock::Mxfp4),
     Quant::Fp4 { group: 16 },
+    Quant::Fp4 { group: 32 },
     Quant::Affine { bits: 4, group: 64 },
     Quant::Affine { bits: 8, group: 64 },
     Quant::Int4 { group: 32 },
