@@ -111,7 +111,7 @@ impl Quantisation {
             Some("awq") => Quantisation::awq(&mut general)?,
             Some("gptq") => Quantisation::gptq(&mut general)?,
             Some("mxfp4") => {
-                general.harmless(&["modules_to_not_convert"]);
+                general.harmless(&["dequantize", "modules_to_not_convert"]);
                 Quantisation::Fp4 { group: 32 }
             }
             None if general.has("group_size") => return Quantisation::mlx(general).map(Some),
