@@ -374,6 +374,11 @@ fn refused<B: Backend>(suite: &Suite<'_, B>, dtype: DType) {
     assert!(matches!(loaded, Err(BackendError::Weight { .. })), "experts of two shapes");
     assert!(rig.backend.load(&WeightSource::Experts(&[].as_slice())).is_err(), "no experts");
     experts[4] = mixture.experts[4].share(0, 1, 8).1;
+    let bias = Tensor::random(91, DType::BF16, 1, 16, 0.5);
+    experts[4].bias = Some(vec![bias.view()]);
+    let loaded = rig.backend.load(&WeightSource::Experts(&experts.as_slice()));
+    assert!(matches!(loaded, Err(BackendError::Weight { .. })), "a bias of one expert");
+    experts[4].bias = None;
     let short = Cut { experts: &experts, given: 7, lost: false };
     let loaded = rig.backend.load(&WeightSource::Experts(&short));
     assert!(matches!(loaded, Err(BackendError::Weight { .. })), "7 experts of 10");

@@ -168,6 +168,10 @@ fn glu<B: Backend>(suite: &Suite<'_, B>, dtype: DType) {
     let far = Tensor::new(dtype, 1, 6, [200.0, -200.0, 1.0, 200.0, 1.0, -200.0].into_iter());
     let got = rig.rows(&far, |step, x| step.glu(x, Glu::Clamped { limit: 7.0, slope: 50.0 }));
     suite.close(dtype, "clamped far out", &got, &[56.0, 0.0, -6.0]);
+    // A limit makes no number of what is none: a request that is spoiled has to fail.
+    let spoiled = Tensor::new(dtype, 1, 4, [f64::NAN, 1.0, 1.0, f64::NAN].into_iter());
+    let got = rig.rows(&spoiled, |step, x| step.glu(x, Glu::Clamped { limit: 7.0, slope: 1.702 }));
+    assert!(got.iter().all(|x| x.is_nan()), "{dtype}: {got:?}");
 }
 
 fn rows<B: Backend>(suite: &Suite<'_, B>, dtype: DType) {
