@@ -10,7 +10,7 @@ use super::super::ahead::{Ahead, chunk_bytes, next};
 use super::super::codes::{Cursor, Form, minimum_of, scale_of, scaled_form, unit_groups};
 use super::multiply::{Multiply, Task, Words};
 use super::tile::{Sums, factored, follow_octet};
-use super::unit::{Change, Unit, has_zero, offsets, together, unit_scales, whole_scales};
+use super::unit::{Change, Unit, halved, has_zero, offsets, together, unit_scales, whole_scales};
 use super::{Part, each_row, take_apart};
 use crate::lanes::{LANES, Lanes};
 
@@ -18,9 +18,9 @@ use crate::lanes::{LANES, Lanes};
 pub(super) const ROWS: usize = Scaled::ROWS_RANGES;
 
 /// Rows of a form that are few. Small groups of whole numbers are scaled as often as they are few, for each row and panel, which two
-/// panels side by side do faster from 7 rows on.
+/// panels side by side do faster from 7 rows on; but not groups of 16, of which tiles take octet by octet.
 pub(super) fn most<M: Multiply>(form: &Form) -> usize {
-    if M::WHOLE && !form.scale.is_whole() { 6 } else { ROWS }
+    if M::WHOLE && !form.scale.is_whole() && form.group != 16 { 6 } else { ROWS }
 }
 
 /// All rows by all panels; `SCALES`: of forms whose groups have whole numbers as scales, and ranges that are whole chunks.
@@ -353,6 +353,10 @@ unsafe fn groups<M: Multiply, const CODE: usize, const R: usize, const P: usize>
                     (2, 2..) if const { together(CODE, false) == 2 } => {
                         M::octets::<CODE, false, R, P>(s, (chunk, 2), x, ahead, &mut sums);
                         whole
+                    }
+                    (from @ (0 | 2), 2..) if const { halved(CODE) } => {
+                        M::octets::<CODE, true, R, P>(s, (chunk, from), x, ahead, &mut sums);
+                        2
                     }
                     (from, _) => {
                         let part = Part { chunk, behind: 0, x, next: x, keep: s.buffer };

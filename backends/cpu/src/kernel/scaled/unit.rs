@@ -4,7 +4,7 @@ use super::super::Scaled;
 use super::super::codes::{Scale, scale_of, scaled_form, unit_scale};
 use super::PANELS;
 use super::multiply::{Multiply, Words};
-use crate::lanes::{IQ4, LANES, Lanes};
+use crate::lanes::{E2M1, IQ4, LANES, Lanes};
 
 /// Where scales and offsets lie in the buffer, behind the codes of a unit: a line per panel, and one per group and panel.
 pub(super) const SCALES: usize = Scaled::UNIT_MAX / 2 * PANELS * LANES;
@@ -21,9 +21,15 @@ pub(super) const fn has_zero(code: usize) -> bool {
     matches!(scaled_form(code).scale, Scale::Signed(_))
 }
 
-/// Octets of a chunk that are taken together: all, or half where groups may be of 16. `scales`: of such forms.
+/// Octets of a chunk that are taken together: all, or half where groups may be of 16. `scales`: of such forms, or of codes that are
+/// [`halved`].
 pub(super) const fn together(code: usize, scales: bool) -> usize {
-    if code == 6 || scales && scaled_form(code).group == 16 { 2 } else { 4 }
+    if code == 6 || scales && (scaled_form(code).group == 16 || halved(code)) { 2 } else { 4 }
+}
+
+/// Whether groups of such codes, which have no whole numbers as scales, may be of 16 as well as of whole chunks (NVFP4).
+pub(super) const fn halved(code: usize) -> bool {
+    code == E2M1
 }
 
 /// Octets `[from, to)` of a block, of one unit; its groups among them are `[parts.0, parts.1)` of the unit's.
